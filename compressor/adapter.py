@@ -1,0 +1,58 @@
+"""The Adapter interface: what fine-tuning must know of a model family, and no more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+
+
+class Adapter(ABC):
+    """Connects a model family to the engine. `noised` and `predict` are enough to fine-tune; the rest adds features."""
+
+    name: str = "custom"
+    targets: Sequence[str] = ()
+    """Rules for the layers that are pruned by default (see `compressor.targets`); empty: all that the pattern fits."""
+    ignore: Sequence[str] = ()
+    defaults: Mapping[str, Any] = {}
+    """Recipe settings that suit this model, below everything that the user says."""
+    about: Mapping[str, str] = {}
+    """Where weights and data come from: `source`, `licence`, `data`, `weights`."""
+
+    @abstractmethod
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        """(inputs, target) for one batch of data, on the CPU. All randomness comes from `rng`, a CPU generator.
+
+        `inputs` is any nesting of tuples, lists and dicts; its tensors, like `target`, have the batch as dim 0, so that
+        the engine can split a batch. Student and teacher both see these very inputs.
+        """
+
+    @abstractmethod
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        """What `module` answers to `inputs`, shaped like `target`."""
+
+    def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
+        """`n` images (n, channels, height, width) in [-1, 1], from noise drawn from `rng`, in `steps` sampler steps."""
+        raise CompressorError(f"{type(self).__name__} cannot sample", "Give the adapter a `sample` method.")
+
+    def example_inputs(self, batch_size: int) -> Any:
+        """Inputs for `predict`, for counting and timing; values do not matter."""
+        raise CompressorError(f"{type(self).__name__} has no example inputs", "Give it an `example_inputs` method.")
+
+    def build(self) -> nn.Module:
+        """A new model of this configuration, with random weights."""
+        raise CompressorError(f"{type(self).__name__} cannot build its model", "Give the adapter a `build` method.")
+
+    def load(self, source: str | None) -> nn.Module:
+        """The model with pretrained weights: those at `source` (a path), or the bundled ones where it is None."""
+        raise CompressorError(f"{type(self).__name__} cannot load weights", "Give the adapter a `load` method.")
+
+    @property
+    def sampler(self) -> str:
+        """The sampler's name and settings, for reports."""
+        return "unnamed"

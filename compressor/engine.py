@@ -1,0 +1,318 @@
+"""Fine-tuning: `steps` yields one record per optimizer step; `prune` drives it to its end. Nothing here prints."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from compressor.adapter import Adapter
+from compressor.data import Batches, as_batches
+from compressor.errors import CompressorError
+from compressor.pattern import Mask, parse
+from compressor.pruner import Pruner
+from compressor.seeds import generator
+from compressor.shadow import Shadow, checked_masks
+from compressor.targets import Layer, select
+from compressor.training import Training
+
+_TOLERATED_NONFINITE = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. `flip_rate` is the share of target entries whose mask changed."""
+
+    step: int
+    steps: int
+    loss: float
+    noise_loss: float
+    teacher_loss: float | None
+    lr: float
+    grad_norm: float
+    flip_rate: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A pruned model (in eval mode, on the CPU or the device it was trained on) and what was done to it.
+
+    `masks` by parameter name; `layers` lists every layer, with the reason where it has no mask; `flipped` is, per weight, the
+    number of mask changes per entry over the whole run.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Mask]
+    layers: Sequence[Layer]
+    steps: Sequence[Step]
+    flipped: Mapping[str, float]
+
+
+class FineTuning:
+    """The state of a fine-tuning run. `steps` advances it, `state` and `restore` carry it over an interruption.
+
+    `model` is left as it is: student and teacher are copies. `previous` is the state of an interrupted run; with it,
+    `prepare` is not called again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner,
+        *,
+        adapter: Adapter,
+        data: Any,
+        training: Training,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        previous: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.adapter, self.training = adapter, training
+        self.device = resolve_device(training.device)
+        self.batches: Batches = as_batches(data, training.batch_size, training.seed)
+        self.student = copy.deepcopy(model).to(self.device).train()
+        self.teacher = None
+        if pruner.objective.teacher > 0 and training.steps > 0:
+            self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        if previous is None:
+            pruner = pruner.prepare(self.student, adapter, self.batches)
+        else:
+            pruner = pruner.restored(previous["pruner"])
+        self.pruner = pruner
+        self.layers = select(
+            self.student,
+            pruner.pattern,
+            set(pruner.targets(self.student)),
+            adapter.targets if targets is None else targets,
+            adapter.ignore if ignore is None else ignore,
+        )
+        self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise CompressorError("no parameter of the model is trainable", "Call requires_grad_(True) on what may change.")
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
+        )
+        self.shadow = Shadow(
+            {layer.name: layer.weight for layer in self.layers if layer.reason is None},
+            pruner,
+            self.optimizer,
+            progress=0.0 if training.steps else 1.0,
+        )
+        _verify(self.shadow.masks)
+        self.average = {name: value.clone() for name, value in self._dense().items()}
+        self.done = 0
+        self._nonfinite = 0
+        torch.manual_seed(training.seed)  # for dropout and the like, which draw from the global generator
+        if previous is not None:
+            self._restore(previous)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings."""
+        for name, value in self.student.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CompressorError(f"step {self.done}: {name} is not finite", "Lower the learning rate.")
+        _verify(self.shadow.masks)
+        return {
+            "step": self.done,
+            "model": self.student.state_dict(),
+            "shadow": self.shadow.state(),
+            "average": dict(self.average),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": dict(self.pruner.state()),
+            "rng": {"cpu": torch.get_rng_state(), **_cuda_rng(self.device)},
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.student.load_state_dict(state["model"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(
+            {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
+        )
+        shadow = state["shadow"]
+        masks = {n: Mask(m["keep"].to(self.device), parse(m["pattern"])) for n, m in shadow["masks"].items()}
+        self.shadow.restore(shadow["dense"], masks, shadow["flipped"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.done = int(state["step"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def advance(self) -> Step:
+        """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
+        t, settings = self.done, self.training
+        lr = settings.lr_at(t)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        noise_loss, teacher_loss = self._backward(t)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        objective = self.pruner.objective
+        loss = objective.noise * noise_loss + objective.teacher * (teacher_loss or 0.0)
+        grad_norm = float(norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._nonfinite = 0
+            if settings.clip:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
+            self.shadow.progress = (t + 1) / settings.steps
+            self.optimizer.step()
+            self._update_average(t)
+            flips = float(sum(float(count) for count in self.shadow.flips.values()))
+        else:
+            self._nonfinite += 1
+            if self._nonfinite > _TOLERATED_NONFINITE:
+                raise CompressorError(f"step {t + 1}: {self._name_nonfinite(loss)}", "Lower the learning rate, or check the data.")
+            flips = 0.0
+        self.done = t + 1
+        entries = sum(weight.numel() for weight in self.shadow.dense.values())
+        return Step(
+            self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries)
+        )
+
+    def finish(self) -> Result:
+        """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
+        self.shadow.close()
+        steps = self.done
+        final = self.average if steps and self.training.ema else self._dense()
+        dense = {name: final[name] for name in self.shadow.dense}
+        masks = self.shadow.masks
+        if steps:
+            masks = checked_masks(self.pruner.masks(dense, 1.0, dict(masks)), dense)
+        _verify(masks)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(masks[name].apply(final[name]) if name in masks else final[name])
+                parameter.grad = None
+        sizes = {name: weight.numel() for name, weight in dense.items()}
+        flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
+        return Result(self.student.eval(), masks, self.layers, (), flipped)
+
+    def _backward(self, step: int) -> tuple[float, float | None]:
+        """Gradients of the objective on the batch of `step`; returns its two losses, without their weights.
+
+        Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
+        """
+        batch = self.batches.batch(step)
+        inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
+        n, pieces, objective = target.shape[0], self.training.accumulate, self.pruner.objective
+        noise_sum, teacher_sum = 0.0, 0.0
+        for rows in torch.arange(n).tensor_split(min(pieces, n)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            piece = tree_map_only(Tensor, lambda x, part=part: _rows(x, n, part).to(self.device), inputs)
+            share = len(rows) / n
+            with self._autocast():
+                prediction = self.adapter.predict(self.student, piece).float()
+                noise_loss = F.mse_loss(prediction, target[part].to(self.device).float())
+                loss = objective.noise * noise_loss
+                if self.teacher is not None:
+                    with torch.no_grad():
+                        expected = self.adapter.predict(self.teacher, piece).float()
+                    teacher_loss = F.mse_loss(prediction, expected)
+                    loss = loss + objective.teacher * teacher_loss
+                    teacher_sum += share * float(teacher_loss.detach())
+            noise_sum += share * float(noise_loss.detach())
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        return noise_sum, teacher_sum if self.teacher is not None else None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
+        dtype = self.training.dtype
+        enabled = dtype == "bfloat16" or (
+            dtype == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The dense value of every trained parameter: the Shadow's where it has one."""
+        return {name: self.shadow.dense.get(name, p.detach()) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        if self.training.ema:
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self._dense().values()), 1 - self.training.ema_at(step)
+            )
+
+    def _name_nonfinite(self, loss: float) -> str:
+        bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        where = f"the gradient of {bad[0]} is not finite" if bad else "the gradient is finite"
+        return f"the loss is {loss}, and {where}, {self._nonfinite} steps in a row"
+
+
+def steps(run: FineTuning) -> Iterator[Step]:
+    """Advance `run` to its last step, one record at a time. The caller may stop between any two."""
+    while run.done < run.training.steps:
+        yield run.advance()
+
+
+def prune(
+    model: nn.Module,
+    pruner: Pruner,
+    *,
+    adapter: Adapter,
+    data: Any,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    **training: Any,
+) -> Result:
+    """Prune a copy of `model` with `pruner` and fine-tune it. `model` stays as it is.
+
+    `data`: an Images, a tensor of samples, a map-style dataset, or ready batches (a list, a DataLoader, any iterable).
+    `targets`, `ignore`: rules for layer names (`compressor.targets`); None takes the adapter's. `training`: the fields
+    of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
+
+    Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
+    pattern, and losses that stop being finite.
+    """
+    from compressor.recipe import validated
+
+    run = FineTuning(
+        model,
+        pruner,
+        adapter=adapter,
+        data=data,
+        training=validated(Training, training, "prune()"),
+        targets=targets,
+        ignore=ignore,
+    )
+    records = list(steps(run))
+    result = run.finish()
+    return Result(result.model, result.masks, result.layers, records, result.flipped)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device called `name`; `auto` is what accelerate finds (a GPU of its rank, else the CPU)."""
+    from accelerate import PartialState
+
+    try:
+        device = PartialState().default_device if name == "auto" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CompressorError(f"device {name!r} cannot be used: {reason}", "Use auto, cpu, cuda or cuda:0.") from error
+    return device
+
+
+def _verify(masks: Mapping[str, Mask]) -> None:
+    for name, mask in masks.items():
+        try:
+            mask.verify()
+        except CompressorError as error:
+            raise CompressorError(f"{name}: {error.message}", error.hint) from error
+
+
+def _rows(tensor: Tensor, n: int, part: slice) -> Tensor:
+    return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
+
+
+def _cuda_rng(device: torch.device) -> dict[str, Tensor]:
+    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}

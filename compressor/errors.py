@@ -1,0 +1,44 @@
+"""One family of errors. Inner code states the fact; the public function adds where it happened.
+
+A message says where, what was found and what is allowed; the hint says what to do. Only the command line turns an
+error into an exit code, and only it prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CompressorError(Exception):
+    """Something that the caller can put right. `hint` says how; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class UsageError(CompressorError):
+    """A name, flag or recipe that cannot be meant."""
+
+    exit_code = 2
+
+
+class LockedError(CompressorError):
+    """Another process works in the output directory."""
+
+    exit_code = 4
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """`did you mean 'sparsedm'? ` plus the list of what exists, for the hint of an error."""
+    names = sorted(allowed)
+    close = get_close_matches(found, names, n=1, cutoff=0.5)
+    listing = ", ".join(names) if names else "none"
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"Available: {listing}."

@@ -1,0 +1,205 @@
+"""Patterns: the rules that say which zeros a weight may have, and the masks that obey them.
+
+A pattern is a value with a string form; `parse` and `str` are inverses. Groups run along *input channels*, dim 1 of a
+Linear or Conv weight, separately at each kernel position: the layout that sparse tensor cores, TensorRT and the
+SparseDM code use. Ties go to the first entry, so exactly N of M survive whatever the scores are.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from compressor.errors import CompressorError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """One legal choice of survivors: `keep` is a bool tensor shaped like the weight, `pattern` the rule that it obeys."""
+
+    keep: Tensor
+    pattern: Pattern
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, Tensor) or self.keep.dtype != torch.bool:
+            found = self.keep.dtype if isinstance(self.keep, Tensor) else type(self.keep).__name__
+            raise CompressorError(f"a mask's keep must be a bool tensor, got {found}", "Compare or call .bool() on it.")
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """`weight` with zeros where `keep` is False: plain +0.0, also where the weight is negative or not finite."""
+        return torch.where(self.keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    def verify(self) -> None:
+        """Raise CompressorError unless `keep` obeys the pattern."""
+        self.pattern.verify(self.keep)
+
+
+class Pattern(ABC):
+    """The rule that says which zeros a weight may have. Subclasses are frozen dataclasses whose `str` parses back."""
+
+    density: float
+    """The kept share of a weight, in (0, 1]."""
+
+    @abstractmethod
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of `shape` (out, in, *kernel) cannot have this pattern; None where it can."""
+
+    @abstractmethod
+    def survivors(self, score: Tensor) -> Tensor:
+        """The bool tensor that keeps the largest scores. `score` fits and has no NaN; `mask` has checked that."""
+
+    @abstractmethod
+    def violations(self, keep: Tensor) -> int:
+        """How many groups of `keep` (bool, fitting shape) hold more survivors than the pattern allows."""
+
+    def mask(self, score: Tensor) -> Mask:
+        """The mask that keeps the largest entries of `score` (shaped like the weight; larger = keep).
+
+        Raises CompressorError where the shape does not fit or a score is NaN.
+        """
+        if reason := self.misfit(tuple(score.shape)):
+            raise CompressorError(f"{self}: {reason}")
+        # A sum is one cheap pass; only where it is not finite (inf scores are legal) is the exact question asked.
+        if not torch.isfinite(score.sum()) and bool(score.isnan().any()):
+            raise CompressorError(f"{self}: the score holds NaN", "Scores must be numbers; inf keeps, -inf drops.")
+        return Mask(self.survivors(score), self)
+
+    def verify(self, tensor: Tensor) -> None:
+        """Raise CompressorError unless the nonzero entries of `tensor` (a weight or a keep) obey the pattern."""
+        if reason := self.misfit(tuple(tensor.shape)):
+            raise CompressorError(f"{self}: {reason}")
+        if broken := self.violations(tensor != 0):
+            raise CompressorError(f"not {self}: {broken} group(s) hold more nonzero entries than the pattern allows")
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Keep `n` of every `m` consecutive input channels; `v` output rows share one choice (the vector form, V:N:M).
+
+    Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
+    Source: Zhou et al. 2021 (N:M); Castro et al. 2023, "VENOM" (V:N:M).
+    """
+
+    n: int
+    m: int
+    v: int = 1
+    density: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("n", "m", "v"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"pattern: {name} must be a whole number of at least 1, got {value!r}")
+        if self.n > self.m:
+            raise UsageError(f"pattern {self}: cannot keep {self.n} of {self.m}", "N is at most M, as in 2:4.")
+        object.__setattr__(self, "density", self.n / self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.v == 1 else f"{self.v}:{self.n}:{self.m}"
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if reason := _no_matrix(shape):
+            return reason
+        if shape[1] % self.m:
+            return f"needs dim 1 divisible by {self.m}, got {shape}"
+        if shape[0] % self.v:
+            return f"needs dim 0 divisible by {self.v}, got {shape}"
+        return None
+
+    def survivors(self, score: Tensor) -> Tensor:
+        lanes = self._lanes(score)
+        keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        kept = self._lanes(keep)
+        if self.m <= 8:  # M(M-1)/2 comparisons beat a sort up to about here
+            _keep_least_beaten(lanes[:, 0] if self.v == 1 else lanes.sum(1), self.n, kept)
+        else:
+            order = lanes.sum(1, keepdim=True).argsort(dim=0, descending=True, stable=True)
+            kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
+        return keep
+
+    def violations(self, keep: Tensor) -> int:
+        return int((self._lanes(keep).any(1).sum(0) > self.n).sum())
+
+    def _lanes(self, tensor: Tensor) -> Tensor:
+        """(out, in, *kernel) -> (m, v, out / v, *kernel, in / m): the M entries of each group side by side."""
+        return rearrange(tensor, "(o v) (i m) ... -> m v o ... i", m=self.m, v=self.v)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Keep the share `density` of a weight, wherever the largest scores are (ties to the first in memory order)."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+            raise UsageError(f"pattern: density must be a number above 0 and up to 1, got {self.density!r}")
+        object.__setattr__(self, "density", float(self.density))
+
+    def __str__(self) -> str:
+        return f"unstructured:{self.density!r}"
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return _no_matrix(shape)
+
+    def survivors(self, score: Tensor) -> Tensor:
+        order = score.flatten().argsort(descending=True, stable=True)
+        keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+        return keep.index_fill_(0, order[: self._count(score)], True).view(score.shape)
+
+    def violations(self, keep: Tensor) -> int:
+        return int(int(keep.sum()) > self._count(keep))
+
+    def _count(self, tensor: Tensor) -> int:
+        return max(1, round(self.density * tensor.numel()))
+
+
+_NM = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,6})")
+_UNSTRUCTURED = re.compile(r"unstructured:(\d*\.?\d+(?:e-?\d+)?)")
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that `text` names: the inverse of `str(pattern)`. Raises UsageError, naming what is allowed.
+
+    >>> parse("2:4"), str(parse("4:2:4")), parse("unstructured:0.5").density
+    (NM(n=2, m=4, v=1), '4:2:4', 0.5)
+    """
+    stripped = text.strip() if isinstance(text, str) else ""
+    if found := _NM.fullmatch(stripped):
+        v, n, m = found.groups()
+        return NM(int(n), int(m), int(v or 1))
+    if found := _UNSTRUCTURED.fullmatch(stripped):
+        return Unstructured(float(found[1]))
+    raise UsageError(
+        f"pattern {text!r} is not one that exists",
+        "Write N:M (2:4), V:N:M (4:2:4) or unstructured:DENSITY (unstructured:0.5).",
+    )
+
+
+def _no_matrix(shape: tuple[int, ...]) -> str | None:
+    if len(shape) < 2:
+        return f"needs a weight of at least 2 dims (out, in, *kernel), got {shape}"
+    return f"the weight is empty, got {shape}" if 0 in shape else None
+
+
+def _keep_least_beaten(lanes: Tensor, n: int, kept: Tensor) -> None:
+    """Write into `kept` (m, v, *groups) which of the M entries of `lanes` (m, *groups) fewer than `n` others beat.
+
+    Of two equal entries the earlier one wins. `lanes` may be a strided view: one pass over it is all a pair costs.
+    """
+    m = lanes.shape[0]
+    beaten = [torch.full(lanes.shape[1:], m - 1 - i, dtype=torch.uint8, device=lanes.device) for i in range(m)]
+    first_wins = torch.empty(lanes.shape[1:], dtype=torch.bool, device=lanes.device)
+    for i in range(m):
+        for j in range(i + 1, m):
+            torch.ge(lanes[i], lanes[j], out=first_wins)
+            beaten[i] -= first_wins.view(torch.uint8)
+            beaten[j] += first_wins.view(torch.uint8)
+    for i in range(m):
+        for row in kept[i]:
+            torch.lt(beaten[i], n, out=row)

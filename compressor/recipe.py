@@ -1,0 +1,203 @@
+"""Recipes: the settings of a run, read from YAML, merged, validated and written back resolved.
+
+Order: defaults, the model's own, the recipe file, flags, `--set`. A setting inside a section may be named without it
+where its last word is unique (`lr` for `train.lr`), in a file and with `--set` alike.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from compressor.errors import UsageError, did_you_mean
+from compressor.training import Training
+
+_MAX_BYTES = 256 * 1024
+_MAX_DEPTH = 8
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Evaluation(BaseModel):
+    """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    metric: str | None = None
+    samples: Annotated[int, Field(ge=0)] = 1024
+    sampler_steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
+    seed: Annotated[int, Field(ge=0)] = 1234
+    latency_batch: Annotated[int, Field(ge=1)] = 16
+    latency_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
+
+
+class Recipe(BaseModel):
+    """One run. `settings` are the method's own; `pattern`, `targets` and `ignore` are None where the default holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    model: str = "uvit-digits"
+    weights: str | None = None
+    data: str | None = None
+    method: str = "sparsedm"
+    pruner: str | None = None
+    pattern: str | None = None
+    targets: list[str] | None = None
+    ignore: list[str] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    train: Training = Training()
+    evaluate: Evaluation = Evaluation()
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("train"), dict):
+            betas = values["train"].get("betas")
+            if isinstance(betas, list):  # YAML has no tuples
+                values = {**values, "train": {**values["train"], "betas": tuple(betas)}}
+        return values
+
+
+SECTIONS: Mapping[str, type[BaseModel]] = {"train": Training, "evaluate": Evaluation}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The settings in a recipe file, not yet validated.
+
+    Raises UsageError, with path and line, where the file is too large, is not YAML, or has a duplicate key. `2:4` and
+    `1e-4` need no quotes here: this is YAML 1.2.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{path}: larger than {_MAX_BYTES // 1024} KiB", "A recipe is a few dozen lines.")
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", "Give the path of a recipe file.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text file", "A recipe is YAML in UTF-8.") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; see `read`."""
+    loader = YAML(typ="safe", pure=True)
+    try:
+        for token in _events(text):
+            if token in {"alias", "tag", "depth"}:
+                raise UsageError(f"{where}: {_REFUSED[token]}", "Write plain keys, values and lists.")
+        values = loader.load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UsageError(f"{where}{line}: {problem}", "Each key stands once; see docs for all settings.") from error
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise UsageError(f"{where}: {error}", "A recipe is YAML.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{where}: not a mapping of names to settings", "Write `key: value` lines.")
+    return values
+
+
+_REFUSED = {
+    "alias": "anchors and aliases are not used in recipes",
+    "tag": "tags are not used in recipes",
+    "depth": f"nested deeper than {_MAX_DEPTH} levels",
+}
+
+
+def _events(text: str) -> Any:
+    """What in the text makes it more than plain data, found before anything is built from it."""
+    from ruamel.yaml import events
+
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+        if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
+            yield "alias"
+        if getattr(event, "tag", None) not in (None, "!"):
+            yield "tag"
+        depth += isinstance(event, (events.MappingStartEvent, events.SequenceStartEvent))
+        depth -= isinstance(event, (events.MappingEndEvent, events.SequenceEndEvent))
+        if depth > _MAX_DEPTH:
+            yield "depth"
+
+
+def assignment(text: str) -> dict[str, Any]:
+    """`section.key=value` as nested settings; the value is read as YAML (`1e-4`, `true`, `2:4`, `[a, b]`)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r}: not KEY=VALUE", "Write it like --set train.lr=1e-4")
+    loaded = parse_yaml(f"value: {value}" if value.strip() else "value: ''", f"--set {key.strip()}")["value"]
+    nested: Any = loaded
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    return nested  # type: ignore[no-any-return]
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings laid over each other, later ones on top; sections are merged key by key."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in placed(layer).items():
+            old = result.get(key)
+            result[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with short names put into the section that they belong to."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        homes = [name for name, section in SECTIONS.items() if key in section.model_fields]
+        if key in Recipe.model_fields or len(homes) != 1:
+            section_key, inner = key, value
+        else:
+            section_key, inner = homes[0], {key: value}
+        old = result.get(section_key)
+        if isinstance(old, dict) and isinstance(inner, dict):
+            if twice := old.keys() & inner.keys():
+                raise UsageError(f"{sorted(twice)[0]!r} is given twice", f"Write it once, under {section_key}.")
+            inner = {**old, **inner}
+        result[section_key] = inner
+    return result
+
+
+def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
+    """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            names = model.model_fields
+            for part in first["loc"][:-1]:
+                annotation = names[str(part)].annotation
+                names = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+            everywhere = list(names) + (
+                [f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields] if model is Recipe else []
+            )
+            hint = did_you_mean(str(first["loc"][-1]), names if len(first["loc"]) > 1 else everywhere)
+            raise UsageError(f"{where}: unknown setting {path!r}", hint) from error
+        found = repr(first["input"])
+        raise UsageError(
+            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}", "See docs for what each setting allows."
+        ) from error
+
+
+def dump(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML; `read` gives the same settings back."""
+    writer = YAML()
+    writer.default_flow_style = False
+    with path.open("w", encoding="utf-8") as file:
+        writer.dump(recipe.model_dump(mode="json"), file)

@@ -1,0 +1,50 @@
+"""The settings of fine-tuning, and the pure functions of the step count that they give."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Training(BaseModel):
+    """How to fine-tune. `batch_size` is samples per optimizer step; `accumulate` splits each into that many pieces."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    steps: Annotated[int, Field(ge=0, le=100_000_000)] = 300
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[_Share, _Share] = (0.99, 0.999)
+    weight_decay: _NotNegative = 0.03
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    ema: _Share = 0.9999
+    clip: _NotNegative = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        match self.schedule:
+            case "constant":
+                return self.lr
+            case "linear":
+                return self.lr * (1 - done)
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    def ema_at(self, step: int) -> float:
+        """The EMA decay of `step`: `ema`, reached gradually so that a short run does not average in its start."""
+        return min(self.ema, (1 + step) / (10 + step))

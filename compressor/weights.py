@@ -1,0 +1,73 @@
+"""Reading weight files: safetensors, and PyTorch files without running anything that is in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file, by name.
+
+    PyTorch files are read with `weights_only=True`: a file that holds anything but tensors and numbers is refused, and
+    nothing in it runs. A `module.` prefix on every key, as DataParallel leaves it, is dropped.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CompressorError(f"{path}: no such file", "Give the path of a .safetensors or .pth file.")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CompressorError(f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete.") from error
+    except Exception as error:  # torch.load raises a dozen types on files that are damaged or hostile
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise CompressorError(
+            f"{path}: refused: not a plain PyTorch state dict ({reason})",
+            "Nothing in it was run. Where you trust its source, load it there and save model.state_dict() as safetensors.",
+        ) from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        found = f"keys {list(state)[:4]}" if isinstance(state, Mapping) else type(state).__name__
+        raise CompressorError(f"{path}: not a state dict of tensors, found {found}", "Save model.state_dict() alone.")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
+    own = model.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in own]
+    wrong += [
+        f"{name}: file has {tuple(state[name].shape)}, model has {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CompressorError(
+            f"{where} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}",
+            "Choose the model of this checkpoint with --model; `compressor list models` shows all.",
+        )
+    model.load_state_dict(dict(state), strict=True)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of every tensor of the model: names, dtypes, shapes and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""The published U-ViT sizes by name, and the bundled one. Each function is a registered model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compressor.model_zoo.uvit.adapter import UViTAdapter
+
+_SMALL = {"embed_dim": 512, "depth": 12, "num_heads": 8}
+_MEDIUM = {"embed_dim": 768, "depth": 16, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 20, "num_heads": 16}
+_HUGE = {"embed_dim": 1152, "depth": 28, "num_heads": 16}
+_LATENT = {"in_chans": 4, "conv": False, "num_classes": 1001}  # 1,000 classes and the empty one of guidance
+
+DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 4}
+
+
+def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UViTAdapter:
+    about = {
+        "source": "Bao et al. 2023, All are Worth Words",
+        "data": data,
+        "weights": "The authors' U-ViT repository lists a checkpoint for each published size.",
+        "licence": "MIT (the authors' code; see their repository for the weights)",
+    }
+    return UViTAdapter({"in_chans": 3, **config, **size}, name, about=about)
+
+
+def cifar10() -> UViTAdapter:
+    """U-ViT-S/2 for CIFAR-10, 32x32 pixels."""
+    return _published("uvit-cifar10", "CIFAR-10, 32x32", _SMALL, img_size=32, patch_size=2)
+
+
+def celeba64() -> UViTAdapter:
+    """U-ViT-S/4 for CelebA, 64x64 pixels."""
+    return _published("uvit-celeba64", "CelebA, 64x64", _SMALL, img_size=64, patch_size=4)
+
+
+def imagenet64_m() -> UViTAdapter:
+    """U-ViT-M/4 for ImageNet at 64x64, class-conditional."""
+    return _published("uvit-imagenet64-m", "ImageNet, 64x64", _MEDIUM, img_size=64, patch_size=4, num_classes=1000)
+
+
+def imagenet64_l() -> UViTAdapter:
+    """U-ViT-L/4 for ImageNet at 64x64, class-conditional."""
+    return _published("uvit-imagenet64-l", "ImageNet, 64x64", _LARGE, img_size=64, patch_size=4, num_classes=1000)
+
+
+def imagenet256_l() -> UViTAdapter:
+    """U-ViT-L/2 for ImageNet at 256x256, in the 4x32x32 latent space, class-conditional."""
+    return _published("uvit-imagenet256-l", "ImageNet, latents 4x32x32", _LARGE, img_size=32, patch_size=2, **_LATENT)
+
+
+def imagenet256_h() -> UViTAdapter:
+    """U-ViT-H/2 for ImageNet at 256x256, in the 4x32x32 latent space, class-conditional."""
+    return _published("uvit-imagenet256-h", "ImageNet, latents 4x32x32", _HUGE, img_size=32, patch_size=2, **_LATENT)
+
+
+def imagenet512_l() -> UViTAdapter:
+    """U-ViT-L/4 for ImageNet at 512x512, in the 4x64x64 latent space, class-conditional."""
+    return _published("uvit-imagenet512-l", "ImageNet, latents 4x64x64", _LARGE, img_size=64, patch_size=4, **_LATENT)
+
+
+def imagenet512_h() -> UViTAdapter:
+    """U-ViT-H/4 for ImageNet at 512x512, in the 4x64x64 latent space, class-conditional."""
+    return _published("uvit-imagenet512-h", "ImageNet, latents 4x64x64", _HUGE, img_size=64, patch_size=4, **_LATENT)
+
+
+def digits() -> UViTAdapter:
+    """A small U-ViT for 8x8 handwritten digits, bundled with its weights."""
+    return UViTAdapter(
+        DIGITS_CONFIG,
+        "uvit-digits",
+        weights=Path(__file__).with_name("uvit-digits.safetensors"),
+        defaults={"data": "digits"},
+        about={
+            "source": "trained for this project by `python -m compressor.model_zoo.digits.train`",
+            "data": "UCI handwritten digits, 8x8",
+            "weights": "bundled",
+            "licence": "Apache-2.0",
+        },
+    )

@@ -1,0 +1,1 @@
+"""Compression methods, one folder each, registered by entry points exactly as a third party's would be."""

@@ -1,0 +1,28 @@
+"""Magnitude pruning with a frozen mask: the recipe of NVIDIA's ASP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compressor.estimator import Estimator, Exact
+from compressor.pattern import NM, Mask, Pattern
+from compressor.pruner import Pruner
+
+
+@dataclass(frozen=True)
+class Magnitude(Pruner):
+    """Keeps the largest |w| of the pretrained weights, once; fine-tuning then moves only what was kept.
+
+    Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4.
+    """
+
+    pattern: Pattern = NM(2, 4)  # type: ignore[assignment]
+    estimator: Estimator = Exact()  # type: ignore[assignment]
+
+    def masks(
+        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
+    ) -> Mapping[str, Mask]:
+        return previous or {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}

@@ -1,0 +1,82 @@
+"""SparseDM: masks renewed at every step, an improved straight-through estimator, and the dense model as teacher.
+
+Source: Wang, Chen, Li, Mi, Zhu 2025, "SparseDM: Toward Sparse Efficient Diffusion Models", arXiv 2404.10445.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compressor.errors import UsageError
+from compressor.estimator import Estimator
+from compressor.pattern import NM, Mask, Pattern
+from compressor.pruner import Objective, Pruner
+
+_PROGRESSIVE = (NM(31, 32), NM(15, 16), NM(7, 8), NM(3, 4))
+
+
+@dataclass(frozen=True)
+class SRSTE(Estimator):
+    """Sparse-refined straight-through: pruned weights are also pulled towards zero, which calms mask changes.
+
+    `decay` is λ. As a term of the gradient it passes through the optimizer's moments, as published; `decoupled`
+    applies it to the weight after the step instead, scaled by the learning rate.
+    Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", eq. 9.
+    """
+
+    decay: float = 2e-4
+    decoupled: bool = False
+
+    def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
+        """g + λ (1 - m) ⊙ w"""
+        return grad if self.decoupled else grad + self.decay * (dense - mask.apply(dense))
+
+    def shrink(self, dense: Tensor, mask: Mask, lr: float) -> Tensor:
+        return dense - lr * self.decay * (dense - mask.apply(dense)) if self.decoupled else dense
+
+
+@dataclass(frozen=True)
+class SparseDM(Pruner):
+    """Turns a pretrained diffusion model into an N:M sparse one and fine-tunes it against its dense self.
+
+    `decay`: λ of the estimator; 0 is the plain straight-through estimator. `decoupled`: apply it outside the gradient.
+    `teacher`: α, the weight of the dense teacher's prediction beside the noise; 0 is SR-STE alone. `teacher_only`:
+    learn from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in
+    equal shares of the steps; weights that a stage does not fit skip it.
+    """
+
+    pattern: Pattern = NM(2, 4)  # type: ignore[assignment]
+    decay: float = 2e-4
+    decoupled: bool = False
+    teacher: float = 0.1
+    teacher_only: bool = False
+    progressive: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("decay", "teacher"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"sparsedm: {name} must be a number of at least 0, got {getattr(self, name)!r}")
+
+    @property
+    def estimator(self) -> Estimator:
+        return SRSTE(self.decay, self.decoupled)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
+
+    def masks(
+        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
+    ) -> Mapping[str, Mask]:
+        return {name: self._stage(weight, progress).mask(weight.abs()) for name, weight in weights.items()}
+
+    def _stage(self, weight: Tensor, progress: float) -> Pattern:
+        """The pattern in force for `weight` at `progress`: the final one unless the schedule is progressive."""
+        if not self.progressive:
+            return self.pattern
+        looser = [p for p in _PROGRESSIVE if p.density > self.pattern.density and not p.misfit(tuple(weight.shape))]
+        stages: list[Pattern] = [*looser, self.pattern]
+        return stages[min(int(progress * len(stages)), len(stages) - 1)]
