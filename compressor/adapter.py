@@ -53,6 +53,11 @@ class Adapter(ABC):
         raise CompressorError(f"{type(self).__name__} cannot load weights", "Give the adapter a `load` method.")
 
     @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(channels, height, width) of the images that the model takes, so that wrong data is refused; None: any."""
+        return None
+
+    @property
     def sampler(self) -> str:
         """The sampler's name and settings, for reports."""
         return "unnamed"

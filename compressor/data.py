@@ -54,14 +54,20 @@ def read_images(path: str | Path) -> Images:
     if path.suffix not in {".npz", ".npy"}:
         raise CompressorError(f"{path}: not a data file that can be read", "Give an .npz or .npy file of images.")
     if not path.is_file():
-        raise CompressorError(f"{path}: no such file", "Give the path of an .npz or .npy file, or a bundled set's name.")
+        raise CompressorError(
+            f"{path}: no such file", "Give the path of an .npz or .npy file, or a bundled set's name."
+        )
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
     except Exception as error:  # numpy and zipfile raise a dozen types on damaged files
-        raise CompressorError(f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects.") from error
+        raise CompressorError(
+            f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
+        ) from error
     if "images" not in arrays:
-        raise CompressorError(f"{path}: no array named 'images', found {sorted(arrays)}", "Save with np.savez(images=...).")
+        raise CompressorError(
+            f"{path}: no array named 'images', found {sorted(arrays)}", "Save with np.savez(images=...)."
+        )
     images, labels = arrays["images"], arrays.get("labels")
     if images.ndim == 3:
         images = images[:, None]
@@ -69,10 +75,13 @@ def read_images(path: str | Path) -> Images:
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[0] == 0 or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
         raise CompressorError(
-            f"{path}: images are {images.dtype} {images.shape}", "Allowed: uint8 or float, (n, h, w[, c]) or (n, c, h, w)."
+            f"{path}: images are {images.dtype} {images.shape}",
+            "Allowed: uint8 or float, (n, h, w[, c]) or (n, c, h, w).",
         )
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise CompressorError(f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},).")
+        raise CompressorError(
+            f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},)."
+        )
     return Images(
         path.stem,
         torch.from_numpy(np.ascontiguousarray(images)),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,9 @@ class FineTuning:
         )
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise CompressorError("no parameter of the model is trainable", "Call requires_grad_(True) on what may change.")
+            raise CompressorError(
+                "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
+            )
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
         )
@@ -170,13 +173,13 @@ class FineTuning:
         else:
             self._nonfinite += 1
             if self._nonfinite > _TOLERATED_NONFINITE:
-                raise CompressorError(f"step {t + 1}: {self._name_nonfinite(loss)}", "Lower the learning rate, or check the data.")
+                raise CompressorError(
+                    f"step {t + 1}: {self._name_nonfinite(loss)}", "Lower the learning rate, or check the data."
+                )
             flips = 0.0
         self.done = t + 1
         entries = sum(weight.numel() for weight in self.shadow.dense.values())
-        return Step(
-            self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries)
-        )
+        return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
     def finish(self) -> Result:
         """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
@@ -207,7 +210,7 @@ class FineTuning:
         noise_sum, teacher_sum = 0.0, 0.0
         for rows in torch.arange(n).tensor_split(min(pieces, n)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            piece = tree_map_only(Tensor, lambda x, part=part: _rows(x, n, part).to(self.device), inputs)
+            piece = tree_map_only(Tensor, partial(self._rows, n, part), inputs)
             share = len(rows) / n
             with self._autocast():
                 prediction = self.adapter.predict(self.student, piece).float()
@@ -222,6 +225,10 @@ class FineTuning:
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
         return noise_sum, teacher_sum if self.teacher is not None else None
+
+    def _rows(self, n: int, part: slice, tensor: Tensor) -> Tensor:
+        split = tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
+        return split.to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
@@ -308,10 +315,6 @@ def _verify(masks: Mapping[str, Mask]) -> None:
             mask.verify()
         except CompressorError as error:
             raise CompressorError(f"{name}: {error.message}", error.hint) from error
-
-
-def _rows(tensor: Tensor, n: int, part: slice) -> Tensor:
-    return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
 
 
 def _cuda_rng(device: torch.device) -> dict[str, Tensor]:

@@ -1,10 +1,20 @@
-"""Quality of samples, and drift from the dense model."""
+"""Quality of samples, and drift from the dense model: what a row of the report says about its weights' pictures."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from compressor.adapter import Adapter
+from compressor.data import Images
+from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
+from compressor.recipe import Evaluation
+from compressor.seeds import generator
 
 
 class Metric(ABC):
@@ -23,3 +33,78 @@ class Metric(ABC):
     @abstractmethod
     def sha256(self) -> str:
         """The hash of the extractor's weights."""
+
+
+def can_sample(adapter: Adapter) -> bool:
+    """Whether the adapter has a `sample` method of its own."""
+    return type(adapter).sample is not Adapter.sample
+
+
+def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterator[Tensor]:
+    """`settings.samples` images in batches, on the CPU. The same settings give every model the same initial noise."""
+    for first in range(0, settings.samples, settings.batch_size):
+        n = min(settings.batch_size, settings.samples - first)
+        yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
+
+
+def real_features(metric: Metric, data: Images) -> Tensor:
+    """The features (n, d) of all real images."""
+    return torch.cat([metric.features(_pixels(data, rows)) for rows in torch.split(torch.arange(len(data)), 1024)])
+
+
+def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
+    """The metric's entry of a report row for these generated images."""
+    features = metric.features(images)
+    interval = bootstrap(features, reference, settings.bootstrap, settings.seed)
+    return {
+        "metric": metric.name,
+        "value": frechet_distance(gaussian(features), reference),
+        "ci95": None if interval is None else list(interval),
+        "samples": len(images),
+        "sampler_steps": settings.sampler_steps,
+        "seed": settings.seed,
+    }
+
+
+def floor(features: Tensor, settings: Evaluation) -> dict[str, Any]:
+    """The distance between two disjoint random halves of the real images: what a perfect model of them would score.
+
+    It is on the high side for more samples than half the data, since the distance falls with the number of samples.
+    """
+    order = torch.randperm(len(features), generator=generator(settings.seed, "floor"))
+    half = len(features) // 2
+    reference = gaussian(features[order[half : 2 * half]])
+    interval = bootstrap(features[order[:half]], reference, settings.bootstrap, settings.seed)
+    value = frechet_distance(gaussian(features[order[:half]]), reference)
+    return {"value": value, "ci95": None if interval is None else list(interval), "samples": half}
+
+
+def sample_rmse(images: Tensor, dense: Tensor) -> dict[str, Any]:
+    """Root mean square difference of images from the dense model's, from the same noise; pixels span [-1, 1]."""
+    value = float((images - dense).square().mean().sqrt())
+    return {"metric": "sample_rmse", "value": value, "samples": len(images)}
+
+
+@torch.no_grad()
+def predictions(
+    adapter: Adapter, module: nn.Module, data: Images, settings: Evaluation, device: torch.device
+) -> Tensor:
+    """What `module` predicts on up to 512 real images, noised at random timesteps: the same inputs for every model."""
+    found = []
+    for first in range(0, min(512, len(data)), settings.batch_size):
+        batch = data.take(torch.arange(first, min(first + settings.batch_size, 512, len(data))))
+        inputs, _ = adapter.noised(batch, generator(settings.seed, "drift", first))
+        found.append(adapter.predict(module, tree_map_only(Tensor, lambda x: x.to(device), inputs)).float().cpu())
+    return torch.cat(found)
+
+
+def prediction_error(predicted: Tensor, dense: Tensor) -> dict[str, Any]:
+    """Mean square difference from the dense model's predictions, relative to their mean square."""
+    value = float((predicted - dense).square().mean() / dense.square().mean())
+    return {"metric": "prediction_error", "value": value, "samples": len(predicted)}
+
+
+def _pixels(data: Images, rows: Tensor) -> Tensor:
+    batch = data.take(rows)
+    images: Tensor = batch[0] if isinstance(batch, tuple) else batch
+    return images

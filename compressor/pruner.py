@@ -49,9 +49,7 @@ class Pruner(ABC):
         return Objective()
 
     @abstractmethod
-    def masks(
-        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
-    ) -> Mapping[str, Mask]:
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         """The masks that hold now. Pure: called before training, after every optimizer step, and once on the average.
 
         `weights`: the dense target weights by parameter name; `progress`: the share of the steps that is done, 0 to 1

@@ -183,7 +183,11 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
             names = model.model_fields
             for part in first["loc"][:-1]:
                 annotation = names[str(part)].annotation
-                names = annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+                names = (
+                    annotation.model_fields
+                    if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+                    else {}
+                )
             everywhere = list(names) + (
                 [f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields] if model is Recipe else []
             )

@@ -40,7 +40,9 @@ class Shadow:
         self._weights = dict(weights)
         self._group = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
         if missing := [name for name, weight in weights.items() if id(weight) not in self._group]:
-            raise CompressorError(f"{missing[0]} is pruned but not trained by the optimizer", "Give it all the targets.")
+            raise CompressorError(
+                f"{missing[0]} is pruned but not trained by the optimizer", "Give it all the targets."
+            )
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),

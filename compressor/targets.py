@@ -40,7 +40,11 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(module, _PRUNABLE + _TRANSPOSED) or not isinstance(weight, nn.Parameter) or id(weight) in seen:
+        if (
+            not isinstance(module, _PRUNABLE + _TRANSPOSED)
+            or not isinstance(weight, nn.Parameter)
+            or id(weight) in seen
+        ):
             continue
         seen.add(id(weight))
         if isinstance(module, _TRANSPOSED):

@@ -29,7 +29,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise CompressorError(f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete.") from error
+        raise CompressorError(
+            f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete."
+        ) from error
     except Exception as error:  # torch.load raises a dozen types on files that are damaged or hostile
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise CompressorError(

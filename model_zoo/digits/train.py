@@ -14,14 +14,14 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
-
-from compressor.engine import FineTuning, steps
 from compressor.model_zoo.digits.classifier import DigitsClassifier
 from compressor.model_zoo.digits.dataset import images
 from compressor.model_zoo.uvit.sizes import digits as uvit_digits
 from compressor.plugins.dense import DenseContinued
+from safetensors.torch import save_file
+from torch import nn
+
+from compressor.engine import FineTuning, steps
 from compressor.seeds import generator
 from compressor.training import Training
 from compressor.weights import weights_sha256

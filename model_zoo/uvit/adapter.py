@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressor.model_zoo.uvit.network import UViT
+from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, diffuse, scheduler, times
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError
-from compressor.model_zoo.uvit.network import UViT
-from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, diffuse, scheduler, times
 from compressor.weights import load_strictly, read_weights
 
 
@@ -61,7 +61,7 @@ class UViTAdapter(Adapter):
     @torch.no_grad()
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         device = next(module.parameters()).device
-        images = torch.randn(self._shape(n), generator=rng).to(device)
+        images = torch.randn(n, *self.image_shape, generator=rng).to(device)
         classes = self.config.get("num_classes", -1)
         labels = torch.randint(classes, (n,), generator=rng).to(device) if classes > 0 else None
         solver = scheduler()
@@ -75,8 +75,9 @@ class UViTAdapter(Adapter):
     def example_inputs(self, batch_size: int) -> Any:
         conditional = self.config.get("num_classes", -1) > 0
         labels = torch.zeros(batch_size, dtype=torch.int64) if conditional else None
-        return torch.zeros(self._shape(batch_size)), torch.full((batch_size,), 0.5 * TRAIN_TIMESTEPS), labels
+        return torch.zeros(batch_size, *self.image_shape), torch.full((batch_size,), 0.5 * TRAIN_TIMESTEPS), labels
 
-    def _shape(self, n: int) -> tuple[int, int, int, int]:
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
         size = int(self.config["img_size"])
-        return n, int(self.config["in_chans"]), size, size
+        return int(self.config["in_chans"]), size, size

@@ -18,7 +18,5 @@ class DenseContinued(Pruner):
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         return {}
 
-    def masks(
-        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
-    ) -> Mapping[str, Mask]:
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         return {}

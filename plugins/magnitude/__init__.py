@@ -22,7 +22,5 @@ class Magnitude(Pruner):
     pattern: Pattern = NM(2, 4)  # type: ignore[assignment]
     estimator: Estimator = Exact()  # type: ignore[assignment]
 
-    def masks(
-        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
-    ) -> Mapping[str, Mask]:
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         return previous or {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}

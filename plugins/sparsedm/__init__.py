@@ -68,9 +68,7 @@ class SparseDM(Pruner):
     def objective(self) -> Objective:
         return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
 
-    def masks(
-        self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
-    ) -> Mapping[str, Mask]:
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         return {name: self._stage(weight, progress).mask(weight.abs()) for name, weight in weights.items()}
 
     def _stage(self, weight: Tensor, progress: float) -> Pattern:

@@ -1,0 +1,255 @@
+"""Files that survive: folders are committed whole or not at all, and read back only where every byte is as written.
+
+A folder is written beside its target, each file flushed to disk, a manifest of hashes written last, and the folder
+renamed. A reader that finds a manifest which verifies has exactly what the writer had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressor import registry
+from compressor.errors import CompressorError
+from compressor.pattern import Mask, parse
+from compressor.recipe import validated
+from compressor.weights import load_strictly, weights_sha256
+
+MANIFEST = "manifest.json"
+_MAX_JSON_BYTES = 16 * 1024 * 1024
+
+
+def commit(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and make it `target` in one step. A folder that was there before is replaced.
+
+    Raises CompressorError where the disk is full or not writable; what was at `target` is then still there.
+    """
+    partial = target.parent / f".partial-{target.name}"
+    old = target.parent / f".old-{target.name}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(0o644)  # safetensors writes 0600
+            _sync(path)
+        entries = {
+            path.relative_to(partial).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
+            for path in files
+        }
+        manifest = partial / MANIFEST
+        manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
+        _sync(manifest)
+        _sync(partial)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        needed = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        free = shutil.disk_usage(_existing(target)).free
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CompressorError(
+            f"{target}: cannot be written: {reason} ({needed:,} bytes written so far, {free:,} bytes free)",
+            "Free some space or choose another folder with --out; what was saved before is intact.",
+        ) from error
+
+
+def verify(folder: Path) -> None:
+    """Raise CompressorError unless `folder` has a manifest and every file in it is as the manifest says."""
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("schema_version") != 1 or not isinstance(files, dict):
+        raise CompressorError(
+            f"{folder / MANIFEST}: not a manifest of version 1", "The folder is damaged, or from a newer version."
+        )
+    for name, entry in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
+            raise CompressorError(
+                f"{folder / MANIFEST}: the path {name!r} leaves the folder", "Do not trust this folder."
+            )
+        if not path.is_file() or path.is_symlink():
+            raise CompressorError(f"{path}: missing", "The folder is incomplete.")
+        if (
+            not isinstance(entry, dict)
+            or path.stat().st_size != entry.get("size")
+            or _sha256(path) != entry.get("sha256")
+        ):
+            raise CompressorError(
+                f"{path}: its bytes are not those that were saved", "The file is damaged; use another copy."
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CompressorError where it is missing, too large, not JSON, or not an object."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CompressorError(
+                f"{path}: larger than {_MAX_JSON_BYTES:,} bytes", "This is not a file of this toolkit."
+            )
+        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except OSError as error:
+        raise CompressorError(f"{path}: {error.strerror}", "Give the folder of a run, or its model/ folder.") from error
+    except (ValueError, RecursionError) as error:
+        raise CompressorError(f"{path}: not JSON: {error}", "The file is damaged; use another copy.") from error
+    if not isinstance(loaded, dict):
+        raise CompressorError(f"{path}: not a JSON object", "The file is damaged; use another copy.")
+    return loaded
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` in one step."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the JSON file at `path` in one step; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+class ModelConfig(BaseModel):
+    """`config.json` of a saved model: which registered model it is, and what was pruned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: int
+    model: str | None
+    patterns: dict[str, str]
+    weights_sha256: str
+
+
+def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: str | None = None) -> None:
+    """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
+
+    `name` is the registered model that it is; without one, `load` needs the module. Raises CompressorError where a
+    weight breaks its mask's pattern or is not finite, and where the disk does not take it.
+    """
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    patterns = {key: str(mask.pattern) for key, mask in masks.items()}
+    _check(state, patterns, Path(path))
+    config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=weights_sha256(model))
+
+    def write(folder: Path) -> None:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    commit(Path(path), write)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
+
+    `model` is filled and returned where given; else the registered model named in the file is built. Every hash and
+    every pattern is verified first; nothing in the files is executed. Raises CompressorError, and leaves `model` as it
+    was, where anything is missing, damaged or does not fit.
+    """
+    folder = Path(path)
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    verify(folder)
+    config = validated(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    if model is None:
+        if config.model is None:
+            raise CompressorError(
+                f"{folder} was saved without a model name", "Give the module: load(path, model=module)."
+            )
+        model = registry.adapter(config.model).build()
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CompressorError(
+            f"{folder / 'model.safetensors'}: {error}", "The file is damaged; use another copy."
+        ) from error
+    _check(state, config.patterns, folder)
+    load_strictly(model, state, folder)
+    return model.eval()
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write nested dicts and lists of tensors, numbers and strings into `folder`: safetensors and JSON, no pickle."""
+    tensors: dict[str, Tensor] = {}
+
+    def stored(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = str(len(tensors))
+            tensors[key] = value.detach().cpu().contiguous().clone()
+            return {"$tensor": key}
+        if isinstance(value, Mapping):
+            return {str(key): stored(inner) for key, inner in value.items()}
+        return [stored(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    tree = stored(state)
+    save_file(tensors, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote. Keys are strings, and tuples lists."""
+    tensors = load_file(folder / "state.safetensors")
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value["$tensor"]] if "$tensor" in value else {k: restored(v) for k, v in value.items()}
+        return [restored(inner) for inner in value] if isinstance(value, list) else value
+
+    tree: dict[str, Any] = restored(read_json(folder / "state.json"))
+    return tree
+
+
+def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path) -> None:
+    """Raise unless every tensor is finite and every pruned one obeys its pattern."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CompressorError(f"{where}: {name} holds NaN or infinity", "Such weights are not saved or loaded.")
+    for name, text in patterns.items():
+        if name not in state:
+            raise CompressorError(f"{where}: {name} should be {text}, but is missing", "The folder is damaged.")
+        try:
+            parse(text).verify(state[name])
+        except CompressorError as error:
+            raise CompressorError(
+                f"{where}: {name}: {error.message}", "It was changed after pruning; prune again."
+            ) from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,0 +1,343 @@
+"""The command line: the only file that prints or exits. Heavy imports wait until a command needs them.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 usage or recipe, 3 a gate failed,
+4 directory in use, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from compressor import __version__
+from compressor.errors import CompressorError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """A group that suggests what a mistyped command may have meant."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise UsageError(f"no command {args[0]!r}", did_you_mean(args[0], self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
+
+def _output_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):
+        command = option(command)
+    return command
+
+
+def _model_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--ignore", multiple=True, metavar="RULE", help="Leave these layers dense. May be repeated."),
+        click.option(
+            "--targets",
+            multiple=True,
+            metavar="RULE",
+            help="Prune only these layers: a name, a class, a shell pattern, or re:REGEX. May be repeated.",
+        ),
+        click.option("--pattern", metavar="PATTERN", help="2:4, 4:2:4, unstructured:0.5, …"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="compressor")
+def app() -> None:
+    """Make diffusion models sparse, keep their quality, and see what it cost.
+
+    Start with: compressor run --method sparsedm
+    """
+
+
+@app.command()
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML).")
+@click.option("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all.")
+@click.option("--pruner", metavar="FILE.py:CLASS", help="A pruner of your own, instead of --method.")
+@click.option("--model", metavar="NAME", help="The model; `compressor list models` shows all.")
+@click.option("--weights", metavar="FILE", help="Pretrained weights (.safetensors, .pth). Default: the bundled ones.")
+@click.option("--data", metavar="FILE|NAME", help="Images (.npz, .npy), or a bundled set. Default: the model's.")
+@_model_options
+@click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning.")
+@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option("--device", help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", help="auto, float32 or bfloat16 (autocast).")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD.")
+@click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay.")
+@click.option("--resume", "resume_run", is_flag=True, help="Continue the run in DIR.")
+@_output_options
+def run(
+    config: Path | None,
+    assignments: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    resume_run: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Prune a model, fine-tune it, and report.
+
+    Without options: the bundled U-ViT, 2:4, SparseDM, on bundled images, in a few minutes on a CPU.
+    """
+    with _errors(debug):
+        if resume_run:
+            if out is None:
+                raise UsageError("--resume needs the run's directory", "Give it with --out DIR.")
+            _resume(out, as_json, quiet)
+            return
+        from compressor import inputs
+        from compressor import recipe as recipes
+        from compressor import run as runs
+
+        file = recipes.read(config) if config is not None else {}
+        settings = recipes.merged(file, _flag_settings(flags), *map(recipes.assignment, assignments))
+        recipe = inputs.resolve(settings, str(config) if config is not None else "recipe")
+        method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
+        out = out if out is not None else _free_directory(Path("runs") / f"{recipe.model}-{method}")
+        runs.refuse_used_directory(out, overwrite)
+        found = inputs.load_inputs(recipe)
+        for rule in inputs.unmatched_ignores(found):
+            click.echo(f"warning: --ignore {rule!r} matches no layer", err=True)
+        _drive(runs.execute(found, out, overwrite=overwrite), out, quiet)
+        _show_report(out, as_json)
+
+
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@_output_options
+def resume(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Continue an interrupted run, to the same result as if it had not been interrupted."""
+    with _errors(debug):
+        _resume(directory, as_json, quiet)
+
+
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@_output_options
+def report(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write report.md and report.html of a run again, and show the table."""
+    with _errors(debug):
+        from compressor.report import render
+
+        render(directory)
+        _show_report(directory, as_json)
+
+
+@app.command("list")
+@click.argument("kind", default="", metavar="[pruners|models|data|metrics]")
+@_output_options
+def list_plugins(kind: str, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Show the methods, models, data sets and metrics that are installed."""
+    with _errors(debug):
+        from compressor import registry
+
+        if kind and kind not in registry.KINDS:
+            raise UsageError(f"nothing is called {kind!r}", did_you_mean(kind, registry.KINDS))
+        found = {name: registry.listing(name) for name in ([kind] if kind else registry.KINDS)}
+        if as_json:
+            _print_json({name: [asdict(line) for line in lines] for name, lines in found.items()})
+            return
+        from compressor.console import plain_table
+
+        for name, lines in found.items():
+            cells = [(line.name, f"cannot be loaded: {line.error}" if line.error else line.summary) for line in lines]
+            _print_table(plain_table((name, "what it is"), cells))
+
+
+@app.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--weights", metavar="FILE", help="Check that this file fits the model.")
+@_model_options
+@_output_options
+def inspect(
+    model: str,
+    weights: str | None,
+    pattern: str | None,
+    targets: tuple[str, ...],
+    ignore: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Show every layer of MODEL: its shape, its share of the MACs, and whether the pattern fits, or why not."""
+    with _errors(debug):
+        from compressor.inspection import inspect_model
+
+        found = inspect_model(model, weights, pattern or "2:4", targets or None, ignore or None)
+        if as_json:
+            _print_json(found)
+            return
+        from compressor.console import plain_table
+
+        cells = [
+            (
+                layer["name"],
+                str(tuple(layer["shape"])),
+                f"{layer['macs_share']:.1%}",
+                layer["reason"] or found["pattern"],
+            )
+            for layer in found["layers"]
+        ]
+        _print_table(plain_table(("weight", "shape", "MACs", "pattern"), cells))
+        click.echo(
+            f"{found['model']}: {found['params']:,} parameters, {found['macs_dense']:,} MACs per sample; {found['pattern']} on "
+            f"{sum(layer['reason'] is None for layer in found['layers'])} of {len(found['layers'])} layers leaves "
+            f"{found['macs_effective'] / found['macs_dense']:.1%} of the MACs effective"
+        )
+
+
+def main() -> NoReturn:
+    """The console script."""
+    code = 0
+    try:
+        app.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        code = 130
+    except CompressorError as error:
+        code = _complain(error)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Let an error through with its traceback where `debug`; else without, and unexpected ones in one line."""
+    try:
+        yield
+    except (CompressorError, click.ClickException, click.exceptions.Exit, KeyboardInterrupt, BrokenPipeError) as error:
+        if debug and isinstance(error, CompressorError):
+            import traceback
+
+            traceback.print_exc()
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = f"unexpected {type(error).__name__}: {error}"
+        raise CompressorError(message, "Run again with --debug for the traceback, and please report it.") from error
+
+
+def _complain(error: CompressorError) -> int:
+    from compressor.console import printable
+
+    click.echo("\n".join(printable(line) for line in f"error: {error.message}".splitlines()), err=True)
+    if error.hint:
+        click.echo("\n".join(printable(line) for line in error.hint.splitlines()), err=True)
+    return error.exit_code
+
+
+def _flag_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as recipe settings."""
+    given = {key: value for key, value in flags.items() if value is not None and value != ()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+
+def _free_directory(base: Path) -> Path:
+    """`base`, or the first of base-2, base-3, … that is not there yet."""
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 100_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _resume(out: Path, as_json: bool, quiet: bool) -> None:
+    from compressor import inputs
+    from compressor import recipe as recipes
+    from compressor import run as runs
+
+    if (out / "report.json").is_file() and (out / "report.html").is_file():
+        click.echo(f"{out} is finished", err=True)
+    else:
+        recipe = inputs.resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
+        _drive(runs.execute(inputs.load_inputs(recipe), out, resume=True), out, quiet)
+    _show_report(out, as_json)
+
+
+def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
+    """Iterate over a run's progress. The first Ctrl-C or SIGTERM ends it after a checkpoint, a second Ctrl-C at once."""
+    from compressor.console import Ticker
+    from compressor.run import Interrupted
+
+    received: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Ticker(_console(stderr=True), quiet) as ticker:
+            for event in events:
+                ticker.show(event)
+                if received:
+                    events.throw(Interrupted(128 + received[0]))  # type: ignore[attr-defined]
+    except Interrupted as interrupted:
+        click.echo(f"stopped; continue with: compressor resume {out}", err=True)
+        raise click.exceptions.Exit(interrupted.exit_code) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_report(out: Path, as_json: bool) -> None:
+    loaded = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(loaded)
+        return
+    from compressor.console import rows_table
+
+    _print_table(rows_table(loaded))
+    if loaded["metric"]:
+        floor = loaded["metric"]["floor"]
+        click.echo(f"floor (real against real, {floor['samples']} images each): {floor['value']:.2f}")
+    click.echo(f"report: {out / 'report.html'}")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _print_table(table: Table) -> None:
+    _console(stderr=False).print(table)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # a file or pipe has no width of its own to be cut to
+    return console
+
+
+if __name__ == "__main__":
+    main()

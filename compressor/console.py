@@ -1,0 +1,103 @@
+"""What the terminal shows: progress, tables, numbers for people. It builds; `cli` prints."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from compressor.progress import Progress
+
+
+class Ticker:
+    """Shows a run's progress on `console`: bars with the time left on a terminal, else a line every few seconds."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._began: dict[str, float] = {}
+        self._last = 0.0
+
+    def __enter__(self) -> Ticker:
+        if self._console.is_terminal and not self._quiet:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Take note of one event."""
+        if self._quiet:
+            return
+        note, stage = printable(progress.note), printable(progress.stage)
+        if self._console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=progress.total, note=note)
+            self._bars.update(self._tasks[stage], completed=progress.done, total=progress.total, note=note)
+            return
+        now = time.monotonic()
+        began = self._began.setdefault(stage, now)
+        if now - self._last >= 5 or progress.done in (0, progress.total):
+            self._last = now
+            left = (now - began) / progress.done * (progress.total - progress.done) if progress.done else 0.0
+            remaining = f", {left:.0f} s left" if left >= 1 else ""
+            self._console.print(
+                f"{stage} {progress.done}/{progress.total}{remaining}  {note}", highlight=False, markup=False
+            )
+
+
+def rows_table(report: Mapping[str, Any]) -> Table:
+    """The report's rows: quality, drift, cost, latency."""
+    metric = report["metric"]["name"] if report["metric"] else None
+    columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
+    table = Table(
+        *columns, "latency", "fine-tuning", title=printable(f"{report['model']}, {report['pattern'] or 'dense'}")
+    )
+    for row in report["rows"]:
+        cells = [printable(row["name"])]
+        if metric:
+            entry = row["quality"][0] if row["quality"] else None
+            cells.append(f"{entry['value']:.2f}" if entry else "—")
+            cells.append("{:.2f} – {:.2f}".format(*entry["ci95"]) if entry and entry["ci95"] else "—")
+        errors = [d["value"] for d in row["drift"] if d["metric"] == "prediction_error"]
+        cells.append(f"{errors[0]:.2%}" if errors else "—")
+        cells.append(f"{row['nonzero_params'] / row['params']:.1%}")
+        cells.append(f"{row['macs_effective'] / 1e6:,.1f} M ({row['macs_effective'] / row['macs_dense']:.0%})")
+        cells.append("{:.1f} ms".format(row["latency"][0]["median_ms"]) if row["latency"] else "—")
+        cells.append(
+            f"{row['train']['steps']} steps, {row['train']['seconds']:.0f} s" if row["train"]["steps"] else "—"
+        )
+        table.add_row(*cells)
+    return table
+
+
+def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """A table of text."""
+    table = Table(*columns)
+    for line in lines:
+        table.add_row(*[escape(printable(cell)) for cell in line])
+    return table
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, so that a name cannot steer the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)

@@ -1,0 +1,38 @@
+"""What a number depends on besides its recipe: versions and hardware."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that touch the numbers, the processor or GPU, and the platform."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "versions": versions,
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

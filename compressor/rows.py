@@ -1,0 +1,146 @@
+"""The rows of a report: every variant of the model evaluated and measured, each on its very weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import artifact, evaluate, measure
+from compressor.engine import Result, prune, resolve_device
+from compressor.frechet import gaussian
+from compressor.inputs import Inputs
+from compressor.pictures import save_grid
+from compressor.progress import Progress
+from compressor.pruner import Pruner
+from compressor.weights import weights_sha256
+
+
+def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
+    """Evaluate and measure every row's very weights, and write the report."""
+    recipe, adapter, settings = inputs.recipe, inputs.adapter, inputs.recipe.evaluate
+    device = resolve_device(recipe.train.device)
+    run = artifact.read_json(out / "run.json")
+    yield Progress("one-shot", 0, 1)
+    one_shot = prune(
+        inputs.model,
+        inputs.pruner,
+        adapter=adapter,
+        data=inputs.data,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+        **{**recipe.train.model_dump(), "steps": 0},
+    )
+    final = artifact.load(out / "model")
+    models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
+    models = {name: model.to(device).eval() for name, model in models.items()}
+    trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
+    rows = []
+    for name, model in models.items():
+        masks = {} if name == "dense" else one_shot.masks
+        train = trained if name == inputs.method else {"steps": 0, "seconds": 0.0}
+        row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, masks)}
+        rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
+    reference = floor = None
+    if inputs.metric is not None:
+        features = evaluate.real_features(inputs.metric, inputs.data)
+        reference, floor = gaussian(features), evaluate.floor(features, settings)
+    dense_images: Tensor | None = None
+    dense_predictions: Tensor | None = None
+    for row, model in zip(rows, models.values(), strict=True):
+        images = None
+        if evaluate.can_sample(adapter) and settings.samples:
+            drawn: list[Tensor] = []
+            for batch in evaluate.sample(adapter, model, settings):
+                drawn.append(batch)
+                yield Progress(f"sample {row['name']}", sum(map(len, drawn)), settings.samples)
+            images = torch.cat(drawn)
+            save_grid(images[:64], out / "samples" / f"{_file_name(row['name'])}.png")
+        if images is not None and reference is not None and inputs.metric is not None:
+            row["quality"] = [evaluate.quality(inputs.metric, images, reference, settings)]
+        predicted = evaluate.predictions(adapter, model, inputs.data, settings, device)
+        if dense_predictions is None:
+            dense_images, dense_predictions = images, predicted
+        else:
+            row["drift"] = [evaluate.prediction_error(predicted, dense_predictions)]
+            if images is not None and dense_images is not None:
+                row["drift"].append(evaluate.sample_rmse(images, dense_images))
+    if settings.latency_rounds:
+        yield Progress("latency", 0, 1)
+        timed = measure.latencies(list(models.values()), adapter, settings.latency_batch, settings.latency_rounds)
+        for row, entry in zip(rows, timed, strict=True):
+            row["latency"] = [entry]
+    masks = one_shot.masks
+    report = {
+        "schema_version": 1,
+        "method": inputs.method,
+        "model": recipe.model,
+        "pattern": ", ".join(sorted({str(mask.pattern) for mask in masks.values()})) or None,
+        "seed": recipe.train.seed,
+        "settings": method_settings(inputs.pruner),
+        "weights_sha256": run["weights_sha256"],
+        "data": {"name": inputs.data.name, "sha256": run["data_sha256"], "samples": len(inputs.data)},
+        "sampler": adapter.sampler,
+        "metric": None
+        if inputs.metric is None
+        else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": floor},
+        "rows": rows,
+        "layers": _layers(one_shot, final, run["train"]["flipped"]),
+        "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
+        "recipe": recipe.model_dump(mode="json"),
+        "repeat": "compressor run --config recipe.yaml --out DIR",
+        "limitations": limitations(rows, settings.samples, len(inputs.data)),
+    }
+    artifact.write_json(out / "report.json", report)
+
+
+def _layers(result: Result, final: nn.Module, flipped: Mapping[str, float]) -> list[dict[str, Any]]:
+    weights = dict(final.named_parameters())
+    return [
+        {
+            "name": layer.name,
+            "shape": list(layer.weight.shape),
+            "pattern": str(result.masks[layer.name].pattern) if layer.name in result.masks else None,
+            "density": int(torch.count_nonzero(weights[layer.name])) / max(1, layer.weight.numel()),
+            "flips_per_weight": flipped.get(layer.name),
+            "reason": layer.reason,
+        }
+        for layer in result.layers
+    ]
+
+
+def limitations(rows: Sequence[Mapping[str, Any]], samples: int, real: int) -> list[str]:
+    """What the reader must know, said from the facts of this run."""
+    final = rows[-1]
+    found = []
+    if final["macs_effective"] < final["macs_lowered"]:
+        found.append(
+            "The weights are sparse but were not lowered: no kernel skips their zeros, so no speed-up is claimed. "
+            "Effective MACs say what such a kernel could save."
+        )
+    if final["quality"]:
+        found.append(
+            f"{final['quality'][0]['metric']} is measured on {samples} samples against {real} real images; "
+            "compare it only with values of the same number of samples, sampler and steps."
+        )
+        found.append(
+            "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
+        )
+    if final["latency"]:
+        found.append("Latency is one machine's, in eager mode; the machine may have been busy with other work.")
+    return found
+
+
+def method_settings(pruner: Pruner) -> dict[str, Any]:
+    """The fields of a dataclass pruner as JSON; patterns and estimators as text. Empty for other classes."""
+    fields = getattr(type(pruner), "__dataclass_fields__", {})
+    values = {name: getattr(pruner, name) for name in fields}
+    return {name: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for name, v in values.items()}
+
+
+def _file_name(row: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", row)

@@ -1,0 +1,198 @@
+"""A run: from a recipe to a directory with a checked model, samples and a report. `execute` yields progress.
+
+Directory: `recipe.yaml` (resolved), `run.json` (versions, hardware, hashes), `metrics.jsonl`, `checkpoint-<step>/`,
+`model/` (what `compressor.load` reads), `samples/`, `report.json`, `report.md`, `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from compressor import artifact
+from compressor import recipe as recipes
+from compressor.engine import FineTuning, Result, steps
+from compressor.environment import environment
+from compressor.errors import CompressorError, LockedError, UsageError
+from compressor.inputs import Inputs
+from compressor.progress import Progress
+from compressor.report import render
+from compressor.rows import build_report
+
+OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "report.json", "report.md", "report.html")
+OWN_FOLDERS = ("model", "samples")
+
+
+class Interrupted(Exception):
+    """Thrown into a running `execute` to make it stop after a checkpoint. `exit_code` is the process's."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the directory for this process; LockedError where another one has it. The lock dies with its process."""
+    holder, lock = out / ".lock-holder", FileLock(out / ".lock", timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise LockedError(f"{out} is in use by {who}", "Wait for it, or choose another --out.") from error
+    except OSError as error:
+        raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
+    try:
+        artifact.write_text(holder, f"process {os.getpid()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_used_directory(out: Path, overwrite: bool) -> None:
+    """Raise UsageError unless `out` is empty, not there yet, or may be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Choose a folder with --out.")
+    if not overwrite and (found := _contents(out)):
+        raise UsageError(
+            f"{out} is not empty: it has {', '.join(found[:4])}{' …' if len(found) > 4 else ''}",
+            f"Choose another --out, continue it with `compressor resume {out}`, or replace it with --overwrite.",
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove a former run's files, and no others."""
+    for name in _contents(out):
+        if name in OWN_FILES:
+            (out / name).unlink()
+        elif name in OWN_FOLDERS or re.fullmatch(r"checkpoint-\d+|\.(partial|old)-.*", name):
+            shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _contents(out: Path) -> list[str]:
+    return sorted(p.name for p in out.iterdir() if not p.name.startswith(".lock")) if out.is_dir() else []
+
+
+def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
+    """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
+    with locked(out):
+        if resume:
+            _check_identity(inputs, out)
+        else:
+            refuse_used_directory(out, overwrite)
+            _clear(out)
+            recipes.dump(inputs.recipe, out / "recipe.yaml")
+            artifact.write_json(
+                out / "run.json", {**environment(), **inputs.identity(), "seed": inputs.recipe.train.seed}
+            )
+        if not _is_whole(out / "model"):
+            yield from _fine_tune(inputs, out)
+        yield from build_report(inputs, out)
+        render(out)
+        yield Progress("report", 1, 1)
+        for folder in out.glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
+    """Train from the newest whole checkpoint, or from the start, and commit `model/`."""
+    settings = inputs.recipe.train
+    previous, skipped = _newest_checkpoint(out)
+    for note in skipped:
+        yield Progress("fine-tune", 0, settings.steps, note)
+    run = FineTuning(
+        inputs.model,
+        inputs.pruner,
+        adapter=inputs.adapter,
+        data=inputs.data,
+        training=settings,
+        targets=inputs.recipe.targets,
+        ignore=inputs.recipe.ignore,
+        previous=previous["run"] if previous else None,
+    )
+    seconds = float(previous["seconds"]) if previous else 0.0
+    _keep_first_lines(out / "metrics.jsonl", run.done)
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        began = time.perf_counter()
+        try:
+            for record in steps(run):
+                metrics.write(json.dumps(asdict(record)) + "\n")
+                if record.step % inputs.recipe.checkpoint_every == 0 and record.step < record.steps:
+                    seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
+                    metrics.flush()
+                    _checkpoint(out, run, seconds)
+                yield Progress("fine-tune", record.step, record.steps, f"loss {record.loss:.4f}")
+        except Interrupted:
+            metrics.flush()
+            _checkpoint(out, run, seconds + time.perf_counter() - began)
+            raise
+        seconds += time.perf_counter() - began
+    result = run.finish()
+    _commit_model(inputs, out, result, run.done, seconds)
+
+
+def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds: float) -> None:
+    summary = {"steps": done, "seconds": seconds, "flipped": dict(result.flipped)}
+    artifact.write_json(out / "run.json", {**artifact.read_json(out / "run.json"), "train": summary})
+    artifact.save(out / "model", result.model, result.masks, inputs.recipe.model)
+
+
+def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:
+    target = out / f"checkpoint-{run.done}"
+    state = {"run": run.state(), "seconds": seconds}
+    artifact.commit(target, lambda folder: artifact.save_state(folder, state))
+    for older in _checkpoints(out)[2:]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders, newest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def _newest_checkpoint(out: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    skipped: list[str] = []
+    for folder in _checkpoints(out):
+        try:
+            artifact.verify(folder)
+            return artifact.load_state(folder), skipped
+        except CompressorError as error:
+            skipped.append(f"skipped {folder.name}: {error.message}")
+    return None, skipped
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        artifact.verify(folder)
+    except CompressorError:
+        return False
+    return True
+
+
+def _keep_first_lines(path: Path, count: int) -> None:
+    """Cut a metrics file back to the steps that the checkpoint knows."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.exists() else []
+    artifact.write_text(path, "".join(lines))
+
+
+def _check_identity(inputs: Inputs, out: Path) -> None:
+    before, now = artifact.read_json(out / "run.json"), inputs.identity()
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise CompressorError(
+                f"{out}: {key} was {before.get(key)}, and is now {value}", "Resume with the same files."
+            )
