@@ -44,13 +44,7 @@ class Inputs:
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     """The validated recipe: the model's own defaults below `settings`. Raises UsageError for anything unknown."""
     early = recipes.validated(Recipe, recipes.merged(settings), where)
-    resolved = recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings), where)
-    if resolved.train.steps == 0 or resolved.train.warmup < resolved.train.steps:
-        return resolved
-    raise UsageError(
-        f"{where}: train.warmup {resolved.train.warmup} leaves nothing of {resolved.train.steps} steps",
-        "Choose fewer warm-up steps, e.g. --set train.warmup=0",
-    )
+    return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings), where)
 
 
 def load_inputs(recipe: Recipe) -> Inputs:

@@ -90,6 +90,8 @@ def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool 
     with locked(out):
         if resume:
             _check_identity(inputs, out)
+            for leftover in out.glob(".partial-*"):  # of a process that died while saving
+                shutil.rmtree(leftover, ignore_errors=True)
         else:
             refuse_used_directory(out, overwrite)
             _clear(out)

@@ -33,10 +33,14 @@ class Training(BaseModel):
     """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / (self.warmup + 1)
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.
+
+        Warm-up takes at most a quarter of the steps, so that a short trial of a long recipe trains at all.
+        """
+        warmup = min(self.warmup, self.steps // 4)
+        if step < warmup:
+            return self.lr * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, self.steps - warmup)
         match self.schedule:
             case "constant":
                 return self.lr

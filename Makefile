@@ -1,0 +1,27 @@
+# Three commands, each of which sets everything up by itself: make demo, make test, make lint.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+TYPED := build/typed
+
+.PHONY: demo test lint
+
+demo: $(STAMP)
+	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy follows folders, not the packaging's mapping: give it the tree as it is installed
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
+	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $(STAMP)
