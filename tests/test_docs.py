@@ -1,0 +1,71 @@
+"""What the documents show works: their Python runs, their links lead somewhere, their settings exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "writing_a_pruner.md"], ids=lambda p: p.name)
+def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    blocks = python_blocks(page)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        if found := re.match(r"# file: (\S+)\n", block):
+            (tmp_path / found[1]).write_text(block, encoding="utf-8")
+        exec(compile(block, str(page), "exec"), names)  # the page is ours
+
+
+def test_the_pruner_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
+    block = next(b for b in python_blocks(ROOT / "docs" / "writing_a_pruner.md") if b.startswith("# file: my_pruner.py"))
+    assert len([line for line in block.splitlines() if line.strip() and not line.startswith("#")]) <= 15
+    (tmp_path / "my_pruner.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compressor", "run", "--pruner", "my_pruner.py:MyPruner", "--pattern", "4:8", "--steps", "2", "--quiet"]
+    for setting in ("train.batch_size=8", "evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.bootstrap=2"):
+        arguments += ["--set", setting]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", "out"])
+    from compressor.cli import main
+
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("method", ["sparsedm", "magnitude", "dense-continued"])
+def test_every_setting_of_a_method_is_on_its_card(method):
+    from compressor.registry import pruner_class
+
+    cls = pruner_class(method)
+    card = (ROOT / "plugins" / cls.__module__.rpartition(".")[2] / "README.md").read_text(encoding="utf-8")
+    for name in getattr(cls, "__dataclass_fields__", {}):
+        if name != "estimator":
+            assert f"`{name}`" in card, f"{name} is not explained"
+
+
+def test_the_table_in_the_readme_is_the_committed_measurement():
+    import json
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "methods_digits.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method, entry in result["methods"].items():
+        assert re.search(rf"\| {re.escape(method)} \|[^\n]*\b{entry['mean']:.2f}\b", readme), method
