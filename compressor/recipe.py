@@ -1,7 +1,7 @@
 """Recipes: the settings of a run, read from YAML, merged, validated and written back resolved.
 
 Order: defaults, the model's own, the recipe file, flags, `--set`. A setting inside a section may be named without it
-where its last word is unique (`lr` for `train.lr`), in a file and with `--set` alike.
+(`lr` for `train.lr`), in a file and with `--set` alike; a name that both sections have (`seed`) is then `train`'s.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise UsageError(f"{where}{line}: {problem}", "Each key stands once; see docs for all settings.") from error
+        raise UsageError(f"{where}{line}: {problem}", "Each key stands once; docs/recipe.md has all settings.") from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise UsageError(f"{where}: {error}", "A recipe is YAML.") from error
     if values is None:
@@ -159,7 +159,7 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in settings.items():
         homes = [name for name, section in SECTIONS.items() if key in section.model_fields]
-        if key in Recipe.model_fields or len(homes) != 1:
+        if key in Recipe.model_fields or not homes:
             section_key, inner = key, value
         else:
             section_key, inner = homes[0], {key: value}
@@ -195,7 +195,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
             raise UsageError(f"{where}: unknown setting {path!r}", hint) from error
         found = repr(first["input"])
         raise UsageError(
-            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}", "See docs for what each setting allows."
+            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}", "docs/recipe.md says what each setting allows."
         ) from error
 
 

@@ -1,8 +1,14 @@
-"""What tests share: a tiny model with its adapter, and no way to the network."""
+"""What tests share: a tiny model with its adapter, commands and small runs, and no way to the network."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor import Adapter
+
+torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
 
 
 class TinyAdapter(Adapter):
@@ -43,6 +51,12 @@ def adapter() -> TinyAdapter:
 
 
 @pytest.fixture
+def tiny() -> Callable[..., nn.Sequential]:
+    """`tiny_model`, for tests that need several."""
+    return tiny_model
+
+
+@pytest.fixture
 def model() -> nn.Sequential:
     return tiny_model()
 
@@ -50,3 +64,82 @@ def model() -> nn.Sequential:
 @pytest.fixture
 def samples() -> Tensor:
     return torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+
+
+# --- The outside: commands, runs and plugins. ---
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: its exit code, and what it wrote to stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+SMALL = (
+    *("--steps", "4", "--set", "train.batch_size=8", "--set", "train.warmup=0"),
+    *("--set", "evaluate.samples=16", "--set", "evaluate.sampler_steps=2"),
+    *("--set", "evaluate.bootstrap=5", "--set", "evaluate.latency_rounds=2"),
+)
+UNMEASURED = ("--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0")
+
+
+class Cli:
+    """`cli("list", "models")` calls the console script's function in this process, as a shell would."""
+
+    def __call__(self, *arguments: object) -> Outcome:
+        from compressor.cli import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", ["compressor", *map(str, arguments)])
+            with pytest.raises(SystemExit) as exit_info:
+                main()
+        return Outcome(int(exit_info.value.code or 0), out.getvalue(), err.getvalue())
+
+    def run(self, out: Path, *arguments: object) -> Outcome:
+        """A small run in `out`; later arguments win."""
+        return self("run", "--out", out, *SMALL, *arguments)
+
+    def trial(self, out: Path, *arguments: object) -> Outcome:
+        """A small run whose quality and latency nobody asks for."""
+        return self.run(out, *UNMEASURED, *arguments)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    return Cli()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, cli: Cli) -> Path:
+    """The directory of a small run. To be read only; copy it to change it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    outcome = cli.run(out, "--set", "evaluate.metric=fd-digits")
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`install("name", source, pruners={"entry": "Class"})` installs a distribution of one module, `name`."""
+    modules: list[str] = []
+
+    def installed(name: str, source: str, **groups: dict[str, str]) -> None:
+        site = tmp_path / f"site-{name}"
+        information = site / f"{name}-1.0.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = [
+            f"[compressor.{g}]\n" + "".join(f"{k} = {name}:{v}\n" for k, v in e.items()) for g, e in groups.items()
+        ]
+        (information / "entry_points.txt").write_text("\n".join(lines))
+        (site / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(site))
+        modules.append(name)
+
+    yield installed
+    for name in modules:
+        sys.modules.pop(name, None)

@@ -62,6 +62,21 @@ def test_every_setting_of_a_method_is_on_its_card(method):
             assert f"`{name}`" in card, f"{name} is not explained"
 
 
+def test_every_setting_is_documented_with_its_default():
+    from compressor.recipe import SECTIONS, Recipe, parse_yaml
+
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    top, *rest = re.split(r"^## `(\w+)`$", page, flags=re.MULTILINE)
+    for name in Recipe.model_fields.keys() - SECTIONS.keys():
+        assert f"| `{name}` |" in top, name
+    for section, text in zip(rest[::2], rest[1::2], strict=True):
+        for name, field in SECTIONS[section].model_fields.items():
+            line = re.search(rf"^\| `{name}`[^|]*\|([^|]*)\|", text, re.MULTILINE)
+            assert line, name
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert default is None or parse_yaml(f"it: {line[1]}", name)["it"] == default, name
+
+
 def test_the_table_in_the_readme_is_the_committed_measurement():
     import json
 

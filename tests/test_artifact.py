@@ -1,0 +1,474 @@
+"""Saved folders: whole or not at all, read back byte for byte, and refused where a byte, a name or a zero is wrong."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import compressor
+from compressor import NM, artifact
+from compressor.errors import CompressorError
+
+
+def pruned(model):
+    """The masks of `model`, 2:4 by magnitude, after they have been applied."""
+    masks = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            masks[name] = NM(2, 4).mask(weight.detach().abs())
+            weight.data = masks[name].apply(weight.data)
+    return masks
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    """A saved model without a name."""
+    masks = pruned(model)
+    compressor.save(tmp_path / "saved", model, masks)
+    return tmp_path / "saved"
+
+
+def forge(folder):
+    """Write the manifest that an honest writer of these very files would have written."""
+    files = {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
+        for path in folder.iterdir()
+        if path.name != artifact.MANIFEST
+    }
+    (folder / artifact.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@contextmanager
+def refused(model, *parts):
+    """The block raises a CompressorError that says `parts`, within a second, and `model` stays as it was."""
+    before = copy.deepcopy(model.state_dict())
+    began = time.process_time()
+    with pytest.raises(CompressorError) as caught:
+        yield
+    assert time.process_time() - began < 1
+    for part in parts:
+        assert str(part) in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- Commit: all or nothing. ---
+
+
+def written(text):
+    return lambda folder: (folder / "file.txt").write_text(text) and None
+
+
+def test_a_commit_replaces_a_folder_and_leaves_nothing_beside_it(tmp_path):
+    artifact.commit(tmp_path / "target", written("old"))
+    artifact.commit(tmp_path / "target", written("new"))
+    assert (tmp_path / "target" / "file.txt").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    artifact.verify(tmp_path / "target")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_leaves_the_old_folder_and_no_leftovers(tmp_path, code):
+    def fails(folder):
+        (folder / "file.txt").write_text("x" * 1000)
+        raise OSError(code, "disk trouble")
+
+    artifact.commit(tmp_path / "target", written("old"))
+    with pytest.raises(CompressorError, match=r"disk trouble \(1,000 bytes written so far, [\d,]+ bytes free\)"):
+        artifact.commit(tmp_path / "target", fails)
+    assert (tmp_path / "target" / "file.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    artifact.verify(tmp_path / "target")
+
+
+def test_a_first_commit_that_fails_leaves_nothing(tmp_path):
+    def fails(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CompressorError, match="No space left"):
+        artifact.commit(tmp_path / "target", fails)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CompressorError, match="cannot be written"):
+        artifact.commit(tmp_path / "file" / "target", written("new"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize(("method", "call"), [("rename", 0), ("rename", 1), *(("_sync", n) for n in range(4))])
+def test_a_crash_and_a_full_disk_after_it_lose_nothing(tmp_path, monkeypatch, method, call):
+    artifact.commit(tmp_path / "target", written("old"))
+    home = Path if method == "rename" else artifact
+    original, calls = getattr(home, method), []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) > call:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, method, dies)
+        with pytest.raises(Killed):
+            artifact.commit(tmp_path / "target", written("new"))
+
+    def fails(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CompressorError):
+        artifact.commit(tmp_path / "target", fails)
+    assert (tmp_path / "target" / "file.txt").read_text() in ("old", "new")
+    artifact.verify(tmp_path / "target")
+
+
+def test_the_files_are_readable_by_others(folder):
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "manifest.json"}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
+
+
+# --- Verify: every byte, and only in the folder. ---
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_truncated_at_any_length_is_found(folder, model, name):
+    whole = (folder / name).read_bytes()
+    for length in {0, 1, len(whole) // 2, len(whole) - 1}:
+        (folder / name).write_bytes(whole[:length])
+        with refused(model, folder / name, "not those that were saved"):
+            compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_is_found(folder, model, name):
+    whole = bytearray((folder / name).read_bytes())
+    for position in range(0, len(whole), max(1, len(whole) // 20)):
+        damaged = whole.copy()
+        damaged[position] ^= 1 << position % 8
+        (folder / name).write_bytes(damaged)
+        with refused(model, folder / name):
+            compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+def test_a_missing_file_is_named(folder, model, name):
+    (folder / name).unlink()
+    with refused(model, folder / name):
+        compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_the_manifest_does_not_list_is_not_trusted(folder, model, name):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with refused(model, name):
+        compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "{parent}/outside", "a/../../outside", "a\0b", "", ".", "x" * 300, "\ud800"]
+)
+def test_a_path_that_is_no_file_of_the_folder_is_refused(folder, model, name):
+    outside = folder.parent / "outside"
+    outside.write_text("secret")
+    name = name.format(parent=folder.parent)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(b"secret").hexdigest(), "size": 6}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with refused(model):
+        compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_symlink_out_of_the_folder_is_refused(folder, model, name):
+    (folder / name).rename(folder.parent / "outside")
+    (folder / name).symlink_to(folder.parent / "outside")
+    with refused(model, name):
+        compressor.load(folder, model=model)
+
+
+def test_a_symlinked_folder_is_refused(folder):
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("secret")
+    (folder / "sub").symlink_to(outside)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["sub/file"] = {"sha256": hashlib.sha256(b"secret").hexdigest(), "size": 6}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CompressorError):
+        artifact.verify(folder)
+
+
+HOSTILE_MANIFESTS = {
+    "empty": b"",
+    "binary": b"\x80\x00\xff",
+    "a list": b"[]",
+    "files a list": b'{"schema_version": 1, "files": []}',
+    "newer": b'{"schema_version": 2, "files": {}}',
+    "NaN": b'{"schema_version": NaN, "files": {}}',
+    "deep": b'{"files": ' + b"[" * 100_000,
+    "entry": b'{"schema_version": 1, "files": {"config.json": 3}}',
+    "many digits": b'{"schema_version": ' + b"9" * 100_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_MANIFESTS.values(), ids=HOSTILE_MANIFESTS)
+def test_a_hostile_manifest_is_refused(folder, model, text):
+    (folder / "manifest.json").write_bytes(text)
+    with refused(model, folder):
+        compressor.load(folder, model=model)
+
+
+# --- What a consistent manifest does not save. ---
+
+
+def test_one_weight_that_was_pruned_and_is_not_zero_is_found(folder, model):
+    state = load_file(folder / "model.safetensors")
+    weight = state["0.weight"]
+    row, column = (weight == 0).nonzero()[0].tolist()
+    weight[row, column] = 1e-30
+    save_file(state, folder / "model.safetensors")
+    forge(folder)
+    with refused(model, "0.weight", "2:4"):
+        compressor.load(folder, model=model)
+
+
+def test_other_weights_than_the_config_says_are_found(folder, model):
+    state = load_file(folder / "model.safetensors")
+    state["0.bias"] += 1
+    save_file(state, folder / "model.safetensors")
+    forge(folder)
+    with refused(model, "sha256"):
+        compressor.load(folder, model=model)
+
+
+def test_weights_that_are_not_finite_are_not_loaded(folder, model):
+    state = load_file(folder / "model.safetensors")
+    state["0.bias"][0] = float("inf")
+    save_file(state, folder / "model.safetensors")
+    forge(folder)
+    with refused(model, "0.bias"):
+        compressor.load(folder, model=model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sorcery": 1},
+        {"schema_version": "1"},
+        {"schema_version": 2},
+        {"patterns": ["2:4"]},
+        {"patterns": {"0.weight": 2}},
+        {"patterns": {"0.weight": "2 of 4"}},
+        {"patterns": {"0.weight": "1:99999999999999999999"}},
+        {"patterns": {"head.weight": "2:4"}},
+        {"model": 3},
+        {"model": "../uvit"},
+        {"weights_sha256": None},
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(folder, model, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    forge(folder)
+    with refused(model, folder if "../uvit" not in change.values() else "../uvit"):
+        compressor.load(folder, model=None if "../uvit" in change.values() else model)
+
+
+HOSTILE_CONFIGS = {
+    "binary": b"\x80\x00\xff",
+    "empty": b"",
+    "a list": b"[1]",
+    "NaN": b'{"schema_version": NaN}',
+    "infinity": b'{"schema_version": -Infinity}',
+    "deep": b'{"model": ' + b'{"a": ' * 100_000,
+    "huge": b" " * (17 * 1024 * 1024),
+    "many digits": b'{"schema_version": ' + b"9" * 100_000 + b"}",
+    "many layers": json.dumps(
+        {
+            "schema_version": 1,
+            "model": None,
+            "weights_sha256": "",
+            "patterns": dict.fromkeys(map(str, range(50_000)), "2:4"),
+        }
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE_CONFIGS.values(), ids=HOSTILE_CONFIGS)
+def test_a_hostile_config_is_refused_at_once(folder, model, text):
+    (folder / "config.json").write_bytes(text)
+    forge(folder)
+    with refused(model, folder):
+        compressor.load(folder, model=model)
+
+
+def header(text, data=b""):
+    return len(text).to_bytes(8, "little") + text + data
+
+
+HOSTILE_SAFETENSORS = {
+    "huge header": (1 << 60).to_bytes(8, "little") + b"{}",
+    "truncated header": header(b'{"0.weight":')[:-4],
+    "no data": header(b'{"0.weight":{"dtype":"F32","shape":[32,16],"data_offsets":[0,2048]}}'),
+    "overlap": header(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+        b"\0" * 12,
+    ),
+    "huge shape": header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,0]}}'),
+    "pickle": b"\x80\x04\x95" + b"\0" * 40,
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE_SAFETENSORS.values(), ids=HOSTILE_SAFETENSORS)
+def test_hostile_safetensors_are_refused(folder, model, data):
+    (folder / "model.safetensors").write_bytes(data)
+    forge(folder)
+    with refused(model, folder / "model.safetensors"):
+        compressor.load(folder, model=model)
+
+
+# --- Save and load. ---
+
+
+def test_what_is_loaded_is_what_was_saved_in_eval_mode(folder, model):
+    fresh = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    loaded = compressor.load(folder, model=fresh)
+    assert loaded is fresh
+    assert not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_module_of_another_width_is_left_alone_and_the_differences_named(folder):
+    wide = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+    with refused(wide, "0.weight: file has (32, 16), model has (64, 16)", "2.weight"):
+        compressor.load(folder, model=wide)
+
+
+def test_a_model_saved_without_a_name_needs_the_module(folder):
+    with pytest.raises(CompressorError, match="without a model name") as caught:
+        compressor.load(folder)
+    assert "model=" in caught.value.hint
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(CompressorError, match="nowhere"):
+        compressor.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, model, value):
+    compressor.save(tmp_path / "saved", model, {})
+    before = contents(tmp_path / "saved")
+    model[2].bias.data[3] = value
+    with pytest.raises(CompressorError, match=r"2\.bias"):
+        compressor.save(tmp_path / "saved", model, {})
+    assert contents(tmp_path / "saved") == before
+
+
+def test_weights_that_break_their_mask_are_not_saved(tmp_path, model):
+    masks = pruned(model)
+    model[0].weight.data.fill_(1.0)
+    with pytest.raises(CompressorError, match=r"0\.weight.*2:4"):
+        compressor.save(tmp_path / "saved", model, masks)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    def tied():
+        module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        module[1].weight = module[0].weight
+        return module
+
+    model = tied()
+    compressor.save(tmp_path / "saved", model, pruned(model))
+    loaded = compressor.load(tmp_path / "saved", model=tied())
+    assert loaded[1].weight is loaded[0].weight
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_type_comes_back_bit_for_bit(tmp_path, model, dtype):
+    model = model.to(dtype)
+    compressor.save(tmp_path / "saved", model, pruned(model))
+    loaded = compressor.load(tmp_path / "saved", model=copy.deepcopy(model))
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == dtype
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+# --- State: checkpoints. ---
+
+SHAPES = st.sampled_from([(), (0,), (3,), (2, 3), (2, 0, 3)])
+TENSORS = st.builds(
+    lambda shape, dtype: (torch.arange(torch.Size(shape).numel()).reshape(shape) % 2 * 3).to(dtype),
+    SHAPES,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]),
+)
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | TENSORS
+)
+TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict) and first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, list):
+        return isinstance(second, list) and len(first) == len(second) and all(map(same, first, second))
+    return type(first) is type(second) and first == second
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(state=st.dictionaries(st.text(), TREES, max_size=3))
+def test_a_state_comes_back_as_it_was(tmp_path, state):
+    artifact.save_state(tmp_path, state)
+    assert same(state, artifact.load_state(tmp_path))
+
+
+def test_numbered_keys_come_back_as_text_and_tuples_as_lists(tmp_path):
+    artifact.save_state(tmp_path, {"a": {0: (1, 2)}})
+    assert artifact.load_state(tmp_path) == {"a": {"0": [1, 2]}}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), {1, 2}, {"$tensor": 3}])
+def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, value):
+    try:
+        artifact.commit(tmp_path / "state", lambda folder: artifact.save_state(folder, {"pruner": {"best": value}}))
+    except CompressorError as error:
+        assert "best" in str(error)
+    else:
+        assert repr(artifact.load_state(tmp_path / "state")["pruner"]["best"]) == repr(value)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["state"])
+
+
+def test_views_of_one_tensor_are_stored_apart(tmp_path):
+    whole = torch.arange(6.0)
+    artifact.save_state(tmp_path, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
+    loaded = artifact.load_state(tmp_path)
+    assert same(loaded, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})

@@ -1,0 +1,283 @@
+"""Quality and cost: the Fréchet distance against torchmetrics and algebra, multiply-accumulates against arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressor.model_zoo.uvit.sizes import cifar10
+from torch import Tensor, nn
+
+from compressor import NM, Adapter, CompressorError
+from compressor.data import Images
+from compressor.evaluate import Metric, floor, prediction_error, predictions, quality, sample, sample_rmse
+from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
+from compressor.measure import costs, latencies, layer_macs
+from compressor.recipe import Evaluation
+
+
+def draw(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Correlated features (n, d)."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=rng, dtype=torch.float64)
+    return shift + scale * torch.randn(n, d, generator=rng, dtype=torch.float64) @ mix
+
+
+class Extractor(nn.Module):
+    """Features that torchmetrics may use: its input, bent."""
+
+    num_features = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.tanh(), x.square().sum(1, keepdim=True)], dim=1)
+
+
+@pytest.mark.parametrize("n", [7, 500])
+def test_distance_equals_torchmetrics(n: int) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    theirs = FrechetInceptionDistance(feature=Extractor()).set_dtype(torch.float64)
+    real, fake = draw(n, 5, seed=0), draw(n + 3, 5, seed=1, scale=0.7, shift=0.4)
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    ours = frechet_distance(gaussian(Extractor()(real)), gaussian(Extractor()(fake)))
+    assert ours == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_distance_of_diagonal_gaussians_is_the_formula() -> None:
+    mean, other = torch.tensor([1.0, 2.0, 0.0]).double(), torch.tensor([0.0, 4.0, 0.0]).double()
+    sigma, tau = torch.tensor([1.0, 3.0, 0.0]).double(), torch.tensor([2.0, 0.5, 1.0]).double()
+    a, b = Gaussian(mean, torch.diag(sigma**2)), Gaussian(other, torch.diag(tau**2))
+    expected = float((mean - other).square().sum() + (sigma - tau).square().sum())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_of_a_set_from_itself_is_zero_and_grows_with_a_shift() -> None:
+    features = draw(100, 5, seed=0)
+    one = gaussian(features)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(gaussian(features + 3), one) == pytest.approx(5 * 9, rel=1e-6)
+
+
+def test_distance_with_fewer_samples_than_dimensions_is_finite_and_symmetric() -> None:
+    a, b = gaussian(draw(5, 20, seed=0)), gaussian(draw(6, 20, seed=1))
+    assert math.isfinite(frechet_distance(a, b))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "features", [torch.zeros(1, 4), torch.tensor([[0.0], [math.nan]]), torch.tensor([[0.0], [math.inf]])]
+)
+def test_statistics_need_two_rows_of_finite_numbers(features: Tensor) -> None:
+    with pytest.raises(CompressorError, match="at least 2 rows of finite numbers"):
+        gaussian(features)
+
+
+def test_interval_contains_the_estimate_and_shrinks_with_more_samples() -> None:
+    reference = gaussian(draw(5000, 4, seed=0))
+    widths = []
+    for n in (50, 500, 5000):
+        features = draw(5000, 4, seed=0, shift=0.2)[:n]
+        low, high = bootstrap(features, reference, draws=60, seed=0) or (0, 0)
+        assert low <= frechet_distance(gaussian(features), reference) <= high
+        widths.append(high - low)
+    assert widths[0] > 2 * widths[1] > 4 * widths[2] > 0
+
+
+def test_interval_is_seeded_and_absent_without_draws() -> None:
+    features, reference = draw(50, 4, seed=1), gaussian(draw(50, 4, seed=0))
+    assert bootstrap(features, reference, 0, seed=0) is None
+    first, again, other = (bootstrap(features, reference, 10, seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+class Flat(Metric):
+    """Pixels as features."""
+
+    name = "flat"
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+    @property
+    def sha256(self) -> str:
+        return "0" * 64
+
+
+def test_quality_says_what_was_measured() -> None:
+    images, reference = draw(40, 4, seed=0).view(40, 1, 2, 2), gaussian(draw(40, 4, seed=1))
+    entry = quality(Flat(), images, reference, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
+    low, high = entry.pop("ci95")
+    value = frechet_distance(gaussian(images.flatten(1)), reference)
+    assert entry == {"metric": "flat", "value": value, "samples": 40, "sampler_steps": 7, "seed": 3}
+    assert low <= value <= high
+    assert quality(Flat(), images, reference, Evaluation(bootstrap=0))["ci95"] is None
+
+
+def test_floor_compares_disjoint_halves() -> None:
+    features = draw(101, 4, seed=0)
+    entry = floor(features, Evaluation(bootstrap=0))
+    assert entry["samples"] == 50
+    assert 0 < entry["value"] < frechet_distance(gaussian(features), gaussian(features + 5))
+    # Two rows repeated: halves that shared rows, or were the same rows, would give zero.
+    assert floor(torch.eye(4, dtype=torch.float64), Evaluation(bootstrap=0))["value"] > 0.5
+
+
+class Drawing(Adapter):
+    """Samples that are the noise itself; a prediction that is the input times a weight."""
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        noise = torch.randn(batch.shape, generator=rng)
+        return batch + noise, noise
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        out: Tensor = module(inputs)
+        return out
+
+    def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
+        return torch.randn(n, 1, 2, 2, generator=rng)
+
+
+def test_samples_come_in_batches_from_noise_that_the_seed_gives() -> None:
+    settings = Evaluation(samples=10, batch_size=4, seed=5)
+    batches = list(sample(Drawing(), nn.Identity(), settings))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    first, again = torch.cat(batches), torch.cat(list(sample(Drawing(), nn.Identity(), settings)))
+    assert torch.equal(first, again) and len(first.unique(dim=0)) == 10
+    assert not torch.equal(
+        first, torch.cat(list(sample(Drawing(), nn.Identity(), Evaluation(samples=10, batch_size=4))))
+    )
+
+
+def test_drift_is_zero_for_the_same_weights_and_the_formula_for_others() -> None:
+    data = Images("some", draw(20, 4, seed=0).view(20, 1, 2, 2))
+    scaled = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(scaled.weight, 0.9)
+    settings, cpu = Evaluation(batch_size=7), torch.device("cpu")
+    dense = predictions(Drawing(), nn.Identity(), data, settings, cpu)
+    assert prediction_error(predictions(Drawing(), nn.Identity(), data, settings, cpu), dense)["value"] == 0
+    entry = prediction_error(predictions(Drawing(), scaled, data, settings, cpu), dense)
+    assert entry == {"metric": "prediction_error", "value": pytest.approx(0.01, rel=1e-4), "samples": 20}
+    assert sample_rmse(torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2))["value"] == 1
+    assert sample_rmse(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, 1, 2, 2))["value"] == 0.5
+
+
+# Cost
+
+
+class Shaped(Adapter):
+    """An adapter for any module and input shape."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        out: Tensor = module(inputs)
+        return out
+
+    def example_inputs(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, *self.shape)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (nn.Linear(5, 7), (5,), 5 * 7),
+        (nn.Linear(5, 7, bias=False), (3, 5), 3 * 5 * 7),  # three tokens
+        (nn.Conv2d(4, 6, 3), (4, 8, 8), 6 * 6 * 6 * 4 * 9),  # 6x6 outputs
+        (nn.Conv2d(4, 6, 3, padding=1, stride=2), (4, 8, 8), 4 * 4 * 6 * 4 * 9),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 8, 8), 8 * 8 * 6 * 2 * 9),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 8, 8), 8 * 8 * 4 * 1 * 9),  # depthwise
+        (nn.Conv1d(4, 6, 3), (4, 8), 6 * 6 * 4 * 3),
+    ],
+)
+def test_macs_of_a_layer_are_those_counted_by_hand(module: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    assert layer_macs(module, Shaped(*shape)) == (macs, {"weight": macs})
+
+
+class SelfAttention(nn.Module):
+    """Two heads over tokens of dim 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        out: Tensor = F.scaled_dot_product_attention(query, key, value)
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_counts_both_of_its_products_in_the_total(device: str) -> None:
+    total, by_weight = layer_macs(SelfAttention().to(device), Shaped(5, 8))
+    assert by_weight == {"qkv.weight": 5 * 8 * 24}
+    assert total == 5 * 8 * 24 + 2 * (2 * 5 * 5 * 4)
+
+
+def test_a_weight_used_twice_counts_twice() -> None:
+    shared = nn.Linear(8, 8)
+    tied = nn.Linear(8, 8)
+    tied.weight = shared.weight
+    total, by_weight = layer_macs(nn.Sequential(shared, shared, tied), Shaped(8))
+    assert (total, by_weight) == (3 * 64, {"0.weight": 3 * 64})
+
+
+def test_counting_leaves_no_hooks(model: nn.Sequential, adapter: Adapter) -> None:
+    layer_macs(model, adapter)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_uvit_small_has_the_published_size_and_cost() -> None:
+    adapter = cifar10()
+    with torch.device("meta"):
+        model = adapter.build()
+    total, by_weight = layer_macs(model, adapter)
+    tokens, dim, blocks = 32 // 2 * 32 // 2 + 1, 512, 13
+    linears = blocks * tokens * (4 + 8) * dim**2
+    skips = 6 * tokens * 2 * dim**2
+    attention = blocks * 2 * tokens**2 * dim
+    ends = (tokens - 1) * dim * 12 + tokens * dim * 12 + 32 * 32 * 3 * 3 * 9
+    assert total == linears + skips + attention + ends
+    assert round(total / 1e9, 1) == 12.2
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 44.26
+    assert sum(by_weight.values()) == total - attention
+
+
+def test_costs_count_zeros_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 2, 1))
+    masks = {"0.weight": NM(1, 4).mask(torch.rand(8, 4, 1, 1))}
+    with torch.no_grad():
+        model[0].weight.copy_(masks["0.weight"].apply(torch.ones(8, 4, 1, 1)))
+        nn.init.ones_(model[1].weight)
+        nn.init.zeros_(model[1].bias)
+    found = costs(model, Shaped(4, 3, 3), masks)
+    size = found.pop("size_bytes")
+    assert found == {
+        "density": 0.25,
+        "params": 32 + 16 + 2,
+        "nonzero_params": 8 + 16,
+        "macs_dense": 9 * (32 + 16),
+        "macs_effective": 9 * (8 + 16),
+        "macs_lowered": 9 * (32 + 16),
+    }
+    assert 4 * 50 <= size < 4 * 50 + 500
+
+
+def test_costs_without_masks_are_dense(model: nn.Sequential, adapter: Adapter) -> None:
+    found = costs(model, adapter, {})
+    assert found["density"] == 1 and found["macs_effective"] == found["macs_dense"] == 2 * 16 * 32
+
+
+def test_latencies_are_relative_to_the_first(model: nn.Sequential, adapter: Adapter) -> None:
+    dense, other = latencies([model, nn.Sequential(*[nn.Linear(16, 16) for _ in range(60)])], adapter, 2, rounds=9)
+    assert dense["speedup_vs_dense"] == 1 and (dense["batch"], dense["dtype"], dense["device"]) == (2, "float32", "cpu")
+    assert other["speedup_vs_dense"] == pytest.approx(dense["median_ms"] / other["median_ms"])
+    assert other["speedup_vs_dense"] < 1 and other["iqr_ms"] >= 0

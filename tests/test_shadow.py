@@ -1,0 +1,319 @@
+"""The Shadow, held against a ten-line autograd function: dense weights in the optimizer, masks in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.sparsedm import SRSTE
+from torch import Tensor, nn
+
+from compressor import NM, CompressorError, Estimator, Exact, Mask, Pruner, Shadow, StraightThrough
+
+PATTERN = NM(2, 4)
+
+
+@dataclass(frozen=True)
+class Renewing(Pruner):
+    """The largest |w| of every step, trained through any estimator."""
+
+    estimator: Estimator = StraightThrough()  # type: ignore[assignment]
+
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
+        return {name: PATTERN.mask(weight.abs()) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Answering(Pruner):
+    """Answers with whatever it is told to."""
+
+    answer: Callable[[Mapping[str, Tensor]], Any]
+
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Any:
+        return self.answer(weights)
+
+
+class Masked(torch.autograd.Function):
+    """The reference: `w * m` forward, the estimator's gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, estimator: Estimator) -> Tensor:
+        ctx.dense, ctx.mask, ctx.estimator = dense, PATTERN.mask(dense.abs()), estimator
+        return dense * ctx.mask.keep
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.estimator.gradient(grad, ctx.dense.detach(), ctx.mask), None
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.03, betas=(0.9, 0.99), weight_decay=0.1)
+
+
+def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, samples: Tensor) -> float:
+    """One step of learning the negated input."""
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(samples), -samples)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+ESTIMATORS = [StraightThrough(), Exact(), SRSTE(decay=0.05)]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+def test_training_equals_the_autograd_reference(estimator: Estimator, model: nn.Sequential, samples: Tensor) -> None:
+    dense = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    reference = adamw(dense.values())
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(estimator), optimizer)
+    for step in range(10):
+        first, second = (Masked.apply(dense[name], estimator) for name in ("0.weight", "2.weight"))
+        expected = F.mse_loss(
+            F.linear(F.linear(samples, first, dense["0.bias"]).tanh(), second, dense["2.bias"]), -samples
+        )
+        reference.zero_grad()
+        expected.backward()
+        reference.step()
+        torch.testing.assert_close(
+            fit(model, optimizer, samples), expected.item(), rtol=1e-5, atol=0, msg=f"step {step}"
+        )
+        for name, weight in shadow.dense.items():
+            torch.testing.assert_close(weight, dense[name].detach(), rtol=1e-4, atol=1e-6, msg=f"{name}, step {step}")
+    assert sum(int(count) for count in shadow.flipped.values()) > 0 or isinstance(estimator, Exact)
+
+
+def test_the_estimators_are_told_apart(
+    model: nn.Sequential, samples: Tensor, tiny: Callable[..., nn.Sequential]
+) -> None:
+    found = []
+    for estimator in ESTIMATORS:
+        student = tiny()
+        optimizer = adamw(student.parameters())
+        shadow = Shadow(weights_of(student), Renewing(estimator), optimizer)
+        for _ in range(3):
+            fit(student, optimizer, samples)
+        found.append(shadow.dense["0.weight"])
+    assert not any(torch.equal(a, b) for a, b in [found[:2], found[1:], found[::2]])
+
+
+@pytest.mark.parametrize("make", [adamw, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)], ids=["AdamW", "SGD"])
+def test_model_is_2_4_after_every_step(make: Any, model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = make(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    for _ in range(6):
+        fit(model, optimizer, samples)
+        for name, weight in weights_of(model).items():
+            PATTERN.verify(weight.detach())
+            assert torch.equal(weight.detach(), shadow.masks[name].apply(shadow.dense[name]))
+
+
+def test_model_is_sparse_before_the_first_step_and_its_shadow_dense(model: nn.Sequential) -> None:
+    before = model[0].weight.detach().clone()
+    shadow = Shadow(weights_of(model), Renewing(), adamw(model.parameters()))
+    PATTERN.verify(model[0].weight.detach())
+    assert torch.equal(shadow.dense["0.weight"], before)
+
+
+def test_masks_are_asked_for_once_per_step(model: nn.Sequential, samples: Tensor) -> None:
+    asked = []
+
+    def answer(weights: Mapping[str, Tensor]) -> dict[str, Mask]:
+        asked.append(len(weights))
+        return {name: PATTERN.mask(weight.abs()) for name, weight in weights.items()}
+
+    optimizer = adamw(model.parameters())
+    Shadow(weights_of(model), Answering(answer), optimizer)
+    for _ in range(3):
+        model(samples)
+        fit(model, optimizer, samples)
+    assert asked == [2] * 4
+
+
+def test_the_pruner_is_told_the_progress_and_the_masks_in_force(model: nn.Sequential, samples: Tensor) -> None:
+    told: list[tuple[float, Mapping[str, Mask]]] = []
+
+    class Recording(Pruner):
+        def masks(self, weights: Any, progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
+            told.append((progress, previous))
+            return {name: PATTERN.mask(weight.abs()) for name, weight in weights.items()}
+
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Recording(), optimizer)
+    first = dict(shadow.masks)
+    shadow.progress = 0.25
+    fit(model, optimizer, samples)
+    assert told == [(0.0, {}), (0.25, first)]
+
+
+def test_a_frozen_mask_stays_and_pruned_weights_only_decay(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03, weight_decay=0.0)
+    shadow = Shadow(weights_of(model), Magnitude(), optimizer)
+    keep, before = shadow.masks["0.weight"].keep, shadow.dense["0.weight"].clone()
+    for _ in range(5):
+        fit(model, optimizer, samples)
+    assert shadow.masks["0.weight"].keep is keep
+    assert torch.equal(shadow.dense["0.weight"][~keep], before[~keep])
+    assert not torch.equal(shadow.dense["0.weight"][keep], before[keep])
+
+
+def test_flips_count_the_entries_whose_mask_changed(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    assert [int(count) for count in shadow.flips.values()] == [0, 0]
+    total = 0
+    for _ in range(8):
+        old = shadow.masks["2.weight"].keep
+        fit(model, optimizer, samples)
+        changed = int((old != shadow.masks["2.weight"].keep).sum())
+        assert int(shadow.flips["2.weight"]) == changed
+        total += changed
+    assert int(shadow.flipped["2.weight"]) == total > 0
+
+
+def test_decoupled_decay_shrinks_pruned_weights_by_lr_times_decay(model: nn.Sequential, samples: Tensor) -> None:
+    estimator = SRSTE(decay=0.5, decoupled=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shadow = Shadow(weights_of(model), Renewing(estimator), optimizer)
+    before, keep = shadow.dense["0.weight"].clone(), shadow.masks["0.weight"].keep
+    optimizer.zero_grad()
+    F.mse_loss(model(samples), -samples).backward()
+    stepped = before - 0.1 * model[0].weight.grad
+    optimizer.step()
+    torch.testing.assert_close(shadow.dense["0.weight"], torch.where(keep, stepped, stepped * (1 - 0.1 * 0.5)))
+
+
+def test_accumulated_gradients_pass_the_estimator_once(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    shadow = Shadow(weights_of(model), Renewing(SRSTE(decay=0.5)), optimizer)
+    before, mask = shadow.dense["0.weight"].clone(), shadow.masks["0.weight"]
+    for part in samples.chunk(4):
+        (F.mse_loss(model(part), -part) / 4).backward()
+    grad = model[0].weight.grad.clone()
+    optimizer.step()
+    expected = before - grad - 0.5 * torch.where(mask.keep, 0.0, before)
+    torch.testing.assert_close(shadow.dense["0.weight"], expected)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_closures_are_refused_before_anything_changes(by_name: bool, model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = torch.optim.LBFGS(model.parameters())
+    Shadow(weights_of(model), Renewing(), optimizer)
+    before = model[0].weight.detach().clone()
+
+    def closure() -> Tensor:
+        raise AssertionError("the closure was called")
+
+    with pytest.raises(CompressorError, match="call a closure cannot train masked weights"):
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    assert torch.equal(model[0].weight.detach(), before)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_scaled_gradients_are_refused_unless_unscaled(unscaled: bool, model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = shadow.dense["0.weight"].clone()
+    scaler.scale(F.mse_loss(model(samples), -samples)).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    else:
+        with pytest.raises(CompressorError, match=r"still scaled\n.*unscale_"):
+            scaler.step(optimizer)
+    assert torch.equal(shadow.dense["0.weight"], before) is not unscaled
+
+
+def test_a_weight_without_gradient_keeps_its_dense_value(model: nn.Sequential, samples: Tensor) -> None:
+    model[2].weight.requires_grad_(False)
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(SRSTE(decay=0.5, decoupled=True)), optimizer)
+    before = shadow.dense["2.weight"].clone()
+    for _ in range(3):
+        fit(model, optimizer, samples)
+    assert torch.equal(shadow.dense["2.weight"], before)
+    PATTERN.verify(model[2].weight.detach())
+
+
+def test_tied_weights_stay_tied_and_sparse(samples: Tensor) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    for _ in range(3):
+        fit(model, optimizer, samples)
+    assert list(shadow.dense) == ["0.weight"] and model[2].weight is model[0].weight
+    PATTERN.verify(model[2].weight.detach())
+
+
+def test_weights_left_out_by_the_pruner_stay_dense(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Answering(lambda w: {"0.weight": PATTERN.mask(w["0.weight"].abs())}), optimizer)
+    fit(model, optimizer, samples)
+    assert model[2].weight.detach().count_nonzero() == model[2].weight.numel()
+    assert torch.equal(shadow.dense["2.weight"], model[2].weight.detach())
+
+
+def test_targets_outside_the_optimizer_are_refused(model: nn.Sequential) -> None:
+    with pytest.raises(CompressorError, match=r"2\.weight is pruned but not trained"):
+        Shadow(weights_of(model), Renewing(), adamw(model[0].parameters()))
+
+
+def full(weight: Tensor) -> Mask:
+    return Mask(torch.ones_like(weight, dtype=torch.bool), NM(4, 4))
+
+
+BAD_ANSWERS = {
+    "shape": (
+        lambda w: {"0.weight": full(w["0.weight"][:8])},
+        r"0\.weight: the mask is \(8, 16\) on cpu, the weight \(32, 16\)",
+    ),
+    "device": (lambda w: {"0.weight": full(w["0.weight"].to("meta"))}, r"0\.weight: the mask is \(32, 16\) on meta"),
+    "name": (lambda w: {"0.wieght": full(w["0.weight"])}, r"masks\(\) returned '0\.wieght', which is not a target"),
+    "tensor": (lambda w: {"2.weight": full(w["2.weight"]).keep}, r"2\.weight: masks\(\) returned Tensor"),
+    "list": (lambda w: [full(weight) for weight in w.values()], r"masks\(\) returned list"),
+    "none": (lambda w: None, r"masks\(\) returned NoneType"),
+}
+
+
+@pytest.mark.parametrize(("answer", "message"), BAD_ANSWERS.values(), ids=BAD_ANSWERS)
+def test_wrong_masks_are_refused_and_named(answer: Any, message: str, model: nn.Sequential) -> None:
+    with pytest.raises(CompressorError, match=message):
+        Shadow(weights_of(model), Answering(answer), adamw(model.parameters()))
+
+
+def test_close_ends_masking(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    Shadow(weights_of(model), Renewing(), optimizer).close()
+    PATTERN.verify(model[0].weight.detach())
+    fit(model, optimizer, samples)
+    assert model[0].weight.detach().count_nonzero() > model[0].weight.numel() // 2
+
+
+def test_a_restored_shadow_holds_the_same_weights_and_masks(
+    model: nn.Sequential, samples: Tensor, tiny: Callable[..., nn.Sequential]
+) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    for _ in range(4):
+        fit(model, optimizer, samples)
+    other = tiny(seed=7)
+    copy = Shadow(weights_of(other), Renewing(), adamw(other.parameters()))
+    copy.restore(shadow.dense, shadow.masks, shadow.flipped)
+    for name, weight in weights_of(other).items():
+        assert torch.equal(copy.dense[name], shadow.dense[name])
+        assert torch.equal(copy.masks[name].keep, shadow.masks[name].keep)
+        assert torch.equal(weight, weights_of(model)[name])
+        assert int(copy.flipped[name]) == int(shadow.flipped[name])

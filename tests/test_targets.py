@@ -1,0 +1,199 @@
+"""Which layers are pruned, by which rules, and the reason that every other layer is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import NM, Unstructured
+from compressor.errors import UsageError
+from compressor.targets import Layer, fitting, matches, select, survey, unmatched
+
+PATTERN = NM(2, 4)
+
+
+def network() -> nn.Module:
+    """Two blocks with attention and MLP, and a stem that 2:4 does not fit."""
+
+    def block() -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "attn": nn.ModuleDict({"qkv": nn.Linear(16, 48, bias=False), "proj": nn.Linear(16, 16)}),
+                "mlp": nn.ModuleDict({"fc1": nn.Linear(16, 32), "fc2": nn.Linear(32, 16)}),
+            }
+        )
+
+    return nn.ModuleDict(
+        {"stem": nn.Conv2d(3, 16, 3), "blocks": nn.ModuleList([block(), block()]), "blocks_out": nn.Linear(16, 4)}
+    )
+
+
+def chosen(targets: list[str], ignore: list[str] | None = None) -> set[str]:
+    model = network()
+    layers = select(model, PATTERN, set(fitting(model, PATTERN)), targets, ignore or [])
+    return {layer.module_name for layer in layers if layer.reason is None}
+
+
+def in_block(index: int) -> set[str]:
+    return {f"blocks.{index}.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
+EVERYTHING = in_block(0) | in_block(1) | {"blocks_out"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("blocks.0.mlp.fc1", {"blocks.0.mlp.fc1"}),
+        ("blocks.0.mlp.fc1.weight", {"blocks.0.mlp.fc1"}),
+        ("blocks.1", in_block(1)),
+        ("blocks", in_block(0) | in_block(1)),  # and not blocks_out
+        ("Linear", EVERYTHING),
+        ("*.attn.*", {name for name in EVERYTHING if ".attn." in name}),
+        ("blocks.?.mlp.fc[12]", {name for name in EVERYTHING if ".mlp." in name}),
+        ("re:fc1|qkv", {name for name in EVERYTHING if name.endswith(("fc1", "qkv"))}),
+        ("re:^blocks_", {"blocks_out"}),
+    ],
+)
+def test_a_rule_names_layers(rule: str, expected: set[str]) -> None:
+    assert chosen([rule]) == expected
+    if rule != "Linear":
+        assert chosen([], [rule]) == EVERYTHING - expected
+
+
+def test_rules_add_up_and_ignore_wins() -> None:
+    assert chosen(["blocks.0", "blocks_out"]) == in_block(0) | {"blocks_out"}
+    assert chosen(["blocks"], ["*.mlp.*"]) == {name for name in EVERYTHING if ".attn." in name}
+
+
+def test_every_layer_is_listed_with_its_reason() -> None:
+    model = network()
+    allowed = set(fitting(model, PATTERN)) - {"blocks.1.attn.qkv.weight"}
+    layers = select(model, PATTERN, allowed, ["blocks"], ["*.fc2"])
+    reasons = {layer.name: layer.reason for layer in layers}
+    assert reasons["stem.weight"] == "2:4 needs dim 1 divisible by 4, got (16, 3, 3, 3)"
+    assert reasons["blocks_out.weight"] == "not among the targets"
+    assert reasons["blocks.0.mlp.fc2.weight"] == "ignored by a rule"
+    assert reasons["blocks.1.attn.qkv.weight"] == "left out by the method"
+    assert reasons["blocks.0.attn.qkv.weight"] is None
+    assert len(reasons) == len(layers) == 10
+
+
+@pytest.mark.parametrize("rule", ["stem", "stem.weight"])
+def test_a_target_named_in_full_that_does_not_fit_is_an_error(rule: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        chosen([rule, "blocks"])
+    assert caught.value.message == "stem.weight: 2:4 needs dim 1 divisible by 4, got (16, 3, 3, 3)"
+    assert caught.value.hint == "Leave it out with --ignore stem"
+    assert chosen([rule, "blocks"], ["stem"]) == in_block(0) | in_block(1)
+
+
+def test_a_target_that_matches_nothing_suggests_one_that_does() -> None:
+    with pytest.raises(UsageError, match=r"target 'block_out' matches no layer\nDid you mean 'blocks_out'\?"):
+        chosen(["blocks", "block_out"])
+
+
+def test_nothing_left_is_an_error_with_reasons() -> None:
+    with pytest.raises(
+        UsageError, match=r"fits no layer of this model: stem\.weight \(ignored by a rule\).*; and 7 more"
+    ):
+        chosen([], ["re:"])
+    with pytest.raises(UsageError, match=r"2:5 fits no layer of this model: stem\.weight \(2:5 needs dim 1"):
+        fitting(network(), NM(2, 5))
+
+
+def test_ignore_rules_that_match_nothing_are_told() -> None:
+    assert unmatched(survey(network(), PATTERN), ["blocks.0", "blocks.7", "re:fc3", "Conv2d"]) == ["blocks.7", "re:fc3"]
+
+
+def test_a_malformed_expression_is_refused() -> None:
+    layer = survey(network(), PATTERN)[0]
+    with pytest.raises(UsageError, match=r"rule 're:\(': not a regular expression"):
+        matches("re:(", layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Linear(8, 4), None),
+        (nn.Linear(8, 4, bias=False), None),
+        (nn.Conv1d(8, 4, 3), None),
+        (nn.Conv2d(8, 4, 3), None),
+        (nn.Conv2d(8, 4, 1), None),
+        (nn.Conv3d(8, 4, 3), None),
+        (nn.Conv2d(8, 8, 3, groups=2), None),
+        (nn.Conv2d(8, 8, 3, groups=4), "2:4 needs dim 1 divisible by 4, got (8, 2, 3, 3)"),
+        (nn.Conv2d(8, 8, 3, groups=8), "2:4 needs dim 1 divisible by 4, got (8, 1, 3, 3)"),
+        (nn.ConvTranspose1d(8, 4, 3), "transposed convolution: dim 1 of its weight is the output"),
+        (nn.ConvTranspose2d(8, 4, 3), "transposed convolution: dim 1 of its weight is the output"),
+        (nn.ConvTranspose3d(8, 4, 3), "transposed convolution: dim 1 of its weight is the output"),
+        (nn.Linear(6, 4), "2:4 needs dim 1 divisible by 4, got (4, 6)"),
+        (nn.Linear(8, 4, dtype=torch.float16), None),
+        (nn.Linear(8, 4, device="meta"), None),
+        (nn.Linear(8, 4).requires_grad_(False), "frozen (requires_grad is False)"),
+    ],
+    ids=str,
+)
+def test_each_kind_of_layer_has_an_answer(module: nn.Module, reason: str | None) -> None:
+    (layer,) = survey(nn.Sequential(module), PATTERN)
+    assert (layer.name, layer.reason) == ("0.weight", reason)
+
+
+def test_an_empty_layer_has_an_answer() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(8, 0)
+    assert survey(empty, PATTERN)[0].reason == "2:4 the weight is empty, got (0, 8)"
+
+
+def test_integer_weights_are_no_targets() -> None:
+    model = nn.Linear(8, 4)
+    model.weight = nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
+    assert survey(model, PATTERN)[0].reason == "frozen (requires_grad is False)"
+
+
+def test_layers_without_a_prunable_weight_are_not_listed() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Embedding(4, 8), nn.GELU(), nn.GroupNorm(2, 8))
+    assert survey(model, PATTERN) == []
+
+
+def test_a_lone_layer_is_its_own_model() -> None:
+    assert list(fitting(nn.Linear(8, 4), PATTERN)) == ["weight"]
+
+
+def test_shared_modules_and_tied_weights_are_listed_once() -> None:
+    shared = nn.Linear(8, 8)
+    tied = nn.Linear(8, 8)
+    tied.weight = shared.weight
+    assert [layer.name for layer in survey(nn.Sequential(shared, shared, tied), PATTERN)] == ["0.weight"]
+
+
+def test_names_are_those_of_the_parameters() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(8, 8)
+            self.head = nn.Linear(8, 8)
+            self.head.weight = self.embedding.weight
+
+    for model in (network(), Tied()):
+        assert set(fitting(model, PATTERN)) <= set(dict(model.named_parameters()))
+
+
+def test_a_weight_under_a_parametrization_is_listed_with_a_reason() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Linear(8, 4))
+    layers = survey(model, PATTERN)
+    assert [layer.module_name for layer in layers] == ["0", "1"]
+    assert layers[0].reason is not None and layers[1].reason is None
+
+
+def test_unstructured_fits_what_n_m_does_not() -> None:
+    assert [
+        layer.reason for layer in survey(nn.Sequential(nn.Linear(7, 3), nn.Conv2d(3, 5, 3)), Unstructured(0.5))
+    ] == [None, None]
+
+
+def test_a_layer_knows_its_parameter_name() -> None:
+    linear = nn.Linear(4, 4)
+    assert Layer("a.b", linear, linear.weight, None).name == "a.b.weight"
+    assert Layer("", linear, linear.weight, None).name == "weight"
