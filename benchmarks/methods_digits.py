@@ -33,9 +33,7 @@ from compressor.weights import weights_sha256
 METHODS: dict[str, Pruner] = {
     "sparsedm": SparseDM(),
     "sr-ste (no teacher)": SparseDM(teacher=0.0),
-    "ste (no teacher, no decay)": SparseDM(teacher=0.0, decay=0.0),
     "sparsedm teacher-only": SparseDM(teacher_only=True),
-    "sparsedm progressive": SparseDM(progressive=True),
     "magnitude (frozen mask)": Magnitude(),
     "dense-continued": DenseContinued(),
 }

@@ -58,8 +58,9 @@ def read_images(path: str | Path) -> Images:
             f"{path}: no such file", "Give the path of an .npz or .npy file, or a bundled set's name."
         )
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
     except Exception as error:  # numpy and zipfile raise a dozen types on damaged files
         raise CompressorError(
             f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
@@ -84,7 +85,7 @@ def read_images(path: str | Path) -> Images:
         )
     return Images(
         path.stem,
-        torch.from_numpy(np.ascontiguousarray(images)),
+        torch.from_numpy(np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))),
         None if labels is None else torch.from_numpy(labels.astype(np.int64)),
     )
 

@@ -76,6 +76,8 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
+        if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
+            raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
@@ -104,7 +106,7 @@ class FineTuning:
             list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
         )
         self.shadow = Shadow(
-            {layer.name: layer.weight for layer in self.layers if layer.reason is None},
+            {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None},
             pruner,
             self.optimizer,
             progress=0.0 if training.steps else 1.0,
@@ -134,6 +136,7 @@ class FineTuning:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
         optimizer = state["optimizer"]
         self.optimizer.load_state_dict(

@@ -77,6 +77,9 @@ class Pattern(ABC):
             raise CompressorError(f"not {self}: {broken} group(s) hold more nonzero entries than the pattern allows")
 
 
+_LARGEST = 999_999
+
+
 @dataclass(frozen=True)
 class NM(Pattern):
     """Keep `n` of every `m` consecutive input channels; `v` output rows share one choice (the vector form, V:N:M).
@@ -95,6 +98,8 @@ class NM(Pattern):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"pattern: {name} must be a whole number of at least 1, got {value!r}")
+            if value > _LARGEST:
+                raise UsageError(f"pattern: {name} is {value}, larger than {_LARGEST}", "Groups are small, as in 2:4.")
         if self.n > self.m:
             raise UsageError(f"pattern {self}: cannot keep {self.n} of {self.m}", "N is at most M, as in 2:4.")
         object.__setattr__(self, "density", self.n / self.m)
@@ -116,9 +121,9 @@ class NM(Pattern):
         keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         kept = self._lanes(keep)
         if self.m <= 8:  # M(M-1)/2 comparisons beat a sort up to about here
-            _keep_least_beaten(lanes[:, 0] if self.v == 1 else lanes.sum(1), self.n, kept)
+            _keep_least_beaten(lanes[:, 0] if self.v == 1 else _shared(lanes)[:, 0], self.n, kept)
         else:
-            order = lanes.sum(1, keepdim=True).argsort(dim=0, descending=True, stable=True)
+            order = _shared(lanes).argsort(dim=0, descending=True, stable=True)
             kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
         return keep
 
@@ -185,6 +190,11 @@ def _no_matrix(shape: tuple[int, ...]) -> str | None:
     if len(shape) < 2:
         return f"needs a weight of at least 2 dims (out, in, *kernel), got {shape}"
     return f"the weight is empty, got {shape}" if 0 in shape else None
+
+
+def _shared(lanes: Tensor) -> Tensor:
+    """The summed scores of rows that share a choice: (m, v, *groups) -> (m, 1, *groups). Where inf meets -inf, inf wins."""
+    return lanes.sum(1, keepdim=True).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _keep_least_beaten(lanes: Tensor, n: int, kept: Tensor) -> None:

@@ -99,7 +99,9 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise UsageError(f"{where}{line}: {problem}", "Each key stands once; docs/recipe.md has all settings.") from error
+        raise UsageError(
+            f"{where}{line}: {problem}", "Each key stands once; docs/recipe.md has all settings."
+        ) from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise UsageError(f"{where}: {error}", "A recipe is YAML.") from error
     if values is None:
@@ -195,7 +197,8 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
             raise UsageError(f"{where}: unknown setting {path!r}", hint) from error
         found = repr(first["input"])
         raise UsageError(
-            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}", "docs/recipe.md says what each setting allows."
+            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}",
+            "docs/recipe.md says what each setting allows.",
         ) from error
 
 

@@ -109,7 +109,7 @@ def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
 
     from compressor.pattern import Pattern, parse
 
-    hints = get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
+    hints = get_type_hints(cls.__init__)
     allowed = [
         p for p in inspect.signature(cls).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
@@ -158,7 +158,12 @@ def metric(name: str) -> Metric:
 
 def _made(kind: str, name: str, expected: type[_T]) -> _T:
     factory = load(kind, name)
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:  # a plugin may raise anything
+        owner = _distribution(_entry(kind, name))
+        message = f"{kind} plugin {name!r} of {owner} failed: {type(error).__name__}: {error}"
+        raise CompressorError(message, "Update or remove that plugin.") from error
     if not isinstance(made, expected):
         raise CompressorError(
             f"{kind} plugin {name!r} gave {type(made).__name__}, not {expected.__name__}",

@@ -105,7 +105,7 @@ def _layers(result: Result, final: nn.Module, flipped: Mapping[str, float]) -> l
             "name": layer.name,
             "shape": list(layer.weight.shape),
             "pattern": str(result.masks[layer.name].pattern) if layer.name in result.masks else None,
-            "density": int(torch.count_nonzero(weights[layer.name])) / max(1, layer.weight.numel()),
+            "density": int(torch.count_nonzero(weights.get(layer.name, layer.weight))) / max(1, layer.weight.numel()),
             "flips_per_weight": flipped.get(layer.name),
             "reason": layer.reason,
         }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.errors import UsageError, did_you_mean
 from compressor.pattern import Pattern
@@ -22,33 +22,32 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer with a weight: its module, the weight's parameter name, and why it gets no mask (None: it does)."""
+    """A layer with a weight: the weight's parameter name, its module, and why it gets no mask (None: it does)."""
 
+    name: str
     module_name: str
     module: nn.Module
-    weight: nn.Parameter
+    weight: Tensor
     reason: str | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.module_name}.weight" if self.module_name else "weight"
 
 
 def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name)."""
     layers: list[Layer] = []
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if (
-            not isinstance(module, _PRUNABLE + _TRANSPOSED)
-            or not isinstance(weight, nn.Parameter)
-            or id(weight) in seen
-        ):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen: set[str] = set()
+    for module_name, module in model.named_modules():
+        if not isinstance(module, _PRUNABLE + _TRANSPOSED):
             continue
-        seen.add(id(weight))
+        weight = module.weight
+        name = names.get(id(weight), f"{module_name}.weight" if module_name else "weight")
+        if name in seen:
+            continue
+        seen.add(name)
         if isinstance(module, _TRANSPOSED):
             reason: str | None = "transposed convolution: dim 1 of its weight is the output"
+        elif not isinstance(weight, nn.Parameter):
+            reason = "its weight is computed by a parametrization"
         elif not weight.requires_grad:
             reason = "frozen (requires_grad is False)"
         elif not weight.is_floating_point():
@@ -56,7 +55,7 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         else:
             misfit = pattern.misfit(tuple(weight.shape))
             reason = f"{pattern} {misfit}" if misfit else None
-        layers.append(Layer(name, module, weight, reason))
+        layers.append(Layer(name, module_name, module, weight, reason))
     return layers
 
 
@@ -80,7 +79,7 @@ def select(
         if any(matches(rule, layer) for rule in ignore):
             layer = replace(layer, reason="ignored by a rule")
         elif layer.reason is not None:
-            if layer.module_name in targets:
+            if layer.module_name in targets or layer.name in targets:
                 raise UsageError(f"{layer.name}: {layer.reason}", f"Leave it out with --ignore {layer.module_name}")
         elif targets and not any(matches(rule, layer) for rule in targets):
             layer = replace(layer, reason="not among the targets")
@@ -96,7 +95,8 @@ def fitting(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
     """The weights that `pattern` fits, by parameter name. Raises UsageError, with the reasons, where there are none."""
     layers = survey(model, pattern)
     _some_fit(layers, pattern)
-    return {layer.name: layer.weight for layer in layers if layer.reason is None}
+    parameters = dict(model.named_parameters())
+    return {layer.name: parameters[layer.name] for layer in layers if layer.reason is None}
 
 
 def unmatched(layers: Sequence[Layer], rules: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from compressor import NM, Unstructured
 from compressor.errors import UsageError
-from compressor.targets import Layer, fitting, matches, select, survey, unmatched
+from compressor.targets import fitting, matches, select, survey, unmatched
 
 PATTERN = NM(2, 4)
 
@@ -191,9 +191,3 @@ def test_unstructured_fits_what_n_m_does_not() -> None:
     assert [
         layer.reason for layer in survey(nn.Sequential(nn.Linear(7, 3), nn.Conv2d(3, 5, 3)), Unstructured(0.5))
     ] == [None, None]
-
-
-def test_a_layer_knows_its_parameter_name() -> None:
-    linear = nn.Linear(4, 4)
-    assert Layer("a.b", linear, linear.weight, None).name == "a.b.weight"
-    assert Layer("", linear, linear.weight, None).name == "weight"

@@ -1,0 +1,70 @@
+"""What an import costs: core pulls in no plugin, no zoo and none of their libraries, and help pulls in no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KEPT_OUT = ["compressor.plugins", "compressor.model_zoo", "diffusers", "torch_pruning"]
+
+EVERYTHING_PUBLIC = "import compressor; [getattr(compressor, name) for name in compressor.__all__]"
+HELP = """
+import sys
+sys.argv = ["compressor", "--help"]
+from compressor.cli import main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+"""
+
+
+def loaded(code: str, unwanted: list[str], *path: Path) -> list[str]:
+    """Those of `unwanted` that are imported once `code` has run in a fresh interpreter."""
+    report = f"\nimport json, sys\nprint('\\n' + json.dumps([name for name in {unwanted!r} if name in sys.modules]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "code", ["import compressor; compressor.prune, compressor.load", EVERYTHING_PUBLIC], ids=["prune and load", "all"]
+)
+def test_core_pulls_in_neither_plugins_nor_zoo_nor_their_libraries(code: str) -> None:
+    assert loaded(code, KEPT_OUT) == []
+
+
+def test_importing_the_package_pulls_in_no_torch() -> None:
+    assert loaded("import compressor", ["torch", "numpy", *KEPT_OUT]) == []
+
+
+def test_help_pulls_in_no_torch() -> None:
+    assert loaded(HELP, ["torch", "numpy", "pydantic", *KEPT_OUT]) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import compressor.plugins.magnitude", ["compressor.plugins"]),
+        ("import compressor.model_zoo", ["compressor.model_zoo"]),
+        ("import diffusers", ["diffusers"]),
+        ("import torch_pruning", ["torch_pruning"]),
+    ],
+)
+def test_the_check_can_fail(code: str, expected: list[str], tmp_path: Path) -> None:
+    if code.endswith("torch_pruning"):
+        (tmp_path / "torch_pruning.py").touch()
+    assert loaded(f"import compressor\n{code}", KEPT_OUT, tmp_path) == expected
+
+
+def test_the_check_for_torch_can_fail() -> None:
+    assert loaded("import compressor; compressor.NM", ["torch"]) == ["torch"]

@@ -1,0 +1,296 @@
+"""A run that is killed, stopped or damaged at any moment ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from compressor import artifact, inputs, run
+
+STEPS = 40
+SETTINGS = {
+    "checkpoint_every": 2,
+    "train": {"steps": STEPS, "batch_size": 8, "warmup": 0},
+    "evaluate": {"samples": 0, "latency_rounds": 0},
+}
+FLAGS = (
+    *("--steps", str(STEPS), "--set", "checkpoint_every=2", "--set", "train.batch_size=8", "--set", "train.warmup=0"),
+    *("--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0"),
+)
+
+
+def result_of(out):
+    """What must not depend on interruptions."""
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+
+
+def checkpoints(out):
+    """The steps of which there are checkpoints, oldest first."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
+
+
+def begun(out, steps):
+    """A run whose process died after so many steps."""
+    progress = run.execute(inputs.load_inputs(inputs.resolve(SETTINGS, "test")), out)
+    while next(progress).done < steps:
+        pass
+    progress.close()
+    return out
+
+
+def started(*arguments):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "compressor.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_until(process, holds):
+    """Wait for `holds()` while the process works; fail where it ends before."""
+    deadline = time.monotonic() + 100
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill(process, number=signal.SIGKILL):
+    """Send a signal; give the exit code (as a shell shows it) and stderr."""
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    return process.returncode, err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cli):
+    """The same run, left alone."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    outcome = cli("run", "--out", out, *FLAGS)
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory):
+    """A run whose process died in step 7: checkpoints 4 and 6 are there. To be copied."""
+    out = begun(tmp_path_factory.mktemp("halfway") / "run", 7)
+    assert checkpoints(out) == [4, 6]
+    return out
+
+
+@pytest.fixture
+def copy(halfway, tmp_path):
+    return shutil.copytree(halfway, tmp_path / "run")
+
+
+@pytest.fixture
+def advances(monkeypatch):
+    """The numbers of the training steps that were taken in this process."""
+    original, taken = run.FineTuning.advance, []
+
+    def advance(self):
+        record = original(self)
+        taken.append(record.step)
+        return record
+
+    monkeypatch.setattr(run.FineTuning, "advance", advance)
+    return taken
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed three times: twice while training, and once while it evaluated."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    process = started("run", "--out", out, *FLAGS)
+    for moment in (4, 20):
+        wait_until(process, lambda moment=moment: max(checkpoints(out), default=0) >= moment)
+        assert kill(process)[0] == -signal.SIGKILL
+        assert not (out / "model").exists()
+        process = started("resume", out)
+    wait_until(process, (out / "model" / "manifest.json").is_file)
+    assert kill(process)[0] == -signal.SIGKILL
+    assert not (out / "report.html").exists()
+    return out
+
+
+# --- Killed. ---
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(killed, uninterrupted, tmp_path, cli):
+    shutil.copytree(killed, tmp_path / "run")
+    outcome = cli("resume", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert result_of(tmp_path / "run") == result_of(uninterrupted)
+    names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".lock")}
+    assert names == {path.name for path in uninterrupted.iterdir() if not path.name.startswith(".lock")}
+
+
+def test_a_run_killed_while_evaluating_is_not_trained_again(killed, tmp_path, cli):
+    shutil.copytree(killed, tmp_path / "run")
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    before = weights.stat()
+    outcome = cli("resume", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "fine-tune" not in outcome.err
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rows"][-1]["train"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, cli, uninterrupted, steps):
+    out = tmp_path / "run"
+    if steps:
+        begun(out, steps)
+    else:
+        progress = run.execute(inputs.load_inputs(inputs.resolve(SETTINGS, "test")), out)
+        next(progress)
+        progress.close()
+        (out / "metrics.jsonl").unlink()
+    assert checkpoints(out) == []
+    outcome = cli("resume", out)
+    assert outcome.code == 0, outcome.err
+    assert result_of(out) == result_of(uninterrupted)
+
+
+def test_leftovers_of_a_save_are_cleared(copy, cli, uninterrupted):
+    (copy / ".partial-checkpoint-8").mkdir()
+    (copy / ".partial-checkpoint-8" / "state.json").write_text("{")
+    (copy / ".partial-report.json").write_text("{")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # the line that was being written
+    outcome = cli("resume", copy)
+    assert outcome.code == 0, outcome.err
+    assert result_of(copy) == result_of(uninterrupted)
+    assert list(copy.glob(".partial*")) == []
+
+
+# --- Damaged. ---
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_skipped_and_an_older_one_used(copy, cli, uninterrupted, advances, damage, name):
+    damage(copy / "checkpoint-6" / name)
+    outcome = cli("resume", copy)
+    assert outcome.code == 0, outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if "skipped" in line]
+    assert "checkpoint-6" in line
+    assert name in line
+    assert advances == list(range(5, STEPS + 1))
+    assert result_of(copy) == result_of(uninterrupted)
+
+
+def test_checkpoints_that_are_all_damaged_start_the_run_over(copy, cli, uninterrupted):
+    flip(copy / "checkpoint-6" / "state.safetensors")
+    (copy / "checkpoint-4" / "manifest.json").unlink()
+    outcome = cli("resume", copy)
+    assert outcome.code == 0, outcome.err
+    assert {"checkpoint-4", "checkpoint-6"} <= set(re.findall(r"skipped (checkpoint-\d+)", outcome.err))
+    assert result_of(copy) == result_of(uninterrupted)
+
+
+def test_an_edited_recipe_is_not_resumed(copy, cli):
+    text = (copy / "recipe.yaml").read_text()
+    changed = re.sub(r"(?m)^  weight_decay: .*$", "  weight_decay: 0.5", text)
+    assert changed != text
+    (copy / "recipe.yaml").write_text(changed)
+    outcome = cli("resume", copy)
+    assert outcome.code in (1, 2)
+    assert "recipe" in outcome.err
+    assert not (copy / "model").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch):
+    def full(folder, state):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "save_state", full)
+        outcome = cli("resume", copy)
+    assert outcome.code == 1
+    assert re.search(r"No space left on device \([\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)
+    assert checkpoints(copy) == [4, 6]
+    for step in (4, 6):
+        artifact.verify(copy / f"checkpoint-{step}")
+
+
+# --- Stopped. ---
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uninterrupted, number, code):
+    out = tmp_path / "run"
+    process = started("run", "--out", out, *FLAGS)
+    wait_until(process, lambda: checkpoints(out))
+    returned, err = kill(process, number)
+    assert returned == code
+    assert f"compressor resume {out}" in err
+    assert "Traceback" not in err
+    newest = checkpoints(out)[-1]
+    artifact.verify(out / f"checkpoint-{newest}")
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == newest
+    outcome = cli("resume", out)
+    assert outcome.code == 0, outcome.err
+    assert result_of(out) == result_of(uninterrupted)
+
+
+def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli, monkeypatch):
+    original, before = run.FineTuning.advance, signal.getsignal(signal.SIGTERM)
+
+    def advance(self):
+        record = original(self)
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return record
+
+    monkeypatch.setattr(run.FineTuning, "advance", advance)
+    outcome = cli("run", "--out", tmp_path / "run", *FLAGS)
+    assert outcome.code == 143
+    assert checkpoints(tmp_path / "run") == [2, 3]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- Finished. ---
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, cli, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    outcome = cli("resume", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "finished" in outcome.err
+    assert "one-shot" in outcome.out  # the report's table
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_resume_by_flag_is_the_same_command(finished, cli):
+    assert cli("run", "--resume", "--out", finished) == cli("resume", finished)
+
+
+@pytest.mark.parametrize("arguments", [("resume", "nowhere"), ("run", "--resume", "--out", "nowhere"), ("run", "--resume")])
+def test_what_is_no_run_is_not_resumed(cli, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert "--out" in outcome.err if len(arguments) == 2 and arguments[0] == "run" else "nowhere" in outcome.err
+    assert list(tmp_path.iterdir()) == []
