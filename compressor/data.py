@@ -146,7 +146,11 @@ class Streamed(Batches):
 
     def batch(self, step: int) -> Any:
         if step < self._next:
-            raise CompressorError("a stream of batches cannot go back", "Give a dataset or a list of batches instead.")
+            if self._iterator is self._source:
+                raise CompressorError(
+                    "a stream of batches cannot go back", "Give a dataset or a list of batches instead."
+                )
+            self._iterator, self._next = iter(self._source), 0
         for _ in range(self._next, step):  # a resumed run skips what it has seen
             self._take()
         self._next = step + 1

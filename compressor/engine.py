@@ -77,7 +77,9 @@ class FineTuning:
         previous: Mapping[str, Any] | None = None,
     ) -> None:
         if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
-            raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
+            raise CompressorError(
+                f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model."
+            )
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
@@ -115,7 +117,6 @@ class FineTuning:
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
-        torch.manual_seed(training.seed)  # for dropout and the like, which draw from the global generator
         if previous is not None:
             self._restore(previous)
 
@@ -132,7 +133,7 @@ class FineTuning:
             "average": dict(self.average),
             "optimizer": self.optimizer.state_dict(),
             "pruner": dict(self.pruner.state()),
-            "rng": {"cpu": torch.get_rng_state(), **_cuda_rng(self.device)},
+            "nonfinite": self._nonfinite,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -147,10 +148,7 @@ class FineTuning:
         self.shadow.restore(shadow["dense"], masks, shadow["flipped"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
-        self.done = int(state["step"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
 
     def advance(self) -> Step:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
@@ -159,7 +157,10 @@ class FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        noise_loss, teacher_loss = self._backward(t)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
+            torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
+            noise_loss, teacher_loss = self._backward(t)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -318,7 +319,3 @@ def _verify(masks: Mapping[str, Mask]) -> None:
             mask.verify()
         except CompressorError as error:
             raise CompressorError(f"{name}: {error.message}", error.hint) from error
-
-
-def _cuda_rng(device: torch.device) -> dict[str, Tensor]:
-    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}

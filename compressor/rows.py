@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from compressor.inputs import Inputs
 from compressor.pictures import save_grid
 from compressor.progress import Progress
 from compressor.pruner import Pruner
+from compressor.report.words import file_name
 from compressor.weights import weights_sha256
 
 
@@ -59,7 +59,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
                 drawn.append(batch)
                 yield Progress(f"sample {row['name']}", sum(map(len, drawn)), settings.samples)
             images = torch.cat(drawn)
-            save_grid(images[:64], out / "samples" / f"{_file_name(row['name'])}.png")
+            save_grid(images[:64], out / "samples" / f"{file_name(row['name'])}.png")
         if images is not None and reference is not None and inputs.metric is not None:
             row["quality"] = [evaluate.quality(inputs.metric, images, reference, settings)]
         predicted = evaluate.predictions(adapter, model, inputs.data, settings, device)
@@ -140,7 +140,3 @@ def method_settings(pruner: Pruner) -> dict[str, Any]:
     fields = getattr(type(pruner), "__dataclass_fields__", {})
     values = {name: getattr(pruner, name) for name in fields}
     return {name: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for name, v in values.items()}
-
-
-def _file_name(row: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", row)

@@ -78,12 +78,16 @@ class Outcome:
     err: str
 
 
+def _settings(text: str) -> tuple[str, ...]:
+    return tuple(part for setting in text.split() for part in ("--set", setting))
+
+
 SMALL = (
-    *("--steps", "4", "--set", "train.batch_size=8", "--set", "train.warmup=0"),
-    *("--set", "evaluate.samples=16", "--set", "evaluate.sampler_steps=2"),
-    *("--set", "evaluate.bootstrap=5", "--set", "evaluate.latency_rounds=2"),
+    *("--steps", "4"),
+    *_settings("train.batch_size=8 train.warmup=0 evaluate.samples=16 evaluate.sampler_steps=2"),
+    *_settings("evaluate.bootstrap=5 evaluate.latency_rounds=2"),
 )
-UNMEASURED = ("--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0")
+UNMEASURED = _settings("evaluate.samples=0 evaluate.latency_rounds=0")
 
 
 class Cli:

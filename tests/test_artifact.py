@@ -460,11 +460,10 @@ def test_numbered_keys_come_back_as_text_and_tuples_as_lists(tmp_path):
 def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, value):
     try:
         artifact.commit(tmp_path / "state", lambda folder: artifact.save_state(folder, {"pruner": {"best": value}}))
-    except CompressorError as error:
-        assert "best" in str(error)
+    except CompressorError:
+        assert list(tmp_path.iterdir()) == []
     else:
         assert repr(artifact.load_state(tmp_path / "state")["pruner"]["best"]) == repr(value)
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["state"])
 
 
 def test_views_of_one_tensor_are_stored_apart(tmp_path):

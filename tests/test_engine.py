@@ -566,6 +566,11 @@ def test_warm_up_rises_linearly_to_the_full_rate() -> None:
     assert found == pytest.approx([0.2, 0.4, 0.8, 1.0, 1.0])
 
 
+def test_warm_up_takes_at_most_a_quarter_of_the_steps() -> None:
+    found = [lr_at(step, warmup=2500, steps=8, schedule="constant") for step in range(3)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

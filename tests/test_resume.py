@@ -16,16 +16,13 @@ import torch
 
 from compressor import artifact, inputs, run
 
-STEPS = 40
-SETTINGS = {
-    "checkpoint_every": 2,
-    "train": {"steps": STEPS, "batch_size": 8, "warmup": 0},
-    "evaluate": {"samples": 0, "latency_rounds": 0},
-}
-FLAGS = (
-    *("--steps", str(STEPS), "--set", "checkpoint_every=2", "--set", "train.batch_size=8", "--set", "train.warmup=0"),
-    *("--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0"),
-)
+SHORT, LONG = 10, 60  # steps; the long run leaves time to kill it
+
+
+def flags(steps):
+    """The arguments of a run of so many steps, with a checkpoint after every second one."""
+    settings = "train.batch_size=8 train.warmup=0 checkpoint_every=2 evaluate.samples=0 evaluate.latency_rounds=0"
+    return ("--steps", str(steps), *(part for setting in settings.split() for part in ("--set", setting)))
 
 
 def result_of(out):
@@ -39,8 +36,13 @@ def checkpoints(out):
 
 
 def begun(out, steps):
-    """A run whose process died after so many steps."""
-    progress = run.execute(inputs.load_inputs(inputs.resolve(SETTINGS, "test")), out)
+    """A short run whose process died after so many steps."""
+    settings = {
+        "checkpoint_every": 2,
+        "train": {"steps": SHORT, "batch_size": 8, "warmup": 0},
+        "evaluate": {"samples": 0, "latency_rounds": 0},
+    }
+    progress = run.execute(inputs.load_inputs(inputs.resolve(settings, "test")), out)
     while next(progress).done < steps:
         pass
     progress.close()
@@ -72,16 +74,25 @@ def kill(process, number=signal.SIGKILL):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cli):
-    """The same run, left alone."""
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    outcome = cli("run", "--out", out, *FLAGS)
+    """The short run, left alone."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    outcome = cli("run", "--out", out, *flags(SHORT))
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_long(tmp_path_factory, cli):
+    """The long run, left alone."""
+    out = tmp_path_factory.mktemp("long") / "run"
+    outcome = cli("run", "--out", out, *flags(LONG))
     assert outcome.code == 0, outcome.err
     return out
 
 
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory):
-    """A run whose process died in step 7: checkpoints 4 and 6 are there. To be copied."""
+    """A short run whose process died in step 7: checkpoints 4 and 6 are there. To be copied."""
     out = begun(tmp_path_factory.mktemp("halfway") / "run", 7)
     assert checkpoints(out) == [4, 6]
     return out
@@ -108,9 +119,9 @@ def advances(monkeypatch):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run that was killed three times: twice while training, and once while it evaluated."""
+    """A long run that was killed three times: twice while training, and once while it evaluated."""
     out = tmp_path_factory.mktemp("killed") / "run"
-    process = started("run", "--out", out, *FLAGS)
+    process = started("run", "--out", out, *flags(LONG))
     for moment in (4, 20):
         wait_until(process, lambda moment=moment: max(checkpoints(out), default=0) >= moment)
         assert kill(process)[0] == -signal.SIGKILL
@@ -125,13 +136,13 @@ def killed(tmp_path_factory):
 # --- Killed. ---
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(killed, uninterrupted, tmp_path, cli):
+def test_a_killed_run_ends_as_if_it_had_not_been(killed, uninterrupted_long, tmp_path, cli):
     shutil.copytree(killed, tmp_path / "run")
     outcome = cli("resume", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    assert result_of(tmp_path / "run") == result_of(uninterrupted)
+    assert result_of(tmp_path / "run") == result_of(uninterrupted_long)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".lock")}
-    assert names == {path.name for path in uninterrupted.iterdir() if not path.name.startswith(".lock")}
+    assert names == {path.name for path in uninterrupted_long.iterdir() if not path.name.startswith(".lock")}
 
 
 def test_a_run_killed_while_evaluating_is_not_trained_again(killed, tmp_path, cli):
@@ -143,18 +154,14 @@ def test_a_run_killed_while_evaluating_is_not_trained_again(killed, tmp_path, cl
     assert "fine-tune" not in outcome.err
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["rows"][-1]["train"]["steps"] == STEPS
+    assert report["rows"][-1]["train"]["steps"] == LONG
 
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path, cli, uninterrupted, steps):
     out = tmp_path / "run"
-    if steps:
-        begun(out, steps)
-    else:
-        progress = run.execute(inputs.load_inputs(inputs.resolve(SETTINGS, "test")), out)
-        next(progress)
-        progress.close()
+    begun(out, 1)
+    if not steps:
         (out / "metrics.jsonl").unlink()
     assert checkpoints(out) == []
     outcome = cli("resume", out)
@@ -196,7 +203,7 @@ def test_a_damaged_checkpoint_is_skipped_and_an_older_one_used(copy, cli, uninte
     (line,) = [line for line in outcome.err.splitlines() if "skipped" in line]
     assert "checkpoint-6" in line
     assert name in line
-    assert advances == list(range(5, STEPS + 1))
+    assert advances == list(range(5, SHORT + 1))
     assert result_of(copy) == result_of(uninterrupted)
 
 
@@ -238,9 +245,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uninterrupted, number, code):
+def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uninterrupted_long, number, code):
     out = tmp_path / "run"
-    process = started("run", "--out", out, *FLAGS)
+    process = started("run", "--out", out, *flags(LONG))
     wait_until(process, lambda: checkpoints(out))
     returned, err = kill(process, number)
     assert returned == code
@@ -251,7 +258,7 @@ def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uni
     assert len((out / "metrics.jsonl").read_text().splitlines()) == newest
     outcome = cli("resume", out)
     assert outcome.code == 0, outcome.err
-    assert result_of(out) == result_of(uninterrupted)
+    assert result_of(out) == result_of(uninterrupted_long)
 
 
 def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli, monkeypatch):
@@ -264,7 +271,7 @@ def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli,
         return record
 
     monkeypatch.setattr(run.FineTuning, "advance", advance)
-    outcome = cli("run", "--out", tmp_path / "run", *FLAGS)
+    outcome = cli("run", "--out", tmp_path / "run", *flags(SHORT))
     assert outcome.code == 143
     assert checkpoints(tmp_path / "run") == [2, 3]
     assert signal.getsignal(signal.SIGTERM) == before
@@ -287,7 +294,9 @@ def test_resume_by_flag_is_the_same_command(finished, cli):
     assert cli("run", "--resume", "--out", finished) == cli("resume", finished)
 
 
-@pytest.mark.parametrize("arguments", [("resume", "nowhere"), ("run", "--resume", "--out", "nowhere"), ("run", "--resume")])
+@pytest.mark.parametrize(
+    "arguments", [("resume", "nowhere"), ("run", "--resume", "--out", "nowhere"), ("run", "--resume")]
+)
 def test_what_is_no_run_is_not_resumed(cli, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     outcome = cli(*arguments)

@@ -55,7 +55,11 @@ def repeated(finished, cli, tmp_path_factory):
 
 def test_a_run_leaves_every_file_and_no_other(finished):
     assert {path.name for path in finished.iterdir() if not path.name.startswith(".")} == {*FILES, "model", "samples"}
-    assert {path.name for path in (finished / "model").iterdir()} == {"config.json", "manifest.json", "model.safetensors"}
+    assert {path.name for path in (finished / "model").iterdir()} == {
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    }
     assert {path.name for path in (finished / "samples").iterdir()} == {"dense.png", "one-shot.png", "sparsedm.png"}
     assert {path.name for path in finished.iterdir() if path.name.startswith(".")} <= {".lock"}
 
@@ -117,7 +121,12 @@ def test_the_report_obeys_its_schema(finished):
 
 def test_the_rows_are_dense_one_shot_and_the_method(finished):
     report = report_of(finished)
-    assert (report["method"], report["model"], report["pattern"], report["seed"]) == ("sparsedm", "uvit-digits", "2:4", 0)
+    assert (report["method"], report["model"], report["pattern"], report["seed"]) == (
+        "sparsedm",
+        "uvit-digits",
+        "2:4",
+        0,
+    )
     assert [row["name"] for row in report["rows"]] == ["dense", "one-shot", "sparsedm"]
     assert [row["train"]["steps"] for row in report["rows"]] == [0, 0, 4]
     assert report["rows"][0]["density"] == 1
@@ -252,7 +261,9 @@ def test_dense_continued_prunes_nothing(cli, tmp_path):
 
 
 def test_a_rule_that_picks_layers_is_followed_to_the_end(cli, tmp_path):
-    outcome = cli.trial(tmp_path / "run", "--targets", "re:mid_block", "--ignore", "mid_block.attn", "--ignore", "nowhere")
+    outcome = cli.trial(
+        tmp_path / "run", "--targets", "re:mid_block", "--ignore", "mid_block.attn", "--ignore", "nowhere"
+    )
     assert outcome.code == 0, outcome.err
     layers = report_of(tmp_path / "run")["layers"]
     assert {layer["name"] for layer in layers if layer["pattern"]} == {

@@ -1,0 +1,89 @@
+"""The report: `report.json`, which `compressor.rows` writes, as Markdown and as one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from compressor import artifact
+from compressor.errors import CompressorError
+from compressor.report import charts, words
+
+__all__ = ["render", "schema"]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of `report.json`."""
+    loaded: dict[str, Any] = json.loads(_resource("schema.json"))
+    return loaded
+
+
+def render(run: str | Path) -> None:
+    """Write `report.md` and `report.html` of the run directory from its report, metrics and samples.
+
+    The same files give the same bytes. Raises CompressorError where `report.json` is missing or not a report.
+    """
+    run = Path(run)
+    path = run / "report.json"
+    if not path.is_file():
+        raise CompressorError(
+            f"{path}: no such file", "Give the directory of a finished run; `compressor resume` finishes one."
+        )
+    report = artifact.read_json(path)
+    if lost := [key for key in schema()["required"] if key not in report]:
+        raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
+    steps = _metrics(run / "metrics.jsonl")
+    pictures = {row["name"]: name for row in report["rows"] if (name := _picture(run, row["name"])) is not None}
+    facts = {
+        "report": report,
+        "headline": words.headline(report),
+        "columns": words.columns(report),
+        "pruned": [layer for layer in report["layers"] if layer["reason"] is None],
+        "skipped": [layer for layer in report["layers"] if layer["reason"] is not None],
+    }
+    page = _environment(html=True).from_string(_resource("template.html"))
+    data = {name: _data_uri(run / "samples" / file) for name, file in pictures.items()}
+    curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
+    text = _environment(html=False).from_string(_resource("template.md"))
+    artifact.write_text(
+        run / "report.html",
+        page.render(**facts, pictures=data, curves=curves, css=Markup(_resource("style.css"))) + "\n",
+    )
+    artifact.write_text(run / "report.md", text.render(**facts, pictures=pictures) + "\n")
+
+
+def _environment(html: bool) -> Environment:
+    environment = Environment(autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(words.FILTERS)
+    if not html:
+        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return environment
+
+
+def _metrics(path: Path) -> list[Mapping[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise CompressorError(f"{path}: not one JSON object a line: {error}", "The file is damaged.") from error
+
+
+def _picture(run: Path, row: str) -> str | None:
+    name = f"{words.file_name(row)}.png"
+    return name if (run / "samples" / name).is_file() else None
+
+
+def _data_uri(path: Path) -> Markup:
+    return Markup("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"))
+
+
+def _resource(name: str) -> str:
+    return files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Numbers and facts for people: how a report's values are written, and the sentence at its top."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+NONE = "—"
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """What the run found, in one sentence made from the report's facts."""
+    rows = {row["name"]: row for row in report["rows"]}
+    final = report["rows"][-1]
+    what = f"{final['name']} on {report['model']}"
+    if report["pattern"]:
+        what = f"{final['name']} at {report['pattern']} on {report['model']}"
+    if not final["quality"]:
+        return f"{what}: quality was not measured."
+    metric = final["quality"][0]["metric"]
+    others = [
+        f"{number(rows[n]['quality'][0]['value'])} {w}" for n, w in (("dense", "dense"), ("one-shot", "one-shot"))
+    ]
+    return f"{what}: {metric} {with_interval(final['quality'][0])}, against {' and '.join(others)}; lower is better."
+
+
+def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """The table, a measure at a time: (title, explanation, one text per row of the report)."""
+    rows: Sequence[Mapping[str, Any]] = report["rows"]
+    metric = report["metric"]["name"] if report["metric"] else None
+    table: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = []
+    if metric:
+        table.append(
+            (
+                metric,
+                "lower is better; 95% interval",
+                lambda r: with_interval(r["quality"][0]) if r["quality"] else NONE,
+            )
+        )
+    table += [
+        (
+            "prediction error",
+            "mean square difference from dense, relative",
+            lambda r: _drift(r, "prediction_error", percent),
+        ),
+        ("sample RMSE", "from dense, same noise; pixels in [-1, 1]", lambda r: _drift(r, "sample_rmse", number)),
+        ("density", "kept share of the pruned weights", lambda r: percent(r["density"])),
+        ("parameters", "nonzero of all", lambda r: f"{count(r['nonzero_params'])} of {count(r['params'])}"),
+        ("file", "saved weights", lambda r: size(r["size_bytes"])),
+        ("MACs, effective", "zeros not counted; one sample, one pass", lambda r: count(r["macs_effective"])),
+        ("MACs, lowered", "without what a kernel really skips", lambda r: count(r["macs_lowered"])),
+        ("latency", "median, interquartile range", _latency),
+        ("speed-up", "measured against dense, same run", _speedup),
+        (
+            "fine-tuning",
+            "steps, seconds",
+            lambda r: _training(r["train"]),
+        ),
+    ]
+    return [(title, about, [text(row) for row in rows]) for title, about, text in table]
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.2e}"
+    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
+    return f"{value:,.{max(0, digits)}f}"
+
+
+def percent(value: float) -> str:
+    """A share in per cent."""
+    return f"{100 * value:.1f}%" if value >= 0.0095 or value == 0 else f"{100 * value:.2f}%"
+
+
+def count(value: float) -> str:
+    """A count with a letter: 599 k, 10.3 M, 12.2 G."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{number(value / factor)} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes, in powers of 1000."""
+    text = count(value)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def with_interval(entry: Mapping[str, Any]) -> str:
+    """A metric's value, with its interval where there is one."""
+    if not entry["ci95"]:
+        return number(entry["value"])
+    low, high = entry["ci95"]
+    return f"{number(entry['value'])} [{number(low)}, {number(high)}]"
+
+
+def file_name(row: str) -> str:
+    """The stem of a row's picture."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", row)
+
+
+def _drift(row: Mapping[str, Any], metric: str, text: Callable[[float], str]) -> str:
+    return next((text(entry["value"]) for entry in row["drift"] if entry["metric"] == metric), NONE)
+
+
+def _latency(row: Mapping[str, Any]) -> str:
+    if not row["latency"]:
+        return NONE
+    entry = row["latency"][0]
+    setting = f"{entry['backend']}, {entry['dtype']}, batch {entry['batch']}"
+    return f"{number(entry['median_ms'])} ± {number(entry['iqr_ms'])} ms ({setting})"
+
+
+def _training(train: Mapping[str, Any]) -> str:
+    return f"{train['steps']:,} in {train['seconds']:.0f} s" if train["steps"] else NONE
+
+
+def _speedup(row: Mapping[str, Any]) -> str:
+    if not row["latency"] or row["name"] == "dense":
+        return NONE
+    ratio = row["latency"][0]["speedup_vs_dense"]
+    return f"{ratio:.2f}x" + ("" if ratio >= 1.03 else ", no gain")
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "number": number,
+    "percent": percent,
+    "count": count,
+    "size": size,
+    "with_interval": with_interval,
+}

@@ -1,0 +1,184 @@
+"""The report: its JSON against the schema, its pages against hostile names and missing parts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from compressor.errors import CompressorError
+from compressor.report import render, schema, words
+
+HASH = "0123456789abcdef" * 4
+
+
+def row(name: str, value: float, **changes: Any) -> dict[str, Any]:
+    quality = {"metric": "fd-digits", "value": value, "ci95": [value - 1, value + 1], "samples": 64}
+    latency = {"backend": "eager", "device": "cpu", "dtype": "float32", "batch": 16, "median_ms": 7.7, "iqr_ms": 0.2}
+    return {
+        "name": name,
+        "weights_sha256": HASH,
+        "density": 0.5,
+        "params": 598_020,
+        "nonzero_params": 321_540,
+        "size_bytes": 2_395_000,
+        "macs_dense": 10_300_000,
+        "macs_effective": 5_620_000,
+        "macs_lowered": 10_300_000,
+        "quality": [{**quality, "sampler_steps": 25, "seed": 1234}],
+        "drift": [{"metric": "prediction_error", "value": 0.0447, "samples": 512}],
+        "latency": [{**latency, "speedup_vs_dense": 1.01}],
+        "train": {"steps": 20, "seconds": 9.8},
+        **changes,
+    }
+
+
+def example() -> dict[str, Any]:
+    layer = {"name": "mid_block.attn.qkv.weight", "shape": [288, 96], "pattern": "2:4", "density": 0.5}
+    return {
+        "schema_version": 1,
+        "method": "sparsedm",
+        "model": "uvit-digits",
+        "pattern": "2:4",
+        "seed": 0,
+        "settings": {"decay": 0.0002, "pattern": "2:4"},
+        "weights_sha256": HASH,
+        "data": {"name": "digits", "sha256": HASH, "samples": 1797},
+        "sampler": "DPM-Solver++ 2M",
+        "metric": {
+            "name": "fd-digits",
+            "extractor_sha256": HASH,
+            "floor": {"value": 1.05, "ci95": [0.5, 1.7], "samples": 898},
+        },
+        "rows": [row("dense", 3.7), row("one-shot", 68.5), row("sparsedm", 4.1)],
+        "layers": [
+            {**layer, "flips_per_weight": 0.02, "reason": None},
+            {
+                **layer,
+                "name": "norm.weight",
+                "pattern": None,
+                "density": 1.0,
+                "flips_per_weight": None,
+                "reason": "why",
+            },
+        ],
+        "environment": {"versions": {"torch": "2.13.0"}, "hardware": "a processor, 2 threads", "platform": "Linux"},
+        "recipe": {"evaluate": {"sampler_steps": 25, "samples": 64, "seed": 1234}},
+        "repeat": "compressor run --config recipe.yaml --out DIR",
+        "limitations": ["Not lowered."],
+    }
+
+
+def written(run: Path, report: dict[str, Any], steps: int = 30) -> Path:
+    run.mkdir(exist_ok=True)
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    if steps:
+        line = {"loss": 0.2, "noise_loss": 0.18, "teacher_loss": 0.02, "lr": 1e-3, "grad_norm": 1.0, "flip_rate": 0.01}
+        lines = [json.dumps({"step": n + 1, "steps": steps, **line}) for n in range(steps)]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (run / "samples").mkdir(exist_ok=True)
+        for entry in report["rows"]:
+            Image.new("L", (16, 16)).save(run / "samples" / f"{words.file_name(entry['name'])}.png")
+    return run
+
+
+def test_the_example_obeys_the_schema():
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(example(), schema())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r.pop("weights_sha256"),
+        lambda r: r.update(extra=1),
+        lambda r: r.update(seed="0"),
+        lambda r: r["rows"][0].pop("macs_effective"),
+        lambda r: r["rows"][0].update(density=1.5),
+        lambda r: r["rows"][0]["latency"][0].pop("speedup_vs_dense"),
+        lambda r: r["rows"][0]["quality"][0].update(ci95=[1.0]),
+        lambda r: r["layers"][0].update(reason=3),
+        lambda r: r.update(rows=[]),
+    ],
+)
+def test_a_spoilt_report_does_not_obey_it(spoil):
+    report = example()
+    spoil(report)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(report, schema())
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        run = written(tmp_path / name, example())
+        render(run)
+        pages.append(((run / "report.html").read_bytes(), (run / "report.md").read_bytes()))
+    assert pages[0] == pages[1]
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    run = written(tmp_path / "run", example())
+    render(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3 and page.count("<svg") == 3
+    assert (
+        not re.search(r"""(?:src|href)=["'](?:https?:)?//""", page)
+        and "<script" not in page
+        and not re.search(r"url\((?!#)", page)
+    )
+    assert all(text in page for text in ("fd-digits", "4.10", "68.5", "no gain", "Not lowered.", HASH))
+
+
+def test_names_cannot_carry_markup(tmp_path):
+    report, evil = example(), "<script>alert(1)</script>|x"
+    report["model"] = report["method"] = report["layers"][0]["name"] = report["rows"][2]["name"] = evil
+    report["settings"] = {evil: evil}
+    report["limitations"] = [evil]
+    report["data"]["name"] = evil
+    run = written(tmp_path / "run", report)
+    render(run)
+    assert "<script" not in (run / "report.html").read_text(encoding="utf-8")
+    table = [line for line in (run / "report.md").read_text(encoding="utf-8").splitlines() if line.startswith("| fd-")]
+    assert table and "<script" not in table[0]
+
+
+def test_missing_parts_are_left_out(tmp_path):
+    report = example()
+    report["metric"], report["pattern"] = None, None
+    for entry in report["rows"]:
+        entry.update(quality=[], drift=[], latency=[])
+    run = written(tmp_path / "run", report, steps=0)
+    render(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<svg" not in page and "<img" not in page and "quality was not measured" in page
+
+
+@pytest.mark.parametrize("text", [None, "{}", "[]", "nonsense", '{"rows": NaN}'])
+def test_a_directory_without_a_report_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "report.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CompressorError, match=re.escape(str(tmp_path / "report.json"))):
+        render(tmp_path)
+
+
+def test_a_speed_up_is_claimed_only_from_three_per_cent():
+    report = copy.deepcopy(example())
+    for ratio, text in ((1.029, "1.03x, no gain"), (1.031, "1.03x"), (0.97, "0.97x, no gain")):
+        report["rows"][2]["latency"][0]["speedup_vs_dense"] = ratio
+        speedups = next(cells for title, _, cells in words.columns(report) if title == "speed-up")
+        assert speedups == ["—", "1.01x, no gain", text]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.000"), (3.70799, "3.71"), (68.54, "68.5"), (1234.5, "1,234"), (0.0447, "0.045"), (5e-5, "5.00e-05")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert words.number(value) == text
