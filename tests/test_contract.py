@@ -51,9 +51,7 @@ def test_resumes_to_the_same_bytes(pruner, model, adapter, samples, tmp_path):
     training = compressor.Training(steps=6, batch_size=16)
 
     def started(previous=None):
-        return compressor.FineTuning(
-            model, pruner, adapter=adapter, data=samples, training=training, previous=previous
-        )
+        return compressor.FineTuning(model, pruner, adapter=adapter, data=samples, training=training, previous=previous)
 
     whole, half = started(), started()
     list(compressor.steps(whole))

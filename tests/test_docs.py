@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*/*/README.md")),
+]
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -29,11 +34,23 @@ def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_the_pruner_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
-    block = next(b for b in python_blocks(ROOT / "docs" / "writing_a_pruner.md") if b.startswith("# file: my_pruner.py"))
+    block = next(
+        b for b in python_blocks(ROOT / "docs" / "writing_a_pruner.md") if b.startswith("# file: my_pruner.py")
+    )
     assert len([line for line in block.splitlines() if line.strip() and not line.startswith("#")]) <= 15
     (tmp_path / "my_pruner.py").write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    arguments = ["compressor", "run", "--pruner", "my_pruner.py:MyPruner", "--pattern", "4:8", "--steps", "2", "--quiet"]
+    arguments = [
+        "compressor",
+        "run",
+        "--pruner",
+        "my_pruner.py:MyPruner",
+        "--pattern",
+        "4:8",
+        "--steps",
+        "2",
+        "--quiet",
+    ]
     for setting in ("train.batch_size=8", "evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.bootstrap=2"):
         arguments += ["--set", setting]
     monkeypatch.setattr("sys.argv", [*arguments, "--out", "out"])

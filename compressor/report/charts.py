@@ -15,7 +15,7 @@ def curves(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Line
     """What a run's metrics show: (title, label of the vertical axis, named lines), nothing for a run without steps."""
     if not steps:
         return []
-    losses = [("noise", [s["noise_loss"] for s in steps])]
+    losses: list[Line] = [("noise", [s["noise_loss"] for s in steps])]
     if steps[0]["teacher_loss"] is not None:
         losses.append(("teacher", [s["teacher_loss"] for s in steps]))
     return [

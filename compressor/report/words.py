@@ -50,7 +50,7 @@ def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         ("file", "saved weights", lambda r: size(r["size_bytes"])),
         ("MACs, effective", "zeros not counted; one sample, one pass", lambda r: count(r["macs_effective"])),
         ("MACs, lowered", "without what a kernel really skips", lambda r: count(r["macs_lowered"])),
-        ("latency", "median, interquartile range", _latency),
+        ("latency", "median; IQR: interquartile range", _latency),
         ("speed-up", "measured against dense, same run", _speedup),
         (
             "fine-tuning",
@@ -110,7 +110,7 @@ def _latency(row: Mapping[str, Any]) -> str:
         return NONE
     entry = row["latency"][0]
     setting = f"{entry['backend']}, {entry['dtype']}, batch {entry['batch']}"
-    return f"{number(entry['median_ms'])} ± {number(entry['iqr_ms'])} ms ({setting})"
+    return f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])}; {setting})"
 
 
 def _training(train: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
         rng = generator(seed, "classifier", epoch)
-        for rows in train[torch.randperm(len(train), generator=rng)].split(64):
+        for rows in torch.split(train[torch.randperm(len(train), generator=rng)], 64):
             pixels, labels = data.take(rows)
             dy, dx = torch.randint(-1, 2, (2,), generator=rng).tolist()
             shifted = F.pad(pixels, (1, 1, 1, 1), value=-1.0)[..., 1 + dy : 9 + dy, 1 + dx : 9 + dx]

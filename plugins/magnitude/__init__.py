@@ -19,8 +19,8 @@ class Magnitude(Pruner):
     Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4.
     """
 
-    pattern: Pattern = NM(2, 4)  # type: ignore[assignment]
-    estimator: Estimator = Exact()  # type: ignore[assignment]
+    pattern: Pattern = NM(2, 4)
+    estimator: Estimator = Exact()
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         return previous or {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}

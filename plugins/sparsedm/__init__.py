@@ -48,7 +48,7 @@ class SparseDM(Pruner):
     equal shares of the steps; weights that a stage does not fit skip it.
     """
 
-    pattern: Pattern = NM(2, 4)  # type: ignore[assignment]
+    pattern: Pattern = NM(2, 4)
     decay: float = 2e-4
     decoupled: bool = False
     teacher: float = 0.1
