@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +24,7 @@ from compressor import registry
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import load_strictly, weights_sha256
+from compressor.weights import load_strictly, state_sha256
 
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 16 * 1024 * 1024
@@ -39,18 +39,17 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
     old = target.parent / f".old-{target.name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _restore_old(old, target)  # of a process that died between the two renames below
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         write(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
+        entries = {}
         for path in files:
             path.chmod(0o644)  # safetensors writes 0600
             _sync(path)
-        entries = {
-            path.relative_to(partial).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
-            for path in files
-        }
+            entries[path.relative_to(partial).as_posix()] = {"sha256": _sha256(path), "size": path.stat().st_size}
         manifest = partial / MANIFEST
         manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
         _sync(manifest)
@@ -61,39 +60,48 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        needed = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not target.exists():
-            old.rename(target)
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
         free = shutil.disk_usage(_existing(target)).free
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CompressorError(
-            f"{target}: cannot be written: {reason} ({needed:,} bytes written so far, {free:,} bytes free)",
-            "Free some space or choose another folder with --out; what was saved before is intact.",
+            f"{target}: cannot be written: {reason} ({written:,} bytes written so far, {free:,} bytes free)",
+            "Free some space or choose another folder; what was saved before is intact.",
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there only where something failed
+        _restore_old(old, target)
 
 
-def verify(folder: Path) -> None:
-    """Raise CompressorError unless `folder` has a manifest and every file in it is as the manifest says."""
+def verify(folder: Path, needs: Sequence[str] = ()) -> None:
+    """Raise CompressorError unless `folder` has a manifest that lists `needs`, and every file in it is as listed."""
     manifest = read_json(folder / MANIFEST)
     files = manifest.get("files")
     if manifest.get("schema_version") != 1 or not isinstance(files, dict):
         raise CompressorError(
             f"{folder / MANIFEST}: not a manifest of version 1", "The folder is damaged, or from a newer version."
         )
+    if lost := [name for name in needs if name not in files]:
+        raise CompressorError(
+            f"{folder / MANIFEST}: {lost[0]} is not listed", "The folder is damaged; use another copy."
+        )
     for name, entry in files.items():
         path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name:
+        try:
+            inside = not Path(name).is_absolute() and path.resolve() == folder.resolve() / name
+            found = inside and path.is_file()
+            same = found and isinstance(entry, dict) and path.stat().st_size == entry.get("size")
+            same = same and _sha256(path) == entry.get("sha256")
+        except (OSError, ValueError) as error:
             raise CompressorError(
-                f"{folder / MANIFEST}: the path {name!r} leaves the folder", "Do not trust this folder."
+                f"{folder / MANIFEST}: {name[:80]!r}: {error}", "Do not trust this folder."
+            ) from error
+        if not inside:
+            raise CompressorError(
+                f"{folder / MANIFEST}: the path {name!r} is not one inside the folder", "Do not trust this folder."
             )
-        if not path.is_file() or path.is_symlink():
-            raise CompressorError(f"{path}: missing", "The folder is incomplete.")
-        if (
-            not isinstance(entry, dict)
-            or path.stat().st_size != entry.get("size")
-            or _sha256(path) != entry.get("sha256")
-        ):
+        if not found:
+            raise CompressorError(f"{path}: missing", "The folder is incomplete; use another copy.")
+        if not same:
             raise CompressorError(
                 f"{path}: its bytes are not those that were saved", "The file is damaged; use another copy."
             )
@@ -134,7 +142,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    schema_version: int
+    schema_version: Literal[1]
     model: str | None
     patterns: dict[str, str]
     weights_sha256: str
@@ -149,7 +157,7 @@ def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: st
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     patterns = {key: str(mask.pattern) for key, mask in masks.items()}
     _check(state, patterns, Path(path))
-    config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=weights_sha256(model))
+    config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state))
 
     def write(folder: Path) -> None:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -168,7 +176,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     folder = Path(path)
     if (folder / "model").is_dir():
         folder = folder / "model"
-    verify(folder)
+    verify(folder, needs=("config.json", "model.safetensors"))
     config = validated(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
     if model is None:
         if config.model is None:
@@ -183,6 +191,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{folder / 'model.safetensors'}: {error}", "The file is damaged; use another copy."
         ) from error
     _check(state, config.patterns, folder)
+    if state_sha256(state) != config.weights_sha256:
+        raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
     load_strictly(model, state, folder)
     return model.eval()
 
@@ -195,14 +205,19 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor):
             key = str(len(tensors))
             tensors[key] = value.detach().cpu().contiguous().clone()
-            return {"$tensor": key}
+            return {"tensor": key}
         if isinstance(value, Mapping):
-            return {str(key): stored(inner) for key, inner in value.items()}
+            return {"dict": {str(key): stored(inner) for key, inner in value.items()}}
         return [stored(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
-    tree = stored(state)
+    try:
+        text = json.dumps(stored(state), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CompressorError(
+            f"a state holds what cannot be saved: {error}", "Allowed: tensors, finite numbers, strings, lists, dicts."
+        ) from error
     save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
+    (folder / "state.json").write_text(text, encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -211,7 +226,9 @@ def load_state(folder: Path) -> dict[str, Any]:
 
     def restored(value: Any) -> Any:
         if isinstance(value, dict):
-            return tensors[value["$tensor"]] if "$tensor" in value else {k: restored(v) for k, v in value.items()}
+            if "tensor" in value:
+                return tensors[value["tensor"]]
+            return {key: restored(inner) for key, inner in value["dict"].items()}
         return [restored(inner) for inner in value] if isinstance(value, list) else value
 
     tree: dict[str, Any] = restored(read_json(folder / "state.json"))
@@ -232,6 +249,11 @@ def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path
             raise CompressorError(
                 f"{where}: {name}: {error.message}", "It was changed after pruning; prune again."
             ) from error
+
+
+def _restore_old(old: Path, target: Path) -> None:
+    if old.is_dir() and not target.exists():
+        old.rename(target)
 
 
 def _no_constant(name: str) -> Any:

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from compressor.errors import CompressorError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import nn
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -118,10 +119,10 @@ def run(
         recipe = inputs.resolve(settings, str(config) if config is not None else "recipe")
         method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
         out = out if out is not None else _free_directory(Path("runs") / f"{recipe.model}-{method}")
+        runs.refuse_busy_directory(out)
         runs.refuse_used_directory(out, overwrite)
         found = inputs.load_inputs(recipe)
-        for rule in inputs.unmatched_ignores(found):
-            click.echo(f"warning: --ignore {rule!r} matches no layer", err=True)
+        _warn_of_idle_rules(found.model, recipe.ignore)
         _drive(runs.execute(found, out, overwrite=overwrite), out, quiet)
         _show_report(out, as_json)
 
@@ -188,6 +189,7 @@ def inspect(
         from compressor.inspection import inspect_model
 
         found = inspect_model(model, weights, pattern or "2:4", targets or None, ignore or None)
+        _warn_of_idle_rules(found.pop("module"), ignore)
         if as_json:
             _print_json(found)
             return
@@ -214,16 +216,16 @@ def main() -> NoReturn:
     """The console script."""
     code = 0
     try:
-        app.main(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        code = error.exit_code
+        code = app.main(standalone_mode=False) or 0  # the code of an Exit is returned, not raised
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         code = 130
     except CompressorError as error:
         code = _complain(error)
     except click.ClickException as error:
-        error.show(sys.stderr)
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "compressor"
+        _say(f"error: {error.format_message()}", err=True)
+        _say(f"See {where} --help", err=True)
         code = error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -241,6 +243,10 @@ def _errors(debug: bool) -> Iterator[None]:
 
             traceback.print_exc()
         raise
+    except OSError as error:  # a path that cannot be used; the places that know more say more
+        if debug:
+            raise
+        raise CompressorError(f"{error.filename}: {error.strerror}", "Choose another path.") from error
     except Exception as error:
         if debug:
             raise
@@ -249,12 +255,24 @@ def _errors(debug: bool) -> Iterator[None]:
 
 
 def _complain(error: CompressorError) -> int:
+    for line in f"error: {error}".splitlines():
+        _say(line, err=True)
+    return error.exit_code
+
+
+def _say(text: str, err: bool = False) -> None:
     from compressor.console import printable
 
-    click.echo("\n".join(printable(line) for line in f"error: {error.message}".splitlines()), err=True)
-    if error.hint:
-        click.echo("\n".join(printable(line) for line in error.hint.splitlines()), err=True)
-    return error.exit_code
+    click.echo(printable(text), err=err)
+
+
+def _warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
+    """Each rule of the user's that leaves nothing out is likely a mistake."""
+    from compressor.pattern import Unstructured
+    from compressor.targets import survey, unmatched
+
+    for rule in unmatched(survey(model, Unstructured(1.0)), ignore or ()):
+        _say(f"warning: --ignore {rule!r} matches no layer", err=True)
 
 
 def _flag_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +293,8 @@ def _resume(out: Path, as_json: bool, quiet: bool) -> None:
     from compressor import run as runs
 
     if (out / "report.json").is_file() and (out / "report.html").is_file():
-        click.echo(f"{out} is finished", err=True)
+        if not quiet:
+            _say(f"{out} is finished", err=True)
     else:
         recipe = inputs.resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
         _drive(runs.execute(inputs.load_inputs(recipe), out, resume=True), out, quiet)
@@ -285,7 +304,7 @@ def _resume(out: Path, as_json: bool, quiet: bool) -> None:
 def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
     """Iterate over a run's progress. The first Ctrl-C or SIGTERM ends it after a checkpoint, a second Ctrl-C at once."""
     from compressor.console import Ticker
-    from compressor.run import Interrupted
+    from compressor.run import Interrupted, resume_command
 
     received: list[int] = []
 
@@ -301,7 +320,7 @@ def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
                 if received:
                     events.throw(Interrupted(128 + received[0]))  # type: ignore[attr-defined]
     except Interrupted as interrupted:
-        click.echo(f"stopped; continue with: compressor resume {out}", err=True)
+        _say(f"stopped; continue with: {resume_command(out)}", err=True)
         raise click.exceptions.Exit(interrupted.exit_code) from None
     finally:
         for number, handler in before.items():
@@ -319,7 +338,7 @@ def _show_report(out: Path, as_json: bool) -> None:
     if loaded["metric"]:
         floor = loaded["metric"]["floor"]
         click.echo(f"floor (real against real, {floor['samples']} images each): {floor['value']:.2f}")
-    click.echo(f"report: {out / 'report.html'}")
+    _say(f"report: {out / 'report.html'}")
 
 
 def _print_json(value: Any) -> None:

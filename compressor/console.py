@@ -42,7 +42,8 @@ class Ticker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def show(self, progress: Progress) -> None:
         """Take note of one event."""

@@ -92,13 +92,7 @@ class FineTuning:
         else:
             pruner = pruner.restored(previous["pruner"])
         self.pruner = pruner
-        self.layers = select(
-            self.student,
-            pruner.pattern,
-            set(pruner.targets(self.student)),
-            adapter.targets if targets is None else targets,
-            adapter.ignore if ignore is None else ignore,
-        )
+        self.layers = choose_layers(self.student, pruner, adapter, targets, ignore)
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise CompressorError(
@@ -298,6 +292,23 @@ def prune(
     records = list(steps(run))
     result = run.finish()
     return Result(result.model, result.masks, result.layers, records, result.flipped)
+
+
+def choose_layers(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> list[Layer]:
+    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    return select(
+        model,
+        pruner.pattern,
+        set(pruner.targets(model)),
+        adapter.targets if targets is None else targets,
+        adapter.ignore if ignore is None else ignore,
+    )
 
 
 def resolve_device(name: str) -> torch.device:

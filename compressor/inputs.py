@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,12 +16,11 @@ from compressor import recipe as recipes
 from compressor import registry
 from compressor.adapter import Adapter
 from compressor.data import Images, read_images
-from compressor.engine import resolve_device
+from compressor.engine import choose_layers, resolve_device
 from compressor.errors import UsageError
 from compressor.evaluate import Metric
 from compressor.pruner import Pruner
 from compressor.recipe import Recipe
-from compressor.targets import survey, unmatched
 from compressor.weights import weights_sha256
 
 
@@ -38,13 +41,26 @@ class Inputs:
 
     def identity(self) -> dict[str, str]:
         """The hashes that a resumed run must find again."""
-        return {"weights_sha256": weights_sha256(self.model), "data_sha256": self.data.sha256}
+        text = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        source = Path(self.recipe.pruner.rpartition(":")[0]).read_bytes() if self.recipe.pruner else b""
+        return {
+            "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
+            "weights_sha256": weights_sha256(self.model),
+            "data_sha256": self.data.sha256,
+        }
 
 
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
-    """The validated recipe: the model's own defaults below `settings`. Raises UsageError for anything unknown."""
+    """The validated recipe: the model's own defaults below `settings`, file names made absolute.
+
+    Raises UsageError for anything unknown.
+    """
     early = recipes.validated(Recipe, recipes.merged(settings), where)
-    return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings), where)
+    paths = {"weights": early.weights, "pruner": early.pruner}
+    if early.data not in registry.names("data"):
+        paths["data"] = early.data
+    absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
+    return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings, absolute), where)
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -62,12 +78,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
     model = adapter.load(recipe.weights)
     data = registry.images(recipe.data) if recipe.data in registry.names("data") else read_images(recipe.data)
     _check_shapes(adapter, data)
+    choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
     return Inputs(recipe, adapter, model, data, pruner, metric)
-
-
-def unmatched_ignores(inputs: Inputs) -> list[str]:
-    """The user's ignore rules that match no layer; each deserves a warning."""
-    return unmatched(survey(inputs.model, inputs.pruner.pattern), inputs.recipe.ignore or ())
 
 
 def _check_shapes(adapter: Adapter, data: Images) -> None:

@@ -18,7 +18,8 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Every layer of the registered model `name` with shape, share of the MACs, and the reason where it stays dense.
 
-    `weights` is loaded, and so checked, where given; else the model has no memory of its own. MACs are per sample.
+    `weights` is loaded, and so checked, where given; else the model has no memory of its own. MACs are per sample. The
+    model itself is under `module`.
     """
     adapter, rule = registry.adapter(name), parse(pattern)
     if weights is not None:
@@ -36,6 +37,7 @@ def inspect_model(
     )
     skipped = sum(by_weight.get(layer.name, 0) * (1 - rule.density) for layer in layers if layer.reason is None)
     return {
+        "module": model,
         "model": name,
         "pattern": str(rule),
         "params": sum(p.numel() for p in model.parameters()),

@@ -7,19 +7,20 @@ Order: defaults, the model's own, the recipe file, flags, `--set`. A setting ins
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, events
 from ruamel.yaml.error import YAMLError
 
 from compressor.errors import UsageError, did_you_mean
 from compressor.training import Training
 
-_MAX_BYTES = 256 * 1024
+_MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 8
+_MAX_VALUES = 2000
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -77,23 +78,29 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise UsageError(f"{path}: larger than {_MAX_BYTES // 1024} KiB", "A recipe is a few dozen lines.")
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}", "Give the path of a recipe file.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file", "A recipe is YAML in UTF-8.") from error
-    return parse_yaml(text, str(path))
+    try:
+        return placed(parse_yaml(text, str(path)))
+    except UsageError as error:
+        if str(path) in error.message:
+            raise
+        raise UsageError(f"{path}: {error.message}", error.hint) from error
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """The mapping that a YAML text holds; see `read`."""
     loader = YAML(typ="safe", pure=True)
     try:
-        for token in _events(text):
-            if token in {"alias", "tag", "depth"}:
-                raise UsageError(f"{where}: {_REFUSED[token]}", "Write plain keys, values and lists.")
+        for number, fault in _unplain(text):
+            raise UsageError(f"{where}:{number}: {fault}", "Write plain keys, values and lists.")
         values = loader.load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -111,27 +118,21 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-_REFUSED = {
-    "alias": "anchors and aliases are not used in recipes",
-    "tag": "tags are not used in recipes",
-    "depth": f"nested deeper than {_MAX_DEPTH} levels",
-}
-
-
-def _events(text: str) -> Any:
-    """What in the text makes it more than plain data, found before anything is built from it."""
-    from ruamel.yaml import events
-
+def _unplain(text: str) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) for whatever in the text is more than a little plain data, before anything is built from it."""
     depth = 0
-    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(io.StringIO(text))):
+        line = event.start_mark.line + 1
         if isinstance(event, events.AliasEvent) or getattr(event, "anchor", None):
-            yield "alias"
+            yield line, "anchors and aliases are not used in recipes"
         if getattr(event, "tag", None) not in (None, "!"):
-            yield "tag"
+            yield line, "tags are not used in recipes"
         depth += isinstance(event, (events.MappingStartEvent, events.SequenceStartEvent))
         depth -= isinstance(event, (events.MappingEndEvent, events.SequenceEndEvent))
         if depth > _MAX_DEPTH:
-            yield "depth"
+            yield line, f"nested deeper than {_MAX_DEPTH} levels"
+        if count > _MAX_VALUES:
+            yield line, f"more than {_MAX_VALUES} keys and values"
 
 
 def assignment(text: str) -> dict[str, Any]:
@@ -139,8 +140,11 @@ def assignment(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {text!r}: not KEY=VALUE", "Write it like --set train.lr=1e-4")
-    loaded = parse_yaml(f"value: {value}" if value.strip() else "value: ''", f"--set {key.strip()}")["value"]
-    nested: Any = loaded
+    where = f"--set {key.strip()}"
+    loaded = parse_yaml(f"value: {value}" if value.strip() else "value: ''", where)
+    if set(loaded) != {"value"}:
+        raise UsageError(f"{where}: more than one value", "Give --set once for each setting.")
+    nested: Any = loaded["value"]
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}
     return nested  # type: ignore[no-any-return]
@@ -202,9 +206,10 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
         ) from error
 
 
-def dump(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML; `read` gives the same settings back."""
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `read` gives the same settings back."""
     writer = YAML()
     writer.default_flow_style = False
-    with path.open("w", encoding="utf-8") as file:
-        writer.dump(recipe.model_dump(mode="json"), file)
+    text = io.StringIO()
+    writer.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -65,16 +66,32 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
     """Raise UsageError unless `out` is empty, not there yet, or may be overwritten."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
-    if not overwrite and (found := _contents(out)):
+    found = _contents(out)
+    listing = f"{', '.join(found[:4])}{' …' if len(found) > 4 else ''}"
+    if found and not overwrite:
         raise UsageError(
-            f"{out} is not empty: it has {', '.join(found[:4])}{' …' if len(found) > 4 else ''}",
-            f"Choose another --out, continue it with `compressor resume {out}`, or replace it with --overwrite.",
+            f"{out} is not empty: it has {listing}",
+            f"Choose another --out, continue it with `{resume_command(out)}`, or replace it with --overwrite.",
         )
+    if "run.json" not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found):
+        raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+
+
+def refuse_busy_directory(out: Path) -> None:
+    """Raise LockedError where another process works in `out`."""
+    if (out / ".lock").exists():
+        with locked(out):
+            pass
+
+
+def resume_command(out: Path) -> str:
+    """The command that continues the run in `out`, for a shell."""
+    return shlex.join(["compressor", "resume", str(out)])
 
 
 def _clear(out: Path) -> None:
     """Remove a former run's files, and no others."""
-    for name in _contents(out):
+    for name in sorted(_contents(out), key=lambda name: name == "run.json"):  # last: it says whose directory this is
         if name in OWN_FILES:
             (out / name).unlink()
         elif name in OWN_FOLDERS or re.fullmatch(r"checkpoint-\d+|\.(partial|old)-.*", name):
@@ -95,10 +112,9 @@ def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool 
         else:
             refuse_used_directory(out, overwrite)
             _clear(out)
-            recipes.dump(inputs.recipe, out / "recipe.yaml")
-            artifact.write_json(
-                out / "run.json", {**environment(), **inputs.identity(), "seed": inputs.recipe.train.seed}
-            )
+            identity = {**environment(), **inputs.identity(), "seed": inputs.recipe.train.seed}
+            artifact.write_json(out / "run.json", identity)
+            artifact.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
         if not _is_whole(out / "model"):
             yield from _fine_tune(inputs, out)
         yield from build_report(inputs, out)
@@ -170,7 +186,7 @@ def _newest_checkpoint(out: Path) -> tuple[dict[str, Any] | None, list[str]]:
     skipped: list[str] = []
     for folder in _checkpoints(out):
         try:
-            artifact.verify(folder)
+            artifact.verify(folder, needs=("state.json", "state.safetensors"))
             return artifact.load_state(folder), skipped
         except CompressorError as error:
             skipped.append(f"skipped {folder.name}: {error.message}")
@@ -179,7 +195,7 @@ def _newest_checkpoint(out: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        artifact.verify(folder)
+        artifact.verify(folder, needs=("config.json", "model.safetensors"))
     except CompressorError:
         return False
     return True
@@ -196,5 +212,6 @@ def _check_identity(inputs: Inputs, out: Path) -> None:
     for key, value in now.items():
         if before.get(key) != value:
             raise CompressorError(
-                f"{out}: {key} was {before.get(key)}, and is now {value}", "Resume with the same files."
+                f"{out}: the {key.removesuffix('_sha256')} changed: its hash was {before.get(key)}, and is now {value}",
+                "Resume with the same files and settings, or start a new run.",
             )

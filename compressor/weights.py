@@ -38,11 +38,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path}: refused: not a plain PyTorch state dict ({reason})",
             "Nothing in it was run. Where you trust its source, load it there and save model.state_dict() as safetensors.",
         ) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not plain or not state:
         found = f"keys {list(state)[:4]}" if isinstance(state, Mapping) else type(state).__name__
         raise CompressorError(f"{path}: not a state dict of tensors, found {found}", "Save model.state_dict() alone.")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CompressorError(
+                f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
+            )
     return dict(state)
 
 
@@ -66,9 +72,14 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """A hash of every tensor of the model: names, dtypes, shapes and bytes, in the order of their names."""
+    """The `state_sha256` of the model's state dict."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """A hash of every tensor: names, dtypes, shapes and bytes, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())

@@ -163,7 +163,7 @@ def test_a_pattern_and_a_learning_rate_need_no_quotes(tmp_path):
 
 def test_the_resolved_recipe_shows_them_and_reads_back(tmp_path):
     found = resolved(tmp_path, "pattern: 4:2:4\nlr: 1e-4\nsteps: 7\nbetas: [0.9, 0.99]\nsettings: {decay: 1e-3}\n")
-    recipe.dump(found, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(found))
     text = (tmp_path / "resolved.yaml").read_text()
     assert "pattern: 4:2:4" in text
     assert inputs.resolve(recipe.read(tmp_path / "resolved.yaml"), "again") == found

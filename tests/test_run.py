@@ -290,5 +290,5 @@ def test_a_run_is_not_resumed_on_other_files(cli, tmp_path, changed):
         np.savez(files["data"], images=digits.pixels.numpy()[::-1])
     outcome = cli("resume", tmp_path / "run")
     assert outcome.code == 1
-    assert f"{changed}_sha256" in outcome.err
+    assert f"the {changed} changed" in outcome.err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
