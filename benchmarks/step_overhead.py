@@ -55,6 +55,7 @@ def interleaved(first: Callable[[], object], second: Callable[[], object], round
 @click.command()
 @click.option("--rounds", default=60, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "step_overhead.json"
 )
