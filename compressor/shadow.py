@@ -70,7 +70,7 @@ class Shadow:
             weight.data.copy_(self.dense[name])
         self.masks = checked_masks(masks, self.dense)
         self.flipped = {name: count.to(self.dense[name].device) for name, count in flipped.items()}
-        self._write_sparse()
+        self._make_sparse()
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,11 +92,12 @@ class Shadow:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         estimator = self.pruner.estimator
         for name, weight in self._weights.items():
-            dense = weight.detach()
-            mask = self.masks.get(name)
+            mask, dense = self.masks.get(name), weight.detach()
             if mask is not None and weight.grad is not None:
-                dense = estimator.shrink(dense, mask, float(self._group[id(weight)]["lr"]))
-            self.dense[name].copy_(dense)
+                shrunk = estimator.shrink(dense, mask, float(self._group[id(weight)]["lr"]))
+                if shrunk is not dense:
+                    weight.data.copy_(shrunk)
+            self.dense[name].copy_(weight.data)
         self._renew_masks()
         for name, count in self.flips.items():
             self.flipped[name] += count
@@ -109,15 +110,15 @@ class Shadow:
             if old is None or new is None or old is new:
                 self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)
             else:
-                self.flips[name] = (old.keep ^ new.keep).sum()
+                self.flips[name] = (old.keep ^ new.keep).count_nonzero()
         self.masks = masks
-        self._write_sparse()
+        self._make_sparse()
 
     @torch.no_grad()
-    def _write_sparse(self) -> None:
-        for name, weight in self._weights.items():
-            mask = self.masks.get(name)
-            weight.data.copy_(self.dense[name] if mask is None else mask.apply(self.dense[name]))
+    def _make_sparse(self) -> None:
+        """Mask the model's weights, which hold the dense values, in place."""
+        for name, mask in self.masks.items():
+            self._weights[name].data.masked_fill_(~mask.keep, 0.0)
 
 
 def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:

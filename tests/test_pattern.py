@@ -306,3 +306,23 @@ def test_patterns_are_values() -> None:
     assert parse("2:4") == NM(2, 4) == NM(2, 4, 1) and hash(NM(2, 4)) == hash(parse("2:4"))
     assert NM(2, 4) != NM(4, 8)
     assert NM(2, 4).density == 0.5 and NM(7, 8, 4).density == 7 / 8
+
+
+@pytest.mark.parametrize("text", ["2:4", "15:16", "2:2:4", "unstructured:0.5"])
+def test_masks_of_many_weights_are_the_masks_of_each(text: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"a": (8, 32), "b": (4, 16), "conv": (8, 16, 3, 3), "half": (8, 16)}
+    scores = {name: torch.randn(shape, generator=rng).abs() for name, shape in shapes.items()}
+    scores["transposed"] = scores["a"].T.contiguous().T
+    for dtype in (torch.float32, torch.float16):
+        scores["half"] = scores["half"].to(dtype)
+        found = parse(text).masks(scores)
+        assert list(found) == list(scores)
+        for name, score in scores.items():
+            assert torch.equal(found[name].keep, parse(text).mask(score).keep), name
+            assert found[name].keep.shape == score.shape
+
+
+def test_a_weight_among_many_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(CompressorError, match="dim 1 divisible by 4"):
+        parse("2:4").masks({"a": torch.ones(4, 8), "b": torch.ones(4, 8), "odd": torch.ones(4, 7)})

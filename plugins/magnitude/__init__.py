@@ -23,4 +23,4 @@ class Magnitude(Pruner):
     estimator: Estimator = Exact()
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
-        return previous or {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}
+        return previous or self.pattern.masks({name: weight.abs() for name, weight in weights.items()})

@@ -32,10 +32,10 @@ class SRSTE(Estimator):
 
     def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
         """g + λ (1 - m) ⊙ w"""
-        return grad if self.decoupled else grad + self.decay * (dense - mask.apply(dense))
+        return grad if self.decoupled else grad.add(mask.rest(dense), alpha=self.decay)
 
     def shrink(self, dense: Tensor, mask: Mask, lr: float) -> Tensor:
-        return dense - lr * self.decay * (dense - mask.apply(dense)) if self.decoupled else dense
+        return dense.sub(mask.rest(dense), alpha=lr * self.decay) if self.decoupled else dense
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ class SparseDM(Pruner):
         return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
-        return {name: self._stage(weight, progress).mask(weight.abs()) for name, weight in weights.items()}
+        scores = {name: weight.abs() for name, weight in weights.items()}
+        if not self.progressive:
+            return self.pattern.masks(scores)
+        return {name: self._stage(score, progress).mask(score) for name, score in scores.items()}
 
     def _stage(self, weight: Tensor, progress: float) -> Pattern:
-        """The pattern in force for `weight` at `progress`: the final one unless the schedule is progressive."""
-        if not self.progressive:
-            return self.pattern
+        """The pattern of the schedule in force for `weight` at `progress`."""
         looser = [p for p in _PROGRESSIVE if p.density > self.pattern.density and not p.misfit(tuple(weight.shape))]
         stages: list[Pattern] = [*looser, self.pattern]
         return stages[min(int(progress * len(stages)), len(stages) - 1)]
