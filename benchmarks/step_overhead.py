@@ -60,6 +60,10 @@ def interleaved(first: Callable[[], object], second: Callable[[], object], round
     "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "step_overhead.json"
 )
 def main(rounds: int, batch_size: int, device: str, out: Path) -> None:
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).abs().to(device)
+    pattern = parse("2:4")
+    assert torch.equal(pattern.mask(weight).keep, argsort_mask(weight))
+    mask = interleaved(lambda: argsort_mask(weight), lambda: pattern.mask(weight), 5 * rounds)
     adapter, data = digits(), images()
     model = adapter.load(None)
     training = Training(steps=10**6, batch_size=batch_size, device=device)
@@ -68,10 +72,6 @@ def main(rounds: int, batch_size: int, device: str, out: Path) -> None:
         for pruner in (SparseDM(teacher=0.0), DenseContinued())
     )
     step = interleaved(masked.advance, dense.advance, rounds)
-    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).abs().to(device)
-    pattern = parse("2:4")
-    assert torch.equal(pattern.mask(weight).keep, argsort_mask(weight))
-    mask = interleaved(lambda: argsort_mask(weight), lambda: pattern.mask(weight), 2 * rounds)
     result = {
         **environment(),
         "rounds": rounds,

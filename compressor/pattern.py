@@ -144,7 +144,7 @@ class NM(Pattern):
         if self.v > 1 or len(joined) < 2 or len(kinds) > 1:
             return super().masks(scores)
         keep = self.mask(torch.cat([s.flatten() for s in joined.values()]).view(-1, self.m)).keep.flatten()
-        parts = keep.split([s.numel() for s in joined.values()])
+        parts = torch.split(keep, [s.numel() for s in joined.values()])
         found = {n: Mask(part.view(s.shape), self) for part, (n, s) in zip(parts, joined.items(), strict=True)}
         return {n: found[n] if n in found else self.mask(s) for n, s in scores.items()}
 
