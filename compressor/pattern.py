@@ -88,6 +88,7 @@ class Pattern(ABC):
 
 _LARGEST = 999_999
 _SMALL = 2**20
+_CHUNK = 2**19  # entries at a time on a CPU: temporaries stay in its cache, and both threads busy
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,18 @@ class NM(Pattern):
         return None
 
     def survivors(self, score: Tensor) -> Tensor:
-        lanes = self._lanes(score)
         keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-        kept = self._lanes(keep)
+        rows = max(1, _CHUNK // (self.v * score[0].numel())) * self.v if score.device.type == "cpu" else len(score)
+        for some, kept in zip(torch.split(score, rows), torch.split(keep, rows), strict=True):
+            self._choose(self._lanes(some), self._lanes(kept))
+        return keep
+
+    def _choose(self, lanes: Tensor, kept: Tensor) -> None:
         if self.m <= 8:  # M(M-1)/2 comparisons beat a sort up to about here
             _keep_least_beaten(lanes[:, 0] if self.v == 1 else _shared(lanes)[:, 0], self.n, kept)
         else:
             order = _shared(lanes).argsort(dim=0, descending=True, stable=True)
             kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
-        return keep
 
     def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Mask]:
         """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one."""
@@ -224,13 +228,14 @@ def _keep_least_beaten(lanes: Tensor, n: int, kept: Tensor) -> None:
     Of two equal entries the earlier one wins. `lanes` may be a strided view: one pass over it is all a pair costs.
     """
     m = lanes.shape[0]
-    beaten = [torch.full(lanes.shape[1:], m - 1 - i, dtype=torch.uint8, device=lanes.device) for i in range(m)]
-    first_wins = torch.empty(lanes.shape[1:], dtype=torch.bool, device=lanes.device)
-    for i in range(m):
+    # Per entry, how many earlier ones beat it minus how many later ones it beats: m - 1 - i too few for entry i.
+    balance = [torch.ge(lanes[0], lane).view(torch.int8) for lane in lanes[1:]]
+    balance.insert(0, -sum(balance[1:], start=balance[0]) if balance else torch.zeros_like(lanes[0], dtype=torch.int8))
+    for i in range(1, m):
         for j in range(i + 1, m):
-            torch.ge(lanes[i], lanes[j], out=first_wins)
-            beaten[i] -= first_wins.view(torch.uint8)
-            beaten[j] += first_wins.view(torch.uint8)
+            first_wins = torch.ge(lanes[i], lanes[j]).view(torch.int8)
+            balance[i] -= first_wins
+            balance[j] += first_wins
     for i in range(m):
         for row in kept[i]:
-            torch.lt(beaten[i], n, out=row)
+            torch.lt(balance[i], n - (m - 1 - i), out=row)
