@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from compressor.errors import CompressorError
-from compressor.report import render, schema, words
+from compressor.report import charts, render, schema, words
 
 HASH = "0123456789abcdef" * 4
 
@@ -145,8 +146,7 @@ def test_names_cannot_carry_markup(tmp_path):
     run = written(tmp_path / "run", report)
     render(run)
     assert "<script" not in (run / "report.html").read_text(encoding="utf-8")
-    table = [line for line in (run / "report.md").read_text(encoding="utf-8").splitlines() if line.startswith("| fd-")]
-    assert table and "<script" not in table[0]
+    assert "<script" not in (run / "report.md").read_text(encoding="utf-8")
 
 
 def test_missing_parts_are_left_out(tmp_path):
@@ -178,7 +178,66 @@ def test_a_speed_up_is_claimed_only_from_three_per_cent():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.000"), (3.70799, "3.71"), (68.54, "68.5"), (1234.5, "1,234"), (0.0447, "0.045"), (5e-5, "5.00e-05")],
+    [
+        *((0.0, "0"), (3.70799, "3.71"), (68.54, "68.5"), (1234.5, "1,234"), (0.0447, "0.0447"), (5e-5, "5.00e-05")),
+        *((9.996, "10.0"), (99.97, "100"), (0.9996, "1.00"), (-0.5, "-0.500")),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert words.number(value) == text
+
+
+def test_counts_and_sizes_round_into_the_next_unit():
+    assert [words.count(n) for n in (999, 598_929, 999_499, 999_500)] == ["999", "599 k", "999 k", "1.00 M"]
+    assert [words.size(n) for n in (950, 2_404_112)] == ["950 B", "2.40 MB"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda r: r["rows"].pop(1), "against 3.70 dense; lower"),
+        (lambda r: r["rows"][0].update(quality=[]), "against 68.5 one-shot; lower"),
+        (lambda r: r.update(rows=r["rows"][2:], recipe={}), "fd-digits 4.10 [3.10, 5.10]; lower"),
+    ],
+)
+def test_the_headline_compares_only_what_was_measured(tmp_path, change, text):
+    report = example()
+    change(report)
+    jsonschema.validate(report, schema())
+    run = written(tmp_path / "run", report)
+    render(run)
+    assert text in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("spoil", [lambda r: r.update(rows=5), lambda r: r["rows"][0].pop("density")])
+def test_a_report_of_another_form_is_named_and_nothing_written(tmp_path, spoil):
+    report = example()
+    run = written(tmp_path / "run", report)
+    spoil(report)
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(CompressorError, match=re.escape(str(run / "report.json"))):
+        render(run)
+    assert not (run / "report.html").exists() and not (run / "report.md").exists()
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"step": 1}'])
+def test_metrics_of_another_form_are_named(tmp_path, line):
+    run = written(tmp_path / "run", example())
+    (run / "metrics.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(CompressorError, match=re.escape(str(run / "metrics.jsonl"))):
+        render(run)
+
+
+def test_a_step_that_is_not_finite_leaves_the_rest_of_its_curve():
+    values = [1.0, math.nan, 3.0, math.inf, 5.0]
+    assert charts._running_mean(values, 2) == [1.0, 1.0, 3.0, 3.0, 5.0]
+    assert charts._running_mean([2.0, 4.0, 6.0], 2) == [2.0, 3.0, 5.0]
+
+
+def test_charts_name_total_noise_and_teacher_and_no_id_twice(tmp_path):
+    run = written(tmp_path / "run", example())
+    render(run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert all(f">{name}</text>" in page for name in ("total", "noise", "teacher", "optimizer step"))
+    drawn = re.findall(r'<g id="([^"]+)"', page)
+    assert not drawn and "figure svg text { fill: currentColor; }" in page

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from compressor import artifact
@@ -40,6 +40,16 @@ def render(run: str | Path) -> None:
     if lost := [key for key in schema()["required"] if key not in report]:
         raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
     steps = _metrics(run / "metrics.jsonl")
+    try:
+        page, text = _written(run, report, steps)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        raise CompressorError(f"{path}: not a report: {error!r}", "Run the recipe again.") from error
+    artifact.write_text(run / "report.html", page)
+    artifact.write_text(run / "report.md", text)
+
+
+def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) -> tuple[str, str]:
+    """The page and the Markdown."""
     pictures = {row["name"]: name for row in report["rows"] if (name := _picture(run, row["name"])) is not None}
     facts = {
         "report": report,
@@ -52,28 +62,40 @@ def render(run: str | Path) -> None:
     data = {name: _data_uri(run / "samples" / file) for name, file in pictures.items()}
     curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
     text = _environment(html=False).from_string(_resource("template.md"))
-    artifact.write_text(
-        run / "report.html",
-        page.render(**facts, pictures=data, curves=curves, css=Markup(_resource("style.css"))) + "\n",
-    )
-    artifact.write_text(run / "report.md", text.render(**facts, pictures=pictures) + "\n")
+    html = page.render(**facts, pictures=data, curves=curves, css=Markup(_resource("style.css")))
+    return html + "\n", text.render(**facts, pictures=pictures) + "\n"
 
 
 def _environment(html: bool) -> Environment:
-    environment = Environment(autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=None if html else _plain,
+    )
     environment.filters.update(words.FILTERS)
     if not html:
-        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment
 
 
-def _metrics(path: Path) -> list[Mapping[str, Any]]:
+def _plain(value: Any) -> str:
+    """A value in Markdown: on one line, and no tag."""
+    return " ".join(str(value).splitlines()).replace("<", "&lt;")
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
+    needed = ("loss", "noise_loss", "teacher_loss", "lr", "flip_rate")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise CompressorError(f"{path}: not one JSON object a line: {error}", "The file is damaged.") from error
+        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [{name: step[name] for name in needed} for step in steps]
+    except (ValueError, LookupError, TypeError) as error:
+        raise CompressorError(
+            f"{path}: not the record of a step on every line: {error!r}", "The file is damaged."
+        ) from error
 
 
 def _picture(run: Path, row: str) -> str | None:

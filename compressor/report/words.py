@@ -20,9 +20,12 @@ def headline(report: Mapping[str, Any]) -> str:
         return f"{what}: quality was not measured."
     metric = final["quality"][0]["metric"]
     others = [
-        f"{number(rows[n]['quality'][0]['value'])} {w}" for n, w in (("dense", "dense"), ("one-shot", "one-shot"))
+        f"{number(rows[name]['quality'][0]['value'])} {name}"
+        for name in ("dense", "one-shot")
+        if name in rows and name != final["name"] and rows[name]["quality"]
     ]
-    return f"{what}: {metric} {with_interval(final['quality'][0])}, against {' and '.join(others)}; lower is better."
+    against = f", against {' and '.join(others)}" if others else ""
+    return f"{what}: {metric} {with_interval(final['quality'][0])}{against}; lower is better."
 
 
 def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -48,7 +51,8 @@ def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
         ("density", "kept share of the pruned weights", lambda r: percent(r["density"])),
         ("parameters", "nonzero of all", lambda r: f"{count(r['nonzero_params'])} of {count(r['params'])}"),
         ("file", "saved weights", lambda r: size(r["size_bytes"])),
-        ("MACs, effective", "zeros not counted; one sample, one pass", lambda r: count(r["macs_effective"])),
+        ("MACs, dense", "every multiplication; one sample, one pass", lambda r: count(r["macs_dense"])),
+        ("MACs, effective", "zeros not counted", lambda r: count(r["macs_effective"])),
         ("MACs, lowered", "without what a kernel really skips", lambda r: count(r["macs_lowered"])),
         ("latency", "median; IQR: interquartile range", _latency),
         ("speed-up", "measured against dense, same run", _speedup),
@@ -62,22 +66,23 @@ def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
-    if value != 0 and abs(value) < 0.001:
-        return f"{value:.2e}"
-    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
-    return f"{value:,.{max(0, digits)}f}"
+    """Three significant digits; all of those before the point."""
+    if value == 0:
+        return "0"
+    rounded = f"{value:.2e}"
+    exponent = int(rounded.partition("e")[2])
+    return rounded if exponent < -3 else f"{value:,.{max(0, 2 - exponent)}f}"
 
 
 def percent(value: float) -> str:
     """A share in per cent."""
-    return f"{100 * value:.1f}%" if value >= 0.0095 or value == 0 else f"{100 * value:.2f}%"
+    return f"{number(100 * value)}%"
 
 
 def count(value: float) -> str:
     """A count with a letter: 599 k, 10.3 M, 12.2 G."""
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # what rounds to 1,000 k is 1 M
             return f"{number(value / factor)} {letter}"
     return f"{value:,.0f}"
 
