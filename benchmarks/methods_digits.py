@@ -81,7 +81,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), default=3, show_default=True)
 @click.option("--steps", "count", type=int, help="Default: the bundled model's own.")
 @click.option("--lr", type=float, help="Default: the bundled model's own.")
 @click.option(

@@ -52,6 +52,9 @@ class Adapter(ABC):
         """The model with pretrained weights: those at `source` (a path), or the bundled ones where it is None."""
         raise CompressorError(f"{type(self).__name__} cannot load weights", "Give the adapter a `load` method.")
 
+    num_classes: int = 0
+    """How many labels the data must have; 0 where the model takes none."""
+
     @property
     def image_shape(self) -> tuple[int, ...] | None:
         """(channels, height, width) of the images that the model takes, so that wrong data is refused; None: any."""

@@ -151,19 +151,23 @@ class ModelConfig(BaseModel):
 def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: str | None = None) -> None:
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
-    `name` is the registered model that it is; without one, `load` needs the module. Raises CompressorError where a
+    `name` is the registered model that it is; without one, `load` needs the module. A model saved at `path` before is
+    replaced; any other folder there is refused. Raises CompressorError where a
     weight breaks its mask's pattern or is not finite, and where the disk does not take it.
     """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     patterns = {key: str(mask.pattern) for key, mask in masks.items()}
-    _check(state, patterns, Path(path))
+    _check(state, patterns, path)
     config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state))
 
     def write(folder: Path) -> None:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
-    commit(Path(path), write)
+    commit(path, write)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -195,6 +199,12 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
     load_strictly(model, state, folder)
     return model.eval()
+
+
+def saved_patterns(path: str | Path) -> dict[str, str]:
+    """The pattern of each pruned weight of the model saved in the folder `path`, by parameter name."""
+    config = Path(path) / "config.json"
+    return validated(ModelConfig, read_json(config), str(config)).patterns
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -108,12 +108,16 @@ def run(
         if resume_run:
             if out is None:
                 raise UsageError("--resume needs the run's directory", "Give it with --out DIR.")
+            if config or assignments or overwrite or _flag_settings(flags):
+                raise UsageError("--resume takes the settings of the run", "Give it with --out alone.")
             _resume(out, as_json, quiet)
             return
         from compressor import inputs
         from compressor import recipe as recipes
         from compressor import run as runs
 
+        if flags["pruner"] and flags["method"]:
+            raise UsageError("--method and --pruner name two methods", "Give one of them.")
         file = recipes.read(config) if config is not None else {}
         settings = recipes.merged(file, _flag_settings(flags), *map(recipes.assignment, assignments))
         recipe = inputs.resolve(settings, str(config) if config is not None else "recipe")

@@ -35,6 +35,12 @@ class Images:
         images = pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels.float()
         return images if self.labels is None else (images, self.labels[indices])
 
+    def images(self, indices: Tensor) -> Tensor:
+        """As `take`, without labels."""
+        batch = self.take(indices)
+        images: Tensor = batch if self.labels is None else batch[0]
+        return images
+
     @property
     def sha256(self) -> str:
         digest = hashlib.sha256(f"{self.pixels.dtype} {tuple(self.pixels.shape)} ".encode())
@@ -137,7 +143,11 @@ class Listed(Batches):
 
 
 class Streamed(Batches):
-    """Batches from an iterable (a DataLoader, a generator), in its own order; started again when it runs out."""
+    """Batches from an iterable (a DataLoader, a generator), in its own order; started again when it runs out.
+
+    A resumed run takes it from the start and skips what was used, which repeats the batches only where the iterable
+    itself always gives the same ones; a shuffling DataLoader does not. Give a dataset for that.
+    """
 
     def __init__(self, source: Iterable[Any]) -> None:
         self._source = source
@@ -169,6 +179,8 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     """`data` as Batches. Samples: an Images, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
     if isinstance(data, Batches):
         return data
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
     if isinstance(data, (Images, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
         if len(data) == 0:  # type: ignore[arg-type]
             raise CompressorError("the data is empty", "Give at least one sample.")

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from compressor.targets import Layer, select
 from compressor.training import Training
 
 _TOLERATED_NONFINITE = 2
+LEFT_DENSE = "left dense by the method"
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Result:
 
 
 class FineTuning:
-    """The state of a fine-tuning run. `steps` advances it, `state` and `restore` carry it over an interruption.
+    """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
 
-    `model` is left as it is: student and teacher are copies. `previous` is the state of an interrupted run; with it,
-    `prepare` is not called again.
+    `model` is left as it is: student and teacher are copies. `previous` is what `state` gave in an
+    interrupted run; with it, `prepare` is not called again.
     """
 
     def __init__(
@@ -98,6 +99,11 @@ class FineTuning:
             raise CompressorError(
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
             )
+        if half := [n for n, p in self.parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
+            raise CompressorError(
+                f"{half[0]} is {self.parameters[half[0]].dtype}: small updates would be lost in training",
+                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+            )
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
         )
@@ -115,7 +121,10 @@ class FineTuning:
             self._restore(previous)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings."""
+        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
+
+        The tensors are the run's own and change with the next step: save or copy them first.
+        """
         for name, value in self.student.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise CompressorError(f"step {self.done}: {name} is not finite", "Lower the learning rate.")
@@ -151,10 +160,11 @@ class FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        batch = self.batches.batch(t)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
             torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
-            noise_loss, teacher_loss = self._backward(t)
+            noise_loss, teacher_loss = self._backward(t, batch)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -195,14 +205,17 @@ class FineTuning:
                 parameter.grad = None
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
-        return Result(self.student.eval(), masks, self.layers, (), flipped)
+        layers = [
+            replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
+            for layer in self.layers
+        ]
+        return Result(self.student.eval(), masks, layers, (), flipped)
 
-    def _backward(self, step: int) -> tuple[float, float | None]:
-        """Gradients of the objective on the batch of `step`; returns its two losses, without their weights.
+    def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
+        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
 
         Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
-        batch = self.batches.batch(step)
         inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
         n, pieces, objective = target.shape[0], self.training.accumulate, self.pruner.objective
         noise_sum, teacher_sum = 0.0, 0.0

@@ -12,15 +12,15 @@ import torch
 _PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
-def environment() -> dict[str, Any]:
-    """Versions of Python and the packages that touch the numbers, the processor or GPU, and the platform."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions of Python and the packages that touch the numbers, the processor (or the GPU of `device`), the platform."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    hardware = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _processor()
     return {
         "versions": versions,
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",

@@ -49,7 +49,7 @@ def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterato
 
 def real_features(metric: Metric, data: Images) -> Tensor:
     """The features (n, d) of all real images."""
-    return torch.cat([metric.features(_pixels(data, rows)) for rows in torch.split(torch.arange(len(data)), 1024)])
+    return torch.cat([metric.features(data.images(rows)) for rows in torch.split(torch.arange(len(data)), 1024)])
 
 
 def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
@@ -102,9 +102,3 @@ def prediction_error(predicted: Tensor, dense: Tensor) -> dict[str, Any]:
     """Mean square difference from the dense model's predictions, relative to their mean square."""
     value = float((predicted - dense).square().mean() / dense.square().mean())
     return {"metric": "prediction_error", "value": value, "samples": len(predicted)}
-
-
-def _pixels(data: Images, rows: Tensor) -> Tensor:
-    batch = data.take(rows)
-    images: Tensor = batch[0] if isinstance(batch, tuple) else batch
-    return images

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from compressor import recipe as recipes
@@ -78,6 +79,13 @@ def load_inputs(recipe: Recipe) -> Inputs:
     model = adapter.load(recipe.weights)
     data = registry.images(recipe.data) if recipe.data in registry.names("data") else read_images(recipe.data)
     _check_shapes(adapter, data)
+    if metric is not None and recipe.evaluate.samples:
+        if recipe.evaluate.samples < 2 or len(data) < 4:
+            raise UsageError(
+                f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
+                "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
+            )
+        metric.features(data.images(torch.arange(2)))  # raises now where it cannot take these images
     choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
     return Inputs(recipe, adapter, model, data, pruner, metric)
 
@@ -89,4 +97,12 @@ def _check_shapes(adapter: Adapter, data: Images) -> None:
         raise UsageError(
             f"{data.name}: images are {tuple(data.pixels.shape[1:])}, {adapter.name} takes {expected}",
             "Channels, height and width must agree; resize the images, or choose another model.",
+        )
+    if adapter.num_classes and (
+        data.labels is None or not 0 <= int(data.labels.min()) <= int(data.labels.max()) < adapter.num_classes
+    ):
+        found = "none" if data.labels is None else f"{int(data.labels.min())} to {int(data.labels.max())}"
+        raise UsageError(
+            f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
+            "Give an .npz file with an array `labels`.",
         )

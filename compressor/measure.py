@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter
-from compressor.pattern import Mask
 
 
 def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
@@ -50,18 +49,20 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     return counter.get_total_flops() // 2, found
 
 
-def costs(model: nn.Module, adapter: Adapter, masks: Mapping[str, Mask]) -> dict[str, Any]:
-    """The cost fields of a report row. `macs_effective` leaves out multiplications by a zero of a masked weight.
+def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[str, Any]:
+    """The cost fields of a report row; `pruned` names its masked weights.
+
+    `macs_effective` leaves out multiplications by a zero of a masked weight.
 
     `macs_lowered` equals `macs_dense`: no kernel here skips zeros until the model is lowered.
     """
     total, by_weight = layer_macs(model, adapter)
     parameters = dict(model.named_parameters())
     nonzero = {name: int(torch.count_nonzero(value)) for name, value in parameters.items()}
-    skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in masks)
-    masked = sum(parameters[name].numel() for name in masks)
+    skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in pruned)
+    masked = sum(parameters[name].numel() for name in pruned)
     return {
-        "density": sum(nonzero[name] for name in masks) / masked if masked else 1.0,
+        "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
         "params": sum(value.numel() for value in parameters.values()),
         "nonzero_params": sum(nonzero.values()),
         "size_bytes": len(save({n: v.detach().cpu().clone().contiguous() for n, v in model.state_dict().items()})),

@@ -33,20 +33,12 @@ class Pruner(ABC):
     A subclass may give `pattern`, `estimator` and `objective` as fields, class attributes or properties.
     """
 
-    @property
-    def pattern(self) -> Pattern:
-        """The pattern of the finished weights. Default: 2:4."""
-        return NM(2, 4)
-
-    @property
-    def estimator(self) -> Estimator:
-        """How pruned weights are trained. Default: straight-through."""
-        return StraightThrough()
-
-    @property
-    def objective(self) -> Objective:
-        """What fine-tuning minimises. Default: the diffusion loss alone."""
-        return Objective()
+    pattern: Pattern = NM(2, 4)
+    """The pattern of the finished weights."""
+    estimator: Estimator = StraightThrough()
+    """How pruned weights are trained."""
+    objective: Objective = Objective()
+    """What fine-tuning minimises."""
 
     @abstractmethod
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
@@ -64,7 +56,7 @@ class Pruner(ABC):
         return fitting(model, self.pattern)
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
-        """Called once, before training: calibrate scores, update weights in place, remove structure. Default: self.
+        """Called once, before training: calibrate scores, or update weights in place. Default: self.
 
         What it learns goes into the copy that it returns, and into that copy's `state`.
         """
@@ -75,5 +67,5 @@ class Pruner(ABC):
         return {}
 
     def restored(self, state: Mapping[str, Any]) -> Self:
-        """This pruner with the `state` of a prepared one. A resumed run calls it instead of `prepare`."""
+        """This pruner with the `state` (on the CPU) of a prepared one. A resumed run calls it instead of `prepare`."""
         return self

@@ -31,7 +31,7 @@ class Evaluation(BaseModel):
 
     metric: str | None = None
     samples: Annotated[int, Field(ge=0)] = 1024
-    sampler_steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    sampler_steps: Annotated[int, Field(ge=1, le=999)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 256
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
     seed: Annotated[int, Field(ge=0)] = 1234

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import artifact, evaluate, measure
-from compressor.engine import Result, prune, resolve_device
+from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
 from compressor.frechet import gaussian
 from compressor.inputs import Inputs
 from compressor.pictures import save_grid
@@ -39,14 +39,15 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
     models = {name: model.to(device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
+    patterns = artifact.saved_patterns(out / "model")
     rows = []
     for name, model in models.items():
-        masks = {} if name == "dense" else one_shot.masks
+        pruned = {"dense": {}, "one-shot": one_shot.masks}.get(name, patterns)
         train = trained if name == inputs.method else {"steps": 0, "seconds": 0.0}
-        row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, masks)}
+        row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, pruned)}
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
     reference = floor = None
-    if inputs.metric is not None:
+    if inputs.metric is not None and settings.samples:
         features = evaluate.real_features(inputs.metric, inputs.data)
         reference, floor = gaussian(features), evaluate.floor(features, settings)
     dense_images: Tensor | None = None
@@ -74,22 +75,21 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         timed = measure.latencies(list(models.values()), adapter, settings.latency_batch, settings.latency_rounds)
         for row, entry in zip(rows, timed, strict=True):
             row["latency"] = [entry]
-    masks = one_shot.masks
     report = {
         "schema_version": 1,
         "method": inputs.method,
         "model": recipe.model,
-        "pattern": ", ".join(sorted({str(mask.pattern) for mask in masks.values()})) or None,
+        "pattern": ", ".join(sorted(set(patterns.values()))) or None,
         "seed": recipe.train.seed,
         "settings": method_settings(inputs.pruner),
         "weights_sha256": run["weights_sha256"],
         "data": {"name": inputs.data.name, "sha256": run["data_sha256"], "samples": len(inputs.data)},
         "sampler": adapter.sampler,
         "metric": None
-        if inputs.metric is None
+        if inputs.metric is None or floor is None
         else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": floor},
         "rows": rows,
-        "layers": _layers(one_shot, final, run["train"]["flipped"]),
+        "layers": _layers(one_shot, patterns, final, run["train"]["flipped"]),
         "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
         "recipe": recipe.model_dump(mode="json"),
         "repeat": "compressor run --config recipe.yaml --out DIR",
@@ -98,16 +98,18 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     artifact.write_json(out / "report.json", report)
 
 
-def _layers(result: Result, final: nn.Module, flipped: Mapping[str, float]) -> list[dict[str, Any]]:
+def _layers(
+    result: Result, patterns: Mapping[str, str], final: nn.Module, flipped: Mapping[str, float]
+) -> list[dict[str, Any]]:
     weights = dict(final.named_parameters())
     return [
         {
             "name": layer.name,
             "shape": list(layer.weight.shape),
-            "pattern": str(result.masks[layer.name].pattern) if layer.name in result.masks else None,
+            "pattern": patterns.get(layer.name),
             "density": int(torch.count_nonzero(weights.get(layer.name, layer.weight))) / max(1, layer.weight.numel()),
             "flips_per_weight": flipped.get(layer.name),
-            "reason": layer.reason,
+            "reason": layer.reason or (None if layer.name in patterns else LEFT_DENSE),
         }
         for layer in result.layers
     ]

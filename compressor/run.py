@@ -7,6 +7,7 @@ Directory: `recipe.yaml` (resolved), `run.json` (versions, hardware, hashes), `m
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from compressor import artifact
 from compressor import recipe as recipes
-from compressor.engine import FineTuning, Result, steps
+from compressor.engine import FineTuning, Result, Step, resolve_device, steps
 from compressor.environment import environment
 from compressor.errors import CompressorError, LockedError, UsageError
 from compressor.inputs import Inputs
@@ -112,10 +113,16 @@ def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool 
         else:
             refuse_used_directory(out, overwrite)
             _clear(out)
-            identity = {**environment(), **inputs.identity(), "seed": inputs.recipe.train.seed}
+            identity = {
+                **environment(resolve_device(inputs.recipe.train.device)),
+                **inputs.identity(),
+                "seed": inputs.recipe.train.seed,
+            }
             artifact.write_json(out / "run.json", identity)
             artifact.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
         if not _is_whole(out / "model"):
+            if (out / "model").exists():
+                yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
             yield from _fine_tune(inputs, out)
         yield from build_report(inputs, out)
         render(out)
@@ -146,12 +153,12 @@ def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
         began = time.perf_counter()
         try:
             for record in steps(run):
-                metrics.write(json.dumps(asdict(record)) + "\n")
+                metrics.write(_line(record))
                 if record.step % inputs.recipe.checkpoint_every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
                     _checkpoint(out, run, seconds)
-                yield Progress("fine-tune", record.step, record.steps, f"loss {record.loss:.4f}")
+                yield Progress("fine-tune", record.step, record.steps, _note(record))
         except Interrupted:
             metrics.flush()
             _checkpoint(out, run, seconds + time.perf_counter() - began)
@@ -159,6 +166,17 @@ def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
         seconds += time.perf_counter() - began
     result = run.finish()
     _commit_model(inputs, out, result, run.done, seconds)
+
+
+def _line(record: Step) -> str:
+    """A line of the metrics file; numbers that are not finite become null, as JSON has no word for them."""
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
+    return json.dumps(values) + "\n"
+
+
+def _note(record: Step) -> str:
+    skipped = not (math.isfinite(record.loss) and math.isfinite(record.grad_norm))
+    return f"loss {record.loss:.4f}" + (", not finite: step skipped" if skipped else "")
 
 
 def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds: float) -> None:

@@ -38,8 +38,8 @@ class Shadow:
         self.masks: dict[str, Mask] = {}
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
-        self._group = {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
-        if missing := [name for name, weight in weights.items() if id(weight) not in self._group]:
+        trained = _learning_rates(optimizer)
+        if missing := [name for name, weight in weights.items() if id(weight) not in trained]:
             raise CompressorError(
                 f"{missing[0]} is pruned but not trained by the optimizer", "Give it all the targets."
             )
@@ -90,11 +90,11 @@ class Shadow:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        estimator = self.pruner.estimator
+        estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
             mask, dense = self.masks.get(name), weight.detach()
             if mask is not None and weight.grad is not None:
-                shrunk = estimator.shrink(dense, mask, float(self._group[id(weight)]["lr"]))
+                shrunk = estimator.shrink(dense, mask, lr[id(weight)])
                 if shrunk is not dense:
                     weight.data.copy_(shrunk)
             self.dense[name].copy_(weight.data)
@@ -119,6 +119,11 @@ class Shadow:
         """Mask the model's weights, which hold the dense values, in place."""
         for name, mask in self.masks.items():
             self._weights[name].data.masked_fill_(~mask.keep, 0.0)
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
+    """By the id of each trained parameter. Loading a state replaces the optimizer's groups, so they are not kept."""
+    return {id(weight): float(group["lr"]) for group in optimizer.param_groups for weight in group["params"]}
 
 
 def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:

@@ -471,3 +471,11 @@ def test_views_of_one_tensor_are_stored_apart(tmp_path):
     artifact.save_state(tmp_path, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
     loaded = artifact.load_state(tmp_path)
     assert same(loaded, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
+
+
+def test_a_folder_that_is_no_saved_model_is_not_replaced(tmp_path, model):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "text.txt").write_text("mine")
+    with pytest.raises(CompressorError, match="not a saved model"):
+        compressor.save(tmp_path / "thesis", model, {})
+    assert (tmp_path / "thesis" / "text.txt").read_text() == "mine"

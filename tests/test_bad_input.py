@@ -296,3 +296,16 @@ def test_an_assignment_that_is_none_is_refused(text):
 def test_a_later_layer_wins_key_by_key():
     layers = recipe.merged({"train": {"lr": 1e-3, "steps": 5}}, {"lr": 1e-4}, {"train": {"ema": 0.5}})
     assert layers == {"train": {"lr": 1e-4, "steps": 5, "ema": 0.5}}
+
+
+def test_a_metric_that_cannot_take_the_images_is_refused_before_training(tmp_path, cli):
+    outcome = cli.trial(tmp_path / "out", "--set", "evaluate.samples=1")
+    assert outcome.code == 2 and "at least 2 samples" in outcome.err and not (tmp_path / "out").exists()
+
+
+def test_two_methods_at_once_are_refused(tmp_path, cli):
+    assert cli("run", "--method", "magnitude", "--pruner", "x.py:Y", "--out", tmp_path / "out").code == 2
+
+
+def test_resume_takes_no_other_settings(tmp_path, cli):
+    assert cli("run", "--resume", "--steps", 5, "--out", tmp_path / "out").code == 2

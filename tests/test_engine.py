@@ -591,3 +591,51 @@ def test_the_optimizer_uses_the_scheduled_rate(prune: Prune) -> None:
 
 def test_the_average_forgets_its_start_in_a_short_run() -> None:
     assert [Training(ema=0.99).ema_at(step) for step in (0, 8, 10**6)] == pytest.approx([0.1, 0.5, 0.99])
+
+
+def test_decoupled_decay_resumes_with_the_learning_rate_of_the_step(model, adapter, samples):
+    pruner = SparseDM(decay=5.0, decoupled=True)
+    training = Training(steps=8, batch_size=16, lr=1e-2)
+
+    def started(previous=None):
+        return FineTuning(model, pruner, adapter=adapter, data=samples, training=training, previous=previous)
+
+    whole, half = started(), started()
+    list(compressor.steps(whole))
+    for _ in range(4):
+        half.advance()
+    resumed = started(half.state())
+    list(compressor.steps(resumed))
+    first, second = whole.finish().model.state_dict(), resumed.finish().model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_target_that_the_method_leaves_dense_is_listed_with_that_reason(model, adapter, samples):
+    class FirstOnly(Pruner):
+        def masks(self, weights, progress, previous):
+            return {"0.weight": self.pattern.mask(weights["0.weight"].abs())}
+
+    result = compressor.prune(model, FirstOnly(), adapter=adapter, data=samples, steps=1, batch_size=8)
+    assert [layer.reason for layer in result.layers] == [None, "left dense by the method"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(model, adapter, samples, dtype):
+    class Any24(Pruner):
+        def masks(self, weights, progress, previous):
+            return {}
+
+    with pytest.raises(CompressorError, match="small updates would be lost"):
+        compressor.prune(model.to(dtype), Any24(), adapter=adapter, data=samples, steps=1)
+
+
+def test_a_pruner_may_set_its_pattern_in_init(model, adapter, samples):
+    class Plain(Pruner):
+        def __init__(self, keep: int) -> None:
+            self.pattern = compressor.NM(keep, 4)
+
+        def masks(self, weights, progress, previous):
+            return self.pattern.masks({name: weight.abs() for name, weight in weights.items()})
+
+    result = compressor.prune(model, Plain(1), adapter=adapter, data=samples.numpy(), steps=1, batch_size=8)
+    assert {str(mask.pattern) for mask in result.masks.values()} == {"1:4"}

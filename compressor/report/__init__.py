@@ -44,8 +44,8 @@ def render(run: str | Path) -> None:
         page, text = _written(run, report, steps)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
         raise CompressorError(f"{path}: not a report: {error!r}", "Run the recipe again.") from error
-    artifact.write_text(run / "report.html", page)
     artifact.write_text(run / "report.md", text)
+    artifact.write_text(run / "report.html", page)  # last: with it, a run is finished
 
 
 def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) -> tuple[str, str]:

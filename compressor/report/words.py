@@ -122,11 +122,17 @@ def _training(train: Mapping[str, Any]) -> str:
     return f"{train['steps']:,} in {train['seconds']:.0f} s" if train["steps"] else NONE
 
 
+def _verdict(row: Mapping[str, Any], ratio: float) -> str:
+    if ratio < 1.03:
+        return ", no gain"
+    return "" if row["macs_lowered"] < row["macs_dense"] else ", the same kernels: noise"
+
+
 def _speedup(row: Mapping[str, Any]) -> str:
     if not row["latency"] or row["name"] == "dense":
         return NONE
     ratio = row["latency"][0]["speedup_vs_dense"]
-    return f"{ratio:.2f}x" + ("" if ratio >= 1.03 else ", no gain")
+    return f"{ratio:.2f}x" + _verdict(row, ratio)
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -50,7 +50,7 @@ class FDDigits(Metric):
         if images.shape[1:] != (1, 8, 8):
             raise CompressorError(
                 f"fd-digits takes images (n, 1, 8, 8), got {tuple(images.shape)}",
-                "Choose another metric with --set evaluate.metric=NAME, or none with --set evaluate.samples=0.",
+                "Choose another metric with --set evaluate.metric=NAME, or none with --set evaluate.metric=null",
             )
         return self._classifier.features(images.cpu().float())
 

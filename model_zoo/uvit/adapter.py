@@ -30,6 +30,12 @@ class UViTAdapter(Adapter):
     targets: tuple[str, ...] = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
     ignore: tuple[str, ...] = ()
 
+    null_class: bool = False  # whether the last class is the empty one of classifier-free guidance
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        return max(0, int(self.config.get("num_classes", -1)) - self.null_class)
+
     def build(self) -> UViT:
         return UViT(**self.config)
 
@@ -47,8 +53,7 @@ class UViTAdapter(Adapter):
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
         t = torch.rand(len(images), generator=rng)
         noise = torch.randn(images.shape, generator=rng)
-        conditional = self.config.get("num_classes", -1) > 0
-        return (diffuse(images, noise, t), 999 * t, labels if conditional else None), noise
+        return (diffuse(images, noise, t), 999 * t, labels if self.num_classes else None), noise
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         out: Tensor = module(*inputs)
@@ -62,8 +67,8 @@ class UViTAdapter(Adapter):
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         device = next(module.parameters()).device
         images = torch.randn(n, *self.image_shape, generator=rng).to(device)
-        classes = self.config.get("num_classes", -1)
-        labels = torch.randint(classes, (n,), generator=rng).to(device) if classes > 0 else None
+        classes = self.num_classes
+        labels = torch.randint(classes, (n,), generator=rng).to(device) if classes else None
         solver = scheduler()
         solver.set_timesteps(steps, device=device)
         grid = (999 * times()).float().to(device)
@@ -73,8 +78,7 @@ class UViTAdapter(Adapter):
         return images.clamp(-1, 1)
 
     def example_inputs(self, batch_size: int) -> Any:
-        conditional = self.config.get("num_classes", -1) > 0
-        labels = torch.zeros(batch_size, dtype=torch.int64) if conditional else None
+        labels = torch.zeros(batch_size, dtype=torch.int64) if self.num_classes else None
         return torch.zeros(batch_size, *self.image_shape), torch.full((batch_size,), 0.5 * TRAIN_TIMESTEPS), labels
 
     @property

@@ -23,9 +23,15 @@ def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UVi
         "weights": "The authors' U-ViT repository lists a checkpoint for each published size.",
         "licence": "MIT (the authors' code; see their repository for the weights)",
     }
-    # The fine-tuning of the released SparseDM code; its authors train up to 500,000 steps.
+    # Learning rate, warm-up and the rest of the released SparseDM code, which trains up to 500,000 steps.
     defaults = {"train": {"steps": 100_000, "lr": 2e-4, "warmup": 2500}, "checkpoint_every": 2500}
-    return UViTAdapter({"in_chans": 3, **config, **size}, name, defaults=defaults, about=about)
+    return UViTAdapter(
+        {"in_chans": 3, **config, **size},
+        name,
+        defaults=defaults,
+        about=about,
+        null_class=config.get("num_classes") == 1001,
+    )
 
 
 def cifar10() -> UViTAdapter:
