@@ -32,7 +32,7 @@ class SRSTE(Estimator):
 
     def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
         """g + λ (1 - m) ⊙ w"""
-        return grad if self.decoupled else grad.add(mask.rest(dense), alpha=self.decay)
+        return grad if self.decoupled else grad + self.decay * mask.rest(dense)
 
     def shrink(self, dense: Tensor, mask: Mask, lr: float) -> Tensor:
         return dense.sub(mask.rest(dense), alpha=lr * self.decay) if self.decoupled else dense
