@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from compressor.errors import CompressorError
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """An adapter's `inputs` with every tensor on `device`."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
 
 
 class Adapter(ABC):

@@ -24,9 +24,10 @@ from compressor import registry
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import load_strictly, state_sha256
+from compressor.weights import load_strictly, plain_state, state_sha256
 
 MANIFEST = "manifest.json"
+MODEL_FILES = ("config.json", "model.safetensors")
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
@@ -152,13 +153,13 @@ def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: st
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
     `name` is the registered model that it is; without one, `load` needs the module. A model saved at `path` before is
-    replaced; any other folder there is refused. Raises CompressorError where a
-    weight breaks its mask's pattern or is not finite, and where the disk does not take it.
+    replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's pattern or is
+    not finite, and where the disk does not take it.
     """
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    state = plain_state(model)
     patterns = {key: str(mask.pattern) for key, mask in masks.items()}
     _check(state, patterns, path)
     config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state))
@@ -180,8 +181,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     folder = Path(path)
     if (folder / "model").is_dir():
         folder = folder / "model"
-    verify(folder, needs=("config.json", "model.safetensors"))
-    config = validated(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+    verify(folder, needs=MODEL_FILES)
+    config = read_config(folder)
     if model is None:
         if config.model is None:
             raise CompressorError(
@@ -201,10 +202,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model.eval()
 
 
-def saved_patterns(path: str | Path) -> dict[str, str]:
-    """The pattern of each pruned weight of the model saved in the folder `path`, by parameter name."""
-    config = Path(path) / "config.json"
-    return validated(ModelConfig, read_json(config), str(config)).patterns
+def read_config(folder: Path) -> ModelConfig:
+    """The validated `config.json` of a saved model."""
+    path = folder / "config.json"
+    return validated(ModelConfig, read_json(path), str(path))
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

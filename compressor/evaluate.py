@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, to_device
 from compressor.data import Images
 from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.recipe import Evaluation
@@ -94,7 +93,7 @@ def predictions(
     for first in range(0, min(512, len(data)), settings.batch_size):
         batch = data.take(torch.arange(first, min(first + settings.batch_size, 512, len(data))))
         inputs, _ = adapter.noised(batch, generator(settings.seed, "drift", first))
-        found.append(adapter.predict(module, tree_map_only(Tensor, lambda x: x.to(device), inputs)).float().cpu())
+        found.append(adapter.predict(module, to_device(inputs, device)).float().cpu())
     return torch.cat(found)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, to_device
+from compressor.weights import plain_state
 
 
 def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
@@ -42,7 +42,7 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     counter = FlopCounterMode(display=False, custom_mapping={fused: attention})
     try:
         with torch.no_grad(), counter:
-            adapter.predict(model, _to(adapter.example_inputs(1), next(model.parameters()).device))
+            adapter.predict(model, to_device(adapter.example_inputs(1), next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
@@ -65,7 +65,7 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[s
         "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
         "params": sum(value.numel() for value in parameters.values()),
         "nonzero_params": sum(nonzero.values()),
-        "size_bytes": len(save({n: v.detach().cpu().clone().contiguous() for n, v in model.state_dict().items()})),
+        "size_bytes": len(save(plain_state(model))),
         "macs_dense": total,
         "macs_effective": round(total - skipped),
         "macs_lowered": total,
@@ -76,7 +76,7 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[s
 def latencies(models: Sequence[nn.Module], adapter: Adapter, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """The latency entry of each model's row, the first being dense. Rounds are interleaved, in alternating order."""
     device = next(models[0].parameters()).device
-    inputs = _to(adapter.example_inputs(batch_size), device)
+    inputs = to_device(adapter.example_inputs(batch_size), device)
     times: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 3):
         order = list(range(len(models)))
@@ -100,7 +100,3 @@ def latencies(models: Sequence[nn.Module], adapter: Adapter, batch_size: int, ro
         }
         for low, middle, high in quartiles
     ]
-
-
-def _to(inputs: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, lambda x: x.to(device), inputs)

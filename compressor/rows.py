@@ -39,7 +39,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
     models = {name: model.to(device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
-    patterns = artifact.saved_patterns(out / "model")
+    patterns = artifact.read_config(out / "model").patterns
     rows = []
     for name, model in models.items():
         pruned = {"dense": {}, "one-shot": one_shot.masks}.get(name, patterns)

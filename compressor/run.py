@@ -213,7 +213,7 @@ def _newest_checkpoint(out: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        artifact.verify(folder, needs=("config.json", "model.safetensors"))
+        artifact.verify(folder, needs=artifact.MODEL_FILES)
     except CompressorError:
         return False
     return True

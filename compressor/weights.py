@@ -71,6 +71,11 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
     model.load_state_dict(dict(state), strict=True)
 
 
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as tensors of their own on the CPU, which is what safetensors takes (it refuses shared ones)."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+
+
 def weights_sha256(model: nn.Module) -> str:
     """The `state_sha256` of the model's state dict."""
     return state_sha256(model.state_dict())
