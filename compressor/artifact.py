@@ -24,7 +24,7 @@ from compressor import registry
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import load_strictly, plain_state, state_sha256
+from compressor.weights import FILE_METADATA, load_strictly, plain_state, state_sha256
 
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -165,7 +165,7 @@ def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: st
     config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state))
 
     def write(folder: Path) -> None:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(state, folder / "model.safetensors", metadata=FILE_METADATA)
         (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     commit(path, write)

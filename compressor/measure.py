@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter, to_device
-from compressor.weights import plain_state
+from compressor.weights import FILE_METADATA, plain_state
 
 
 def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
@@ -65,7 +65,7 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[s
         "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
         "params": sum(value.numel() for value in parameters.values()),
         "nonzero_params": sum(nonzero.values()),
-        "size_bytes": len(save(plain_state(model))),
+        "size_bytes": len(save(plain_state(model), metadata=FILE_METADATA)),
         "macs_dense": total,
         "macs_effective": round(total - skipped),
         "macs_lowered": total,

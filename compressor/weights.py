@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 
+FILE_METADATA = {"format": "pt"}
+"""What saved weights say of themselves, as other libraries expect."""
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file, by name.

@@ -292,3 +292,8 @@ def test_a_run_is_not_resumed_on_other_files(cli, tmp_path, changed):
     assert outcome.code == 1
     assert f"the {changed} changed" in outcome.err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_the_size_in_the_report_is_that_of_the_file(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["rows"][-1]["size_bytes"] == (finished / "model" / "model.safetensors").stat().st_size
