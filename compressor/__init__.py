@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compressor import lower as lower
     from compressor.adapter import Adapter
     from compressor.artifact import load, save
     from compressor.engine import FineTuning, Result, Step, prune, steps
     from compressor.errors import CompressorError
     from compressor.estimator import Estimator, Exact, StraightThrough
+    from compressor.lower import Backend, Lowered, Plan
     from compressor.pattern import NM, Mask, Pattern, Unstructured, parse
     from compressor.pruner import Objective, Pruner
     from compressor.shadow import Shadow
@@ -27,6 +29,7 @@ _HOMES = {
     "engine": ("FineTuning", "Result", "Step", "prune", "steps"),
     "errors": ("CompressorError",),
     "estimator": ("Estimator", "Exact", "StraightThrough"),
+    "lower": ("Backend", "Lowered", "Plan"),
     "pattern": ("NM", "Mask", "Pattern", "Unstructured", "parse"),
     "pruner": ("Objective", "Pruner"),
     "shadow": ("Shadow",),
@@ -37,13 +40,16 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "NM",
     "Adapter",
+    "Backend",
     "CompressorError",
     "Estimator",
     "Exact",
     "FineTuning",
+    "Lowered",
     "Mask",
     "Objective",
     "Pattern",
+    "Plan",
     "Pruner",
     "Result",
     "Shadow",
@@ -52,6 +58,7 @@ __all__ = [
     "Training",
     "Unstructured",
     "load",
+    "lower",
     "parse",
     "prune",
     "save",
@@ -60,6 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lower":  # a package that can be called: `compressor.lower(model, example_inputs)`
+        return import_module("compressor.lower")
     if name not in _HOME:
         raise AttributeError(f"module 'compressor' has no attribute {name!r}")
     value = getattr(import_module(f"compressor.{_HOME[name]}"), name)

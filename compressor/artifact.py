@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import registry
+from compressor import packing, registry
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import FILE_METADATA, load_strictly, plain_state, state_sha256
+from compressor.weights import FILE_METADATA, load_strictly, plain_state, refuse_misfit, state_sha256
 
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -139,7 +140,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class ModelConfig(BaseModel):
-    """`config.json` of a saved model: which registered model it is, and what was pruned."""
+    """`config.json` of a saved model: which registered model it is, what was pruned, and which weights are packed.
+
+    `weights_sha256` is of the plain state, whatever is packed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -147,14 +151,18 @@ class ModelConfig(BaseModel):
     model: str | None
     patterns: dict[str, str]
     weights_sha256: str
+    packed: list[str] = []
 
 
-def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: str | None = None) -> None:
+def save(
+    path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: str | None = None, packed: bool = True
+) -> None:
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
-    `name` is the registered model that it is; without one, `load` needs the module. A model saved at `path` before is
-    replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's pattern or is
-    not finite, and where the disk does not take it.
+    `name` is the registered model that it is; without one, `load` needs the module. N:M weights are stored as what is
+    kept and where it was, or with `packed=False` as plain tensors, which other libraries read. A model saved at `path`
+    before is replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's
+    pattern or is not finite, and where the disk does not take it.
     """
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -162,11 +170,15 @@ def save(path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: st
     state = plain_state(model)
     patterns = {key: str(mask.pattern) for key, mask in masks.items()}
     _check(state, patterns, path)
-    config = ModelConfig(schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state))
+    tensors, names = packing.packed_state(state, patterns) if packed else (state, [])
+    config = ModelConfig(
+        schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state), packed=names
+    )
 
     def write(folder: Path) -> None:
-        save_file(state, folder / "model.safetensors", metadata=FILE_METADATA)
-        (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / "model.safetensors", metadata=FILE_METADATA)
+        text = config.model_dump_json(indent=2, exclude_defaults=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     commit(path, write)
 
@@ -175,8 +187,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
 
     `model` is filled and returned where given; else the registered model named in the file is built. Every hash and
-    every pattern is verified first; nothing in the files is executed. Raises CompressorError, and leaves `model` as it
-    was, where anything is missing, damaged or does not fit.
+    every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
+    them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
     folder = Path(path)
     if (folder / "model").is_dir():
@@ -189,12 +201,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{folder} was saved without a model name", "Give the module: load(path, model=module)."
             )
         model = registry.adapter(config.model).build()
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise CompressorError(
-            f"{folder / 'model.safetensors'}: {error}", "The file is damaged; use another copy."
-        ) from error
+    state = _read_state(folder, config, model)
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
@@ -246,10 +253,53 @@ def load_state(folder: Path) -> dict[str, Any]:
     return tree
 
 
+def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
+    """The plain state in a saved model's folder. It has the names, the shapes and the kinds of numbers of `model`'s."""
+    path = folder / "model.safetensors"
+    with _reading(folder / "config.json"):
+        rules = packing.rules(config.packed, config.patterns)
+    with _reading(path), safe_open(path, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shapes = packing.unpacked_shapes(found, rules)
+    refuse_misfit(model, shapes, path)  # before anything is read, or made of what was read
+    with _reading(path):
+        state = packing.unpacked_state(load_file(path), rules)
+    for name, own in model.state_dict().items():
+        if _kind(state[name]) != _kind(own):
+            raise CompressorError(
+                f"{path}: {name} is {state[name].dtype}, the model's {own.dtype}",
+                f"Allowed: {_kind(own)} numbers. Choose the model that was saved.",
+            )
+    return state
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is a CompressorError that names `path`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CompressorError(f"{path}: {error}", "The file is damaged; use another copy.") from error
+    except CompressorError as error:
+        raise CompressorError(f"{path}: {error.message}", error.hint) from error
+
+
+def _kind(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds: loading may round them, but not drop a part of each."""
+    return "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+
+
 def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path) -> None:
     """Raise unless every tensor is finite and every pruned one obeys its pattern."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        try:
+            # not every 8-bit float knows whether it is finite
+            finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+        except NotImplementedError as error:
+            raise CompressorError(f"{where}: {name} is {tensor.dtype}", "Convert it to another dtype first.") from error
+        if not bool(finite):
             raise CompressorError(f"{where}: {name} holds NaN or infinity", "Such weights are not saved or loaded.")
     for name, text in patterns.items():
         if name not in state:

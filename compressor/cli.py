@@ -86,6 +86,7 @@ def app() -> None:
 @click.option("--dtype", help="auto, float32 or bfloat16 (autocast).")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD.")
+@click.option("--lower", is_flag=True, default=None, help="At the end, lower the model and report its measured speed.")
 @click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay.")
 @click.option("--resume", "resume_run", is_flag=True, help="Continue the run in DIR.")
 @_output_options
@@ -152,11 +153,109 @@ def report(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
         _show_report(directory, as_json)
 
 
+def _speed_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
+        click.option("--dtype", default="auto", metavar="DTYPE", help="auto (the model's own), float32 or bfloat16."),
+    ):
+        command = option(command)
+    return command
+
+
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--batch", type=click.IntRange(1), help="Batch size to tune for. Default: the run's evaluate.latency_batch."
+)
+@click.option("--compiled", is_flag=True, help="Also try forms under torch.compile; takes minutes.")
+@_speed_options
+@_output_options
+def lower(
+    directory: Path, batch: int | None, compiled: bool, dtype: str, fresh: bool, as_json: bool, quiet: bool, debug: bool
+) -> None:
+    """Choose the fastest kernel of this machine for every layer of a finished run, and time the whole model.
+
+    The plan is saved as lowering.json, and the times in the run's report. Never slower than dense: where sparse kernels do
+    not pay, the plan keeps the best dense form and says so.
+    """
+    with _errors(debug):
+        report, _ = _measured(directory, [batch] if batch else [], dtype, compiled, False, fresh, quiet)
+        if as_json:
+            _print_json(report["lowering"])
+            return
+        from compressor.console import plan_tables
+
+        for table in plan_tables(report["lowering"]):
+            _print_table(table)
+        _say(f"{report['lowering']['choice']}: {report['lowering']['reason']}")
+        for note in report["lowering"]["notes"]:
+            _say(f"note: {note}", err=True)
+        _say(f"report: {directory / 'report.html'}")
+
+
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--batches", default="1,4,16", show_default=True, metavar="N,N,…", help="Batch sizes.")
+@click.option(
+    "--compiled/--no-compiled", default=True, show_default=True, help="Forms under torch.compile; take minutes."
+)
+@click.option("--onnx/--no-onnx", default=None, help="ONNX Runtime. Default: where it is installed.")
+@_speed_options
+@_output_options
+def bench(
+    directory: Path,
+    batches: str,
+    compiled: bool,
+    onnx: bool | None,
+    dtype: str,
+    fresh: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime."""
+    with _errors(debug):
+        if not all(part.strip().isdigit() for part in batches.split(",")):
+            raise UsageError(f"--batches {batches!r}", "Write sizes with commas between them: 1,4,16")
+        sizes = [int(part) for part in batches.split(",")]
+        if onnx is None:
+            from importlib.util import find_spec
+
+            onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
+        report, entries = _measured(directory, sizes, dtype, compiled, onnx, fresh, quiet)
+        if as_json:
+            _print_json(entries)
+            return
+        from compressor.console import plain_table
+        from compressor.report.words import speeds
+
+        for setting, lines in speeds(report):
+            columns = (setting, "form", "median", "over eager dense", "over the best dense form")
+            _print_table(plain_table(columns, lines))
+        _say(f"report: {directory / 'report.html'}")
+
+
+def _measured(
+    directory: Path, batches: list[int], dtype: str, compiled: bool, onnx: bool, fresh: bool, quiet: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Lower and time a run's model: the run's new report, and its new latency entries."""
+    from compressor import run as runs
+    from compressor import speed
+
+    if not directory.is_dir():
+        raise CompressorError(f"{directory}: no such directory", "Give the directory of a finished run.")
+    with runs.locked(directory):
+        found = speed.finished(directory)
+        sizes = batches or [found.batch]
+        entries = _watch(speed.bench(found, sizes, dtype, compiled, onnx, cache=not fresh), quiet)
+    return found.report, entries
+
+
 @app.command("list")
-@click.argument("kind", default="", metavar="[pruners|models|data|metrics]")
+@click.argument("kind", default="", metavar="[pruners|models|data|metrics|backends]")
 @_output_options
 def list_plugins(kind: str, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Show the methods, models, data sets and metrics that are installed."""
+    """Show the methods, models, data sets, metrics and lowering backends that are installed."""
     with _errors(debug):
         from compressor import registry
 
@@ -329,6 +428,18 @@ def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _watch(events: Iterator[Any], quiet: bool) -> Any:
+    """Show the progress of `events`, and give what it returns."""
+    from compressor.console import Ticker
+
+    with Ticker(_console(stderr=True), quiet) as ticker:
+        while True:
+            try:
+                ticker.show(next(events))
+            except StopIteration as finished:
+                return finished.value
 
 
 def _show_report(out: Path, as_json: bool) -> None:

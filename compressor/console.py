@@ -91,6 +91,35 @@ def rows_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+    """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
+    backends = [candidate["backend"] for candidate in plan["layers"][0]["candidates"]] if plan["layers"] else []
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in plan["layers"]:
+        key = f"{layer['shapes']} {layer['patterns']} {layer['kind']} {layer['choice']}"
+        groups.setdefault(key, []).append(layer)
+    lines = []
+    for group in groups.values():
+        first = group[0]
+        shape = ", ".join("x".join(map(str, shape)) for shape in first["shapes"])
+        pattern = ", ".join(sorted({text or "dense" for text in first["patterns"]}))
+        times = {c["backend"]: c["median_ms"] for c in first["candidates"]}
+        cells = [f"{times[name]:.3f}" if times.get(name) else "—" for name in backends]
+        name = first["name"] if len(group) == 1 else f"{first['name']} and {len(group) - 1} more"
+        lines.append((name, shape, pattern, *cells, first["choice"], first["reason"]))
+    layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
+    forms = [
+        (
+            f["name"],
+            f"{f['median_ms']:.2f} ms",
+            f"{f['speedup']:.2f}x",
+            "" if f["error"] is None else f"{f['error']:.1e}",
+        )
+        for f in plan["forms"]
+    ]
+    return [layers, plain_table(("whole model", "median", "over the best dense form", "error"), forms)]
+
+
 def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """A table of text."""
     table = Table(*columns)

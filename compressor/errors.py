@@ -30,6 +30,12 @@ class UsageError(CompressorError):
     exit_code = 2
 
 
+class GateError(CompressorError):
+    """What was made differs from what it was made of by more than is allowed, and was thrown away."""
+
+    exit_code = 3
+
+
 class LockedError(CompressorError):
     """Another process works in the output directory."""
 

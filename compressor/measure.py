@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
+from compressor import packing
 from compressor.adapter import Adapter, to_device
+from compressor.timing import interleaved, iqr_ms, median_ms
 from compressor.weights import FILE_METADATA, plain_state
 
 
@@ -49,10 +50,11 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     return counter.get_total_flops() // 2, found
 
 
-def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[str, Any]:
-    """The cost fields of a report row; `pruned` names its masked weights.
+def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> dict[str, Any]:
+    """The cost fields of a report row; `pruned` holds the pattern of each masked weight by its name.
 
-    `macs_effective` leaves out multiplications by a zero of a masked weight.
+    `size_bytes` is that of the weights' file as `compressor.save` writes it, packed. `macs_effective` leaves out
+    multiplications by a zero of a masked weight.
 
     `macs_lowered` equals `macs_dense`: no kernel here skips zeros until the model is lowered.
     """
@@ -61,15 +63,23 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Collection[str]) -> dict[s
     nonzero = {name: int(torch.count_nonzero(value)) for name, value in parameters.items()}
     skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in pruned)
     masked = sum(parameters[name].numel() for name in pruned)
+    tensors, _ = packing.packed_state(plain_state(model), pruned)
     return {
         "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
         "params": sum(value.numel() for value in parameters.values()),
         "nonzero_params": sum(nonzero.values()),
-        "size_bytes": len(save(plain_state(model), metadata=FILE_METADATA)),
+        "size_bytes": len(save(tensors, metadata=FILE_METADATA)),
         "macs_dense": total,
         "macs_effective": round(total - skipped),
         "macs_lowered": total,
     }
+
+
+def lowered_macs(model: nn.Module, adapter: Adapter, skipped: Mapping[str, float]) -> int:
+    """Multiply-accumulates of one sample without those that kernels leave out; `skipped` has the density that is left of
+    each weight whose zeros they skip."""
+    total, by_weight = layer_macs(model, adapter)
+    return round(total - sum(by_weight.get(name, 0) * (1 - density) for name, density in skipped.items()))
 
 
 @torch.no_grad()
@@ -77,26 +87,23 @@ def latencies(models: Sequence[nn.Module], adapter: Adapter, batch_size: int, ro
     """The latency entry of each model's row, the first being dense. Rounds are interleaved, in alternating order."""
     device = next(models[0].parameters()).device
     inputs = to_device(adapter.example_inputs(batch_size), device)
-    times: list[list[float]] = [[] for _ in models]
-    for turn in range(rounds + 3):
-        order = list(range(len(models)))
-        for index in order if turn % 2 else reversed(order):
-            began = time.perf_counter()
-            adapter.predict(models[index], inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= 3:  # the first rounds warm up
-                times[index].append(1000 * (time.perf_counter() - began))
-    quartiles = [torch.tensor(t).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() for t in times]
-    return [
-        {
-            "backend": "eager",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(next(models[0].parameters()).dtype).removeprefix("torch."),
-            "batch": batch_size,
-            "median_ms": middle,
-            "iqr_ms": high - low,
-            "speedup_vs_dense": quartiles[0][1] / middle,
-        }
-        for low, middle, high in quartiles
-    ]
+    dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
+    times = interleaved([lambda m=m: adapter.predict(m, inputs) for m in models], rounds, device)  # type: ignore[misc]
+    dense = median_ms(times[0])
+    return [latency_entry("eager", device, dtype, batch_size, seconds, "eager", dense) for seconds in times]
+
+
+def latency_entry(
+    backend: str, device: torch.device, dtype: str, batch: int, seconds: Sequence[float], against: str, dense_ms: float
+) -> dict[str, Any]:
+    """One entry of a row's `latency`: the median of `seconds`, compared with that of the dense form `against`."""
+    return {
+        "backend": backend,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": dtype,
+        "batch": batch,
+        "median_ms": median_ms(seconds),
+        "iqr_ms": iqr_ms(seconds),
+        "against": against,
+        "speedup_vs_dense": dense_ms / median_ms(seconds),
+    }

@@ -56,6 +56,7 @@ class Recipe(BaseModel):
     train: Training = Training()
     evaluate: Evaluation = Evaluation()
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    lower: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from compressor.adapter import Adapter
     from compressor.data import Images
     from compressor.evaluate import Metric
+    from compressor.lower.backend import Backend
     from compressor.pruner import Pruner
 
 _T = TypeVar("_T")
 
-KINDS = ("pruners", "models", "data", "metrics")
+KINDS = ("pruners", "models", "data", "metrics", "backends")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Listed:
 
 
 def names(kind: str) -> list[str]:
-    """The registered names of a kind (`pruners`, `models`, `data`, `metrics`), without loading anything."""
+    """The registered names of a kind (one of `KINDS`), without loading anything."""
     return sorted({entry.name for entry in entry_points(group=f"compressor.{kind}")})
 
 
@@ -156,6 +157,13 @@ def metric(name: str) -> Metric:
     return _made("metrics", name, Metric)
 
 
+def backend(name: str) -> Backend:
+    """The lowering backend registered as `name`."""
+    from compressor.lower.backend import Backend
+
+    return _made("backends", name, Backend)
+
+
 def _made(kind: str, name: str, expected: type[_T]) -> _T:
     factory = load(kind, name)
     try:
@@ -182,7 +190,9 @@ def _checked_class(found: Any, name: str) -> type[Pruner]:
 
 def _entry(kind: str, name: str) -> EntryPoint:
     entries = list(entry_points(group=f"compressor.{kind}", name=name))
-    singular = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric"}[kind]
+    singular = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric", "backends": "backend"}[
+        kind
+    ]
     if not entries:
         raise UsageError(f"unknown {singular} {name!r}", did_you_mean(name, names(kind)))
     if len({entry.value for entry in entries}) > 1:

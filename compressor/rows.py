@@ -40,9 +40,10 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     models = {name: model.to(device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
     patterns = artifact.read_config(out / "model").patterns
+    one_shot_patterns = {name: str(mask.pattern) for name, mask in one_shot.masks.items()}
     rows = []
     for name, model in models.items():
-        pruned = {"dense": {}, "one-shot": one_shot.masks}.get(name, patterns)
+        pruned = {"dense": {}, "one-shot": one_shot_patterns}.get(name, patterns)
         train = trained if name == inputs.method else {"steps": 0, "seconds": 0.0}
         row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, pruned)}
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
@@ -93,7 +94,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
         "recipe": recipe.model_dump(mode="json"),
         "repeat": "compressor run --config recipe.yaml --out DIR",
-        "limitations": limitations(rows, settings.samples, len(inputs.data)),
+        "lowering": None,
+        "limitations": limitations(rows, settings.samples, len(inputs.data), None),
     }
     artifact.write_json(out / "report.json", report)
 
@@ -115,14 +117,29 @@ def _layers(
     ]
 
 
-def limitations(rows: Sequence[Mapping[str, Any]], samples: int, real: int) -> list[str]:
-    """What the reader must know, said from the facts of this run."""
+def limitations(
+    rows: Sequence[Mapping[str, Any]], samples: int, real: int, lowering: Mapping[str, Any] | None
+) -> list[str]:
+    """What the reader must know, said from the facts of this run. `lowering` is the plan where the model was lowered."""
     final = rows[-1]
     found = []
-    if final["macs_effective"] < final["macs_lowered"]:
+    if lowering is None and final["macs_effective"] < final["macs_lowered"]:
         found.append(
             "The weights are sparse but were not lowered: no kernel skips their zeros, so no speed-up is claimed. "
-            "Effective MACs say what such a kernel could save."
+            "Effective MACs say what such a kernel could save; `compressor lower` measures it."
+        )
+    if lowering is not None:
+        if final["macs_lowered"] == final["macs_dense"]:
+            found.append(f"No kernel skips a zero of this model on this machine: {lowering['reason']}.")
+        refused = {
+            candidate["refused"]
+            for layer in lowering["layers"]
+            for candidate in layer["candidates"]
+            if candidate["refused"] and "shares no choice between rows" in candidate["refused"]
+        }
+        found += [f"{reason[0].upper()}{reason[1:]}." for reason in sorted(refused)]
+        found.append(
+            "Speed-ups hold for this machine, these batch sizes and this number of threads; another machine has to measure anew."
         )
     if final["quality"]:
         found.append(

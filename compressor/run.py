@@ -30,8 +30,9 @@ from compressor.inputs import Inputs
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.rows import build_report
+from compressor.speed import bench, finished
 
-OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "report.json", "report.md", "report.html")
+OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "lowering.json", "report.json", "report.md", "report.html")
 OWN_FOLDERS = ("model", "samples")
 
 
@@ -125,6 +126,9 @@ def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool 
                 yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
             yield from _fine_tune(inputs, out)
         yield from build_report(inputs, out)
+        if inputs.recipe.lower:
+            run = finished(out)
+            yield from bench(run, [run.batch], inputs.recipe.train.dtype)
         render(out)
         yield Progress("report", 1, 1)
         for folder in out.glob("checkpoint-*"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.packing import part_names
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -57,21 +58,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
+    refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> None:
+    """Raise a CompressorError with the first differences unless a state of such `shapes` fits `model`."""
     own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in own]
+    wrong = [f"missing {name}" for name in own if name not in shapes]
+    wrong += [f"unexpected {name}" for name in shapes if name not in own]
     wrong += [
-        f"{name}: file has {tuple(state[name].shape)}, model has {tuple(value.shape)}"
+        f"{name}: file has {shapes[name]}, model has {tuple(value.shape)}"
         for name, value in own.items()
-        if name in state and state[name].shape != value.shape
+        if name in shapes and shapes[name] != tuple(value.shape)
     ]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CompressorError(
-            f"{where} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}",
-            "Choose the model of this checkpoint with --model; `compressor list models` shows all.",
-        )
-    model.load_state_dict(dict(state), strict=True)
+        hint = "Choose the model of this checkpoint with --model; `compressor list models` shows all."
+        if any(name not in shapes and set(part_names(name)) <= shapes.keys() for name in own):
+            hint = "Its weights are packed: give the folder to compressor.load, or save it with packed=False."
+        raise CompressorError(f"{where} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}", hint)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

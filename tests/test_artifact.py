@@ -32,12 +32,15 @@ def pruned(model):
     return masks
 
 
-@pytest.fixture
-def folder(tmp_path, model):
-    """A saved model without a name."""
+@pytest.fixture(params=[True, False], ids=["packed", "plain"])
+def folder(request, tmp_path, model):
+    """A saved model without a name, with its weights packed and plain."""
     masks = pruned(model)
-    compressor.save(tmp_path / "saved", model, masks)
+    compressor.save(tmp_path / "saved", model, masks, packed=request.param)
     return tmp_path / "saved"
+
+
+only_plain = pytest.mark.parametrize("folder", [False], ids=["plain"], indirect=True)
 
 
 def forge(folder):
@@ -243,6 +246,7 @@ def test_a_hostile_manifest_is_refused(folder, model, text):
 # --- What a consistent manifest does not save. ---
 
 
+@only_plain
 def test_one_weight_that_was_pruned_and_is_not_zero_is_found(folder, model):
     state = load_file(folder / "model.safetensors")
     weight = state["0.weight"]
@@ -260,6 +264,15 @@ def test_other_weights_than_the_config_says_are_found(folder, model):
     save_file(state, folder / "model.safetensors")
     forge(folder)
     with refused(model, "sha256"):
+        compressor.load(folder, model=model)
+
+
+def test_numbers_of_another_kind_are_not_loaded(folder, model):
+    state = load_file(folder / "model.safetensors")
+    state["0.bias"] = state["0.bias"].long()
+    save_file(state, folder / "model.safetensors")
+    forge(folder)
+    with refused(model, folder / "model.safetensors", "0.bias is torch.int64, the model's torch.float32"):
         compressor.load(folder, model=model)
 
 
@@ -286,6 +299,15 @@ def test_weights_that_are_not_finite_are_not_loaded(folder, model):
         {"model": 3},
         {"model": "../uvit"},
         {"weights_sha256": None},
+        {"packed": "0.weight"},
+        {"packed": [3]},
+        {"packed": None},
+        {"packed": ["0.weight", "2.weight", "0.weight"]},
+        {"packed": ["0.bias"]},
+        {"packed": ["head.weight"]},
+        {"packed": ["0.weight", "2.weight"], "patterns": {"0.weight": "2 of 4", "2.weight": "2:4"}},
+        {"packed": ["0.weight", "2.weight"], "patterns": {"0.weight": "unstructured:0.5", "2.weight": "2:4"}},
+        {"packed": ["0.weight", "2.weight"], "patterns": {"0.weight": "1:999999", "2.weight": "2:4"}},
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(folder, model, change):
@@ -338,6 +360,7 @@ HOSTILE_SAFETENSORS = {
     ),
     "huge shape": header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,0]}}'),
     "pickle": b"\x80\x04\x95" + b"\0" * 40,
+    "shape beyond 63 bits": header(b'{"a":{"dtype":"F32","shape":[0,18446744073709551615],"data_offsets":[0,0]}}'),
 }
 
 
@@ -346,6 +369,23 @@ def test_hostile_safetensors_are_refused(folder, model, data):
     (folder / "model.safetensors").write_bytes(data)
     forge(folder)
     with refused(model, folder / "model.safetensors"):
+        compressor.load(folder, model=model)
+
+
+FOUR_BITS = header(
+    b'{"0.bias":{"dtype":"F4","shape":[32],"data_offsets":[0,16]},'
+    b'"0.weight":{"dtype":"F4","shape":[32,16],"data_offsets":[16,272]},'
+    b'"2.bias":{"dtype":"F4","shape":[16],"data_offsets":[272,280]},'
+    b'"2.weight":{"dtype":"F4","shape":[16,32],"data_offsets":[280,536]}}',
+    b"\0" * 536,
+)
+
+
+@only_plain
+def test_numbers_that_cannot_be_checked_are_not_loaded(folder, model):
+    (folder / "model.safetensors").write_bytes(FOUR_BITS)
+    forge(folder)
+    with refused(model, folder):
         compressor.load(folder, model=model)
 
 
@@ -387,6 +427,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, model, value):
     assert contents(tmp_path / "saved") == before
 
 
+def test_numbers_that_cannot_be_checked_are_not_saved(tmp_path, model):
+    dtype = getattr(torch, "float4_e2m1fn_x2", None)
+    if dtype is None:
+        pytest.skip("this torch has no 4-bit floats")
+    model.register_buffer("scales", torch.zeros(4, dtype=torch.uint8).view(dtype))
+    with pytest.raises(CompressorError, match=r"scales is torch\.float4"):
+        compressor.save(tmp_path / "saved", model, {})
+    assert not (tmp_path / "saved").exists()
+
+
 def test_weights_that_break_their_mask_are_not_saved(tmp_path, model):
     masks = pruned(model)
     model[0].weight.data.fill_(1.0)
@@ -408,10 +458,11 @@ def test_tied_weights_stay_tied(tmp_path):
     assert torch.equal(loaded[0].weight, model[0].weight)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_type_comes_back_bit_for_bit(tmp_path, model, dtype):
+def test_every_float_type_comes_back_bit_for_bit(tmp_path, model, dtype, packed):
     model = model.to(dtype)
-    compressor.save(tmp_path / "saved", model, pruned(model))
+    compressor.save(tmp_path / "saved", model, pruned(model), packed=packed)
     loaded = compressor.load(tmp_path / "saved", model=copy.deepcopy(model))
     for name, value in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == dtype

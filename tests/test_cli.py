@@ -196,7 +196,7 @@ def test_list_shows_one_kind(cli):
 
 def test_list_prints_json(cli):
     found = json.loads(cli("list", "--json").out)
-    assert set(found) == {"pruners", "models", "data", "metrics"}
+    assert set(found) == {"pruners", "models", "data", "metrics", "backends"}
     assert {"name", "distribution", "summary", "error"} <= found["pruners"][0].keys()
     assert {line["name"] for line in found["pruners"]} >= {"sparsedm", "magnitude"}
     assert all(line["summary"] and line["error"] is None for lines in found.values() for line in lines)

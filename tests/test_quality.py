@@ -258,7 +258,7 @@ def test_costs_count_zeros_by_hand() -> None:
         model[0].weight.copy_(masks["0.weight"].apply(torch.ones(8, 4, 1, 1)))
         nn.init.ones_(model[1].weight)
         nn.init.zeros_(model[1].bias)
-    found = costs(model, Shaped(4, 3, 3), masks)
+    found = costs(model, Shaped(4, 3, 3), {"0.weight": "1:4"})
     size = found.pop("size_bytes")
     assert found == {
         "density": 0.25,

@@ -22,6 +22,7 @@ HASH = "0123456789abcdef" * 4
 def row(name: str, value: float, **changes: Any) -> dict[str, Any]:
     quality = {"metric": "fd-digits", "value": value, "ci95": [value - 1, value + 1], "samples": 64}
     latency = {"backend": "eager", "device": "cpu", "dtype": "float32", "batch": 16, "median_ms": 7.7, "iqr_ms": 0.2}
+    latency["against"] = "eager"
     return {
         "name": name,
         "weights_sha256": HASH,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
 import compressor
@@ -31,6 +33,22 @@ def metrics_of(out):
 
 def weights_of(out):
     return (out / "model" / "model.safetensors").read_bytes()
+
+
+def arrays_of(out):
+    """The saved weights, read without this toolkit, from what docs/design.md says of the format alone."""
+    config = json.loads((out / "model" / "config.json").read_text())
+    arrays = load_arrays(out / "model" / "model.safetensors")
+    for name in config.get("packed", []):
+        n, m = map(int, config["patterns"][name].split(":"))
+        values, index = arrays.pop(f"{name}.values"), arrays.pop(f"{name}.index")
+        width = (m - 1).bit_length()
+        stream = np.unpackbits(index, bitorder="little")[: values.size * width].reshape(-1, width)
+        groups = np.zeros((values.size // n, m), values.dtype)
+        places = (stream @ (1 << np.arange(width))).reshape(-1, n)
+        np.put_along_axis(groups, places, values.reshape(-1, n), axis=1)
+        arrays[name] = groups.reshape(len(values), -1)
+    return arrays
 
 
 def begun(out, changes, events=1):
@@ -157,10 +175,10 @@ def test_costs_count_zeros_but_claim_no_speed_up(finished):
 
 
 def test_counts_are_those_of_the_saved_weights(finished):
-    state = load_file(finished / "model" / "model.safetensors")
+    arrays = arrays_of(finished)
     row = report_of(finished)["rows"][-1]
-    assert row["params"] == sum(tensor.numel() for tensor in state.values())
-    assert row["nonzero_params"] == sum(int((tensor != 0).sum()) for tensor in state.values())
+    assert row["params"] == sum(array.size for array in arrays.values())
+    assert row["nonzero_params"] == sum(np.count_nonzero(array) for array in arrays.values())
 
 
 def test_every_layer_is_listed_with_its_pattern_or_the_reason(finished):
@@ -174,14 +192,23 @@ def test_every_layer_is_listed_with_its_pattern_or_the_reason(finished):
 
 
 def test_every_targeted_weight_is_2_4_along_its_input_channels(finished):
-    state = load_file(finished / "model" / "model.safetensors")
     pruned = [layer["name"] for layer in report_of(finished)["layers"] if layer["pattern"] == "2:4"]
     assert pruned
-    for name in pruned:
-        outputs, channels = state[name].shape
-        groups = (state[name] != 0).reshape(outputs, channels // 4, 4).sum(-1)
-        assert int(groups.max()) <= 2, name
-        assert float((groups == 2).float().mean()) > 0.99, name
+    state = {name: value.numpy() for name, value in compressor.load(finished).state_dict().items()}
+    for name, weights in itertools.product(pruned, (state, arrays_of(finished))):
+        outputs, channels = weights[name].shape
+        groups = (weights[name] != 0).reshape(outputs, channels // 4, 4).sum(-1)
+        assert groups.max() <= 2, name
+        assert (groups == 2).mean() > 0.99, name
+
+
+def test_every_targeted_weight_is_packed(finished):
+    pruned = {layer["name"] for layer in report_of(finished)["layers"] if layer["pattern"]}
+    config = json.loads((finished / "model" / "config.json").read_text())
+    assert set(config["packed"]) == set(config["patterns"]) == pruned
+    stored = load_arrays(finished / "model" / "model.safetensors").keys()
+    assert not stored & pruned
+    assert {f"{name}.{part}" for name in pruned for part in ("values", "index")} < stored
 
 
 # --- Loading it. ---
@@ -192,8 +219,9 @@ def test_a_run_loads_as_the_very_weights_of_its_report(finished, part):
     model = compressor.load(finished / part)
     assert not model.training
     assert weights_sha256(model) == report_of(finished)["rows"][-1]["weights_sha256"]
-    saved = load_file(finished / "model" / "model.safetensors")
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    saved = arrays_of(finished)
+    assert saved.keys() == model.state_dict().keys()
+    assert all(value.numpy().tobytes() == saved[name].tobytes() for name, value in model.state_dict().items())
 
 
 def test_a_loaded_model_predicts(finished):
@@ -243,7 +271,7 @@ def test_magnitude_keeps_the_largest_weights_and_only_those(cli, tmp_path):
     report = report_of(tmp_path / "run")
     assert (report["method"], report["pattern"], report["rows"][-1]["density"]) == ("magnitude", "1:4", 0.25)
     before = load_file(registry.adapter("uvit-digits").weights)["mid_block.mlp.fc1.weight"]
-    after = load_file(tmp_path / "run" / "model" / "model.safetensors")["mid_block.mlp.fc1.weight"]
+    after = torch.from_numpy(arrays_of(tmp_path / "run")["mid_block.mlp.fc1.weight"])
     largest = before.abs().reshape(len(before), -1, 4).argmax(-1)
     assert torch.equal((after != 0).reshape(len(before), -1, 4).int().argmax(-1), largest)
 
@@ -295,5 +323,11 @@ def test_a_run_is_not_resumed_on_other_files(cli, tmp_path, changed):
 
 
 def test_the_size_in_the_report_is_that_of_the_file(finished):
-    report = json.loads((finished / "report.json").read_text())
-    assert report["rows"][-1]["size_bytes"] == (finished / "model" / "model.safetensors").stat().st_size
+    dense, one_shot, final = report_of(finished)["rows"]
+    assert final["size_bytes"] == (finished / "model" / "model.safetensors").stat().st_size
+    assert one_shot["size_bytes"] == final["size_bytes"]
+    weights = registry.adapter("uvit-digits").load(None).state_dict()
+    assert 0 <= dense["size_bytes"] - sum(value.nbytes for value in weights.values()) < 200 * len(weights)
+    # of every pruned weight, half the values of four bytes go, and a place of two bits comes for each that stays
+    gone = sum(weights[layer["name"]].nbytes for layer in report_of(finished)["layers"] if layer["pattern"])
+    assert gone * (1 - 0.53125) - 5000 < dense["size_bytes"] - final["size_bytes"] < gone * (1 - 0.53125)

@@ -55,6 +55,10 @@ def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) 
         "report": report,
         "headline": words.headline(report),
         "columns": words.columns(report),
+        "lowering": report.get("lowering"),
+        "lowering_sentence": words.lowering_sentence(report),
+        "speeds": words.speeds(report),
+        "layer_speeds": words.layer_speeds(report),
         "pruned": [layer for layer in report["layers"] if layer["reason"] is None],
         "skipped": [layer for layer in report["layers"] if layer["reason"] is not None],
     }

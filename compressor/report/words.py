@@ -110,10 +110,16 @@ def _drift(row: Mapping[str, Any], metric: str, text: Callable[[float], str]) ->
     return next((text(entry["value"]) for entry in row["drift"] if entry["metric"] == metric), NONE)
 
 
+def _entry(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The latency that stands for a row: lowered where it was, else the first."""
+    entries: Sequence[Mapping[str, Any]] = row["latency"]
+    return next((entry for entry in entries if entry["backend"] == "lowered"), entries[0])
+
+
 def _latency(row: Mapping[str, Any]) -> str:
     if not row["latency"]:
         return NONE
-    entry = row["latency"][0]
+    entry = _entry(row)
     setting = f"{entry['backend']}, {entry['dtype']}, batch {entry['batch']}"
     return f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])}; {setting})"
 
@@ -122,8 +128,8 @@ def _training(train: Mapping[str, Any]) -> str:
     return f"{train['steps']:,} in {train['seconds']:.0f} s" if train["steps"] else NONE
 
 
-def _verdict(row: Mapping[str, Any], ratio: float) -> str:
-    if ratio < 1.03:
+def _verdict(row: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    if entry["speedup_vs_dense"] < 1.03:
         return ", no gain"
     return "" if row["macs_lowered"] < row["macs_dense"] else ", the same kernels: noise"
 
@@ -131,8 +137,83 @@ def _verdict(row: Mapping[str, Any], ratio: float) -> str:
 def _speedup(row: Mapping[str, Any]) -> str:
     if not row["latency"] or row["name"] == "dense":
         return NONE
-    ratio = row["latency"][0]["speedup_vs_dense"]
-    return f"{ratio:.2f}x" + _verdict(row, ratio)
+    entry = _entry(row)
+    against = "" if entry["against"] == "eager" else f" over {entry['against']} dense"
+    return f"{entry['speedup_vs_dense']:.2f}x" + against + _verdict(row, entry)
+
+
+def lowering_sentence(report: Mapping[str, Any]) -> str:
+    """What lowering came to: the form that was chosen, and how many layers run on which backend."""
+    plan = report.get("lowering")
+    if plan is None:
+        return ""
+    runs: dict[str, int] = {}
+    for layer in plan["layers"]:
+        runs[layer["choice"]] = runs.get(layer["choice"], 0) + len(layer["weights"])
+    layers = ", ".join(f"{n} on {backend}" for backend, n in sorted(runs.items(), key=lambda item: -item[1]))
+    error = next((f["error"] for f in plan["forms"] if f["name"] == plan["choice"]), None)
+    parity = f" Its output differs from the dense arithmetic by {error:.1e}, relative." if error is not None else ""
+    return (
+        f"The model runs as \u201c{plan['choice']}\u201d: {plan['reason']}. Of its layers, {layers}.{parity} "
+        f"Measured on {plan['setting']['hardware']} with {plan['setting']['threads']} threads."
+    )
+
+
+def speeds(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
+    """Every latency of a lowered run, a setting at a time: (setting, lines of weights, form, time, speed-ups).
+
+    The speed-ups are over the dense model in eager mode, and over its fastest form; ONNX Runtime's over itself, dense.
+    """
+    if report.get("lowering") is None:
+        return []
+    settings: dict[tuple[str, int, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for row in report["rows"]:
+        for entry in row["latency"]:
+            key = (entry["device"], entry["batch"], entry["dtype"])
+            settings.setdefault(key, []).append((row, entry))
+    found = []
+    for (device, batch, dtype), entries in sorted(settings.items(), key=lambda item: (item[0][2], item[0][1])):
+        base = next((e for r, e in entries if r["name"] == report["rows"][0]["name"] and e["backend"] == "eager"), None)
+        lines = []
+        for row, entry in entries:
+            over_eager = f"{base['median_ms'] / entry['median_ms']:.2f}x" if base else NONE
+            over = f"{entry['speedup_vs_dense']:.2f}x over {entry['against']}"
+            time = f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])})"
+            lines.append((row["name"], entry["backend"], time, over_eager, over))
+        found.append((f"batch {batch}, {dtype}, {device}", lines))
+    return found
+
+
+def layer_speeds(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How each layer of a lowered run runs, for the chart: its times, and widths of bars in per cent of the slowest."""
+    plan = report.get("lowering")
+    if plan is None:
+        return []
+    found = []
+    for layer in plan["layers"]:
+        times = {c["backend"]: c["median_ms"] for c in layer["candidates"] if c["median_ms"] is not None}
+        eager, chosen = times.get("eager"), times.get(layer["choice"])
+        if eager is None or chosen is None:
+            continue
+        shape = ", ".join(" × ".join(map(str, sizes)) for sizes in layer["shapes"])
+        refused = "; ".join(f"{c['backend']}: {c['refused']}" for c in layer["candidates"] if c["refused"])
+        found.append(
+            {
+                "name": layer["name"] or "the whole model",
+                "shape": shape,
+                "pattern": ", ".join(sorted({p or "dense" for p in layer["patterns"]})),
+                "choice": layer["choice"],
+                "sparse": layer["skips_zeros"],
+                "eager_ms": eager,
+                "chosen_ms": chosen,
+                "reason": layer["reason"] + (f" ({refused})" if refused else ""),
+            }
+        )
+    slowest = max((line["eager_ms"] for line in found), default=1.0)
+    for line in found:
+        line["eager_width"] = round(100 * line["eager_ms"] / slowest, 2)
+        line["chosen_width"] = round(100 * line["chosen_ms"] / slowest, 2)
+    return found
 
 
 FILTERS: dict[str, Callable[..., str]] = {

@@ -1,0 +1,290 @@
+/* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16.
+ *
+ * A Python module without Python objects in its hot path: addresses and sizes in, nothing out. compressor/lower/vnm.py packs
+ * the weights, checks the arguments and makes operators of these functions; nothing else should call them.
+ *
+ * Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is handed over as an address, so that no
+ * second runtime comes into the process, whatever its file is called.
+ */
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define CHUNK 64 /* rows of output between two transpositions: they stay in the first-level cache */
+#define PLACES 64
+
+typedef struct {
+    int rows, inner, v, taps;
+    int block;  /* channels in a block of the inner dimension */
+    int group;  /* channels of one group */
+    int kept;   /* steps per group */
+    int planes; /* panel rows per group */
+    int dot;    /* whether values and panel rows are pairs of bf16 */
+    const void *values;
+    const uint16_t *index;
+    const float *bias;
+    const int32_t *order; /* where each row of the product goes; NULL: where it is */
+} matrix;
+
+typedef struct {
+    const void *x;
+    void *y;
+    int half; /* whether x and y are bf16; else fp32 */
+    int tanh_form;
+    int side, height, width;
+    int64_t tokens; /* or images */
+    matrix first, second;
+    int kind; /* 0 linear, 1 pair, 2 convolution */
+    /* filled in here */
+    int64_t tiles, per_image;
+    int images_per_tile, vectors, failed;
+    size_t scratch_bytes;
+    int64_t next;
+} job;
+
+#if !defined(__GNUC__) || defined(__clang__)
+#error "these kernels are written with GCC's vector extensions and target pragmas"
+#endif
+
+/* A buffer that lives as long as its thread, and grows. Aligned to a cache line. */
+static float *scratch_of_this_thread(size_t bytes) {
+    static __thread void *buffer;
+    static __thread size_t size;
+    if (size < bytes) {
+        free(buffer);
+        size = 0;
+        if (posix_memalign(&buffer, 64, bytes) != 0)
+            return buffer = NULL;
+        size = bytes;
+    }
+    return buffer;
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2,prefer-vector-width=512")
+#define NAME(x) x##_avx512_bf16
+#define VW 16
+#define R1 12
+#define R2 12
+#define R4 6
+#define R8 3
+#define DOT 1
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,prefer-vector-width=512")
+#define NAME(x) x##_avx512
+#define VW 16
+#define R1 12
+#define R2 12
+#define R4 6
+#define R8 3
+#define DOT 0
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAME(x) x##_avx2
+#define VW 8
+#define R1 6
+#define R2 6
+#define R4 3
+#define R8 1
+#define DOT 0
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#pragma GCC pop_options
+#endif
+
+#define NAME(x) x##_portable
+#define VW 4
+#define R1 6
+#define R2 6
+#define R4 3
+#define R8 1
+#define DOT 0
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+
+typedef struct {
+    const char *name;
+    size_t (*plan)(job *, int);
+    void (*work)(void *);
+    int dot;
+} level;
+
+static const level levels[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, 1},
+    {"avx512", plan_avx512, work_avx512, 0},
+    {"avx2", plan_avx2, work_avx2, 0},
+#endif
+    {"portable", plan_portable, work_portable, 0},
+};
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+static int runs_here(const char *name) {
+#if defined(__x86_64__)
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (strcmp(name, "avx512_bf16") == 0)
+        return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (strcmp(name, "avx512") == 0)
+        return avx512;
+    if (strcmp(name, "avx2") == 0)
+        return avx2;
+#endif
+    return strcmp(name, "portable") == 0;
+}
+
+static const level *chosen;
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* torch's GOMP_parallel, or NULL */
+
+static int run(job *j, int threads) {
+    threads = threads > 1 && parallel != NULL ? threads : 1;
+    j->scratch_bytes = chosen->plan(j, threads);
+    j->next = j->failed = 0;
+    if (threads > 1 && j->tiles > 1)
+        parallel(chosen->work, j, j->tiles < threads ? (unsigned)j->tiles : (unsigned)threads, 0);
+    else
+        chosen->work(j);
+    return j->failed;
+}
+
+/* --- Python. Every argument is an int: an address, a size or a flag. --- */
+
+static int64_t number(PyObject *const *arguments, int i) { return PyLong_AsLongLong(arguments[i]); }
+
+static void *address(PyObject *const *arguments, int i) { return PyLong_AsVoidPtr(arguments[i]); }
+
+enum { MATRIX = 13 };
+
+static matrix matrix_of(PyObject *const *a, int i) {
+    return (matrix){.rows = (int)number(a, i),
+                    .inner = (int)number(a, i + 1),
+                    .v = (int)number(a, i + 2),
+                    .taps = (int)number(a, i + 3),
+                    .block = (int)number(a, i + 4),
+                    .group = (int)number(a, i + 5),
+                    .kept = (int)number(a, i + 6),
+                    .planes = (int)number(a, i + 7),
+                    .dot = (int)number(a, i + 8),
+                    .values = address(a, i + 9),
+                    .index = address(a, i + 10),
+                    .bias = address(a, i + 11),
+                    .order = address(a, i + 12)};
+}
+
+/* run(kind, x, y, half, tanh_form, side, height, width, tokens, vectors, threads, matrix..., [matrix...]) */
+static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    (void)self;
+    if (count != 11 + MATRIX && count != 11 + 2 * MATRIX) {
+        PyErr_SetString(PyExc_TypeError, "run takes the numbers of a job and one or two matrices");
+        return NULL;
+    }
+    job j = {.kind = (int)number(a, 0),
+             .x = address(a, 1),
+             .y = address(a, 2),
+             .half = (int)number(a, 3),
+             .tanh_form = (int)number(a, 4),
+             .side = (int)number(a, 5),
+             .height = (int)number(a, 6),
+             .width = (int)number(a, 7),
+             .tokens = number(a, 8),
+             .vectors = (int)number(a, 9),
+             .first = matrix_of(a, 11)};
+    if (count > 11 + MATRIX)
+        j.second = matrix_of(a, 11 + MATRIX);
+    int threads = (int)number(a, 10), failed;
+    if (PyErr_Occurred())
+        return NULL;
+    if ((j.first.dot || j.second.dot) && !chosen->dot) {
+        PyErr_SetString(PyExc_ValueError, "weights packed for bf16 products do not run at this level");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    failed = run(&j, threads);
+    Py_END_ALLOW_THREADS;
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_levels(PyObject *self, PyObject *ignored) {
+    (void)self, (void)ignored;
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names != NULL && i < LEVELS; i++) {
+        if (!runs_here(levels[i].name))
+            continue;
+        PyObject *name = PyUnicode_FromString(levels[i].name);
+        if (name == NULL || PyList_Append(names, name) != 0)
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *method_level(PyObject *self, PyObject *ignored) {
+    (void)self, (void)ignored;
+    return PyUnicode_FromString(chosen->name);
+}
+
+static PyObject *method_set_level(PyObject *self, PyObject *name) {
+    (void)self;
+    PyObject *bytes = PyUnicode_AsUTF8String(name);
+    if (bytes == NULL)
+        return NULL;
+    const level *found = NULL;
+    for (int i = 0; i < LEVELS; i++)
+        if (strcmp(PyBytes_AsString(bytes), levels[i].name) == 0 && runs_here(levels[i].name))
+            found = &levels[i];
+    Py_DECREF(bytes);
+    if (found == NULL) {
+        PyErr_Format(PyExc_ValueError, "this machine has no level %R", name);
+        return NULL;
+    }
+    chosen = found;
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_set_parallel(PyObject *self, PyObject *pointer) {
+    (void)self;
+    void *found = PyLong_AsVoidPtr(pointer);
+    if (PyErr_Occurred())
+        return NULL;
+    memcpy(&parallel, &found, sizeof found);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"run", (PyCFunction)(void (*)(void))method_run, METH_FASTCALL, "Run a job."},
+    {"levels", method_levels, METH_NOARGS, "The instruction sets that this machine has, the best first."},
+    {"level", method_level, METH_NOARGS, "The instruction set in use."},
+    {"set_level", method_set_level, METH_O, "Use another instruction set; weights are packed for one."},
+    {"set_parallel", method_set_parallel, METH_O, "The address of the OpenMP runtime's GOMP_parallel; 0: one thread."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_vnm", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__vnm(void) {
+    for (int i = LEVELS - 1; i >= 0; i--)
+        if (runs_here(levels[i].name))
+            chosen = &levels[i];
+    return PyModule_Create(&module);
+}

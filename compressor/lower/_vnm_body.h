@@ -1,0 +1,474 @@
+/* The kernels for one instruction set. _vnm.c includes this file once per set, with
+ *   NAME(x)  the set's name for a function        VW      floats in a vector
+ *   R2 R4 R8 vectors of tokens that a micro-kernel holds for V = 2, 4, 8 rows (R1: also one row)
+ *   DOT      1 where _mm512_dpbf16_ps exists
+ *
+ * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
+ * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
+ * holds pairs: six rows per group of four channels, one for each pair that 2:4 may keep.
+ */
+
+typedef float NAME(vf) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
+typedef int32_t NAME(vi) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
+typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
+typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VW), aligned(2), may_alias));
+#define vf NAME(vf)
+#define vi NAME(vi)
+#define vu NAME(vu)
+#define vh NAME(vh)
+
+INLINE vf NAME(load)(const float *p) { return *(const vf *)p; }
+INLINE void NAME(store)(float *p, vf x) { *(vf *)p = x; }
+INLINE vf NAME(all)(float x) { return x - (vf){0}; }
+INLINE vu NAME(widen)(const uint16_t *p) { return __builtin_convertvector(*(const vh *)p, vu); }
+
+/* fp32 -> bf16 in the low half of each lane, to nearest even, NaN kept. */
+INLINE vu NAME(round16)(vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vi is_nan = x != x;
+    return ((vu)is_nan & 0x7fc0) | (~(vu)is_nan & rounded);
+}
+
+/* VW x VW entries in place: log2(VW) rounds of exchanging blocks. */
+#define EXCHANGE(D)                                                                                                     \
+    if (D < VW)                                                                                                         \
+        UNROLL for (int i = 0; i < VW; i++) if (!(i & D)) {                                           \
+            vi low, high;                                                                                               \
+            UNROLL for (int j = 0; j < VW; j++) {                                                     \
+                low[j] = j & D ? VW + j - D : j;                                                                        \
+                high[j] = j & D ? VW + j : j + D;                                                                       \
+            }                                                                                                           \
+            vu a = r[i], b = r[i + (D < VW ? D : 0)];                                                                   \
+            r[i] = __builtin_shuffle(a, b, low);                                                                        \
+            r[i + (D < VW ? D : 0)] = __builtin_shuffle(a, b, high);                                                    \
+        }
+INLINE void NAME(transpose)(vu r[VW]) {
+    EXCHANGE(1)
+    EXCHANGE(2)
+    EXCHANGE(4)
+    EXCHANGE(8)
+}
+
+INLINE vf NAME(clamp)(vf x, float low, float high) {
+    vi below = x < low, above = x > high;
+    return (vf)(((vi)x & ~below & ~above) | ((vi)NAME(all)(low) & below) | ((vi)NAME(all)(high) & above));
+}
+
+/* erf(x) = x P(x^2) / Q(x^2), a least-squares fit in [-3.92, 3.92]; beyond it erf is +-1 in fp32. Relative error < 2e-7. */
+INLINE vf NAME(erf)(vf x) {
+    vi far = (x < -3.92f) | (x > 3.92f);
+    x = NAME(clamp)(x, -3.92f, 3.92f);
+    vf z = x * x;
+    vf p = 1.128379146e0f + z * (1.904066717e-1f + z * (5.274875630e-2f + z * (3.765627823e-3f + z * (2.848833318e-4f + z * 2.050090176e-6f))));
+    vf q = 1.0f + z * (5.020762600e-1f + z * (1.141092022e-1f + z * (1.496923747e-2f + z * (1.162538856e-3f + z * 3.809177732e-5f))));
+    vi one = (vi)NAME(all)(1.0f) | ((vi)x & INT32_MIN); /* with the sign of x */
+    return (vf)((one & far) | ((vi)NAME(clamp)(x * p / q, -1.0f, 1.0f) & ~far));
+}
+
+/* exp(x) = 2^k e^f with |f| <= ln(2) / 2; x is clamped to where fp32 has normal numbers. */
+INLINE vf NAME(exp)(vf x) {
+    x = NAME(clamp)(x, -87.0f, 88.0f);
+    vf magic = NAME(all)(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    vf k = (x * 1.44269504f + magic) - magic;
+    vf f = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    vf e = 1.0f + f * (1.0f + f * (0.5f + f * (1.66666667e-1f + f * (4.16666667e-2f + f * (8.33333333e-3f + f * 1.38888889e-3f)))));
+    vi power = (__builtin_convertvector(k, vi) + 127) << 23;
+    return e * (vf)power;
+}
+
+INLINE vf NAME(gelu)(vf x, int tanh_form) {
+    if (!tanh_form)
+        return 0.5f * x * (1.0f + NAME(erf)(x * 0.70710678f));
+    vf u = 1.59576912f * (x + 0.044715f * x * x * x); /* 2 sqrt(2 / pi) (...): x sigmoid(u) */
+    return x / (1.0f + NAME(exp)(-u));
+}
+
+/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors. `gaps` says where the vectors lie
+ * in a panel row; NULL where they follow each other. With `dot`, w and panel hold pairs of bf16. */
+INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, const uint16_t *index,
+                        const float *w, int steps, float *const *out, const float *bias, int begin) {
+    vf acc[8][12];
+    UNROLL for (int v = 0; v < V; v++) {
+        UNROLL for (int r = 0; r < R; r++)
+            acc[v][r] = begin ? NAME(all)(bias ? bias[v] : 0.0f) : NAME(load)(out[v] + r * VW);
+    }
+    for (int s = 0; s < steps; s++) {
+        const float *row = panel + index[s] * stride;
+        vf x[12];
+        UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+        UNROLL for (int v = 0; v < V; v++) {
+            vf b = (vf)(((const uint32_t *)w)[s * V + v] | (vu){0});
+            UNROLL for (int r = 0; r < R; r++) {
+#if DOT
+                if (dot)
+                    acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
+                else
+#endif
+                    acc[v][r] += b * x[r];
+            }
+        }
+    }
+    UNROLL for (int v = 0; v < V; v++) {
+        UNROLL for (int r = 0; r < R; r++) NAME(store)(out[v] + r * VW, acc[v][r]);
+    }
+}
+
+typedef void (*NAME(kernel))(const float *, size_t, const int *, const uint16_t *, const float *, int, float *const *,
+                             const float *, int);
+
+/* One function per V, R, arithmetic and layout, so that all of these are constants in the loops above. */
+#define MICRO(V, R, DOTS, GAPS, TAG)                                                                                    \
+    static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const uint16_t *index,   \
+                                           const float *w, int steps, float *const *out, const float *bias, int begin) {\
+        (void)gaps;                                                                                                        \
+        NAME(micro)(V, R, DOTS, panel, stride, GAPS, index, w, steps, out, bias, begin);                                \
+    }
+#if DOT
+#define MICROS(V, R) MICRO(V, R, 0, NULL, _) MICRO(V, R, 0, gaps, _gaps) MICRO(V, R, 1, NULL, _dot) MICRO(V, R, 1, gaps, _dot_gaps)
+#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NAME(micro_##V##_##R##_dot), NAME(micro_##V##_##R##_dot_gaps)}},
+#else
+#define MICROS(V, R) MICRO(V, R, 0, NULL, _) MICRO(V, R, 0, gaps, _gaps)
+#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NULL, NULL}},
+#endif
+#define UPTO1(M, V) M(V, 1)
+#define UPTO2(M, V) UPTO1(M, V) M(V, 2)
+#define UPTO3(M, V) UPTO2(M, V) M(V, 3)
+#define UPTO4(M, V) UPTO3(M, V) M(V, 4)
+#define UPTO6(M, V) UPTO4(M, V) M(V, 5) M(V, 6)
+#define UPTO8(M, V) UPTO6(M, V) M(V, 7) M(V, 8)
+#define UPTO10(M, V) UPTO8(M, V) M(V, 9) M(V, 10)
+#define UPTO12(M, V) UPTO10(M, V) M(V, 11) M(V, 12)
+#define UPTO_(R) UPTO##R
+#define UPTO(R) UPTO_(R)
+UPTO(R1)(MICROS, 1)
+UPTO(R2)(MICROS, 2)
+UPTO(R4)(MICROS, 4)
+UPTO(R8)(MICROS, 8)
+/* [V as 0..3][R - 1][dot][gaps] */
+static const NAME(kernel) NAME(kernels)[4][12][2][2] = {
+    {UPTO(R1)(ENTRY, 1)}, {UPTO(R2)(ENTRY, 2)}, {UPTO(R4)(ENTRY, 4)}, {UPTO(R8)(ENTRY, 8)}};
+static const int NAME(most)[4] = {R1, R2, R4, R8};
+
+/* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at every tap.
+ * `panel` starts at block b0; `tap_at[tap]` is where a tap's rows start; a row of `out` is `out_stride` floats, and the row
+ * of group g0 the first, unless the matrix has an order of its own. */
+static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
+                           const size_t *tap_at, const int *gaps, float *out, size_t out_stride, int vectors) {
+    int v_log = m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3;
+    int most = NAME(most)[v_log];
+    int passes = (vectors + most - 1) / most;
+    int groups = m->rows / m->v;
+    for (int b = b0; b < b1; b++) {
+        int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
+        int steps = channels / m->group * m->kept;
+        size_t before = (size_t)(b * m->block / m->group * m->kept) * m->taps;
+        for (int tap = 0; tap < m->taps; tap++) {
+            size_t first = (before + (size_t)tap * steps) * groups;
+            const float *rows = panel + tap_at[tap] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
+            for (int g = g0; g < g1; g++) {
+                const uint16_t *index = m->index + first + (size_t)g * steps;
+                const float *w = (const float *)m->values + (first + (size_t)g * steps) * m->v;
+                const float *bias = m->bias ? m->bias + g * m->v : NULL;
+                for (int pass = 0; pass < passes; pass++) {
+                    int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
+                    float *to[8];
+                    for (int v = 0; v < m->v; v++) {
+                        int at = m->order ? m->order[g * m->v + v] : (g - g0) * m->v + v;
+                        to[v] = out + at * out_stride + r0 * VW;
+                    }
+                    NAME(kernels)[v_log][r1 - r0 - 1][m->dot][gaps != NULL](
+                        rows + (gaps ? 0 : r0 * VW), stride, gaps ? gaps + r0 : NULL, index, w, steps, to, bias,
+                        b == 0 && tap == 0);
+                }
+            }
+        }
+    }
+}
+
+/* --- Token-major in and out: tiles are transposed on the way into and out of a panel. --- */
+
+/* The six pairs of a group of four, as rows of pairs: a = (x0, x1), b = (x2, x3) per lane. */
+INLINE void NAME(pairs)(vu a, vu b, float *plane, size_t stride) {
+    vu low_a = a & 0xffff, high_a = a >> 16, low_b = b << 16, high_b = b & 0xffff0000u;
+    NAME(store)(plane, (vf)a);
+    NAME(store)(plane + stride, (vf)(low_a | low_b));
+    NAME(store)(plane + 2 * stride, (vf)(low_a | high_b));
+    NAME(store)(plane + 3 * stride, (vf)(high_a | low_b));
+    NAME(store)(plane + 4 * stride, (vf)(high_a | high_b));
+    NAME(store)(plane + 5 * stride, (vf)b);
+}
+
+/* One vector of 32-bit entries of a row of `left` bytes that are left, zeros after its end. */
+INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
+    if (left >= 4 * VW)
+        return (vu)NAME(load)((const float *)p);
+    char whole[4 * VW] = {0};
+    memcpy(whole, p, left > 0 ? left : 0);
+    return (vu)NAME(load)((const float *)whole);
+}
+
+/* Tokens [t0, t0 + count) of x (tokens, inner) into the panel, zeros for the tokens that fill the last vector. */
+static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride) {
+    int bytes = j->half ? 2 : 4, lanes = m->dot ? 2 * VW : VW; /* channels per transposed block */
+    const char *x = j->x;
+    for (int t = 0; t < count; t += VW) {
+        for (int k = 0; k < m->inner; k += lanes) {
+            vu r[VW];
+            UNROLL for (int i = 0; i < VW; i++) {
+                if (t + i >= count) {
+                    r[i] = (vu){0};
+                    continue;
+                }
+                const char *p = x + ((t0 + t + i) * m->inner + k) * bytes;
+                if (j->half && !m->dot) {
+                    if (k + VW <= m->inner)
+                        r[i] = NAME(widen)((const uint16_t *)p) << 16;
+                    else {
+                        uint16_t whole[VW] = {0};
+                        memcpy(whole, p, (m->inner - k) * 2);
+                        r[i] = NAME(widen)(whole) << 16;
+                    }
+                } else
+                    r[i] = NAME(part)(p, (ptrdiff_t)(m->inner - k) * bytes);
+            }
+            NAME(transpose)(r);
+            if (m->dot) {
+                for (int i = 0; i < VW && k + 2 * i < m->inner; i += 2)
+                    NAME(pairs)(r[i], r[i + 1], panel + (size_t)((k + 2 * i) / 4 * 6) * stride + t, stride);
+            } else {
+                for (int i = 0; i < VW && k + i < m->inner; i++) NAME(store)(panel + (k + i) * stride + t, (vf)r[i]);
+            }
+        }
+    }
+}
+
+/* Rows [n0, n0 + rows) of the output, feature-major in `out`, into y (tokens, columns). */
+static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, int n0, int rows, int columns, int64_t t0,
+                                 int count) {
+    int lanes = j->half ? 2 * VW : VW, bytes = j->half ? 2 : 4;
+    char *y = j->y;
+    for (int n = 0; n < rows; n += lanes) {
+        int width = (rows - n < lanes ? rows - n : lanes) * bytes;
+        for (int t = 0; t < count; t += VW) {
+            vu r[VW];
+            UNROLL for (int i = 0; i < VW; i++) {
+                if (j->half) {
+                    vu low = n + 2 * i < rows ? NAME(round16)(NAME(load)(out + (n + 2 * i) * stride + t)) : (vu){0};
+                    vu high = n + 2 * i + 1 < rows ? NAME(round16)(NAME(load)(out + (n + 2 * i + 1) * stride + t)) : (vu){0};
+                    r[i] = low | (high << 16);
+                } else
+                    r[i] = n + i < rows ? (vu)NAME(load)(out + (n + i) * stride + t) : (vu){0};
+            }
+            NAME(transpose)(r);
+            int valid = count - t < VW ? count - t : VW;
+            UNROLL for (int i = 0; i < VW; i++) {
+                if (i >= valid)
+                    break;
+                char *to = y + ((t0 + t + i) * columns + n0 + n) * bytes;
+                if (width == 4 * VW)
+                    NAME(store)((float *)to, (vf)r[i]);
+                else
+                    memcpy(to, &r[i], width);
+            }
+        }
+    }
+}
+
+/* A tile of tokens through one matrix. */
+static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
+    const matrix *m = &j->first;
+    static const size_t here[1] = {0};
+    int vectors = (count + VW - 1) / VW;
+    size_t stride = (size_t)vectors * VW;
+    float *panel = scratch, *out = panel + (size_t)(m->inner / m->group * m->planes) * stride;
+    int blocks = (m->inner + m->block - 1) / m->block;
+    int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
+    NAME(gather_tokens)(j, m, t0, count, panel, stride);
+    for (int n = 0; n < m->rows; n += chunk) {
+        int rows = m->rows - n < chunk ? m->rows - n : chunk;
+        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, NULL, out, stride, vectors);
+        NAME(scatter_tokens)(j, out, stride, n, rows, m->rows, t0, count);
+    }
+}
+
+/* A tile of tokens through matrix, GELU, matrix: the hidden channels exist one block of the second matrix at a time. */
+static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch) {
+    const matrix *a = &j->first, *b = &j->second;
+    static const size_t here[1] = {0};
+    int vectors = (count + VW - 1) / VW;
+    size_t stride = (size_t)vectors * VW;
+    float *panel = scratch;
+    float *hidden = panel + (size_t)(a->inner / a->group * a->planes) * stride;
+    float *pairs = hidden + (size_t)b->block * stride;
+    float *out = pairs + (b->dot ? (size_t)(b->block / 4 * 6) * stride : 0);
+    int blocks = (a->inner + a->block - 1) / a->block;
+    NAME(gather_tokens)(j, a, t0, count, panel, stride);
+    for (int n = 0, block = 0; n < a->rows; n += b->block, block++) {
+        int rows = a->rows - n < b->block ? a->rows - n : b->block;
+        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, NULL, hidden, stride, vectors);
+        if (b->dot) {
+            for (int k = 0; k < rows; k += 4) {
+                for (int t = 0; t < (int)stride; t += VW) {
+                    vu h[4];
+                    UNROLL for (int i = 0; i < 4; i++)
+                        h[i] = NAME(round16)(NAME(gelu)(NAME(load)(hidden + (k + i) * stride + t), j->tanh_form));
+                    NAME(pairs)(h[0] | (h[1] << 16), h[2] | (h[3] << 16), pairs + (size_t)(k / 4 * 6) * stride + t, stride);
+                }
+            }
+        } else {
+            for (size_t i = 0; i < rows * stride; i += VW)
+                NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
+        }
+        NAME(multiply)(b, 0, b->rows / b->v, block, block + 1, b->dot ? pairs : hidden, stride, here, NULL, out, stride, vectors);
+    }
+    NAME(scatter_tokens)(j, out, stride, 0, b->rows, b->rows, t0, count);
+}
+
+/* --- Convolutions: images (batch, channels, height, width), odd square kernels, stride 1, zero padding that keeps the size. --- */
+
+/* The rows of `images` images that a tile needs, once per horizontal tap, so that every tap of every pixel lies where a
+ * vector can be loaded: panel[column tap][channel][image][(pixel rows + taps - 1) * width]. */
+static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, float *panel,
+                                size_t stride, size_t each) {
+    int side = j->side, reach = side / 2, w = j->width, h = j->height, bytes = j->half ? 2 : 4;
+    size_t area = (size_t)h * w;
+    int from = row - reach < 0 ? 0 : row - reach, to = row + rows + reach > h ? h : row + rows + reach;
+    size_t skipped = (size_t)(from - (row - reach)) * w, count = (size_t)(to - from) * w, whole = (size_t)(rows + 2 * reach) * w;
+    for (int column = 0; column < side; column++) {
+        int shift = column - reach; /* pixel p of this copy is pixel p + shift of the image */
+        for (int c = 0; c < m->inner; c++) {
+            for (int i = 0; i < images; i++) {
+                float *to_row = panel + ((size_t)column * m->inner + c) * stride + i * each;
+                const char *x = (const char *)j->x + (((image + i) * m->inner + c) * area + (size_t)from * w) * bytes;
+                memset(to_row, 0, skipped * 4);
+                size_t lost = shift < 0 ? -shift : 0, past = shift > 0 ? shift : 0;
+                if (lost + past >= count)
+                    memset(to_row + skipped, 0, count * 4);
+                else if (j->half) {
+                    const uint16_t *source = (const uint16_t *)x + past;
+                    uint32_t *bits = (uint32_t *)(to_row + skipped + lost);
+                    for (size_t p = 0; p < count - lost - past; p++) bits[p] = (uint32_t)source[p] << 16;
+                } else
+                    memcpy(to_row + skipped + lost, x + past * 4, (count - lost - past) * 4);
+                memset(to_row + skipped + count, 0, (whole - skipped - count) * 4);
+                for (size_t p = skipped; p < skipped + count && shift; p += w) {
+                    for (int edge = 0; edge < (int)lost && edge < w; edge++) to_row[p + edge] = 0;
+                    for (int edge = 0; edge < (int)past && edge < w; edge++) to_row[p + w - 1 - edge] = 0;
+                }
+            }
+        }
+    }
+}
+
+/* Pixels [p0, p0 + count) of image `image`, or, where count is the whole of one, `images` images from there on. */
+static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int count, float *scratch) {
+    const matrix *m = &j->first;
+    int w = j->width, area = j->height * w, reach = j->side / 2;
+    int row = p0 / w, rows = (p0 + count - 1) / w - row + 1;
+    size_t each = (size_t)(rows + 2 * reach) * w;
+    size_t stride = images * each + VW; /* a last vector may read past the last pixel */
+    int per_image = (count + VW - 1) / VW, vectors = images * per_image;
+    float *panel = scratch, *out = panel + (size_t)j->side * m->inner * stride;
+    size_t out_stride = (size_t)vectors * VW;
+    size_t tap_at[49];
+    int places[PLACES];
+    for (int tap = 0; tap < m->taps; tap++)
+        tap_at[tap] = (size_t)(tap % j->side) * m->inner * stride + (size_t)(tap / j->side) * w + (p0 - row * w);
+    for (int r = 0; r < vectors; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
+    int blocks = (m->inner + m->block - 1) / m->block;
+    int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
+    NAME(gather_pixels)(j, m, image, images, row, rows, panel, stride, each);
+    for (int n = 0; n < m->rows; n += chunk) {
+        int some = m->rows - n < chunk ? m->rows - n : chunk;
+        NAME(multiply)(m, n / m->v, (n + some) / m->v, 0, blocks, panel, stride, tap_at, images > 1 ? places : NULL, out,
+                       out_stride, vectors);
+        for (int i = 0; i < images; i++) {
+            for (int o = 0; o < some; o++) {
+                const float *from = out + o * out_stride + i * per_image * VW;
+                size_t at = ((image + i) * m->rows + n + o) * (size_t)area + p0;
+                if (j->half) {
+                    uint16_t *to = (uint16_t *)j->y + at;
+                    for (int p = 0; p < count; p += VW) {
+                        vh bits = __builtin_convertvector(NAME(round16)(NAME(load)(from + p)), vh);
+                        if (count - p >= VW)
+                            *(vh *)(to + p) = bits;
+                        else
+                            memcpy(to + p, &bits, (count - p) * 2);
+                    }
+                } else
+                    memcpy((float *)j->y + at, from, count * 4);
+            }
+        }
+    }
+}
+
+/* Cut the job into tiles of about j->vectors vectors, so that every thread gets as many, and say what one tile needs. */
+static size_t NAME(plan)(job *j, int threads) {
+    const matrix *a = &j->first, *b = &j->second;
+    size_t inner = (size_t)(a->inner / a->group * a->planes);
+    int most = j->vectors;
+    if (j->kind == 2) {
+        int area = j->height * j->width, whole = (area + VW - 1) / VW;
+        j->images_per_tile = most / whole;
+        if (j->images_per_tile > (j->tokens + threads - 1) / threads)
+            j->images_per_tile = (int)((j->tokens + threads - 1) / threads);
+        if (j->images_per_tile < 1)
+            j->images_per_tile = 1;
+        if (j->images_per_tile * whole > PLACES)
+            j->images_per_tile = 1;
+        j->per_image = j->images_per_tile > 1 ? 1 : (whole + most - 1) / most;
+        j->tiles = (j->tokens + j->images_per_tile - 1) / j->images_per_tile * j->per_image;
+        int vectors = j->images_per_tile > 1 ? whole * j->images_per_tile : (int)((whole + j->per_image - 1) / j->per_image);
+        size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
+        size_t stride = rows * j->width + VW;
+        return (j->side * inner * stride + (size_t)a->rows * vectors * VW) * 4;
+    }
+    int64_t vectors = (j->tokens + VW - 1) / VW;
+    j->tiles = (vectors + most - 1) / most;
+    if (j->tiles % threads && vectors >= (j->tiles / threads + 1) * threads)
+        j->tiles = (j->tiles / threads + 1) * threads;
+    size_t stride = (size_t)((vectors + j->tiles - 1) / j->tiles) * VW;
+    size_t rows = inner + a->rows;
+    if (j->kind == 1)
+        rows = inner + b->block + (b->dot ? b->block / 4 * 6 : 0) + b->rows;
+    return rows * stride * 4;
+}
+
+static void NAME(work)(void *argument) {
+    job *j = argument;
+    float *scratch = scratch_of_this_thread(j->scratch_bytes);
+    if (scratch == NULL) {
+        j->failed = 1;
+        return;
+    }
+    for (;;) {
+        int64_t tile = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (tile >= j->tiles)
+            return;
+        if (j->kind == 2) {
+            int64_t image = tile / j->per_image * j->images_per_tile, part = tile % j->per_image;
+            int area = j->height * j->width, whole = (area + VW - 1) / VW;
+            int p0 = (int)(whole * part / j->per_image) * VW, p1 = (int)(whole * (part + 1) / j->per_image) * VW;
+            int images = j->tokens - image < j->images_per_tile ? (int)(j->tokens - image) : j->images_per_tile;
+            NAME(conv_tile)(j, image, images, p0, (p1 < area ? p1 : area) - p0, scratch);
+            continue;
+        }
+        int64_t vectors = (j->tokens + VW - 1) / VW;
+        int64_t t0 = vectors * tile / j->tiles * VW, t1 = vectors * (tile + 1) / j->tiles * VW;
+        int count = (int)((t1 < j->tokens ? t1 : j->tokens) - t0);
+        if (j->kind == 1)
+            NAME(pair_tile)(j, t0, count, scratch);
+        else
+            NAME(linear_tile)(j, t0, count, scratch);
+    }
+}
+
+#undef vf
+#undef vi
+#undef vu
+#undef vh
+#undef MICRO
+#undef MICROS
+#undef ENTRY
+#undef EXCHANGE

@@ -1,0 +1,54 @@
+"""The Backend interface: one way to run a layer. A backend says what it cannot do and why; the chooser measures the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compressor.pattern import NM
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """What is lowered as one: a layer, or a feed-forward pair whose activation lies between its two layers.
+
+    `module` is the dense form: an `nn.Linear`, an `nn.Conv2d`, or an `nn.Sequential` of Linear, GELU, Linear. It takes one
+    tensor of `input_shape` (as seen in the example) and `dtype` on `device`. `patterns` has the pattern that each of its
+    weights obeys, in order; None where there is none.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    patterns: tuple[NM | None, ...]
+
+    @property
+    def layers(self) -> tuple[nn.Linear | nn.Conv2d, ...]:
+        """The layers with a weight, in the order in which they are applied."""
+        return tuple(m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+
+
+class Backend(ABC):
+    """One way to run a unit. Stateless: registered under `compressor.backends` and built without arguments."""
+
+    name: str
+    skips_zeros: bool = True
+    """Whether a multiplication by a masked weight is really left out; False for dense forms."""
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device` of this machine, and what would help; None where it can."""
+
+    @abstractmethod
+    def refusal(self, unit: Unit) -> str | None:
+        """Why this backend does not take `unit`; None where `build` will work."""
+
+    @abstractmethod
+    def build(self, unit: Unit) -> nn.Module:
+        """A module that takes and gives what `unit.module` does, for inference, and shares no memory with it that could
+        change: weights are packed now. Its buffers are on `unit.device`. Other input shapes than the example's work too."""

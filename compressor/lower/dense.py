@@ -1,0 +1,111 @@
+"""The dense forms that a sparse kernel has to beat: the layer as it is, and oneDNN with the weight packed beforehand.
+
+On the CPU torch lays a weight out anew, or multiplies by a slower library, on every call; packed once, the same dense
+layer can be twice as fast. A speed-up over the first alone would be no speed-up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.lower.backend import Backend, Unit
+
+
+class Eager(Backend):
+    """The layer as it is."""
+
+    name = "eager"
+    skips_zeros = False
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def refusal(self, unit: Unit) -> str | None:
+        return None
+
+    def build(self, unit: Unit) -> nn.Module:
+        return unit.module
+
+
+class OneDNN(Backend):
+    """oneDNN with weights packed beforehand, and GELU in its epilogue: the best dense form of a layer on a CPU."""
+
+    name = "onednn"
+    skips_zeros = False
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"oneDNN runs on CPUs, the model is on {device}"
+        return None if torch._C._has_mkldnn else "this torch has no oneDNN"
+
+    def refusal(self, unit: Unit) -> str | None:
+        if unit.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this processor"
+        if unit.dtype not in (torch.float32, torch.bfloat16):
+            return f"oneDNN takes float32 and bfloat16 here, not {unit.dtype}"
+        for layer in unit.layers:
+            if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
+                return f"padding {layer.padding} ({layer.padding_mode}) is not oneDNN's"
+        return None
+
+    def build(self, unit: Unit) -> nn.Module:
+        if isinstance(unit.module, nn.Conv2d):
+            return PrepackedConv(unit.module, unit.input_shape)
+        tokens = max(1, torch.Size(unit.input_shape).numel() // unit.input_shape[-1])
+        layers = unit.layers
+        if len(layers) == 1:
+            return PrepackedLinear(layers[0], tokens)
+        (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+        gelu = PrepackedLinear(layers[0], tokens, f"gelu{activation.approximate}")
+        return nn.Sequential(gelu, PrepackedLinear(layers[1], tokens))
+
+
+class _Immutable(nn.Module):
+    """Holds a weight that torch can neither copy nor move, and that nothing changes: copies of a model share it."""
+
+    def __deepcopy__(self, memo: object) -> _Immutable:
+        return self
+
+
+class PrepackedLinear(_Immutable):
+    """A Linear whose weight lies as oneDNN wants it for about `tokens` rows; `epilogue` is applied to its result."""
+
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, epilogue: str = "none") -> None:
+        super().__init__()
+        # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), tokens)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.attribute, self.algorithm = {
+            "none": ("none", ""),
+            "gelunone": ("gelu", "none"),
+            "gelutanh": ("gelu", "tanh"),
+        }[epilogue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
+        return out
+
+
+class PrepackedConv(_Immutable):
+    """A convolution whose weight lies as oneDNN wants it for inputs of about `input_shape`."""
+
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        padding, stride, dilation = (list(map(int, pair)) for pair in (layer.padding, layer.stride, layer.dilation))
+        self.where = (padding, stride, dilation, layer.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            layer.weight.detach().clone(), padding, stride, dilation, layer.groups, list(input_shape)
+        )
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding, stride, dilation, groups = self.where
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
+        )
+        return out

@@ -1,0 +1,153 @@
+"""What was measured and chosen when a model was lowered: values that can be saved, read and applied again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compressor import artifact
+from compressor.errors import CompressorError
+from compressor.recipe import validated
+
+FILE = "lowering.json"
+
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Candidate(_Value):
+    """One backend for one layer: its median time and its error against the dense layer, or why it was not measured.
+
+    `error` is the root mean square difference from the dense layer in float64, relative to that layer's output.
+    """
+
+    backend: str
+    median_ms: _Positive | None = None
+    error: float | None = None
+    refused: str | None = None
+
+
+class LayerPlan(_Value):
+    """How one layer, or one feed-forward pair, runs. `shapes` has M, N and K of each weight's product: rows of input, output
+    channels, products per output."""
+
+    name: str
+    kind: Literal["linear", "pair", "convolution"]
+    weights: tuple[str, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    patterns: tuple[str | None, ...]
+    dtype: str
+    gflop: float
+    candidates: tuple[Candidate, ...]
+    choice: str
+    reason: str
+    skips_zeros: bool
+
+    def candidate(self, backend: str) -> Candidate | None:
+        """The candidate of that backend."""
+        return next((c for c in self.candidates if c.backend == backend), None)
+
+
+class Form(_Value):
+    """One form of the whole model. `speedup` is against the fastest dense form, `error` against the dense model."""
+
+    name: str
+    dense: bool
+    median_ms: _Positive
+    iqr_ms: float
+    speedup: float
+    error: float | None = None
+
+
+class Setting(_Value):
+    """What a measured time depends on besides the layer."""
+
+    device: str
+    hardware: str
+    threads: int
+    versions: dict[str, str]
+
+
+class Plan(_Value):
+    """How a model was lowered: every layer's choice, the forms of the whole model that were timed, and the one chosen."""
+
+    schema_version: Literal[1] = 1
+    weights_sha256: str
+    dtype: str
+    input_shapes: tuple[tuple[int, ...], ...]
+    setting: Setting
+    layers: tuple[LayerPlan, ...]
+    left_out: dict[str, str]
+    forms: tuple[Form, ...]
+    choice: str
+    reason: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the chosen form has a sparse kernel in it."""
+        return self.choice.startswith("lowered") and any(layer.skips_zeros for layer in self.layers)
+
+    def skipping(self) -> set[str]:
+        """The names of the weights whose zeros are really left out."""
+        return {name for layer in self.layers if layer.skips_zeros for name in layer.weights} if self.lowered else set()
+
+    def form(self, name: str) -> Form | None:
+        """The form of that name."""
+        return next((form for form in self.forms if form.name == name), None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, in one step."""
+        artifact.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """The plan saved at `path` (the file, or the folder of a run). Raises CompressorError where it is not one."""
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        return validated(cls, artifact.read_json(path), str(path))
+
+
+class Cache:
+    """Measured times on disk, one small file per measurement, named by everything that the times depend on.
+
+    In `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder. A file that cannot be read or written is no error.
+    """
+
+    def __init__(self, setting: Setting, folder: Path | None = None) -> None:
+        base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self.folder = folder or Path(base) / "compressor" / "timings"
+        self.setting = setting
+
+    def get(self, key: str) -> dict[str, float] | None:
+        """The times stored for `key`: milliseconds by backend."""
+        try:
+            found = artifact.read_json(self._path(key))
+        except CompressorError:
+            return None
+        times = found.get("median_ms")
+        right = found.get("key") == key and isinstance(times, dict)
+        if not right or not all(isinstance(v, float) and v > 0 for v in times.values()):  # type: ignore[union-attr]
+            return None
+        return dict(times)  # type: ignore[arg-type]
+
+    def put(self, key: str, times: dict[str, float]) -> None:
+        """Store the times of `key`."""
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifact.write_json(path, {"key": key, "setting": self.setting.model_dump(), "median_ms": times})
+        except OSError:
+            return
+
+    def _path(self, key: str) -> Path:
+        text = json.dumps([self.setting.model_dump(), key], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

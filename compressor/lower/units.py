@@ -1,0 +1,215 @@
+"""What of a model can be lowered: its layers, and the feed-forward pairs among them, as one example forward shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from compressor.errors import CompressorError
+from compressor.lower.backend import Unit
+from compressor.pattern import NM
+
+_LAYERS = (nn.Linear, nn.Conv2d)
+_GROUPS = (2, 4, 8, 16, 32)
+_ROWS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+
+
+def pattern_of(weight: Tensor) -> NM | None:
+    """The N:M pattern that the zeros of `weight` (out, in, *kernel) obey: the sparsest, in the smallest groups, with the most
+    rows (a power of two) that share a choice. None where less than a quarter of it is zero in this way."""
+    zeros = weight == 0
+    if weight.dim() < 2 or not weight.numel() or not bool(zeros.any()):
+        return None
+    rows, channels = weight.shape[:2]
+    kept = (~zeros).reshape(rows, channels, -1)
+    best: tuple[int, int] | None = None
+    for m in _GROUPS:
+        if channels % m:
+            continue
+        n = max(1, int(kept.reshape(rows, channels // m, m, -1).sum(2).max()))
+        if n / m <= 0.75 and (best is None or n / m < best[0] / best[1]):
+            best = n, m
+    if best is None:
+        return None
+    n, m = best
+    for v in _ROWS:
+        if rows % v == 0:
+            shared = kept.reshape(rows // v, v, channels // m, m, -1).any(1)
+            if int(shared.sum(2).max()) <= n:
+                return NM(n, m, v)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A unit, the module that its dense form stands for (`at`, a path in the model), and the names of its weights."""
+
+    unit: Unit
+    at: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """A layer that is not lowered, and why."""
+
+    weight: str
+    reason: str
+
+
+@torch.no_grad()
+def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found], list[LeftOut]]:
+    """The units of `model`, in the order in which `forward` (one example forward of it) reaches them.
+
+    A layer that several names share, that is not reached, or whose weight is no plain parameter stays as it is.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    counts: dict[int, int] = {}
+    for module in modules.values():
+        counts[id(module)] = counts.get(id(module), 0) + 1
+    layers = {name: module for name, module in modules.items() if isinstance(module, _LAYERS)}
+    blocks = {name: module for name, module in modules.items() if _two_linears(module)}
+    watch = _Watch()
+    with watch, _hooked(watch, [*layers.values(), *blocks.values()]):
+        forward()
+    found: list[Found] = []
+    left: list[LeftOut] = []
+    taken: set[int] = set()
+    for name, block in blocks.items():
+        chain = watch.chains.get(id(block))
+        if chain is None or any(
+            id(layer) in taken or counts[id(layer)] > 1 for layer in chain if isinstance(layer, nn.Linear)
+        ):
+            continue
+        first, _, second = chain
+        shape = watch.shapes.get(id(block))
+        if shape is None or not all(_plain(layer, names) for layer in (first, second)):
+            continue
+        taken |= {id(first), id(second)}
+        found.append(_found(name, chain, shape, names, (first, second)))
+    for name, layer in layers.items():
+        weight = names.get(id(layer.weight), f"{name}.weight" if name else "weight")
+        if id(layer) in taken:
+            continue
+        taken.add(id(layer))
+        if id(layer) not in watch.shapes:
+            left.append(LeftOut(weight, "the example did not reach it as an ordinary call with one tensor"))
+        elif counts[id(layer)] > 1:
+            left.append(LeftOut(weight, "several modules of the model are this one layer"))
+        elif not _plain(layer, names):
+            left.append(LeftOut(weight, "its weight is no plain parameter of a plain layer"))
+        else:
+            found.append(_found(name, layer, watch.shapes[id(layer)], names, (layer,)))
+    order = {identity: place for place, identity in enumerate(watch.shapes)}
+    return sorted(found, key=lambda f: order[id(modules[f.at])]), left
+
+
+def _found(
+    name: str, module: nn.Module, shape: tuple[int, ...], names: dict[int, str], layers: tuple[nn.Module, ...]
+) -> Found:
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+    unit = Unit(
+        name=name,
+        module=module,
+        input_shape=shape,
+        dtype=weights[0].dtype,
+        device=weights[0].device,
+        patterns=tuple(pattern_of(weight) for weight in weights),
+    )
+    return Found(unit, name, tuple(names[id(weight)] for weight in weights))
+
+
+def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
+    return type(layer) in _LAYERS and isinstance(layer.weight, nn.Parameter) and id(layer.weight) in names
+
+
+def _two_linears(module: nn.Module) -> bool:
+    return not isinstance(module, _LAYERS) and sum(isinstance(m, nn.Linear) for m in module.modules()) == 2
+
+
+class _Watch(TorchFunctionMode):
+    """Records what one forward does: the shape of the one tensor that each module takes, and which blocks do nothing but
+    Linear, GELU, Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.chains: dict[int, nn.Sequential] = {}
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._open: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):
+            self._calls.append((func, args, kwargs, result))
+        return result
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if value is not None]
+        self.shapes.pop(id(module), None)
+        if len(args) >= 1 and isinstance(args[0], Tensor) and len(tensors) == 1:
+            self.shapes[id(module)] = tuple(args[0].shape)
+        self._open[id(module)] = len(self._calls)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        start = self._open.pop(id(module), None)
+        if start is not None and _two_linears(module) and id(module) in self.shapes:
+            chain = _chain(module, self._calls[start:], args[0], result)
+            if chain is not None:
+                self.chains[id(module)] = chain
+
+
+def _chain(module: nn.Module, calls: list[Any], x: Any, result: Any) -> nn.Sequential | None:
+    """Linear, GELU, Linear as one Sequential where that is all that `module` did with `x`; None otherwise."""
+    linears = {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)}
+    steps: list[nn.Module] = []
+    value = x
+    for func, args, kwargs, out in calls:
+        if not args or args[0] is not value:
+            return None
+        if func is F.linear or func is torch._C._nn.linear:
+            layer = linears.get(id(args[1])) if len(args) > 1 else None
+            if layer is None:
+                return None
+            steps.append(layer)
+        elif func is F.gelu or func is torch._C._nn.gelu:
+            steps.append(nn.GELU(kwargs.get("approximate", "none")))
+        elif not (func is F.dropout and out is args[0]):  # in eval mode it gives back what it got
+            return None
+        value = out
+    kinds = [type(step) for step in steps]
+    return nn.Sequential(*steps) if value is result and kinds == [nn.Linear, nn.GELU, nn.Linear] else None
+
+
+@contextmanager
+def _hooked(watch: _Watch, modules: list[nn.Module]) -> Iterator[None]:
+    handles = []
+    for module in {id(module): module for module in modules}.values():
+        handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(watch.leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def put(model: nn.Module, at: str, module: nn.Module) -> nn.Module:
+    """`model` with `module` in the place `at`; the new model itself where the place is the whole."""
+    if not at:
+        return module
+    parent, _, name = at.rpartition(".")
+    holder = model.get_submodule(parent)
+    if name not in holder._modules:
+        raise CompressorError(f"{at}: no such module", "The plan belongs to another model.")
+    holder._modules[name] = module
+    return model

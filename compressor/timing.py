@@ -1,0 +1,46 @@
+"""Timing side by side: callables take turns, so that what else the machine does meets them all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+
+import torch
+
+_SHORT = 0.002  # seconds; shorter calls are repeated within a turn, so that the clock and its own cost do not count
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 3
+) -> list[list[float]]:
+    """Seconds per call of each of `calls`, one number per round. The order of turns alternates from round to round."""
+    repeats = [1] * len(calls)
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + warm_up):
+        order = list(range(len(calls)))
+        for index in order if turn % 2 else reversed(order):
+            began = time.perf_counter()
+            for _ in range(repeats[index]):
+                calls[index]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = (time.perf_counter() - began) / repeats[index]
+            if turn >= warm_up:
+                times[index].append(seconds)
+            elif turn == warm_up - 1:
+                repeats[index] = max(1, min(100, int(_SHORT / max(seconds, 1e-7))))
+    return times
+
+
+def median_ms(times: Sequence[float]) -> float:
+    """The median of seconds, in milliseconds."""
+    return 1000 * median(times)
+
+
+def iqr_ms(times: Sequence[float]) -> float:
+    """The interquartile range of seconds, in milliseconds."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return 1000 * (high - low)

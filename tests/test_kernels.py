@@ -1,0 +1,308 @@
+"""The compiled CPU kernels against plain arithmetic in float64, at every instruction set of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressor import CompressorError
+from compressor.lower import Unit
+from compressor.lower.vnm import VNM, Packed, VNMConv, VNMLinear, VNMPair, kernels
+from compressor.pattern import NM
+
+extension: Any = kernels()[0]
+pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
+LEVELS = extension.levels() if extension is not None else []
+EXACT = 2e-6
+HALF = 4e-3  # bfloat16 has 8 bits: the inputs, and the result
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = extension.level()
+    extension.set_level(request.param)
+    yield request.param
+    extension.set_level(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def sparse(shape: tuple[int, ...], pattern: NM, seed: int = 0) -> Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return pattern.mask(weight.abs()).apply(weight) / shape[1] ** 0.5
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(out: Tensor, wanted: Tensor) -> float:
+    assert out.shape == wanted.shape
+    return float((out.double() - wanted).norm() / wanted.norm())
+
+
+def unit(module: nn.Module, shape: tuple[int, ...], *patterns: NM | None, dtype: torch.dtype = torch.float32) -> Unit:
+    return Unit("layer", module.to(dtype).requires_grad_(False), shape, dtype, torch.device("cpu"), patterns)
+
+
+def test_this_machine_runs_more_than_the_portable_kernels_where_it_can() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert LEVELS[-1] == "portable"
+    assert ("avx2" in LEVELS) == (" avx2 " in flags and " fma " in flags)
+    assert extension.level() == (os.environ.get("COMPRESSOR_CPU_LEVEL") or LEVELS[0])
+
+
+@pytest.mark.parametrize("v", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("tokens", "inner", "out"), [(1, 8, 8), (5, 20, 24), (37, 96, 104), (257, 64, 160), (1028, 256, 40)]
+)
+def test_linear_equals_dense_arithmetic(level: str, threads: int, v: int, tokens: int, inner: int, out: int) -> None:
+    pattern = NM(2, 4, v)
+    weight, bias, x = sparse((out, inner), pattern), normal(out), normal(tokens, inner)
+    lowered = VNMLinear(Packed(weight, bias, pattern, block=16, dot=False))
+    assert error(lowered(x), F.linear(x.double(), weight.double(), bias.double())) < EXACT
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_linear_takes_every_pattern_and_size(data: st.DataObject) -> None:
+    m = data.draw(st.sampled_from([2, 3, 4, 5, 8, 16]))
+    pattern = NM(data.draw(st.integers(1, m)), m, data.draw(st.sampled_from([2, 4, 8])))
+    out, inner = pattern.v * data.draw(st.integers(1, 9)), m * data.draw(st.integers(1, 9))
+    shape = (*data.draw(st.lists(st.integers(1, 5), max_size=2)), data.draw(st.integers(1, 40)))
+    before = extension.level()
+    extension.set_level(data.draw(st.sampled_from(LEVELS)))
+    try:
+        weight, x = sparse((out, inner), pattern), normal(*shape, inner)
+        bias = normal(out) if data.draw(st.booleans()) else None
+        lowered = VNM().build(unit(_linear(weight, bias), tuple(x.shape), pattern))
+        wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert error(lowered(x), wanted) < EXACT
+    finally:
+        extension.set_level(before)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+@pytest.mark.parametrize("v", [2, 4, 8])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
+def test_bfloat16_differs_by_its_rounding_alone(level: str, v: int, pattern: tuple[int, int]) -> None:
+    rule = NM(*pattern, v)
+    weight, bias, x = sparse((72, 96), rule).bfloat16(), normal(72), normal(3, 37, 96).bfloat16()
+    lowered = VNM().build(unit(_linear(weight, bias), tuple(x.shape), rule, dtype=torch.bfloat16))
+    out = lowered(x)
+    assert out.dtype == torch.bfloat16
+    assert error(out, F.linear(x.double(), weight.double(), bias.bfloat16().double())) < HALF
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("v", "hidden", "tokens"), [(4, 384, 41), (2, 136, 7), (8, 64, 200)])
+def test_a_pair_equals_linear_gelu_linear(
+    level: str, threads: int, approximate: str, dtype: torch.dtype, v: int, hidden: int, tokens: int
+) -> None:
+    first, second = NM(2, 4, v), NM(2, 4, 2)
+    dense = nn.Sequential(nn.Linear(32, hidden), nn.GELU(approximate), nn.Linear(hidden, 48))
+    for layer, pattern in ((dense[0], first), (dense[2], second)):
+        layer.weight.data = pattern.mask(layer.weight.abs()).apply(layer.weight.data) * 2
+    x = (3 * normal(2, tokens, 32)).to(dtype)
+    lowered = VNM().build(unit(dense, tuple(x.shape), first, second, dtype=dtype))
+    assert isinstance(lowered, VNMPair)
+    assert error(lowered(x), dense.double()(x.double())) < (EXACT if dtype == torch.float32 else HALF)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_accurate_everywhere(level: str, approximate: str) -> None:
+    """Through identity matrices of one kept channel, so that nothing but GELU rounds."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 1e30])])
+    eye = torch.zeros(2, 4)
+    eye[0, 0] = 1
+    one = NM(1, 4, 2)
+    pair = VNMPair(
+        Packed(torch.cat([eye, torch.zeros(2, 4)]), None, NM(2, 4, 2), block=8, dot=False),
+        Packed(eye, None, one, block=8, dot=False),
+        approximate == "tanh",
+    )
+    out = pair(F.pad(x[:, None], (0, 3)))[:, 0]
+    wanted = F.gelu(x.double(), approximate=approximate)
+    assert bool(torch.isfinite(out).all())
+    assert float(((out - wanted).abs() / (1 + wanted.abs())).max()) < 1e-6  # 1 + erf loses digits
+
+
+@pytest.mark.parametrize("v", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "side"),
+    [
+        (2, 32, 32, 3),
+        (3, 8, 8, 3),
+        (5, 4, 4, 3),
+        (7, 2, 2, 3),
+        (2, 7, 5, 1),
+        (2, 9, 9, 3),
+        (1, 33, 3, 5),
+        (2, 1, 1, 5),
+        (1, 5, 70, 7),
+    ],
+)
+def test_convolution_equals_dense_arithmetic(
+    level: str, threads: int, v: int, batch: int, height: int, width: int, side: int
+) -> None:
+    pattern = NM(2, 4, v)
+    weight, bias = sparse((40, 12, side, side), pattern), normal(40)
+    x = normal(batch, 12, height, width)
+    lowered = VNMConv(Packed(weight, bias, pattern, block=8, dot=False), side)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=side // 2)
+    assert error(lowered(x), wanted) < EXACT
+    half = lowered(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert error(half, F.conv2d(x.bfloat16().double(), weight.double(), bias.double(), padding=side // 2)) < HALF
+
+
+def test_nothing_is_read_or_written_outside(level: str) -> None:
+    """Inputs and outputs end at the end of a page, where one entry too many is a fault; NaN around them must not leak in."""
+    pattern = NM(2, 4, 4)
+    weight = sparse((20, 12), pattern)
+    lowered = VNMLinear(Packed(weight, None, pattern, block=8, dot=False))
+    around = torch.full((64, 12), torch.nan)
+    around[20:51] = normal(31, 12)
+    assert error(lowered(around[20:51]), F.linear(around[20:51].double(), weight.double())) < EXACT
+    taps = sparse((20, 12, 3, 3), pattern)
+    images = torch.full((3, 12, 6, 6), torch.nan)
+    images[1] = normal(12, 6, 6)
+    out = VNMConv(Packed(taps, None, pattern, block=8, dot=False), 3)(images[1:2])
+    assert error(out, F.conv2d(images[1:2].double(), taps.double(), padding=1)) < EXACT
+
+
+def test_not_a_number_goes_through(level: str) -> None:
+    pattern = NM(2, 4, 4)
+    weight = torch.ones(4, 4) * pattern.mask(torch.ones(4, 4)).keep
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([[torch.nan, 0, 0, 0], [1, 1, 1, 1], [torch.inf, 0, 0, 0]], dtype=dtype)
+        out = VNM().build(unit(_linear(weight, None), (3, 4), pattern, dtype=dtype))(x)
+        assert bool(out[0].isnan().all()) and out[1].tolist() == [2, 2, 2, 2] and bool(out[2].isinf().all())
+
+
+def test_inputs_of_other_layouts_and_sizes_work(level: str) -> None:
+    pattern = NM(2, 4, 4)
+    weight = sparse((16, 8), pattern)
+    lowered = VNMLinear(Packed(weight, None, pattern, block=8, dot=False))
+    x = normal(8, 5).t()
+    assert error(lowered(x), F.linear(x.double(), weight.double())) < EXACT
+    assert lowered(torch.empty(0, 8)).shape == (0, 16)
+    taps = sparse((16, 8, 3, 3), pattern)
+    images = normal(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    out = VNMConv(Packed(taps, None, pattern, block=8, dot=False), 3)(images)
+    assert error(out, F.conv2d(images.double(), taps.double(), padding=1)) < EXACT
+
+
+def test_what_does_not_fit_is_refused_before_it_reaches_the_kernel() -> None:
+    pattern = NM(2, 4, 4)
+    lowered = VNMLinear(Packed(sparse((16, 8), pattern), normal(16), pattern, block=8, dot=False))
+    with pytest.raises(CompressorError, match="takes float32 or bfloat16 with 8 channels"):
+        lowered(normal(3, 12))
+    with pytest.raises(CompressorError, match=r"torch\.float64"):
+        lowered(normal(3, 8).double())
+    with pytest.raises(CompressorError, match="was cast"):
+        lowered.bfloat16()(normal(3, 8))
+
+
+def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
+    pattern = NM(2, 4, 4)
+    lowered = VNMLinear(Packed(sparse((64, 64), pattern), None, pattern, block=64, dot=False))
+    x = normal(300, 64)
+    before = torch.get_num_threads()
+    outs = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outs += [lowered(x) for _ in range(3)]
+    torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_operators_work_under_compile_and_export() -> None:
+    pattern = NM(2, 4, 4)
+    model = nn.Sequential(
+        VNMLinear(Packed(sparse((32, 16), pattern), normal(32), pattern, block=16, dot=False)),
+        nn.SiLU(),
+        VNMLinear(Packed(sparse((16, 32), pattern), None, pattern, block=16, dot=False)),
+    )
+    x = normal(6, 16)
+    with torch.no_grad():
+        wanted = model(x)
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), wanted)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        assert torch.allclose(exported.module()(normal(9, 16)), model(normal(9, 16)))
+    for module in (model[0], VNMConv(Packed(sparse((8, 4, 3, 3), pattern), None, pattern, block=8, dot=False), 3)):
+        w: Any = module.weight
+        arguments = (w.values, w.index, w.bias, w.order, w.numbers)
+        if isinstance(module, VNMLinear):
+            torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *arguments))
+        else:
+            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *arguments, 3))
+
+
+def test_only_one_openmp_runtime_is_loaded() -> None:
+    script = (
+        "import torch; from compressor.lower.vnm import kernels\n"
+        "extension, note = kernels(); torch.randn(300, 300) @ torch.randn(300, 300)\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(note, sorted({p.rsplit('/', 1)[-1] for p in maps if 'omp' in p.rsplit('/', 1)[-1] and '.so' in p}))"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("None [") and out.count(".so") == 1, out
+
+
+def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:
+    script = "from compressor.lower.vnm import kernels; kernels()"
+    environment = {**os.environ, "COMPRESSOR_CPU_LEVEL": "sse9"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode != 0 and "sse9" in run.stderr and "portable" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1, groups=2), "2 groups"),
+        (nn.Conv2d(8, 8, 3, padding=1, stride=2), "stride"),
+        (nn.Conv2d(8, 8, 3, padding=2, dilation=2), "dilation"),
+        (nn.Conv2d(8, 8, (1, 3), padding=(0, 1)), "squares"),
+        (nn.Conv2d(8, 8, 3), "padding"),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), "circular"),
+        (nn.Conv2d(8, 8, 2, padding=1), "squares"),
+    ],
+)
+def test_convolutions_that_the_kernels_do_not_do_are_refused(layer: nn.Conv2d, reason: str) -> None:
+    refusal = VNM().refusal(unit(layer, (1, 8, 6, 6), NM(2, 4, 4)))
+    assert refusal is not None and reason in refusal
+
+
+def test_plain_2_4_is_refused_with_what_would_help() -> None:
+    refusal = VNM().refusal(unit(nn.Linear(8, 8), (1, 8), NM(2, 4)))
+    assert refusal is not None and "4:2:4" in refusal and "V = 1" in refusal
+    assert VNM().refusal(unit(nn.Linear(8, 8), (1, 8), None)) == "its weight obeys no N:M pattern"
+    assert "float16" in str(VNM().refusal(unit(nn.Linear(8, 8), (1, 8), NM(2, 4, 4), dtype=torch.float16)))
+    assert "cuda" in str(VNM().unavailable(torch.device("cuda")))

@@ -1,0 +1,150 @@
+"""Lowering a finished run: what the commands write, and that it belongs to the run's weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from compressor import Plan, artifact, registry
+from compressor.report import schema
+from compressor.weights import weights_sha256
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Path:
+    """The directory of a small run with `--lower`. To be read only; copy it to change it."""
+    out = tmp_path_factory.mktemp("lowered") / "run"
+    outcome = cli.run(out, "--pattern", "4:2:4", "--lower", "--set", "evaluate.latency_batch=4")
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.fixture
+def copied(lowered: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(lowered, tmp_path / "run"))
+
+
+def read(run: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((run / "report.json").read_text())
+    jsonschema.validate(loaded, schema())
+    return loaded
+
+
+def test_quality_and_speed_are_of_the_same_weights(lowered: Path) -> None:
+    report = read(lowered)
+    final = report["rows"][-1]
+    model = artifact.load(lowered / "model")
+    assert report["lowering"]["weights_sha256"] == final["weights_sha256"] == weights_sha256(model)
+    assert final["quality"][0]["value"] > 0
+    entries = {(row["name"], e["backend"]): e for row in report["rows"] for e in row["latency"]}
+    assert {("dense", "eager"), ("dense", "prepacked"), ("sparsedm", "eager"), ("sparsedm", "lowered")} <= set(entries)
+    speed = entries["sparsedm", "lowered"]
+    dense = min((entries["dense", name] for name in ("eager", "prepacked")), key=lambda e: e["median_ms"])
+    assert speed["against"] == dense["backend"] and speed["batch"] == 4
+    assert speed["speedup_vs_dense"] == pytest.approx(dense["median_ms"] / speed["median_ms"])
+
+
+def test_the_plan_lies_beside_the_report_and_has_every_layer(lowered: Path) -> None:
+    plan = Plan.read(lowered)
+    assert plan.model_dump(mode="json") == read(lowered)["lowering"]
+    names = {name for layer in plan.layers for name in layer.weights}
+    model = registry.adapter("uvit-digits").build()
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    assert names == {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def test_macs_lowered_are_those_that_kernels_leave(lowered: Path) -> None:
+    report, plan = read(lowered), Plan.read(lowered)
+    final = report["rows"][-1]
+    assert final["macs_effective"] <= final["macs_lowered"] <= final["macs_dense"]
+    assert (final["macs_lowered"] < final["macs_dense"]) == bool(plan.skipping())
+
+
+def test_the_page_shows_speed_and_a_bar_for_every_layer(lowered: Path) -> None:
+    page, text = (lowered / "report.html").read_text(), (lowered / "report.md").read_text()
+    plan = Plan.read(lowered)
+    assert page.count('class="bar before"') == len(plan.layers)
+    for place in (page, text):
+        assert "in_blocks.0.mlp" in place and "batch 4, float32, cpu" in place
+        assert "over prepacked" in place or "over eager" in place
+    assert "were not lowered" not in page
+
+
+def test_lower_prints_the_plan_and_repeats_it_in_json(copied: Path, cli: Any) -> None:
+    outcome = cli("lower", copied, "--batch", "2")
+    assert outcome.code == 0, outcome.err
+    assert "in_blocks.0.attn.qkv and 4 more" in outcome.out and "whole model" in outcome.out
+    again = cli("lower", copied, "--batch", "2", "--json")
+    assert json.loads(again.out)["input_shapes"][0] == [2, 1, 8, 8]
+    batches = {e["batch"] for row in read(copied)["rows"] for e in row["latency"]}
+    assert batches == {2, 4}
+
+
+def test_lower_again_replaces_its_own_figures(copied: Path, cli: Any) -> None:
+    before = [len(row["latency"]) for row in read(copied)["rows"]]
+    assert cli("lower", copied, "--fresh").code == 0
+    assert [len(row["latency"]) for row in read(copied)["rows"]] == before
+
+
+def test_bench_times_several_batches_and_precisions(copied: Path, cli: Any) -> None:
+    outcome = cli("bench", copied, "--batches", "1,3", "--no-compiled", "--no-onnx", "--dtype", "bfloat16", "--json")
+    assert outcome.code == 0, outcome.err
+    entries = json.loads(outcome.out)
+    assert {(e["batch"], e["dtype"]) for e in entries} == {(1, "bfloat16"), (3, "bfloat16")}
+    assert {e["backend"] for e in entries} == {"eager", "prepacked", "lowered"}
+    report = read(copied)
+    assert report["lowering"]["dtype"] == "bfloat16"
+    assert {e["dtype"] for row in report["rows"] for e in row["latency"]} == {"float32", "bfloat16"}
+
+
+def test_plain_2_4_says_that_a_cpu_gains_nothing_and_what_would(finished: Path, tmp_path: Path, cli: Any) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    outcome = cli("lower", run)
+    assert outcome.code == 0, outcome.err
+    report = read(run)
+    plan = Plan.read(run)
+    assert not plan.lowered and plan.choice in ("eager", "dense")
+    assert "4:2:4" in " ".join(report["limitations"]) and "gains nothing from V = 1" in " ".join(report["limitations"])
+    assert report["rows"][-1]["macs_lowered"] == report["rows"][-1]["macs_dense"]
+    assert "gains nothing from V = 1" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("lower", "nowhere"), 1, "no such directory"),
+        (("lower", "RUN", "--dtype", "float8"), 2, "float8"),
+        (("lower", "RUN", "--batch", "0"), 2, "0"),
+        (("bench", "RUN", "--batches", "1,x"), 2, "1,x"),
+        (("bench", "RUN", "--batches", "0", "--no-onnx"), 2, "at least 1"),
+        (("bench", "RUN", "--batches", ""), 2, "--batches"),
+    ],
+)
+def test_bad_input_is_named(copied: Path, cli: Any, arguments: tuple[str, ...], code: int, message: str) -> None:
+    before = (copied / "report.json").read_bytes()
+    outcome = cli(*[copied if argument == "RUN" else argument for argument in arguments])
+    assert outcome.code == code and message in outcome.err
+    assert (copied / "report.json").read_bytes() == before
+
+
+def test_a_run_that_is_not_finished_or_whose_files_changed_is_refused(copied: Path, cli: Any) -> None:
+    report = read(copied)
+    report["rows"][-1]["weights_sha256"] = "0" * 64
+    (copied / "report.json").write_text(json.dumps(report))
+    outcome = cli("lower", copied)
+    assert outcome.code == 1 and "other weights" in outcome.err
+    (copied / "report.json").unlink()
+    outcome = cli("lower", copied)
+    assert outcome.code == 1 and "no report.json" in outcome.err
+
+
+def test_backends_are_listed(cli: Any) -> None:
+    listed = cli("list", "backends")
+    assert listed.code == 0
+    assert all(name in listed.out for name in ("eager", "onednn", "vnm", "gathered"))
