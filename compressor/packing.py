@@ -117,8 +117,8 @@ def packed_state(state: Mapping[str, Tensor], patterns: Mapping[str, str]) -> tu
     """
     tensors, packed = dict(state), []
     for name, text in patterns.items():
-        pattern, weight = parse(text), state[name]
-        if not isinstance(pattern, NM) or any(part in state for part in part_names(name)):
+        pattern, weight = parse(text).grouped, state[name]
+        if pattern is None or any(part in state for part in part_names(name)):
             continue
         kept, places = prod(_kept_shape(weight.shape, pattern)), index_bytes(tuple(weight.shape), pattern)
         added = places + _MAX_ENTRY_BYTES + len(json.dumps(name))
@@ -138,9 +138,9 @@ def rules(packed: Iterable[str], patterns: Mapping[str, str]) -> dict[str, NM]:
     """The patterns of the weights that are said to be packed; CompressorError where one has none that can be."""
     found: dict[str, NM] = {}
     for name in packed:
-        pattern = parse(patterns[name]) if name in patterns else None
-        if not isinstance(pattern, NM) or name in found:
-            how = "twice" if name in found else f"with the pattern {pattern}"
+        pattern = parse(patterns[name]).grouped if name in patterns else None
+        if pattern is None or name in found:
+            how = "twice" if name in found else f"with the pattern {patterns.get(name)}"
             raise CompressorError(f"packed: {name} {how}", f"Allowed: a name once, with an N:M pattern. {_HINT}")
         found[name] = pattern
     return found

@@ -50,6 +50,11 @@ class Pattern(ABC):
     density: float
     """The kept share of a weight, in (0, 1]."""
 
+    @property
+    def grouped(self) -> NM | None:
+        """The pattern N:M, or V:N:M with neighbouring rows, that every weight of this pattern obeys; None where there is none."""
+        return None
+
     @abstractmethod
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of `shape` (out, in, *kernel) cannot have this pattern; None where it can."""
@@ -67,15 +72,22 @@ class Pattern(ABC):
 
         Raises CompressorError where the shape does not fit or a score is NaN.
         """
+        self.check(score)
+        return Mask(self.survivors(score), self)
+
+    def check(self, score: Tensor) -> None:
+        """Raise CompressorError where the shape of `score` does not fit, or it holds NaN."""
         if reason := self.misfit(tuple(score.shape)):
             raise CompressorError(f"{self}: {reason}")
         # A sum is one cheap pass; only where it is not finite (inf scores are legal) is the exact question asked.
         if not torch.isfinite(score.sum()) and bool(score.isnan().any()):
             raise CompressorError(f"{self}: the score holds NaN", "Scores must be numbers; inf keeps, -inf drops.")
-        return Mask(self.survivors(score), self)
 
-    def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Mask]:
-        """The masks of several weights by name: `mask` of each, in fewer operations where the pattern knows how."""
+    def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
+        """The masks of several weights by name: `mask` of each, in fewer operations where the pattern knows how.
+
+        `previous` holds the masks now in force, for patterns that start from them.
+        """
         return {name: self.mask(score) for name, score in scores.items()}
 
     def verify(self, tensor: Tensor) -> None:
@@ -118,6 +130,10 @@ class NM(Pattern):
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.v == 1 else f"{self.v}:{self.n}:{self.m}"
 
+    @property
+    def grouped(self) -> NM:
+        return self
+
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         if reason := _no_matrix(shape):
             return reason
@@ -141,7 +157,7 @@ class NM(Pattern):
             order = _shared(lanes).argsort(dim=0, descending=True, stable=True)
             kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
 
-    def masks(self, scores: Mapping[str, Tensor]) -> dict[str, Mask]:
+    def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
         """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one."""
         joined = {n: s for n, s in scores.items() if s.dim() == 2 and s.numel() <= _SMALL and not self.misfit(s.shape)}
         kinds = {(s.dtype, s.device) for s in joined.values()}
@@ -189,7 +205,7 @@ class Unstructured(Pattern):
         return max(1, round(self.density * tensor.numel()))
 
 
-_NM = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d{1,6})")
+_NM = re.compile(r"(?:(\d{1,6})(c?):)?(\d{1,6}):(\d{1,6})")
 _UNSTRUCTURED = re.compile(r"unstructured:(\d*\.?\d+(?:e-?\d+)?)")
 
 
@@ -201,13 +217,17 @@ def parse(text: str) -> Pattern:
     """
     stripped = text.strip() if isinstance(text, str) else ""
     if found := _NM.fullmatch(stripped):
-        v, n, m = found.groups()
+        v, clustered, n, m = found.groups()
+        if clustered:
+            from compressor.clustered import Clustered
+
+            return Clustered(int(n), int(m), int(v))
         return NM(int(n), int(m), int(v or 1))
     if found := _UNSTRUCTURED.fullmatch(stripped):
         return Unstructured(float(found[1]))
     raise UsageError(
         f"pattern {text!r} is not one that exists",
-        "Write N:M (2:4), V:N:M (4:2:4) or unstructured:DENSITY (unstructured:0.5).",
+        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5).",
     )
 
 

@@ -18,7 +18,7 @@ from compressor.errors import CompressorError, UsageError
 from compressor.lower import Lowered, Plan, lowering
 from compressor.lower.chooser import dense_forms, in_dtype
 from compressor.lower.plan import FILE
-from compressor.pattern import NM, parse
+from compressor.pattern import parse
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.rows import limitations
@@ -161,9 +161,8 @@ def _densities(plan: Plan) -> dict[str, float]:
     found = {}
     for layer in plan.layers:
         for name, text in zip(layer.weights, layer.patterns, strict=True):
-            pattern = parse(text) if text is not None else None
-            if name in skipping and isinstance(pattern, NM):
-                found[name] = pattern.density
+            if name in skipping and text is not None:
+                found[name] = parse(text).density
     return found
 
 

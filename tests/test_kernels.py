@@ -76,7 +76,7 @@ def test_this_machine_runs_more_than_the_portable_kernels_where_it_can() -> None
 def test_linear_equals_dense_arithmetic(level: str, threads: int, v: int, tokens: int, inner: int, out: int) -> None:
     pattern = NM(2, 4, v)
     weight, bias, x = sparse((out, inner), pattern), normal(out), normal(tokens, inner)
-    lowered = VNMLinear(Packed(weight, bias, pattern, block=16, dot=False))
+    lowered = VNMLinear(Packed(weight, bias, pattern, block=16))
     assert error(lowered(x), F.linear(x.double(), weight.double(), bias.double())) < EXACT
 
 
@@ -142,8 +142,8 @@ def test_gelu_is_accurate_everywhere(level: str, approximate: str) -> None:
     eye[0, 0] = 1
     one = NM(1, 4, 2)
     pair = VNMPair(
-        Packed(torch.cat([eye, torch.zeros(2, 4)]), None, NM(2, 4, 2), block=8, dot=False),
-        Packed(eye, None, one, block=8, dot=False),
+        Packed(torch.cat([eye, torch.zeros(2, 4)]), None, NM(2, 4, 2), block=8),
+        Packed(eye, None, one, block=8),
         approximate == "tanh",
     )
     out = pair(F.pad(x[:, None], (0, 3)))[:, 0]
@@ -173,7 +173,7 @@ def test_convolution_equals_dense_arithmetic(
     pattern = NM(2, 4, v)
     weight, bias = sparse((40, 12, side, side), pattern), normal(40)
     x = normal(batch, 12, height, width)
-    lowered = VNMConv(Packed(weight, bias, pattern, block=8, dot=False), side)
+    lowered = VNMConv(Packed(weight, bias, pattern, block=8), side)
     wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=side // 2)
     assert error(lowered(x), wanted) < EXACT
     half = lowered(x.bfloat16())
@@ -185,14 +185,14 @@ def test_nothing_is_read_or_written_outside(level: str) -> None:
     """Inputs and outputs end at the end of a page, where one entry too many is a fault; NaN around them must not leak in."""
     pattern = NM(2, 4, 4)
     weight = sparse((20, 12), pattern)
-    lowered = VNMLinear(Packed(weight, None, pattern, block=8, dot=False))
+    lowered = VNMLinear(Packed(weight, None, pattern, block=8))
     around = torch.full((64, 12), torch.nan)
     around[20:51] = normal(31, 12)
     assert error(lowered(around[20:51]), F.linear(around[20:51].double(), weight.double())) < EXACT
     taps = sparse((20, 12, 3, 3), pattern)
     images = torch.full((3, 12, 6, 6), torch.nan)
     images[1] = normal(12, 6, 6)
-    out = VNMConv(Packed(taps, None, pattern, block=8, dot=False), 3)(images[1:2])
+    out = VNMConv(Packed(taps, None, pattern, block=8), 3)(images[1:2])
     assert error(out, F.conv2d(images[1:2].double(), taps.double(), padding=1)) < EXACT
 
 
@@ -208,19 +208,19 @@ def test_not_a_number_goes_through(level: str) -> None:
 def test_inputs_of_other_layouts_and_sizes_work(level: str) -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 8), pattern)
-    lowered = VNMLinear(Packed(weight, None, pattern, block=8, dot=False))
+    lowered = VNMLinear(Packed(weight, None, pattern, block=8))
     x = normal(8, 5).t()
     assert error(lowered(x), F.linear(x.double(), weight.double())) < EXACT
     assert lowered(torch.empty(0, 8)).shape == (0, 16)
     taps = sparse((16, 8, 3, 3), pattern)
     images = normal(2, 8, 5, 5).to(memory_format=torch.channels_last)
-    out = VNMConv(Packed(taps, None, pattern, block=8, dot=False), 3)(images)
+    out = VNMConv(Packed(taps, None, pattern, block=8), 3)(images)
     assert error(out, F.conv2d(images.double(), taps.double(), padding=1)) < EXACT
 
 
 def test_what_does_not_fit_is_refused_before_it_reaches_the_kernel() -> None:
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(Packed(sparse((16, 8), pattern), normal(16), pattern, block=8, dot=False))
+    lowered = VNMLinear(Packed(sparse((16, 8), pattern), normal(16), pattern, block=8))
     with pytest.raises(CompressorError, match="takes float32 or bfloat16 with 8 channels"):
         lowered(normal(3, 12))
     with pytest.raises(CompressorError, match=r"torch\.float64"):
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_kernel() -> None:
 
 def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(Packed(sparse((64, 64), pattern), None, pattern, block=64, dot=False))
+    lowered = VNMLinear(Packed(sparse((64, 64), pattern), None, pattern, block=64))
     x = normal(300, 64)
     before = torch.get_num_threads()
     outs = []
@@ -245,9 +245,9 @@ def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
 def test_operators_work_under_compile_and_export() -> None:
     pattern = NM(2, 4, 4)
     model = nn.Sequential(
-        VNMLinear(Packed(sparse((32, 16), pattern), normal(32), pattern, block=16, dot=False)),
+        VNMLinear(Packed(sparse((32, 16), pattern), normal(32), pattern, block=16)),
         nn.SiLU(),
-        VNMLinear(Packed(sparse((16, 32), pattern), None, pattern, block=16, dot=False)),
+        VNMLinear(Packed(sparse((16, 32), pattern), None, pattern, block=16)),
     )
     x = normal(6, 16)
     with torch.no_grad():
@@ -256,13 +256,13 @@ def test_operators_work_under_compile_and_export() -> None:
         assert torch.allclose(compiled(x), wanted)
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
         assert torch.allclose(exported.module()(normal(9, 16)), model(normal(9, 16)))
-    for module in (model[0], VNMConv(Packed(sparse((8, 4, 3, 3), pattern), None, pattern, block=8, dot=False), 3)):
+    for module in (model[0], VNMConv(Packed(sparse((8, 4, 3, 3), pattern), None, pattern, block=8), 3)):
         w: Any = module.weight
         arguments = (w.values, w.index, w.bias, w.order, w.numbers)
         if isinstance(module, VNMLinear):
-            torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *arguments))
+            torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *arguments, 6))
         else:
-            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *arguments, 3))
+            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *arguments, 3, 6))
 
 
 def test_only_one_openmp_runtime_is_loaded() -> None:

@@ -19,7 +19,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#define CHUNK 64 /* rows of output between two transpositions: they stay in the first-level cache */
+#define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
+#define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
 #define PLACES 64
 
 typedef struct {
@@ -54,6 +55,11 @@ typedef struct {
 #if !defined(__GNUC__) || defined(__clang__)
 #error "these kernels are written with GCC's vector extensions and target pragmas"
 #endif
+
+/* Hidden channels of a pair that exist at a time: whole blocks of the second matrix. */
+static int hidden_chunk(const matrix *second) {
+    return second->block < HIDDEN ? HIDDEN / second->block * second->block : second->block;
+}
 
 /* A buffer that lives as long as its thread, and grows. Aligned to a cache line. */
 static float *scratch_of_this_thread(size_t bytes) {

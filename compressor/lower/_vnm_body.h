@@ -292,7 +292,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     }
 }
 
-/* A tile of tokens through matrix, GELU, matrix: the hidden channels exist one block of the second matrix at a time. */
+/* A tile of tokens through matrix, GELU, matrix: of the hidden channels only a chunk exists at a time. */
 static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *a = &j->first, *b = &j->second;
     static const size_t here[1] = {0};
@@ -300,12 +300,13 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch;
     float *hidden = panel + (size_t)(a->inner / a->group * a->planes) * stride;
-    float *pairs = hidden + (size_t)b->block * stride;
-    float *out = pairs + (b->dot ? (size_t)(b->block / 4 * 6) * stride : 0);
+    int chunk = hidden_chunk(b);
+    float *pairs = hidden + (size_t)chunk * stride;
+    float *out = pairs + (b->dot ? (size_t)(chunk / 4 * 6) * stride : 0);
     int blocks = (a->inner + a->block - 1) / a->block;
     NAME(gather_tokens)(j, a, t0, count, panel, stride);
-    for (int n = 0, block = 0; n < a->rows; n += b->block, block++) {
-        int rows = a->rows - n < b->block ? a->rows - n : b->block;
+    for (int n = 0; n < a->rows; n += chunk) {
+        int rows = a->rows - n < chunk ? a->rows - n : chunk;
         NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, NULL, hidden, stride, vectors);
         if (b->dot) {
             for (int k = 0; k < rows; k += 4) {
@@ -320,7 +321,8 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
             for (size_t i = 0; i < rows * stride; i += VW)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
-        NAME(multiply)(b, 0, b->rows / b->v, block, block + 1, b->dot ? pairs : hidden, stride, here, NULL, out, stride, vectors);
+        NAME(multiply)(b, 0, b->rows / b->v, n / b->block, (n + rows + b->block - 1) / b->block, b->dot ? pairs : hidden,
+                       stride, here, NULL, out, stride, vectors);
     }
     NAME(scatter_tokens)(j, out, stride, 0, b->rows, b->rows, t0, count);
 }
@@ -431,7 +433,7 @@ static size_t NAME(plan)(job *j, int threads) {
     size_t stride = (size_t)((vectors + j->tiles - 1) / j->tiles) * VW;
     size_t rows = inner + a->rows;
     if (j->kind == 1)
-        rows = inner + b->block + (b->dot ? b->block / 4 * 6 : 0) + b->rows;
+        rows = inner + hidden_chunk(b) + (b->dot ? hidden_chunk(b) / 4 * 6 : 0) + b->rows;
     return rows * stride * 4;
 }
 

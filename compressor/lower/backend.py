@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from compressor.clustered import Clustered
 from compressor.pattern import NM
 
 
@@ -25,7 +26,7 @@ class Unit:
     input_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    patterns: tuple[NM | None, ...]
+    patterns: tuple[NM | Clustered | None, ...]
 
     @property
     def layers(self) -> tuple[nn.Linear | nn.Conv2d, ...]:

@@ -410,8 +410,10 @@ def _guarded(job: _Job, layers: Sequence[LayerPlan], compiled: bool, allowed: fl
     if any(layer.skips_zeros for layer in layers):
         forms["lowered"] = _built(job, {layer.name: layer.choice for layer in layers})
     if compiled:
-        for name in [name for name in forms if name != "dense"]:
-            forms[f"{name}, compiled"] = _compiled(forms[name], device)
+        forms["eager, compiled"] = _compiled(base, device)
+        if "lowered" in forms:  # dense layers are left to the compiler, which packs them itself
+            sparse_only = {layer.name: layer.choice if layer.skips_zeros else "eager" for layer in layers}
+            forms["lowered, compiled"] = _compiled(_built(job, sparse_only), device)
     wanted = forward(base)
     errors: dict[str, float] = {}
     for name, form in list(forms.items()):
@@ -504,7 +506,8 @@ def _planned(job: _Job, plan: Plan) -> nn.Module:
     layers = _checked(job, plan)
     name, _, compiled = plan.choice.partition(", ")
     if name == "lowered":
-        form = _built(job, {layer.name: layer.choice for layer in layers})
+        sparse = {layer.name: layer.choice if layer.skips_zeros or not compiled else "eager" for layer in layers}
+        form = _built(job, sparse)
     else:
         form = job.base if name == "eager" else _dense(job, layers)
     return _compiled(form, job.device) if compiled else _own(form)

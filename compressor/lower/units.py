@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compressor.clustered import Clustered
 from compressor.errors import CompressorError
 from compressor.lower.backend import Unit
 from compressor.pattern import NM
 
 _LAYERS = (nn.Linear, nn.Conv2d)
 _GROUPS = (2, 4, 8, 16, 32)
-_ROWS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+_ROWS = (512, 256, 128, 64, 32, 16, 8, 4, 2)
 
 
-def pattern_of(weight: Tensor) -> NM | None:
+def pattern_of(weight: Tensor) -> NM | Clustered | None:
     """The N:M pattern that the zeros of `weight` (out, in, *kernel) obey: the sparsest, in the smallest groups, with the most
-    rows (a power of two) that share a choice. None where less than a quarter of it is zero in this way."""
+    rows (a power of two) that share a choice, be they neighbours or not. None where less than a quarter of it is zero in
+    this way."""
     zeros = weight == 0
     if weight.dim() < 2 or not weight.numel() or not bool(zeros.any()):
         return None
@@ -42,9 +44,12 @@ def pattern_of(weight: Tensor) -> NM | None:
     for v in _ROWS:
         if rows % v == 0:
             shared = kept.reshape(rows // v, v, channels // m, m, -1).any(1)
-            if int(shared.sum(2).max()) <= n:
+            if v > 1 and int(shared.sum(2).max()) <= n:
                 return NM(n, m, v)
-    return None
+    for v in (8, 4, 2):
+        if rows % v == 0 and not (clustered := Clustered(n, m, v)).violations(~zeros):
+            return clustered
+    return NM(n, m)
 
 
 @dataclass(frozen=True, eq=False)

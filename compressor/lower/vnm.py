@@ -11,6 +11,7 @@ import ctypes
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.clustered import Clustered
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
 from compressor.pattern import NM
@@ -86,8 +88,23 @@ class Packed(nn.Module):
     bias: Tensor | None
     order: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: NM, *, block: int, dot: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        pattern: NM | Clustered,
+        *,
+        block: int,
+        dot: bool = False,
+        tile: int = 6,
+    ) -> None:
         super().__init__()
+        order = None
+        if isinstance(
+            pattern, Clustered
+        ):  # rows that share a choice follow each other here, and go back to their places after
+            order = pattern.order(weight)
+            weight, bias, pattern = weight[order], None if bias is None else bias[order], pattern.neighbours
         out, channels = weight.shape[:2]
         v, n, m = pattern.v, pattern.n, pattern.m
         # Exactly n survive of every m, also where a kept weight happens to be zero.
@@ -115,19 +132,34 @@ class Packed(nn.Module):
         self.register_buffer("values", torch.cat(values))
         self.register_buffer("index", torch.cat(index).to(torch.uint16))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("order", None)
+        self.register_buffer("order", None if order is None else order.to(torch.int32))
         self.numbers = [out, channels, v, taps, block, m, 1 if dot else n, 6 if dot else m, int(dot)]
+        self.tile = tile
 
 
-def _most_rows(pattern: NM) -> NM:
-    """`pattern` with as many rows to a group as a kernel shares: the largest of 8, 4, 2, 1 that divides V."""
-    return NM(pattern.n, pattern.m, next(v for v in (8, 4, 2, 1) if pattern.v % v == 0))
+def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[NM | Clustered, int, int]:
+    """How the kernels of this machine's level like to work: `pattern` with as many rows to a group as they share, about how
+    many channels to a block, and how many vectors of tokens to a tile. Found by measuring."""
+    wide = _level().startswith("avx512")
+    most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
+    if not wide:
+        channels, vectors = {1: (128, 9), 2: (128, 9), 4: (256, 6)}[most]
+    elif dot:
+        channels, vectors = {1: (96, 6), 2: (96, 6), 4: (512, 6), 8: (512, 6)}[most]
+    else:
+        channels, vectors = {1: (96, 6), 2: (96, 6), 4: (128, 5), 8: (512, 6)}[most]
+    return replace(pattern, v=most), channels, vectors
 
 
-def _block(channels: int, pattern: NM) -> int:
-    """Channels in a block: about 128, so that a block of the panel stays in the first-level cache."""
+def _level() -> str:
+    extension, _ = kernels()
+    return "portable" if extension is None else str(extension.level())
+
+
+def _block(channels: int, pattern: NM | Clustered, about: int) -> int:
+    """Channels in a block: whole groups, and rows of every kernel, about `about` of them."""
     step = math.lcm(pattern.m, 8)
-    return min(-(-channels // step), max(1, 128 // step)) * step
+    return min(-(-channels // step), max(1, about // step)) * step
 
 
 # --- Operators. ---
@@ -135,12 +167,11 @@ def _block(channels: int, pattern: NM) -> int:
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "DEF")
 _MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, int[] numbers{0}"
-_library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}) -> Tensor")
-_library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh) -> Tensor")
-_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side) -> Tensor")
+_library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
+_library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
+_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side, int tile) -> Tensor")
 
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
-_TILE = 6  # vectors of tokens or pixels in a tile
 
 
 def _check(x: Tensor, inner: int, dim: int) -> Tensor:
@@ -174,14 +205,20 @@ def _run(*job: int) -> None:
 
 
 def _linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, order: Tensor | None, numbers: Sequence[int]
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    numbers: Sequence[int],
+    tile: int,
 ) -> Tensor:
     x = _check(x, numbers[1], -1)
     y = x.new_empty((*x.shape[:-1], numbers[0]))
     tokens = x.numel() // numbers[1]
     if tokens:
         matrix = _matrix(values, index, bias, order, numbers)
-        job = (0, x.data_ptr(), y.data_ptr(), _HALF[x.dtype], 0, 1, 1, 1, tokens, _TILE, torch.get_num_threads())
+        job = (0, x.data_ptr(), y.data_ptr(), _HALF[x.dtype], 0, 1, 1, 1, tokens, tile, torch.get_num_threads())
         _run(*job, *matrix)
     return y
 
@@ -199,6 +236,7 @@ def _pair(
     order2: Tensor | None,
     numbers2: Sequence[int],
     tanh: bool,
+    tile: int,
 ) -> Tensor:
     x = _check(x, numbers1[1], -1)
     y = x.new_empty((*x.shape[:-1], numbers2[0]))
@@ -216,7 +254,7 @@ def _pair(
             1,
             1,
             tokens,
-            _TILE,
+            tile,
             torch.get_num_threads(),
         )
         _run(*job, *first, *second)
@@ -231,6 +269,7 @@ def _conv(
     order: Tensor | None,
     numbers: Sequence[int],
     side: int,
+    tile: int,
 ) -> Tensor:
     x = _check(x, numbers[1], 1)
     batch, _, height, width = x.shape
@@ -247,7 +286,7 @@ def _conv(
             height,
             width,
             batch,
-            _TILE,
+            tile,
             torch.get_num_threads(),
         )
         _run(*job, *matrix)
@@ -287,7 +326,7 @@ class VNMLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        out: Tensor = torch.ops.compressor.vnm_linear(x, w.values, w.index, w.bias, w.order, w.numbers)
+        out: Tensor = torch.ops.compressor.vnm_linear(x, w.values, w.index, w.bias, w.order, w.numbers, w.tile)
         return out
 
 
@@ -300,9 +339,9 @@ class VNMPair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first, self.second
-        out: Tensor = torch.ops.compressor.vnm_pair(
-            x, a.values, a.index, a.bias, a.order, a.numbers, b.values, b.index, b.bias, b.order, b.numbers, self.tanh
-        )
+        first = (a.values, a.index, a.bias, a.order, a.numbers)
+        second = (b.values, b.index, b.bias, b.order, b.numbers)
+        out: Tensor = torch.ops.compressor.vnm_pair(x, *first, *second, self.tanh, b.tile)
         return out
 
 
@@ -315,7 +354,7 @@ class VNMConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        out: Tensor = torch.ops.compressor.vnm_conv(x, w.values, w.index, w.bias, w.order, w.numbers, self.side)
+        out: Tensor = torch.ops.compressor.vnm_conv(x, w.values, w.index, w.bias, w.order, w.numbers, self.side, w.tile)
         return out
 
 
@@ -354,23 +393,22 @@ class VNM(Backend):
         extension, why = kernels()
         if extension is None:
             raise CompressorError(f"{unit.name} cannot be lowered", why or "")
-        patterns = [_most_rows(pattern) for pattern in unit.patterns if pattern is not None]
+        patterns = [pattern for pattern in unit.patterns if pattern is not None]
         linear = not any(isinstance(layer, nn.Conv2d) for layer in unit.layers)
-        dot = (
-            linear
-            and unit.dtype == torch.bfloat16
-            and extension.level() == "avx512_bf16"
-            and all((p.n, p.m) == (2, 4) for p in patterns)
-        )
-        packed = [
-            Packed(layer.weight, layer.bias, pattern, block=_block(layer.weight.shape[1], pattern), dot=dot)
-            for layer, pattern in zip(unit.layers, patterns, strict=True)
-        ]
+        half = linear and unit.dtype == torch.bfloat16 and extension.level() == "avx512_bf16"
+        dot = half and all((p.n, p.m) == (2, 4) for p in patterns)
+        packed = []
+        for layer, pattern in zip(unit.layers, patterns, strict=True):
+            rows, channels, tile = _shape_of_work(pattern, dot)
+            block = _block(layer.weight.shape[1], pattern, channels)
+            packed.append(Packed(layer.weight.detach(), layer.bias, rows, block=block, dot=dot, tile=tile))
         if isinstance(unit.module, nn.Conv2d):
             return VNMConv(packed[0], unit.module.kernel_size[0])
         if isinstance(unit.module, nn.Linear):
             return VNMLinear(packed[0])
         (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+        if packed[0].order is not None:  # its rows find their places only when all of them are there
+            return nn.Sequential(VNMLinear(packed[0]), activation, VNMLinear(packed[1]))
         return VNMPair(packed[0], packed[1], activation.approximate == "tanh")
 
 

@@ -71,7 +71,7 @@ class SparseDM(Pruner):
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         scores = {name: weight.abs() for name, weight in weights.items()}
         if not self.progressive:
-            return self.pattern.masks(scores)
+            return self.pattern.masks(scores, previous)
         return {name: self._stage(score, progress).mask(score) for name, score in scores.items()}
 
     def _stage(self, weight: Tensor, progress: float) -> Pattern:
