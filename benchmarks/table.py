@@ -1,4 +1,4 @@
-"""Writes the README's table from benchmarks/results/methods_digits.json: `python benchmarks/table.py`."""
+"""Writes the tables of README.md and docs/ from the JSON in benchmarks/results: `python benchmarks/table.py`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "methods_digits.json"
+RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"dense": "dense (as bundled)", "one-shot": "one-shot 2:4, no training"}
 
 
-def table(result: dict[str, Any]) -> str:
+def methods(result: dict[str, Any]) -> str:
     """The Markdown table, with a sentence on how it was made."""
     train, judged = result["train"], result["evaluate"]
     lines = ["| method | fd-digits, mean | 95% interval | prediction error | seeds |", "|---|---:|---:|---:|---:|"]
@@ -43,18 +43,92 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def replaced(readme: str, new: str) -> str:
-    """The README with the text between its markers replaced."""
-    pattern = r"(<!-- methods -->\n).*?(\n<!-- /methods -->)"
-    return re.sub(pattern, lambda found: found[1] + new + found[2], readme, flags=re.DOTALL)
+_MODELS = {"uvit-s2": "U-ViT-S/2, 32x32", "ddpm-cifar10": "DDPM UNet, CIFAR-10"}
+
+
+def lowering(result: dict[str, Any]) -> str:
+    """The speed of lowered models against dense ones."""
+    lines = [
+        "| model | pattern | precision | batch | eager dense, ms | best dense, ms | lowered, ms | over eager | over best dense |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    cells = list(result["cells"].values())
+    for cell in cells:
+        times, speed = cell["median_ms"], cell["speedup"]
+        eager = times.get("eager float32", times["eager"])
+        best = f"{times[cell['best_dense']]:.1f} ({_DENSE[cell['best_dense']]})"
+        precision = cell["dtype"] + (", AVX2 only" if cell["level"] == "avx2" else "")
+        lines.append(
+            f"| {_MODELS[cell['model']]} | {cell['pattern']} | {precision} | {cell['batch']} | {eager:.1f} | {best} "
+            f"| {times['lowered']:.1f} | {speed['over eager float32']:.2f}x | {speed['over best dense']:.2f}x |"
+        )
+    first = cells[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Whole forward passes, random weights; in turns, medians of "
+            f"{first['n']} rounds, seed {first['seed']}; {first['hardware']}; "
+            f"torch {first['versions']['torch']}. Eager dense is float32 in "
+            "every line; the best dense form is the fastest of eager, prepacked and compiled in the line's own precision. "
+            "U-ViT: every Linear of every block; UNet: every layer that the pattern fits. From `benchmarks/cpu/lowering.py`.",
+        ]
+    )
+
+
+_DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+
+
+def clustering(result: dict[str, Any]) -> str:
+    """What clustered rows keep, and what it brings after fine-tuning."""
+    lines = [
+        "| pattern | energy kept, `uvit-digits` | energy kept, Gaussian 2048x512 | fd-digits after fine-tuning | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for pattern, kept in result["energy_kept"].items():
+        tuned = result["fd-digits"].get(pattern)
+        value = "—" if tuned is None else f"{tuned['mean']:.2f}"
+        if tuned and tuned["ci95"]:
+            value += " [{:.2f}, {:.2f}]".format(*tuned["ci95"])
+        gaussian = result["energy_kept_gaussian_2048x512"][pattern]
+        lines.append(f"| {pattern} | {kept:.3f} | {gaussian:.3f} | {value} | {tuned['n'] if tuned else '—'} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Energy: the share of the sum of squares that magnitude masks keep. Lower fd-digits is better; intervals "
+            f"are Student's t over seeds; {result['steps']:,} steps of `sparsedm` each. {result['hardware']}. From `benchmarks/clustering.py`.",
+        ]
+    )
+
+
+TABLES = (
+    ("README.md", "methods", "methods_digits.json", methods),
+    ("README.md", "lowering", "lowering_cpu.json", lowering),
+    ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
+    ("docs/lowering.md", "clustering", "clustering.json", clustering),
+)
+"""Page, marker, file of results, and how the table is written."""
+
+
+def replaced(page: str, marker: str, new: str) -> str:
+    """The page with the text between its markers replaced."""
+    pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}{new}\n{found[2]}", page, flags=re.DOTALL)
+
+
+def written(results: str, make: Any) -> str:
+    """The table of a file of results."""
+    text: str = make(json.loads((RESULTS / results).read_text(encoding="utf-8")))
+    return text
 
 
 @click.command()
 def main() -> None:
-    page = ROOT / "README.md"
-    new = table(json.loads(RESULTS.read_text(encoding="utf-8")))
-    page.write_text(replaced(page.read_text(encoding="utf-8"), new), encoding="utf-8")
-    click.echo(new)
+    for name, marker, results, make in TABLES:
+        page = ROOT / name
+        page.write_text(replaced(page.read_text(encoding="utf-8"), marker, written(results, make)), encoding="utf-8")
+        click.echo(f"{name}: {marker}")
 
 
 if __name__ == "__main__":

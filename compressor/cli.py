@@ -251,6 +251,62 @@ def _measured(
     return found.report, entries
 
 
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", "target", required=True, metavar="FORMAT", help="onnx.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="FILE", help="Default: RUN/model.onnx.")
+@click.option("--form", default="dense", show_default=True, metavar="dense|gathered", help="See docs/onnx.md.")
+@click.option("--int8", is_flag=True, help="Quantize the weights of matrix products to int8.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@_output_options
+def export(
+    directory: Path,
+    target: str,
+    out: Path | None,
+    form: str,
+    int8: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Write the model of a run, or of a saved model's folder, for another engine, and check it there.
+
+    --form dense keeps the zeros, for engines that look for them (TensorRT). --form gathered leaves them out by itself, for
+    engines that do not (ONNX Runtime on CPUs); it takes patterns with V of 64 or more.
+    """
+    with _errors(debug):
+        if target != "onnx":
+            raise UsageError(f"no format {target!r}", did_you_mean(target, ["onnx"]))
+        from compressor import artifact, registry
+        from compressor import export as exports
+        from compressor.pattern import parse
+
+        path = out if out is not None else directory / "model.onnx"
+        exports.refuse(path, form, int8, overwrite)
+        folder = directory / "model" if (directory / "model").is_dir() else directory
+        config = artifact.read_config(folder)
+        if config.model is None:
+            raise UsageError(f"{folder} was saved without a model name", "Use compressor.export.export_onnx in Python.")
+        model = artifact.load(folder)
+        if not quiet:
+            _say(f"exporting {config.model} to {path}", err=True)
+        done = exports.export_onnx(
+            model,
+            registry.adapter(config.model),
+            path,
+            form=form,
+            int8=int8,
+            patterns={name: parse(text) for name, text in config.patterns.items()},
+            overwrite=overwrite,
+        )
+        if as_json:
+            _print_json(done.as_json())
+            return
+        for line in done.lines():
+            _say(line)
+
+
 @app.command("list")
 @click.argument("kind", default="", metavar="[pruners|models|data|metrics|backends]")
 @_output_options

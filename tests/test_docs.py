@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -22,7 +21,11 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "writing_a_pruner.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "docs" / "writing_a_pruner.md", ROOT / "docs" / "lowering.md"],
+    ids=lambda p: p.name,
+)
 def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -96,10 +99,18 @@ def test_every_setting_is_documented_with_its_default():
             assert default is None or parse_yaml(f"it: {line[1]}", name)["it"] == default, name
 
 
-def test_the_table_in_the_readme_is_the_committed_measurement():
+def load_tables():
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    written = table.table(json.loads(table.RESULTS.read_text(encoding="utf-8")))
-    assert written in readme and table.replaced(readme, written) == readme and table.replaced(readme, "x") != readme
+    return table
+
+
+@pytest.mark.parametrize("place", [(page, marker) for page, marker, _, _ in load_tables().TABLES], ids=" ".join)
+def test_a_table_in_a_page_is_the_committed_measurement(place):
+    tables = load_tables()
+    ((name, marker, results, make),) = (entry for entry in tables.TABLES if entry[:2] == place)
+    page = (ROOT / name).read_text(encoding="utf-8")
+    written = tables.written(results, make)
+    assert written in page and tables.replaced(page, marker, written) == page
+    assert tables.replaced(page, marker, "x") != page

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-KEPT_OUT = ["compressor.plugins", "compressor.model_zoo", "diffusers", "torch_pruning"]
+KEPT_OUT = ["compressor.plugins", "compressor.model_zoo", "diffusers", "torch_pruning", "onnx", "onnxruntime"]
 
 EVERYTHING_PUBLIC = "import compressor; [getattr(compressor, name) for name in compressor.__all__]"
 HELP = """
@@ -57,6 +57,8 @@ def test_help_pulls_in_no_torch() -> None:
         ("import compressor.plugins.magnitude", ["compressor.plugins"]),
         ("import compressor.model_zoo", ["compressor.model_zoo"]),
         ("import diffusers", ["diffusers"]),
+        ("import onnx", ["onnx"]),
+        ("import onnxruntime", ["onnxruntime"]),
         ("import torch_pruning", ["torch_pruning"]),
     ],
 )

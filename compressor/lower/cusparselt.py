@@ -1,0 +1,366 @@
+"""The GPU backends: 2:4 weights on NVIDIA's sparse tensor cores, through cuSPARSELt as torch ships it.
+
+A weight (out, in) is packed once, unpacked again to see that nothing was lost, and multiplied by an algorithm that was
+searched for this very product (see `cusparselt_tuning`). Any V:2:4 is 2:4. Tokens are padded where the library wants a
+multiple of 8 (16 for 8-bit types); the bias is added by the library. Two more backends compose 2:4 with int8 and fp8:
+they quantise weights per output channel and inputs per token, so what they give differs by more than rounding.
+
+torch keeps one cuSPARSELt handle for a thread, tied to the GPU that was current when it first ran: use one GPU per process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+from compressor.lower.backend import Backend, Unit
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
+from compressor.pattern import NM
+
+_PATTERN = NM(2, 4)
+_NEEDS = {8: 400, 9: 600}
+"""The first cuSPARSELt for a GPU generation: 0.4.0 is 400. NVIDIA's release notes."""
+_NEEDS_LATER = 700
+_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest number of each 8-bit type."""
+_CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple of 16
+
+# --- The operator: one argument list for every version of torch, and opaque to compilers. ---
+
+_torch_library: Any = torch.library  # it has no annotations
+_library = _torch_library.Library("compressor", "FRAGMENT")
+_library.define("cslt_linear(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm) -> Tensor")
+
+
+def _out_dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: Sequence[int]) -> Tensor:
+    if not x.shape[0]:
+        return _fake_linear(x, packed, bias, out, algorithm)
+    alg_id, split_k, split_k_mode, transposed = algorithm
+    how = Algorithm(alg_id, split_k, split_k_mode, bool(transposed))
+    return multiply(packed.view(x.dtype), x.contiguous(), bias, how)
+
+
+def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: Sequence[int]) -> Tensor:
+    return x.new_empty((x.shape[0], out), dtype=_out_dtype(x))
+
+
+_library.impl("cslt_linear", _linear, "CompositeExplicitAutograd")
+_torch_library.register_fake("compressor::cslt_linear", _fake_linear, lib=_library)
+
+# --- Weights. ---
+
+
+class Packed(nn.Module):
+    """A 2:4 weight (out, in) of a 16-bit or 8-bit dtype, packed, with the algorithm that multiplies `tokens` rows by it.
+
+    Raises CompressorError where the library packs it into something else.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int) -> None:
+        super().__init__()
+        self.out, self.inner = weight.shape
+        self.dtype = weight.dtype
+        self.multiple = 16 if weight.dtype.itemsize == 1 else 8
+        self.tokens = tokens + -tokens % self.multiple
+        product = Product(
+            tokens=self.tokens,
+            out=self.out,
+            inner=self.inner,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            bias=bias is not None,
+        )
+        self.tuned: Tuned = tuned(product, weight.device.index or 0)
+        packed = torch._cslt_compress(weight.contiguous())
+        # As bytes: they hold indices besides numbers, and a cast of the model must not touch them.
+        self.register_buffer("packed", packed.view(torch.uint8))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._verify(weight)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """rows (tokens, in) -> (tokens, out): bfloat16 for 8-bit rows, else of their dtype."""
+        if rows.dtype != self.dtype or rows.shape[-1] != self.inner:
+            raise CompressorError(
+                f"a lowered layer got {rows.dtype} of shape {tuple(rows.shape)}; it takes {self.dtype} with {self.inner} channels",
+                "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
+            )
+        if self.bias is not None and self.bias.dtype != self.dtype:
+            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+        tokens = rows.shape[0]
+        padded = _padded(rows, -tokens % self.multiple)
+        # What was searched for one number of tokens need not exist for another.
+        algorithm = self.tuned.algorithm if padded.shape[0] == self.tokens else self.tuned.otherwise
+        out: Tensor = torch.ops.compressor.cslt_linear(padded, self.packed, self.bias, self.out, algorithm.numbers)
+        return out[:tokens]
+
+    def extra_repr(self) -> str:
+        note = f", {self.tuned.note}" if self.tuned.note else ""
+        return f"{self.inner}, {self.out}, {self.dtype}, algorithm {self.tuned.algorithm}{note}"
+
+    def _verify(self, weight: Tensor) -> None:
+        """Multiply by the identity, in both ways that `forward` has: every output is one entry of the weight, exactly."""
+        bias, self.bias = self.bias, None
+        for tokens in sorted({self.tokens, _CHECKED}):
+            for start in range(0, self.inner, min(tokens, _CHECKED)):
+                count = min(tokens, _CHECKED, self.inner - start)
+                identity = torch.zeros(count, self.inner, device=weight.device)
+                identity[torch.arange(count), torch.arange(start, start + count)] = 1
+                found = self(_padded(identity.to(self.dtype), tokens - count))[:count].float()
+                if not torch.equal(found, weight[:, start : start + count].t().float()):
+                    raise CompressorError(
+                        f"cuSPARSELt {torch.backends.cusparselt.version()} does not give a weight back as it was packed",
+                        "It would compute something else: use another version of torch.",
+                    )
+        self.bias = bias
+
+
+def _padded(rows: Tensor, missing: int) -> Tensor:
+    """rows (tokens, in) with `missing` more rows of zeros."""
+    if not missing:
+        return rows
+    return F.pad(rows.contiguous().view(torch.uint8), (0, 0, 0, missing)).view(rows.dtype)  # float8 has no padding
+
+
+def _matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """The weight (out, in), without negative zeros: packers have taken them for entries to keep, which makes three of four."""
+    return layer.weight.detach().flatten(1) + 0.0
+
+
+class SparseLinear(nn.Module):
+    """x (..., in) -> (..., out), for inference."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> None:
+        super().__init__()
+        self.weight = Packed(_matrix(layer), layer.bias, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.weight(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], self.weight.out)
+
+
+class QuantisedSparseLinear(nn.Module):
+    """x (..., in) -> (..., out), for inference, in 8-bit products: `dtype` is int8 or float8_e4m3fn.
+
+    Each token and each output channel has its own scale: out = (codes of x) (codes of weight)^T scale_x scale_weight + bias.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        codes, scale = quantised(_matrix(layer), dtype)
+        self.weight = Packed(codes, None, tokens)
+        self.register_buffer("scale", scale.flatten())
+        self.quantise, self.rescale = _fused(quantised), _fused(rescaled)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.weight.dtype)
+        out: Tensor = self.rescale(self.weight(codes), scale, self.scale, self.bias, x.dtype)
+        return out.reshape(*x.shape[:-1], self.weight.out)
+
+
+class SparseConv1x1(nn.Module):
+    """x ([batch,] in, height, width) -> ([batch,] out, height, width) through `linear`, a product for every pixel."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.movedim(-3, -1))
+        return out.movedim(-1, -3)
+
+
+def quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (rows, in) of `dtype` and scales (rows, 1) in float32, so that codes * scale is nearly `rows` (rows, in).
+
+    Zeros stay zeros. The largest of a row gets the largest code.
+    """
+    largest = _CODES[dtype]
+    values = rows.float()
+    scale = values.abs().amax(1, keepdim=True).clamp_min(1e-12) / largest
+    codes = values / scale
+    if not dtype.is_floating_point:
+        codes = codes.round()
+    return codes.clamp(-largest, largest).to(dtype), scale
+
+
+def rescaled(out: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """out (tokens, out) times the scales `rows` (tokens, 1) and `columns` (out,), plus bias (out,), in `dtype`."""
+    scaled = out.float() * rows * columns
+    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as one kernel where Triton is there to compile it; one operator after the other costs what 8 bits gain."""
+    if torch.cuda.is_available() and find_spec("triton") is not None:
+        compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+        return compiled
+    return function
+
+
+# --- The backends. ---
+
+
+class CuSparseLt(Backend):
+    """2:4 weights in bfloat16 (float16 too on GPUs before Hopper) on the sparse tensor cores of NVIDIA GPUs."""
+
+    name = "cusparselt"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"cuSPARSELt runs on NVIDIA GPUs, the model is on {device}"
+        if torch.version.hip is not None:
+            return "this torch is for AMD GPUs, where these kernels were never tried"
+        if not torch.backends.cusparselt.is_available():
+            return "this torch has no cuSPARSELt: install a build for CUDA 12 or later, as `pip install torch` does on Linux"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor} has no sparse tensor cores: 8.0 (A100, RTX 30) and later have"
+        found, needed = torch.backends.cusparselt.version() or 0, _NEEDS.get(major, _NEEDS_LATER)
+        if found < needed:
+            return (
+                f"compute capability {major}.{minor} needs cuSPARSELt {_dotted(needed)} or later, "
+                f"this torch has {_dotted(found)}: install a later one"
+            )
+        if device.index is not None and device.index != torch.cuda.current_device():
+            return f"cuSPARSELt works on the current GPU of a process: call torch.cuda.set_device({device.index}) first"
+        return None
+
+    def refusal(self, unit: Unit) -> str | None:
+        return self._wrong_dtype(unit) or _no_product(unit, self._multiple)
+
+    def build(self, unit: Unit) -> nn.Module:
+        if reason := self.refusal(unit):
+            raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
+        tokens = _tokens(unit)
+        made = [self._linear(layer, tokens) for layer in unit.layers]
+        if isinstance(unit.module, nn.Sequential):
+            (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+            return nn.Sequential(made[0], nn.GELU(activation.approximate), made[1])
+        return SparseConv1x1(made[0]) if isinstance(unit.module, nn.Conv2d) else made[0]
+
+    _multiple = 16
+
+    def _wrong_dtype(self, unit: Unit) -> str | None:
+        if unit.dtype == torch.bfloat16:
+            return None
+        if unit.dtype != torch.float16:
+            return (
+                f"sparse tensor cores take {unit.dtype} as 1:2 in reduced precision, if at all: "
+                "lower with dtype=torch.bfloat16"
+            )
+        if torch.cuda.get_device_capability(unit.device)[0] == 9:
+            return "float16 was reported to end in illegal instructions on Hopper: lower with dtype=torch.bfloat16"
+        return None
+
+    def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
+        return SparseLinear(layer, tokens)
+
+
+class CuSparseLtQuantised(CuSparseLt):
+    """2:4 composed with 8-bit products: `dtype` is int8 or float8_e4m3fn.
+
+    Weights are quantised per output channel, inputs per token as they come. What that changes is no rounding error of the
+    layer's own precision, so it is for those who ask for it.
+    """
+
+    quantises = True
+    """Whether it gives other numbers than rounding explains: not among the backends tried unless a tolerance is given."""
+    _multiple = 32
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in _CODES:
+            raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
+        self.dtype = dtype
+        self.name = "cusparselt-int8" if dtype == torch.int8 else "cusparselt-fp8"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if reason := super().unavailable(device):
+            return reason
+        if self.dtype == torch.int8:
+            return None
+        capability, found = torch.cuda.get_device_capability(device), torch.backends.cusparselt.version() or 0
+        if capability < (8, 9):
+            return f"compute capability {capability[0]}.{capability[1]} has no fp8: 8.9 (RTX 40) and later have"
+        needed = 800 if capability == (8, 9) else 602
+        if found < needed:
+            return f"fp8 needs cuSPARSELt {_dotted(needed)} or later here, this torch has {_dotted(found)}"
+        return None
+
+    def _wrong_dtype(self, unit: Unit) -> str | None:
+        if unit.dtype in (torch.bfloat16, torch.float16):
+            return None
+        return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+
+    def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
+        return QuantisedSparseLinear(layer, tokens, self.dtype)
+
+
+def int8() -> CuSparseLtQuantised:
+    """The backend `cusparselt-int8`."""
+    return CuSparseLtQuantised(torch.int8)
+
+
+def fp8() -> CuSparseLtQuantised:
+    """The backend `cusparselt-fp8`."""
+    return CuSparseLtQuantised(torch.float8_e4m3fn)
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version // 100 % 10}.{version % 100}"
+
+
+def _tokens(unit: Unit) -> int:
+    """Rows of the unit's products in its example; one at least."""
+    channels = unit.input_shape[-3] if isinstance(unit.module, nn.Conv2d) else unit.input_shape[-1]
+    return max(1, torch.Size(unit.input_shape).numel() // max(1, channels))
+
+
+def _no_product(unit: Unit, multiple: int) -> str | None:
+    """Why the unit's layers are no products of 2:4 weights whose sides are multiples of `multiple`; None where they are."""
+    for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
+        if isinstance(layer, nn.Conv2d) and (reason := _no_linear(layer)):
+            return reason
+        if pattern is None:
+            return "its weight obeys no N:M pattern"
+        if pattern.grouped is None or not _implies_2_4(pattern.grouped):
+            return f"{pattern}: sparse tensor cores take rows of 2:4, as in 2:4 and 4:2:4"
+        out, inner = layer.weight.shape[:2]
+        if out % multiple or inner % multiple:
+            return f"a weight of {out} x {inner}: both must be multiples of {multiple}"
+    return None
+
+
+def _implies_2_4(pattern: NM) -> bool:
+    """Whether four neighbours hold two nonzero entries at most, whatever the rows share."""
+    return (pattern.m % 4 == 0 and pattern.n <= 2) or (pattern.n, pattern.m) == (1, 2)
+
+
+def _no_linear(layer: nn.Conv2d) -> str | None:
+    if layer.kernel_size != (1, 1):
+        return (
+            f"a kernel of {layer.kernel_size} stays dense: laying its input out as a matrix costs more than 2:4 saves "
+            "below about 850 output channels"
+        )
+    if layer.groups != 1:
+        return f"a convolution in {layer.groups} groups"
+    if layer.stride != (1, 1) or layer.padding not in ((0, 0), "same", "valid"):
+        return f"stride {layer.stride}, padding {layer.padding}: only stride 1 without padding is a product"
+    return None

@@ -1,0 +1,291 @@
+"""Which of cuSPARSELt's algorithms is fastest for a product: tried in another process, one by one, each checked before it counts.
+
+The library's default is rarely the best, and some algorithms have been seen to end in an illegal instruction, after which a
+process can do nothing more on its GPU. So a worker tries them (`cusparselt_worker`). It says what it is about to try before
+it does; where it dies, the next worker goes on behind that. What was found is kept on disk, for this GPU, these versions and
+this product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError, UsageError
+from compressor.lower.plan import Cache, Setting
+
+SECONDS_VARIABLE = "COMPRESSOR_SEARCH_SECONDS"
+_SECONDS = 20.0  # of search; loading torch and the GPU's libraries comes on top
+_START = 120.0  # seconds that a worker may take besides searching
+_WORKERS = 5  # each but the first because the one before it died
+KEPT = 8  # the fastest are timed again, side by side
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How cuSPARSELt runs a product; as it is, the library's default.
+
+    `split_k` -1 is Segment-K (Hopper); `split_k_mode` 1 adds up in one kernel, 2 in two, -1 leaves it to the library.
+    `transposed`: the library writes (tokens, out) itself; otherwise a copy does.
+    """
+
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+    transposed: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.alg_id},{self.split_k},{self.split_k_mode},{int(self.transposed)}"
+
+    @property
+    def numbers(self) -> list[int]:
+        """The four numbers, for an operator's argument."""
+        return [self.alg_id, self.split_k, self.split_k_mode, int(self.transposed)]
+
+    @property
+    def default(self) -> bool:
+        """Whether it is the library's own choice."""
+        return (self.alg_id, self.split_k) == (0, 1)
+
+    @classmethod
+    def parse(cls, text: str) -> Algorithm:
+        """The inverse of `str`. Raises ValueError."""
+        alg_id, split_k, split_k_mode, transposed = (int(part) for part in text.split(","))
+        return cls(alg_id, split_k, split_k_mode, bool(transposed))
+
+
+@dataclass(frozen=True)
+class Product:
+    """x (tokens, inner) times a 2:4 weight (out, inner). `dtype` is that of both, `bias` whether one is added by the library."""
+
+    tokens: int
+    out: int
+    inner: int
+    dtype: str
+    bias: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """What the library writes: bfloat16 where it reads 8 bits, else what it reads."""
+        return torch.bfloat16 if self.torch_dtype.itemsize == 1 else self.torch_dtype
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The algorithm to take, the one for other numbers of tokens, the first one's time, and a note on the search."""
+
+    algorithm: Algorithm
+    otherwise: Algorithm = Algorithm()
+    median_ms: float | None = None
+    note: str | None = None
+
+
+# --- The library's operator. ---
+
+
+def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+    """x (tokens, inner), contiguous, times the packed weight (out, inner): (tokens, out), contiguous, plus `bias` (out,).
+
+    8-bit inputs give bfloat16. `bias` is of the output's dtype.
+    """
+    # torch takes a product's right side that is not contiguous for the transpose of one that is: x.t() is.
+    result = torch._cslt_sparse_mm(
+        packed,
+        x.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16 if x.dtype.itemsize == 1 else None,  # given for 16 bits, it is refused
+        transpose_result=algorithm.transposed,
+        alg_id=algorithm.alg_id,
+        **split_arguments(algorithm, operator_arguments()),
+    )
+    return result if algorithm.transposed else result.t().contiguous()
+
+
+@cache
+def operator_arguments() -> frozenset[str]:
+    """The names of the operator's arguments, which are not the same in every version of torch."""
+    return frozenset(argument.name for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments)
+
+
+def split_arguments(algorithm: Algorithm, names: Collection[str]) -> dict[str, Any]:
+    """How `algorithm`'s split is told to an operator with arguments of these `names`. Raises CompressorError where it cannot."""
+    if algorithm.split_k == 1:
+        return {}
+    if "split_k_mode" in names:
+        return {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+    if "split_k_one_kernel" in names and algorithm.split_k_mode in (1, 2):
+        return {"split_k": algorithm.split_k, "split_k_one_kernel": algorithm.split_k_mode == 1}
+    raise CompressorError(f"this torch cannot split a sparse product as in {algorithm}", "Use torch 2.8 or later.")
+
+
+def candidates(limit: int, names: Collection[str], transposed: bool = True) -> list[Algorithm]:
+    """All algorithms there are to try, those that do not split first. The very first is the default."""
+    splits = [(1, -1)]
+    if "split_k_mode" in names:
+        splits += [(-1, -1)]
+    if {"split_k_mode", "split_k_one_kernel"} & set(names):
+        splits += [(k, mode) for k in (2, 4, 8) for mode in (1, 2)]
+    return [Algorithm(alg_id, k, mode, transposed) for k, mode in splits for alg_id in range(limit)]
+
+
+# --- The caller's side. ---
+
+
+@cache
+def tuned(product: Product, index: int) -> Tuned:
+    """The fastest algorithm for `product` on GPU `index`, from the disk or by a search.
+
+    Raises CompressorError where the library was tried and none of its algorithms was right.
+    """
+    store = Cache(_setting(index))
+    key = f"cusparselt algorithms 1: {json.dumps(asdict(product))}"
+    found = store.get(key)
+    times = {} if found is None else {name: ms for name, ms in found.items() if _is_algorithm(name)}
+    note = None
+    if not times:
+        times, note = searched(product, index)
+        if times:
+            store.put(key, times)
+    if not times:
+        return Tuned(Algorithm(), note=note)
+    best = min(times, key=times.__getitem__)
+    chosen = Algorithm.parse(best)
+    default = Algorithm(transposed=chosen.transposed)
+    return Tuned(chosen, default if str(default) in times else chosen, times[best], note)
+
+
+def _is_algorithm(text: str) -> bool:
+    try:
+        return str(Algorithm.parse(text)) == text
+    except ValueError:
+        return False
+
+
+def _setting(index: int) -> Setting:
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    versions["cusparselt"] = str(torch.backends.cusparselt.version())
+    with suppress(PackageNotFoundError):
+        versions["diffusion-compressor"] = version("diffusion-compressor")
+    return Setting(device="cuda", hardware=torch.cuda.get_device_name(index), threads=1, versions=versions)
+
+
+def searched(product: Product, index: int) -> tuple[dict[str, float], str | None]:
+    """Milliseconds of the algorithms that were right, and what went wrong. Nothing was right and nothing wrong: it did not start.
+
+    Raises CompressorError where algorithms were tried and all failed.
+    """
+    seconds = _seconds()
+    end = time.monotonic() + seconds
+    times: dict[str, float] = {}
+    final: dict[str, float] = {}
+    tried: list[str] = []
+    died: list[str] = []
+    why = "no algorithm was tried"
+    ask = True
+    for _ in range(_WORKERS):
+        request = {
+            "product": asdict(product),
+            "device": index,
+            "seconds": max(1.0, end - time.monotonic()),
+            "skip": tried,
+            "found": bool(times),
+            "ask": ask,  # the library how many algorithms it has, which it answers by trying some
+        }
+        lines, ended = _worker(request, seconds + _START)
+        pending: str | None = None
+        for line in lines:
+            name = line.get("algorithm")
+            if not isinstance(name, str) or not _is_algorithm(name):
+                continue
+            ms = line.get("ms")
+            if line.get("event") == "trying":
+                pending = name
+                tried.append(name)
+            elif line.get("event") == "failed":
+                pending, why = None, str(line.get("why"))
+            elif isinstance(ms, float) and math.isfinite(ms) and ms > 0:
+                pending = None
+                (final if line.get("event") == "final" else times)[name] = ms
+        if ended is None:
+            break
+        why = ended
+        if ask and not tried:
+            ask = False
+            continue
+        if pending is None:
+            break  # it ended for another reason than an algorithm
+        died.append(pending)
+        if time.monotonic() > end:
+            break
+    merged = times | final
+    best = sorted(merged, key=merged.__getitem__)[:KEPT]
+    kept = {name: merged[name] for name in merged if name in best or Algorithm.parse(name).default}
+    if not kept and tried:
+        raise CompressorError(f"no algorithm of cuSPARSELt gives {_named(product)} right: {why}")
+    if died:
+        return kept, f"{len(died)} algorithm(s) ended the process that tried them: {' '.join(died)} ({why})"
+    return kept, None if kept else f"not tuned, the library's default is used: {why}"
+
+
+def _seconds() -> float:
+    text = os.environ.get(SECONDS_VARIABLE, str(_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{SECONDS_VARIABLE} is {text!r}", "It is a number of seconds, above 0.")
+    return seconds
+
+
+def _named(product: Product) -> str:
+    return f"({product.tokens}, {product.inner}) x ({product.inner}, {product.out}) in {product.dtype}"
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "compressor.lower.cusparselt_worker"]
+
+
+def _worker(request: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], str | None]:
+    """What a worker said, and how it ended where it did not end well."""
+    ended: str | None = None
+    try:
+        text = json.dumps(request).encode()
+        done = subprocess.run(_command(), input=text, capture_output=True, timeout=seconds, check=False)
+        output = done.stdout
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            ended = f"the search ended with code {done.returncode}" + (f": {said[-1][:200]}" if said else "")
+    except subprocess.TimeoutExpired as error:
+        output, ended = error.stdout or b"", f"the search took more than {seconds:.0f} s"
+    except OSError as error:
+        return [], f"the search could not be started: {error}"
+    lines = []
+    for written in output.decode(errors="replace").splitlines():
+        try:
+            line = json.loads(written)
+        except ValueError:
+            continue  # libraries print too, and a worker may die in the middle of a line
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines, ended

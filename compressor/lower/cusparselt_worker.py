@@ -1,0 +1,186 @@
+"""The worker that tries cuSPARSELt's algorithms for `cusparselt_tuning`: it may die of one, and only it.
+
+python -m compressor.lower.cusparselt_worker < request.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.lower.cusparselt_tuning import KEPT, Algorithm, Product, candidates, multiply, operator_arguments
+from compressor.lower.graphs import captured
+from compressor.pattern import NM
+
+_ERROR = 1e-2  # relative; bfloat16 rounds to 4e-3
+NO_LIMIT = 64  # algorithms to try where the library does not say how many it has
+
+
+class Poisoned(Exception):
+    """The GPU can do nothing more in this process."""
+
+
+def search(
+    trial: Trial, seconds: float, limit: int, skip: Collection[str], found: bool
+) -> Iterator[dict[str, str | float]]:
+    """Try the first `limit` algorithms of a product: one line before and one after each, and the fastest once more.
+
+    `skip` are those that an earlier worker tried, and `found` whether it found one that is right.
+    """
+    end = time.monotonic() + seconds
+    times: dict[Algorithm, float] = {}
+    for transposed in (True, False):
+        for algorithm in candidates(limit, operator_arguments(), transposed):
+            if str(algorithm) in skip:
+                continue
+            if time.monotonic() > end:
+                break
+            yield {"event": "trying", "algorithm": str(algorithm)}
+            try:
+                times[algorithm] = trial.milliseconds([algorithm], replays=3)[0]
+                yield {"event": "timed", "algorithm": str(algorithm), "ms": times[algorithm]}
+            except Exception as error:  # not supported, or wrong: the next one may be right
+                trial.still_alive()  # otherwise the last line remains "trying", and names the culprit
+                line = (str(error).splitlines() or [""])[0]
+                yield {"event": "failed", "algorithm": str(algorithm), "why": f"{type(error).__name__}: {line}"}
+        if times or found:
+            break  # a copy of the result is only for where the library cannot lay it out
+    best = sorted(times, key=times.__getitem__)[:KEPT]
+    if best:
+        for algorithm, ms in zip(best, trial.milliseconds(best, replays=15), strict=True):
+            yield {"event": "final", "algorithm": str(algorithm), "ms": ms}
+
+
+class Trial:
+    """One product with random data and a reference for some of its rows. Needs a GPU."""
+
+    _SETS = 3  # inputs and weights that take turns, so that a cache does not hold them as it never does in a model
+    _CALLS = 9
+
+    def __init__(self, product: Product, device: torch.device) -> None:
+        self.product, self.device = product, device
+        self.recordable = True  # until a recording fails
+        rng = torch.Generator(device).manual_seed(0)
+        sets = [_random(product, device, rng) for _ in range(self._SETS)]
+        self.bias = (
+            torch.randn(product.out, generator=rng, device=device).to(product.out_dtype) if product.bias else None
+        )
+        self.inputs = [x for x, _ in sets]
+        self.packed = [torch._cslt_compress(weight) for _, weight in sets]
+        step = max(1, product.tokens // 512)
+        self.rows = torch.arange(0, product.tokens, step, device=device)
+        self.wanted = self.inputs[0][self.rows].float() @ sets[0][1].float().t()
+        if self.bias is not None:
+            self.wanted += self.bias.float()
+
+    def limit(self) -> int:
+        """How many algorithms the library has for this product, as far as it says."""
+        names: Any = torch._C
+        try:
+            found = names._cusparselt.mm_search(
+                self.packed[0], self.inputs[0].t(), self.bias, None, self._mixed_dtype(), True
+            )
+            return max(1, min(int(found[3]), 1000))
+        except Exception:  # private to torch, and not in every version
+            self.still_alive()
+            return NO_LIMIT
+
+    def _mixed_dtype(self) -> torch.dtype | None:
+        return self.product.out_dtype if self.product.torch_dtype.itemsize == 1 else None
+
+    def check(self, algorithm: Algorithm) -> None:
+        """Raise ArithmeticError where the result is wrong."""
+        product = self.product
+        # The allocator gives freed memory back as it was: without this, an algorithm that writes nothing could look right.
+        for shape in ((product.tokens, product.out), (product.out, product.tokens)):
+            torch.full(shape, math.nan, dtype=product.out_dtype, device=self.device)
+        out = multiply(self.packed[0], self.inputs[0], self.bias, algorithm)
+        error = float((out[self.rows].float() - self.wanted).norm() / self.wanted.norm())
+        if not error <= _ERROR or not bool(out.isfinite().all()):
+            raise ArithmeticError(f"its error is {error:.1e}")
+
+    def milliseconds(self, algorithms: Sequence[Algorithm], replays: int) -> list[float]:
+        """Median milliseconds of a call of each, taking turns. They are checked first."""
+        events: Any = torch.cuda  # its classes have no annotations
+        graphs = []
+        for algorithm in algorithms:
+            self.check(algorithm)
+            graphs.append(self._repeated(algorithm))
+        times: list[list[float]] = [[] for _ in graphs]
+        for _ in range(replays):
+            for graph, mine in zip(graphs, times, strict=True):
+                begin, end = (events.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph()
+                end.record()
+                end.synchronize()
+                mine.append(begin.elapsed_time(end) / self._CALLS)
+        return [median(mine) for mine in times]
+
+    def _repeated(self, algorithm: Algorithm) -> Callable[[], object]:
+        def calls() -> None:
+            for turn in range(self._CALLS):
+                at = turn % self._SETS
+                multiply(self.packed[at], self.inputs[at], self.bias, algorithm)
+
+        if self.recordable:
+            try:
+                # Planning a call takes the host longer than many a product takes the GPU, and a model runs as a graph.
+                return captured(lambda _: calls(), self.inputs[0][:1], warm_up=1).replay
+            except CompressorError:
+                self.still_alive()
+                self.recordable = False
+        calls()
+        return calls
+
+    def still_alive(self) -> None:
+        """Raise Poisoned where the GPU no longer answers this process."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except Exception as error:
+            raise Poisoned(str(error).splitlines()[0]) from error
+
+
+def _random(product: Product, device: torch.device, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x (tokens, inner) and a 2:4 weight (out, inner)."""
+    x = torch.randn(product.tokens, product.inner, generator=rng, device=device)
+    weight = torch.randn(product.out, product.inner, generator=rng, device=device)
+    weight = NM(2, 4).mask(weight.abs()).apply(weight)
+    if product.dtype == "int8":
+        return (x * 32).round().clamp(-127, 127).to(torch.int8), (weight * 32).round().clamp(-127, 127).to(torch.int8)
+    return x.to(product.torch_dtype), weight.to(product.torch_dtype)
+
+
+def main() -> None:
+    """Read a request from stdin, and write a line of JSON to stdout for every event of the search."""
+    request = json.load(sys.stdin)
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA GPU in the worker's process")
+    torch.cuda.set_device(request["device"])
+    device = torch.device("cuda", request["device"])
+    try:
+        with torch.no_grad():
+            trial = Trial(Product(**request["product"]), device)
+            limit = trial.limit() if request["ask"] else NO_LIMIT
+            gc.freeze()  # torch may collect garbage before every recording
+            for line in search(trial, request["seconds"], limit, request["skip"], request["found"]):
+                print(json.dumps(line), flush=True)
+    except Poisoned as poisoned:
+        # The line about the algorithm has been written; what is left is to say that this process is of no more use.
+        print(poisoned, file=sys.stderr, flush=True)
+        os._exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""ONNX graphs: made from a module, run, asked for their weights, quantized, written. `export` puts these together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from compressor.adapter import Adapter
+from compressor.errors import CompressorError, GateError, UsageError
+
+if TYPE_CHECKING:
+    import numpy
+    import onnx
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INSTALL = 'pip install "diffusion-compressor[onnx]"'
+OPSET = 20
+LARGEST_FILE = 1_900_000_000
+"""Protocol buffers end at 2 GiB: larger weights go into a file of their own, beside the graph."""
+
+
+def require_packages() -> None:
+    """Raise CompressorError unless what ONNX needs is installed."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise CompressorError(f"ONNX needs {', '.join(missing)}, not installed here", f"Install it: {INSTALL}")
+
+
+class OnnxRunner:
+    """Runs an exported file in ONNX Runtime on the CPU, with as many threads as PyTorch has now.
+
+    Called with an adapter's inputs, it answers as `adapter.predict` does. Raises CompressorError where the file is not one
+    that ONNX Runtime reads.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require_packages()
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Its threads wait by spinning, also after a run: whatever is timed next would be timed against them.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base
+            raise CompressorError(f"{path}: ONNX Runtime: {first_line(error)}", "Export the model again.") from error
+        self.names = [one.name for one in self.session.get_inputs()]
+
+    def __call__(self, inputs: Any) -> Tensor:
+        feed = dict(zip(self.names, map(_array, tensors_of(inputs)), strict=True))
+        return torch.from_numpy(self.session.run(None, feed)[0])
+
+
+class _Flat(nn.Module):
+    """`adapter.predict` as a module of the tensors alone; what else the inputs hold is constant."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, example: Any) -> None:
+        super().__init__()
+        self.model = model
+        leaves, spec = tree_flatten(example)
+
+        def predict(tensors: Sequence[Tensor]) -> Tensor:
+            rest = iter(tensors)
+            whole = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return adapter.predict(self.model, tree_unflatten(whole, spec))
+
+        self.predict = predict
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.predict(tensors)
+
+
+def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[str]) -> onnx.ModelProto:
+    """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`; dim 0 of each is the batch."""
+    flat, tensors = _Flat(module, adapter, example).eval(), tuple(tensors_of(example))
+    batch = torch.export.Dim("batch")
+    try:
+        with _silence():
+            program = torch.onnx.export(
+                flat,
+                tensors,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(names),
+                output_names=["prediction"],
+                dynamic_shapes=(tuple({0: batch} for _ in tensors),),
+                verbose=False,
+            )
+            if program is None:
+                raise CompressorError("the exporter gave nothing")
+            graph: onnx.ModelProto = program.model_proto
+    except Exception as error:
+        raise CompressorError(
+            f"{adapter.name} cannot be exported: {first_line(error)}",
+            "torch.export must be able to follow the model; see https://docs.pytorch.org/docs/stable/export.html",
+        ) from error
+    for node in graph.graph.node:  # traces of the exporting machine's source files
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    return graph
+
+
+def input_names_of(example: Any, given: Sequence[str] | None) -> list[str]:
+    """A name for each tensor of the example."""
+    tensors = tensors_of(example)
+    if given is not None:
+        if len(given) != len(tensors) or len(set(given)) != len(tensors):
+            raise UsageError(f"input_names {list(given)}", f"Give {len(tensors)} different names, one for each tensor.")
+        return list(given)
+    if isinstance(example, dict) and all(isinstance(value, Tensor) for value in example.values()):
+        return [str(key) for key in example]
+    wanted = {False: ["timestep", "label"], True: ["sample"]}
+    names: list[str] = []
+    for place, tensor in enumerate(tensors):
+        left = wanted[tensor.dim() > 1]
+        names.append(left.pop(0) if left else f"input_{place}")
+    return names
+
+
+def stored_weights(graph: onnx.ModelProto) -> list[Tensor]:
+    """The constants that products and convolutions of the graph take as weights, as (out, in, *kernel)."""
+    from onnx import numpy_helper
+
+    constants = {i.name: i for i in graph.graph.initializer}
+    transposed = {n.output[0]: n.input[0] for n in graph.graph.node if n.op_type == "Transpose"}
+    found = []
+    for node in graph.graph.node:
+        if node.op_type not in ("MatMul", "Gemm", "Conv"):
+            continue
+        name, output_first = node.input[1], node.op_type == "Conv"
+        if node.op_type == "Gemm":
+            output_first = any(a.name == "transB" and a.i for a in node.attribute)
+        if name in transposed and node.op_type != "Conv":
+            name, output_first = transposed[name], not output_first
+        if name in constants:
+            value = torch.from_numpy(numpy_helper.to_array(constants[name]).copy())
+            found.append(value if output_first or value.dim() != 2 else value.t())
+    return found
+
+
+def write(graph: onnx.ModelProto, file: Path, data: str) -> None:
+    """Write the graph to `file`, and its weights to `data` beside it where they are too large for one file.
+
+    The name `data` belongs to the weights, so that a graph never meets another's.
+    """
+    import onnx
+
+    if sum(len(one.raw_data) for one in graph.graph.initializer) <= LARGEST_FILE:
+        onnx.save_model(graph, file)
+        return
+    whole = onnx.ModelProto()
+    whole.CopyFrom(graph)
+    onnx.save_model(whole, file, save_as_external_data=True, location=data)
+
+
+def quantize(graph: onnx.ModelProto, file: Path) -> None:
+    """Replace `file` by its int8 form. Raises GateError where a weight's zero is no zero there."""
+    from onnx import load, numpy_helper
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    before = {one.name: one for one in graph.graph.initializer}
+    target = file.with_name("quantized")
+    with _silence():
+        quantize_dynamic(file, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    for other in file.parent.iterdir():
+        if other != target:
+            other.unlink()
+    os.replace(target, file)
+    after = {one.name: numpy_helper.to_array(one) for one in load(file).graph.initializer}
+    for name, value in before.items():
+        if f"{name}_quantized" not in after:
+            continue
+        moved = after[f"{name}_quantized"] != after[f"{name}_zero_point"]
+        if bool((moved & (numpy_helper.to_array(value) == 0)).any()):
+            raise GateError(f"{name}: int8 gave its zeros a value", "Please report this model.")
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu()
+    array: numpy.ndarray[Any, Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without the exporter's and the quantizer's words: which operators torchvision would have, what might be optimized."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", None)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,403 @@
+"""ONNX files: they answer as PyTorch does, keep their zeros or leave them out, and exist only where that was checked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import compressor
+from compressor import NM, Adapter, CompressorError, export, onnx_graph, registry
+from compressor.errors import GateError, UsageError
+from compressor.export import OnnxRunner, export_onnx, random_inputs
+from compressor.lower.units import pattern_of
+from compressor.weights import state_sha256, weights_sha256
+
+WIDE = NM(2, 4, 96)  # V divides every width of the bundled model
+
+
+class Feedforward(nn.Module):
+    """Conditioned on a number and a class for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.label = nn.Linear(16, 64), nn.Linear(64, 16), nn.Embedding(10, 16)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.mlp(x + t[:, None, None].cos() + self.label(y)[:, None])
+
+    def mlp(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class FeedforwardAdapter(Adapter):
+    name, num_classes = "feedforward", 10
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        out: Tensor = module(inputs["x"], *inputs["rest"][0], inputs["rest"][1])
+        return out
+
+    def example_inputs(self, batch_size: int) -> Any:
+        zeros = torch.zeros(batch_size, dtype=torch.int64)
+        return {"x": torch.zeros(batch_size, 3, 16), "rest": [(torch.ones(batch_size),), zeros, None]}
+
+
+def sparsify(model: nn.Module, patterns: dict[str, NM]) -> nn.Module:
+    with torch.no_grad():
+        for name, pattern in patterns.items():
+            weight = model.get_parameter(name)
+            weight.copy_(pattern.mask(weight.abs()).apply(weight))
+    return model
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return sparsify(Feedforward(), {"fc1.weight": NM(2, 4, 64), "fc2.weight": NM(2, 4)}).eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The bundled model's adapter, and the model with 96:2:4 weights."""
+    adapter = registry.adapter("uvit-digits")
+    model = adapter.load(None)
+    names = [
+        n
+        for n, _ in model.named_parameters()
+        if n.endswith(("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight"))
+    ]
+    return adapter, sparsify(model, dict.fromkeys(names, WIDE)), dict.fromkeys(names, WIDE)
+
+
+@pytest.fixture(scope="module", params=["dense", "gathered"])
+def exported(request, digits, tmp_path_factory):
+    adapter, model, patterns = digits
+    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
+    return export_onnx(model, adapter, path, form=request.param, patterns=patterns)
+
+
+def constants(path) -> dict[str, np.ndarray]:
+    return {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+
+
+# --- The bundled model. ---
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_file_answers_as_pytorch_at_any_batch_and_timestep(digits, exported, batch):
+    adapter, model, _ = digits
+    rng = torch.Generator().manual_seed(batch)
+    inputs = torch.randn(batch, 1, 8, 8, generator=rng), 999 * torch.rand(batch, generator=rng), None
+    with torch.no_grad():
+        wanted = adapter.predict(model, inputs)
+    assert (OnnxRunner(exported.path)(inputs) - wanted).abs().max() <= 1e-4 * wanted.std()
+
+
+def test_what_is_returned_is_true_of_the_file(digits, exported):
+    assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]
+    assert exported.size_bytes == exported.path.stat().st_size
+    assert exported.inputs == {"sample": ("batch", 1, 8, 8), "timestep": ("batch",)}
+    assert exported.weights_sha256 == weights_sha256(digits[1])
+    assert 0 < exported.parity.max_error <= exported.parity.tolerance == 1e-4
+    graph = onnx.load(exported.path)
+    onnx.checker.check_model(graph)
+    assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [exported.opset]
+    metadata = {one.key: one.value for one in graph.metadata_props}
+    assert (metadata["compressor.form"], metadata["compressor.weights_sha256"]) == (
+        exported.form,
+        exported.weights_sha256,
+    )
+    assert b"site-packages" not in exported.path.read_bytes()
+
+
+def test_the_dense_form_keeps_the_zeros_and_the_gathered_form_leaves_them_out(digits, exported):
+    _, model, patterns = digits
+    stored = list(constants(exported.path).values())
+    for name in patterns:
+        weight = model.get_parameter(name).detach()
+        kept = any(np.array_equal(array, weight.numpy()) or np.array_equal(array, weight.T.numpy()) for array in stored)
+        assert kept == (exported.form == "dense"), name
+    floats = sum(array.size for array in stored if array.dtype == np.float32)
+    masked = sum(model.get_parameter(name).numel() for name in patterns)
+    everything = sum(p.numel() for p in model.parameters())
+    expected = everything if exported.form == "dense" else everything - masked // 2
+    assert expected <= floats <= expected + 1000  # and what the graph computes with, such as frequencies
+    assert set(exported.gathered) == (set(patterns) if exported.form == "gathered" else set())
+    assert exported.left == {}
+
+
+# --- Inputs. ---
+
+
+def test_inputs_of_any_nesting_get_names(small, tmp_path):
+    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
+    assert list(done.inputs) == ["sample", "timestep", "label"]
+    named = export_onnx(small, FeedforwardAdapter(), tmp_path / "b.onnx", input_names=["x", "time", "class"])
+    assert list(named.inputs) == ["x", "time", "class"]
+    with pytest.raises(UsageError, match="input_names"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "c.onnx", input_names=["x", "x", "class"])
+
+
+def test_random_inputs_vary_and_stay_in_range():
+    example = FeedforwardAdapter().example_inputs(200)
+    drawn = random_inputs(example, 10, torch.Generator().manual_seed(0))
+    (time,), label, none = drawn["rest"]
+    assert none is None
+    assert drawn["x"].std() > 0.9
+    assert time.min() >= 0 and 1.5 < time.max() <= 2 and len(time.unique()) == 200
+    assert set(label.tolist()) == set(range(10))
+
+
+def test_the_same_model_gives_the_same_bytes_and_stays_as_it_was(small, tmp_path):
+    before = state_sha256(small.state_dict())
+    done = [export_onnx(small, FeedforwardAdapter(), tmp_path / f"{n}.onnx").sha256 for n in range(2)]
+    assert done[0] == done[1]
+    assert state_sha256(small.state_dict()) == before
+    assert all(parameter.requires_grad for parameter in small.parameters())
+
+
+# --- The gathered form. ---
+
+
+def test_of_a_pair_one_layer_may_be_gathered_alone(small, tmp_path):
+    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", form="gathered")
+    assert done.gathered == ("fc1.weight",)
+    assert "V = 64" in done.left["fc2.weight"]
+    assert done.left.keys() == {"fc2.weight"}
+    lines = "\n".join(done.lines())
+    assert "1 of 2 pruned layers" in lines and "fc2.weight" in lines
+
+
+# --- Gates. ---
+
+
+@pytest.fixture
+def corrupted(monkeypatch):
+    """`corrupted(change)` lets `change` alter the named constant arrays of every graph that is made."""
+
+    def installed(change) -> None:
+        def broken(*arguments: Any) -> onnx.ModelProto:
+            graph = onnx_graph.graph_of(*arguments)
+            for one in graph.graph.initializer:
+                array = numpy_helper.to_array(one).copy()
+                if array.dtype == np.float32 and array.ndim == 2:
+                    one.CopyFrom(numpy_helper.from_array(change(array), one.name))
+            return graph
+
+        monkeypatch.setattr(export, "graph_of", broken)
+
+    return installed
+
+
+@pytest.mark.parametrize("form", ["dense", "gathered"])
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_graph_that_answers_otherwise_is_not_kept(small, tmp_path, corrupted, form, factor):
+    corrupted(lambda array: np.where(array == 0, array, np.float32(factor) * array))
+    with pytest.raises(GateError, match="differs from PyTorch") as caught:
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", form=form)
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_survives_a_failure(small, tmp_path, corrupted):
+    (tmp_path / "a.onnx").write_text("mine")
+    corrupted(lambda array: -array)
+    with pytest.raises(GateError):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", overwrite=True)
+    assert (tmp_path / "a.onnx").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_zeros_that_are_lost_are_noticed_even_where_no_answer_changes(small, tmp_path, corrupted):
+    corrupted(lambda array: np.where(array == 0, np.float32(1e-12), array))
+    with pytest.raises(GateError, match=r"fc1\.weight: its zeros"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- int8. ---
+
+
+def test_int8_is_smaller_keeps_the_zeros_and_states_its_error(small, tmp_path):
+    plain = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
+    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "b.onnx", int8=True)
+    assert 1e-4 < done.parity.rms_error < 0.1 < done.parity.tolerance
+    assert done.parity.rms_error < done.parity.max_error
+    before, after = constants(plain.path), constants(done.path)
+    quantized = {name for name in before if f"{name}_quantized" in after}
+    assert len(quantized) == 2
+    for name in quantized:
+        integers = after[f"{name}_quantized"]
+        assert integers.dtype == np.int8
+        assert pattern_of(torch.from_numpy(integers.T.copy())) is not None
+        assert (integers[before[name] == 0] == after[f"{name}_zero_point"].max()).all()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.onnx", "b.onnx"]
+
+
+def test_zeros_that_int8_loses_are_noticed(small, tmp_path):
+    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
+    graph = onnx.load(done.path)
+    for one in graph.graph.initializer:
+        if len(one.dims) == 2:
+            one.CopyFrom(numpy_helper.from_array(np.zeros(tuple(one.dims), np.float32), one.name))
+    with pytest.raises(GateError, match="zeros"):
+        onnx_graph.quantize(graph, done.path)
+
+
+# --- Files. ---
+
+
+def test_weights_too_large_for_one_file_lie_beside_the_graph(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1000)
+    adapter, path = FeedforwardAdapter(), tmp_path / "a.onnx"
+    for _ in range(2):
+        with torch.no_grad():
+            small.fc1.bias.add_(1)
+        done = export_onnx(small, adapter, path, overwrite=True)
+        assert done.data is not None
+        assert sorted(tmp_path.iterdir()) == sorted([done.data, path])
+        assert done.size_bytes == path.stat().st_size + done.data.stat().st_size
+        inputs = random_inputs(adapter.example_inputs(3), 10, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(OnnxRunner(path)(inputs), adapter.predict(small, inputs).detach())
+    done.data.unlink()
+    with pytest.raises(CompressorError, match=r"a\.onnx: ONNX Runtime"):
+        OnnxRunner(path)
+
+
+def test_what_cannot_be_written_is_refused(small, tmp_path):
+    adapter = FeedforwardAdapter()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name, kind, words in (
+        ("file", UsageError, "--overwrite"),
+        ("folder", UsageError, "is a folder"),
+        ("file/a.onnx", CompressorError, "cannot be written"),
+    ):
+        with pytest.raises(kind, match=words):
+            export_onnx(small, adapter, tmp_path / name)
+    with pytest.raises(UsageError, match="dense, gathered"):
+        export_onnx(small, adapter, tmp_path / "a.onnx", form="sparse")
+    with pytest.raises(UsageError, match="int8"):
+        export_onnx(small, adapter, tmp_path / "a.onnx", form="gathered", int8=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_missing_package_names_its_extra(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(
+        CompressorError, match=r'onnxscript, not installed[^\n]*\n[^\n]*pip install "diffusion-compressor\[onnx\]"'
+    ):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
+    with pytest.raises(CompressorError, match="onnxscript"):
+        OnnxRunner(tmp_path / "a.onnx")
+
+
+def test_a_model_that_cannot_be_followed_is_named(tmp_path):
+    class Branches(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    with pytest.raises(CompressorError, match="feedforward cannot be exported"):
+        export_onnx(Branches(), FeedforwardAdapter(), tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- The command. ---
+
+
+@pytest.fixture(scope="module")
+def saved(digits, tmp_path_factory):
+    _, model, patterns = digits
+    folder = tmp_path_factory.mktemp("run")
+    masks = {name: pattern.mask(model.get_parameter(name).detach().abs()) for name, pattern in patterns.items()}
+    compressor.save(folder / "model", model, masks, name="uvit-digits")
+    return folder
+
+
+def test_the_command_writes_checks_and_says_what_to_do(cli, saved):
+    outcome = cli("export", saved, "--to", "onnx", "--form", "gathered")
+    assert outcome.code == 0, outcome.err
+    for part in (
+        f"{saved / 'model.onnx'}: ",
+        "gathered form",
+        "parity",
+        "20 of 20",
+        "sample (batch, 1, 8, 8)",
+        "docs/onnx.md",
+    ):
+        assert part in outcome.out
+    again = cli("export", saved, "--to", "onnx")
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    (saved / "model.onnx").unlink()
+
+
+def test_the_command_prints_json(cli, saved, tmp_path):
+    outcome = cli(
+        "export", saved / "model", "--to", "onnx", "--out", tmp_path / "it.onnx", "--int8", "--json", "--quiet"
+    )
+    assert outcome.err == ""
+    found = json.loads(outcome.out)
+    assert (found["path"], found["form"], found["int8"]) == (str(tmp_path / "it.onnx"), "dense", True)
+    assert found["size_bytes"] == (tmp_path / "it.onnx").stat().st_size < found["dense_size_bytes"] / 3
+    assert found["parity"]["max_error"] <= found["parity"]["tolerance"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--to", "onxx"), 2, "Did you mean 'onnx'"),
+        ((), 2, "--to"),
+        (("--to", "onnx", "--form", "sparse"), 2, "dense, gathered"),
+        (("--to", "onnx", "--form", "gathered", "--int8"), 2, "int8"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(cli, saved, arguments, code, words):
+    outcome = cli("export", saved, *arguments)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert words in outcome.err and "unexpected" not in outcome.err
+    assert [path.name for path in saved.iterdir()] == ["model"]
+
+
+def test_a_folder_that_is_no_model_is_refused(cli, tmp_path):
+    outcome = cli("export", tmp_path, "--to", "onnx")
+    assert outcome.code == 1
+    assert "config.json" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_gate_is_exit_code_3(cli, saved, corrupted):
+    corrupted(lambda array: 2 * array)
+    outcome = cli("export", saved, "--to", "onnx")
+    assert outcome.code == 3
+    assert "differs from PyTorch" in outcome.err
+    assert [path.name for path in saved.iterdir()] == ["model"]
+
+
+def test_an_adapter_without_example_inputs_is_named(cli, install, digits, tmp_path):
+    install(
+        "blind",
+        "from compressor.model_zoo.uvit.sizes import digits\n"
+        "from compressor import Adapter\n"
+        "class Blind(Adapter):\n"
+        "    noised = predict = None\n"
+        "    def build(self): return digits().build()\n",
+        models={"blind": "Blind"},
+    )
+    compressor.save(tmp_path / "model", digits[1], {}, name="blind")
+    outcome = cli("export", tmp_path / "model", "--to", "onnx")
+    assert outcome.code == 1
+    assert "Blind has no example inputs" in outcome.err
+    assert not (tmp_path / "model" / "model.onnx").exists()
