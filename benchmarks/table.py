@@ -97,7 +97,8 @@ def clustering(result: dict[str, Any]) -> str:
             *lines,
             "",
             "Energy: the share of the sum of squares that magnitude masks keep. Lower fd-digits is better; intervals "
-            f"are Student's t over seeds; {result['steps']:,} steps of `sparsedm` each. {result['hardware']}. From `benchmarks/clustering.py`.",
+            f"are Student's t over seeds; {result['steps']:,} steps of `sparsedm` each. {result['hardware']}. "
+            "From `benchmarks/clustering.py`.",
         ]
     )
 

@@ -32,7 +32,16 @@ from compressor.report import render
 from compressor.rows import build_report
 from compressor.speed import bench, finished
 
-OWN_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "lowering.json", "report.json", "report.md", "report.html")
+OWN_FILES = (
+    "recipe.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "lowering.json",
+    "model.onnx",
+    "report.json",
+    "report.md",
+    "report.html",
+)
 OWN_FOLDERS = ("model", "samples")
 
 

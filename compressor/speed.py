@@ -16,7 +16,8 @@ from compressor.adapter import Adapter, to_device
 from compressor.engine import resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import Lowered, Plan, lowering
-from compressor.lower.chooser import dense_forms, in_dtype
+from compressor.lower.forms import dense_forms
+from compressor.lower.job import in_dtype
 from compressor.lower.plan import FILE
 from compressor.pattern import parse
 from compressor.progress import Progress

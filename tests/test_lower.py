@@ -18,7 +18,7 @@ import compressor
 from compressor import NM, Backend, CompressorError, Plan, registry
 from compressor.errors import UsageError
 from compressor.lower import Unit
-from compressor.lower.chooser import dense_forms
+from compressor.lower.forms import dense_forms
 from compressor.lower.units import find_units, pattern_of
 
 

@@ -85,7 +85,7 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
     import compressor
     from compressor import parse
     from compressor.environment import environment
-    from compressor.lower.chooser import dense_forms
+    from compressor.lower.forms import dense_forms
     from compressor.timing import interleaved, iqr_ms, median_ms
 
     torch.manual_seed(seed)

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import NM, CompressorError, registry
 from compressor.environment import environment
-from compressor.lower import units
-from compressor.lower.chooser import in_dtype, lower
+from compressor.lower import lower, units
 from compressor.lower.cusparselt import CuSparseLt
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
 from compressor.lower.graphs import captured
+from compressor.lower.job import in_dtype
 from compressor.lower.plan import Plan
 from compressor.lower.units import Found, find_units, put
 from compressor.timing import interleaved, iqr_ms, median_ms

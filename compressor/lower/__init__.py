@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 
 from compressor.lower.backend import Backend, Unit
-from compressor.lower.chooser import Lowered, lower, lowering
+from compressor.lower.lowering import Lowered, lower, lowering
 from compressor.lower.plan import Plan
 
 __all__ = ["Backend", "Lowered", "Plan", "Unit", "lower", "lowering"]

@@ -40,6 +40,8 @@ class Backend(ABC):
     name: str
     skips_zeros: bool = True
     """Whether a multiplication by a masked weight is really left out; False for dense forms."""
+    quantises: bool = False
+    """Whether it gives other numbers than rounding explains: tried only where it is named, or a tolerance is given."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:

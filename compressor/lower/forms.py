@@ -1,0 +1,203 @@
+"""The forms of the whole model: built from a plan's choices, timed side by side, and the fastest taken.
+
+A layer that is fast alone may not be in its model. So the lowered model is timed against the best dense form of the whole,
+and falls back to it where it does not pay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compressor.adapter import Adapter
+from compressor.errors import CompressorError
+from compressor.lower.chooser import best, relative
+from compressor.lower.graphs import Graphed
+from compressor.lower.job import Job, prepared
+from compressor.lower.plan import Form, LayerPlan, Plan
+from compressor.lower.units import put
+from compressor.timing import interleaved, iqr_ms, median_ms
+
+_ROUNDS = 11
+
+
+def _built(job: Job, choices: dict[str, str]) -> nn.Module:
+    """The model with the chosen modules in place; tensors that stay are shared with it."""
+    form = copy.deepcopy(job.base, {id(t): t for t in (*job.base.parameters(), *job.base.buffers())})
+    for one in job.found:
+        if choices[one.at] != "eager":
+            form = put(form, one.at, job.backend(choices[one.at]).build(one.unit))
+    return form
+
+
+def _fastest_dense(layer: LayerPlan, skipping: set[str]) -> str:
+    times = {c.backend: c.median_ms for c in layer.candidates if c.median_ms is not None}
+    return best({name: time for name, time in times.items() if name not in skipping}, skipping)[0]
+
+
+def _dense(job: Job, layers: Sequence[LayerPlan]) -> nn.Module:
+    """Every layer in its fastest dense form."""
+    skipping = {backend.name for backend in job.backends if backend.skips_zeros}
+    return _built(job, {layer.name: _fastest_dense(layer, skipping) for layer in layers})
+
+
+def _forms(job: Job, layers: Sequence[LayerPlan], compiled: bool) -> dict[str, nn.Module]:
+    """The model as it is, in the best dense form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes."""
+    forms: dict[str, nn.Module] = {"eager": job.base, "dense": _dense(job, layers)}
+    if any(layer.skips_zeros for layer in layers):
+        forms["lowered"] = _built(job, {layer.name: layer.choice for layer in layers})
+    if job.device.type == "cuda":
+        forms |= {f"{name}, graph": Graphed(form) for name, form in forms.items()}
+    if compiled:
+        forms["eager, compiled"] = _compiled(job.base, job.device)
+        if "lowered" in forms:
+            forms["lowered, compiled"] = _compiled(_built(job, _for_compiler(layers)), job.device)
+    return forms
+
+
+def _for_compiler(layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """The choices that go under torch.compile: dense layers are left to it, which packs them itself."""
+    return {layer.name: layer.choice if layer.skips_zeros else "eager" for layer in layers}
+
+
+def guarded(
+    job: Job, layers: Sequence[LayerPlan], compiled: bool, allowed: float, weights: str
+) -> tuple[nn.Module, Plan]:
+    """Time the forms of the whole model side by side, and take the fastest: a sparse one only where it wins."""
+    forward, base, device = job.forward, job.base, job.device
+    notes = list(job.notes)
+    forms = _forms(job, layers, compiled)
+    wanted = forward(base)
+    errors: dict[str, float] = {}
+    for name, form in list(forms.items()):
+        try:
+            errors[name] = _deviation(forward(form), wanted)
+            if not errors[name] <= allowed:
+                notes.append(f"{name}: its output differs by {errors[name]:.1e}, above {allowed:.0e}: not taken")
+                del forms[name]
+        except Exception as failure:  # a model may look into its layers, or a compiler fail
+            if name == "eager":
+                raise
+            notes.append(f"{name} does not run: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
+            del forms[name]
+    times = interleaved([lambda f=form: forward(f) for form in forms.values()], _ROUNDS, device)  # type: ignore[misc]
+    medians = {name: median_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
+    spread = {name: iqr_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
+    dense = {name: time for name, time in medians.items() if not name.startswith("lowered")}
+    opponent = min(dense, key=dense.__getitem__)
+    sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
+    fastest = min(sparse, key=sparse.__getitem__) if sparse else None
+    if fastest is not None and sparse[fastest] < dense[opponent]:
+        choice = fastest
+        reason = f"{dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}, the best dense form"
+    else:
+        choice = opponent
+        if fastest is None:
+            reason = "no layer gains from a sparse kernel here"
+        else:
+            reason = (
+                f"the lowered model has {dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}: not taken"
+            )
+    plan = Plan(
+        weights_sha256=weights,
+        dtype=layers[0].dtype if layers else str(next(base.parameters()).dtype).removeprefix("torch."),
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(job.inputs) if isinstance(leaf, Tensor)),
+        setting=job.setting,
+        layers=tuple(layers),
+        left_out={one.weight: one.reason for one in job.left},
+        forms=tuple(
+            Form(
+                name=name,
+                dense=name in dense,
+                median_ms=medians[name],
+                iqr_ms=spread[name],
+                speedup=dense[opponent] / medians[name],
+                error=errors[name],
+            )
+            for name in forms
+        ),
+        choice=choice,
+        reason=reason,
+        notes=tuple(notes),
+    )
+    chosen = forms[choice]
+    return chosen if "compiled" in choice else own(chosen), plan
+
+
+def own(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are its own, and take no gradients."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    options: Any = {"freezing": True} if device.type == "cpu" else {"triton.cudagraphs": True}
+    compiled: nn.Module = torch.compile(own(model), options=options)  # type: ignore[assignment]
+    return compiled
+
+
+def dense_forms(
+    model: nn.Module,
+    example_inputs: Any,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
+) -> dict[str, nn.Module]:
+    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning."""
+    names = [c.backend for c in plan.layers[0].candidates] if plan.layers else "auto"
+    job = prepared(model, example_inputs, names, dtype, adapter)
+    forms = {"eager": job.base, "dense": _dense(job, _checked(job, plan, weights=False))}
+    for name in ("eager", "dense"):
+        if plan.form(f"{name}, graph") is not None:
+            forms[f"{name}, graph"] = Graphed(forms[name])
+    if plan.form("eager, compiled") is not None:
+        forms["eager, compiled"] = _compiled(job.base, job.device)
+    return forms
+
+
+def _deviation(out: Any, wanted: Any) -> float:
+    """The largest relative error among the tensors of two outputs."""
+    pairs = zip(tree_leaves(out), tree_leaves(wanted), strict=True)
+    return max((relative(a, b.double()) for a, b in pairs if isinstance(a, Tensor)), default=0.0)
+
+
+def planned(job: Job, plan: Plan) -> nn.Module:
+    """The form that `plan` chose, of the job's weights."""
+    layers = _checked(job, plan)
+    name, _, how = plan.choice.partition(", ")
+    if name == "lowered":
+        choices = {layer.name: layer.choice for layer in layers}
+        form = _built(job, _for_compiler(layers) if how == "compiled" else choices)
+    else:
+        form = job.base if name == "eager" else _dense(job, layers)
+    if how == "compiled":
+        return _compiled(form, job.device)
+    return Graphed(own(form)) if how == "graph" else own(form)
+
+
+def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
+    """The plan's layers in the order of the units, or an error that says what differs; the patterns too where `weights`."""
+    again = "Lower without it, to measure again."
+    if plan.setting != job.setting:
+        before, now = plan.setting.model_dump(), job.setting.model_dump()
+        field = next(name for name in before if before[name] != now[name])
+        raise CompressorError(f"the plan was measured with {field} {before[field]}, this is {now[field]}", again)
+    layers = {layer.name: layer for layer in plan.layers}
+    units = {one.at: one.unit for one in job.found}
+    if differing := sorted(set(layers) ^ set(units)):
+        raise CompressorError(f"the plan is for another model: {differing[0]}", again)
+    for name, layer in layers.items():
+        job.backend(layer.choice)
+        patterns = tuple(None if p is None else str(p) for p in units[name].patterns)
+        sizes = tuple((w.weight.shape[0], w.weight[0].numel()) for w in units[name].layers)
+        if (weights and patterns != layer.patterns) or sizes != tuple((n, k) for _, n, k in layer.shapes):
+            raise CompressorError(
+                f"the plan does not fit {name}: it was {layer.patterns} {layer.shapes}, and is {patterns} {sizes}",
+                again,
+            )
+    return [layers[one.at] for one in job.found]

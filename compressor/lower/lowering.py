@@ -1,0 +1,105 @@
+"""`lower`: from a sparse model to one that is really faster on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.adapter import Adapter
+from compressor.lower.backend import Backend
+from compressor.lower.chooser import TOLERANCE, choose, groups
+from compressor.lower.forms import guarded, planned
+from compressor.lower.job import prepared
+from compressor.lower.plan import Cache, LayerPlan, Plan
+from compressor.progress import Progress
+from compressor.weights import weights_sha256
+
+_WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """`model` runs like the dense one, faster or at least not slower; `plan` says how it was made and measured.
+
+    The model is for inference: it takes inputs of other batch sizes too, but its weights are packed, so save the sparse
+    model and lower it again where it is used.
+    """
+
+    model: nn.Module
+    plan: Plan
+
+
+def lower(
+    model: nn.Module,
+    example_inputs: Any,
+    backends: str | Sequence[str | Backend] = "auto",
+    dtype: torch.dtype | None = None,
+    *,
+    adapter: Adapter | None = None,
+    plan: Plan | None = None,
+    compiled: bool = False,
+    tolerance: float | None = None,
+    cache: bool = True,
+) -> Lowered:
+    """The sparse `model` with each layer on the fastest kernel of this machine. `model` itself is left as it is.
+
+    `example_inputs` is what the model is called with (a tensor, a tuple of positional or a dict of named arguments; what
+    `adapter.predict` takes where an adapter is given), in the size and on the device of its later use. `backends` names the
+    ones to try, besides the dense layer itself; "auto" is all that are installed. `dtype` runs the model in another precision: its
+    weights and its inputs of two or more dims are cast, its outputs cast back. `plan` applies the choices of an earlier
+    lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes. `tolerance` is
+    the largest relative error of a layer; by default that of rounding. `cache` keeps measured times on disk.
+
+    Raises UsageError for unknown backends, CompressorError where the example does not run or a plan does not fit.
+    """
+    steps = lowering(
+        model,
+        example_inputs,
+        backends,
+        dtype,
+        adapter=adapter,
+        plan=plan,
+        compiled=compiled,
+        tolerance=tolerance,
+        cache=cache,
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as finished:
+            result: Lowered = finished.value
+            return result
+
+
+@torch.no_grad()
+def lowering(
+    model: nn.Module,
+    example_inputs: Any,
+    backends: str | Sequence[str | Backend] = "auto",
+    dtype: torch.dtype | None = None,
+    *,
+    adapter: Adapter | None = None,
+    plan: Plan | None = None,
+    compiled: bool = False,
+    tolerance: float | None = None,
+    cache: bool = True,
+) -> Generator[Progress, None, Lowered]:
+    """`lower` as a generator: yields its progress, and returns the `Lowered`."""
+    job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
+    if plan is not None:
+        return Lowered(planned(job, plan), plan)
+    store = Cache(job.setting) if cache else None
+    layers: list[LayerPlan] = []
+    for done, group in enumerate(alike := groups(job.found)):
+        yield Progress("lower", done, len(alike), group[0].at)
+        layers += choose(group, job, tolerance, store)
+    places = {one.at: place for place, one in enumerate(job.found)}
+    layers.sort(key=lambda layer: places[layer.name])
+    yield Progress("lower", len(alike), len(alike), "whole model")
+    loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
+    form, made = guarded(job, layers, compiled, _WHOLE * (tolerance or loosest), weights_sha256(model))
+    return Lowered(form, made)
