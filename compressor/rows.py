@@ -138,6 +138,16 @@ def limitations(
             if candidate["refused"] and "shares no choice between rows" in candidate["refused"]
         }
         found += [f"{reason[0].upper()}{reason[1:]}." for reason in sorted(refused)]
+        if any(row["latency"] for row in rows[1:-1]):
+            found.append(
+                "Rows between the first and the last were timed before the model was lowered: compare their ratios, not their times."
+            )
+        engine = [entry for entry in final["latency"] if entry["backend"].startswith("ONNX Runtime")]
+        if engine and max(entry["speedup_vs_dense"] for entry in engine) < 1.03:
+            found.append(
+                "ONNX Runtime gains nothing from these zeros: it has no sparse kernels, and the gathered form needs rows that "
+                "share a choice in groups of 64 or more (128:2:4)."
+            )
         found.append(
             "Speed-ups hold for this machine, these batch sizes and this number of threads; another machine has to measure anew."
         )

@@ -81,19 +81,20 @@ def bench(
     if not batches or min(batches) < 1:
         raise UsageError(f"batches {list(batches)}", "Give sizes of at least 1.")
     entries: list[dict[str, Any]] = []
-    for done, batch in enumerate(batches):
-        example = to_device(run.adapter.example_inputs(batch), run.device)
-        lowered: Lowered = yield from lowering(
-            run.sparse, example, dtype=DTYPES[dtype], adapter=run.adapter, compiled=compiled, cache=cache
-        )
-        if batch == batches[0]:
-            lowered.plan.save(run.out / FILE)
-            run.report["lowering"] = lowered.plan.model_dump(mode="json")
-            run.report["rows"][-1]["macs_lowered"] = measure.lowered_macs(
-                run.sparse, run.adapter, _densities(lowered.plan)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = _onnx_forms(run, Path(folder)) if onnx else {}
+        for done, batch in enumerate(batches):
+            example = to_device(run.adapter.example_inputs(batch), run.device)
+            lowered: Lowered = yield from lowering(
+                run.sparse, example, dtype=DTYPES[dtype], adapter=run.adapter, compiled=compiled, cache=cache
             )
-        yield Progress("time", done, len(batches), f"batch {batch}")
-        entries += _timed(run, example, lowered, DTYPES[dtype], batch, onnx)
+            if batch == batches[0]:
+                lowered.plan.save(run.out / FILE)
+                run.report["lowering"] = lowered.plan.model_dump(mode="json")
+                left = measure.lowered_macs(run.sparse, run.adapter, _densities(lowered.plan))
+                run.report["rows"][-1]["macs_lowered"] = left
+            yield Progress("time", done, len(batches), f"batch {batch}")
+            entries += _timed(run, example, lowered, DTYPES[dtype], batch, graphs)
     _add(run.report["rows"], entries)
     evaluation = run.report["recipe"].get("evaluate", {})
     run.report["limitations"] = limitations(
@@ -106,7 +107,12 @@ def bench(
 
 @torch.no_grad()
 def _timed(
-    run: Finished, example: Any, lowered: Lowered, dtype: torch.dtype | None, batch: int, onnx: bool
+    run: Finished,
+    example: Any,
+    lowered: Lowered,
+    dtype: torch.dtype | None,
+    batch: int,
+    graphs: Mapping[tuple[str, str], Callable[[Any], Tensor]],
 ) -> list[dict[str, Any]]:
     """The forms of the dense and the sparse weights, timed in turns."""
     plan = lowered.plan
@@ -116,23 +122,23 @@ def _timed(
     def torch_form(model: nn.Module) -> Callable[[], object]:
         return lambda: run.adapter.predict(model, example)
 
-    dense = dense_forms(run.dense, example, plan, dtype=dtype, adapter=run.adapter)
+    found = dense_forms(run.dense, example, plan, dtype=dtype, adapter=run.adapter)
+    dense = {_NAMES.get(name, name): model for name, model in found.items()}
     for name, model in dense.items():
-        forms[first, _NAMES[name]] = torch_form(model)
+        forms[first, name] = torch_form(model)
     if last != first:
         forms[last, "eager"] = torch_form(in_dtype(run.sparse, dtype))
         forms[last, "lowered"] = torch_form(lowered.model)
-    with tempfile.TemporaryDirectory() as folder:
-        if onnx:
-            forms |= _onnx_forms(run, example, Path(folder), first, last)
-        times = dict(zip(forms, interleaved(list(forms.values()), _ROUNDS, run.device), strict=True))
+    for key, graph in graphs.items():
+        forms[key] = lambda graph=graph: graph(example)  # type: ignore[misc]
+    times = dict(zip(forms, interleaved(list(forms.values()), _ROUNDS, run.device), strict=True))
     medians = {form: median_ms(seconds) for form, seconds in times.items()}
-    opponent = min((medians[first, _NAMES[name]], _NAMES[name]) for name in dense)[1]
+    opponent = min(dense, key=lambda name: medians[first, name])
     kept = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     entries = []
     for (row, backend), seconds in times.items():
-        against = backend if backend == ONNX else opponent
-        precision = "float32" if backend == ONNX else kept
+        against = ONNX if backend.startswith(ONNX) else opponent
+        precision = "float32" if backend.startswith(ONNX) else kept
         entry = measure.latency_entry(backend, run.device, precision, batch, seconds, against, medians[first, against])
         entries.append({"row": row, **entry})
     return entries
@@ -142,18 +148,18 @@ _NAMES = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
 """How a dense form is called in a report's latency."""
 
 
-def _onnx_forms(
-    run: Finished, example: Any, folder: Path, first: str, last: str
-) -> dict[tuple[str, str], Callable[[], Tensor]]:
+def _onnx_forms(run: Finished, folder: Path) -> dict[tuple[str, str], Callable[[Any], Tensor]]:
+    """The dense and the sparse model in ONNX Runtime, the latter with what the gathered form can do for it."""
     from compressor.export import OnnxRunner, export_onnx
 
-    forms: dict[tuple[str, str], Callable[[], Tensor]] = {}
-    for row, model, form in ((first, run.dense, "dense"), (last, run.sparse, "gathered")):
-        path = folder / f"{len(forms)}.onnx"
-        export_onnx(model, run.adapter, path, form=form)
-        runner = OnnxRunner(path)
-        forms[row, ONNX] = lambda runner=runner: runner(example)  # type: ignore[misc]
-    return forms
+    export_onnx(run.dense, run.adapter, folder / "dense.onnx")
+    sparse = export_onnx(run.sparse, run.adapter, folder / "sparse.onnx", form="gathered")
+    rows = run.report["rows"]
+    name = f"{ONNX}, gathered" if sparse.gathered else ONNX
+    return {
+        (rows[0]["name"], ONNX): OnnxRunner(folder / "dense.onnx"),
+        (rows[-1]["name"], name): OnnxRunner(sparse.path),
+    }
 
 
 def _densities(plan: Plan) -> dict[str, float]:

@@ -454,6 +454,18 @@ def test_a_broken_third_party_backend_is_a_note_and_an_error_where_it_is_asked_f
         compressor.lower(net, X, ["vmn"], cache=False)
 
 
+def test_without_the_compiled_kernels_the_gathered_form_is_left_and_the_plan_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    why = "the compiled CPU kernels are not installed (none); install GCC and reinstall"
+    monkeypatch.setattr("compressor.lower.vnm.kernels", lambda: (None, why))
+    model = sparsify(nn.Sequential(nn.Linear(64, 128)), NM(2, 4, 64))
+    plan = compressor.lower(model, torch.zeros(4, 64), cache=False).plan
+    kernel, gathered = plan.layers[0].candidate("vnm"), plan.layers[0].candidate("gathered")
+    assert kernel is not None and kernel.refused == why and why in plan.notes
+    assert gathered is not None and gathered.refused is None and gathered.median_ms is not None
+
+
 def test_memory_stays_flat_over_many_lowerings() -> None:
     import gc
 

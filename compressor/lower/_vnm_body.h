@@ -24,6 +24,9 @@ INLINE vu NAME(widen)(const uint16_t *p) { return __builtin_convertvector(*(cons
 
 /* fp32 -> bf16 in the low half of each lane, to nearest even, NaN kept. */
 INLINE vu NAME(round16)(vf x) {
+#if DOT
+    return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+#endif
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vi is_nan = x != x;

@@ -47,6 +47,10 @@ class Backend(ABC):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device` of this machine, and what would help; None where it can."""
 
+    def remark(self, device: torch.device) -> str | None:
+        """What a user of `device` should know about this backend, missing parts for example; it goes into the plan's notes."""
+        return None
+
     @abstractmethod
     def refusal(self, unit: Unit) -> str | None:
         """Why this backend does not take `unit`; None where `build` will work."""

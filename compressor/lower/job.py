@@ -68,6 +68,7 @@ def prepared(
             f"the example inputs do not run: {type(error).__name__}: {error}", "Give what the model is called with."
         ) from error
     device = _device(base, inputs)
+    notes += [remark for backend in chosen if (remark := backend.remark(device))]
     return Job(base, forward, inputs, device, _setting(device), found, left, chosen, notes)
 
 

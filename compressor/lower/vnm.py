@@ -145,7 +145,7 @@ def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[NM | Clustered, 
     if not wide:
         channels, vectors = {1: (128, 9), 2: (128, 9), 4: (256, 6)}[most]
     elif dot:
-        channels, vectors = {1: (96, 6), 2: (96, 6), 4: (512, 6), 8: (512, 6)}[most]
+        channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
     else:
         channels, vectors = {1: (96, 6), 2: (96, 6), 4: (128, 5), 8: (512, 6)}[most]
     return replace(pattern, v=most), channels, vectors
@@ -371,6 +371,9 @@ class VNM(Backend):
             return f"the kernels run on CPUs, the model is on {device}"
         extension, why = kernels()
         return None if extension is not None else why
+
+    def remark(self, device: torch.device) -> str | None:
+        return kernels()[1] if device.type == "cpu" else None
 
     def refusal(self, unit: Unit) -> str | None:
         if unit.dtype not in _HALF:
