@@ -21,7 +21,7 @@ lint: $(STAMP)
 	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx]"
 	touch $(STAMP)

@@ -68,7 +68,7 @@ def lowering(result: dict[str, Any]) -> str:
             *lines,
             "",
             "Whole forward passes, random weights; in turns, medians of "
-            f"{first['n']} rounds, seed {first['seed']}; {first['hardware']}; "
+            f"{_rounds(cells)} rounds, seed {first['seed']}; {first['hardware']}; "
             f"torch {first['versions']['torch']}. Eager dense is float32 in "
             "every line; the best dense form is the fastest of eager, prepacked and compiled in the line's own precision. "
             "U-ViT: every Linear of every block; UNet: every layer that the pattern fits. From `benchmarks/cpu/lowering.py`.",
@@ -76,7 +76,44 @@ def lowering(result: dict[str, Any]) -> str:
     )
 
 
+def short_lowering(result: dict[str, Any]) -> str:
+    """The same for batch 4, on everything that this machine has."""
+    cells = {name: cell for name, cell in result["cells"].items() if cell["batch"] == 4 and not cell["level"]}
+    return lowering({**result, "cells": cells})
+
+
+def _rounds(cells: list[dict[str, Any]]) -> str:
+    counts = sorted({cell["n"] for cell in cells})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 _DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+
+
+def onnx(result: dict[str, Any]) -> str:
+    """ONNX Runtime: the gathered form and int8 against its own dense form."""
+    batches = sorted({row["batch"] for row in result["rows"]}, reverse=True)
+    by_form: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_form.setdefault(row["form"], {})[row["batch"]] = row
+    lines = [
+        "| form | " + " | ".join(f"batch {batch}" for batch in batches) + " | error | file |",
+        "|---|" + "---:|" * (len(batches) + 2),
+    ]
+    for form, rows in by_form.items():
+        times = " | ".join(f"{rows[b]['median_ms']:.1f} ms, {rows[b]['speedup']:.2f}x" for b in batches)
+        first = rows[batches[0]]
+        lines.append(f"| {form} | {times} | {first['max_error']:.1e} | {first['size_bytes'] / 1e6:.0f} MB |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "U-ViT-S/2, 32x32, random weights, masks on the linears of every block; in turns, medians of "
+            f"{result['rounds']} rounds, seed {result['seed']}; {result['hardware']}; "
+            f"ONNX Runtime {result['versions']['onnxruntime']}. Speed-ups are over its own dense form; the error is the largest "
+            "difference from PyTorch, in standard deviations of the output. From `benchmarks/cpu/onnx_runtime.py`.",
+        ]
+    )
 
 
 def clustering(result: dict[str, Any]) -> str:
@@ -105,8 +142,9 @@ def clustering(result: dict[str, Any]) -> str:
 
 TABLES = (
     ("README.md", "methods", "methods_digits.json", methods),
-    ("README.md", "lowering", "lowering_cpu.json", lowering),
+    ("README.md", "lowering", "lowering_cpu.json", short_lowering),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
+    ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json", clustering),
 )
 """Page, marker, file of results, and how the table is written."""

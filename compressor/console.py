@@ -68,6 +68,8 @@ class Ticker:
 
 def rows_table(report: Mapping[str, Any]) -> Table:
     """The report's rows: quality, drift, cost, latency."""
+    from compressor.report.words import standing
+
     metric = report["metric"]["name"] if report["metric"] else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
     table = Table(
@@ -83,12 +85,17 @@ def rows_table(report: Mapping[str, Any]) -> Table:
         cells.append(f"{errors[0]:.2%}" if errors else "—")
         cells.append(f"{row['nonzero_params'] / row['params']:.1%}")
         cells.append(f"{row['macs_effective'] / 1e6:,.1f} M ({row['macs_effective'] / row['macs_dense']:.0%})")
-        cells.append("{:.1f} ms".format(row["latency"][0]["median_ms"]) if row["latency"] else "—")
+        cells.append(_latency(standing(row)) if row["latency"] else "—")
         cells.append(
             f"{row['train']['steps']} steps, {row['train']['seconds']:.0f} s" if row["train"]["steps"] else "—"
         )
         table.add_row(*cells)
     return table
+
+
+def _latency(entry: Mapping[str, Any]) -> str:
+    gain = f", {entry['speedup_vs_dense']:.2f}x over {entry['against']}" if entry["backend"] == "lowered" else ""
+    return f"{entry['median_ms']:.1f} ms{gain}"
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:

@@ -159,7 +159,7 @@ def limitations(
         found.append(
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
-    if final["latency"]:
+    if final["latency"] and lowering is None:
         found.append("Latency is one machine's, in eager mode; the machine may have been busy with other work.")
     return found
 

@@ -304,3 +304,17 @@ def test_example_inputs_fit_the_network() -> None:
     for changes in ({}, {"num_classes": 5}):
         adapter, model = UViTAdapter({**SMALL, **changes}), build(**changes)
         assert adapter.predict(model, adapter.example_inputs(2)).shape == (2, *adapter.image_shape)
+
+
+@pytest.mark.parametrize("tokens", [17, 600])
+def test_attention_in_bfloat16_is_attention(tokens: int) -> None:
+    from compressor.model_zoo.uvit.network import attend
+
+    query, key, value = torch.randn(3, 2, 4, tokens, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    with torch.no_grad():
+        short = attend(query, key, value)
+    long = attend(query, key, value)
+    for out in (short, long):
+        assert out.dtype == torch.bfloat16
+        assert float((out.double() - wanted).norm() / wanted.norm()) < 1e-2

@@ -110,7 +110,7 @@ def _drift(row: Mapping[str, Any], metric: str, text: Callable[[float], str]) ->
     return next((text(entry["value"]) for entry in row["drift"] if entry["metric"] == metric), NONE)
 
 
-def _entry(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def standing(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The latency that stands for a row: lowered where it was, else the first."""
     entries: Sequence[Mapping[str, Any]] = row["latency"]
     return next((entry for entry in entries if entry["backend"] == "lowered"), entries[0])
@@ -119,7 +119,7 @@ def _entry(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _latency(row: Mapping[str, Any]) -> str:
     if not row["latency"]:
         return NONE
-    entry = _entry(row)
+    entry = standing(row)
     setting = f"{entry['backend']}, {entry['dtype']}, batch {entry['batch']}"
     return f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])}; {setting})"
 
@@ -137,7 +137,7 @@ def _verdict(row: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
 def _speedup(row: Mapping[str, Any]) -> str:
     if not row["latency"] or row["name"] == "dense":
         return NONE
-    entry = _entry(row)
+    entry = standing(row)
     against = "" if entry["against"] == "eager" else f" over {entry['against']} dense"
     return f"{entry['speedup_vs_dense']:.2f}x" + against + _verdict(row, entry)
 

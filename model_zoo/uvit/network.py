@@ -12,6 +12,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+_FEW_TOKENS = 512
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention over (batch, heads, tokens, channels).
+
+    For bfloat16 inference on a CPU and few tokens it is written out: torch's fused kernel takes about twice as long there
+    (4.3 against 1.9 ms for 4 x 8 heads of 257 tokens). The scores are then rounded to bfloat16 once more.
+    """
+    few = query.shape[-2] <= _FEW_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if few and not torch.is_grad_enabled():
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        return scores.softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over (batch, tokens, dim)."""
@@ -24,7 +39,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = rearrange(self.qkv(x), "b l (k h d) -> k b h l d", k=3, h=self.num_heads)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         out: Tensor = self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
         return out
 
