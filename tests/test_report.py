@@ -181,6 +181,48 @@ def test_a_speed_up_is_claimed_only_from_three_per_cent():
     assert words.columns(report)[-2][2][2] == "1.20x, the same kernels: noise"
 
 
+def lowered_example() -> dict[str, Any]:
+    report = copy.deepcopy(example())
+    final = report["rows"][2]
+    final["macs_lowered"] = 6_000_000
+    final["latency"].append(
+        {**final["latency"][0], "backend": "lowered", "against": "prepacked", "speedup_vs_dense": 1.4}
+    )
+    candidates = [
+        {"backend": "eager", "median_ms": 2.0, "error": 0.0, "refused": None},
+        {"backend": "vnm", "median_ms": 0.5, "error": 1e-7, "refused": None},
+        {"backend": "gathered", "median_ms": None, "error": None, "refused": "<b>too few rows</b>"},
+    ]
+    layer = {
+        "name": "blocks.<i>0</i>", "kind": "linear", "weights": ["w"], "shapes": [[8, 4, 4]], "patterns": ["4:2:4"],
+        "dtype": "float32", "gflop": 1e-6, "candidates": candidates, "choice": "vnm", "reason": "4.00x", "skips_zeros": True,
+    }  # fmt: skip
+    report["lowering"] = {
+        "choice": "lowered", "reason": "1.40x", "layers": [layer], "forms": [{"name": "lowered", "error": 1e-7}],
+        "left_out": {"conv.weight": "<u>stride</u>"}, "setting": {"hardware": "a CPU", "threads": 2},
+    }  # fmt: skip
+    return report
+
+
+def test_the_headline_says_how_much_faster_only_where_it_is():
+    report = lowered_example()
+    assert words.headline(report).endswith("Lowered, it runs 1.40x as fast as dense at its best (prepacked).")
+    report["rows"][2]["latency"][1]["speedup_vs_dense"] = 1.02
+    assert words.headline(report).endswith("lower is better.")
+    assert words.headline(example()).endswith("lower is better.")
+
+
+def test_a_lowered_report_has_bars_in_proportion_and_escapes_names(tmp_path):
+    report = lowered_example()
+    jsonschema.validate(report, schema())
+    run = written(tmp_path / "run", report)
+    render(run)
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    assert "width:100.0%" in page and "width:25.0%" in page and 'class="bar sparse"' in page
+    assert "blocks.&lt;i&gt;0" in page and "<i>0" not in page and "<b>too few" not in page and "<u>stride" not in page
+    assert "| 2.00 | 0.500 |" in text and "<i>" not in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -17,7 +17,7 @@ def headline(report: Mapping[str, Any]) -> str:
     if report["pattern"]:
         what = f"{final['name']} at {report['pattern']} on {report['model']}"
     if not final["quality"]:
-        return f"{what}: quality was not measured."
+        return f"{what}: quality was not measured.{_gain(final)}"
     metric = final["quality"][0]["metric"]
     others = [
         f"{number(rows[name]['quality'][0]['value'])} {name}"
@@ -25,7 +25,15 @@ def headline(report: Mapping[str, Any]) -> str:
         if name in rows and name != final["name"] and rows[name]["quality"]
     ]
     against = f", against {' and '.join(others)}" if others else ""
-    return f"{what}: {metric} {with_interval(final['quality'][0])}{against}; lower is better."
+    return f"{what}: {metric} {with_interval(final['quality'][0])}{against}; lower is better.{_gain(final)}"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """The sentence on speed, where a lowered model has some."""
+    if not row["latency"] or standing(row)["backend"] != "lowered" or _verdict(row, standing(row)):
+        return ""
+    entry = standing(row)
+    return f" Lowered, it runs {entry['speedup_vs_dense']:.2f}x as fast as dense at its best ({entry['against']})."
 
 
 def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
