@@ -9,6 +9,7 @@ equal budgets. Cells are kept as soon as they are done. Writes benchmarks/result
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from compressor.model_zoo.uvit.sizes import digits
 from compressor.plugins.sparsedm import SparseDM
 from methods_digits import Judge, summary, train
-from torch import nn
+from torch import Tensor
 
 from compressor import Pattern, parse
+from compressor.engine import choose_layers
 from compressor.environment import environment
 from compressor.inputs import resolve
 
@@ -27,15 +29,10 @@ PATTERNS = ("2:2:4", "2c:2:4", "4:2:4", "4c:2:4", "8:2:4", "8c:2:4")
 TRAINED = ("4:2:4", "4c:2:4", "2:2:4")
 
 
-def energy(model: nn.Module, pattern: Pattern) -> float:
-    """The kept share of the sum of squares of the weights that are pruned by default."""
-    kept = whole = 0.0
-    for name, weight in model.named_parameters():
-        if name.endswith((".qkv.weight", ".attn.proj.weight", ".fc1.weight", ".fc2.weight")):
-            weight = weight.detach()
-            kept += float(pattern.mask(weight.abs()).apply(weight).square().sum())
-            whole += float(weight.square().sum())
-    return kept / whole
+def energy(weights: Sequence[Tensor], pattern: Pattern) -> float:
+    """The kept share of the sum of squares of `weights`."""
+    kept = sum(float(pattern.mask(weight.abs()).apply(weight).square().sum()) for weight in weights)
+    return kept / sum(float(weight.square().sum()) for weight in weights)
 
 
 @click.command()
@@ -47,9 +44,9 @@ def main(seeds: int, out: Path) -> None:
     judge = Judge(model, recipe.evaluate)
     known = json.loads(out.read_text()) if out.exists() else {}
     cells: dict[str, Any] = known.get("cells", {})
-    torch.manual_seed(0)
-    gaussian = nn.ModuleDict({"fc1": nn.Linear(512, 2048)})
-    nn.init.normal_(gaussian["fc1"].weight)
+    gaussian = [torch.randn(2048, 512, generator=torch.Generator().manual_seed(0))]
+    pruned = choose_layers(model, SparseDM(), digits(), None, None)
+    weights = [layer.weight.detach() for layer in pruned if layer.reason is None]
     for seed in range(seeds):
         for text in TRAINED:
             key = f"{text} / seed {seed}"
@@ -65,7 +62,7 @@ def main(seeds: int, out: Path) -> None:
                 "model": "uvit-digits",
                 "method": "sparsedm",
                 "steps": recipe.train.steps,
-                "energy_kept": {text: energy(model, parse(text)) for text in PATTERNS},
+                "energy_kept": {text: energy(weights, parse(text)) for text in PATTERNS},
                 "energy_kept_gaussian_2048x512": {text: energy(gaussian, parse(text)) for text in PATTERNS},
                 "fd-digits": {pattern: summary(found) for pattern, found in values.items()},
                 "cells": cells,

@@ -24,7 +24,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     few = query.shape[-2] <= _FEW_TOKENS and query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if few and not torch.is_grad_enabled():
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        return scores.softmax(-1) @ value
+        mixed: Tensor = scores.softmax(-1) @ value
+        return mixed
     return F.scaled_dot_product_attention(query, key, value)
 
 
