@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """An adapter's `inputs` with every tensor on `device`."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample, where the adapter's own way is not wanted: None keeps its own.
+
+    `guidance` g mixes predictions with and without a label as `without + g (with - without)`; 1 is no guidance.
+    """
+
+    sampler: str | None = None
+    spacing: str | None = None
+    guidance: float | None = None
 
 
 class Adapter(ABC):
@@ -57,6 +72,39 @@ class Adapter(ABC):
     def load(self, source: str | None) -> nn.Module:
         """The model with pretrained weights: those at `source` (a path), or the bundled ones where it is None."""
         raise CompressorError(f"{type(self).__name__} cannot load weights", "Give the adapter a `load` method.")
+
+    def opened(self, source: str | None, architecture: Mapping[str, Any] = MappingProxyType({})) -> Adapter:
+        """The adapter of the very model at `source`, for families whose files say how the model is built.
+
+        `architecture` holds the user's own settings of it, which come on top. Raises UsageError where there can be none.
+        """
+        if architecture:
+            raise UsageError(f"{self.name} takes no architecture", "Leave out the recipe's `architecture`.")
+        return self
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        """What `build` needs beyond the adapter's name, as JSON; it is saved with the model. Empty: the name is enough."""
+        return {}
+
+    def rebuilt(self, architecture: Mapping[str, Any]) -> Adapter:
+        """The adapter of a saved model with this `architecture`."""
+        if architecture:
+            raise CompressorError(f"{self.name} takes no architecture", "The saved model is another adapter's.")
+        return self
+
+    writes_pipeline: bool = False
+    """Whether `write_pipeline` is there."""
+
+    def write_pipeline(self, module: nn.Module, folder: Path) -> None:
+        """Write `module` into the empty `folder` as other libraries know its family, with the rest of its pipeline."""
+        raise CompressorError(f"{type(self).__name__} writes no pipeline", "Use compressor.save(..., packed=False).")
+
+    def sampling(self, settings: Sampling) -> Adapter:
+        """This adapter with another sampler; UsageError where it has no such one."""
+        if settings != Sampling():
+            raise UsageError(f"{self.name} has one sampler of its own", "Leave out sampler, spacing and guidance.")
+        return self
 
     num_classes: int = 0
     """How many labels the data must have; 0 where the model takes none."""

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import packing, registry
+from compressor.adapter import Adapter
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import FILE_METADATA, load_strictly, plain_state, refuse_misfit, state_sha256
+from compressor.weights import FILE_METADATA, load_strictly, plain_state, refuse_misfit, state_sha256, untied_state
 
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -142,7 +144,8 @@ def write_json(path: Path, value: Any) -> None:
 class ModelConfig(BaseModel):
     """`config.json` of a saved model: which registered model it is, what was pruned, and which weights are packed.
 
-    `weights_sha256` is of the plain state, whatever is packed.
+    `weights_sha256` is of the plain state, whatever is packed. `architecture` is the adapter's, where the name of the model
+    does not say all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -152,14 +155,21 @@ class ModelConfig(BaseModel):
     patterns: dict[str, str]
     weights_sha256: str
     packed: list[str] = []
+    architecture: dict[str, Any] = {}
 
 
 def save(
-    path: str | Path, model: nn.Module, masks: Mapping[str, Mask], name: str | None = None, packed: bool = True
+    path: str | Path,
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    name: str | None = None,
+    packed: bool = True,
+    architecture: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
-    `name` is the registered model that it is; without one, `load` needs the module. N:M weights are stored as what is
+    `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
+    without a name, `load` needs the module. N:M weights are stored as what is
     kept and where it was, or with `packed=False` as plain tensors, which other libraries read. A model saved at `path`
     before is replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's
     pattern or is not finite, and where the disk does not take it.
@@ -172,7 +182,12 @@ def save(
     _check(state, patterns, path)
     tensors, names = packing.packed_state(state, patterns) if packed else (state, [])
     config = ModelConfig(
-        schema_version=1, model=name, patterns=patterns, weights_sha256=state_sha256(state), packed=names
+        schema_version=1,
+        model=name,
+        patterns=patterns,
+        weights_sha256=state_sha256(state),
+        packed=names,
+        architecture=dict(architecture),
     )
 
     def write(folder: Path) -> None:
@@ -190,23 +205,38 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
     them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
-    folder = Path(path)
-    if (folder / "model").is_dir():
-        folder = folder / "model"
+    folder = model_folder(Path(path))
     verify(folder, needs=MODEL_FILES)
     config = read_config(folder)
     if model is None:
-        if config.model is None:
-            raise CompressorError(
-                f"{folder} was saved without a model name", "Give the module: load(path, model=module)."
-            )
-        model = registry.adapter(config.model).build()
-    state = _read_state(folder, config, model)
+        adapter = adapter_at(folder)
+        with torch.device("meta"):
+            sketch = adapter.build()
+        state = _read_state(folder, config, sketch)  # what does not fit is refused before memory is taken for it
+        model = adapter.build()
+    else:
+        state = _read_state(folder, config, model)
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
     load_strictly(model, state, folder)
     return model.eval()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a saved model, given a run's directory or that folder itself."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
+def adapter_at(folder: Path) -> Adapter:
+    """The adapter of the registered model that was saved in `folder`."""
+    config = read_config(folder)
+    if config.model is None:
+        raise CompressorError(
+            f"{folder} was saved without a model name",
+            "Load it in Python, and give the module: load(path, model=module).",
+        )
+    return registry.adapter(config.model).rebuilt(config.architecture)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -264,7 +294,7 @@ def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str
     refuse_misfit(model, shapes, path)  # before anything is read, or made of what was read
     with _reading(path):
         state = packing.unpacked_state(load_file(path), rules)
-    for name, own in model.state_dict().items():
+    for name, own in untied_state(model).items():
         if _kind(state[name]) != _kind(own):
             raise CompressorError(
                 f"{path}: {name} is {state[name].dtype}, the model's {own.dtype}",

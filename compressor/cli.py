@@ -278,22 +278,20 @@ def export(
     with _errors(debug):
         if target != "onnx":
             raise UsageError(f"no format {target!r}", did_you_mean(target, ["onnx"]))
-        from compressor import artifact, registry
+        from compressor import artifact
         from compressor import export as exports
         from compressor.pattern import parse
 
         path = out if out is not None else directory / "model.onnx"
         exports.refuse(path, form, int8, overwrite)
-        folder = directory / "model" if (directory / "model").is_dir() else directory
-        config = artifact.read_config(folder)
-        if config.model is None:
-            raise UsageError(f"{folder} was saved without a model name", "Use compressor.export.export_onnx in Python.")
+        folder = artifact.model_folder(directory)
+        adapter, config = artifact.adapter_at(folder), artifact.read_config(folder)
         model = artifact.load(folder)
         if not quiet:
             _say(f"exporting {config.model} to {path}", err=True)
         done = exports.export_onnx(
             model,
-            registry.adapter(config.model),
+            adapter,
             path,
             form=form,
             int8=int8,
@@ -305,6 +303,63 @@ def export(
             return
         for line in done.lines():
             _say(line)
+
+
+@app.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--n", "count", type=click.IntRange(1), default=64, show_default=True, help="Images.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: RUN/drawn.")
+@click.option(
+    "--sampler", metavar="NAME", help="ddim, ddpm, dpm-solver++, unipc, euler-maruyama. Default: the model's."
+)
+@click.option("--spacing", metavar="NAME", help="Of ddim's timesteps: uniform, trailing, quadratic.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="Sampler steps.")
+@click.option("--guidance", type=click.FloatRange(0), help="Scale of classifier-free guidance; 1 is none.")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Images per batch.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Share the batches; one GPU each."
+)
+@click.option("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+@click.option("--overwrite", is_flag=True, help="Replace former samples in DIR.")
+@_output_options
+def sample(
+    directory: Path,
+    count: int,
+    out: Path | None,
+    sampler: str | None,
+    spacing: str | None,
+    steps: int,
+    guidance: float | None,
+    batch: int,
+    seed: int,
+    processes: int,
+    vae: str | None,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Draw images from the model of a run, or of a saved model's folder: a PNG each, and a sheet of the first 64.
+
+    The images depend on the seed and the batch size, not on the number of processes.
+    """
+    with _errors(debug):
+        from compressor import sampling
+        from compressor.adapter import Sampling
+
+        if not directory.is_dir():
+            raise CompressorError(f"{directory}: no such directory", "Give a run's directory or a saved model's.")
+        target = out if out is not None else directory / "drawn"
+        how = Sampling(sampler, spacing, guidance)
+        wanted = sampling.Draw(str(directory), count, steps, batch, seed, how, device, vae)
+        _watch(sampling.draw(wanted, target, processes, overwrite), quiet)
+        if as_json:
+            click.echo((target / sampling.FILE).read_text(encoding="utf-8"), nl=False)
+            return
+        _say(f"{count} images: {target}")
 
 
 @app.command("list")

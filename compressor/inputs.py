@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from compressor import recipe as recipes
 from compressor import registry
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, Sampling
 from compressor.data import Images, read_images
 from compressor.engine import choose_layers, resolve_device
 from compressor.errors import UsageError
@@ -57,16 +58,24 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     Raises UsageError for anything unknown.
     """
     early = recipes.validated(Recipe, recipes.merged(settings), where)
-    paths = {"weights": early.weights, "pruner": early.pruner}
+    weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
+    paths = {"weights": weights, "pruner": early.pruner}
     if early.data not in registry.names("data"):
         paths["data"] = early.data
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
     return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings, absolute), where)
 
 
+def adapter_of(recipe: Recipe) -> Adapter:
+    """The adapter of the very model that `recipe` names, with the sampler that it names."""
+    settings = recipe.evaluate
+    wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
+    return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
+
+
 def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
-    adapter = registry.adapter(recipe.model)
+    adapter = adapter_of(recipe)
     cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
     own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
     pruner = registry.build_pruner(cls, own)
@@ -88,6 +97,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
         metric.features(data.images(torch.arange(2)))  # raises now where it cannot take these images
     choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
     return Inputs(recipe, adapter, model, data, pruner, metric)
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether `name` can only be one of the Hugging Face hub: owner/name, and no file or folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def _check_shapes(adapter: Adapter, data: Images) -> None:

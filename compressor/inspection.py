@@ -21,7 +21,7 @@ def inspect_model(
     `weights` is loaded, and so checked, where given; else the model has no memory of its own. MACs are per sample. The
     model itself is under `module`.
     """
-    adapter, rule = registry.adapter(name), parse(pattern)
+    adapter, rule = registry.adapter(name).opened(weights), parse(pattern)
     if weights is not None:
         model = adapter.load(weights)
     else:

@@ -82,9 +82,10 @@ class _Flat(nn.Module):
 
 
 def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[str]) -> onnx.ModelProto:
-    """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`; dim 0 of each is the batch."""
+    """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`. Dim 0 of each is the batch,
+    but for those of which the example has another number than of the first."""
     flat, tensors = _Flat(module, adapter, example).eval(), tuple(tensors_of(example))
-    batch = torch.export.Dim("batch")
+    batch, samples = torch.export.Dim("batch"), tensors[0].shape[:1]
     try:
         with _silence():
             program = torch.onnx.export(
@@ -94,7 +95,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
                 opset_version=OPSET,
                 input_names=list(names),
                 output_names=["prediction"],
-                dynamic_shapes=(tuple({0: batch} for _ in tensors),),
+                dynamic_shapes=(tuple({0: batch} if t.shape[:1] == samples else None for t in tensors),),
                 verbose=False,
             )
             if program is None:

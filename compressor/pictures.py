@@ -19,11 +19,20 @@ def save_grid(images: Tensor, path: Path) -> None:
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         sheet[:, top : top + height, left : left + width] = image
-    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    shown = pixels[0] if channels not in (3,) else pixels.permute(1, 2, 0)
-    picture = Image.fromarray(shown.contiguous().numpy())
+    picture = _picture(sheet)
     factor = max(1, 32 // max(height, width))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
     os.replace(partial, path)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """A PNG of one image (channels, h, w) in [-1, 1], 1 or 3 channels."""
+    _picture(image).save(path, "PNG")
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
+    return Image.fromarray(shown.contiguous().numpy())

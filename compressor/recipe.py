@@ -25,12 +25,16 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Evaluation(BaseModel):
-    """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each."""
+    """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
+    `spacing` and `guidance` are the model's own where None."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     metric: str | None = None
     samples: Annotated[int, Field(ge=0)] = 1024
+    sampler: str | None = None
+    spacing: str | None = None
+    guidance: Annotated[float, Field(ge=0)] | None = None
     sampler_steps: Annotated[int, Field(ge=1, le=999)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 256
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
@@ -46,6 +50,7 @@ class Recipe(BaseModel):
 
     model: str = "uvit-digits"
     weights: str | None = None
+    architecture: dict[str, Any] = Field(default_factory=dict)
     data: str | None = None
     method: str = "sparsedm"
     pruner: str | None = None

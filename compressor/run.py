@@ -1,7 +1,8 @@
 """A run: from a recipe to a directory with a checked model, samples and a report. `execute` yields progress.
 
 Directory: `recipe.yaml` (resolved), `run.json` (versions, hardware, hashes), `metrics.jsonl`, `checkpoint-<step>/`,
-`model/` (what `compressor.load` reads), `samples/`, `report.json`, `report.md`, `report.html`.
+`model/` (what `compressor.load` reads), `pipeline/` (what diffusers reads, where the model is one of its), `samples/`,
+`report.json`, `report.md`, `report.html`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ OWN_FILES = (
     "report.md",
     "report.html",
 )
-OWN_FOLDERS = ("model", "samples")
+OWN_FOLDERS = ("model", "pipeline", "samples")
 
 
 class Interrupted(Exception):
@@ -195,7 +196,10 @@ def _note(record: Step) -> str:
 def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds: float) -> None:
     summary = {"steps": done, "seconds": seconds, "flipped": dict(result.flipped)}
     artifact.write_json(out / "run.json", {**artifact.read_json(out / "run.json"), "train": summary})
-    artifact.save(out / "model", result.model, result.masks, inputs.recipe.model)
+    adapter = inputs.adapter
+    if adapter.writes_pipeline:
+        artifact.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
+    artifact.save(out / "model", result.model, result.masks, inputs.recipe.model, architecture=adapter.architecture)
 
 
 def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:

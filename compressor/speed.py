@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import artifact, inputs, measure, recipe, registry
+from compressor import artifact, inputs, measure, recipe
 from compressor.adapter import Adapter, to_device
 from compressor.engine import resolve_device
 from compressor.errors import CompressorError, UsageError
@@ -52,7 +52,7 @@ def finished(out: Path) -> Finished:
         )
     report = artifact.read_json(out / "report.json")
     settings = inputs.resolve(recipe.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
-    adapter = registry.adapter(settings.model)
+    adapter = inputs.adapter_of(settings)
     device = resolve_device(settings.train.device)
     dense, sparse = adapter.load(settings.weights).to(device).eval(), artifact.load(out / "model").to(device)
     for row, model in ((report["rows"][0], dense), (report["rows"][-1], sparse)):

@@ -17,12 +17,16 @@ from compressor.packing import part_names
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
 
+_INNER = ("ema", "ema_state_dict", "model_ema", "nnet_ema", "state_dict", "model", "nnet")
+_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a `.safetensors`, `.pth`, `.pt`, `.ckpt` or `.bin` file, by name.
 
     PyTorch files are read with `weights_only=True`: a file that holds anything but tensors and numbers is refused, and
-    nothing in it runs. A `module.` prefix on every key, as DataParallel leaves it, is dropped.
+    nothing in it runs. Of a training checkpoint with several states in it, the averaged one (`ema`) is taken, else
+    the model's. A prefix on every key that DataParallel (`module.`) or torch.compile (`_orig_mod.`) left is dropped.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,12 +46,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path}: refused: not a plain PyTorch state dict ({reason})",
             "Nothing in it was run. Where you trust its source, load it there and save model.state_dict() as safetensors.",
         ) from error
+    if isinstance(state, Mapping):
+        inner = [key for key in _INNER if isinstance(state.get(key), Mapping)]
+        state = state[inner[0]] if inner else state
     plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not plain or not state:
         found = f"keys {list(state)[:4]}" if isinstance(state, Mapping) else type(state).__name__
         raise CompressorError(f"{path}: not a state dict of tensors, found {found}", "Save model.state_dict() alone.")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     for name, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CompressorError(
@@ -59,17 +67,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
     refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
-    model.load_state_dict(dict(state), strict=True)
+    tied = ties(model)
+    for name, first in tied.items():
+        if name in state and not torch.equal(state[name], state[first]):
+            raise CompressorError(
+                f"{where}: {name} differs from {first}, and in {type(model).__name__} they are one tensor",
+                "Load it into a model that does not share them.",
+            )
+    model.load_state_dict({**state, **{name: state[first] for name, first in tied.items()}}, strict=True)
 
 
 def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> None:
     """Raise a CompressorError with the first differences unless a state of such `shapes` fits `model`."""
-    own = model.state_dict()
+    own, tied = untied_state(model), ties(model)
     wrong = [f"missing {name}" for name in own if name not in shapes]
-    wrong += [f"unexpected {name}" for name in shapes if name not in own]
+    wrong += [f"unexpected {name}" for name in shapes if name not in own and name not in tied]
     wrong += [
         f"{name}: file has {shapes[name]}, model has {tuple(value.shape)}"
-        for name, value in own.items()
+        for name, value in model.state_dict().items()
         if name in shapes and shapes[name] != tuple(value.shape)
     ]
     if wrong:
@@ -80,14 +95,27 @@ def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where
         raise CompressorError(f"{where} does not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}", hint)
 
 
+def ties(model: nn.Module) -> dict[str, str]:
+    """The names of the model's state that are another name's tensor, with the first name of it."""
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: known for name, value in state.items() if (known := first.setdefault(id(value), name)) != name}
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, each tensor once, under its first name."""
+    tied = ties(model)
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state as tensors of their own on the CPU, which is what safetensors takes (it refuses shared ones)."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    """The `untied_state` as tensors of their own on the CPU."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in untied_state(model).items()}
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """The `state_sha256` of the model's state dict."""
-    return state_sha256(model.state_dict())
+    """The `state_sha256` of the model's state, each tensor once."""
+    return state_sha256(untied_state(model))
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

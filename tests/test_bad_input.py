@@ -101,7 +101,7 @@ def test_missing_and_unexpected_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "saved", [{"model": {"w": torch.ones(1)}}, {1: torch.ones(1)}, [torch.ones(1)], {}, torch.ones(1)]
+    "saved", [{"parts": {"w": torch.ones(1)}}, {1: torch.ones(1)}, [torch.ones(1)], {}, torch.ones(1)]
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, saved):
     torch.save(saved, tmp_path / "odd.pt")

@@ -1,4 +1,4 @@
-"""Training recipes of the bundled models: `python -m compressor.model_zoo.digits.train [classifier|uvit] --out DIR`.
+"""Training recipes of the bundled models: `python -m compressor.model_zoo.digits.train [classifier|uvit|ddpm] --out DIR`.
 
 Writes the weights and a provenance file beside them. The bundled files came from the default settings.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
+from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
 from compressor.model_zoo.digits.classifier import DigitsClassifier
 from compressor.model_zoo.digits.dataset import images
 from compressor.model_zoo.uvit.sizes import digits as uvit_digits
@@ -21,6 +22,7 @@ from compressor.plugins.dense import DenseContinued
 from safetensors.torch import save_file
 from torch import nn
 
+from compressor.adapter import Adapter
 from compressor.engine import FineTuning, steps
 from compressor.seeds import generator
 from compressor.training import Training
@@ -64,15 +66,34 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
     _save(model, out / "classifier.safetensors", seed, data.sha256, began, facts)
 
 
+def _dense_options(command: Any) -> Any:
+    for option in (
+        click.option("--lr", default=1e-3, show_default=True),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--out", type=click.Path(path_type=Path), default=Path("trained"), show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("trained"), show_default=True)
-@click.option("--seed", default=0, show_default=True)
 @click.option("--steps", "count", default=16_000, show_default=True)
-@click.option("--lr", default=1e-3, show_default=True)
+@_dense_options
 def uvit(out: Path, seed: int, count: int, lr: float) -> None:
     """The dense U-ViT: AdamW, warm-up and cosine, EMA of the weights, no labels."""
+    _dense(uvit_digits(), out, seed, count, lr)
+
+
+@main.command()
+@click.option("--steps", "count", default=10_000, show_default=True)
+@_dense_options
+def ddpm(out: Path, seed: int, count: int, lr: float) -> None:
+    """The dense DDPM, by the same settings."""
+    _dense(ddpm_digits(), out, seed, count, lr)
+
+
+def _dense(adapter: Adapter, out: Path, seed: int, count: int, lr: float) -> None:
     began = time.perf_counter()
-    adapter = uvit_digits()
     torch.manual_seed(seed)
     training = Training(
         steps=count, lr=lr, warmup=500, ema=0.999, clip=1.0, betas=(0.9, 0.99), weight_decay=0.01, seed=seed
@@ -86,10 +107,10 @@ def uvit(out: Path, seed: int, count: int, lr: float) -> None:
             seconds = time.perf_counter() - began
             click.echo(f"{record.step}/{count}  loss {sum(losses[-200:]) / 200:.4f}  {seconds:.0f} s", err=True)
         if record.step % 4000 == 0:
-            _save_tensors(run.average, out / f"uvit-digits-step{record.step}.safetensors")
+            _save_tensors(run.average, out / f"{adapter.name}-step{record.step}.safetensors")
     model = run.finish().model
     facts = {"training": training.model_dump(mode="json"), "final_loss": round(sum(losses[-500:]) / 500, 5)}
-    _save(model, out / "uvit-digits.safetensors", seed, data.sha256, began, facts)
+    _save(model, out / f"{adapter.name}.safetensors", seed, data.sha256, began, facts)
 
 
 def _save(model: nn.Module, path: Path, seed: int, data: str, began: float, facts: dict[str, Any]) -> None:

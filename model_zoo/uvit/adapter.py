@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
 from compressor.model_zoo.uvit.network import UViT
-from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, diffuse, scheduler, times
+from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, diffuse, process, times
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, Sampling
 from compressor.errors import CompressorError
 from compressor.weights import load_strictly, read_weights
+
+_DROPPED = 0.15
+"""The share of labels that training leaves out where there is an empty class. Source: U-ViT's released settings."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class UViTAdapter(Adapter):
     ignore: tuple[str, ...] = ()
 
     null_class: bool = False  # whether the last class is the empty one of classifier-free guidance
+    how: Sampling = Sampling("dpm-solver++")
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -53,7 +58,11 @@ class UViTAdapter(Adapter):
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
         t = torch.rand(len(images), generator=rng)
         noise = torch.randn(images.shape, generator=rng)
-        return (diffuse(images, noise, t), 999 * t, labels if self.num_classes else None), noise
+        if not self.num_classes:
+            labels = None
+        elif self.null_label is not None:
+            labels = dropped(labels, self.null_label, _DROPPED, rng)
+        return (diffuse(images, noise, t), 999 * t, labels), noise
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         out: Tensor = module(*inputs)
@@ -61,21 +70,41 @@ class UViTAdapter(Adapter):
 
     @property
     def sampler(self) -> str:
-        return "DPM-Solver++ 2M"
+        return describe(self.how)
+
+    def sampling(self, settings: Sampling) -> UViTAdapter:
+        how = merged(self.how, settings, self.null_label is not None)
+        check(how, self._process)
+        return replace(self, how=how)
 
     @torch.no_grad()
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         device = next(module.parameters()).device
-        images = torch.randn(n, *self.image_shape, generator=rng).to(device)
+        noise = torch.randn(n, *self.image_shape, generator=rng).to(device)
         classes = self.num_classes
         labels = torch.randint(classes, (n,), generator=rng).to(device) if classes else None
-        solver = scheduler()
-        solver.set_timesteps(steps, device=device)
         grid = (999 * times()).float().to(device)
-        for index in solver.timesteps:
-            noise = module(images, grid[index].expand(n), labels)
-            images = solver.step(noise, index, images).prev_sample
-        return images.clamp(-1, 1)
+
+        def predict(images: Tensor, index: int) -> Tensor:
+            guidance = self.how.guidance or 1.0
+            return guided(module, images, grid[index].expand(n), labels, self.null_label, guidance)
+
+        images = draw(predict, noise, self._process, self.how, steps, rng)
+        return images if self.latent else images.clamp(-1, 1)
+
+    @property
+    def null_label(self) -> int | None:
+        """The empty class of classifier-free guidance."""
+        return self.num_classes if self.null_class else None
+
+    @property
+    def latent(self) -> bool:
+        """Whether the images are latents, which have no bounds."""
+        return int(self.config["in_chans"]) == 4
+
+    @property
+    def _process(self) -> Process:
+        return process(clip=not self.latent)
 
     def example_inputs(self, batch_size: int) -> Any:
         labels = torch.zeros(batch_size, dtype=torch.int64) if self.num_classes else None

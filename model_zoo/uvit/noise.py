@@ -1,13 +1,12 @@
-"""The continuous-time variance-preserving process that U-ViT is trained with, and its sampler.
+"""The continuous-time variance-preserving process that U-ViT is trained with, on a grid for samplers.
 
 `beta(t) = 0.1 + 19.9 t` for t in [0, 1]; the network is given `999 t`. Source: Song et al. 2021, eq. 32-33.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from compressor.model_zoo.sampling import Process
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
@@ -29,13 +28,6 @@ def times() -> Tensor:
     return torch.arange(1, TRAIN_TIMESTEPS + 1, dtype=torch.float64) / TRAIN_TIMESTEPS
 
 
-def scheduler() -> Any:
-    """diffusers' DPM-Solver++ (2M) with betas that give this very process on the grid, not its linear approximation."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    log = log_alpha_bar(times())
-    betas = -torch.expm1(torch.diff(log, prepend=torch.zeros(1, dtype=torch.float64)))
-    make: Any = DPMSolverMultistepScheduler  # it has no annotations
-    return make(
-        num_train_timesteps=TRAIN_TIMESTEPS, trained_betas=betas.tolist(), algorithm_type="dpmsolver++", solver_order=2
-    )
+def process(clip: bool) -> Process:
+    """The process on the grid, not its linear approximation."""
+    return Process(log_alpha_bar(times()), clip=clip, continuous=True)

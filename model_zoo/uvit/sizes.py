@@ -7,6 +7,8 @@ from typing import Any
 
 from compressor.model_zoo.uvit.adapter import UViTAdapter
 
+from compressor.adapter import Sampling
+
 _SMALL = {"embed_dim": 512, "depth": 12, "num_heads": 8}
 _MEDIUM = {"embed_dim": 768, "depth": 16, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 20, "num_heads": 16}
@@ -25,12 +27,14 @@ def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UVi
     }
     # Learning rate, warm-up and the rest of the released SparseDM code, which trains up to 500,000 steps.
     defaults = {"train": {"steps": 100_000, "lr": 2e-4, "warmup": 2500}, "checkpoint_every": 2500}
+    guided = config.get("num_classes") == 1001
     return UViTAdapter(
         {"in_chans": 3, **config, **size},
         name,
         defaults=defaults,
         about=about,
-        null_class=config.get("num_classes") == 1001,
+        null_class=guided,
+        how=Sampling("dpm-solver++", guidance=1.4 if guided else None),
     )
 
 

@@ -1,0 +1,238 @@
+"""Any denoising model of diffusers: noising by its scheduler, its own arguments, example inputs from its configuration."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from compressor.model_zoo.generic import pretrained
+from compressor.model_zoo.generic.arguments import example, noisy_name
+from compressor.model_zoo.generic.noise import Noise
+from compressor.model_zoo.generic.pretrained import Pretrained
+from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, Sampling
+from compressor.errors import CompressorError
+from compressor.weights import load_strictly, read_weights
+
+
+class Layout(ABC):
+    """What a family has of its own beside diffusers: weight files by other names, and what its models need once built."""
+
+    @abstractmethod
+    def recognises(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether `state` has the family's own names."""
+
+    @abstractmethod
+    def configuration(self, state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+        """diffusers' configuration of the model that `state` is of; what it does not tell is in `given`."""
+
+    @abstractmethod
+    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` by diffusers' names."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, trained: bool) -> None:
+        """Change a model in place before it is used: one with weights from a folder (`trained`), or a newly built one."""
+
+
+@dataclass(frozen=True)
+class DiffusersAdapter(Adapter):
+    """Connects a model of diffusers with `config`, trained with `scheduler`, to the engine.
+
+    A batch is images, a pair (images, labels), or a mapping of the model's own arguments. In a mapping, the first argument
+    (`sample` or `hidden_states`) holds clean images or latents, which the scheduler's process noises; or there is a
+    `target`, and then the mapping is passed on as it is.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "diffusers"
+    weights: Path | None = None
+    source: Pretrained | None = None
+    targets: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
+    how: Sampling = Sampling("ddim", "quadratic")
+    layout: Layout | None = None
+    writes_pipeline: bool = True
+
+    # --- The model. ---
+
+    def opened(self, source: str | None, architecture: Mapping[str, Any] = MappingProxyType({})) -> DiffusersAdapter:
+        opened = self
+        if source is not None and Path(source).is_file():
+            if not self.config and self.layout is not None:  # a file of weights alone, which tell their shapes
+                config = self.layout.configuration(read_weights(source), architecture)
+                opened = replace(self, config=config)
+        elif source is not None:
+            found = pretrained.find(source)
+            opened = replace(self, config=found.config, scheduler=found.scheduler or self.scheduler, source=found)
+        return replace(opened, config={**opened.config, **architecture})
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        return {"config": dict(self.config), "scheduler": dict(self.scheduler)}
+
+    def rebuilt(self, architecture: Mapping[str, Any]) -> DiffusersAdapter:
+        config, scheduler = architecture.get("config", self.config), architecture.get("scheduler", self.scheduler)
+        if not isinstance(config, Mapping) or not isinstance(scheduler, Mapping):
+            raise CompressorError(f"{self.name}: its saved architecture is damaged", "Use another copy.")
+        return replace(self, config=config, scheduler=scheduler)
+
+    def build(self) -> nn.Module:
+        if not self.config:
+            raise CompressorError(f"{self.name} names no model by itself", f"Give --weights. {self._hint}")
+        return self._prepared(pretrained.build(self.config), trained=False)
+
+    def load(self, source: str | None) -> nn.Module:
+        if source is not None and not Path(source).is_file():
+            return self._prepared(pretrained.load(self.source or pretrained.find(source)), trained=True)
+        path = Path(source) if source is not None else self.weights
+        if path is None or not self.config:
+            raise CompressorError(f"{self.name} comes without weights", f"Give --weights. {self._hint}")
+        state, model = read_weights(path), self.build()
+        if self.layout is not None and self.layout.recognises(state):
+            state = self.layout.translated(state)
+        load_strictly(model, state, path)
+        return model.eval()
+
+    def write_pipeline(self, module: nn.Module, folder: Path) -> None:
+        plain = pretrained.build(
+            self.config
+        )  # of its own: tied weights and trained modules are not for diffusers to save
+        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+        if self.source is not None and self.source.pipeline is not None:
+            own = self.source.folder.name
+            shutil.copytree(
+                self.source.pipeline, folder, dirs_exist_ok=True, ignore=lambda at, names: _left(at, names, self.source)
+            )
+            plain.save_pretrained(folder / own)  # type: ignore[operator]
+        elif self.config.get("_class_name") == "UNet2DModel" and self.scheduler:
+            import diffusers
+
+            pipeline: Any = diffusers.DDPMPipeline(plain, diffusers.DDPMScheduler.from_config(dict(self.scheduler)))  # type: ignore[arg-type]
+            pipeline.save_pretrained(folder)
+        else:
+            plain.save_pretrained(folder)  # type: ignore[operator]
+
+    def _prepared(self, model: nn.Module, trained: bool) -> nn.Module:
+        from diffusers.models.embeddings import LabelEmbedding
+
+        for module in model.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # labels are dropped in `noised`, for teacher and student alike
+        if self.layout is not None:
+            self.layout.prepare(model, trained)
+        return model.eval()
+
+    @property
+    def _hint(self) -> str:
+        return self.about.get("weights", "Give a diffusers folder, or a name on the hub (owner/name).")
+
+    # --- Fine-tuning. ---
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        name = noisy_name(self.config)
+        if isinstance(batch, Mapping):
+            given = dict(batch)
+            if "target" in given:
+                target = given.pop("target")
+                return given, target
+            if name not in given:
+                raise CompressorError(
+                    f"a batch has {sorted(given)}, and neither {name!r} nor 'target'",
+                    f"Give clean images as {name!r}, or the model's inputs and what it shall answer as 'target'.",
+                )
+        else:
+            images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+            given = {name: images}
+            if self.num_classes and labels is not None:
+                given["class_labels"] = labels
+        time, noised, target = Noise.of(self.scheduler).noised(given[name], rng)
+        if str(self.config.get("_class_name")).startswith("Flux"):
+            time = time / 1000  # the one family that is told the time from 0 to 1
+        if "class_labels" in given:
+            given["class_labels"] = dropped(given["class_labels"], self.null_label, 0.1, rng)
+        return {**given, name: noised, "timestep": time}, target
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        out: Tensor = module(**inputs, return_dict=False)[0]
+        channels = inputs[noisy_name(self.config)].shape[1]
+        return (
+            out[:, :channels] if out.dim() == 4 and out.shape[1] == 2 * channels else out
+        )  # a learned variance beside
+
+    def example_inputs(self, batch_size: int) -> Any:
+        return example(self.config, batch_size)
+
+    @property
+    def null_label(self) -> int | None:
+        """The empty class of classifier-free guidance: DiT has one after the last."""
+        return self.num_classes if self._is_dit else None
+
+    @property
+    def _is_dit(self) -> bool:
+        return bool(self.config.get("_class_name") == "DiTTransformer2DModel")
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        if self._is_dit:
+            return int(self.config.get("num_embeds_ada_norm") or 0)
+        return int(self.config.get("num_class_embeds") or 0)
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        size = self.config.get("sample_size")
+        if size is None:
+            return None
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return int(self.config["in_channels"]), int(height), int(width)
+
+    # --- Sampling. ---
+
+    @property
+    def sampler(self) -> str:
+        return describe(self.how)
+
+    def sampling(self, settings: Sampling) -> DiffusersAdapter:
+        how = merged(self.how, settings, self.null_label is not None)
+        check(how, Noise.of(self.scheduler).process())
+        return replace(self, how=how)
+
+    @torch.no_grad()
+    def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
+        shape = self.image_shape
+        if shape is None or set(example(self.config, 1)) - {noisy_name(self.config), "timestep", "class_labels"}:
+            raise CompressorError(
+                f"{self.config.get('_class_name')} needs conditions that only its pipeline makes",
+                "Sample with the pipeline that the run writes, or set evaluate.samples to 0.",
+            )
+        device = next(module.parameters()).device
+        start = torch.randn(n, *shape, generator=rng).to(device)
+        labels = torch.randint(self.num_classes, (n,), generator=rng).to(device) if self.num_classes else None
+        process = Noise.of(self.scheduler).process()
+
+        def ask(images: Tensor, time: Tensor, classes: Tensor | None) -> Tensor:
+            given = {noisy_name(self.config): images, "timestep": time}
+            return self.predict(module, given if classes is None else {**given, "class_labels": classes})
+
+        def predict(images: Tensor, index: int) -> Tensor:
+            time = torch.full((n,), index, device=device)
+            return guided(ask, images, time, labels, self.null_label, self.how.guidance or 1.0)
+
+        images = draw(predict, start, process, self.how, steps, rng)
+        return images.clamp(-1, 1) if process.clip else images
+
+
+def _left(at: str, names: list[str], source: Pretrained | None) -> set[str]:
+    """What of a pipeline's folder is not copied: the weights of the model itself, which are written anew."""
+    return set(names) if source is not None and Path(at) == source.folder else set()

@@ -1,0 +1,166 @@
+"""Models of diffusers in the forms that people have them: a model's folder, a pipeline's folder, a name on the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compressor.errors import CompressorError
+
+_MAX_JSON_BYTES = 4 * 1024 * 1024
+_LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
+_DENOISERS = ("unet", "transformer", "prior")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a model of diffusers lies: `folder` has its config and weights; `pipeline` is the folder around it, or None."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    pipeline: Path | None = None
+    scheduler: Mapping[str, Any] | None = None
+
+
+def find(source: str) -> Pretrained:
+    """The denoising model of a model's or a pipeline's folder, or of a name on the Hugging Face hub (`owner/name`).
+
+    Raises CompressorError where nothing is there, or nothing that diffusers can build.
+    """
+    root = _folder(source)
+    if (root / "model_index.json").is_file():
+        index = _json(root / "model_index.json")
+        component = next((name for name in _DENOISERS if isinstance(index.get(name), list)), None)
+        if component is None:
+            raise CompressorError(
+                f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if k[0] != '_']}",
+                "Give the folder of the denoising model itself.",
+            )
+        scheduler = root / "scheduler" / "scheduler_config.json"
+        noise = _json(scheduler) if scheduler.is_file() else None
+        return Pretrained(root / component, _config(root / component), root, noise)
+    return Pretrained(root, _config(root))
+
+
+def model_class(config: Mapping[str, Any]) -> Any:
+    """diffusers' class of the name in `config`."""
+    import diffusers
+
+    name = str(config.get("_class_name", ""))
+    found = getattr(diffusers, name, None) if re.fullmatch(r"[A-Za-z]\w*", name) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise CompressorError(
+            f"_class_name {name!r} is not a model of diffusers {diffusers.__version__}",
+            "Its config.json names the class as _class_name; a newer diffusers may know it.",
+        )
+    return found
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """A model of this configuration with random weights. Raises CompressorError where diffusers refuses it."""
+    made = model_class(config)
+    _check_sizes(config)
+    try:
+        with _quiet():
+            model: nn.Module = made.from_config(dict(config))
+    except Exception as error:  # diffusers raises whatever its constructors meet
+        raise CompressorError(
+            f"{made.__name__} cannot be built: {error}", "Its configuration is not one that this diffusers knows."
+        ) from error
+    return model
+
+
+def load(found: Pretrained) -> nn.Module:
+    """The model with its weights, strictly: a weight that is missing or left over is an error that names it."""
+    made = model_class(found.config)
+    try:
+        with _quiet():
+            model, report = made.from_pretrained(found.folder, output_loading_info=True, local_files_only=True)
+    except Exception as error:  # a dozen types, from missing files to damaged ones
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CompressorError(
+            f"{found.folder}: {made.__name__} cannot be loaded: {reason[:200]}", "The folder is incomplete or damaged."
+        ) from error
+    wrong = [f"missing {name}" for name in report["missing_keys"]]
+    wrong += [f"unexpected {name}" for name in report["unexpected_keys"]]
+    wrong += [
+        f"{name}: file has {tuple(file)}, model has {tuple(own)}" for name, file, own in report["mismatched_keys"]
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CompressorError(
+            f"{found.folder} does not fit {made.__name__}: {'; '.join(wrong[:4])}{more}",
+            "The weights are of another configuration than config.json says.",
+        )
+    result: nn.Module = model.eval()
+    return result
+
+
+def _folder(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CompressorError(f"{path} is a file", "Give the folder of a diffusers model or pipeline.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise CompressorError(f"{path}: no such folder", "Give a diffusers folder, or a name on the hub (owner/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, ignore_patterns=["*.msgpack", "*.onnx*", "*.ckpt", "*.h5"]))
+    except Exception as error:  # offline, not found, not allowed: a type each
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise CompressorError(
+            f"{source}: no such folder, and not to be had from the hub{offline}: {type(error).__name__}",
+            "Give a folder; or check the name and the connection.",
+        ) from error
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise CompressorError for numbers that would take the machine's memory or time, and that no model has."""
+    for key, value in config.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        largest = next((bound for part, bound in _LARGEST.items() if part in key), _LARGEST[""])
+        numbers = [one for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if len(values) > 256 or any(abs(number) > largest for number in numbers):
+            raise CompressorError(f"config.json: {key} is {str(value)[:60]}", f"Allowed: numbers up to {largest}.")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = _json(folder / "config.json")
+    model_class(config)
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CompressorError(f"{path}: larger than {_MAX_JSON_BYTES} bytes", "This is no diffusers folder.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompressorError(f"{path}: {error.strerror}", "Give a diffusers model's or pipeline's folder.") from error
+    except (ValueError, RecursionError) as error:
+        raise CompressorError(f"{path}: not JSON: {error}", "The file is damaged.") from error
+    if not isinstance(value, dict):
+        raise CompressorError(f"{path}: not a mapping", "The file is damaged.")
+    return value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers warns of keys that it does not know; those that matter are errors here."""
+    logger = logging.getLogger("diffusers")
+    before, logger.level = logger.level, logging.ERROR
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
