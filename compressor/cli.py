@@ -76,8 +76,12 @@ def app() -> None:
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML).")
 @click.option("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all.")
 @click.option("--pruner", metavar="FILE.py:CLASS", help="A pruner of your own, instead of --method.")
-@click.option("--model", metavar="NAME", help="The model; `compressor list models` shows all.")
-@click.option("--weights", metavar="FILE", help="Pretrained weights (.safetensors, .pth). Default: the bundled ones.")
+@click.option(
+    "--model", metavar="NAME", help="The model (`compressor list models`), or FILE.py:NAME, an adapter of your own."
+)
+@click.option(
+    "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
+)
 @click.option("--data", metavar="FILE|NAME", help="Images (.npz, .npy), or a bundled set. Default: the model's.")
 @_model_options
 @click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning.")
@@ -278,24 +282,23 @@ def export(
     with _errors(debug):
         if target != "onnx":
             raise UsageError(f"no format {target!r}", did_you_mean(target, ["onnx"]))
-        from compressor import artifact
+        from compressor import artifact, inputs
         from compressor import export as exports
         from compressor.pattern import parse
 
         path = out if out is not None else directory / "model.onnx"
         exports.refuse(path, form, int8, overwrite)
-        folder = artifact.model_folder(directory)
-        adapter, config = artifact.adapter_at(folder), artifact.read_config(folder)
-        model = artifact.load(folder)
+        adapter, model = inputs.saved_model(directory)
+        patterns = artifact.read_config(artifact.model_folder(directory)).patterns
         if not quiet:
-            _say(f"exporting {config.model} to {path}", err=True)
+            _say(f"exporting {adapter.name} to {path}", err=True)
         done = exports.export_onnx(
             model,
             adapter,
             path,
             form=form,
             int8=int8,
-            patterns={name: parse(text) for name, text in config.patterns.items()},
+            patterns={name: parse(text) for name, text in patterns.items()},
             overwrite=overwrite,
         )
         if as_json:
@@ -366,7 +369,10 @@ def sample(
 @click.argument("kind", default="", metavar="[pruners|models|data|metrics|backends]")
 @_output_options
 def list_plugins(kind: str, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Show the methods, models, data sets, metrics and lowering backends that are installed."""
+    """Show the methods, models, data sets, metrics and lowering backends that are installed.
+
+    `compressor list models` has more of each: its size, data, licence, and how to get weights.
+    """
     with _errors(debug):
         from compressor import registry
 
@@ -379,8 +385,16 @@ def list_plugins(kind: str, as_json: bool, quiet: bool, debug: bool) -> None:
         from compressor.console import plain_table
 
         for name, lines in found.items():
-            cells = [(line.name, f"cannot be loaded: {line.error}" if line.error else line.summary) for line in lines]
-            _print_table(plain_table((name, "what it is"), cells))
+            details = ("size", "data", "licence", "weights") if name == kind == "models" else ()
+            cells = [
+                (
+                    line.name,
+                    f"cannot be loaded: {line.error}" if line.error else line.summary,
+                    *[line.about.get(key, "") for key in details],
+                )
+                for line in lines
+            ]
+            _print_table(plain_table((name, "what it is", *details), cells))
 
 
 @app.command()

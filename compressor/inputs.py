@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor import artifact, registry
 from compressor import recipe as recipes
-from compressor import registry
 from compressor.adapter import Adapter, Sampling
 from compressor.data import Images, read_images
 from compressor.engine import choose_layers, resolve_device
@@ -44,7 +44,8 @@ class Inputs:
     def identity(self) -> dict[str, str]:
         """The hashes that a resumed run must find again."""
         text = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
-        source = Path(self.recipe.pruner.rpartition(":")[0]).read_bytes() if self.recipe.pruner else b""
+        own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
+        source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
         return {
             "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
             "weights_sha256": weights_sha256(self.model),
@@ -62,6 +63,8 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     paths = {"weights": weights, "pruner": early.pruner}
     if early.data not in registry.names("data"):
         paths["data"] = early.data
+    if registry.is_file_reference(early.model):
+        paths["model"] = early.model
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
     return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings, absolute), where)
 
@@ -71,6 +74,20 @@ def adapter_of(recipe: Recipe) -> Adapter:
     settings = recipe.evaluate
     wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
     return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
+
+
+def saved_adapter(path: Path) -> Adapter:
+    """The adapter of the model of a run, or of a saved model's folder."""
+    folder = artifact.model_folder(path)
+    if artifact.read_config(folder).model is None and (path / "recipe.yaml").is_file():
+        return adapter_of(resolve(recipes.read(path / "recipe.yaml"), str(path / "recipe.yaml")))
+    return artifact.adapter_at(folder)
+
+
+def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
+    """The model of a run, or of a saved model's folder, with its adapter."""
+    adapter, named = saved_adapter(path), artifact.read_config(artifact.model_folder(path)).model is not None
+    return adapter, artifact.load(path, None if named else adapter.build())
 
 
 def load_inputs(recipe: Recipe) -> Inputs:

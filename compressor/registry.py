@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 KINDS = ("pruners", "models", "data", "metrics", "backends")
+_SINGULAR = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric", "backends": "backend"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Listed:
     distribution: str
     summary: str
     error: str | None
+    about: Mapping[str, str] = field(default_factory=dict)
+    """Of models: `size`, `data`, `licence`, `weights` (how to get them), `source`."""
 
 
 def names(kind: str) -> list[str]:
@@ -47,7 +50,8 @@ def listing(kind: str) -> list[Listed]:
         try:
             loaded = load(kind, name)
             summary = (inspect.getdoc(loaded) or "").strip().split("\n")[0]
-            found.append(Listed(name, _distribution(_entry(kind, name)), summary, None))
+            about = adapter(name).about if kind == "models" else {}
+            found.append(Listed(name, _distribution(_entry(kind, name)), summary, None, dict(about)))
         except CompressorError as error:
             found.append(Listed(name, "", "", error.message))
     return found
@@ -75,16 +79,25 @@ def pruner_class(name: str) -> type[Pruner]:
 
 def pruner_class_from_file(reference: str) -> type[Pruner]:
     """The class that `path/to/file.py:Class` names. The file is imported, so it runs: it is the user's own code."""
-    path_text, colon, class_name = reference.rpartition(":")
+    return _checked_class(_from_file(reference, "--pruner"), reference)
+
+
+def is_file_reference(name: str) -> bool:
+    """Whether `name` is `FILE.py:NAME`, and not a registered name."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def _from_file(reference: str, option: str) -> Any:
+    path_text, colon, name = reference.rpartition(":")
     path = Path(path_text)
-    if not colon or not class_name.isidentifier() or path.suffix != ".py":
-        raise UsageError(f"--pruner {reference!r}: not FILE.py:CLASS", "Write it like --pruner my_pruner.py:MyPruner")
+    if not colon or not name.isidentifier() or path.suffix != ".py":
+        raise UsageError(f"{option} {reference!r}: not FILE.py:NAME", f"Write it like {option} mine.py:Mine")
     if not path.is_file():
-        raise UsageError(f"--pruner {reference!r}: no such file", f"Looked for {path.absolute()}")
+        raise UsageError(f"{option} {reference!r}: no such file", f"Looked for {path.absolute()}")
     module_name = f"compressor_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--pruner {reference!r}: cannot be imported", "Give a Python source file.")
+        raise UsageError(f"{option} {reference!r}: cannot be imported", "Give a Python source file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
@@ -95,10 +108,10 @@ def pruner_class_from_file(reference: str) -> type[Pruner]:
         raise CompressorError(
             f"{path} failed to import: {type(error).__name__}: {error}", "Run it with python."
         ) from error
-    if class_name not in vars(module):
-        classes = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
-        raise UsageError(f"{path} has no class {class_name!r}", did_you_mean(class_name, classes))
-    return _checked_class(vars(module)[class_name], reference)
+    if name not in vars(module):
+        found = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_name]
+        raise UsageError(f"{path} has no {name!r}", did_you_mean(name, found))
+    return vars(module)[name]
 
 
 def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
@@ -137,7 +150,10 @@ def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
 
 
 def adapter(name: str) -> Adapter:
-    """The adapter of the model registered as `name`."""
+    """The adapter of the model registered as `name`, or made by what `path/to/file.py:NAME` names: a class or a function.
+
+    Such a file is imported, so it runs: it is the user's own code.
+    """
     from compressor.adapter import Adapter
 
     return _made("models", name, Adapter)
@@ -165,17 +181,19 @@ def backend(name: str) -> Backend:
 
 
 def _made(kind: str, name: str, expected: type[_T]) -> _T:
-    factory = load(kind, name)
+    if is_file_reference(name):
+        factory, what = _from_file(name, f"--{_SINGULAR[kind]}"), name
+    else:
+        factory, what = load(kind, name), f"{kind} plugin {name!r} of {_distribution(_entry(kind, name))}"
     try:
         made = factory()
     except Exception as error:  # a plugin may raise anything
-        owner = _distribution(_entry(kind, name))
-        message = f"{kind} plugin {name!r} of {owner} failed: {type(error).__name__}: {error}"
-        raise CompressorError(message, "Update or remove that plugin.") from error
+        raise CompressorError(
+            f"{what} failed: {type(error).__name__}: {error}", "Update, mend or remove that plugin."
+        ) from error
     if not isinstance(made, expected):
         raise CompressorError(
-            f"{kind} plugin {name!r} gave {type(made).__name__}, not {expected.__name__}",
-            "Update or remove that plugin.",
+            f"{what} gave {type(made).__name__}, not {expected.__name__}", "Update, mend or remove that plugin."
         )
     return made
 
@@ -190,9 +208,7 @@ def _checked_class(found: Any, name: str) -> type[Pruner]:
 
 def _entry(kind: str, name: str) -> EntryPoint:
     entries = list(entry_points(group=f"compressor.{kind}", name=name))
-    singular = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric", "backends": "backend"}[
-        kind
-    ]
+    singular = _SINGULAR[kind]
     if not entries:
         raise UsageError(f"unknown {singular} {name!r}", did_you_mean(name, names(kind)))
     if len({entry.value for entry in entries}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         ignore=recipe.ignore,
         **{**recipe.train.model_dump(), "steps": 0},
     )
-    final = artifact.load(out / "model")
+    final = artifact.load(out / "model", copy.deepcopy(inputs.model))
     models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
     models = {name: model.to(device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}

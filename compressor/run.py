@@ -29,6 +29,7 @@ from compressor.environment import environment
 from compressor.errors import CompressorError, LockedError, UsageError
 from compressor.inputs import Inputs
 from compressor.progress import Progress
+from compressor.registry import is_file_reference
 from compressor.report import render
 from compressor.rows import build_report
 from compressor.speed import bench, finished
@@ -43,7 +44,7 @@ OWN_FILES = (
     "report.md",
     "report.html",
 )
-OWN_FOLDERS = ("model", "pipeline", "samples")
+OWN_FOLDERS = ("model", "pipeline", "samples", "drawn")
 
 
 class Interrupted(Exception):
@@ -199,7 +200,9 @@ def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds:
     adapter = inputs.adapter
     if adapter.writes_pipeline:
         artifact.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
-    artifact.save(out / "model", result.model, result.masks, inputs.recipe.model, architecture=adapter.architecture)
+    # a model of the user's own file has no name to load it by: a saved model never says what to run
+    name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
+    artifact.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
 
 
 def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:

@@ -20,6 +20,7 @@ from compressor import artifact
 from compressor.adapter import Sampling
 from compressor.engine import resolve_device
 from compressor.errors import CompressorError, UsageError
+from compressor.inputs import saved_adapter, saved_model
 from compressor.latents import Autoencoder
 from compressor.pictures import save_grid, save_image
 from compressor.progress import Progress
@@ -53,7 +54,7 @@ def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -
     """
     _refuse_used(out, overwrite)
     folder = artifact.model_folder(Path(wanted.source))
-    adapter = artifact.adapter_at(folder).sampling(wanted.how)
+    adapter = saved_adapter(Path(wanted.source)).sampling(wanted.how)
     starts = range(0, wanted.n, wanted.batch_size)
     found: dict[int, Tensor] = {}
     yield Progress("sample", 0, wanted.n, adapter.sampler)
@@ -127,12 +128,12 @@ class _Worker:
     """The model, loaded once, drawing one batch after another."""
 
     def __init__(self, wanted: Draw, rank: int = 0) -> None:
-        folder = artifact.model_folder(Path(wanted.source))
-        self.wanted, self.adapter = wanted, artifact.adapter_at(folder).sampling(wanted.how)
+        adapter, model = saved_model(Path(wanted.source))
+        self.wanted, self.adapter = wanted, adapter.sampling(wanted.how)
         device = resolve_device(wanted.device)
         if device.type == "cuda" and wanted.device in ("auto", "cuda"):
             device = torch.device("cuda", rank % torch.cuda.device_count())
-        self.model = artifact.load(folder).to(device)
+        self.model = model.to(device)
         self.autoencoder = Autoencoder(wanted.vae, device) if wanted.vae is not None else None
 
     def __call__(self, first: int) -> Tensor:

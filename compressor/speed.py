@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def finished(out: Path) -> Finished:
     settings = inputs.resolve(recipe.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
     adapter = inputs.adapter_of(settings)
     device = resolve_device(settings.train.device)
-    dense, sparse = adapter.load(settings.weights).to(device).eval(), artifact.load(out / "model").to(device)
+    dense = adapter.load(settings.weights).eval()
+    sparse = artifact.load(out / "model", copy.deepcopy(dense)).to(device)
+    dense = dense.to(device)
     for row, model in ((report["rows"][0], dense), (report["rows"][-1], sparse)):
         if row["weights_sha256"] != weights_sha256(model):
             raise CompressorError(

@@ -38,6 +38,47 @@ def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)  # the page is ours
 
 
+def command(monkeypatch, *arguments: str) -> None:
+    from compressor.cli import main
+
+    monkeypatch.setattr("sys.argv", ["compressor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+
+def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
+    block, _ = python_blocks(ROOT / "docs" / "adapters.md")
+    assert len([line for line in block.splitlines() if line.strip() and not line.startswith("#")]) <= 30
+    (tmp_path / "mine.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "digits", "--steps", "2", "--set", "evaluate.samples=0", "--out", "run", "--quiet")
+    command(monkeypatch, "run", "--model", "mine.py:Mine", *options)
+    command(monkeypatch, "lower", "run", "--quiet")
+    command(monkeypatch, "export", "run", "--to", "onnx", "--quiet")
+    assert (tmp_path / "run" / "model.onnx").is_file()
+
+
+def test_the_diffusers_model_of_the_page_is_pruned(tmp_path, monkeypatch):
+    import diffusers
+    import torch
+
+    _, block = python_blocks(ROOT / "docs" / "adapters.md")
+    monkeypatch.chdir(tmp_path)
+    diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        cross_attention_dim=16,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    ).save_pretrained("path/to/pipeline")
+    names: dict[str, object] = {"latents": torch.zeros(2, 4, 8, 8), "text": torch.zeros(2, 7, 16)}
+    exec(compile(block.replace("steps=1000", "steps=2"), "adapters.md", "exec"), names)
+    assert len(names["result"].masks) > 10
+
+
 def test_the_pruner_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
     block = next(
         b for b in python_blocks(ROOT / "docs" / "writing_a_pruner.md") if b.startswith("# file: my_pruner.py")

@@ -81,7 +81,7 @@ def test_a_pruner_of_another_type_is_refused(install, value):
 
 def test_a_model_of_another_type_is_refused(install):
     install("strange", "def odd():\n    return 3", models={"odd": "odd"})
-    with pytest.raises(CompressorError, match="'odd' gave int, not Adapter"):
+    with pytest.raises(CompressorError, match="'odd' of strange gave int, not Adapter"):
         registry.adapter("odd")
 
 

@@ -46,6 +46,7 @@ def test_parameters_and_macs_are_the_published_ones(name):
     millions, billions = PUBLISHED[name]
     rounding = 0.5 if isinstance(millions, int) else 0.05
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=rounding)
+    assert adapter.about["size"] == f"{millions}M"
     if billions is not None:  # counters differ in what they leave out: norms, attention, the last convolution
         assert layer_macs(model, adapter)[0] / 1e9 == pytest.approx(billions, rel=0.03)
 
@@ -63,7 +64,7 @@ def test_the_pattern_fits_the_layers_that_matter(name):
 @pytest.mark.parametrize("name", [*PUBLISHED, *FROM_WEIGHTS])
 def test_a_model_without_weights_says_where_to_get_them(name):
     adapter = registry.adapter(name)
-    assert all(adapter.about[key] for key in ("source", "data", "weights", "licence"))
+    assert all(adapter.about[key] for key in ("size", "source", "data", "weights", "licence"))
     with pytest.raises(CompressorError) as caught:
         adapter.load(None)
     assert adapter.about["weights"] in str(caught.value)

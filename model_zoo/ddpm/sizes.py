@@ -61,6 +61,7 @@ def ddpm() -> DiffusersAdapter:
         scheduler=SCHEDULER,
         defaults=_DEFAULTS,
         about={
+            "size": "that of the weights",
             "source": _SOURCE,
             "data": "that of the weights",
             "weights": "Give --weights: a DDPMPipeline's folder, or a name on the hub such as google/ddpm-cifar10-32.",
@@ -77,6 +78,7 @@ def cifar10() -> DiffusersAdapter:
         scheduler=SCHEDULER,
         defaults=_DEFAULTS,
         about={
+            "size": "35.7M",
             "source": _SOURCE,
             "data": "CIFAR-10, 32x32",
             "weights": "--weights google/ddpm-cifar10-32, or a copy of it on disk.",
@@ -98,6 +100,7 @@ def digits() -> DiffusersAdapter:
             "evaluate": {"metric": "fd-digits", "samples": 1797},
         },
         about={
+            "size": "0.7M",
             "source": "trained for this project by `python -m compressor.model_zoo.digits.train`",
             "data": "UCI handwritten digits, 8x8",
             "weights": "bundled",

@@ -51,7 +51,7 @@ def _adapter(name: str, config: dict[str, Any], data: str, weights: str) -> Diff
             "evaluate": {"sampler_steps": 50},
             "checkpoint_every": 2500,
         },
-        about={**_ABOUT, "data": data, "weights": weights},
+        about={**_ABOUT, "size": "675M" if config else "that of the weights", "data": data, "weights": weights},
         how=Sampling("ddim", "uniform", 1.5),
         layout=Authors(),
     )

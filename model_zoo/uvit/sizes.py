@@ -13,6 +13,7 @@ _SMALL = {"embed_dim": 512, "depth": 12, "num_heads": 8}
 _MEDIUM = {"embed_dim": 768, "depth": 16, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 20, "num_heads": 16}
 _HUGE = {"embed_dim": 1152, "depth": 28, "num_heads": 16}
+_PARAMETERS = {512: "44M", 768: "131M", 1024: "287M", 1152: "501M"}
 _LATENT = {"in_chans": 4, "conv": False, "num_classes": 1001}  # 1,000 classes and the empty one of guidance
 
 DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 4}
@@ -20,9 +21,10 @@ DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96,
 
 def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UViTAdapter:
     about = {
+        "size": _PARAMETERS[size["embed_dim"]],
         "source": "Bao et al. 2023, All are Worth Words",
         "data": data,
-        "weights": "The authors' U-ViT repository lists a checkpoint for each published size.",
+        "weights": "--weights FILE.pth from the authors' U-ViT repository, which lists one for each size.",
         "licence": "MIT (the authors' code; see their repository for the weights)",
     }
     # Learning rate, warm-up and the rest of the released SparseDM code, which trains up to 500,000 steps.
@@ -91,6 +93,7 @@ def digits() -> UViTAdapter:
             "evaluate": {"metric": "fd-digits", "samples": 1797},
         },
         about={
+            "size": "0.6M",
             "source": "trained for this project by `python -m compressor.model_zoo.digits.train`",
             "data": "UCI handwritten digits, 8x8",
             "weights": "bundled",
