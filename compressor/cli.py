@@ -594,7 +594,7 @@ def _console(stderr: bool) -> Console:
 
     console = Console(stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 160  # a file or pipe has no width of its own to be cut to
+        console.width = 400  # a file or pipe has no width of its own to be cut to
     return console
 
 
