@@ -18,7 +18,7 @@ FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
 
 _INNER = ("ema", "ema_state_dict", "model_ema", "nnet_ema", "state_dict", "model", "nnet")
-_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
+_PREFIXES = ("_orig_mod.", "module.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -53,9 +53,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not plain or not state:
         found = f"keys {list(state)[:4]}" if isinstance(state, Mapping) else type(state).__name__
         raise CompressorError(f"{path}: not a state dict of tensors, found {found}", "Save model.state_dict() alone.")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     for name, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CompressorError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
@@ -95,25 +93,13 @@ def dit_source(request, dit, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ddpm_run(pipeline, tmp_path_factory):
+def ddpm_run(pipeline, tmp_path_factory, cli):
     folder = tmp_path_factory.mktemp("run")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
     np.savez(folder / "data.npz", images=pixels)
-    command = [sys.executable, "-m", "compressor.cli", "run", "--model", "ddpm", "--weights", str(pipeline)]
-    command += [
-        "--data",
-        str(folder / "data.npz"),
-        "--method",
-        "sparsedm",
-        "--steps",
-        "3",
-        "--out",
-        str(folder / "out"),
-    ]
-    for setting in ("batch_size=8", "evaluate.samples=4", "sampler_steps=2", "latency_rounds=1"):
-        command += ["--set", setting]
-    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = ("--model", "ddpm", "--weights", pipeline, "--data", folder / "data.npz", "--method", "sparsedm")
+    outcome = cli.run(folder / "out", *command, "--set", "evaluate.samples=4")
+    assert outcome.code == 0, outcome.err
     return folder / "out"
 
 

@@ -38,24 +38,17 @@ def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), names)  # the page is ours
 
 
-def command(monkeypatch, *arguments: str) -> None:
-    from compressor.cli import main
-
-    monkeypatch.setattr("sys.argv", ["compressor", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-
-
-def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
+def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch, cli):
     block, _ = python_blocks(ROOT / "docs" / "adapters.md")
     assert len([line for line in block.splitlines() if line.strip() and not line.startswith("#")]) <= 30
     (tmp_path / "mine.py").write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    options = ("--data", "digits", "--steps", "2", "--set", "evaluate.samples=0", "--out", "run", "--quiet")
-    command(monkeypatch, "run", "--model", "mine.py:Mine", *options)
-    command(monkeypatch, "lower", "run", "--quiet")
-    command(monkeypatch, "export", "run", "--to", "onnx", "--quiet")
+    outcomes = [
+        cli.run(Path("run"), "--model", "mine.py:Mine", "--data", "digits", "--set", "evaluate.samples=0"),
+        cli("lower", "run"),
+        cli("export", "run", "--to", "onnx"),
+    ]
+    assert [(outcome.code, outcome.err) for outcome in outcomes if outcome.code] == []
     assert (tmp_path / "run" / "model.onnx").is_file()
 
 

@@ -188,14 +188,24 @@ def test_sizes_that_do_not_divide_are_refused(changes: dict[str, Any]) -> None:
         UViT(**{**SMALL, **changes})
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_round_trip_through_a_pth_file(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("outer", [None, "ema", "model", "state_dict"])
+def test_weights_round_trip_through_a_pth_file(prefix: str, outer: str | None, tmp_path: Path) -> None:
     adapter, model = UViTAdapter(SMALL), build()
-    torch.save({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path / "weights.pth")
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save(state if outer is None else {outer: state, "step": 3}, tmp_path / "weights.pth")
     loaded = adapter.load(str(tmp_path / "weights.pth"))
     assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_averaged_weights_are_taken_where_a_file_has_both(tmp_path: Path) -> None:
+    raw, averaged = build(), build()
+    nn.init.ones_(averaged.norm.weight)
+    torch.save({"model": raw.state_dict(), "ema": averaged.state_dict()}, tmp_path / "both.pth")
+    loaded = UViTAdapter(SMALL).load(str(tmp_path / "both.pth"))
+    assert torch.equal(loaded.norm.weight, averaged.norm.weight)
 
 
 def test_weights_of_another_size_are_refused_by_name(tmp_path: Path) -> None:
