@@ -17,14 +17,15 @@ class Autoencoder:
     """The AutoencoderKL in `folder`, a model's or a pipeline's. Latents are scaled as the pipelines of diffusers do."""
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        from diffusers import AutoencoderKL
+        import diffusers
 
+        made: Any = diffusers.AutoencoderKL  # it has no annotations
         path = Path(folder)
         path = path / "vae" if (path / "vae").is_dir() else path
         if not (path / "config.json").is_file():
             raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
         try:
-            model: Any = AutoencoderKL.from_pretrained(path, local_files_only=True)
+            model = made.from_pretrained(path, local_files_only=True)
         except Exception as error:  # a dozen types, from missing files to damaged ones
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise CompressorError(
@@ -37,16 +38,16 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The latents (n, c, h / 8, w / 8), the means of the posterior, of `images` (n, 3, h, w) in [-1, 1]; on the CPU."""
-        parts = [self.model.encode(self._here(part)).latent_dist.mean.cpu() for part in images.split(_BATCH)]
+        parts = [self.model.encode(self._here(part)).latent_dist.mean.cpu() for part in torch.split(images, _BATCH)]
         return (torch.cat(parts) - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The images (n, 3, h, w) in [-1, 1] of `latents`; on the CPU."""
         plain = latents / self.scale + self.shift
-        return torch.cat([self.model.decode(self._here(part)).sample.cpu() for part in plain.split(_BATCH)]).clamp(
-            -1, 1
-        )
+        return torch.cat(
+            [self.model.decode(self._here(part)).sample.cpu() for part in torch.split(plain, _BATCH)]
+        ).clamp(-1, 1)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, self.model.dtype)

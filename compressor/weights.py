@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CompressorError(f"{path}: no such file", "Give the path of a .safetensors or .pth file.")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

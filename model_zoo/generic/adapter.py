@@ -106,23 +106,28 @@ class DiffusersAdapter(Adapter):
         return model.eval()
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
-        plain = pretrained.build(
-            self.config
-        )  # of its own: tied weights and trained modules are not for diffusers to save
-        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
-        if self.source is not None and self.source.pipeline is not None:
-            own = self.source.folder.name
-            shutil.copytree(
-                self.source.pipeline, folder, dirs_exist_ok=True, ignore=lambda at, names: _left(at, names, self.source)
-            )
-            plain.save_pretrained(folder / own)  # type: ignore[operator]
-        elif self.config.get("_class_name") == "UNet2DModel" and self.scheduler:
-            import diffusers
+        import diffusers
 
-            pipeline: Any = diffusers.DDPMPipeline(plain, diffusers.DDPMScheduler.from_config(dict(self.scheduler)))  # type: ignore[arg-type]
-            pipeline.save_pretrained(folder)
+        library: Any = diffusers  # it has few annotations
+        # A model of its own: the given one may share tensors between names, which diffusers does not save.
+        plain: Any = pretrained.build(self.config)
+        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+        source = self.source
+        if source is not None and source.pipeline is not None:
+            own = source.folder
+            # whatever of the pipeline is not this model's comes along as it is
+            shutil.copytree(
+                source.pipeline,
+                folder,
+                dirs_exist_ok=True,
+                ignore=lambda at, names: names if Path(at) == own else [],
+            )
+            plain.save_pretrained(folder / own.name)
+        elif self.config.get("_class_name") == "UNet2DModel" and self.scheduler:
+            scheduler = library.DDPMScheduler.from_config(dict(self.scheduler))
+            library.DDPMPipeline(plain, scheduler).save_pretrained(folder)
         else:
-            plain.save_pretrained(folder)  # type: ignore[operator]
+            plain.save_pretrained(folder)
 
     def _prepared(self, model: nn.Module, trained: bool) -> nn.Module:
         from diffusers.models.embeddings import LabelEmbedding
@@ -231,8 +236,3 @@ class DiffusersAdapter(Adapter):
 
         images = draw(predict, start, process, self.how, steps, rng)
         return images.clamp(-1, 1) if process.clip else images
-
-
-def _left(at: str, names: list[str], source: Pretrained | None) -> set[str]:
-    """What of a pipeline's folder is not copied: the weights of the model itself, which are written anew."""
-    return set(names) if source is not None and Path(at) == source.folder else set()

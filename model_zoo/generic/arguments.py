@@ -61,10 +61,13 @@ def _conditioned_unet(config: _Config, batch: int) -> dict[str, Any]:
     width = config["cross_attention_dim"]
     width = width[0] if isinstance(width, (list, tuple)) else width
     width = config.get("encoder_hid_dim") or width
-    found = {**_unet(config, batch), "encoder_hidden_states": torch.zeros(batch, _TEXT_TOKENS, int(width))}
+    found: dict[str, Any] = {
+        **_unet(config, batch),
+        "encoder_hidden_states": torch.zeros(batch, _TEXT_TOKENS, int(width)),
+    }
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        found["added_cond_kwargs"] = {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}  # type: ignore[assignment]
+        found["added_cond_kwargs"] = {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}
     return found
 
 
