@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from compressor import lower as lower
     from compressor.adapter import Adapter
     from compressor.artifact import load, save
+    from compressor.data import Images, ImageSet, Records, Samples, SampleSet
     from compressor.engine import FineTuning, Result, Step, prune, steps
     from compressor.errors import CompressorError
     from compressor.estimator import Estimator, Exact, StraightThrough
     from compressor.lower import Backend, Lowered, Plan
     from compressor.pattern import NM, Mask, Pattern, Unstructured, parse
     from compressor.pruner import Objective, Pruner
+    from compressor.reading import read_data
     from compressor.shadow import Shadow
     from compressor.training import Training
 
@@ -26,12 +28,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapter": ("Adapter",),
     "artifact": ("load", "save"),
+    "data": ("ImageSet", "Images", "Records", "SampleSet", "Samples"),
     "engine": ("FineTuning", "Result", "Step", "prune", "steps"),
     "errors": ("CompressorError",),
     "estimator": ("Estimator", "Exact", "StraightThrough"),
     "lower": ("Backend", "Lowered", "Plan"),
     "pattern": ("NM", "Mask", "Pattern", "Unstructured", "parse"),
     "pruner": ("Objective", "Pruner"),
+    "reading": ("read_data",),
     "shadow": ("Shadow",),
     "training": ("Training",),
 }
@@ -45,13 +49,18 @@ __all__ = [
     "Estimator",
     "Exact",
     "FineTuning",
+    "ImageSet",
+    "Images",
     "Lowered",
     "Mask",
     "Objective",
     "Pattern",
     "Plan",
     "Pruner",
+    "Records",
     "Result",
+    "SampleSet",
+    "Samples",
     "Shadow",
     "Step",
     "StraightThrough",
@@ -61,6 +70,7 @@ __all__ = [
     "lower",
     "parse",
     "prune",
+    "read_data",
     "save",
     "steps",
 ]

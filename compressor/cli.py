@@ -82,7 +82,11 @@ def app() -> None:
 @click.option(
     "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
 )
-@click.option("--data", metavar="FILE|NAME", help="Images (.npz, .npy), or a bundled set. Default: the model's.")
+@click.option(
+    "--data",
+    metavar="PATH|NAME",
+    help="A folder of pictures, CIFAR, .npz, .npy, hf:OWNER/NAME, … (docs/data.md), or a bundled set. Default: the model's.",
+)
 @_model_options
 @click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning.")
 @click.option("--seed", type=int, help="Seed of everything random.")
@@ -132,6 +136,8 @@ def run(
         runs.refuse_used_directory(out, overwrite)
         found = inputs.load_inputs(recipe)
         _warn_of_idle_rules(found.model, recipe.ignore)
+        if found.data.skipped:
+            _say(f"warning: {found.data.skipped} damaged pictures are left out", err=True)
         _drive(runs.execute(found, out, overwrite=overwrite), out, quiet)
         _show_report(out, as_json)
 

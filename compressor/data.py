@@ -1,12 +1,12 @@
-"""Data: sets of images, and batches in an order that is a pure function of (seed, step)."""
+"""Data: sets of samples, and batches in an order that is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,86 +14,130 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 from compressor.seeds import generator
+from compressor.weights import state_sha256
+
+
+class SampleSet(ABC):
+    """Samples that are taken by their indices. `name` is for reports; `skipped` counts what was damaged and left out."""
+
+    name: str
+    skipped: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) where the samples are images, else None."""
+        return None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Any:
+        """The batch at `indices` (k,): tensors whose dim 0 is k, in a form that the adapter's `noised` takes."""
+
+    def stream(self, order: Iterable[Tensor]) -> Iterator[Any]:
+        """`take` of each indices of `order`, in that order; a set that has to work for it may work ahead."""
+        return map(self.take, order)
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """A hash of all samples, the same however they were stored."""
+
+
+class ImageSet(SampleSet):
+    """Images, in memory or decoded when they are taken; `labels` (n,) int64, or None where there are none."""
+
+    labels: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @abstractmethod
+    def stored(self, indices: Tensor) -> Tensor:
+        """The images at `indices`, (k, channels, height, width), as they are stored: uint8 or, for latents, float."""
+
+    @property
+    @abstractmethod
+    def latent(self) -> bool:
+        """Whether the images are latents: floats, taken as they are."""
+
+    def take(self, indices: Tensor) -> Any:
+        """The batch at `indices`: float images, uint8 mapped to [-1, 1]; with labels, the pair (images, labels)."""
+        return self.batch(self.stored(indices), indices)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """As `take`, without labels."""
+        return _as_float(self.stored(indices))
+
+    def batch(self, stored: Tensor, indices: Tensor) -> Any:
+        """What `take` gives, from the `stored` images at `indices`."""
+        images = _as_float(stored)
+        return images if self.labels is None else (images, self.labels[indices])
+
+
+def _as_float(stored: Tensor) -> Tensor:
+    return stored.float().div_(127.5).sub_(1.0) if stored.dtype == torch.uint8 else stored.float()
+
+
+def images_sha256(dtype: torch.dtype, shape: Sequence[int], stored: Iterable[Tensor], labels: Tensor | None) -> str:
+    """The hash of an ImageSet: dtype and `shape` (n, channels, height, width), the images in pieces, the labels."""
+    digest = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
+    for piece in stored:
+        digest.update(piece.contiguous().numpy().data)
+    if labels is not None:
+        digest.update(labels.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class Images(ImageSet):
     """Images in memory: `pixels` (n, channels, height, width), uint8 or, for latents, float; `labels` (n,) or None."""
 
     name: str
     pixels: Tensor
     labels: Tensor | None = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
 
-    def take(self, indices: Tensor) -> Any:
-        """The batch at `indices`: float images, uint8 mapped to [-1, 1]; with labels, the pair (images, labels)."""
-        pixels = self.pixels[indices]
-        images = pixels.float().div_(127.5).sub_(1.0) if pixels.dtype == torch.uint8 else pixels.float()
-        return images if self.labels is None else (images, self.labels[indices])
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
 
-    def images(self, indices: Tensor) -> Tensor:
-        """As `take`, without labels."""
-        batch = self.take(indices)
-        images: Tensor = batch if self.labels is None else batch[0]
-        return images
+    @property
+    def latent(self) -> bool:
+        return self.pixels.dtype != torch.uint8
+
+    def stored(self, indices: Tensor) -> Tensor:
+        return self.pixels[indices]
 
     @property
     def sha256(self) -> str:
-        digest = hashlib.sha256(f"{self.pixels.dtype} {tuple(self.pixels.shape)} ".encode())
-        digest.update(self.pixels.contiguous().numpy().tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
 
 
-def read_images(path: str | Path) -> Images:
-    """Images from an `.npz` (arrays `images` and, optionally, `labels`) or an `.npy` file; nothing in it is executed.
+@dataclass(frozen=True, eq=False)
+class Records(SampleSet):
+    """Samples of several named tensors with one dim 0, for adapters of one's own; a batch is a dict of tensors."""
 
-    Arrays are (n, h, w), (n, h, w, c) or (n, c, h, w): uint8 pixels, or float latents. Raises CompressorError with the
-    path and what was found.
-    """
-    path = Path(path)
-    if path.suffix not in {".npz", ".npy"}:
-        raise CompressorError(f"{path}: not a data file that can be read", "Give an .npz or .npy file of images.")
-    if not path.is_file():
-        raise CompressorError(
-            f"{path}: no such file", "Give the path of an .npz or .npy file, or a bundled set's name."
-        )
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
-    except Exception as error:  # numpy and zipfile raise a dozen types on damaged files
-        raise CompressorError(
-            f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
-        ) from error
-    if "images" not in arrays:
-        raise CompressorError(
-            f"{path}: no array named 'images', found {sorted(arrays)}", "Save with np.savez(images=...)."
-        )
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[0] == 0 or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-        raise CompressorError(
-            f"{path}: images are {images.dtype} {images.shape}",
-            "Allowed: uint8 or float, (n, h, w[, c]) or (n, c, h, w).",
-        )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise CompressorError(
-            f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},)."
-        )
-    return Images(
-        path.stem,
-        torch.from_numpy(np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))),
-        None if labels is None else torch.from_numpy(labels.astype(np.int64)),
-    )
+    name: str
+    arrays: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+    @property
+    def sha256(self) -> str:
+        return state_sha256(self.arrays)
 
 
 class Batches(ABC):
@@ -105,31 +149,74 @@ class Batches(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Batches):
-    """Batches drawn from a set of samples: each epoch is a permutation that (seed, epoch) gives, and none is cut short.
+class Order:
+    """The order of `n` samples: each epoch is a permutation that (seed, epoch) gives; batches go over the ends of epochs."""
 
-    `samples` is an `Images`, a tensor with samples along dim 0, or a map-style dataset.
+    n: int
+    batch_size: int
+    seed: int
+    _epochs: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def indices(self, step: int) -> Tensor:
+        """The indices (batch_size,) of the samples in the batch of `step`."""
+        first = step * self.batch_size
+        epochs = range(first // self.n, (first + self.batch_size - 1) // self.n + 1)
+        return torch.cat([self._epoch(epoch) for epoch in epochs])[first - epochs[0] * self.n :][: self.batch_size]
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:  # kept: a permutation of a million samples takes longer than taking a batch
+            while len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = torch.randperm(self.n, generator=generator(self.seed, "order", epoch))
+        return self._epochs[epoch]
+
+
+@dataclass(eq=False)
+class Samples(Batches):
+    """Batches drawn from a set of samples, in the `Order` that the seed gives.
+
+    `samples` is a SampleSet, a tensor with samples along dim 0, or a map-style dataset. `flip` mirrors images from left to
+    right, each with a probability of one half that (seed, step) decides; it is for an ImageSet of pictures alone.
     """
 
     samples: Any
     batch_size: int
     seed: int
+    flip: bool = False
+    _order: Order = field(init=False, repr=False)
+    _stream: Iterator[Any] | None = field(default=None, init=False, repr=False)
+    _next: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._order = Order(len(self.samples), self.batch_size, self.seed)
+        if self.flip and (not isinstance(self.samples, ImageSet) or self.samples.latent):
+            raise UsageError(
+                "flip mirrors pictures, and these samples are none",
+                "Leave loading.flip false; latents of mirrored pictures have to be computed from mirrored pictures.",
+            )
 
     def indices(self, step: int) -> Tensor:
         """The indices of the samples in the batch of `step`."""
-        n = len(self.samples)
-        first = step * self.batch_size
-        epochs = range(first // n, (first + self.batch_size - 1) // n + 1)
-        order = torch.cat([torch.randperm(n, generator=generator(self.seed, "order", epoch)) for epoch in epochs])
-        return order[first - epochs[0] * n :][: self.batch_size]
+        return self._order.indices(step)
 
     def batch(self, step: int) -> Any:
+        if isinstance(self.samples, SampleSet):
+            if self._stream is None or step != self._next:
+                self._stream = self.samples.stream(map(self._order.indices, count(step)))
+            self._next = -1  # a stream that fails is over
+            batch = next(self._stream)
+            self._next = step + 1
+            return self._mirrored(batch, step) if self.flip else batch
         indices = self.indices(step)
-        if isinstance(self.samples, Images):
-            return self.samples.take(indices)
         if isinstance(self.samples, Tensor):
             return self.samples[indices]
         return default_collate([self.samples[i] for i in indices.tolist()])
+
+    def _mirrored(self, batch: Any, step: int) -> Any:
+        images, *labels = batch if isinstance(batch, tuple) else (batch,)
+        chosen = torch.rand(len(images), generator=generator(self.seed, "flip", step)) < 0.5
+        images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
+        return (images, *labels) if labels else images
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,12 +263,12 @@ class Streamed(Batches):
 
 
 def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
-    """`data` as Batches. Samples: an Images, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
+    """`data` as Batches. Samples: a SampleSet, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
     if isinstance(data, Batches):
         return data
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(data)
-    if isinstance(data, (Images, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
+    if isinstance(data, (SampleSet, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
         if len(data) == 0:  # type: ignore[arg-type]
             raise CompressorError("the data is empty", "Give at least one sample.")
         return Samples(data, batch_size, seed)

@@ -284,7 +284,8 @@ def prune(
 ) -> Result:
     """Prune a copy of `model` with `pruner` and fine-tune it. `model` stays as it is.
 
-    `data`: an Images, a tensor of samples, a map-style dataset, or ready batches (a list, a DataLoader, any iterable).
+    `data`: a SampleSet (from `read_data`), Samples, a tensor of samples, a map-style dataset, or ready batches (a list,
+    a DataLoader, any iterable).
     `targets`, `ignore`: rules for layer names (`compressor.targets`); None takes the adapter's. `training`: the fields
     of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
 

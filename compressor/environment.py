@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "safetensors")
+_PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

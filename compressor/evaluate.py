@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.data import Images
+from compressor.data import ImageSet, SampleSet
 from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.recipe import Evaluation
 from compressor.seeds import generator
@@ -46,9 +46,10 @@ def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterato
         yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
 
 
-def real_features(metric: Metric, data: Images) -> Tensor:
+def real_features(metric: Metric, data: ImageSet) -> Tensor:
     """The features (n, d) of all real images."""
-    return torch.cat([metric.features(data.images(rows)) for rows in torch.split(torch.arange(len(data)), 1024)])
+    batches = data.stream(torch.split(torch.arange(len(data)), 1024))
+    return torch.cat([metric.features(batch if data.labels is None else batch[0]) for batch in batches])
 
 
 def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def sample_rmse(images: Tensor, dense: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def predictions(
-    adapter: Adapter, module: nn.Module, data: Images, settings: Evaluation, device: torch.device
+    adapter: Adapter, module: nn.Module, data: SampleSet, settings: Evaluation, device: torch.device
 ) -> Tensor:
     """What `module` predicts on up to 512 real images, noised at random timesteps: the same inputs for every model."""
     found = []

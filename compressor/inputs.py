@@ -17,12 +17,13 @@ from torch import nn
 from compressor import artifact, registry
 from compressor import recipe as recipes
 from compressor.adapter import Adapter, Sampling
-from compressor.data import Images, read_images
+from compressor.data import ImageSet, Samples, SampleSet
 from compressor.engine import choose_layers, resolve_device
 from compressor.errors import UsageError
 from compressor.evaluate import Metric
 from compressor.pruner import Pruner
-from compressor.recipe import Recipe
+from compressor.reading import read_data
+from compressor.recipe import Loading, Recipe
 from compressor.weights import weights_sha256
 
 
@@ -33,7 +34,8 @@ class Inputs:
     recipe: Recipe
     adapter: Adapter
     model: nn.Module
-    data: Images
+    data: SampleSet
+    batches: Samples
     pruner: Pruner
     metric: Metric | None
 
@@ -61,7 +63,7 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     early = recipes.validated(Recipe, recipes.merged(settings), where)
     weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
     paths = {"weights": weights, "pruner": early.pruner}
-    if early.data not in registry.names("data"):
+    if early.data is not None and not early.data.startswith("hf:") and early.data not in registry.names("data"):
         paths["data"] = early.data
     if registry.is_file_reference(early.model):
         paths["model"] = early.model
@@ -98,14 +100,24 @@ def load_inputs(recipe: Recipe) -> Inputs:
     pruner = registry.build_pruner(cls, own)
     if recipe.data is None:
         raise UsageError(
-            f"{recipe.model} has no default data", "Give --data FILE (.npz or .npy), or a bundled set's name."
+            f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
         )
     metric = registry.metric(recipe.evaluate.metric) if recipe.evaluate.metric is not None else None
     resolve_device(recipe.train.device)
     model = adapter.load(recipe.weights)
-    data = registry.images(recipe.data) if recipe.data in registry.names("data") else read_images(recipe.data)
-    _check_shapes(adapter, data)
+    data = (
+        registry.images(recipe.data)
+        if recipe.data in registry.names("data")
+        else _read(adapter, recipe.data, recipe.loading)
+    )
+    _check_shapes(adapter, data, recipe.loading.size)
+    batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
     if metric is not None and recipe.evaluate.samples:
+        if not isinstance(data, ImageSet):
+            raise UsageError(
+                f"{metric.name} compares images, and {data.name} holds records",
+                "Measure no such metric: --set evaluate.metric=null",
+            )
         if recipe.evaluate.samples < 2 or len(data) < 4:
             raise UsageError(
                 f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
@@ -113,7 +125,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
             )
         metric.features(data.images(torch.arange(2)))  # raises now where it cannot take these images
     choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
-    return Inputs(recipe, adapter, model, data, pruner, metric)
+    return Inputs(recipe, adapter, model, data, batches, pruner, metric)
 
 
 def _on_the_hub(name: str) -> bool:
@@ -121,19 +133,42 @@ def _on_the_hub(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
-def _check_shapes(adapter: Adapter, data: Images) -> None:
-    """Refuse data that the model cannot take, before anything is trained on it."""
-    expected = adapter.image_shape
-    if expected is not None and expected != tuple(data.pixels.shape[1:]):
+def _read(adapter: Adapter, source: str, loading: Loading) -> SampleSet:
+    """The data at `source`; pictures are brought to the size that the model takes, or `loading.size` where it takes any."""
+    shape = adapter.image_shape
+    if loading.size is not None:
+        wanted = (shape[0] if shape is not None else 3, loading.size, loading.size)
+        if shape is not None and shape != wanted:
+            raise UsageError(
+                f"loading.size: {adapter.name} takes images {shape}, not {wanted}",
+                "Leave loading.size out, or choose another model.",
+            )
+        shape = wanted
+    return read_data(
+        source, shape, workers=loading.workers, skip_damaged=loading.skip_damaged, cache_mb=loading.cache_mb
+    )
+
+
+def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
+    """Refuse data that the model cannot take, or that was not brought to `size`, before anything is trained on it."""
+    if size is not None and (data.shape is None or data.shape[1:] != (size, size)):
         raise UsageError(
-            f"{data.name}: images are {tuple(data.pixels.shape[1:])}, {adapter.name} takes {expected}",
+            f"loading.size: {data.name} holds {'records' if data.shape is None else f'images {data.shape}'}",
+            "Only pictures of a folder or a Hugging Face set are resized: leave loading.size out.",
+        )
+    expected = adapter.image_shape
+    if expected is not None and expected != data.shape:
+        found = "these are records" if data.shape is None else f"images are {data.shape}"
+        raise UsageError(
+            f"{data.name}: {found}, {adapter.name} takes {expected}",
             "Channels, height and width must agree; resize the images, or choose another model.",
         )
+    labels = data.labels if isinstance(data, ImageSet) else None
     if adapter.num_classes and (
-        data.labels is None or not 0 <= int(data.labels.min()) <= int(data.labels.max()) < adapter.num_classes
+        labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < adapter.num_classes
     ):
-        found = "none" if data.labels is None else f"{int(data.labels.min())} to {int(data.labels.max())}"
+        found = "none" if labels is None else f"{int(labels.min())} to {int(labels.max())}"
         raise UsageError(
             f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
-            "Give an .npz file with an array `labels`.",
+            "Give a folder with a subfolder per class, or an .npz file with an array `labels`.",
         )

@@ -1,7 +1,7 @@
 """Recipes: the settings of a run, read from YAML, merged, validated and written back resolved.
 
 Order: defaults, the model's own, the recipe file, flags, `--set`. A setting inside a section may be named without it
-(`lr` for `train.lr`), in a file and with `--set` alike; a name that both sections have (`seed`) is then `train`'s.
+(`lr` for `train.lr`), in a file and with `--set` alike; a name that two sections have (`seed`) is then `train`'s.
 """
 
 from __future__ import annotations
@@ -43,6 +43,21 @@ class Evaluation(BaseModel):
     latency_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
 
 
+class Loading(BaseModel):
+    """How data is read: `size` of pictures (None: the model's), and whether training mirrors them (`flip`).
+
+    `workers` decode (None: as many as pay); sets that take more than `cache_mb` MiB are decoded batch by batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    flip: bool = False
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    skip_damaged: bool = False
+    cache_mb: Annotated[int, Field(ge=0)] = 4096
+
+
 class Recipe(BaseModel):
     """One run. `settings` are the method's own; `pattern`, `targets` and `ignore` are None where the default holds."""
 
@@ -60,6 +75,7 @@ class Recipe(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     train: Training = Training()
     evaluate: Evaluation = Evaluation()
+    loading: Loading = Loading()
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     lower: bool = False
 
@@ -73,7 +89,7 @@ class Recipe(BaseModel):
         return values
 
 
-SECTIONS: Mapping[str, type[BaseModel]] = {"train": Training, "evaluate": Evaluation}
+SECTIONS: Mapping[str, type[BaseModel]] = {"train": Training, "evaluate": Evaluation, "loading": Loading}
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from compressor.errors import CompressorError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from compressor.adapter import Adapter
-    from compressor.data import Images
+    from compressor.data import SampleSet
     from compressor.evaluate import Metric
     from compressor.lower.backend import Backend
     from compressor.pruner import Pruner
@@ -159,11 +159,11 @@ def adapter(name: str) -> Adapter:
     return _made("models", name, Adapter)
 
 
-def images(name: str) -> Images:
+def images(name: str) -> SampleSet:
     """The bundled or registered data set called `name`."""
-    from compressor.data import Images
+    from compressor.data import SampleSet
 
-    return _made("data", name, Images)
+    return _made("data", name, SampleSet)
 
 
 def metric(name: str) -> Metric:

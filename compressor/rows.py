@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import artifact, evaluate, measure
+from compressor.data import ImageSet
 from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
 from compressor.frechet import gaussian
 from compressor.inputs import Inputs
@@ -31,7 +32,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         inputs.model,
         inputs.pruner,
         adapter=adapter,
-        data=inputs.data,
+        data=inputs.batches,
         targets=recipe.targets,
         ignore=recipe.ignore,
         **{**recipe.train.model_dump(), "steps": 0},
@@ -49,7 +50,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, pruned)}
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
     reference = floor = None
-    if inputs.metric is not None and settings.samples:
+    if inputs.metric is not None and isinstance(inputs.data, ImageSet) and settings.samples:
         features = evaluate.real_features(inputs.metric, inputs.data)
         reference, floor = gaussian(features), evaluate.floor(features, settings)
     dense_images: Tensor | None = None
@@ -85,7 +86,12 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         "seed": recipe.train.seed,
         "settings": method_settings(inputs.pruner),
         "weights_sha256": run["weights_sha256"],
-        "data": {"name": inputs.data.name, "sha256": run["data_sha256"], "samples": len(inputs.data)},
+        "data": {
+            "name": inputs.data.name,
+            "sha256": run["data_sha256"],
+            "samples": len(inputs.data),
+            "skipped": inputs.data.skipped,
+        },
         "sampler": adapter.sampler,
         "metric": None
         if inputs.metric is None or floor is None

@@ -156,7 +156,7 @@ def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
         inputs.model,
         inputs.pruner,
         adapter=inputs.adapter,
-        data=inputs.data,
+        data=inputs.batches,
         training=settings,
         targets=inputs.recipe.targets,
         ignore=inputs.recipe.ignore,

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compressor.plugins.magnitude import Magnitude
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
 
-from compressor import CompressorError
-from compressor.data import Images, Samples, as_batches, read_images
+from compressor import Adapter, CompressorError, prune
+from compressor.data import Images, Records, Samples, as_batches
+from compressor.reading import read_data
 from compressor.seeds import generator
 
 SIZES = st.integers(1, 40)
@@ -78,6 +83,42 @@ def test_latents_are_taken_as_they_are_and_labels_come_along() -> None:
     assert torch.equal(images, latents[[2, 0]]) and labels.tolist() == [9, 7]
 
 
+PICTURES = Images(
+    "some", torch.randint(256, (20, 3, 4, 5), dtype=torch.uint8, generator=generator("pictures")), torch.arange(20)
+)
+
+
+def test_flipping_mirrors_about_half_of_the_images_and_leaves_labels_where_they_are() -> None:
+    plain, flipped = Samples(PICTURES, 8, 0), Samples(PICTURES, 8, 0, flip=True)
+    mirrored = []
+    for step in range(40):
+        (images, labels), (before, same) = flipped.batch(step), plain.batch(step)
+        assert torch.equal(labels, same)
+        as_before, turned = (
+            [torch.equal(a, b) for a, b in zip(images, other, strict=True)] for other in (before, before.flip(-1))
+        )
+        assert all(a != b for a, b in zip(as_before, turned, strict=True))
+        mirrored += turned
+    assert 0.4 < sum(mirrored) / len(mirrored) < 0.6
+
+
+def test_what_is_flipped_depends_on_seed_and_step_alone() -> None:
+    samples = Samples(PICTURES, 8, 0, flip=True)
+    batches = [samples.batch(step)[0] for step in range(6)]
+    torch.manual_seed(1)
+    resumed = Samples(PICTURES, 8, 0, flip=True)
+    for step in (5, 0, 3, 4):
+        assert torch.equal(resumed.batch(step)[0], batches[step])
+    other = Samples(replace(PICTURES, labels=None), 8, 1, flip=True)
+    assert not torch.equal(other.batch(0), batches[0])
+
+
+@pytest.mark.parametrize("samples", [torch.zeros(4, 3), Images("latents", torch.zeros(4, 4, 2, 2))])
+def test_only_pictures_are_flipped(samples: Any) -> None:
+    with pytest.raises(CompressorError, match="flip mirrors pictures, and these samples are none"):
+        Samples(samples, 2, 0, flip=True)
+
+
 def test_the_hash_is_of_dtype_shape_pixels_and_labels() -> None:
     pixels = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
     others = [
@@ -126,7 +167,7 @@ def test_images_are_read_channels_first(
         saved(path, images=pixels)
     else:
         np.save(path, pixels)
-    images = read_images(path)
+    images = read_data(path)
     assert images.pixels.shape == expected and images.pixels.dtype == torch.uint8 and images.name == "set"
     assert images.pixels.sum() == pixels.sum(dtype=np.int64)
     if shape[-1] == 3:
@@ -136,13 +177,13 @@ def test_images_are_read_channels_first(
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
 def test_float_latents_are_read(dtype: str, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(dtype)
-    images = read_images(saved(tmp_path / "latents.npz", images=values))
+    images = read_data(saved(tmp_path / "latents.npz", images=values))
     assert np.array_equal(images.pixels.numpy(), values)
 
 
 def test_labels_are_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "set.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array([2, 0, 1], np.uint8))
-    labels = read_images(path).labels
+    labels = read_data(path).labels
     assert labels is not None and labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
 
 
@@ -152,14 +193,21 @@ ZEROS = np.zeros((3, 8, 8), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": ZEROS, "y": ZEROS}, r"no array named 'images', found \['x', 'y'\]"),
-        ({}, r"no array named 'images', found \[\]"),
+        (
+            {"x": ZEROS, "y": ZEROS[:2]},
+            r"no array named 'images', and .* no records: x: uint8 \(3, 8, 8\), y: uint8 \(2,",
+        ),
+        ({"x": ZEROS[:0]}, r"no records: x: uint8 \(0, 8, 8\)"),
+        ({"x": ZEROS, "y": np.float32(1)}, r"arrays are x: uint8 \(3, 8, 8\), y: float32 \(\)"),
+        ({"x": np.array(["a"])}, r"arrays are x: <U1 \(1,\)"),
+        ({}, "arrays are none"),
         ({"images": ZEROS.astype(np.int64)}, r"images are int64 \(3, 1, 8, 8\)\nAllowed: uint8 or float"),
         ({"images": ZEROS.astype(bool)}, "images are bool"),
         ({"images": ZEROS.astype(complex)}, "images are complex128"),
         ({"images": np.array(["a"])}, "images are <U1"),
         ({"images": ZEROS[0]}, r"images are uint8 \(8, 8\)"),
         ({"images": ZEROS[:0]}, r"images are uint8 \(0, 1, 8, 8\)"),
+        ({"images": ZEROS[:, :0]}, r"images are uint8 \(3, 1, 0, 8\)"),
         ({"images": ZEROS, "labels": np.zeros(2, np.int64)}, r"labels are int64 \(2,\)\nAllowed: integers \(3,\)"),
         ({"images": ZEROS, "labels": np.zeros(3)}, r"labels are float64 \(3,\)"),
     ],
@@ -167,15 +215,15 @@ ZEROS = np.zeros((3, 8, 8), np.uint8)
 def test_wrong_arrays_are_refused_with_what_was_found(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "set.npz", **arrays)
     with pytest.raises(CompressorError, match=message) as caught:
-        read_images(path)
+        read_data(path)
     assert str(path) in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["nothing.npz", "nothing.npy", "folder.npz", "images.png"])
 def test_what_is_no_data_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.npz").mkdir()
-    with pytest.raises(CompressorError, match=r"no such file|not a data file"):
-        read_images(tmp_path / name)
+    with pytest.raises(CompressorError, match=r"no such file or folder|no pictures in this folder"):
+        read_data(tmp_path / name)
 
 
 class Hostile:
@@ -202,7 +250,7 @@ def test_pickled_objects_are_refused_and_nothing_runs(kind: str, tmp_path: Path)
     else:
         path.write_bytes(pickle.dumps(objects))
     with pytest.raises(CompressorError, match=r"cannot be read: .*\nThe file is damaged, or holds pickled objects"):
-        read_images(path)
+        read_data(path)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile(trace)))
     assert trace.exists()  # the trap would have sprung
@@ -217,7 +265,7 @@ def test_truncated_files_are_refused(kind: str, share: float, tmp_path: Path) ->
     path = tmp_path / f"cut.{kind}"
     path.write_bytes(whole.getvalue()[: int(share * len(whole.getvalue()))])
     with pytest.raises(CompressorError, match="cannot be read"):
-        read_images(path)
+        read_data(path)
 
 
 def test_a_flipped_byte_in_an_archive_is_noticed(tmp_path: Path) -> None:
@@ -226,7 +274,7 @@ def test_a_flipped_byte_in_an_archive_is_noticed(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CompressorError, match="cannot be read"):
-        read_images(path)
+        read_data(path)
 
 
 @pytest.mark.parametrize(("holds", "suffix"), [("npz", ".npy"), ("npy", ".npz")])
@@ -236,4 +284,39 @@ def test_a_file_with_the_other_suffix_is_refused_or_read(holds: str, suffix: str
     path = tmp_path / f"set{suffix}"
     path.write_bytes(whole.getvalue())
     with suppress(CompressorError):
-        assert read_images(path).pixels.shape == (3, 1, 8, 8)
+        assert read_data(path).shape == (1, 8, 8)
+
+
+# Records
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_named_arrays_that_are_no_images_are_records(kind: str, tmp_path: Path) -> None:
+    arrays = {"sample": torch.randn(5, 4, 2, 2), "timestep": torch.arange(5), "target": torch.randn(5, 4, 2, 2).half()}
+    path = tmp_path / f"set.{kind}"
+    np.savez(path, **{n: a.numpy() for n, a in arrays.items()}) if kind == "npz" else save_file(arrays, path)
+    records = read_data(path)
+    assert isinstance(records, Records) and len(records) == 5 and records.shape is None and records.name == "set"
+    batch = records.take(torch.tensor([3, 0]))
+    assert batch.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert batch[name].dtype == array.dtype and torch.equal(batch[name], array[[3, 0]])
+    assert records.sha256 == Records("other", dict(reversed(arrays.items()))).sha256
+    assert records.sha256 != Records("set", {**arrays, "timestep": arrays["timestep"] + 1}).sha256
+
+
+def test_images_in_safetensors_are_read_bfloat16_exactly(tmp_path: Path) -> None:
+    latents = torch.randn(3, 4, 2, 2).bfloat16()
+    save_file({"images": latents, "labels": torch.tensor([2, 0, 1])}, tmp_path / "set.safetensors")
+    images, labels = read_data(tmp_path / "set.safetensors").take(torch.arange(3))
+    assert torch.equal(images, latents.float()) and labels.tolist() == [2, 0, 1]
+
+
+def test_a_model_is_pruned_on_records(model: nn.Module, adapter: Adapter) -> None:
+    class OnRecords(type(adapter)):  # type: ignore[misc]
+        def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, torch.Tensor]:
+            return batch["sample"], batch["target"]
+
+    records = Records("some", {"sample": torch.randn(32, 16), "target": torch.randn(32, 16)})
+    result = prune(model, Magnitude(), adapter=OnRecords(), data=records, steps=3, batch_size=8)
+    assert len(result.steps) == 3 and result.masks

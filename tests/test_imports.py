@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-KEPT_OUT = ["compressor.plugins", "compressor.model_zoo", "diffusers", "torch_pruning", "onnx", "onnxruntime"]
+KEPT_OUT = [
+    "compressor.plugins",
+    "compressor.model_zoo",
+    "diffusers",
+    "torch_pruning",
+    "onnx",
+    "onnxruntime",
+    "datasets",
+]
 
 EVERYTHING_PUBLIC = "import compressor; [getattr(compressor, name) for name in compressor.__all__]"
 HELP = """
@@ -60,6 +68,7 @@ def test_help_pulls_in_no_torch() -> None:
         ("import onnx", ["onnx"]),
         ("import onnxruntime", ["onnxruntime"]),
         ("import torch_pruning", ["torch_pruning"]),
+        ("import datasets", ["datasets"]),
     ],
 )
 def test_the_check_can_fail(code: str, expected: list[str], tmp_path: Path) -> None:
