@@ -82,6 +82,7 @@ def app() -> None:
 @click.option(
     "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
 )
+@click.option("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures.")
 @click.option(
     "--data",
     metavar="PATH|NAME",

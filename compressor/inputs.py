@@ -21,6 +21,7 @@ from compressor.data import ImageSet, Samples, SampleSet
 from compressor.engine import choose_layers, resolve_device
 from compressor.errors import UsageError
 from compressor.evaluate import Metric
+from compressor.latents import Autoencoder
 from compressor.pruner import Pruner
 from compressor.reading import read_data
 from compressor.recipe import Loading, Recipe
@@ -29,7 +30,10 @@ from compressor.weights import weights_sha256
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a recipe names, found and loaded: model, data, method."""
+    """What a recipe names, found and loaded: model, data, method.
+
+    `pictures` is what samples are compared with: the data, or the pictures that `autoencoder` made latents of.
+    """
 
     recipe: Recipe
     adapter: Adapter
@@ -38,6 +42,8 @@ class Inputs:
     batches: Samples
     pruner: Pruner
     metric: Metric | None
+    pictures: SampleSet
+    autoencoder: Autoencoder | None
 
     @property
     def method(self) -> str:
@@ -62,7 +68,7 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     """
     early = recipes.validated(Recipe, recipes.merged(settings), where)
     weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
-    paths = {"weights": weights, "pruner": early.pruner}
+    paths = {"weights": weights, "pruner": early.pruner, "vae": early.vae}
     if early.data is not None and not early.data.startswith("hf:") and early.data not in registry.names("data"):
         paths["data"] = early.data
     if registry.is_file_reference(early.model):
@@ -105,15 +111,19 @@ def load_inputs(recipe: Recipe) -> Inputs:
     metric = registry.metric(recipe.evaluate.metric) if recipe.evaluate.metric is not None else None
     resolve_device(recipe.train.device)
     model = adapter.load(recipe.weights)
-    data = (
+    autoencoder = Autoencoder(recipe.vae, resolve_device(recipe.train.device)) if recipe.vae is not None else None
+    pictures = (
         registry.images(recipe.data)
         if recipe.data in registry.names("data")
-        else _read(adapter, recipe.data, recipe.loading)
+        else _read(adapter, recipe.data, recipe.loading, autoencoder)
     )
+    data = pictures
+    if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
+        data = autoencoder.encoded(pictures)
     _check_shapes(adapter, data, recipe.loading.size)
     batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
     if metric is not None and recipe.evaluate.samples:
-        if not isinstance(data, ImageSet):
+        if not isinstance(pictures, ImageSet):
             raise UsageError(
                 f"{metric.name} compares images, and {data.name} holds records",
                 "Measure no such metric: --set evaluate.metric=null",
@@ -123,9 +133,9 @@ def load_inputs(recipe: Recipe) -> Inputs:
                 f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
                 "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
             )
-        metric.features(data.images(torch.arange(2)))  # raises now where it cannot take these images
+        metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
     choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
-    return Inputs(recipe, adapter, model, data, batches, pruner, metric)
+    return Inputs(recipe, adapter, model, data, batches, pruner, metric, pictures, autoencoder)
 
 
 def _on_the_hub(name: str) -> bool:
@@ -133,9 +143,14 @@ def _on_the_hub(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
-def _read(adapter: Adapter, source: str, loading: Loading) -> SampleSet:
-    """The data at `source`; pictures are brought to the size that the model takes, or `loading.size` where it takes any."""
+def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoencoder | None) -> SampleSet:
+    """The data at `source`; pictures are brought to the size that the model takes, or `loading.size` where it takes any.
+
+    With an `autoencoder`, that is the size of which it makes latents that the model takes.
+    """
     shape = adapter.image_shape
+    if autoencoder is not None and shape is not None:
+        shape = autoencoder.picture_shape(shape)
     if loading.size is not None:
         wanted = (shape[0] if shape is not None else 3, loading.size, loading.size)
         if shape is not None and shape != wanted:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.data import Images, ImageSet
 from compressor.errors import CompressorError
 
 _BATCH = 8
@@ -48,6 +49,22 @@ class Autoencoder:
         return torch.cat(
             [self.model.decode(self._here(part)).sample.cpu() for part in torch.split(plain, _BATCH)]
         ).clamp(-1, 1)
+
+    def picture_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """The (3, height, width) of pictures whose latents have `shape`."""
+        channels, height, width = shape
+        if channels != self.model.config.latent_channels:
+            raise CompressorError(
+                f"the autoencoder's latents have {self.model.config.latent_channels} channels, the model takes {channels}",
+                "Give the autoencoder that the model was trained with.",
+            )
+        factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        return int(self.model.config.in_channels), height * factor, width * factor
+
+    def encoded(self, pictures: ImageSet) -> Images:
+        """The latents of all `pictures`, in memory, with their labels."""
+        parts = [self.encode(pictures.images(rows)) for rows in torch.split(torch.arange(len(pictures)), _BATCH)]
+        return Images(pictures.name, torch.cat(parts), pictures.labels, pictures.skipped)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, self.model.dtype)

@@ -67,6 +67,7 @@ class Recipe(BaseModel):
     weights: str | None = None
     architecture: dict[str, Any] = Field(default_factory=dict)
     data: str | None = None
+    vae: str | None = None
     method: str = "sparsedm"
     pruner: str | None = None
     pattern: str | None = None

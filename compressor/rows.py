@@ -50,8 +50,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, pruned)}
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
     reference = floor = None
-    if inputs.metric is not None and isinstance(inputs.data, ImageSet) and settings.samples:
-        features = evaluate.real_features(inputs.metric, inputs.data)
+    if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
+        features = evaluate.real_features(inputs.metric, inputs.pictures)
         reference, floor = gaussian(features), evaluate.floor(features, settings)
     dense_images: Tensor | None = None
     dense_predictions: Tensor | None = None
@@ -60,7 +60,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         if evaluate.can_sample(adapter) and settings.samples:
             drawn: list[Tensor] = []
             for batch in evaluate.sample(adapter, model, settings):
-                drawn.append(batch)
+                drawn.append(batch if inputs.autoencoder is None else inputs.autoencoder.decode(batch))
                 yield Progress(f"sample {row['name']}", sum(map(len, drawn)), settings.samples)
             images = torch.cat(drawn)
             save_grid(images[:64], out / "samples" / f"{file_name(row['name'])}.png")

@@ -120,3 +120,30 @@ def test_models_of_latents_write_latents_or_with_an_autoencoder_images(autoencod
     assert outcome.code == 0, outcome.err
     with Image.open(tmp_path / "images" / "000001.png") as image:
         assert image.size == (16, 16) and image.mode == "RGB"
+
+
+def test_a_run_with_an_autoencoder_trains_on_latents_and_shows_pictures(autoencoder, cli, tmp_path):
+    from compressor.model_zoo.uvit import UViT
+
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=pixels)
+    config = {
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "conv": False,
+    }
+    source = f"from compressor.model_zoo.uvit import UViTAdapter\n\n\ndef model():\n    return UViTAdapter({config}, 'latent')\n"
+    (tmp_path / "latent.py").write_text(source)
+    torch.save(UViT(**config).state_dict(), tmp_path / "weights.pth")
+    command = ("--model", f"{tmp_path / 'latent.py'}:model", "--weights", tmp_path / "weights.pth")
+    command += ("--data", tmp_path / "data.npz", "--vae", autoencoder, "--set", "evaluate.samples=2")
+    outcome = cli.run(tmp_path / "run", *command)
+    assert outcome.code == 0, outcome.err
+    with Image.open(tmp_path / "run" / "samples" / "sparsedm.png") as sheet:
+        assert sheet.mode == "RGB" and min(sheet.size) >= 16
+    outcome = cli("sample", tmp_path / "run", "--n", "1", "--steps", "1", "--vae", autoencoder)
+    assert outcome.code == 0, outcome.err
