@@ -12,6 +12,7 @@ import torch
 from compressor.model_zoo.dit.layout import original
 from compressor.model_zoo.generic import DiffusersAdapter
 from compressor.plugins.sparsedm import SparseDM
+from PIL import Image
 from torch import nn
 
 import compressor
@@ -95,9 +96,10 @@ def dit_source(request, dit, tmp_path):
 @pytest.fixture(scope="module")
 def ddpm_run(pipeline, tmp_path_factory, cli):
     folder = tmp_path_factory.mktemp("run")
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
-    np.savez(folder / "data.npz", images=pixels)
-    command = ("--model", "ddpm", "--weights", pipeline, "--data", folder / "data.npz", "--method", "sparsedm")
+    (folder / "pictures").mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 12, 16, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
+    command = ("--model", "ddpm", "--weights", pipeline, "--data", folder / "pictures", "--method", "sparsedm")
     outcome = cli.run(folder / "out", *command, "--set", "evaluate.samples=4")
     assert outcome.code == 0, outcome.err
     return folder / "out"
