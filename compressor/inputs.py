@@ -17,7 +17,7 @@ from torch import nn
 from compressor import artifact, registry
 from compressor import recipe as recipes
 from compressor.adapter import Adapter, Sampling
-from compressor.data import ImageSet, Samples, SampleSet
+from compressor.data import ImageSet, Records, Samples, SampleSet
 from compressor.engine import choose_layers, resolve_device
 from compressor.errors import UsageError
 from compressor.evaluate import Metric
@@ -25,6 +25,7 @@ from compressor.latents import Autoencoder
 from compressor.pruner import Pruner
 from compressor.reading import read_data
 from compressor.recipe import Loading, Recipe
+from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
 
@@ -121,6 +122,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
         data = autoencoder.encoded(pictures)
     _check_shapes(adapter, data, recipe.loading.size)
+    if isinstance(data, Records):
+        _check_records(adapter, model, data)
     batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
     if metric is not None and recipe.evaluate.samples:
         if not isinstance(pictures, ImageSet):
@@ -164,6 +167,26 @@ def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoenco
     )
 
 
+@torch.no_grad()
+def _check_records(adapter: Adapter, model: nn.Module, data: Records) -> None:
+    """Refuse records that the model cannot take, by asking it: only the adapter knows what they mean."""
+    arrays = ", ".join(f"{name} {tuple(array.shape[1:])}" for name, array in data.arrays.items())
+    try:
+        inputs, target = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
+        found = tuple(adapter.predict(model, inputs).shape)
+    except Exception as error:  # whatever an adapter or a model raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{data.name}: {adapter.name} cannot take its arrays ({arrays}): {reason}",
+            "Arrays are called as the model's arguments; see docs/adapters.md.",
+        ) from error
+    if found != tuple(target.shape):
+        raise UsageError(
+            f"{data.name}: {adapter.name} answers {found} to its arrays ({arrays}), the target is {tuple(target.shape)}",
+            "The target has the shape of what the model predicts.",
+        )
+
+
 def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
     """Refuse data that the model cannot take, or that was not brought to `size`, before anything is trained on it."""
     if size is not None and (data.shape is None or data.shape[1:] != (size, size)):
@@ -172,12 +195,13 @@ def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
             "Only pictures of a folder or a Hugging Face set are resized: leave loading.size out.",
         )
     expected = adapter.image_shape
-    if expected is not None and expected != data.shape:
-        found = "these are records" if data.shape is None else f"images are {data.shape}"
+    if expected is not None and data.shape not in (None, expected):
         raise UsageError(
-            f"{data.name}: {found}, {adapter.name} takes {expected}",
+            f"{data.name}: images are {data.shape}, {adapter.name} takes {expected}",
             "Channels, height and width must agree; resize the images, or choose another model.",
         )
+    if isinstance(data, Records):
+        return
     labels = data.labels if isinstance(data, ImageSet) else None
     if adapter.num_classes and (
         labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < adapter.num_classes

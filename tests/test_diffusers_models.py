@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import diffusers
@@ -340,6 +341,47 @@ def test_a_conditioned_unet_is_fine_tuned_with_the_users_batches_and_written_bac
         assert torch.equal(plain.eval()(latents, 5, text).sample, expected)
     for name in result.masks:
         parse("2:4").verify(plain.get_parameter(name).detach())
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A saved UNet2DConditionModel, and a file of arrays for it."""
+    torch.manual_seed(0)
+    conditioned_unet().save_pretrained(tmp_path / "unet")
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {
+        "sample": draw((20, 4, 8, 8), dtype=np.float32),
+        "encoder_hidden_states": draw((20, 7, 16), dtype=np.float32),
+    }
+    return tmp_path, arrays
+
+
+def test_a_conditioned_unet_goes_through_the_command_line_with_the_users_arrays(records, cli):
+    folder, arrays = records
+    np.savez(folder / "batches.npz", **arrays)
+    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz")
+    outcome = cli.run(folder / "run", *command, "--set", "evaluate.samples=0")
+    assert outcome.code == 0, outcome.err
+    plain = diffusers.UNet2DConditionModel.from_pretrained(folder / "run" / "pipeline").state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in compressor.load(folder / "run").state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"encoder_hidden_states": np.zeros((20, 7, 5), np.float32)}, r"encoder_hidden_states \(7, 5\)"),
+        ({"text": np.zeros((20, 7), np.float32)}, "text"),
+        ({"target": np.zeros((20, 4, 4, 4), np.float32), "timestep": np.zeros(20, np.int64)}, "the target is"),
+    ],
+)
+def test_arrays_that_the_model_cannot_take_are_refused_before_training(records, cli, change, part):
+    folder, arrays = records
+    np.savez(folder / "batches.npz", **arrays | change)
+    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz")
+    outcome = cli.run(folder / "run", *command)
+    assert outcome.code == 2
+    assert re.search(part, outcome.err), outcome.err
+    assert not (folder / "run").exists()
 
 
 def test_a_batch_without_images_is_refused_with_what_it_has(tmp_path):

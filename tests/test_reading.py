@@ -603,7 +603,7 @@ def test_a_run_on_a_folder_is_the_same_with_workers_and_without_memory(cli: Any,
         ),
         ({"images": np.zeros((9, 6, 6), np.uint8)}, ("size=8",), "loading.size: set holds images (1, 6, 6)"),
         ({"images": np.zeros((9, 8, 8), np.float32)}, ("flip=true",), "flip mirrors pictures"),
-        ({"sample": np.zeros((9, 8, 8), np.float32)}, (), "set: these are records, uvit-digits takes (1, 8, 8)"),
+        ({"sample": np.zeros((9, 8, 8), np.float32)}, (), "set: uvit-digits cannot take its arrays (sample (8, 8))"),
         ({"sample": np.zeros((9, 8, 8), np.float32)}, ("size=8",), "loading.size: set holds records"),
         ({"images": np.zeros((9, 8, 8), np.uint8)}, ("workers=-1",), "loading.workers"),
         ({"images": np.zeros((9, 8, 8), np.uint8)}, ("skip_damged=true",), "Did you mean 'loading.skip_damaged'"),
@@ -620,7 +620,7 @@ def test_settings_that_do_not_suit_the_data_end_the_run_before_it_begins(
 
 def test_a_metric_of_images_refuses_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "set.npz", sample=np.zeros((9, 4), np.float32))
-    monkeypatch.setattr("compressor.inputs._check_shapes", lambda adapter, data, size: None)
+    monkeypatch.setattr("compressor.inputs._check_records", lambda adapter, model, data: None)
     with pytest.raises(UsageError, match=r"fd-digits compares images, and set holds records"):
         inputs.load_inputs(inputs.resolve({"data": str(tmp_path / "set.npz")}, "here"))
 
