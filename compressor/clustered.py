@@ -84,11 +84,13 @@ class Clustered(Pattern):
                 groups.setdefault(bits.tobytes(), []).append(row)
             else:
                 odd.append(row)
+        open_groups = [rows for rows in groups.values() if len(rows) % self.v]
         loose = groups.setdefault(b"", [])
+        taken = support[[rows[0] for rows in open_groups]]
         for row in odd:
-            room = (rows for rows in groups.values() if len(rows) % self.v)
-            fits = (rows for rows in room if bool((support[row] <= support[rows[0]]).all()))
-            next(fits, loose).append(row)
+            fits = (~(support[row] & ~taken).any(1)).nonzero().flatten().tolist()
+            place = next((one for one in fits if len(open_groups[one]) % self.v), None)
+            (loose if place is None else open_groups[place]).append(row)
         return torch.tensor([row for rows in groups.values() for row in rows], device=keep.device)
 
     def _chosen(self, score: Tensor, order: Tensor) -> Tensor:

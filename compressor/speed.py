@@ -177,9 +177,12 @@ def _densities(plan: Plan) -> dict[str, float]:
 
 
 def _add(rows: list[dict[str, Any]], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Put `entries` into the rows in place of former ones of the same setting."""
+    """Put `entries` into the rows in place of former ones of the same setting, before other settings' lowered ones: the
+    first lowered entry of a row is that of the plan in the report."""
     same = ("backend", "device", "dtype", "batch")
     for row in rows:
         new = [{k: v for k, v in entry.items() if k != "row"} for entry in entries if entry["row"] == row["name"]]
         settings = {tuple(entry[k] for k in same) for entry in new}
-        row["latency"] = [e for e in row["latency"] if tuple(e[k] for k in same) not in settings] + new
+        kept = [e for e in row["latency"] if tuple(e[k] for k in same) not in settings]
+        former = [e for e in kept if e["backend"] == "lowered"]
+        row["latency"] = [e for e in kept if e["backend"] != "lowered"] + new + former

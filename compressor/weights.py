@@ -51,6 +51,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if isinstance(state, Mapping):
         inner = [key for key in _INNER if isinstance(state.get(key), Mapping)]
         state = state[inner[0]] if inner else state
+    _refuse_expansion(path, state)
     plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not plain or not state:
         found = f"keys {list(state)[:4]}" if isinstance(state, Mapping) else type(state).__name__
@@ -63,6 +64,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
             )
     return dict(state)
+
+
+def _refuse_expansion(path: Path, state: Any) -> None:
+    """Raise CompressorError for tensors that hold more than the file does: small files shall not fill the memory."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor)] if isinstance(state, Mapping) else []
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
+    expanded = [value for value in tensors if value.nbytes > value.untyped_storage().nbytes()]
+    if expanded or sum(storages.values()) > path.stat().st_size:
+        raise CompressorError(
+            f"{path}: its tensors are larger than the file", "Save contiguous tensors, uncompressed, with torch.save."
+        )
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:

@@ -109,6 +109,12 @@ def test_what_is_no_state_dict_is_refused(tmp_path, saved):
         read_weights(tmp_path / "odd.pt")
 
 
+def test_a_small_file_cannot_fill_the_memory(tmp_path):
+    torch.save({"w": torch.zeros(1).expand(2**31)}, tmp_path / "bomb.pt")
+    with refused("bomb.pt", "larger than the file"):
+        read_weights(tmp_path / "bomb.pt")
+
+
 @pytest.mark.parametrize("length", [0, 7, 8, 100, 10_000])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_truncated_weights_are_refused(tmp_path, suffix, length):

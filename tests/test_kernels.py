@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import CompressorError
+from compressor.clustered import Clustered
 from compressor.lower import Unit
 from compressor.lower.vnm import VNM, Packed, VNMConv, VNMLinear, VNMPair, kernels
 from compressor.pattern import NM
@@ -58,7 +59,9 @@ def error(out: Tensor, wanted: Tensor) -> float:
     return float((out.double() - wanted).norm() / wanted.norm())
 
 
-def unit(module: nn.Module, shape: tuple[int, ...], *patterns: NM | None, dtype: torch.dtype = torch.float32) -> Unit:
+def unit(
+    module: nn.Module, shape: tuple[int, ...], *patterns: NM | Clustered | None, dtype: torch.dtype = torch.float32
+) -> Unit:
     return Unit("layer", module.to(dtype).requires_grad_(False), shape, dtype, torch.device("cpu"), patterns)
 
 
@@ -227,6 +230,89 @@ def test_what_does_not_fit_is_refused_before_it_reaches_the_kernel() -> None:
         lowered(normal(3, 8).double())
     with pytest.raises(CompressorError, match="was cast"):
         lowered.bfloat16()(normal(3, 8))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clustered_rows_with_zeros_of_their_own_are_right_at_every_level(level: str, seed: int) -> None:
+    pattern = Clustered(2, 4, 8)
+    module = nn.Linear(64, 128)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight = torch.randn(128, 64, generator=rng)
+        weight = pattern.mask(weight.abs()).apply(weight)
+        module.weight.copy_(weight * (torch.rand(weight.shape, generator=rng) > 0.02))
+    one = unit(module, (32, 64), pattern)
+    x = normal(32, 64)
+    assert error(VNM().build(one)(x), module.double()(x.double())) < EXACT
+
+
+def test_a_weight_that_does_not_obey_its_pattern_is_not_packed() -> None:
+    with pytest.raises(CompressorError, match="does not obey 4:2:4"):
+        Packed(torch.ones(8, 8), None, NM(2, 4, 4), block=8)
+
+
+def test_tanh_gelu_of_very_negative_numbers_is_zero(level: str) -> None:
+    eye = torch.eye(8)
+    pattern = NM(4, 4, 1)
+    pair = VNMPair(Packed(eye, None, pattern, block=8), Packed(eye, None, pattern, block=8), True)
+    x = torch.tensor([[-1e36, -3e38, -31.0, -29.0, -5.0, 0.0, 5.0, 3e38]])
+    torch.testing.assert_close(pair(x), F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_of_another_packing_is_refused() -> None:
+    pattern = NM(2, 4, 4)
+    weight = sparse((16, 64), pattern)
+    one, other = (Packed(weight, None, pattern, block=block) for block in (32, 64))
+    with pytest.raises(CompressorError, match="lowered otherwise"):
+        other.load_state_dict(one.state_dict())
+    other.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tile": 0},
+        {"numbers": {2: 16}},
+        {"numbers": {3: 81}},
+        {"numbers": {0: 32}},
+        {"numbers": {5: 0}},
+        {"index": slice(0, -1)},
+        {"values": slice(0, -4)},
+    ],
+)
+def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> None:
+    pattern = NM(2, 4, 4)
+    w = Packed(sparse((16, 8), pattern), None, pattern, block=8)
+    numbers = list(w.numbers)
+    for place, value in change.get("numbers", {}).items():
+        numbers[place] = value
+    values, index = w.values[change.get("values", slice(None))], w.index[change.get("index", slice(None))]
+    with pytest.raises((CompressorError, ValueError)):
+        torch.ops.compressor.vnm_linear(
+            normal(3, 8), values, index, w.bias, w.order, numbers, change.get("tile", w.tile)
+        )
+
+
+def test_scratch_is_given_back_when_its_thread_ends() -> None:
+    import resource
+    import threading
+
+    pattern = NM(2, 4, 4)
+    lowered = VNMLinear(Packed(sparse((256, 2048), pattern), None, pattern, block=2048))
+    x = normal(64, 2048)
+
+    def work() -> None:
+        lowered(x)
+
+    def threads(count: int) -> int:
+        for _ in range(count):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = threads(5)
+    assert threads(100) - before < 20_000  # KiB; each thread takes about a MiB
 
 
 def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:

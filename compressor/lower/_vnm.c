@@ -9,6 +9,7 @@
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,8 @@
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
 #define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
 #define PLACES 64
+
+typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
 
 typedef struct {
     int rows, inner, v, taps;
@@ -61,6 +64,8 @@ static int hidden_chunk(const matrix *second) {
     return second->block < HIDDEN ? HIDDEN / second->block * second->block : second->block;
 }
 
+static pthread_key_t buffers; /* frees a thread's buffer when the thread ends */
+
 /* A buffer that lives as long as its thread, and grows. Aligned to a cache line. */
 static float *scratch_of_this_thread(size_t bytes) {
     static __thread void *buffer;
@@ -69,8 +74,10 @@ static float *scratch_of_this_thread(size_t bytes) {
         free(buffer);
         size = 0;
         if (posix_memalign(&buffer, 64, bytes) != 0)
-            return buffer = NULL;
-        size = bytes;
+            buffer = NULL;
+        else
+            size = bytes;
+        pthread_setspecific(buffers, buffer);
     }
     return buffer;
 }
@@ -161,15 +168,29 @@ static int runs_here(const char *name) {
 static const level *chosen;
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* torch's GOMP_parallel, or NULL */
 
-static int run(job *j, int threads) {
+static int run(job *j, int threads, const level *how) {
     threads = threads > 1 && parallel != NULL ? threads : 1;
-    j->scratch_bytes = chosen->plan(j, threads);
+    j->scratch_bytes = how->plan(j, threads);
     j->next = j->failed = 0;
     if (threads > 1 && j->tiles > 1)
-        parallel(chosen->work, j, j->tiles < threads ? (unsigned)j->tiles : (unsigned)threads, 0);
+        parallel(how->work, j, j->tiles < threads ? (unsigned)j->tiles : (unsigned)threads, 0);
     else
-        chosen->work(j);
+        how->work(j);
     return j->failed;
+}
+
+/* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. */
+static const char *wrong(const matrix *m, const level *how) {
+    if (m->v != 1 && m->v != 2 && m->v != 4 && m->v != 8)
+        return "rows that share a choice must be 1, 2, 4 or 8";
+    if (m->rows < 1 || m->rows % m->v || m->inner < 1 || m->taps < 1 || m->taps > 49)
+        return "a weight of these sizes has no kernel";
+    if (m->group < 1 || m->kept < 1 || m->kept > m->group || m->planes < 1 || m->inner % m->group ||
+        m->block < 1 || m->block % m->group)
+        return "groups or blocks of these sizes have no kernel";
+    if (m->dot && (m->group != 4 || m->kept != 1 || m->planes != 6))
+        return "bf16 products take groups of four";
+    return m->dot && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
 }
 
 /* --- Python. Every argument is an int: an address, a size or a flag. --- */
@@ -219,12 +240,20 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
     int threads = (int)number(a, 10), failed;
     if (PyErr_Occurred())
         return NULL;
-    if ((j.first.dot || j.second.dot) && !chosen->dot) {
-        PyErr_SetString(PyExc_ValueError, "weights packed for bf16 products do not run at this level");
+    const level *how = chosen; /* once: another thread may change it */
+    const char *fault = wrong(&j.first, how);
+    if (fault == NULL && count > 11 + MATRIX)
+        fault = wrong(&j.second, how);
+    if (fault == NULL && (j.kind < 0 || j.kind > 2 || (j.kind == 1) != (count > 11 + MATRIX)))
+        fault = "no such job";
+    if (fault == NULL && (j.tokens < 1 || j.vectors < 1 || (j.kind == 2 && j.side * j.side != j.first.taps)))
+        fault = "a job of these sizes has no kernel";
+    if (fault != NULL) {
+        PyErr_SetString(PyExc_ValueError, fault);
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS;
-    failed = run(&j, threads);
+    failed = run(&j, threads, how);
     Py_END_ALLOW_THREADS;
     if (failed)
         return PyErr_NoMemory();
@@ -289,6 +318,8 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_vnm", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__vnm(void) {
+    if (pthread_key_create(&buffers, free) != 0)
+        return PyErr_NoMemory();
     for (int i = LEVELS - 1; i >= 0; i--)
         if (runs_here(levels[i].name))
             chosen = &levels[i];

@@ -84,7 +84,8 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
     if (!tanh_form)
         return 0.5f * x * (1.0f + NAME(erf)(x * 0.70710678f));
     vf u = 1.59576912f * (x + 0.044715f * x * x * x); /* 2 sqrt(2 / pi) (...): x sigmoid(u) */
-    return x / (1.0f + NAME(exp)(-u));
+    /* below -30 the product is zero in fp32; the clamped exponential would not make it so */
+    return (vf)((vi)(x / (1.0f + NAME(exp)(-u))) & ~(x < -30.0f));
 }
 
 /* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors. `gaps` says where the vectors lie
@@ -101,7 +102,7 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
         vf x[12];
         UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
         UNROLL for (int v = 0; v < V; v++) {
-            vf b = (vf)(((const uint32_t *)w)[s * V + v] | (vu){0});
+            vf b = (vf)(((const lane *)w)[s * V + v] | (vu){0});
             UNROLL for (int r = 0; r < R; r++) {
 #if DOT
                 if (dot)
@@ -352,7 +353,7 @@ static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, in
                     memset(to_row + skipped, 0, count * 4);
                 else if (j->half) {
                     const uint16_t *source = (const uint16_t *)x + past;
-                    uint32_t *bits = (uint32_t *)(to_row + skipped + lost);
+                    lane *bits = (lane *)(to_row + skipped + lost);
                     for (size_t p = 0; p < count - lost - past; p++) bits[p] = (uint32_t)source[p] << 16;
                 } else
                     memcpy(to_row + skipped + lost, x + past * 4, (count - lost - past) * 4);

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.clustered import Clustered
+from compressor.errors import CompressorError
 from compressor.pattern import NM
 
 
@@ -40,6 +41,8 @@ class Backend(ABC):
     name: str
     skips_zeros: bool = True
     """Whether a multiplication by a masked weight is really left out; False for dense forms."""
+    version: str = ""
+    """What its times depend on besides shapes, machine and torch: times measured with another version are not used."""
     quantises: bool = False
     """Whether it gives other numbers than rounding explains: tried only where it is named, or a tolerance is given."""
 
@@ -59,3 +62,12 @@ class Backend(ABC):
     def build(self, unit: Unit) -> nn.Module:
         """A module that takes and gives what `unit.module` does, for inference, and shares no memory with it that could
         change: weights are packed now. Its buffers are on `unit.device`. Other input shapes than the example's work too."""
+
+
+def refuse_gradients(x: Tensor) -> None:
+    """Raise CompressorError where a gradient is wanted of `x`: lowered layers have none, and torch would go on without."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise CompressorError(
+            "a lowered model is for inference: it has no gradients",
+            "Call it under torch.no_grad(); take gradients from the model that was lowered.",
+        )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from compressor.lower.backend import Unit
+from compressor.lower.backend import Backend, Unit
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
@@ -42,39 +42,42 @@ def _key(unit: Unit) -> str:
     return f"{unit.module!r} {unit.input_shape} {unit.dtype} {[str(p) for p in unit.patterns]}"
 
 
-def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cache | None) -> list[LayerPlan]:
+def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cache) -> list[LayerPlan]:
     """Time the backends on the group, and choose for each of its layers."""
     backends, device = job.backends, job.device
     unit = group[0].unit
     allowed = TOLERANCE.get(unit.dtype, 1e-5) if tolerance is None else tolerance
-    refused = {b.name: reason for b in backends if (reason := b.unavailable(device) or b.refusal(unit))}
+    refused = {b.name: reason for b in backends if (reason := _refusal(b, unit, device))}
     able = [backend for backend in backends if backend.name not in refused]
     rng = torch.Generator().manual_seed(SEED)
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
     calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
-    sample = x[: max(1, min(len(x), -(-4096 * len(x) // max(1, x.numel() // x.shape[-1]))))]
+    sample = x
+    if x.dim() > (3 if isinstance(unit.module, nn.Conv2d) else 1):  # dim 0 is the batch
+        sample = x[: max(1, min(len(x), -(-4096 * len(x) // max(1, x.numel() // max(1, x.shape[-1])))))]
     wanted = _reference(unit, sample)
     for backend in able:
         try:
             modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-            error = relative(modules[0](sample), wanted)
+            out = modules[0](sample)
+            error = relative(out, wanted) if out.dtype == unit.dtype else math.inf
             calls[backend.name] = _calls(modules, x)
         except Exception as failure:  # a kernel may refuse a shape only when it runs
             refused[backend.name] = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
             continue
         errors[backend.name] = error
-        if not error <= allowed:
+        if not error <= allowed and backend.name != "eager":  # the layer as it is always stands
             refused[backend.name] = f"its error is {error:.1e}, above {allowed:.0e}"
             del calls[backend.name]
-    key = f"{_key(unit)} {sorted(calls)}"
-    times = store.get(key) if store is not None else None
+    how = sorted(f"{b.name} {b.version}".strip() for b in able if b.name in calls)
+    key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
+    times = store.get(key)
     if times is None or set(times) != set(calls):
         measured = interleaved(list(calls.values()), _ROUNDS, device)
         share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
         times = {name: median_ms(seconds) / share for name, seconds in zip(calls, measured, strict=True)}
-        if store is not None:
-            store.put(key, times)
+        store.put(key, times)
     candidates = tuple(
         Candidate(
             backend=b.name, median_ms=times.get(b.name), error=_finite(errors.get(b.name)), refused=refused.get(b.name)
@@ -84,6 +87,14 @@ def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cac
     skipping = {backend.name for backend in backends if backend.skips_zeros}
     choice, reason = best(times, skipping)
     return [_layer_plan(one, candidates, choice, reason, choice in skipping) for one in group]
+
+
+def _refusal(backend: Backend, unit: Unit, device: torch.device) -> str | None:
+    """Why `backend` does not run `unit`; one that fails to say so is refused for that."""
+    try:
+        return backend.unavailable(device) or backend.refusal(unit)
+    except Exception as failure:  # a plugin may raise anything
+        return f"the backend failed when asked: {type(failure).__name__}: {failure}"
 
 
 def _calls(modules: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
@@ -122,7 +133,9 @@ def _reference(unit: Unit, x: Tensor) -> Tensor:
 
 
 def relative(out: Tensor, wanted: Tensor) -> float:
-    """The root mean square difference, relative to the wanted values."""
+    """The root mean square difference, relative to the wanted values; infinite where the shapes differ."""
+    if out.shape != wanted.shape:
+        return math.inf
     difference = (out.double() - wanted).norm()
     return float(difference / wanted.norm()) if wanted.any() else float(difference)
 

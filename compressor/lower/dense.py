@@ -6,10 +6,16 @@ layer can be twice as fast. A speed-up over the first alone would be no speed-up
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from compressor.lower.backend import Backend, Unit
+from compressor.errors import CompressorError
+from compressor.lower.backend import Backend, Unit, refuse_gradients
+
+_opaque: Any = torch.compiler.disable  # the compiler cannot look into a packed weight
 
 
 class Eager(Backend):
@@ -64,14 +70,23 @@ class OneDNN(Backend):
 class _Immutable(nn.Module):
     """Holds a weight that torch can neither copy nor move, and that nothing changes: copies of a model share it."""
 
-    def __deepcopy__(self, memo: object) -> _Immutable:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Immutable:
+        copied = copy.copy(self)
+        copied._buffers = dict(self._buffers)
+        copied.register_buffer("bias", None if self.bias is None else self.bias.clone())
+        return copied
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Immutable:
+        if self.bias is not None and (moved := fn(self.bias)).to(self.bias) is not moved:
+            raise CompressorError("a lowered model was cast or moved", "Lower the dense model there instead.")
         return self
 
 
 class PrepackedLinear(_Immutable):
     """A Linear whose weight lies as oneDNN wants it for about `tokens` rows; `epilogue` is applied to its result."""
-
-    bias: Tensor | None
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, epilogue: str = "none") -> None:
         super().__init__()
@@ -84,15 +99,15 @@ class PrepackedLinear(_Immutable):
             "gelutanh": ("gelu", "tanh"),
         }[epilogue]
 
+    @_opaque
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
         return out
 
 
 class PrepackedConv(_Immutable):
     """A convolution whose weight lies as oneDNN wants it for inputs of about `input_shape`."""
-
-    bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -103,7 +118,9 @@ class PrepackedConv(_Immutable):
         )
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
+    @_opaque
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
         padding, stride, dilation, groups = self.where
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""

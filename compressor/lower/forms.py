@@ -7,7 +7,8 @@ and falls back to it where it does not pay.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from compressor.adapter import Adapter
 from compressor.errors import CompressorError
 from compressor.lower.chooser import best, relative
 from compressor.lower.graphs import Graphed
-from compressor.lower.job import Job, prepared
+from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan
 from compressor.lower.units import put
 from compressor.timing import interleaved, iqr_ms, median_ms
@@ -28,7 +29,7 @@ _ROUNDS = 11
 
 def _built(job: Job, choices: dict[str, str]) -> nn.Module:
     """The model with the chosen modules in place; tensors that stay are shared with it."""
-    form = copy.deepcopy(job.base, {id(t): t for t in (*job.base.parameters(), *job.base.buffers())})
+    form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
     for one in job.found:
         if choices[one.at] != "eager":
             form = put(form, one.at, job.backend(choices[one.at]).build(one.unit))
@@ -72,11 +73,16 @@ def guarded(
     forward, base, device = job.forward, job.base, job.device
     notes = list(job.notes)
     forms = _forms(job, layers, compiled)
-    wanted = forward(base)
+    wanted = _seeded(forward, base)
     errors: dict[str, float] = {}
     for name, form in list(forms.items()):
         try:
-            errors[name] = _deviation(forward(form), wanted)
+            errors[name] = _deviation(_seeded(forward, form), wanted)
+            if not errors[name] <= allowed and name == "eager":
+                raise CompressorError(
+                    f"the model does not give the same output twice: it differs by {errors[name]:.1e}",
+                    "A form of it can only be checked where the same inputs give the same output.",
+                )
             if not errors[name] <= allowed:
                 notes.append(f"{name}: its output differs by {errors[name]:.1e}, above {allowed:.0e}: not taken")
                 del forms[name]
@@ -105,7 +111,7 @@ def guarded(
             )
     plan = Plan(
         weights_sha256=weights,
-        dtype=layers[0].dtype if layers else str(next(base.parameters()).dtype).removeprefix("torch."),
+        dtype=layers[0].dtype if layers else _dtype_of(base),
         input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(job.inputs) if isinstance(leaf, Tensor)),
         setting=job.setting,
         layers=tuple(layers),
@@ -127,6 +133,10 @@ def guarded(
     )
     chosen = forms[choice]
     return chosen if "compiled" in choice else own(chosen), plan
+
+
+def _dtype_of(model: nn.Module) -> str:
+    return str(next((p.dtype for p in model.parameters()), torch.get_default_dtype())).removeprefix("torch.")
 
 
 def own(model: nn.Module) -> nn.Module:
@@ -160,10 +170,25 @@ def dense_forms(
     return forms
 
 
+def _seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
+    """One forward, with whatever the model draws at random the same each time."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(SEED)
+        return forward(form)
+
+
 def _deviation(out: Any, wanted: Any) -> float:
-    """The largest relative error among the tensors of two outputs."""
-    pairs = zip(tree_leaves(out), tree_leaves(wanted), strict=True)
-    return max((relative(a, b.double()) for a, b in pairs if isinstance(a, Tensor)), default=0.0)
+    """The largest relative error among the tensors of two outputs; infinite where they are not alike or not finite."""
+    found, expected = tensors_in(out), tensors_in(wanted)
+    if not expected:
+        raise CompressorError(
+            f"the model's output, {type(wanted).__name__}, holds no tensor that could be compared",
+            "Return a tensor, or tuples, dicts or dataclasses of them.",
+        )
+    if [one.dtype for one in found] != [one.dtype for one in expected]:
+        return math.inf
+    errors = [relative(a, b.double()) for a, b in zip(found, expected, strict=True)]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def planned(job: Job, plan: Plan) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from compressor.environment import environment
 from compressor.errors import CompressorError, UsageError
 from compressor.lower.backend import Backend
 from compressor.lower.plan import Setting
-from compressor.lower.units import Found, LeftOut, find_units
+from compressor.lower.units import Found, LeftOut, find_units, is_unit
 
 SEED = 0
 """Of the random data that layers and models are timed on."""
@@ -55,21 +56,51 @@ def prepared(
 ) -> Job:
     """Run the example once, and look at what the model does with it. Raises where it does not run."""
     chosen, notes = _backends(backends, tolerance)
-    inputs = _lively(example_inputs)
     base = in_dtype(model, dtype)
-
-    def forward(some: nn.Module) -> Any:
-        return _call(some, inputs, adapter)
-
-    try:
-        found, left = find_units(base, lambda: forward(base))
-    except Exception as error:
+    for inputs in (_lively(example_inputs), example_inputs):
+        try:
+            forward = partial(_call_on, inputs, adapter)
+            found, left = find_units(base, partial(forward, base))
+            out = forward(base)
+        except Exception as error:
+            whose = (
+                "" if dtype is None else f", in {dtype}; where they do in the model's own dtype, lower it in that one"
+            )
+            raise CompressorError(
+                f"the example inputs do not run: {type(error).__name__}: {error}",
+                f"Give what the model is called with{whose}.",
+            ) from error
+        if all(bool(tensor.isfinite().all()) for tensor in tensors_in(out)):
+            break
+    else:  # random numbers may be out of a model's range, as noise levels are; the caller's own should not be
         raise CompressorError(
-            f"the example inputs do not run: {type(error).__name__}: {error}", "Give what the model is called with."
-        ) from error
+            "the model gives numbers that are not finite on the example, so no form of it can be checked",
+            "Give inputs as the model is used with, and a dtype that holds its values.",
+        )
     device = _device(base, inputs)
-    notes += [remark for backend in chosen if (remark := backend.remark(device))]
+    for backend in chosen:
+        try:
+            notes += [remark] if (remark := backend.remark(device)) else []
+        except Exception as failure:  # a plugin may raise anything
+            notes.append(f"{backend.name}: {type(failure).__name__}: {failure}")
     return Job(base, forward, inputs, device, _setting(device), found, left, chosen, notes)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in an output: in tuples, lists, dicts and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, one.name) for one in fields(leaf)])
+        elif isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+    return found
+
+
+def _call_on(inputs: Any, adapter: Adapter | None, model: nn.Module) -> Any:
+    return _call(model, inputs, adapter)
 
 
 def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> tuple[list[Backend], list[str]]:
@@ -82,7 +113,11 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
     made, notes = [], []
     for name in names:
         try:
-            backend = name if isinstance(name, Backend) else registry.backend(name)
+            backend = name if isinstance(name, Backend) else registry.backend(_named(name))
+            if not isinstance(getattr(backend, "name", None), str) or backend.name in [one.name for one in made]:
+                raise CompressorError(
+                    f"{type(backend).__name__}: a backend needs a name of its own", "Set `name`; each may stand once."
+                )
             if not (auto and backend.quantises and tolerance is None):
                 made.append(backend)
         except CompressorError as error:
@@ -92,6 +127,12 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
     if not any(backend.name == "eager" for backend in made):
         made.append(registry.backend("eager"))
     return sorted(made, key=lambda backend: (backend.name != "eager", backend.skips_zeros, backend.name)), notes
+
+
+def _named(name: object) -> str:
+    if not isinstance(name, str):
+        raise UsageError(f"{name!r} is not a backend", "Give names, or instances of Backend.")
+    return name
 
 
 def _lively(inputs: Any) -> Any:
@@ -115,11 +156,15 @@ def _call(model: nn.Module, inputs: Any, adapter: Adapter | None) -> Any:
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """The model in eval mode and in `dtype`; its tensors are the given model's own where nothing is cast."""
-    same = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    base = copy.deepcopy(model, {} if dtype is not None else same).eval()
+    """The model in eval mode and in `dtype`; its parameters are the given model's own where nothing is cast."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype {dtype!r}", "Give torch.float32, torch.bfloat16 or torch.float16.")
+    # buffers are the copy's own: a forward may write to them
+    base = copy.deepcopy(model, {} if dtype is not None else {id(p): p for p in model.parameters()}).eval()
     if dtype is None:
         return base
+    if is_unit(base):
+        base = nn.Sequential(base)  # casts go around a module, and must stay where it is replaced
     before = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def cast(value: Tensor, to: torch.dtype) -> Tensor:

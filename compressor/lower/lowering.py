@@ -52,7 +52,8 @@ def lower(
     ones to try, besides the dense layer itself; "auto" is all that are installed. `dtype` runs the model in another precision: its
     weights and its inputs of two or more dims are cast, its outputs cast back. `plan` applies the choices of an earlier
     lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes. `tolerance` is
-    the largest relative error of a layer; by default that of rounding. `cache` keeps measured times on disk.
+    the largest relative error of a layer; by default that of rounding. Measured times are kept on disk; with
+    `cache=False` they are measured anew.
 
     Raises UsageError for unknown backends, CompressorError where the example does not run or a plan does not fit.
     """
@@ -92,7 +93,7 @@ def lowering(
     job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
     if plan is not None:
         return Lowered(planned(job, plan), plan)
-    store = Cache(job.setting) if cache else None
+    store = Cache(job.setting, read=cache)
     layers: list[LayerPlan] = []
     for done, group in enumerate(alike := groups(job.found)):
         yield Progress("lower", done, len(alike), group[0].at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from compressor.errors import CompressorError
 from compressor.recipe import validated
 
 FILE = "lowering.json"
+_DAY_MS = 86_400_000.0
 
 _Positive = Annotated[float, Field(gt=0)]
 
@@ -116,26 +118,34 @@ class Plan(_Value):
         return validated(cls, artifact.read_json(path), str(path))
 
 
+def cache_folder() -> Path:
+    """Where measured and computed things are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
+    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if base is None:
+        home = os.path.expanduser("~")
+        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
+    return Path(base) / "compressor"
+
+
 class Cache:
     """Measured times on disk, one small file per measurement, named by everything that the times depend on.
 
-    In `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder. A file that cannot be read or written is no error.
+    In the `cache_folder`. A file that cannot be read or written is no error. Without `read`, only written.
     """
 
-    def __init__(self, setting: Setting, folder: Path | None = None) -> None:
-        base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = folder or Path(base) / "compressor" / "timings"
-        self.setting = setting
+    def __init__(self, setting: Setting, folder: Path | None = None, read: bool = True) -> None:
+        self.folder = folder or cache_folder() / "timings"
+        self.setting, self.read = setting, read
 
     def get(self, key: str) -> dict[str, float] | None:
         """The times stored for `key`: milliseconds by backend."""
         try:
-            found = artifact.read_json(self._path(key))
+            found = artifact.read_json(self._path(key)) if self.read else {}
         except CompressorError:
             return None
         times = found.get("median_ms")
         right = found.get("key") == key and isinstance(times, dict)
-        if not right or not all(isinstance(v, float) and v > 0 for v in times.values()):  # type: ignore[union-attr]
+        if not right or not all(isinstance(v, float) and 0 < v < _DAY_MS for v in times.values()):  # type: ignore[union-attr]
             return None
         return dict(times)  # type: ignore[arg-type]
 

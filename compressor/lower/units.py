@@ -98,6 +98,8 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
         shape = watch.shapes.get(id(block))
         if shape is None or not all(_plain(layer, names) for layer in (first, second)):
             continue
+        if any(map(_observed, block.modules())):
+            continue
         taken |= {id(first), id(second)}
         found.append(_found(name, chain, shape, names, (first, second)))
     for name, layer in layers.items():
@@ -111,6 +113,8 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
             left.append(LeftOut(weight, "several modules of the model are this one layer"))
         elif not _plain(layer, names):
             left.append(LeftOut(weight, "its weight is no plain parameter of a plain layer"))
+        elif _observed(layer):
+            left.append(LeftOut(weight, "it has forward hooks, which would be lost"))
         else:
             found.append(_found(name, layer, watch.shapes[id(layer)], names, (layer,)))
     order = {identity: place for place, identity in enumerate(watch.shapes)}
@@ -136,6 +140,15 @@ def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
     return type(layer) in _LAYERS and isinstance(layer.weight, nn.Parameter) and id(layer.weight) in names
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether `module` itself may be lowered as one."""
+    return isinstance(module, _LAYERS) or _two_linears(module)
+
+
+def _observed(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def _two_linears(module: nn.Module) -> bool:
     return not isinstance(module, _LAYERS) and sum(isinstance(m, nn.Linear) for m in module.modules()) == 2
 
@@ -147,14 +160,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[int, tuple[int, ...]] = {}
-        self.chains: dict[int, nn.Sequential] = {}
+        self.chains: dict[int, nn.Sequential | None] = {}
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self._open: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):
+        if self._open and getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):
             self._calls.append((func, args, kwargs, result))
         return result
 
@@ -163,14 +176,20 @@ class _Watch(TorchFunctionMode):
         self.shapes.pop(id(module), None)
         if len(args) >= 1 and isinstance(args[0], Tensor) and len(tensors) == 1:
             self.shapes[id(module)] = tuple(args[0].shape)
-        self._open[id(module)] = len(self._calls)
+        if _two_linears(module):
+            self._open[id(module)] = len(self._calls)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         start = self._open.pop(id(module), None)
-        if start is not None and _two_linears(module) and id(module) in self.shapes:
-            chain = _chain(module, self._calls[start:], args[0], result)
-            if chain is not None:
-                self.chains[id(module)] = chain
+        if start is None:
+            return
+        chain = _chain(module, self._calls[start:], args[0], result) if id(module) in self.shapes else None
+        if chain is not None and self.chains.get(id(module), chain) is not None:
+            self.chains[id(module)] = chain
+        else:
+            self.chains[id(module)] = None  # what is no such pair once is none
+        if not self._open:
+            self._calls.clear()  # they hold every value in between
 
 
 def _chain(module: nn.Module, calls: list[Any], x: Any, result: Any) -> nn.Sequential | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compressor.clustered import Clustered
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit
+from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.pattern import NM
 
 _LARGEST_INDEX = 65_535
@@ -95,6 +95,7 @@ class Packed(nn.Module):
         pattern: NM | Clustered,
         *,
         block: int,
+        rows: int | None = None,
         dot: bool = False,
         tile: int = 6,
     ) -> None:
@@ -106,9 +107,14 @@ class Packed(nn.Module):
             order = pattern.order(weight)
             weight, bias, pattern = weight[order], None if bias is None else bias[order], pattern.neighbours
         out, channels = weight.shape[:2]
-        v, n, m = pattern.v, pattern.n, pattern.m
+        v, n, m = rows or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
         # Exactly n survive of every m, also where a kept weight happens to be zero.
-        keep = pattern.survivors(weight.abs())[::v].reshape(out // v, channels // m, m, -1)
+        survivors = replace(pattern, v=v).survivors(weight.abs())
+        if bool(((weight != 0) & ~survivors).any()):
+            raise CompressorError(
+                f"a weight {tuple(weight.shape)} does not obey {pattern}", "Prune it by that pattern."
+            )
+        keep = survivors[::v].reshape(out // v, channels // m, m, -1)
         at = keep.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
         taps = at.shape[-1]
         lanes = weight.reshape(out // v, v, channels // m, m, taps)
@@ -136,9 +142,17 @@ class Packed(nn.Module):
         self.numbers = [out, channels, v, taps, block, m, 1 if dot else n, 6 if dot else m, int(dot)]
         self.tile = tile
 
+    def get_extra_state(self) -> Tensor:
+        """How the values lie: a state of other numbers is none of this module's, whatever its shapes."""
+        return torch.tensor(self.numbers)
 
-def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[NM | Clustered, int, int]:
-    """How the kernels of this machine's level like to work: `pattern` with as many rows to a group as they share, about how
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.tolist() != self.numbers:
+            raise CompressorError("a state of a model lowered otherwise", "Lower the dense model again instead.")
+
+
+def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[int, int, int]:
+    """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
     many channels to a block, and how many vectors of tokens to a tile. Found by measuring."""
     wide = _level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
@@ -148,7 +162,7 @@ def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[NM | Clustered, 
         channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
     else:
         channels, vectors = {1: (96, 6), 2: (96, 6), 4: (128, 5), 8: (512, 6)}[most]
-    return replace(pattern, v=most), channels, vectors
+    return most, channels, vectors
 
 
 def _level() -> str:
@@ -188,6 +202,12 @@ def _matrix(
 ) -> list[int]:
     if bias is not None and bias.dtype != torch.float32:
         raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+    out, inner, v, taps, _, m, kept, *_ = numbers
+    steps = out // max(1, v) * (inner // max(1, m)) * kept * taps
+    whole = values.numel() == steps * v and index.numel() == steps and index.dtype == torch.uint16
+    lengths = {out} | {tensor.numel() for tensor in (bias, order) if tensor is not None}
+    if not whole or values.element_size() != 4 or len(lengths) != 1 or not values.is_cpu:
+        raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
     return [
         *numbers,
         values.data_ptr(),
@@ -325,6 +345,7 @@ class VNMLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
         w = self.weight
         out: Tensor = torch.ops.compressor.vnm_linear(x, w.values, w.index, w.bias, w.order, w.numbers, w.tile)
         return out
@@ -338,6 +359,7 @@ class VNMPair(nn.Module):
         self.first, self.second, self.tanh = first, second, tanh
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
         a, b = self.first, self.second
         first = (a.values, a.index, a.bias, a.order, a.numbers)
         second = (b.values, b.index, b.bias, b.order, b.numbers)
@@ -353,6 +375,7 @@ class VNMConv(nn.Module):
         self.weight, self.side = weight, side
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
         w = self.weight
         out: Tensor = torch.ops.compressor.vnm_conv(x, w.values, w.index, w.bias, w.order, w.numbers, self.side, w.tile)
         return out
@@ -365,6 +388,10 @@ class VNM(Backend):
     """Compiled CPU kernels for weights whose V rows share their N of M (4:2:4 and the like), fp32 and bf16."""
 
     name = "vnm"
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        return f"{_level()}{'' if kernels()[1] is None else ', one thread'}"
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -404,7 +431,9 @@ class VNM(Backend):
         for layer, pattern in zip(unit.layers, patterns, strict=True):
             rows, channels, tile = _shape_of_work(pattern, dot)
             block = _block(layer.weight.shape[1], pattern, channels)
-            packed.append(Packed(layer.weight.detach(), layer.bias, rows, block=block, dot=dot, tile=tile))
+            packed.append(
+                Packed(layer.weight.detach(), layer.bias, pattern, rows=rows, block=block, dot=dot, tile=tile)
+            )
         if isinstance(unit.module, nn.Conv2d):
             return VNMConv(packed[0], unit.module.kernel_size[0])
         if isinstance(unit.module, nn.Linear):

@@ -159,10 +159,11 @@ def lowering_sentence(report: Mapping[str, Any]) -> str:
     for layer in plan["layers"]:
         runs[layer["choice"]] = runs.get(layer["choice"], 0) + len(layer["weights"])
     layers = ", ".join(f"{n} on {backend}" for backend, n in sorted(runs.items(), key=lambda item: -item[1]))
+    how = "Of its layers," if plan["choice"].startswith("lowered") else "Timed alone, its layers were fastest:"
     error = next((f["error"] for f in plan["forms"] if f["name"] == plan["choice"]), None)
     parity = f" Its output differs from the dense arithmetic by {error:.1e}, relative." if error is not None else ""
     return (
-        f"The model runs as \u201c{plan['choice']}\u201d: {plan['reason']}. Of its layers, {layers}.{parity} "
+        f"The model runs as \u201c{plan['choice']}\u201d: {plan['reason']}. {how} {layers}.{parity} "
         f"Measured on {plan['setting']['hardware']} with {plan['setting']['threads']} threads."
     )
 
