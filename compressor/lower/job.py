@@ -110,7 +110,8 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
     """
     auto = asked == "auto"
     names = registry.names("backends") if auto else [asked] if isinstance(asked, str) else list(asked)
-    made, notes = [], []
+    made: list[Backend] = []
+    notes: list[str] = []
     for name in names:
         try:
             backend = name if isinstance(name, Backend) else registry.backend(_named(name))

@@ -80,7 +80,8 @@ class Packed(nn.Module):
     """A weight (out, in, *kernel) that obeys `pattern`, as buffers that the kernels read.
 
     `values` holds 32-bit lanes, one fp32 or a pair of bf16 (`dot`), ordered by block of channels, kernel position, group of
-    V rows, step, row; `index` the panel row of each step. `numbers` describes them to the kernel.
+    V rows, step, row; `index` the panel row of each step. `numbers` describes them to the kernel. `together` is how many of
+    the rows that share a choice the kernel takes at a time; None: all.
     """
 
     values: Tensor
@@ -95,7 +96,7 @@ class Packed(nn.Module):
         pattern: NM | Clustered,
         *,
         block: int,
-        rows: int | None = None,
+        together: int | None = None,
         dot: bool = False,
         tile: int = 6,
     ) -> None:
@@ -107,7 +108,7 @@ class Packed(nn.Module):
             order = pattern.order(weight)
             weight, bias, pattern = weight[order], None if bias is None else bias[order], pattern.neighbours
         out, channels = weight.shape[:2]
-        v, n, m = rows or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
+        v, n, m = together or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
         # Exactly n survive of every m, also where a kept weight happens to be zero.
         survivors = replace(pattern, v=v).survivors(weight.abs())
         if bool(((weight != 0) & ~survivors).any()):
@@ -432,7 +433,7 @@ class VNM(Backend):
             rows, channels, tile = _shape_of_work(pattern, dot)
             block = _block(layer.weight.shape[1], pattern, channels)
             packed.append(
-                Packed(layer.weight.detach(), layer.bias, pattern, rows=rows, block=block, dot=dot, tile=tile)
+                Packed(layer.weight.detach(), layer.bias, pattern, together=rows, block=block, dot=dot, tile=tile)
             )
         if isinstance(unit.module, nn.Conv2d):
             return VNMConv(packed[0], unit.module.kernel_size[0])
