@@ -279,6 +279,32 @@ def test_an_unbatched_picture_is_lowered() -> None:
     assert len(plan.layers) == 1
 
 
+# --- Plans of before. ---
+
+
+def test_a_plan_of_another_precision_or_of_nonsense_is_refused() -> None:
+    model = net()
+    plan = compressor.lower(model, X, ["eager", "onednn"], cache=False).plan
+    with pytest.raises(CompressorError, match="measured in float32, this is float64"):
+        compressor.lower(net().double(), X.double(), ["eager", "onednn"], plan=_all_eager(plan))
+    with pytest.raises(CompressorError, match="'nonsense'"):
+        compressor.lower(model, X, ["eager", "onednn"], plan=plan.model_copy(update={"choice": "nonsense"}))
+
+
+def test_a_planned_form_that_is_wrong_is_refused() -> None:
+    wrong = Plugin(lambda y: y + 1)
+    plan = compressor.lower(net(), X, ["eager", Plugin(lambda y: y)], cache=False).plan
+    layers = tuple(one.model_copy(update={"choice": "plugin", "skips_zeros": True}) for one in plan.layers)
+    plan = plan.model_copy(update={"choice": "lowered", "layers": layers})
+    compressor.lower(net(), X, ["eager", Plugin(lambda y: y)], plan=plan)
+    with pytest.raises(CompressorError, match="differs by"):
+        compressor.lower(net(), X, ["eager", wrong], plan=plan)
+
+
+def _all_eager(plan: compressor.Plan) -> compressor.Plan:
+    return plan.model_copy(update={"layers": tuple(one.model_copy(update={"choice": "eager"}) for one in plan.layers)})
+
+
 # --- Plugins and the cache. ---
 
 

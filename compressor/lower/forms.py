@@ -191,10 +191,23 @@ def _deviation(out: Any, wanted: Any) -> float:
     return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
-def planned(job: Job, plan: Plan) -> nn.Module:
-    """The form that `plan` chose, of the job's weights."""
+def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
+    """The form that `plan` chose, of the job's weights; its output is compared with theirs once."""
     layers = _checked(job, plan)
+    form = _planned(job, plan, layers)
+    error = _deviation(_seeded(job.forward, form), _seeded(job.forward, job.base))
+    if not error <= allowed:
+        raise CompressorError(
+            f"the planned form {plan.choice!r} differs by {error:.1e}, above {allowed:.0e}",
+            "Lower without the plan, to measure again.",
+        )
+    return form
+
+
+def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     name, _, how = plan.choice.partition(", ")
+    if name not in ("eager", "dense", "lowered") or how not in ("", "compiled", "graph"):
+        raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
     if name == "lowered":
         choices = {layer.name: layer.choice for layer in layers}
         form = _built(job, _for_compiler(layers) if how == "compiled" else choices)
@@ -217,7 +230,11 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
     if differing := sorted(set(layers) ^ set(units)):
         raise CompressorError(f"the plan is for another model: {differing[0]}", again)
     for name, layer in layers.items():
-        job.backend(layer.choice)
+        backend, unit = job.backend(layer.choice), units[name]
+        if weights and (reason := backend.unavailable(job.device) or backend.refusal(unit)):
+            raise CompressorError(f"{name}: {layer.choice} does not run it here: {reason}", again)
+        if layer.dtype != (found := str(unit.dtype).removeprefix("torch.")):
+            raise CompressorError(f"{name}: the plan was measured in {layer.dtype}, this is {found}", again)
         patterns = tuple(None if p is None else str(p) for p in units[name].patterns)
         sizes = tuple((w.weight.shape[0], w.weight[0].numel()) for w in units[name].layers)
         if (weights and patterns != layer.patterns) or sizes != tuple((n, k) for _, n, k in layer.shapes):

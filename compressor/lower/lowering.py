@@ -91,8 +91,10 @@ def lowering(
 ) -> Generator[Progress, None, Lowered]:
     """`lower` as a generator: yields its progress, and returns the `Lowered`."""
     job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
+    loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
+    allowed = _WHOLE * (tolerance or loosest)
     if plan is not None:
-        return Lowered(planned(job, plan), plan)
+        return Lowered(planned(job, plan, allowed), plan)
     store = Cache(job.setting, read=cache)
     layers: list[LayerPlan] = []
     for done, group in enumerate(alike := groups(job.found)):
@@ -101,6 +103,5 @@ def lowering(
     places = {one.at: place for place, one in enumerate(job.found)}
     layers.sort(key=lambda layer: places[layer.name])
     yield Progress("lower", len(alike), len(alike), "whole model")
-    loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
-    form, made = guarded(job, layers, compiled, _WHOLE * (tolerance or loosest), weights_sha256(model))
+    form, made = guarded(job, layers, compiled, allowed, weights_sha256(model))
     return Lowered(form, made)
