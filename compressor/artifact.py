@@ -52,16 +52,16 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
         entries = {}
         for path in files:
             path.chmod(0o644)  # safetensors writes 0600
-            _sync(path)
-            entries[path.relative_to(partial).as_posix()] = {"sha256": _sha256(path), "size": path.stat().st_size}
+            sync(path)
+            entries[path.relative_to(partial).as_posix()] = {"sha256": file_sha256(path), "size": path.stat().st_size}
         manifest = partial / MANIFEST
         manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
-        _sync(manifest)
-        _sync(partial)
+        sync(manifest)
+        sync(partial)
         if target.exists():
             target.rename(old)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
@@ -94,7 +94,7 @@ def verify(folder: Path, needs: Sequence[str] = ()) -> None:
             inside = not Path(name).is_absolute() and path.resolve() == folder.resolve() / name
             found = inside and path.is_file()
             same = found and isinstance(entry, dict) and path.stat().st_size == entry.get("size")
-            same = same and _sha256(path) == entry.get("sha256")
+            same = same and file_sha256(path) == entry.get("sha256")
         except (OSError, ValueError) as error:
             raise CompressorError(
                 f"{folder / MANIFEST}: {name[:80]!r}: {error}", "Do not trust this folder."
@@ -132,7 +132,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` in one step."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
 
 
@@ -351,12 +351,14 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not allowed")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have what was written to `path` on the disk before anything else is."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,6 @@ computes with the kept channels only, in standard operators, for engines that do
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from compressor.adapter import Adapter, to_device
+from compressor.artifact import file_sha256, sync
 from compressor.clustered import Clustered
 from compressor.errors import CompressorError, GateError, UsageError
 from compressor.lower.backend import Unit
@@ -171,7 +171,7 @@ def export_onnx(
             i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input
         }
         files = sorted(folder.iterdir())
-        sizes, sha256 = sum(f.stat().st_size for f in files), _sha256(file)
+        sizes, sha256 = sum(f.stat().st_size for f in files), file_sha256(file)
     data = [path.parent / f.name for f in files if f.name != path.name]
     return Exported(
         path=path,
@@ -334,9 +334,9 @@ def _committed(path: Path) -> Iterator[Path]:
         yield partial
         names = [file.name for file in partial.iterdir()]
         for file in sorted(partial.iterdir(), key=lambda file: file.name == path.name):
-            _sync(file)
+            sync(file)
             os.replace(file, path.parent / file.name)
-        _sync(path.parent)
+        sync(path.parent)
         for former in path.parent.glob(f"{path.stem}-*.data"):  # weights of a graph that was replaced
             if former.name not in names and _DATA.fullmatch(former.name.removeprefix(path.stem)):
                 former.unlink()
@@ -346,16 +346,3 @@ def _committed(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -119,7 +119,7 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-@pytest.mark.parametrize(("method", "call"), [("rename", 0), ("rename", 1), *(("_sync", n) for n in range(4))])
+@pytest.mark.parametrize(("method", "call"), [("rename", 0), ("rename", 1), *(("sync", n) for n in range(4))])
 def test_a_crash_and_a_full_disk_after_it_lose_nothing(tmp_path, monkeypatch, method, call):
     artifact.commit(tmp_path / "target", written("old"))
     home = Path if method == "rename" else artifact

@@ -411,7 +411,7 @@ def test_a_weight_that_is_missing_is_named(pipeline, tmp_path):
     [
         ({}, "config.json"),
         ({"config.json": "{"}, "not JSON"),
-        ({"config.json": "[]"}, "not a mapping"),
+        ({"config.json": "[]"}, "not a JSON object"),
         ({"config.json": '{"_class_name": "os.system"}'}, "not a model of diffusers"),
         ({"config.json": '{"_class_name": "DDPMScheduler"}'}, "not a model of diffusers"),
         ({"model_index.json": '{"vae": ["diffusers", "AutoencoderKL"]}'}, "no unet or transformer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from compressor.artifact import read_json
 from compressor.errors import CompressorError
 
-_MAX_JSON_BYTES = 4 * 1024 * 1024
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _DENOISERS = ("unet", "transformer", "prior")
 
@@ -38,7 +37,7 @@ def find(source: str) -> Pretrained:
     """
     root = _folder(source)
     if (root / "model_index.json").is_file():
-        index = _json(root / "model_index.json")
+        index = read_json(root / "model_index.json")
         component = next((name for name in _DENOISERS if isinstance(index.get(name), list)), None)
         if component is None:
             raise CompressorError(
@@ -46,7 +45,7 @@ def find(source: str) -> Pretrained:
                 "Give the folder of the denoising model itself.",
             )
         scheduler = root / "scheduler" / "scheduler_config.json"
-        noise = _json(scheduler) if scheduler.is_file() else None
+        noise = read_json(scheduler) if scheduler.is_file() else None
         return Pretrained(root / component, _config(root / component), root, noise)
     return Pretrained(root, _config(root))
 
@@ -136,23 +135,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     model_class(config)
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CompressorError(f"{path}: larger than {_MAX_JSON_BYTES} bytes", "This is no diffusers folder.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CompressorError(f"{path}: {error.strerror}", "Give a diffusers model's or pipeline's folder.") from error
-    except (ValueError, RecursionError) as error:
-        raise CompressorError(f"{path}: not JSON: {error}", "The file is damaged.") from error
-    if not isinstance(value, dict):
-        raise CompressorError(f"{path}: not a mapping", "The file is damaged.")
-    return value
 
 
 @contextmanager
