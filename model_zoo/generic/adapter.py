@@ -90,7 +90,7 @@ class DiffusersAdapter(Adapter):
 
     def build(self) -> nn.Module:
         if not self.config:
-            raise CompressorError(f"{self.name} names no model by itself", f"Give --weights. {self._hint}")
+            raise CompressorError(f"{self.name} names no model by itself", self._hint)
         return self._prepared(pretrained.build(self.config), trained=False)
 
     def load(self, source: str | None) -> nn.Module:
@@ -98,7 +98,7 @@ class DiffusersAdapter(Adapter):
             return self._prepared(pretrained.load(self.source or pretrained.find(source)), trained=True)
         path = Path(source) if source is not None else self.weights
         if path is None or not self.config:
-            raise CompressorError(f"{self.name} comes without weights", f"Give --weights. {self._hint}")
+            raise CompressorError(f"{self.name} comes without weights", self._hint)
         state, model = read_weights(path), self.build()
         if self.layout is not None and self.layout.recognises(state):
             state = self.layout.translated(state)
