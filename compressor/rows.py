@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor import artifact, evaluate, measure
 from compressor.data import ImageSet
 from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
-from compressor.frechet import gaussian
+from compressor.fidelity import Reference
 from compressor.inputs import Inputs
 from compressor.pictures import save_grid
 from compressor.progress import Progress
@@ -51,8 +51,10 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
     reference = floor = None
     if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
+        yield Progress("real images", 0, 1)
         features = evaluate.real_features(inputs.metric, inputs.pictures)
-        reference, floor = gaussian(features), evaluate.floor(features, settings)
+        spatial = evaluate.real_spatial(inputs.metric, inputs.pictures) if "sfd" in settings.measures else None
+        reference, floor = Reference.of(features, spatial, settings.seed), evaluate.floor(features, settings)
     dense_images: Tensor | None = None
     dense_predictions: Tensor | None = None
     for row, model in zip(rows, models.values(), strict=True):
@@ -65,7 +67,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
             images = torch.cat(drawn)
             save_grid(images[:64], out / "samples" / f"{file_name(row['name'])}.png")
         if images is not None and reference is not None and inputs.metric is not None:
-            row["quality"] = [evaluate.quality(inputs.metric, images, reference, settings)]
+            yield Progress(f"measure {row['name']}", 0, 1)
+            row["quality"] = evaluate.qualities(inputs.metric, images, reference, settings)
         predicted = evaluate.predictions(adapter, model, inputs.data, settings, device)
         if dense_predictions is None:
             dense_images, dense_predictions = images, predicted
