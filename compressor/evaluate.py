@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data import ImageSet, SampleSet
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 from compressor.fidelity import Reference, measures
 from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.recipe import Evaluation
@@ -37,6 +38,13 @@ class Metric(ABC):
     @abstractmethod
     def sha256(self) -> str:
         """The hash of the extractor's weights."""
+
+    def with_weights(self, path: Path) -> Metric:
+        """This metric with the extractor's weights from the file at `path`. Raises UsageError where it takes none."""
+        raise UsageError(
+            f"{self.name} takes no weights, got {path}",
+            "Leave evaluate.inception_weights out, or measure fid: --set evaluate.metric=fid",
+        )
 
     def spatial(self, images: Tensor) -> Tensor | None:
         """Features (n, e) that still know where in the image things are; None where the extractor has none."""

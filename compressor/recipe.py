@@ -28,12 +28,14 @@ Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd"]
 
 class Evaluation(BaseModel):
     """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
-    `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features."""
+    `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
+    `inception_weights` is a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     metric: str | None = None
     measures: list[Measure] = list(get_args(Measure))
+    inception_weights: str | None = None
     samples: Annotated[int, Field(ge=0)] = 1024
     sampler: str | None = None
     spacing: str | None = None
