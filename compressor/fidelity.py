@@ -226,4 +226,4 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 def _blocks(rows: int, columns: int) -> Iterator[Tensor]:
     """Row numbers in pieces whose products with `columns` columns stay small."""
-    return iter(torch.arange(rows).split(max(1, _BLOCK_ENTRIES // max(1, columns))))
+    return iter(torch.split(torch.arange(rows), max(1, _BLOCK_ENTRIES // max(1, columns))))

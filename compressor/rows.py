@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from compressor import artifact, evaluate, measure
 from compressor.data import ImageSet
 from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
-from compressor.fidelity import Reference
 from compressor.inputs import Inputs
 from compressor.pictures import save_grid
 from compressor.progress import Progress
 from compressor.pruner import Pruner
+from compressor.reference import compared_with
 from compressor.report.words import file_name
 from compressor.weights import weights_sha256
 
@@ -52,9 +52,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     reference = floor = None
     if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
         yield Progress("real images", 0, 1)
-        features = evaluate.real_features(inputs.metric, inputs.pictures)
-        spatial = evaluate.real_spatial(inputs.metric, inputs.pictures) if "sfd" in settings.measures else None
-        reference, floor = Reference.of(features, spatial, settings.seed), evaluate.floor(features, settings)
+        features, reference = compared_with(inputs.metric, inputs.pictures, settings)
+        floor = evaluate.floor(features, settings)
     dense_images: Tensor | None = None
     dense_predictions: Tensor | None = None
     for row, model in zip(rows, models.values(), strict=True):

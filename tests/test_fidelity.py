@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor
 
-from compressor import fidelity, registry
+from compressor import fidelity, reference, registry
+from compressor.data import Images
 from compressor.errors import UsageError
 from compressor.evaluate import Metric, qualities, quality, real_features, real_spatial
 from compressor.fidelity import Reference
@@ -255,3 +258,112 @@ def test_of_many_samples_as_many_as_the_limit_are_drawn(monkeypatch: pytest.Monk
         **{f"{name}-flat": 10 for name in ("kid", "precision", "recall", "density", "coverage")},
         "sfd-flat": 25,
     }
+
+
+# --- Features of real images, kept between runs. ---
+
+
+class Counting(Flat):
+    """Counts how often it is asked, and answers in float32."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def features(self, images: Tensor) -> Tensor:
+        self.asked += 1
+        return images.flatten(1).float()
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, in which everything is kept, however fast it was."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reference, "WORTH_SECONDS", -1.0)
+    return tmp_path / "cache" / "compressor" / "features"
+
+
+def pictures(seed: int = 0) -> Images:
+    return Images("some", torch.randint(0, 256, (6, 1, 2, 2), generator=generator(seed)).to(torch.uint8))
+
+
+def asked(metric: Counting, data: Images, kind: str = "features") -> tuple[int, Tensor]:
+    """How often the extractor ran, and what was found."""
+    before = metric.asked
+    found = reference.remembered(kind, metric, data, real_features)
+    return metric.asked - before, found
+
+
+def test_features_are_computed_once(kept: Path) -> None:
+    metric = Counting()
+    (times, first), (again, second) = asked(metric, pictures()), asked(metric, pictures())
+    assert (times, again) == (1, 0) and torch.equal(first, second) and first.dtype == second.dtype
+    assert [path.suffix for path in kept.iterdir()] == [".safetensors"]
+
+
+def test_other_data_extractors_kinds_and_versions_are_not_mistaken(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(Counting):
+        @property
+        def sha256(self) -> str:
+            return "1" * 64
+
+    class Renamed(Counting):
+        name = "round"
+
+    asked(Counting(), pictures())
+    assert asked(Counting(), pictures(1))[0] == asked(Other(), pictures())[0] == asked(Renamed(), pictures())[0] == 1
+    assert asked(Counting(), pictures(), "spatial")[0] == 1
+    monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1)
+    assert asked(Counting(), pictures())[0] == 1
+    assert len(list(kept.iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nonsense",
+        save({"other": torch.zeros(6, 4)}),
+        save({"features": torch.zeros(5, 4)}),
+        save({"features": torch.zeros(6)}),
+        save({"features": torch.zeros(6, 4, dtype=torch.int64)}),
+        save({"features": torch.full((6, 4), math.nan)}),
+        save({"features": torch.zeros(6, 4)})[:-3],
+    ],
+)
+def test_a_damaged_file_is_made_again(kept: Path, content: bytes) -> None:
+    metric = Counting()
+    expected = asked(metric, pictures())[1]
+    (path,) = kept.iterdir()
+    path.write_bytes(content)
+    assert asked(metric, pictures())[0] == 1
+    times, found = asked(metric, pictures())
+    assert times == 0 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("spoil", ["file for a folder", "folder for a file", "no right to write"])
+def test_a_cache_that_cannot_be_used_is_no_error(kept: Path, spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = Counting()
+    if spoil == "file for a folder":
+        kept.parent.mkdir(parents=True)
+        kept.write_text("a file")
+    elif spoil == "folder for a file":
+        reference.cache_path("features", metric, pictures()).mkdir(parents=True)
+    else:
+
+        def refuse(*arguments: object) -> None:
+            raise PermissionError("read-only")
+
+        monkeypatch.setattr(reference, "save_file", refuse)
+    assert [asked(metric, pictures())[0] for _ in range(2)] == [1, 1]
+    assert not list(kept.glob(".partial-*") if kept.is_dir() else [])
+
+
+def test_what_is_computed_quickly_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "WORTH_SECONDS", 60.0)
+    assert [asked(Counting(), pictures())[0] for _ in range(2)] == [1, 1] and not kept.exists()
+
+
+def test_extractors_without_spatial_features_are_compared_without(kept: Path) -> None:
+    features, found = reference.compared_with(Counting(), pictures(), Evaluation())
+    assert found.spatial is None and torch.equal(features.double(), found.features)
+    assert torch.equal(features, reference.compared_with(Counting(), pictures(), Evaluation(measures=[]))[0])

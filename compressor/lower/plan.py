@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor import artifact
+from compressor.environment import cache_folder
 from compressor.errors import CompressorError
 from compressor.recipe import validated
 
@@ -123,8 +123,7 @@ class Cache:
     """
 
     def __init__(self, setting: Setting, folder: Path | None = None) -> None:
-        base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = folder or Path(base) / "compressor" / "timings"
+        self.folder = folder or cache_folder("timings")
         self.setting = setting
 
     def get(self, key: str) -> dict[str, float] | None:

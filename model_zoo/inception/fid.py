@@ -42,7 +42,7 @@ class FID(Metric):
     def features(self, images: Tensor) -> Tensor:
         """The 2048 averages (n, 2048) before Inception's last layer, which resizes the images to 299x299 itself."""
         network = self._loaded()
-        pieces = as_rgb(images).split(_AT_ONCE)
+        pieces = torch.split(as_rgb(images), _AT_ONCE)
         return torch.cat([network(piece.to(self._device))[0].float().cpu() for piece in pieces])
 
     @property
@@ -84,7 +84,7 @@ def _network(weights: Path) -> nn.Module:
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
         raise CompressorError(
             f"fid needs torch-fidelity, which cannot be imported: {str(error).splitlines()[0]}",
-            "pip install 'diffusion-compressor[fid]'",
+            'pip install "diffusion-compressor[fid]"',
         ) from error
     state = read_weights(weights)
     with tempfile.TemporaryDirectory() as folder:
