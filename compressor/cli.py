@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from compressor.inputs import Inputs
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -88,6 +90,9 @@ def app() -> None:
     metavar="PATH|NAME",
     help="A folder of pictures, CIFAR, .npz, .npy, hf:OWNER/NAME, … (docs/data.md), or a bundled set. Default: the model's.",
 )
+@click.option(
+    "--inception-weights", metavar="FILE", help="Measure FID with these weights of Inception (docs/metrics.md)."
+)
 @_model_options
 @click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning.")
 @click.option("--seed", type=int, help="Seed of everything random.")
@@ -136,6 +141,7 @@ def run(
         runs.refuse_busy_directory(out)
         runs.refuse_used_directory(out, overwrite)
         found = inputs.load_inputs(recipe)
+        _name_extractor(found)
         _warn_of_idle_rules(found.model, recipe.ignore)
         if found.data.skipped:
             _say(f"warning: {found.data.skipped} damaged pictures are left out", err=True)
@@ -510,6 +516,13 @@ def _warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
         _say(f"warning: --ignore {rule!r} matches no layer", err=True)
 
 
+def _name_extractor(found: Inputs) -> None:
+    """Say which weights of the user's a metric is measured with."""
+    settings = found.recipe.evaluate
+    if found.metric is not None and settings.inception_weights is not None and settings.samples:
+        _say(f"{found.metric.name}: {settings.inception_weights}, sha256 {found.metric.sha256}", err=True)
+
+
 def _flag_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as recipe settings."""
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
@@ -532,7 +545,9 @@ def _resume(out: Path, as_json: bool, quiet: bool) -> None:
             _say(f"{out} is finished", err=True)
     else:
         recipe = inputs.resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
-        _drive(runs.execute(inputs.load_inputs(recipe), out, resume=True), out, quiet)
+        found = inputs.load_inputs(recipe)
+        _name_extractor(found)
+        _drive(runs.execute(found, out, resume=True), out, quiet)
     _show_report(out, as_json)
 
 

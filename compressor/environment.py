@@ -1,8 +1,10 @@
-"""What a number depends on besides its recipe: versions and hardware."""
+"""What a number depends on besides its recipe: versions and hardware; and where numbers are kept between runs."""
 
 from __future__ import annotations
 
+import os
 import platform
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,15 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
     }
+
+
+def cache_folder(kind: str) -> Path:
+    """Where numbers of a `kind` are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
+    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if base is None:
+        home = os.path.expanduser("~")
+        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
+    return Path(base) / "compressor" / kind
 
 
 def _processor() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data import ImageSet, SampleSet
+from compressor.errors import CompressorError, UsageError
+from compressor.fidelity import Reference, measures
 from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.recipe import Evaluation
 from compressor.seeds import generator
 
 
 class Metric(ABC):
-    """A Fréchet distance in the features of some extractor. The extractor is part of the name: only Inception's is FID."""
+    """An extractor of features, and the Fréchet distance in them. The extractor is part of the name: only Inception's is FID.
+
+    `compressor.fidelity` takes further measures in the same features.
+    """
 
     name: str
 
@@ -32,6 +38,17 @@ class Metric(ABC):
     @abstractmethod
     def sha256(self) -> str:
         """The hash of the extractor's weights."""
+
+    def with_weights(self, path: Path) -> Metric:
+        """This metric with the extractor's weights from the file at `path`. Raises UsageError where it takes none."""
+        raise UsageError(
+            f"{self.name} takes no weights, got {path}",
+            "Leave evaluate.inception_weights out, or measure fid: --set evaluate.metric=fid",
+        )
+
+    def spatial(self, images: Tensor) -> Tensor | None:
+        """Features (n, e) that still know where in the image things are; None where the extractor has none."""
+        return None
 
 
 def can_sample(adapter: Adapter) -> bool:
@@ -48,19 +65,48 @@ def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterato
 
 def real_features(metric: Metric, data: ImageSet) -> Tensor:
     """The features (n, d) of all real images."""
+    return _over(data, metric.features)
+
+
+def real_spatial(metric: Metric, data: ImageSet) -> Tensor | None:
+    """The spatial features (n, e) of all real images; None where the extractor has none."""
+    if metric.spatial(data.images(torch.arange(min(2, len(data))))) is None:
+        return None
+
+    def extract(images: Tensor) -> Tensor:
+        found = metric.spatial(images)
+        if found is None:
+            raise CompressorError(f"{metric.name} has spatial features of some images only", "Mend that metric.")
+        return found
+
+    return _over(data, extract)
+
+
+def _over(data: ImageSet, extract: Callable[[Tensor], Tensor]) -> Tensor:
     batches = data.stream(torch.split(torch.arange(len(data)), 1024))
-    return torch.cat([metric.features(batch if data.labels is None else batch[0]) for batch in batches])
+    return torch.cat([extract(batch if data.labels is None else batch[0]) for batch in batches])
+
+
+def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Evaluation) -> list[dict[str, Any]]:
+    """The `quality` of a report row for these generated images: the Fréchet distance, then `settings.measures`."""
+    features = metric.features(images)
+    spatial = metric.spatial(images) if reference.spatial is not None else None
+    first = _distance(metric, features, reference.gaussian, settings)
+    return [first, *measures(metric.name, features, spatial, reference, settings)]
 
 
 def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
-    """The metric's entry of a report row for these generated images."""
-    features = metric.features(images)
+    """The metric's own entry of a report row for these generated images."""
+    return _distance(metric, metric.features(images), reference, settings)
+
+
+def _distance(metric: Metric, features: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
     interval = bootstrap(features, reference, settings.bootstrap, settings.seed)
     return {
         "metric": metric.name,
         "value": frechet_distance(gaussian(features), reference),
         "ci95": None if interval is None else list(interval),
-        "samples": len(images),
+        "samples": len(features),
         "sampler_steps": settings.sampler_steps,
         "seed": settings.seed,
     }

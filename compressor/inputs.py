@@ -24,7 +24,7 @@ from compressor.evaluate import Metric
 from compressor.latents import Autoencoder
 from compressor.pruner import Pruner
 from compressor.reading import read_data
-from compressor.recipe import Loading, Recipe
+from compressor.recipe import Evaluation, Loading, Recipe
 from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
@@ -65,17 +65,21 @@ class Inputs:
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     """The validated recipe: the model's own defaults below `settings`, file names made absolute.
 
-    Raises UsageError for anything unknown.
+    Who gives weights of Inception means FID, where no metric is named. Raises UsageError for anything unknown.
     """
     early = recipes.validated(Recipe, recipes.merged(settings), where)
     weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
     paths = {"weights": weights, "pruner": early.pruner, "vae": early.vae}
+    paths["inception_weights"] = early.evaluate.inception_weights
     if early.data is not None and not early.data.startswith("hf:") and early.data not in registry.names("data"):
         paths["data"] = early.data
     if registry.is_file_reference(early.model):
         paths["model"] = early.model
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
-    return recipes.validated(Recipe, recipes.merged(registry.adapter(early.model).defaults, settings, absolute), where)
+    defaults = [registry.adapter(early.model).defaults]
+    if early.evaluate.inception_weights is not None:
+        defaults.append({"evaluate": {"metric": "fid"}})
+    return recipes.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
 
 
 def adapter_of(recipe: Recipe) -> Adapter:
@@ -109,7 +113,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         raise UsageError(
             f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
         )
-    metric = registry.metric(recipe.evaluate.metric) if recipe.evaluate.metric is not None else None
+    metric = _metric(recipe.evaluate)
     resolve_device(recipe.train.device)
     model = adapter.load(recipe.weights)
     autoencoder = Autoencoder(recipe.vae, resolve_device(recipe.train.device)) if recipe.vae is not None else None
@@ -139,6 +143,15 @@ def load_inputs(recipe: Recipe) -> Inputs:
         metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
     choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
     return Inputs(recipe, adapter, model, data, batches, pruner, metric, pictures, autoencoder)
+
+
+def _metric(settings: Evaluation) -> Metric | None:
+    if settings.metric is None:
+        return None
+    metric = registry.metric(settings.metric)
+    if settings.inception_weights is None or not settings.samples:
+        return metric
+    return metric.with_weights(Path(settings.inception_weights))
 
 
 def _on_the_hub(name: str) -> bool:

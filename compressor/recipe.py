@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, events
@@ -23,14 +23,19 @@ _MAX_DEPTH = 8
 _MAX_VALUES = 2000
 _Model = TypeVar("_Model", bound=BaseModel)
 
+Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd"]
+
 
 class Evaluation(BaseModel):
     """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
-    `spacing` and `guidance` are the model's own where None."""
+    `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
+    `inception_weights` is a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     metric: str | None = None
+    measures: list[Measure] = list(get_args(Measure))
+    inception_weights: str | None = None
     samples: Annotated[int, Field(ge=0)] = 1024
     sampler: str | None = None
     spacing: str | None = None

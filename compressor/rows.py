@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from compressor import artifact, evaluate, measure
 from compressor.data import ImageSet
 from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
-from compressor.frechet import gaussian
 from compressor.inputs import Inputs
 from compressor.pictures import save_grid
 from compressor.progress import Progress
 from compressor.pruner import Pruner
+from compressor.reference import compared_with
 from compressor.report.words import file_name
 from compressor.weights import weights_sha256
 
@@ -51,8 +51,9 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
     reference = floor = None
     if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
-        features = evaluate.real_features(inputs.metric, inputs.pictures)
-        reference, floor = gaussian(features), evaluate.floor(features, settings)
+        yield Progress("real images", 0, 1)
+        features, reference = compared_with(inputs.metric, inputs.pictures, settings)
+        floor = evaluate.floor(features, settings)
     dense_images: Tensor | None = None
     dense_predictions: Tensor | None = None
     for row, model in zip(rows, models.values(), strict=True):
@@ -65,7 +66,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
             images = torch.cat(drawn)
             save_grid(images[:64], out / "samples" / f"{file_name(row['name'])}.png")
         if images is not None and reference is not None and inputs.metric is not None:
-            row["quality"] = [evaluate.quality(inputs.metric, images, reference, settings)]
+            yield Progress(f"measure {row['name']}", 0, 1)
+            row["quality"] = evaluate.qualities(inputs.metric, images, reference, settings)
         predicted = evaluate.predictions(adapter, model, inputs.data, settings, device)
         if dense_predictions is None:
             dense_images, dense_predictions = images, predicted

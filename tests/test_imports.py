@@ -18,6 +18,7 @@ KEPT_OUT = [
     "onnx",
     "onnxruntime",
     "datasets",
+    "torch_fidelity",
 ]
 
 EVERYTHING_PUBLIC = "import compressor; [getattr(compressor, name) for name in compressor.__all__]"
@@ -69,11 +70,13 @@ def test_help_pulls_in_no_torch() -> None:
         ("import onnxruntime", ["onnxruntime"]),
         ("import torch_pruning", ["torch_pruning"]),
         ("import datasets", ["datasets"]),
+        ("import torch_fidelity", ["torch_fidelity"]),
     ],
 )
 def test_the_check_can_fail(code: str, expected: list[str], tmp_path: Path) -> None:
-    if code.endswith("torch_pruning"):
-        (tmp_path / "torch_pruning.py").touch()
+    for absent in ("torch_pruning", "torch_fidelity"):
+        if code.endswith(absent):
+            (tmp_path / f"{absent}.py").touch()
     assert loaded(f"import compressor\n{code}", KEPT_OUT, tmp_path) == expected
 
 

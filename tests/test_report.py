@@ -15,6 +15,7 @@ from PIL import Image
 
 from compressor.errors import CompressorError
 from compressor.report import charts, render, schema, words
+from compressor.report.further import direction, further
 
 HASH = "0123456789abcdef" * 4
 
@@ -288,3 +289,48 @@ def test_charts_name_total_noise_and_teacher_and_no_id_twice(tmp_path):
     assert all(f">{name}</text>" in page for name in ("total", "noise", "teacher", "optimizer step"))
     drawn = re.findall(r'<g id="([^"]+)"', page)
     assert not drawn and "figure svg text { fill: currentColor; }" in page
+
+
+def with_further_measures() -> dict[str, Any]:
+    report = example()
+    for entry in report["rows"]:
+        first = entry["quality"][0]
+        entry["quality"] += [
+            {**first, "metric": "kid-digits", "value": 0.712, "ci95": [0.52, 0.91]},
+            {**first, "metric": "recall-digits", "value": 0.885, "ci95": None},
+        ]
+    return report
+
+
+def test_further_measures_are_a_table_with_their_direction(tmp_path):
+    report = with_further_measures()
+    jsonschema.validate(report, schema())
+    run = written(tmp_path / "run", report)
+    render(run)
+    sentence = "Lower is better for kid-digits; higher is better for recall-digits."
+    for name in ("report.html", "report.md"):
+        text = (run / name).read_text(encoding="utf-8")
+        assert text.count("Further measures") == 1 and sentence in text
+        assert text.count("0.712 [0.520, 0.910]") == text.count("0.885") == 3
+    lines = (run / "report.md").read_text(encoding="utf-8").splitlines()
+    table = lines[lines.index("### Further measures") :][4:8]
+    assert [line.count("|") for line in table] == [5] * 4, table
+
+
+def test_a_further_measure_that_a_row_lacks_is_a_dash():
+    report = with_further_measures()
+    report["rows"][1]["quality"] = []
+    assert [(name, cells[1]) for name, _, cells in further(report)] == [("kid-digits", "—"), ("recall-digits", "—")]
+
+
+def test_a_report_of_the_metric_alone_has_no_further_measures(tmp_path):
+    run = written(tmp_path / "run", example())
+    render(run)
+    assert further(example()) == [] and direction(example()) == ""
+    assert "Further measures" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_plugins_own_measure_is_shown_without_a_direction():
+    report = with_further_measures()
+    report["rows"][0]["quality"][1]["metric"] = "loveliness"
+    assert further(report)[0][:2] == ("loveliness", "") and "loveliness" not in direction(report)

@@ -154,7 +154,11 @@ def test_the_rows_are_dense_one_shot_and_the_method(finished):
 
 def test_every_row_is_measured(finished):
     for row in report_of(finished)["rows"]:
-        assert [(q["metric"], q["samples"], q["sampler_steps"]) for q in row["quality"]] == [("fd-digits", 16, 2)]
+        assert [q["metric"] for q in row["quality"]] == [
+            "fd-digits",
+            *(f"{measure}-digits" for measure in ("kid", "precision", "recall", "density", "coverage", "sfd")),
+        ]
+        assert {(q["samples"], q["sampler_steps"], q["seed"]) for q in row["quality"]} == {(16, 2, 1234)}
         low, high = row["quality"][0]["ci95"]
         assert low <= high
         assert {d["metric"] for d in row["drift"]} == (

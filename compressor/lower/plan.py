@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor import artifact
+from compressor.environment import cache_folder
 from compressor.errors import CompressorError
 from compressor.recipe import validated
 
@@ -118,23 +117,14 @@ class Plan(_Value):
         return validated(cls, artifact.read_json(path), str(path))
 
 
-def cache_folder() -> Path:
-    """Where measured and computed things are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
-    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if base is None:
-        home = os.path.expanduser("~")
-        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
-    return Path(base) / "compressor"
-
-
 class Cache:
     """Measured times on disk, one small file per measurement, named by everything that the times depend on.
 
-    In the `cache_folder`. A file that cannot be read or written is no error. Without `read`, only written.
+    In `environment.cache_folder`. A file that cannot be read or written is no error. Without `read`, only written.
     """
 
     def __init__(self, setting: Setting, folder: Path | None = None, read: bool = True) -> None:
-        self.folder = folder or cache_folder() / "timings"
+        self.folder = folder or cache_folder("timings")
         self.setting, self.read = setting, read
 
     def get(self, key: str) -> dict[str, float] | None:

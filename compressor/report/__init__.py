@@ -15,6 +15,7 @@ from markupsafe import Markup
 from compressor import artifact
 from compressor.errors import CompressorError
 from compressor.report import charts, words
+from compressor.report.further import direction, further
 
 __all__ = ["render", "schema"]
 
@@ -55,6 +56,8 @@ def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) 
         "report": report,
         "headline": words.headline(report),
         "columns": words.columns(report),
+        "further": further(report),
+        "direction": direction(report),
         "lowering": report.get("lowering"),
         "lowering_sentence": words.lowering_sentence(report),
         "speeds": words.speeds(report),

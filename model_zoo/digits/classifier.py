@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,10 +26,13 @@ class DigitsClassifier(nn.Module):
         self.hidden = nn.Linear(48 * 4 * 4, 64)
         self.output = nn.Linear(64, 10)
 
-    def features(self, images: Tensor) -> Tensor:
+    def maps(self, images: Tensor) -> Tensor:
+        """The 48 maps (n, 48, 4, 4) that the convolutions make."""
         x = F.relu(self.conv1(images))
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return F.relu(self.hidden(x.flatten(1)))
+        return F.max_pool2d(F.relu(self.conv2(x)), 2)
+
+    def features(self, images: Tensor) -> Tensor:
+        return F.relu(self.hidden(self.maps(images).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.output(self.features(images))
@@ -45,14 +49,21 @@ class FDDigits(Metric):
         load_strictly(self._classifier, read_weights(WEIGHTS), WEIGHTS)
         self._classifier.eval()
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
+        return self._extracted(self._classifier.features, images)
+
+    def spatial(self, images: Tensor) -> Tensor:
+        """The first seven maps, (n, 112), as Nash et al. 2021 take the first seven of Inception's."""
+        return self._extracted(lambda x: self._classifier.maps(x)[:, :7].flatten(1), images)
+
+    @torch.no_grad()
+    def _extracted(self, extract: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if images.shape[1:] != (1, 8, 8):
             raise CompressorError(
                 f"fd-digits takes images (n, 1, 8, 8), got {tuple(images.shape)}",
                 "Choose another metric with --set evaluate.metric=NAME, or none with --set evaluate.metric=null",
             )
-        return self._classifier.features(images.cpu().float())
+        return extract(images.cpu().float())
 
     @property
     def sha256(self) -> str:
