@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, Backend, CompressorError, registry
+from compressor.environment import cache_folder
 from compressor.lower import Unit
 from compressor.lower.chooser import relative
 from compressor.lower.forms import _deviation
-from compressor.lower.plan import Cache, Setting, cache_folder
+from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units
 
 WIDTH = 32
@@ -356,7 +357,7 @@ def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.Monk
     for name in ("COMPRESSOR_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    assert cache_folder().is_absolute()
+    assert cache_folder("timings").is_absolute()
 
 
 def test_times_of_another_version_of_a_backend_are_not_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
