@@ -27,7 +27,17 @@ from compressor.adapter import Adapter
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
-from compressor.weights import FILE_METADATA, load_strictly, plain_state, refuse_misfit, state_sha256, untied_state
+from compressor.surgery import FILE as SURGERY
+from compressor.surgery import Surgery
+from compressor.weights import (
+    FILE_METADATA,
+    load_strictly,
+    plain_state,
+    refuse_misfit,
+    sketch,
+    state_sha256,
+    untied_state,
+)
 
 MANIFEST = "manifest.json"
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -165,11 +175,13 @@ def save(
     name: str | None = None,
     packed: bool = True,
     architecture: Mapping[str, Any] = MappingProxyType({}),
+    surgery: Surgery | None = None,
 ) -> None:
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
     `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
-    without a name, `load` needs the module. N:M weights are stored as what is
+    without a name, `load` needs the module. `surgery` is the result's: what was removed of the model's structure, stored
+    as `surgery.json`. N:M weights are stored as what is
     kept and where it was, or with `packed=False` as plain tensors, which other libraries read. A model saved at `path`
     before is replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's
     pattern or is not finite, and where the disk does not take it.
@@ -194,6 +206,8 @@ def save(
         save_file(tensors, folder / "model.safetensors", metadata=FILE_METADATA)
         text = config.model_dump_json(indent=2, exclude_defaults=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        if surgery is not None:
+            (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
 
     commit(path, write)
 
@@ -201,24 +215,31 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
 
-    `model` is filled and returned where given; else the registered model named in the file is built. Every hash and
+    `model` is filled and returned where given (with its original shape, whatever the method removed of it); else the
+    registered model named in the file is built. Every hash and
     every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
     them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
     folder = model_folder(Path(path))
     verify(folder, needs=MODEL_FILES)
     config = read_config(folder)
-    if model is None:
-        adapter = adapter_at(folder)
+    surgery = _read_surgery(folder)
+    adapter = adapter_at(folder) if model is None else None
+    if adapter is not None:
         with torch.device("meta"):
-            sketch = adapter.build()
-        state = _read_state(folder, config, sketch)  # what does not fit is refused before memory is taken for it
-        model = adapter.build()
+            tried = adapter.build()
     else:
-        state = _read_state(folder, config, model)
+        tried = model if surgery is None or model is None else sketch(model)
+    if surgery is not None:
+        surgery.apply(tried)
+    state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
+    if adapter is not None:
+        model = adapter.build()
+    if surgery is not None:
+        surgery.apply(model)
     load_strictly(model, state, folder)
     return model.eval()
 
@@ -243,6 +264,11 @@ def read_config(folder: Path) -> ModelConfig:
     """The validated `config.json` of a saved model."""
     path = folder / "config.json"
     return validated(ModelConfig, read_json(path), str(path))
+
+
+def _read_surgery(folder: Path) -> Surgery | None:
+    path = folder / SURGERY
+    return Surgery.from_json(read_json(path), str(path)) if path.is_file() else None
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from compressor.pattern import Mask, parse
 from compressor.pruner import Pruner
 from compressor.seeds import generator
 from compressor.shadow import Shadow, checked_masks
+from compressor.surgery import Surgery
 from compressor.targets import Layer, select
 from compressor.training import Training
 
@@ -48,7 +49,7 @@ class Result:
     """A pruned model (in eval mode, on the CPU or the device it was trained on) and what was done to it.
 
     `masks` by parameter name; `layers` lists every layer, with the reason where it has no mask; `flipped` is, per weight, the
-    number of mask changes per entry over the whole run.
+    number of mask changes per entry over the whole run. `surgery` is what was removed of the model's structure.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Result:
     layers: Sequence[Layer]
     steps: Sequence[Step]
     flipped: Mapping[str, float]
+    surgery: Surgery | None = None
 
 
 class FineTuning:
@@ -90,8 +92,13 @@ class FineTuning:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         if previous is None:
             pruner = pruner.prepare(self.student, adapter, self.batches)
+            self.surgery = pruner.surgery
         else:
             pruner = pruner.restored(previous["pruner"])
+            removed = previous.get("surgery")
+            self.surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
+        if self.surgery is not None:
+            self.surgery.apply(self.student)
         self.pruner = pruner
         self.layers = choose_layers(self.student, pruner, adapter, targets, ignore)
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
@@ -136,6 +143,7 @@ class FineTuning:
             "average": dict(self.average),
             "optimizer": self.optimizer.state_dict(),
             "pruner": dict(self.pruner.state()),
+            "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
         }
 
@@ -209,7 +217,7 @@ class FineTuning:
             replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
             for layer in self.layers
         ]
-        return Result(self.student.eval(), masks, layers, (), flipped)
+        return Result(self.student.eval(), masks, layers, (), flipped, self.surgery)
 
     def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
         """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
@@ -305,7 +313,7 @@ def prune(
     )
     records = list(steps(run))
     result = run.finish()
-    return Result(result.model, result.masks, result.layers, records, result.flipped)
+    return replace(result, steps=records)
 
 
 def choose_layers(

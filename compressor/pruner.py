@@ -13,6 +13,7 @@ from compressor.adapter import Adapter
 from compressor.data import Batches
 from compressor.estimator import Estimator, StraightThrough
 from compressor.pattern import NM, Mask, Pattern
+from compressor.surgery import Surgery
 from compressor.targets import fitting
 
 
@@ -39,6 +40,8 @@ class Pruner(ABC):
     """How pruned weights are trained."""
     objective: Objective = Objective()
     """What fine-tuning minimises."""
+    surgery: Surgery | None = None
+    """What `prepare` found that can be removed of the model's structure. The engine removes it, before training."""
 
     @abstractmethod
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
@@ -58,7 +61,8 @@ class Pruner(ABC):
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         """Called once, before training: calibrate scores, or update weights in place. Default: self.
 
-        What it learns goes into the copy that it returns, and into that copy's `state`.
+        What it learns goes into the copy that it returns, and into that copy's `state`. Structure that it wants removed
+        goes into the copy's `surgery`, which checkpoints hold anyway; `masks` then gets the weights that are left.
         """
         return self
 

@@ -198,11 +198,13 @@ def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds:
     summary = {"steps": done, "seconds": seconds, "flipped": dict(result.flipped)}
     artifact.write_json(out / "run.json", {**artifact.read_json(out / "run.json"), "train": summary})
     adapter = inputs.adapter
-    if adapter.writes_pipeline:
+    if adapter.writes_pipeline and result.surgery is None:  # diffusers knows the original shape alone
         artifact.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
     # a model of the user's own file has no name to load it by: a saved model never says what to run
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
-    artifact.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
+    artifact.save(
+        out / "model", result.model, result.masks, name, architecture=adapter.architecture, surgery=result.surgery
+    )
 
 
 def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,16 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, each tensor once, under its first name."""
     tied = ties(model)
     return {name: value for name, value in model.state_dict().items() if name not in tied}
+
+
+def sketch(model: nn.Module) -> nn.Module:
+    """A copy of `model` without values, on the meta device: what its shapes allow can be tried on it, for no memory."""
+    held = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    empty = {key: torch.empty_like(value, device="meta") for key, value in held.items()}
+    memo = {
+        k: nn.Parameter(e, held[k].requires_grad) if isinstance(held[k], nn.Parameter) else e for k, e in empty.items()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

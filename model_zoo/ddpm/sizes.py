@@ -96,7 +96,7 @@ def digits() -> DiffusersAdapter:
         weights=Path(__file__).with_name("ddpm-digits.safetensors"),
         defaults={
             "data": "digits",
-            "train": {"steps": 1200, "lr": 1e-3, "betas": [0.9, 0.99], "warmup": 50},
+            "train": {"steps": 1800, "lr": 5e-4, "betas": [0.9, 0.99], "warmup": 50},
             "evaluate": {"metric": "fd-digits", "samples": 1797},
         },
         about={

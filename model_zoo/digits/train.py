@@ -85,7 +85,7 @@ def uvit(out: Path, seed: int, count: int, lr: float) -> None:
 
 
 @main.command()
-@click.option("--steps", "count", default=8_000, show_default=True)
+@click.option("--steps", "count", default=2_500, show_default=True)
 @_dense_options
 def ddpm(out: Path, seed: int, count: int, lr: float) -> None:
     """The dense DDPM, by the same settings."""

@@ -1,0 +1,116 @@
+"""Removed structure, as data: which entries of each tensor were kept, and what the modules must know of it.
+
+A method that removes channels says so with a `Surgery`; the engine carries it out, a saved model stores it as JSON, and
+loading carries it out again on a model of the original shape. It can only make tensors smaller and numbers lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from compressor.errors import CompressorError
+from compressor.weights import ties
+
+FILE = "surgery.json"
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What to keep of a model.
+
+    `kept`: for each tensor of the model's state that gets smaller, by name and by dim, the entries that stay, ascending.
+    `numbers`: for each module, by name, the whole numbers (or tuples of them) that it remembers about its shape, as they
+    are afterwards: `{"conv1": {"out_channels": 24}}`.
+    """
+
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+
+    def apply(self, model: nn.Module) -> None:
+        """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError."""
+        self._check(model)
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for name, dims in self.kept.items():
+                owner, _, key = name.rpartition(".")
+                old = getattr(modules[owner], key)
+                value = old.detach()
+                for dim, kept in dims.items():
+                    value = value.index_select(dim, torch.tensor(kept, device=value.device))
+                new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+                setattr(modules[owner], key, new)
+        for name, numbers in self.numbers.items():
+            for attribute, number in numbers.items():
+                setattr(modules[name], attribute, number)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `surgery.json`."""
+        kept = {name: {str(dim): list(some) for dim, some in dims.items()} for name, dims in self.kept.items()}
+        numbers = {
+            name: {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+            for name, own in self.numbers.items()
+        }
+        return {"schema_version": 1, "kept": kept, "numbers": numbers}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> Self:
+        """The surgery that `to_json` wrote. Raises UsageError, with `where`, for anything else."""
+        from compressor.recipe import validated
+
+        found = validated(_File, content, where)
+        kept = {name: {int(dim): tuple(some) for dim, some in dims.items()} for name, dims in found.kept.items()}
+        numbers = {
+            name: {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+            for name, own in found.numbers.items()
+        }
+        return cls(kept, numbers)
+
+    def _check(self, model: nn.Module) -> None:
+        state, tied, modules = model.state_dict(keep_vars=True), ties(model), dict(model.named_modules())
+        for name, dims in self.kept.items():
+            if name not in state:
+                raise CompressorError(f"surgery: the model has no tensor {name!r}", _HINT)
+            if name in tied or name in tied.values():
+                raise CompressorError(f"surgery: {name} is shared by two modules", "Such tensors are not made smaller.")
+            for dim, some in dims.items():
+                shape = tuple(state[name].shape)
+                ascending = all(a < b for a, b in pairwise(some))
+                if dim >= len(shape) or not some or not ascending or some[0] < 0 or some[-1] >= shape[dim]:
+                    raise CompressorError(f"surgery: {name} is {shape}: dim {dim} cannot keep {_shown(some)}", _HINT)
+        for name, numbers in self.numbers.items():
+            for attribute, new in numbers.items():
+                old = vars(modules[name]).get(attribute) if name in modules else None
+                if not _lowers(old, new):
+                    raise CompressorError(
+                        f"surgery: {name}.{attribute} is {old!r} and cannot become {str(new)[:40]}", _HINT
+                    )
+
+
+_HINT = "It belongs to another model, or is damaged."
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1]
+    kept: dict[str, dict[Literal["0", "1", "2", "3", "4"], list[int]]]
+    numbers: dict[str, dict[str, int | list[int]]]
+
+
+def _lowers(old: Any, new: int | tuple[int, ...]) -> bool:
+    """Whether `new` is of the kind of `old`, whole numbers, and at least one and at most `old` everywhere."""
+    before, after = (value if isinstance(value, tuple) else (value,) for value in (old, new))
+    if isinstance(old, tuple) != isinstance(new, tuple) or len(before) != len(after):
+        return False
+    return all(type(a) is int and type(b) is int and 1 <= b <= a for a, b in zip(before, after, strict=True))
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return f"{len(numbers)} entries" if len(numbers) > 6 else str(list(numbers))
