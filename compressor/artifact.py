@@ -224,24 +224,26 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     verify(folder, needs=MODEL_FILES)
     config = read_config(folder)
     surgery = _read_surgery(folder)
-    adapter = adapter_at(folder) if model is None else None
-    if adapter is not None:
+
+    def build() -> nn.Module:
+        return model if model is not None else adapter_at(folder).build()
+
+    if model is None:
         with torch.device("meta"):
-            tried = adapter.build()
+            tried = build()
     else:
-        tried = model if surgery is None or model is None else sketch(model)
+        tried = model if surgery is None else sketch(model)
     if surgery is not None:
         surgery.apply(tried)
     state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
-    if adapter is not None:
-        model = adapter.build()
+    loaded = build()
     if surgery is not None:
-        surgery.apply(model)
-    load_strictly(model, state, folder)
-    return model.eval()
+        surgery.apply(loaded)
+    load_strictly(loaded, state, folder)
+    return loaded.eval()
 
 
 def model_folder(path: Path) -> Path:
