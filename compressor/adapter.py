@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Sampling:
     guidance: float | None = None
 
 
+def with_rules(adapter: Adapter, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> Adapter:
+    """A copy of `adapter` with these rules for layers as its own; None keeps the adapter's."""
+    changed = copy.copy(adapter)
+    for name, rules in (("targets", targets), ("ignore", ignore)):
+        if rules is not None:
+            object.__setattr__(changed, name, tuple(rules))  # adapters may be frozen
+    return changed
+
+
 class Adapter(ABC):
     """Connects a model family to the engine. `noised` and `predict` are enough to fine-tune; the rest adds features."""
 
@@ -52,6 +62,15 @@ class Adapter(ABC):
         `inputs` is any nesting of tuples, lists and dicts; its tensors, like `target`, have the batch as dim 0, so that
         the engine can split a batch. Student and teacher both see these very inputs.
         """
+
+    def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
+        """As `noised`, with the noise of one `time` for the whole batch: from 0 (none) to 1 (nothing but noise).
+
+        For methods that look at times one after another; those that only fine-tune do without.
+        """
+        raise CompressorError(
+            f"{type(self).__name__} cannot noise at a chosen time", "Give the adapter a `noised_at` method."
+        )
 
     @abstractmethod
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, with_rules
 from compressor.data import Batches, as_batches
 from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
@@ -91,7 +91,7 @@ class FineTuning:
         if pruner.objective.teacher > 0 and training.steps > 0:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         if previous is None:
-            pruner = pruner.prepare(self.student, adapter, self.batches)
+            pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
         else:
             pruner = pruner.restored(previous["pruner"])

@@ -146,6 +146,12 @@ class DiffusersAdapter(Adapter):
     # --- Fine-tuning. ---
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, None, rng)
+
+    def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, time, rng)
+
+    def _noised(self, batch: Any, at: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
         name = noisy_name(self.config)
         if isinstance(batch, Mapping):
             given = dict(batch)
@@ -162,7 +168,7 @@ class DiffusersAdapter(Adapter):
             given = {name: images}
             if self.num_classes and labels is not None:
                 given["class_labels"] = labels
-        time, noised, target = Noise.of(self.scheduler).noised(given[name], rng)
+        time, noised, target = Noise.of(self.scheduler).noised(given[name], rng, at)
         if str(self.config.get("_class_name")).startswith("Flux"):
             time = time / 1000  # the one family that is told the time from 0 to 1
         if "class_labels" in given:

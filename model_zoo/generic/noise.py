@@ -40,17 +40,23 @@ class Noise:
         large = str(config.get("variance_type", "fixed_small")) == "fixed_large"
         return cls(logs, total, prediction, bool(config.get("clip_sample", True)), large)
 
-    def noised(self, clean: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(timesteps (n,), noised, what the model shall answer) for `clean` (n, …), all drawn from `rng`."""
+    def noised(self, clean: Tensor, rng: torch.Generator, at: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(timesteps (n,), noised, what the model shall answer) for `clean` (n, …), all drawn from `rng`.
+
+        `at` is the time of all of them, from 0 to 1, where they shall not be drawn.
+        """
         n, shape = len(clean), (-1, *[1] * (clean.dim() - 1))
         if (
             self.log_alpha_bars is None
         ):  # Liu et al. 2022, rectified flow: x_s = (1 - s) x + s noise, velocity noise - x
-            share = torch.rand(n, generator=rng)
+            share = torch.rand(n, generator=rng) if at is None else torch.full((n,), at)
             noise = torch.randn(clean.shape, generator=rng)
             mixed = (1 - share.view(shape)) * clean + share.view(shape) * noise
             return share * self.timesteps, mixed, noise - clean
-        time = torch.randint(self.timesteps, (n,), generator=rng)
+        if at is None:
+            time = torch.randint(self.timesteps, (n,), generator=rng)
+        else:
+            time = torch.full((n,), min(int(at * self.timesteps), self.timesteps - 1))
         noise = torch.randn(clean.shape, generator=rng)
         logs = self.log_alpha_bars[time]
         signal = torch.exp(0.5 * logs).float().view(shape)

@@ -55,8 +55,14 @@ class UViTAdapter(Adapter):
         return model.eval()
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, None, rng)
+
+    def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, time, rng)
+
+    def _noised(self, batch: Any, time: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        t = torch.rand(len(images), generator=rng)
+        t = torch.rand(len(images), generator=rng) if time is None else torch.full((len(images),), time)
         noise = torch.randn(images.shape, generator=rng)
         if not self.num_classes:
             labels = None

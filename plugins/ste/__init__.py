@@ -1,0 +1,40 @@
+"""Sparse training from the pretrained weights without a teacher: masks renewed at every step, a straight-through estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compressor.errors import UsageError
+from compressor.estimator import Estimator
+from compressor.pattern import NM, Mask, Pattern
+from compressor.pruner import Pruner
+
+from ..sparsedm import SRSTE
+
+
+@dataclass(frozen=True)
+class STE(Pruner):
+    """Keeps the largest |w|, chosen anew after every step; pruned weights get the gradient of what replaces them.
+
+    `decay` λ pulls pruned weights towards zero (SR-STE); 0 is the plain straight-through estimator. `decoupled`: apply
+    it to the weight after the step, not as a term of the gradient.
+    Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", eqs. 6 and 9.
+    """
+
+    pattern: Pattern = NM(2, 4)
+    decay: float = 2e-4
+    decoupled: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < float("inf"):
+            raise UsageError(f"sr-ste: decay must be a number of at least 0, got {self.decay!r}")
+
+    @property
+    def estimator(self) -> Estimator:  # type: ignore[override]  # derived from the settings, which are what is set
+        return SRSTE(self.decay, self.decoupled)
+
+    def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
+        return self.pattern.masks({name: weight.abs() for name, weight in weights.items()}, previous)

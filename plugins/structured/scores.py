@@ -1,0 +1,94 @@
+"""How much each channel matters: a score for every entry of every weight, summed over the channel's entries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, to_device
+from compressor.data import Batches
+from compressor.seeds import generator
+
+from .groups import Group
+
+
+def channel_scores(group: Group, entries: Mapping[str, Tensor] | None, seed: int) -> Tensor:
+    """The score (width,) of each of the group's channels: the sum of its `entries` in all members, or chance without."""
+    if entries is None:
+        return torch.rand(group.width, generator=generator(seed, "channels", group.members[0].name))
+    scores = torch.zeros(group.width, dtype=torch.float64)
+    for member in group.members:
+        for key in ("weight", "bias"):
+            score = entries.get(f"{member.name}.{key}")
+            if score is None or (key == "bias" and not member.out):
+                continue
+            by_channel = score.transpose(0, 1) if not member.out else score
+            sums = by_channel.reshape(by_channel.shape[0], -1).double().sum(1).cpu()
+            scores.index_add_(0, member.root, sums[member.own])
+    return scores
+
+
+def entry_scores(
+    model: nn.Module,
+    adapter: Adapter,
+    batches: Batches,
+    kind: Literal["magnitude", "taylor", "diff-pruning"],
+    timesteps: int,
+    threshold: float,
+) -> dict[str, Tensor]:
+    """The score of every entry of every parameter, by its name."""
+    if kind == "magnitude":
+        return {name: value.detach().square() for name, value in model.named_parameters()}
+    if kind == "taylor":
+        return taylor(model, adapter, batches, timesteps)
+    return diff_pruning(model, adapter, batches, timesteps, threshold)
+
+
+def taylor(model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int) -> dict[str, Tensor]:
+    """|w ∂L/∂w|, L being the mean loss over evenly spaced times. Source: Molchanov et al. 2019, eq. 8 without the square."""
+    total: dict[str, Tensor] = {}
+    for index in range(timesteps):
+        for name, gradient in _gradients(model, adapter, batches, index, timesteps)[1].items():
+            total[name] = total[name] + gradient if name in total else gradient
+    weights = dict(model.named_parameters())
+    return {name: (weights[name].detach() * gradient / timesteps).abs() for name, gradient in total.items()}
+
+
+def diff_pruning(
+    model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int, threshold: float
+) -> dict[str, Tensor]:
+    """Σ_t |w ∂L_t/∂w| over the times, from the least noise on, whose loss is at least `threshold` times the largest yet.
+
+    It stops at the first that is below: what is mostly noise is easy to predict, and its gradients say little.
+    Source: Fang, Ma, Wang 2023, "Structural Pruning for Diffusion Models", eq. 8 and algorithm 1.
+    """
+    weights = dict(model.named_parameters())
+    total = {name: torch.zeros_like(value) for name, value in weights.items()}
+    largest = 0.0
+    for index in range(timesteps):
+        loss, gradients = _gradients(model, adapter, batches, index, timesteps)
+        largest = max(largest, loss)
+        if loss < threshold * largest:
+            break
+        for name, gradient in gradients.items():
+            total[name] += (weights[name].detach() * gradient).abs()
+    return total
+
+
+def _gradients(
+    model: nn.Module, adapter: Adapter, batches: Batches, index: int, timesteps: int
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss at the `index`-th of `timesteps` evenly spaced times, on a batch of its own, and its gradients."""
+    weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    device = next(iter(weights.values())).device
+    inputs, target = adapter.noised_at(batches.batch(index), (index + 0.5) / timesteps, generator("structured", index))
+    with torch.enable_grad():
+        prediction = adapter.predict(model, to_device(inputs, device)).float()
+        loss = F.mse_loss(prediction, target.to(device).float())
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
+    return float(loss.detach()), found
