@@ -66,11 +66,9 @@ class Adapter(ABC):
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
         """As `noised`, with the noise of one `time` for the whole batch: from 0 (none) to 1 (nothing but noise).
 
-        For methods that look at times one after another; those that only fine-tune do without.
+        For methods that look at times one after another. Default: the times that `noised` draws.
         """
-        raise CompressorError(
-            f"{type(self).__name__} cannot noise at a chosen time", "Give the adapter a `noised_at` method."
-        )
+        return self.noised(batch, rng)
 
     @abstractmethod
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:

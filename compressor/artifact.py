@@ -28,7 +28,7 @@ from compressor.errors import CompressorError
 from compressor.pattern import Mask, parse
 from compressor.recipe import validated
 from compressor.surgery import FILE as SURGERY
-from compressor.surgery import Surgery
+from compressor.surgery import Surgery, surgery_of
 from compressor.weights import (
     FILE_METADATA,
     load_strictly,
@@ -175,16 +175,14 @@ def save(
     name: str | None = None,
     packed: bool = True,
     architecture: Mapping[str, Any] = MappingProxyType({}),
-    surgery: Surgery | None = None,
 ) -> None:
     """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
 
     `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
-    without a name, `load` needs the module. `surgery` is the result's: what was removed of the model's structure, stored
-    as `surgery.json`. N:M weights are stored as what is
-    kept and where it was, or with `packed=False` as plain tensors, which other libraries read. A model saved at `path`
-    before is replaced; any other folder there is refused. Raises CompressorError where a weight breaks its mask's
-    pattern or is not finite, and where the disk does not take it.
+    without a name, `load` needs the module. N:M weights are stored as what is kept and where it was, or with
+    `packed=False` as plain tensors, which other libraries read. What a method removed of the model's structure is stored
+    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused. Raises
+    CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it.
     """
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -206,7 +204,7 @@ def save(
         save_file(tensors, folder / "model.safetensors", metadata=FILE_METADATA)
         text = config.model_dump_json(indent=2, exclude_defaults=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        if surgery is not None:
+        if (surgery := surgery_of(model)) is not None:
             (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
 
     commit(path, write)
@@ -233,14 +231,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             tried = build()
     else:
         tried = model if surgery is None else sketch(model)
-    if surgery is not None:
+    if surgery is not None and surgery_of(tried) != surgery:
         surgery.apply(tried)
     state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
     loaded = build()
-    if surgery is not None:
+    if surgery is not None and surgery_of(loaded) != surgery:
         surgery.apply(loaded)
     load_strictly(loaded, state, folder)
     return loaded.eval()

@@ -202,9 +202,7 @@ def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds:
         artifact.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
     # a model of the user's own file has no name to load it by: a saved model never says what to run
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
-    artifact.save(
-        out / "model", result.model, result.masks, name, architecture=adapter.architecture, surgery=result.surgery
-    )
+    artifact.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
 
 
 def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:

@@ -34,7 +34,10 @@ class Surgery:
     numbers: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
-        """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError."""
+        """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
+
+        The model remembers what was removed of it (`surgery_of`), so that saving it needs nobody to tell.
+        """
         self._check(model)
         modules = dict(model.named_modules())
         with torch.no_grad():
@@ -49,6 +52,20 @@ class Surgery:
         for name, numbers in self.numbers.items():
             for attribute, number in numbers.items():
                 setattr(modules[name], attribute, number)
+        before = surgery_of(model)
+        vars(model)[_MEMORY] = self if before is None else self._after(before)
+
+    def _after(self, first: Surgery) -> Surgery:
+        """The one surgery that does what `first` and then this one does."""
+        kept: dict[str, dict[int, tuple[int, ...]]] = {name: dict(dims) for name, dims in first.kept.items()}
+        for name, dims in self.kept.items():
+            for dim, some in dims.items():
+                old = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = some if old is None else tuple(old[i] for i in some)
+        numbers = {name: dict(own) for name, own in first.numbers.items()}
+        for name, own in self.numbers.items():
+            numbers.setdefault(name, {}).update(own)
+        return Surgery(kept, numbers)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `surgery.json`."""
@@ -93,6 +110,13 @@ class Surgery:
                     )
 
 
+def surgery_of(model: nn.Module) -> Surgery | None:
+    """What was removed of `model`'s structure; None where it has its original one."""
+    found = vars(model).get(_MEMORY)
+    return found if isinstance(found, Surgery) else None
+
+
+_MEMORY = "_compressor_surgery"
 _HINT = "It belongs to another model, or is damaged."
 
 

@@ -18,7 +18,6 @@ from compressor.targets import Layer, matches
 from compressor.weights import sketch, ties
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.GroupNorm, nn.LayerNorm)
 _FUSED = ("qkv", "to_qkv")
 _PROJECTIONS = (*_FUSED, "to_q", "to_k", "to_v", "q", "k", "v", "q_proj", "k_proj", "v_proj", "query", "key", "value")
 
@@ -54,7 +53,8 @@ def find_groups(model: nn.Module, adapter: Adapter, multiple: int) -> list[Group
     """The groups of `model` that can be made narrower: those whose every layer is of a known kind, and without half of
     which the model still answers in the same shape.
 
-    So its outputs stay, and streams that parameters of no layer are added to (position embeddings).
+    So outputs stay, and the streams of transformers, which every token's LayerNorm sees as a whole: of those, heads and
+    hidden widths go.
     Raises CompressorError where there is none, or the model cannot be traced.
     """
     import torch_pruning
@@ -149,7 +149,9 @@ def _members(items: Any, names: Mapping[int, str], graph: Any) -> list[Member] |
                 return None
             continue  # an operation without weights
         out = bool(graph.is_out_channel_pruning_fn(item.dep.handler))
-        plain = isinstance(module, (nn.Linear, *_NORMS)) or (isinstance(module, _CONVOLUTIONS) and module.groups == 1)
+        plain = isinstance(module, (nn.Linear, nn.GroupNorm)) or (
+            isinstance(module, _CONVOLUTIONS) and module.groups == 1
+        )
         if not plain:
             return None
         root, own = (torch.tensor([int(i) for i in some]) for some in (item.root_idxs, item.idxs))
@@ -165,8 +167,6 @@ def _channels(module: nn.Module, out: bool) -> int:
             return module.out_features if out else module.in_features
         case nn.GroupNorm():
             return module.num_channels
-        case nn.LayerNorm():
-            return int(module.normalized_shape[-1])
     return int(module.out_channels if out else module.in_channels)  # type: ignore[arg-type]
 
 
@@ -242,10 +242,6 @@ def _remember(
     if isinstance(member.module, nn.GroupNorm):
         if 0 in dims:
             own["num_channels"] = len(dims[0])
-        return
-    if isinstance(member.module, nn.LayerNorm):
-        if 0 in dims:
-            own["normalized_shape"] = (len(dims[0]),)
         return
     kind = "features" if isinstance(member.module, nn.Linear) else "channels"
     for dim, side in ((0, "out"), (1, "in")):

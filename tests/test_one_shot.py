@@ -1,0 +1,171 @@
+"""Wanda and OBS: scores by their formulas, masks that obey, updates that lower the error, inputs seen as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.obs import OBS, packages, prune_layer
+from compressor.plugins.wanda import Wanda
+from torch import nn
+
+import compressor
+from compressor import CompressorError, registry
+from compressor.calibration import columns, from_matrix, matrix, visits
+from compressor.data import as_batches
+from compressor.pattern import NM, parse
+from compressor.targets import Layer
+
+PATTERNS = ("2:4", "1:4", "4:2:4", "4c:2:4", "unstructured:0.4")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(8, 12), (3, 5, 8)),
+        (nn.Conv2d(8, 12, 3, padding=1), (2, 8, 6, 5)),
+        (nn.Conv2d(8, 12, (3, 1), stride=2, padding=(2, 0), dilation=(2, 1)), (2, 8, 9, 7)),
+        (nn.Conv2d(8, 12, 3, padding="same", padding_mode="reflect"), (2, 8, 6, 5)),
+        (nn.Conv2d(8, 12, 1), (2, 8, 6, 5)),
+        (nn.Conv1d(8, 12, 3, padding=1), (2, 8, 10)),
+    ],
+)
+def test_columns_are_what_the_weight_multiplies(layer, shape):
+    x = torch.randn(shape)
+    expected = layer(x)
+    channels = expected.shape[-1] if isinstance(layer, nn.Linear) else expected.shape[1]
+    expected = (expected if isinstance(layer, nn.Linear) else expected.movedim(1, -1)).reshape(-1, channels)
+    found = columns(layer, x) @ matrix(layer.weight).T + layer.bias
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(from_matrix(matrix(layer.weight), layer.weight.shape), layer.weight)
+
+
+def test_groups_of_a_pattern_are_side_by_side_in_the_matrix():
+    score = torch.rand(4, 8, 3, 3)
+    by_weight = matrix(parse("2:4").mask(score).keep)
+    assert torch.equal(by_weight, parse("2:4").mask(matrix(score)).keep)
+
+
+def test_wanda_is_its_formula(model, adapter, samples):
+    pruner = Wanda(timesteps=3)
+    batches = as_batches(samples, 16, 0)
+    prepared = pruner.prepare(model, adapter, batches)
+    seen = torch.cat([visit.inputs for visit in visits(adapter, batches, 3)])
+    hidden = torch.tanh(model[0](seen))
+    for name, x in (("0.weight", seen), ("2.weight", hidden)):
+        weight = model.get_parameter(name).detach()
+        expected = weight.abs() * x.double().norm(dim=0).float()
+        torch.testing.assert_close(prepared.score(name, weight), expected)
+        mask = prepared.masks({name: weight}, 0.0, {})[name]
+        assert torch.equal(mask.keep, parse("2:4").mask(expected).keep)
+
+
+def test_visits_go_from_noise_to_image_and_fall_with_the_logarithm(samples, adapter):
+    found = [visit.weight for visit in visits(adapter, as_batches(samples, 8, 0), 5, 0.2)]
+    assert found[0] == 1 and found[-1] == pytest.approx(0.2)
+    drops = [a - b for a, b in zip(found, found[1:], strict=False)]
+    assert drops == sorted(drops, reverse=True) and min(drops) > 0
+
+
+def error(weight, inputs, pruned):
+    return float(((inputs @ (matrix(weight) - matrix(pruned)).T) ** 2).sum())
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("shape", [(16, 24), (8, 16, 3, 3)])
+def test_obs_obeys_its_pattern_and_beats_magnitude_and_the_mask_alone(text, shape):
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=rng)
+    width = matrix(weight).shape[1]
+    mix = torch.randn(width, width, generator=rng) / width**0.5 + torch.eye(width)
+    inputs = torch.randn(2000, width, generator=rng) @ mix
+    pattern = parse(text)
+    updated, mask = prune_layer(weight, 2 * (inputs.T @ inputs).double(), pattern, 0.01)
+    mask.verify()
+    assert not updated[~mask.keep].any() and updated.dtype == weight.dtype
+    by_magnitude = pattern.mask(weight.abs()).apply(weight)
+    assert error(weight, inputs, updated) < error(weight, inputs, by_magnitude)
+    assert error(weight, inputs, updated) < error(weight, inputs, mask.apply(weight))
+
+
+def test_obs_update_is_the_least_squares_one():
+    """With one column pruned, what stays is the regression of the output on the inputs that stay."""
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(6, 4, generator=rng, dtype=torch.float64)
+    inputs = torch.randn(500, 4, generator=rng, dtype=torch.float64) @ torch.randn(4, 4, generator=rng, dtype=torch.float64)
+    updated, mask = prune_layer(weight, 2 * inputs.T @ inputs, NM(3, 4), 1e-12)
+    for row in range(6):
+        kept = mask.keep[row]
+        # columns left of a pruned one are not updated: the algorithm goes from left to right
+        at = int((~kept).nonzero()[0])
+        later = torch.arange(4) > at
+        target = inputs @ weight[row] - inputs[:, :at] @ weight[row, :at]
+        expected = torch.linalg.lstsq(inputs[:, later], target[:, None]).solution[:, 0] if later.any() else torch.zeros(0)
+        torch.testing.assert_close(updated[row, later], expected.to(updated.dtype), rtol=1e-6, atol=1e-8)
+        assert torch.equal(updated[row, :at], weight[row, :at])
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    weight = torch.randn(8, 8)
+    hessian = torch.zeros(8, 8, dtype=torch.float64)
+    updated, mask = prune_layer(weight, hessian, NM(2, 4), 0.01)
+    assert torch.equal(mask.keep, NM(2, 4).mask(weight.abs()).keep)
+    torch.testing.assert_close(updated, mask.apply(weight))
+
+
+def test_packages_keep_within_the_limit():
+    layers = [Layer(str(i), str(i), nn.Linear(w, 4), nn.Linear(w, 4).weight, None) for i, w in enumerate((8, 8, 16, 64, 8))]
+    found = [[layer.name for layer in piece] for piece in packages(layers, 8 * 16**2 + 8 * 8**2)]
+    assert found == [["0", "1"], ["2"], ["3"], ["4"]]
+
+
+def test_packages_do_not_change_what_one_layer_sees_first(model, adapter, samples):
+    together = compressor.prune(model, OBS(timesteps=2), adapter=adapter, data=samples, steps=0, batch_size=16)
+    apart = OBS(timesteps=2, memory_mb=1)
+    alone = compressor.prune(model, apart, adapter=adapter, data=samples, steps=0, batch_size=16)
+    assert torch.equal(together.model[0].weight, alone.model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["uvit-digits", "ddpm-digits"])
+def test_obs_beats_magnitude_on_the_predicted_noise(name):
+    adapter, data = registry.adapter(name), registry.images("digits")
+    model, batches = adapter.load(None), as_batches(registry.images("digits"), 64, 7)
+    errors = {}
+    for pruner in (Magnitude(), OBS(timesteps=8)):
+        found = compressor.prune(model, pruner, adapter=adapter, data=data, steps=0, batch_size=32).model
+        with torch.no_grad():
+            given = [adapter.noised(batches.batch(i), torch.Generator().manual_seed(i))[0] for i in range(4)]
+            pairs = [(adapter.predict(found, x), adapter.predict(model, x)) for x in given]
+        errors[type(pruner)] = sum(float(F.mse_loss(a, b)) for a, b in pairs)
+    assert errors[OBS] < 0.5 * errors[Magnitude]
+
+
+@pytest.mark.parametrize("cls", [Wanda, OBS])
+def test_only_layers_of_this_run_are_touched(cls, model, adapter, samples):
+    result = compressor.prune(
+        model, cls(timesteps=2), adapter=adapter, data=samples, steps=0, batch_size=16, ignore=["2"]
+    )
+    assert list(result.masks) == ["0.weight"]
+    assert torch.equal(result.model[2].weight, model[2].weight)
+
+
+def test_layers_of_unknown_kind_fall_back_to_magnitude(adapter):
+    grouped = nn.Conv2d(8, 8, 3, groups=2)
+    masks = Wanda().masks({"x": grouped.weight.detach()}, 0.0, {})
+    assert torch.equal(masks["x"].keep, NM(2, 4).mask(grouped.weight.abs()).keep)
+
+
+@pytest.mark.parametrize(
+    ("cls", "bad"),
+    [
+        (Wanda, {"timesteps": 0}),
+        (Wanda, {"last_weight": 0.0}),
+        (OBS, {"last_weight": 2.0}),
+        (OBS, {"damping": 0.0}),
+        (OBS, {"memory_mb": 0}),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(cls, bad):
+    with pytest.raises(CompressorError, match=next(iter(bad))):
+        cls(**bad)
