@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compressor.inputs import Inputs
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Number = TypeVar("_Number", int, float)
 
 
 class _Group(click.Group):
@@ -147,6 +148,114 @@ def run(
             _say(f"warning: {found.data.skipped} damaged pictures are left out", err=True)
         _drive(runs.execute(found, out, overwrite=overwrite), out, quiet)
         _show_report(out, as_json)
+
+
+@app.command()
+@click.option(
+    "--methods", metavar="NAME,NAME,…", help="Methods (`compressor list pruners`). Default: all that are here."
+)
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A recipe to compare; may be repeated.",
+)
+@click.option("--preset", metavar="NAME", help="Entries by name: sparsedm-ablation.")
+@click.option("--seeds", type=int, default=3, show_default=True, help="Seeds of training for each.")
+@click.option("--seed", type=int, help="The first of them.")
+@click.option("--steps", type=int, help="Fine-tuning steps, the same for all.")
+@click.option("--model", metavar="NAME", help="The model, as in `compressor run`.")
+@click.option("--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained weights, as in `compressor run`.")
+@click.option("--data", metavar="PATH|NAME", help="The data, as in `compressor run`.")
+@_model_options
+@click.option(
+    "--match",
+    default="macs",
+    show_default=True,
+    metavar="macs|density|latency|none",
+    help="What methods that can be told their cost share with the first mask.",
+)
+@click.option(
+    "--lr-grid",
+    metavar="RATE,RATE,…",
+    help="Learning rates to choose from, for every method alike. Default: no search.",
+)
+@click.option("--sampler-steps", metavar="N,N,…", help="Judge at these numbers of sampler steps too.")
+@click.option("--lower", is_flag=True, help="Also time the lowered models.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one.")
+@click.option("--device", help="auto, cpu, cuda, …")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all of them.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/compare-MODEL.")
+@click.option("--overwrite", is_flag=True, help="Start anew; a former comparison in DIR is removed.")
+@_output_options
+def compare(
+    methods: str | None,
+    configs: tuple[Path, ...],
+    preset: str | None,
+    seeds: int,
+    match: str,
+    lr_grid: str | None,
+    sampler_steps: str | None,
+    lower: bool,
+    workers: int,
+    assignments: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """Compare methods: equal budgets, data, noise and evaluation, several seeds, one report.
+
+    What is finished is kept: interrupted, the same command goes on; with more seeds or methods, it adds to what is there.
+    """
+    with _errors(debug):
+        from compressor import comparison
+        from compressor import recipe as recipes
+
+        common = recipes.merged(_flag_settings(flags), *map(recipes.assignment, assignments))
+        wanted = comparison.planned(
+            [name.strip() for name in methods.split(",")] if methods else [],
+            configs,
+            preset,
+            common,
+            seeds=seeds,
+            match=match,
+            rates=_numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
+            sampler_steps=_numbers(sampler_steps, int, "--sampler-steps 10,50"),
+            lower=lower,
+        )
+        out = out if out is not None else Path("runs") / f"compare-{wanted.inputs.recipe.model}"
+        _drive(comparison.conduct(wanted, out, workers, overwrite), out, quiet, "the same command")
+        found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if as_json:
+            _print_json(found)
+        else:
+            from compressor.comparison.words import columns, headline, rows
+            from compressor.console import plain_table
+
+            lines = [(label, *cells) for label, _, cells in rows(found)]
+            _print_table(plain_table((found["title"], *columns(found)), lines))
+            _say(headline(found))
+            _say(f"report: {out / 'report.html'}")
+        if found["failed"]:
+            for name, reason in found["failed"].items():
+                _say(f"failed: {name}: {reason}", err=True)
+            raise click.exceptions.Exit(1)
+
+
+def _numbers(text: str | None, kind: type[_Number], example: str) -> tuple[_Number, ...]:
+    """The numbers above zero in `text`, with commas between them."""
+    try:
+        found = tuple(kind(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        found = (kind(0),)
+    if not all(0 < number < float("inf") for number in found):
+        raise UsageError(f"{text!r} are not numbers above zero", f"Write it like {example}")
+    return found
 
 
 @app.command()
@@ -551,8 +660,11 @@ def _resume(out: Path, as_json: bool, quiet: bool) -> None:
     _show_report(out, as_json)
 
 
-def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
-    """Iterate over a run's progress. The first Ctrl-C or SIGTERM ends it after a checkpoint, a second Ctrl-C at once."""
+def _drive(events: Iterator[Any], out: Path, quiet: bool, again: str | None = None) -> None:
+    """Iterate over a run's progress. The first Ctrl-C or SIGTERM ends it after a checkpoint, a second Ctrl-C at once.
+
+    `again` is what continues it; by default, `compressor resume`.
+    """
     from compressor.console import Ticker
     from compressor.run import Interrupted, resume_command
 
@@ -570,7 +682,7 @@ def _drive(events: Iterator[Any], out: Path, quiet: bool) -> None:
                 if received:
                     events.throw(Interrupted(128 + received[0]))  # type: ignore[attr-defined]
     except Interrupted as interrupted:
-        _say(f"stopped; continue with: {resume_command(out)}", err=True)
+        _say(f"stopped; continue with: {again or resume_command(out)}", err=True)
         raise click.exceptions.Exit(interrupted.exit_code) from None
     finally:
         for number, handler in before.items():

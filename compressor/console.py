@@ -35,6 +35,7 @@ class Ticker:
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
         self._last = 0.0
+        self._shown: Progress | None = None
 
     def __enter__(self) -> Ticker:
         if self._console.is_terminal and not self._quiet:
@@ -47,8 +48,9 @@ class Ticker:
 
     def show(self, progress: Progress) -> None:
         """Take note of one event."""
-        if self._quiet:
+        if self._quiet or progress == self._shown:
             return
+        self._shown = progress
         note, stage = printable(progress.note), printable(progress.stage)
         if self._console.is_terminal:
             if stage not in self._tasks:

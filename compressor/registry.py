@@ -117,15 +117,19 @@ def _from_file(reference: str, option: str) -> Any:
 def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
     """An instance of `cls` with `settings` as constructor arguments, checked against their annotated types.
 
-    Patterns are given as text. Raises UsageError that names the setting and what exists.
+    Patterns are given as text. Dataclass fields of `repr=False` hold what `prepare` found, and are no settings.
+    Raises UsageError that names the setting and what exists.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     from compressor.pattern import Pattern, parse
 
     hints = get_type_hints(cls.__init__)
+    found = {name for name, field in getattr(cls, "__dataclass_fields__", {}).items() if not field.repr}
     allowed = [
-        p for p in inspect.signature(cls).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p
+        for p in inspect.signature(cls).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found
     ]
     arguments: dict[str, Any] = {}
     for name, value in settings.items():

@@ -8,24 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressor import artifact, evaluate, measure
-from compressor.data import ImageSet
-from compressor.engine import LEFT_DENSE, Result, prune, resolve_device
+from compressor import artifact, measure
+from compressor.engine import LEFT_DENSE, Result, prune
 from compressor.inputs import Inputs
-from compressor.pictures import save_grid
+from compressor.judge import Judge
 from compressor.progress import Progress
 from compressor.pruner import Pruner
-from compressor.reference import compared_with
 from compressor.report.words import file_name
-from compressor.weights import weights_sha256
 
 
 def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     """Evaluate and measure every row's very weights, and write the report."""
     recipe, adapter, settings = inputs.recipe, inputs.adapter, inputs.recipe.evaluate
-    device = resolve_device(recipe.train.device)
     run = artifact.read_json(out / "run.json")
     yield Progress("one-shot", 0, 1)
     one_shot = prune(
@@ -39,7 +35,8 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     )
     final = artifact.load(out / "model", copy.deepcopy(inputs.model))
     models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
-    models = {name: model.to(device).eval() for name, model in models.items()}
+    judge = Judge(inputs)
+    models = {name: model.to(judge.device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
     patterns = artifact.read_config(out / "model").patterns
     one_shot_patterns = {name: str(mask.pattern) for name, mask in one_shot.masks.items()}
@@ -47,34 +44,10 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     for name, model in models.items():
         pruned = {"dense": {}, "one-shot": one_shot_patterns}.get(name, patterns)
         train = trained if name == inputs.method else {"steps": 0, "seconds": 0.0}
-        row = {"name": name, "weights_sha256": weights_sha256(model), **measure.costs(model, adapter, pruned)}
-        rows.append({**row, "quality": [], "drift": [], "latency": [], "train": train})
-    reference = floor = None
-    if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
-        yield Progress("real images", 0, 1)
-        features, reference = compared_with(inputs.metric, inputs.pictures, settings)
-        floor = evaluate.floor(features, settings)
-    dense_images: Tensor | None = None
-    dense_predictions: Tensor | None = None
+        rows.append(judge.costs(name, model, pruned, train))
+    yield from judge.look()
     for row, model in zip(rows, models.values(), strict=True):
-        images = None
-        if evaluate.can_sample(adapter) and settings.samples:
-            drawn: list[Tensor] = []
-            for batch in evaluate.sample(adapter, model, settings):
-                drawn.append(batch if inputs.autoencoder is None else inputs.autoencoder.decode(batch))
-                yield Progress(f"sample {row['name']}", sum(map(len, drawn)), settings.samples)
-            images = torch.cat(drawn)
-            save_grid(images[:64], out / "samples" / f"{file_name(row['name'])}.png")
-        if images is not None and reference is not None and inputs.metric is not None:
-            yield Progress(f"measure {row['name']}", 0, 1)
-            row["quality"] = evaluate.qualities(inputs.metric, images, reference, settings)
-        predicted = evaluate.predictions(adapter, model, inputs.data, settings, device)
-        if dense_predictions is None:
-            dense_images, dense_predictions = images, predicted
-        else:
-            row["drift"] = [evaluate.prediction_error(predicted, dense_predictions)]
-            if images is not None and dense_images is not None:
-                row["drift"].append(evaluate.sample_rmse(images, dense_images))
+        yield from judge.judge(row, model, out / "samples" / f"{file_name(row['name'])}.png")
     if settings.latency_rounds:
         yield Progress("latency", 0, 1)
         timed = measure.latencies(list(models.values()), adapter, settings.latency_batch, settings.latency_rounds)
@@ -96,10 +69,10 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         },
         "sampler": adapter.sampler,
         "metric": None
-        if inputs.metric is None or floor is None
-        else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": floor},
+        if inputs.metric is None or judge.floor is None
+        else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": judge.floor},
         "rows": rows,
-        "layers": _layers(one_shot, patterns, final, run["train"]["flipped"]),
+        "layers": layer_rows(one_shot, patterns, final, run["train"]["flipped"]),
         "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
         "recipe": recipe.model_dump(mode="json"),
         "repeat": "compressor run --config recipe.yaml --out DIR",
@@ -109,7 +82,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     artifact.write_json(out / "report.json", report)
 
 
-def _layers(
+def layer_rows(
     result: Result, patterns: Mapping[str, str], final: nn.Module, flipped: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     weights = dict(final.named_parameters())
@@ -174,7 +147,10 @@ def limitations(
 
 
 def method_settings(pruner: Pruner) -> dict[str, Any]:
-    """The fields of a dataclass pruner as JSON; patterns and estimators as text. Empty for other classes."""
+    """The settings of a dataclass pruner as JSON: its fields, but for those of `repr=False`, which hold what it found.
+
+    Patterns and estimators are given as text. Empty for other classes.
+    """
     fields = getattr(type(pruner), "__dataclass_fields__", {})
-    values = {name: getattr(pruner, name) for name in fields}
+    values = {name: getattr(pruner, name) for name, field in fields.items() if field.repr}
     return {name: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for name, v in values.items()}

@@ -118,24 +118,7 @@ def _contents(out: Path) -> list[str]:
 def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
     with locked(out):
-        if resume:
-            _check_identity(inputs, out)
-            for leftover in out.glob(".partial-*"):  # of a process that died while saving
-                shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            refuse_used_directory(out, overwrite)
-            _clear(out)
-            identity = {
-                **environment(resolve_device(inputs.recipe.train.device)),
-                **inputs.identity(),
-                "seed": inputs.recipe.train.seed,
-            }
-            artifact.write_json(out / "run.json", identity)
-            artifact.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
-        if not _is_whole(out / "model"):
-            if (out / "model").exists():
-                yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
-            yield from _fine_tune(inputs, out)
+        yield from train(inputs, out, resume=resume, overwrite=overwrite)
         yield from build_report(inputs, out)
         if inputs.recipe.lower:
             run = finished(out)
@@ -144,6 +127,28 @@ def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool 
         yield Progress("report", 1, 1)
         for folder in out.glob("checkpoint-*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def train(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
+    """The first part of `execute`: up to a whole `model/`. The caller holds the directory (`locked`)."""
+    if resume:
+        _check_identity(inputs, out)
+        for leftover in out.glob(".partial-*"):  # of a process that died while saving
+            shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        refuse_used_directory(out, overwrite)
+        _clear(out)
+        identity = {
+            **environment(resolve_device(inputs.recipe.train.device)),
+            **inputs.identity(),
+            "seed": inputs.recipe.train.seed,
+        }
+        artifact.write_json(out / "run.json", identity)
+        artifact.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
+    if not _is_whole(out / "model"):
+        if (out / "model").exists():
+            yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
+        yield from _fine_tune(inputs, out)
 
 
 def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:

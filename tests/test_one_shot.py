@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ def test_wanda_is_its_formula(model, adapter, samples):
 def test_visits_go_from_noise_to_image_and_fall_with_the_logarithm(samples, adapter):
     found = [visit.weight for visit in visits(adapter, as_batches(samples, 8, 0), 5, 0.2)]
     assert found[0] == 1 and found[-1] == pytest.approx(0.2)
-    drops = [a - b for a, b in zip(found, found[1:], strict=False)]
+    drops = [a - b for a, b in pairwise(found)]
     assert drops == sorted(drops, reverse=True) and min(drops) > 0
 
 
@@ -93,7 +95,9 @@ def test_obs_update_is_the_least_squares_one():
     """With one column pruned, what stays is the regression of the output on the inputs that stay."""
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(6, 4, generator=rng, dtype=torch.float64)
-    inputs = torch.randn(500, 4, generator=rng, dtype=torch.float64) @ torch.randn(4, 4, generator=rng, dtype=torch.float64)
+    inputs = torch.randn(500, 4, generator=rng, dtype=torch.float64) @ torch.randn(
+        4, 4, generator=rng, dtype=torch.float64
+    )
     updated, mask = prune_layer(weight, 2 * inputs.T @ inputs, NM(3, 4), 1e-12)
     for row in range(6):
         kept = mask.keep[row]
@@ -101,7 +105,9 @@ def test_obs_update_is_the_least_squares_one():
         at = int((~kept).nonzero()[0])
         later = torch.arange(4) > at
         target = inputs @ weight[row] - inputs[:, :at] @ weight[row, :at]
-        expected = torch.linalg.lstsq(inputs[:, later], target[:, None]).solution[:, 0] if later.any() else torch.zeros(0)
+        expected = (
+            torch.linalg.lstsq(inputs[:, later], target[:, None]).solution[:, 0] if later.any() else torch.zeros(0)
+        )
         torch.testing.assert_close(updated[row, later], expected.to(updated.dtype), rtol=1e-6, atol=1e-8)
         assert torch.equal(updated[row, :at], weight[row, :at])
 
@@ -115,7 +121,9 @@ def test_inputs_that_are_always_zero_do_no_harm():
 
 
 def test_packages_keep_within_the_limit():
-    layers = [Layer(str(i), str(i), nn.Linear(w, 4), nn.Linear(w, 4).weight, None) for i, w in enumerate((8, 8, 16, 64, 8))]
+    layers = [
+        Layer(str(i), str(i), nn.Linear(w, 4), nn.Linear(w, 4).weight, None) for i, w in enumerate((8, 8, 16, 64, 8))
+    ]
     found = [[layer.name for layer in piece] for piece in packages(layers, 8 * 16**2 + 8 * 8**2)]
     assert found == [["0", "1"], ["2"], ["3"], ["4"]]
 

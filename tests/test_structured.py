@@ -90,7 +90,9 @@ def test_of_a_transformer_heads_and_hidden_widths_go_and_nothing_else_is_changed
             state[tensor][:, gone] = 0
     inputs, _ = adapter.noised_at((torch.randn(4, *adapter.image_shape), torch.arange(4)), 0.5, generator(1))
     inputs = inputs if name == "dit" else (*inputs[:2], None)
-    torch.testing.assert_close(adapter.predict(smaller, inputs), adapter.predict(silenced, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        adapter.predict(smaller, inputs), adapter.predict(silenced, inputs), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", DIGITS)

@@ -22,7 +22,7 @@ __all__ = ["render", "schema"]
 
 def schema() -> dict[str, Any]:
     """The JSON schema of `report.json`."""
-    loaded: dict[str, Any] = json.loads(_resource("schema.json"))
+    loaded: dict[str, Any] = json.loads(resource("schema.json"))
     return loaded
 
 
@@ -40,7 +40,7 @@ def render(run: str | Path) -> None:
     report = artifact.read_json(path)
     if lost := [key for key in schema()["required"] if key not in report]:
         raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
-    steps = _metrics(run / "metrics.jsonl")
+    steps = read_metrics(run / "metrics.jsonl")
     try:
         page, text = _written(run, report, steps)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
@@ -65,15 +65,15 @@ def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) 
         "pruned": [layer for layer in report["layers"] if layer["reason"] is None],
         "skipped": [layer for layer in report["layers"] if layer["reason"] is not None],
     }
-    page = _environment(html=True).from_string(_resource("template.html"))
-    data = {name: _data_uri(run / "samples" / file) for name, file in pictures.items()}
+    page = environment_of(html=True).from_string(resource("template.html"))
+    data = {name: data_uri(run / "samples" / file) for name, file in pictures.items()}
     curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
-    text = _environment(html=False).from_string(_resource("template.md"))
-    html = page.render(**facts, pictures=data, curves=curves, css=Markup(_resource("style.css")))
+    text = environment_of(html=False).from_string(resource("template.md"))
+    html = page.render(**facts, pictures=data, curves=curves, css=Markup(resource("style.css")))
     return html + "\n", text.render(**facts, pictures=pictures) + "\n"
 
 
-def _environment(html: bool) -> Environment:
+def environment_of(html: bool) -> Environment:
     environment = Environment(
         autoescape=html,
         undefined=StrictUndefined,
@@ -92,7 +92,7 @@ def _plain(value: Any) -> str:
     return " ".join(str(value).splitlines()).replace("<", "&lt;")
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     needed = ("loss", "noise_loss", "teacher_loss", "lr", "flip_rate")
@@ -110,9 +110,9 @@ def _picture(run: Path, row: str) -> str | None:
     return name if (run / "samples" / name).is_file() else None
 
 
-def _data_uri(path: Path) -> Markup:
+def data_uri(path: Path) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"))
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
     return files(__name__).joinpath(name).read_text(encoding="utf-8")

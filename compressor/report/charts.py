@@ -5,11 +5,18 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import cycle
+from typing import Any, ParamSpec
 
+_P = ParamSpec("_P")
 Line = tuple[str, Sequence[float]]
-_COLOURS = ("#2563eb", "#d97706", "#059669")
+_STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+_COLOURS = (
+    *("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#92400e", "#475569"),
+    *("#1e40af", "#f59e0b", "#10b981"),
+)
 
 
 def curves(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Line]]]:
@@ -30,30 +37,104 @@ def _column(steps: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [math.nan if step[name] is None else step[name] for step in steps]
 
 
-def line_chart(lines: Sequence[Line], label: str) -> str:
-    """An SVG of the lines over the optimizer steps: raw values faint, a running mean over a fiftieth of them strong."""
-    from matplotlib import rc_context
+def _styled(chart: Callable[_P, str]) -> Callable[_P, str]:
+    """`chart`, drawn in this module's style whatever matplotlib's settings are."""
+
+    @wraps(chart)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE):
+            return chart(*args, **kwargs)
+
+    return drawn
+
+
+@_styled
+def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
+    """An SVG of the lines over the optimizer steps: raw values faint, a running mean over a fiftieth of them strong.
+
+    With `many` lines, the means alone, over a tenth, and the names below.
+    """
+    figure, axes = _figure(label, (4.0, 2.6))
+    for (name, values), colour in zip(lines, cycle(_COLOURS)):
+        at = list(range(1, len(values) + 1))
+        window = max(1, len(values) // (10 if many else 50))
+        if not many:
+            axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(at, _running_mean(values, window), color=colour, linewidth=1.6, label=name)
+    axes.set_xlabel("optimizer step")
+    if not any(value <= 0 for _, values in lines for value in values) and len(lines) > 1:
+        axes.set_yscale("log")
+    if many:
+        _legend_below(figure, axes)
+    elif len(lines) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure, label)
+
+
+@_styled
+def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], across: str, label: str) -> str:
+    """An SVG of named lines (horizontal values, vertical values); the vertical axis is logarithmic where that is possible."""
+    figure, axes = _figure(label, (4.0, 2.9))
+    for (name, at, values), colour in zip(lines, cycle(_COLOURS)):
+        axes.plot(at, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
+    if all(value > 0 for _, _, values in lines for value in values):
+        axes.set_yscale("log")
+    axes.set_xlabel(across)
+    _legend_below(figure, axes)
+    return _svg(figure, across + label)
+
+
+@_styled
+def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | None]], across: str, label: str) -> str:
+    """An SVG of named points (horizontal, vertical, interval of the vertical); those that no other beats in both are ringed.
+
+    Less is better on both axes.
+    """
+    figure, axes = _figure(label, (4.0, 3.1))
+    axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
+    for (name, x, y, interval), colour in zip(points, cycle(_COLOURS)):
+        beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
+        axes.plot([x], [y], "o", color=colour, markersize=6, label=name)
+        if not beaten:
+            axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.1)
+        if interval is not None:
+            axes.plot([x, x], list(interval), color=colour, linewidth=1.1, alpha=0.7)
+    heights = [y for _, _, y, _ in points]
+    if min(heights) > 0 and max(heights) > 5 * min(heights):
+        axes.set_yscale("log")
+    shown = [v for _, _, y, interval in points for v in ((y,) if interval is None else (y, *interval)) if v > 0]
+    if shown and min(heights) > 0:  # a wide interval of two seeds shall not squeeze the points
+        axes.set_ylim(max(min(shown), min(heights) / 2) * 0.9, min(max(shown), max(heights) * 2) * 1.1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(across)
+    _legend_below(figure, axes)
+    return _svg(figure, across + label)
+
+
+def _figure(label: str, size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": label, "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.0, 2.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for (name, values), colour in zip(lines, _COLOURS, strict=False):
-            at = list(range(1, len(values) + 1))
-            window = max(1, len(values) // 50)
-            axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(at, _running_mean(values, window), color=colour, linewidth=1.6, label=name)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(label)
-        if not any(value <= 0 for _, values in lines for value in values) and len(lines) > 1:
-            axes.set_yscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, axis="y", alpha=0.25, linewidth=0.6)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-        drawn = io.StringIO()
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def _legend_below(figure: Any, axes: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+
+
+def _svg(figure: Any, salt: str) -> str:
+    from matplotlib import rc_context
+
+    drawn = io.StringIO()
+    with rc_context({"svg.hashsalt": salt}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :]

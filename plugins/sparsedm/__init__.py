@@ -45,7 +45,7 @@ class SparseDM(Pruner):
     `decay`: λ of the estimator; 0 is the plain straight-through estimator. `decoupled`: apply it outside the gradient.
     `teacher`: α, the weight of the dense teacher's prediction beside the noise; 0 is SR-STE alone. `teacher_only`:
     learn from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in
-    equal shares of the steps; weights that a stage does not fit skip it.
+    equal shares of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks.
     """
 
     pattern: Pattern = NM(2, 4)
@@ -54,6 +54,7 @@ class SparseDM(Pruner):
     teacher: float = 0.1
     teacher_only: bool = False
     progressive: bool = False
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("decay", "teacher"):
@@ -69,6 +70,8 @@ class SparseDM(Pruner):
         return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
+        if self.fixed and previous:
+            return previous
         scores = {name: weight.abs() for name, weight in weights.items()}
         if not self.progressive:
             return self.pattern.masks(scores, previous)

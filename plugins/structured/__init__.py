@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Structured(Pruner):
     timesteps: int = 32
     multiple: int = 8
     seed: int = 0
-    surgery: Surgery | None = None
+    surgery: Surgery | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (("macs", self.macs), ("density", self.density)):

@@ -129,10 +129,10 @@ def removal(model: nn.Module, groups: Sequence[Group], scores: Sequence[Tensor],
             for name, dim in _tensors(member, state):
                 gone.setdefault((name, dim), set()).update(lost)
     kept_entries: dict[str, dict[int, tuple[int, ...]]] = {}
-    for (name, dim), lost in gone.items():
-        if lost:
+    for (name, dim), entries in gone.items():
+        if entries:
             size = state[name].shape[dim]
-            kept_entries.setdefault(name, {})[dim] = tuple(i for i in range(size) if i not in lost)
+            kept_entries.setdefault(name, {})[dim] = tuple(i for i in range(size) if i not in entries)
     for group in groups:
         for member in group.members:
             _remember(member, modules, kept_entries, numbers)

@@ -1,0 +1,247 @@
+"""A comparison, carried out: jobs in processes, what is finished is kept, one that fails does not lose the others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor import artifact
+from compressor.comparison import latency
+from compressor.comparison.entries import Cell, Comparison
+from compressor.comparison.page import written
+from compressor.comparison.worker import JOB, ROW, RUN
+from compressor.engine import resolve_device
+from compressor.environment import environment
+from compressor.errors import CompressorError, UsageError
+from compressor.progress import Progress
+from compressor.recipe import Recipe
+from compressor.run import locked
+
+FOLDERS = ("dense", "cells", "trials")
+FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json")
+
+
+def refuse_used(out: Path, overwrite: bool) -> None:
+    """Raise UsageError where `out` has files that are no comparison's; remove a former comparison with `overwrite`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Choose a folder with --out.")
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".lock")} if out.is_dir() else set()
+    if names and (foreign := names - {*FOLDERS, *FILES}):
+        raise UsageError(f"{out} has files of others: {min(foreign)}", "Choose another --out.")
+    if names and "cells" not in names and "dense" not in names:
+        raise UsageError(f"{out} is not a comparison's folder", "Choose another --out.")
+    if overwrite:
+        for name in names:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False) -> Iterator[Progress]:
+    """Carry out `wanted` in the folder `out`, in `workers` processes (0: one for each GPU, else one). Yields progress.
+
+    Called again after an interruption it goes on, with other seeds or methods it adds to what is there. Raises
+    CompressorError where a cell of the folder was trained with other settings, and where every cell failed.
+    """
+    refuse_used(out, overwrite)
+    with locked(out):
+        devices = _devices(wanted, workers)
+        _prepare(wanted, out)
+        yield from _carry_out([out / "dense"], devices)
+        if not (out / "dense" / ROW).is_file():
+            raise CompressorError(f"the dense model cannot be judged: {_reason(out / 'dense')}", "")
+        rates: dict[str, float] = {}
+        if trials := wanted.trials():
+            folders = [_folder(wanted, cell, out) for cell in trials]
+            yield from _carry_out(folders, devices)
+            rates = _best_rates(trials, folders)
+            artifact.write_json(out / "rates.json", rates)
+        cells = wanted.cells(rates)
+        folders = [_folder(wanted, cell, out) for cell in cells]
+        yield from _carry_out(folders, devices)
+        if not any((folder / ROW).is_file() for folder in folders):
+            raise CompressorError(f"every cell failed; the first: {_reason(folders[0])}", "See error.txt in each cell.")
+        times = yield from _latencies(wanted, cells, folders, out)
+        failed = {cell.name: _reason(f) for cell, f in zip(cells, folders, strict=True) if not (f / ROW).is_file()}
+        facts = environment(resolve_device(wanted.inputs.recipe.train.device))
+        written(wanted, cells, folders, out, times, rates, failed, facts)
+        yield Progress("report", 1, 1)
+
+
+def _prepare(wanted: Comparison, out: Path) -> None:
+    recipe = wanted.inputs.recipe
+    _write_job(
+        out / "dense",
+        {"kind": "dense", "recipe": recipe.model_dump(mode="json"), "sampler_steps": list(wanted.sampler_steps)},
+        ("evaluate", "model", "weights", "data", "architecture", "vae", "loading"),
+    )
+
+
+def _folder(wanted: Comparison, cell: Cell, out: Path) -> Path:
+    folder = out / ("trials" if cell.tuning else "cells") / cell.name
+    job = {
+        "kind": "cell",
+        "label": cell.label,
+        "recipe": cell.recipe.model_dump(mode="json"),
+        "first": cell.first,
+        "dense": str((out / "dense").absolute()),
+        "sampler_steps": [] if cell.tuning else list(wanted.sampler_steps),
+    }
+    _write_job(folder, job, tuple(Recipe.model_fields))
+    return folder
+
+
+def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
+    """Leave `job` in `folder`. What was done there with another recipe is refused; with other wishes, judged again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / JOB).is_file():
+        before = artifact.read_json(folder / JOB)
+        for key in identity:
+            if before.get("recipe", {}).get(key) != job["recipe"][key]:
+                raise CompressorError(
+                    f"{folder} was made with another {key}: {_short(before['recipe'].get(key))}, now {_short(job['recipe'][key])}",
+                    "Choose another --out, or start anew with --overwrite.",
+                )
+        if any(before.get(key) != job[key] for key in job if key not in ("recipe", "dense")):
+            (folder / ROW).unlink(missing_ok=True)
+    artifact.write_json(folder / JOB, job)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _devices(wanted: Comparison, workers: int) -> list[str | None]:
+    """For each worker the GPU that it sees, None for the CPU."""
+    device = resolve_device(wanted.inputs.recipe.train.device)
+    if device.type != "cuda":
+        return [None] * max(1, workers)
+    there = torch.cuda.device_count() if device.index is None or wanted.inputs.recipe.train.device == "auto" else 1
+    first = device.index or 0 if there == 1 else 0
+    return [str(first + i % there) for i in range(workers or there)]
+
+
+def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterator[Progress]:
+    """Run the jobs of `folders` that are not done, on as many processes as there are `devices`."""
+    waiting = [folder for folder in folders if not (folder / ROW).is_file()]
+    total, free = len(waiting), list(devices)
+    running: dict[subprocess.Popen[str], tuple[Path, str | None]] = {}
+    events: queue.Queue[tuple[subprocess.Popen[str], str | None]] = queue.Queue()
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and free:
+                folder, device = waiting.pop(0), free.pop(0)
+                process = _start(folder, device, len(devices))
+                running[process] = (folder, device)
+                threading.Thread(target=_listen, args=(process, events), daemon=True).start()
+            try:
+                process, line = events.get(timeout=1)
+            except queue.Empty:
+                yield Progress("cells", done, total)  # so that the caller can stop this at any time
+                continue
+            folder, device = running[process]
+            if line is not None:
+                with_name = _event(folder, line)
+                if with_name is not None:
+                    yield with_name
+                continue
+            process.wait()
+            del running[process]
+            free.append(device)
+            done += 1
+            note = "" if (folder / ROW).is_file() else f"failed: {_reason(folder)}"
+            yield Progress("cells", done, total, f"{folder.name} {note}".strip())
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(folder: Path, device: str | None, workers: int) -> subprocess.Popen[str]:
+    surroundings = dict(os.environ)
+    if device is not None:
+        surroundings["CUDA_VISIBLE_DEVICES"] = device
+    elif workers > 1:
+        surroundings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    with (folder / "error.txt").open("w", encoding="utf-8") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "compressor.comparison.worker", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=surroundings,
+            start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
+        )
+
+
+def _listen(process: subprocess.Popen[str], events: queue.Queue[tuple[subprocess.Popen[str], str | None]]) -> None:
+    if process.stdout is not None:
+        for line in process.stdout:
+            events.put((process, line))
+    events.put((process, None))
+
+
+def _event(folder: Path, line: str) -> Progress | None:
+    try:
+        found = json.loads(line)
+        return Progress(f"{folder.name}: {found['stage']}", found["done"], found["total"], found["note"])
+    except (ValueError, LookupError, TypeError):  # something that a plugin printed
+        return None
+
+
+def _reason(folder: Path) -> str:
+    path = folder / "error.txt"
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    lines = text.splitlines() or ["the process ended without a word (killed, or out of memory)"]
+    return lines[-1 if lines[0].startswith("Traceback") else 0][:200]
+
+
+def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, float]:
+    """For each label the learning rate whose trial scored best, or drifted least where no metric is there."""
+    best: dict[str, tuple[float, float]] = {}
+    for cell, folder in zip(trials, folders, strict=True):
+        if not (folder / ROW).is_file():
+            continue
+        row = artifact.read_json(folder / ROW)["row"]
+        score = row["quality"][0]["value"] if row["quality"] else row["drift"][0]["value"]
+        if cell.label not in best or score < best[cell.label][0]:
+            best[cell.label] = (score, cell.recipe.train.lr)
+    return {label: rate for label, (_, rate) in best.items()}
+
+
+def _latencies(
+    wanted: Comparison, cells: Sequence[Cell], folders: Sequence[Path], out: Path
+) -> Generator[Progress, None, dict[str, list[dict[str, Any]]]]:
+    """The latency entries by label, of the weights of the first seed; kept while those weights are the same."""
+    first = {c.label: f for c, f in zip(cells, folders, strict=True) if c.first and (f / ROW).is_file()}
+    hashes = {label: artifact.read_json(folder / ROW)["row"]["weights_sha256"] for label, folder in first.items()}
+    settings = wanted.inputs.recipe.evaluate
+    key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
+    path = out / "latency.json"
+    if path.is_file() and (kept := artifact.read_json(path)).get("key") == key:
+        known: dict[str, list[dict[str, Any]]] = kept["entries"]
+        return known
+    models = {"dense": copy.deepcopy(wanted.inputs.model)}
+    for label, folder in first.items():
+        models[label] = artifact.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
+    entries = yield from latency.timed(wanted.inputs, models, wanted.lower)
+    artifact.write_json(path, {"key": key, "entries": entries})
+    return entries

@@ -1,0 +1,233 @@
+"""What is compared: the entries, their recipes for each seed, and the settings that make their costs equal."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from compressor import inputs, registry
+from compressor import recipe as recipes
+from compressor.comparison.presets import PRESETS
+from compressor.engine import choose_layers, prune
+from compressor.errors import CompressorError, UsageError, did_you_mean
+from compressor.inputs import Inputs
+from compressor.measure import layer_macs
+from compressor.recipe import Recipe
+from compressor.report.words import file_name
+
+Match = Literal["macs", "density", "latency", "none"]
+MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
+METHODS = ("dense-continued", "magnitude", "structured", "wanda", "obs", "sr-ste", "sparsedm")
+TUNING_SEEDS = 1_000_000
+"""Added to a seed for the runs that choose a learning rate, which are not those that are reported."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: an entry with one seed (and, while the learning rate is chosen, one of the rates)."""
+
+    label: str
+    seed: int
+    recipe: Recipe
+    first: bool = False
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        rate = f"-lr-{self.recipe.train.lr:g}" if self.tuning else ""
+        return f"{file_name(self.label)}-seed-{self.seed}{rate}"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A resolved comparison: for every label its recipe, with the first seed.
+
+    `found` has what was matched, by label: the setting and its value. `sampler_steps` are numbers of steps in which every model
+    is sampled besides the recipe's.
+    """
+
+    recipes: Mapping[str, Recipe]
+    seeds: Sequence[int]
+    inputs: Inputs
+    match: str = "macs"
+    matched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rates: Sequence[float] = ()
+    sampler_steps: Sequence[int] = ()
+    lower: bool = False
+    title: str = ""
+
+    def cells(self, rates: Mapping[str, float]) -> list[Cell]:
+        """Every training whose figures are reported, at the learning `rates` chosen."""
+        return [
+            Cell(label, seed, _with(recipe, seed, rates.get(label)), seed == self.seeds[0])
+            for seed in self.seeds
+            for label, recipe in self.recipes.items()
+        ]
+
+    def trials(self) -> list[Cell]:
+        """Every training that is there to choose a learning rate: none without a grid."""
+        seed = self.seeds[0] + TUNING_SEEDS
+        return [
+            Cell(label, seed, _with(recipe, seed, rate, recipe.evaluate.seed + 1), tuning=True)
+            for label, recipe in self.recipes.items()
+            for rate in self.rates
+        ]
+
+
+def planned(
+    methods: Sequence[str],
+    configs: Sequence[Path],
+    preset: str | None,
+    common: Mapping[str, Any],
+    *,
+    seeds: int = 3,
+    match: str = "macs",
+    rates: Sequence[float] = (),
+    sampler_steps: Sequence[int] = (),
+    lower: bool = False,
+) -> Comparison:
+    """The comparison of `methods`, the recipes `configs`, and a `preset`; `common` settings hold for all of them.
+
+    Loads what each entry needs, so that nothing is trained where one of them cannot be. Raises UsageError.
+    """
+    if match not in MATCHES:
+        raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset {preset!r}", did_you_mean(preset, list(PRESETS)))
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
+    entries: dict[str, dict[str, Any]] = {}
+    for label, settings in _named(methods, configs, preset, common):
+        if label in entries:
+            raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
+        entries[label] = settings
+    if not entries:
+        entries = dict(_named(METHODS, (), None, common))
+    if sampler_steps == () and preset is not None:
+        sampler_steps = PRESETS[preset].sampler_steps
+    found = {label: inputs.resolve(_fitting(settings), label) for label, settings in entries.items()}
+    loaded = {label: _loaded(label, recipe) for label, recipe in found.items()}
+    first = next(iter(loaded.values()))
+    _refuse_different(loaded)
+    own = {label: entries[label].get("settings", {}) for label in entries}
+    matched = _matched(loaded, own, match)
+    for label, changes in matched.items():
+        found[label] = found[label].model_copy(update={"settings": {**found[label].settings, **changes}})
+    start = first.recipe.train.seed
+    return Comparison(
+        found,
+        range(start, start + seeds),
+        first,
+        match,
+        matched,
+        tuple(rates),
+        tuple(sampler_steps),
+        lower,
+        preset or ", ".join(found),
+    )
+
+
+def _named(
+    methods: Sequence[str], configs: Sequence[Path], preset: str | None, common: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for method in methods:
+        yield method, recipes.merged(common, {"method": method})
+    for path in configs:
+        yield path.stem, recipes.merged(recipes.read(path), common)
+    if preset is not None:
+        for label, settings in PRESETS[preset].entries.items():
+            yield label, recipes.merged(common, settings)
+
+
+def _fitting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without a pattern where the method has none."""
+    method = settings.get("method", Recipe().method)
+    if "pattern" not in settings or settings.get("pruner") is not None or not isinstance(method, str):
+        return dict(settings)
+    names = inspect.signature(registry.pruner_class(method)).parameters
+    return {key: value for key, value in settings.items() if key != "pattern" or "pattern" in names}
+
+
+def _loaded(label: str, recipe: Recipe) -> Inputs:
+    try:
+        return inputs.load_inputs(recipe)
+    except CompressorError as error:
+        raise type(error)(f"{label}: {error.message}", error.hint) from error
+
+
+def _refuse_different(loaded: Mapping[str, Inputs]) -> None:
+    """Only methods that start from the same weights, on the same data, are compared."""
+    first: tuple[str, Inputs] | None = None
+    for label, found in loaded.items():
+        if first is None:
+            first = (label, found)
+            identity = found.identity()
+            continue
+        other = found.identity()
+        for key in ("weights_sha256", "data_sha256"):
+            if other[key] != identity[key]:
+                what = key.removesuffix("_sha256")
+                raise UsageError(
+                    f"{first[0]} and {label} have different {what}", "Give --model, --weights and --data once."
+                )
+        if found.recipe.evaluate != first[1].recipe.evaluate:
+            raise UsageError(
+                f"{first[0]} and {label} are evaluated differently", "Give evaluate.… with --set, for all."
+            )
+
+
+def _matched(
+    loaded: Mapping[str, Inputs], own: Mapping[str, Mapping[str, Any]], match: str
+) -> dict[str, dict[str, float]]:
+    """For each method that can be told what to cost, and was not: the setting that makes it cost what the first mask does."""
+    free = [
+        label
+        for label, found in loaded.items()
+        if hasattr(found.pruner, "macs") and not {"macs", "density"} & set(own[label])
+    ]
+    masked = next((found for found in loaded.values() if _layers(found)), None)
+    if match == "none" or not free or masked is None:
+        return {}
+    if match == "density":
+        return {label: {"density": float(masked.pruner.pattern.density)} for label in free}
+    if match == "macs":
+        return {label: {"macs": round(_effective(masked), 4)} for label in free}
+    from compressor.comparison.latency import macs_of_equal_latency
+
+    return {label: {"macs": macs_of_equal_latency(masked, loaded[label])} for label in free}
+
+
+def _layers(found: Inputs) -> list[str]:
+    layers = choose_layers(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
+    return [layer.name for layer in layers if layer.reason is None]
+
+
+def _effective(found: Inputs) -> float:
+    """The share of multiply-accumulates that a mask on every chosen layer leaves."""
+    total, by_weight = layer_macs(found.model, found.adapter)
+    gone = sum(by_weight.get(name, 0) for name in _layers(found)) * (1 - found.pruner.pattern.density)
+    return 1 - gone / total
+
+
+def one_shot(found: Inputs) -> Any:
+    """The result of `found`'s method without fine-tuning."""
+    recipe = found.recipe
+    return prune(
+        found.model,
+        found.pruner,
+        adapter=found.adapter,
+        data=found.batches,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+        **{**recipe.train.model_dump(), "steps": 0},
+    )
+
+
+def _with(recipe: Recipe, seed: int, rate: float | None, evaluation_seed: int | None = None) -> Recipe:
+    train = recipe.train.model_copy(update={"seed": seed, **({} if rate is None else {"lr": rate})})
+    judged = recipe.evaluate.model_copy(update={} if evaluation_seed is None else {"seed": evaluation_seed})
+    return recipe.model_copy(update={"train": train, "evaluate": judged})
