@@ -162,7 +162,7 @@ def run(
     metavar="FILE",
     help="A recipe to compare; may be repeated.",
 )
-@click.option("--preset", metavar="NAME", help="Entries by name: sparsedm-ablation.")
+@click.option("--preset", metavar="NAME", help="Entries by name: sparsedm-ablation, sparsedm-best.")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Seeds of training for each.")
 @click.option("--seed", type=int, help="The first of them.")
 @click.option("--steps", type=int, help="Fine-tuning steps, the same for all.")

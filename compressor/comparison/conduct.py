@@ -157,7 +157,7 @@ def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterat
                 if with_name is not None:
                     yield with_name
                 continue
-            process.wait()
+            _ended(process)
             del running[process]
             free.append(device)
             done += 1
@@ -171,7 +171,7 @@ def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterat
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+            _ended(process)
 
 
 def _start(folder: Path, device: str | None, workers: int) -> subprocess.Popen[str]:
@@ -190,6 +190,13 @@ def _start(folder: Path, device: str | None, workers: int) -> subprocess.Popen[s
             env=surroundings,
             start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
         )
+
+
+def _ended(process: subprocess.Popen[str]) -> None:
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def _listen(process: subprocess.Popen[str], events: queue.Queue[tuple[subprocess.Popen[str], str | None]]) -> None:

@@ -125,7 +125,7 @@ def planned(
         match,
         matched,
         tuple(rates),
-        tuple(sampler_steps),
+        tuple(step for step in sampler_steps if step != first.recipe.evaluate.sampler_steps),
         lower,
         preset or ", ".join(found),
     )

@@ -36,6 +36,17 @@ PRESETS: Mapping[str, Preset] = {
             "4:8": _sparsedm("4:8"),
             "2:2:4": _sparsedm("2:2:4"),
             "4:2:4": _sparsedm("4:2:4"),
+            "obs start": _sparsedm(start="obs"),
+            "best": _sparsedm(preset="best"),
+        },
+        (10, 50),
+    ),
+    "sparsedm-best": Preset(
+        "the published recipe against the preset `best`",
+        {
+            "dense-continued": {"method": "dense-continued"},
+            "paper": _sparsedm(),
+            "best": _sparsedm(preset="best"),
         },
         (10, 50),
     ),

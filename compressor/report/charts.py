@@ -7,9 +7,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any, ParamSpec
 
+_FIRST = "#6b7280"
 _P = ParamSpec("_P")
 Line = tuple[str, Sequence[float]]
 _STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
@@ -90,11 +91,11 @@ def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], a
 def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | None]], across: str, label: str) -> str:
     """An SVG of named points (horizontal, vertical, interval of the vertical); those that no other beats in both are ringed.
 
-    Less is better on both axes.
+    Less is better on both axes. The first is the one that all others come from.
     """
     figure, axes = _figure(label, (4.0, 3.1))
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
-    for (name, x, y, interval), colour in zip(points, cycle(_COLOURS)):
+    for (name, x, y, interval), colour in zip(points, chain([_FIRST], cycle(_COLOURS))):
         beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
         axes.plot([x], [y], "o", color=colour, markersize=6, label=name)
         if not beaten:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.adapter import Adapter
+from compressor.data import Batches
 from compressor.errors import UsageError
 from compressor.estimator import Estimator
 from compressor.pattern import NM, Mask, Pattern
@@ -45,7 +48,9 @@ class SparseDM(Pruner):
     `decay`: λ of the estimator; 0 is the plain straight-through estimator. `decoupled`: apply it outside the gradient.
     `teacher`: α, the weight of the dense teacher's prediction beside the noise; 0 is SR-STE alone. `teacher_only`:
     learn from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in
-    equal shares of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks.
+    equal shares of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks. `start`: the weights
+    that training starts from: the `pretrained` ones, or those that `obs` has updated to make up for what its masks prune.
+    `preset`: `paper` is the published method; `best` sets `start` to `obs` and `teacher_only`, which did better here.
     """
 
     pattern: Pattern = NM(2, 4)
@@ -55,8 +60,13 @@ class SparseDM(Pruner):
     teacher_only: bool = False
     progressive: bool = False
     fixed: bool = False
+    start: Literal["pretrained", "obs"] = "pretrained"
+    preset: Literal["paper", "best"] = "paper"
 
     def __post_init__(self) -> None:
+        if self.preset == "best":
+            object.__setattr__(self, "start", "obs")
+            object.__setattr__(self, "teacher_only", True)
         for name in ("decay", "teacher"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"sparsedm: {name} must be a number of at least 0, got {getattr(self, name)!r}")
@@ -68,6 +78,13 @@ class SparseDM(Pruner):
     @property
     def objective(self) -> Objective:  # type: ignore[override]
         return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
+
+    def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
+        if self.start == "obs":
+            from ..obs import OBS
+
+            OBS(self.pattern).prepare(model, adapter, batches)
+        return self
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if self.fixed and previous:

@@ -1,0 +1,357 @@
+"""Comparisons: equal settings for all, costs matched, finished cells kept, failures named, and a report that says what is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jsonschema
+import pytest
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from compressor import CompressorError, artifact, comparison
+from compressor.comparison.conduct import refuse_used
+from compressor.comparison.page import render
+from compressor.comparison.presets import PRESETS
+from compressor.comparison.similarity import ssim
+from compressor.comparison.statistics import differences, summary, t_quantile
+
+TINY = (
+    *("--steps", "3", "--set", "train.batch_size=8", "--set", "train.warmup=0", "--set", "evaluate.samples=32"),
+    *("--set", "evaluate.sampler_steps=2", "--set", "evaluate.bootstrap=5", "--set", "evaluate.latency_rounds=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, cli):
+    """A finished comparison, and what its command said."""
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    outcome = cli(
+        *("compare", "--methods", "dense-continued,structured,sparsedm", "--seeds", "2", "--out", out),
+        *("--sampler-steps", "1", *TINY),
+    )
+    assert outcome.code == 0, outcome.err
+    return out, outcome
+
+
+def report_of(out):
+    return artifact.read_json(out / "report.json")
+
+
+def test_every_method_has_every_seed_and_the_same_budget(compared):
+    report = report_of(compared[0])
+    assert [entry["label"] for entry in report["entries"]] == ["dense-continued", "structured", "sparsedm"]
+    for entry in report["entries"]:
+        assert [cell["seed"] for cell in entry["cells"]] == [0, 1]
+        assert {cell["train"]["steps"] for cell in entry["cells"]} == {3}
+        assert entry["quality"]["n"] == 2 and entry["quality"]["ci95"] is not None
+        first, second = (cell["weights_sha256"] for cell in entry["cells"])
+        assert first != second
+        assert {d["metric"] for d in entry["cells"][0]["drift"]} == {"prediction_error", "sample_rmse", "ssim"}
+        assert list(entry["by_steps"]) == ["1"]
+    rates = {json.dumps(entry["recipe_train"], sort_keys=True) for entry in report["entries"]}
+    assert len(rates) == 1
+
+
+def test_a_cell_is_what_a_run_of_its_recipe_gives(compared, cli, tmp_path):
+    out, _ = compared
+    cell = report_of(out)["entries"][2]["cells"][1]
+    outcome = cli("run", "--config", out / cell["folder"] / "run" / "recipe.yaml", "--out", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    row = report_of(tmp_path / "run")["rows"][-1]
+    assert row["weights_sha256"] == cell["weights_sha256"]
+    assert row["quality"] == cell["quality"]
+    plain = [{k: v for k, v in d.items() if k != "by_time"} for d in cell["drift"] if d["metric"] != "ssim"]
+    assert row["drift"] == plain
+
+
+def test_costs_are_matched(compared):
+    report = report_of(compared[0])
+    structured, sparse = report["entries"][1], report["entries"][2]
+    assert structured["macs_effective"] == pytest.approx(sparse["macs_effective"], rel=0.05)
+    assert report["match"]["settings"]["structured"]["macs"] == pytest.approx(
+        sparse["macs_effective"] / report["dense"]["macs_dense"], abs=0.001
+    )
+    assert structured["params"] < 0.7 * report["dense"]["params"] and sparse["params"] == report["dense"]["params"]
+
+
+def test_one_shot_layers_and_sensitivity_are_there_for_masks(compared):
+    by_label = {entry["label"]: entry for entry in report_of(compared[0])["entries"]}
+    masked = by_label["sparsedm"]
+    assert masked["one_shot"]["train"]["steps"] == 0 and masked["one_shot"]["quality"]
+    pruned = {layer["name"] for layer in masked["layers"] if layer["pattern"]}
+    assert set(masked["sensitivity"]) == pruned and all(value > 0 for value in masked["sensitivity"].values())
+    assert by_label["dense-continued"]["sensitivity"] == {}
+
+
+def test_the_pages_say_what_the_figures_do(compared):
+    out, outcome = compared
+    report, page = report_of(out), (out / "report.html").read_text(encoding="utf-8")
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for entry in report["entries"]:
+        assert entry["label"] in page and entry["label"] in text and entry["label"] in outcome.out
+    assert page.count("<svg") == 6 and page.count("data:image/png") == 4
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "lowest fd-digits" in outcome.out and "3 pairs" in page
+    assert "Sparse weights were not lowered" in text and "intervals over so few are wide" in text
+    before = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "report.csv")}
+    render(out)
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_the_table_of_cells_is_complete(compared):
+    out, _ = compared
+    lines = list(csv.DictReader((out / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == 6
+    assert all(float(line["fd-digits"]) > 0 and line["weights_sha256"] for line in lines)
+
+
+def test_what_is_finished_is_kept_and_more_is_added(compared, cli):
+    out, _ = compared
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/row.json")}
+    outcome = cli(
+        *("compare", "--methods", "structured,sparsedm,wanda", "--seeds", "1", "--out", out),
+        *("--sampler-steps", "1", *TINY, "--set", "settings={}"),
+    )
+    assert outcome.code == 0, outcome.err
+    after = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/row.json")}
+    assert {path: after[path] for path in before} == before
+    assert {path.parent.name for path in set(after) - set(before)} == {"wanda-seed-0"}
+
+
+def test_cells_of_other_settings_are_refused(compared, cli):
+    out, _ = compared
+    outcome = cli("compare", "--methods", "sparsedm", "--seeds", "1", "--out", out, *TINY, "--steps", "4")
+    assert outcome.code == 1
+    assert "was made with another train" in outcome.err and "--overwrite" in outcome.err
+
+
+def test_one_failing_cell_does_not_lose_the_others(cli, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "from dataclasses import dataclass\nfrom compressor import NM, Pattern, Pruner\n\n"
+        "@dataclass(frozen=True)\nclass Bad(Pruner):\n    pattern: Pattern = NM(2, 4)\n\n"
+        "    def masks(self, weights, progress, previous):\n"
+        "        if previous:\n            raise RuntimeError('out of luck')\n"
+        "        return self.pattern.masks(weights)\n",
+        encoding="utf-8",
+    )
+    recipe = tmp_path / "unlucky.yaml"
+    recipe.write_text(f"pruner: {tmp_path / 'bad.py'}:Bad\n", encoding="utf-8")
+    out = tmp_path / "out"
+    outcome = cli("compare", "--methods", "magnitude", "--config", recipe, "--seeds", "1", "--out", out, *TINY)
+    assert outcome.code == 1
+    assert "failed: unlucky-seed-0: RuntimeError: out of luck" in outcome.err
+    report = report_of(out)
+    assert [entry["label"] for entry in report["entries"]] == ["magnitude"]
+    assert "1 cells failed" in report["limitations"][0]
+    assert "out of luck" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_learning_rates_are_searched_for_every_method_on_a_seed_of_its_own(cli, tmp_path):
+    out = tmp_path / "out"
+    outcome = cli(
+        *("compare", "--methods", "sparsedm", "--seeds", "1", "--lr-grid", "1e-9,1e-3", "--out", out, *TINY),
+        *("--steps", "12"),
+    )
+    assert outcome.code == 0, outcome.err
+    report = report_of(out)
+    assert len(list((out / "trials").iterdir())) == 2
+    for entry in report["entries"]:
+        assert report["learning_rates"]["chosen"][entry["label"]] == entry["recipe_train"]["lr"]
+    trial = artifact.read_json(next((out / "trials").iterdir()) / "job.json")["recipe"]
+    assert trial["train"]["seed"] == 1_000_000 and trial["evaluate"]["seed"] == 1235
+
+
+def test_interrupted_it_goes_on_with_the_rest_only(tmp_path):
+    command = [
+        *(sys.executable, "-m", "compressor.cli", "compare", "--methods", "magnitude,sparsedm", "--seeds", "1"),
+        *("--out", str(tmp_path / "out"), *TINY, "--steps", "40"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = tmp_path / "out" / "cells" / "magnitude-seed-0" / "row.json"
+    second = tmp_path / "out" / "cells" / "sparsedm-seed-0" / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if first.is_file() and second.is_file():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "stopped; continue with: the same command" in errors
+    at = first.stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == at
+    assert len((second).read_text(encoding="utf-8").splitlines()) == 40
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="POSIX")
+def test_workers_stop_when_the_one_that_started_them_is_killed(tmp_path):
+    command = [
+        *(sys.executable, "-m", "compressor.cli", "compare", "--methods", "sparsedm", "--seeds", "1"),
+        *("--out", str(tmp_path / "out"), *TINY, "--steps", "100000"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "out" / "cells" / "sparsedm-seed-0" / "run" / "metrics.jsonl"
+    holder = metrics.parent / ".lock-holder"
+    for _ in range(600):
+        if metrics.is_file() and holder.is_file():
+            break
+        time.sleep(0.1)
+    worker = int(holder.read_text(encoding="utf-8").split()[-1])
+    process.kill()
+    process.wait()
+    for _ in range(300):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker went on")
+
+
+def test_two_workers_give_what_one_does(compared, cli, tmp_path):
+    out = tmp_path / "out"
+    outcome = cli(
+        *("compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--workers", "2", "--out", out, *TINY)
+    )
+    assert outcome.code == 0, outcome.err
+    assert {entry["label"]: entry["quality"]["n"] for entry in report_of(out)["entries"]} == {
+        "magnitude": 1,
+        "sparsedm": 1,
+    }
+
+
+def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    outcome = cli(
+        "compare", "--methods", "magnitude", "--pattern", "4:2:4", "--seeds", "1", "--lower", "--out", out, *TINY
+    )
+    assert outcome.code == 0, outcome.err
+    report = report_of(out)
+    assert [entry["backend"] for entry in report["dense"]["latency"]] == ["eager", "lowered"]
+    assert report["entries"][0]["latency"][1]["against"] == "lowered"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--methods", "magnitude,nonsense"), "unknown method 'nonsense'"),
+        (("--methods", "magnitude,magnitude"), "compared twice"),
+        (("--preset", "sparsedm-ablatoin"), "sparsedm-ablation"),
+        (("--match", "mac"), "macs"),
+        (("--seeds", "0"), "at least 1"),
+        (("--lr-grid", "1e-3,x"), "not numbers above zero"),
+        (("--lr-grid", "0"), "not numbers above zero"),
+        (("--sampler-steps", "2.5"), "not numbers above zero"),
+        (("--methods", "magnitude", "--pattern", "2:7"), "magnitude: 2:7"),
+        (("--methods", "sparsedm", "--set", "settings.teachr=1"), "teacher"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_trained(cli, tmp_path, arguments, said):
+    outcome = cli("compare", "--out", tmp_path / "out", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_on_different_weights_or_data_are_no_comparison(cli, tmp_path):
+    (tmp_path / "one.yaml").write_text("model: uvit-digits\n", encoding="utf-8")
+    (tmp_path / "two.yaml").write_text("model: ddpm-digits\n", encoding="utf-8")
+    outcome = cli(
+        "compare", "--config", tmp_path / "one.yaml", "--config", tmp_path / "two.yaml", "--out", tmp_path / "o"
+    )
+    assert outcome.code == 2 and "have different weights" in outcome.err
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(CompressorError, match=r"thesis\.tex"):
+            refuse_used(tmp_path, overwrite)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_every_preset_can_be_planned():
+    for name, preset in PRESETS.items():
+        wanted = comparison.planned([], [], name, {"train": {"steps": 1}}, seeds=2)
+        assert list(wanted.recipes) == list(preset.entries)
+        assert len(wanted.cells({})) == 2 * len(preset.entries)
+        assert {recipe.train.steps for recipe in wanted.recipes.values()} == {1}
+
+
+def test_density_and_latency_can_be_matched(monkeypatch):
+    wanted = comparison.planned(["sparsedm", "structured"], [], None, {"pattern": "1:4"}, match="density")
+    assert wanted.recipes["structured"].settings == {"density": 0.25}
+    assert comparison.planned(["structured"], [], None, {}, match="none").matched == {}
+    seen = []
+    monkeypatch.setattr(
+        "compressor.comparison.latency.macs_of_equal_latency", lambda masked, other: seen.append((masked, other)) or 0.7
+    )
+    wanted = comparison.planned(["structured", "sparsedm"], [], None, {}, match="latency")
+    assert wanted.recipes["structured"].settings == {"macs": 0.7} and seen[0][0].method == "sparsedm"
+    own = comparison.planned(["structured", "sparsedm"], [], None, {"settings": {}}, match="macs")
+    assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
+
+
+# --- The figures. ---
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.995, 9, 3.24984), (0.9995, 30, 3.64596)],
+)
+def test_quantiles_of_student(probability, freedom, expected):
+    assert t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-4)
+
+
+def test_quantiles_near_one():
+    assert t_quantile(1 - 0.025 / 66, 1) == pytest.approx(math.tan(math.pi * (0.5 - 0.025 / 66)), rel=1e-3)
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, 3, generator=rng, dtype=torch.float64).tolist()
+    covered = sum(low <= 0 <= high for low, high in (summary(values)["ci95"] for values in draws))
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_differences_are_paired_by_seed():
+    found = differences({"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {0: 2.0, 1: 12.1, 2: 6.05, 3: 0.0}, "c": {9: 1.0}})
+    assert [(pair["a"], pair["b"], pair["n"]) for pair in found] == [("a", "b", 3)]
+    assert found[0]["mean"] == pytest.approx(-1.05) and found[0]["significant"] is True
+    assert differences({"a": {0: 1.0}, "b": {0: 2.0}})[0]["significant"] is None
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 16, 16), (2, 3, 32, 24)])
+def test_similarity_is_what_torchmetrics_has(shape):
+    rng = torch.Generator().manual_seed(0)
+    a = torch.rand(shape, generator=rng) * 2 - 1
+    b = (a + 0.3 * torch.randn(shape, generator=rng)).clamp(-1, 1)
+    _, full = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none", return_full_image=True)
+    inside = full[..., 5:-5, 5:-5].flatten(1).mean(1)  # torchmetrics pads; here the window stays inside
+    torch.testing.assert_close(ssim(a, b).float(), inside, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ssim(a, a), torch.ones(shape[0], dtype=torch.float64))
+
+
+def test_the_rows_are_those_of_a_run(compared):
+    from compressor.report import schema
+
+    report, described = report_of(compared[0]), schema()
+    for row in (entry["one_shot"] for entry in report["entries"]):
+        plain = {
+            **row,
+            "drift": [{k: v for k, v in d.items() if k != "by_time"} for d in row["drift"] if d["metric"] != "ssim"],
+        }
+        jsonschema.validate(plain, {**described["$defs"]["row"], "$defs": described["$defs"]})
