@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.inputs import Inputs
+    from compressor.recipe import Recipe
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Number = TypeVar("_Number", int, float)
@@ -75,31 +76,59 @@ def app() -> None:
     """
 
 
+def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
+    """One decorator of several, shown in their order."""
+
+    def decorated(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+_INPUT_OPTIONS = (
+    click.option(
+        "--model", metavar="NAME", help="The model (`compressor list models`), or FILE.py:NAME, an adapter of your own."
+    ),
+    click.option(
+        "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
+    ),
+    click.option(
+        "--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures."
+    ),
+    click.option(
+        "--data",
+        metavar="PATH|NAME",
+        help="A folder of pictures, CIFAR, .npz, .npy, hf:OWNER/NAME, … (docs/data.md), or a bundled set. "
+        "Default: the model's.",
+    ),
+    click.option(
+        "--inception-weights", metavar="FILE", help="Measure FID with these weights of Inception (docs/metrics.md)."
+    ),
+)
+_TRAINING_OPTIONS = (
+    click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning."),
+    click.option("--seed", type=int, help="Seed of everything random."),
+    click.option("--device", help="auto, cpu, cuda, cuda:1, …"),
+    click.option("--dtype", help="auto, float32 or bfloat16 (autocast)."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4."),
+)
+
+
+_recipe_options = _options(
+    click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML)."),
+    click.option("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all."),
+    click.option("--pruner", metavar="FILE.py:CLASS", help="A pruner of your own, instead of --method."),
+    *_INPUT_OPTIONS,
+    _model_options,
+    *_TRAINING_OPTIONS,
+)
+"""The options that make a recipe."""
+
+
 @app.command()
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML).")
-@click.option("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all.")
-@click.option("--pruner", metavar="FILE.py:CLASS", help="A pruner of your own, instead of --method.")
-@click.option(
-    "--model", metavar="NAME", help="The model (`compressor list models`), or FILE.py:NAME, an adapter of your own."
-)
-@click.option(
-    "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
-)
-@click.option("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures.")
-@click.option(
-    "--data",
-    metavar="PATH|NAME",
-    help="A folder of pictures, CIFAR, .npz, .npy, hf:OWNER/NAME, … (docs/data.md), or a bundled set. Default: the model's.",
-)
-@click.option(
-    "--inception-weights", metavar="FILE", help="Measure FID with these weights of Inception (docs/metrics.md)."
-)
-@_model_options
-@click.option("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning.")
-@click.option("--seed", type=int, help="Seed of everything random.")
-@click.option("--device", help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", help="auto, float32 or bfloat16 (autocast).")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4.")
+@_recipe_options
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD.")
 @click.option("--lower", is_flag=True, default=None, help="At the end, lower the model and report its measured speed.")
 @click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay.")
@@ -129,14 +158,9 @@ def run(
             _resume(out, as_json, quiet)
             return
         from compressor import inputs
-        from compressor import recipe as recipes
         from compressor import run as runs
 
-        if flags["pruner"] and flags["method"]:
-            raise UsageError("--method and --pruner name two methods", "Give one of them.")
-        file = recipes.read(config) if config is not None else {}
-        settings = recipes.merged(file, _flag_settings(flags), *map(recipes.assignment, assignments))
-        recipe = inputs.resolve(settings, str(config) if config is not None else "recipe")
+        recipe = _recipe(config, assignments, flags)
         method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
         out = out if out is not None else _free_directory(Path("runs") / f"{recipe.model}-{method}")
         runs.refuse_busy_directory(out)
@@ -148,6 +172,82 @@ def run(
             _say(f"warning: {found.data.skipped} damaged pictures are left out", err=True)
         _drive(runs.execute(found, out, overwrite=overwrite), out, quiet)
         _show_report(out, as_json)
+
+
+@app.command()
+@_recipe_options
+@click.option("--lower/--no-lower", default=True, show_default=True, help="Time the lowered model on this machine.")
+@_output_options
+def plan(
+    config: Path | None,
+    assignments: tuple[str, ...],
+    lower: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **flags: Any,
+) -> None:
+    """What a run will cost and may bring, before any training.
+
+    Takes the options of `run`: which layers qualify, what is left of parameters, bytes and multiply-accumulates, how fast the
+    lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
+    """
+    with _errors(debug):
+        from compressor import inputs
+        from compressor.planning import planned_run
+
+        found = inputs.load_inputs(_recipe(config, assignments, flags))
+        _warn_of_idle_rules(found.model, found.recipe.ignore)
+        facts = _watch(planned_run(found, lower), quiet)
+        if as_json:
+            _print_json(facts)
+            return
+        from compressor.console import plain_table, planning_lines
+
+        left = [layer for layer in facts["layers"] if layer["reason"]]
+        if left and not quiet:
+            cells = [(layer["name"], str(tuple(layer["shape"])), layer["reason"]) for layer in left]
+            _print_table(plain_table(("left dense", "shape", "why"), cells))
+        click.echo(f"{len(facts['layers']) - len(left)} of {len(facts['layers'])} layers get a mask")
+        for line in planning_lines(facts):
+            _say(line)
+
+
+@app.command("check-plugin")
+@click.argument("name", metavar="NAME|FILE.py:CLASS")
+@_output_options
+def check_plugin(name: str, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Whether a pruner keeps the promises of its interface, on tiny models of three families. Exits with 1 where not."""
+    with _errors(debug):
+        from compressor import registry, testing
+
+        cls = registry.pruner_class_from_file(name) if registry.is_file_reference(name) else registry.pruner_class(name)
+        found = []
+        for finding in testing.findings(cls):
+            found.append(finding)
+            if not as_json and (finding.fault is not None or not quiet):
+                _say(f"{'ok  ' if finding.fault is None else 'FAIL'} {finding.family}: {finding.check}")
+                if finding.fault is not None:
+                    _say(f"     {finding.fault}")
+        broken = [finding for finding in found if finding.fault is not None]
+        if as_json:
+            _print_json([vars(finding) for finding in found])
+        else:
+            _say(f"{name}: {len(found) - len(broken)} of {len(found)} checks hold")
+        if broken:
+            raise click.exceptions.Exit(1)
+
+
+def _recipe(config: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]) -> Recipe:
+    """The resolved recipe of a command's options."""
+    from compressor import inputs
+    from compressor import recipe as recipes
+
+    if flags["pruner"] and flags["method"]:
+        raise UsageError("--method and --pruner name two methods", "Give one of them.")
+    file = recipes.read(config) if config is not None else {}
+    settings = recipes.merged(file, _flag_settings(flags), *map(recipes.assignment, assignments))
+    return inputs.resolve(settings, str(config) if config is not None else "recipe")
 
 
 @app.command()
@@ -164,11 +264,7 @@ def run(
 )
 @click.option("--preset", metavar="NAME", help="Entries by name: sparsedm-ablation, sparsedm-best.")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Seeds of training for each.")
-@click.option("--seed", type=int, help="The first of them.")
-@click.option("--steps", type=int, help="Fine-tuning steps, the same for all.")
-@click.option("--model", metavar="NAME", help="The model, as in `compressor run`.")
-@click.option("--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained weights, as in `compressor run`.")
-@click.option("--data", metavar="PATH|NAME", help="The data, as in `compressor run`.")
+@_options(*_INPUT_OPTIONS)
 @_model_options
 @click.option(
     "--match",
@@ -185,8 +281,7 @@ def run(
 @click.option("--sampler-steps", metavar="N,N,…", help="Judge at these numbers of sampler steps too.")
 @click.option("--lower", is_flag=True, help="Also time the lowered models.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one.")
-@click.option("--device", help="auto, cpu, cuda, …")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all of them.")
+@_options(*_TRAINING_OPTIONS)
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/compare-MODEL.")
 @click.option("--overwrite", is_flag=True, help="Start anew; a former comparison in DIR is removed.")
 @_output_options

@@ -140,3 +140,28 @@ def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table
 def printable(text: str) -> str:
     """`text` without control characters, so that a name cannot steer the terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
+
+
+def planning_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The sentences of `compressor plan`."""
+    from compressor.report.words import count, size
+
+    before, after = facts["before"], facts["after"]
+    lines = [
+        f"parameters: {count(before['params'])}, of which {count(after['nonzero_params'])} stay nonzero",
+        f"file: {size(before['size_bytes'])} dense, {size(after['size_bytes'])} packed "
+        f"({after['size_bytes'] / before['size_bytes']:.0%})",
+        f"multiply-accumulates per sample: {count(before['macs_dense'])} dense, {count(after['macs_effective'])} effective "
+        f"({after['macs_effective'] / before['macs_dense']:.0%})",
+    ]
+    if (lowering := facts["lowering"]) is not None:
+        lines.append(
+            f"speed on {lowering['hardware']}, batch {lowering['batch']}: {lowering['speedup_vs_dense']:.2f}x as fast as the best "
+            f"dense form; {lowering['choice']}: {lowering['reason']}"
+        )
+    if (training := facts["fine_tuning"]) is not None:
+        lines.append(
+            f"fine-tuning: {training['steps']:,} steps at {1000 * training['seconds_per_step']:.0f} ms, about "
+            f"{training['seconds'] / 60:.1f} minutes, without evaluation"
+        )
+    return lines

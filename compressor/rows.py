@@ -24,22 +24,14 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     recipe, adapter, settings = inputs.recipe, inputs.adapter, inputs.recipe.evaluate
     run = artifact.read_json(out / "run.json")
     yield Progress("one-shot", 0, 1)
-    one_shot = prune(
-        inputs.model,
-        inputs.pruner,
-        adapter=adapter,
-        data=inputs.batches,
-        targets=recipe.targets,
-        ignore=recipe.ignore,
-        **{**recipe.train.model_dump(), "steps": 0},
-    )
+    bare = one_shot(inputs)
     final = artifact.load(out / "model", copy.deepcopy(inputs.model))
-    models = {"dense": inputs.model, "one-shot": one_shot.model, inputs.method: final}
+    models = {"dense": inputs.model, "one-shot": bare.model, inputs.method: final}
     judge = Judge(inputs)
     models = {name: model.to(judge.device).eval() for name, model in models.items()}
     trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
     patterns = artifact.read_config(out / "model").patterns
-    one_shot_patterns = {name: str(mask.pattern) for name, mask in one_shot.masks.items()}
+    one_shot_patterns = {name: str(mask.pattern) for name, mask in bare.masks.items()}
     rows = []
     for name, model in models.items():
         pruned = {"dense": {}, "one-shot": one_shot_patterns}.get(name, patterns)
@@ -72,7 +64,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         if inputs.metric is None or judge.floor is None
         else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": judge.floor},
         "rows": rows,
-        "layers": layer_rows(one_shot, patterns, final, run["train"]["flipped"]),
+        "layers": layer_rows(bare, patterns, final, run["train"]["flipped"]),
         "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
         "recipe": recipe.model_dump(mode="json"),
         "repeat": "compressor run --config recipe.yaml --out DIR",
@@ -82,9 +74,24 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     artifact.write_json(out / "report.json", report)
 
 
+def one_shot(inputs: Inputs) -> Result:
+    """What the recipe's method gives without fine-tuning."""
+    recipe = inputs.recipe
+    return prune(
+        inputs.model,
+        inputs.pruner,
+        adapter=inputs.adapter,
+        data=inputs.batches,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+        **{**recipe.train.model_dump(), "steps": 0},
+    )
+
+
 def layer_rows(
     result: Result, patterns: Mapping[str, str], final: nn.Module, flipped: Mapping[str, float]
 ) -> list[dict[str, Any]]:
+    """The report's lines on each layer of `result`: shape, pattern, density of the `final` weights, flips, and why it is dense."""
     weights = dict(final.named_parameters())
     return [
         {

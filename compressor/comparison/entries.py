@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compressor import inputs, registry
 from compressor import recipe as recipes
 from compressor.comparison.presets import PRESETS
-from compressor.engine import choose_layers, prune
+from compressor.engine import choose_layers
 from compressor.errors import CompressorError, UsageError, did_you_mean
 from compressor.inputs import Inputs
 from compressor.measure import layer_macs
@@ -211,20 +211,6 @@ def _effective(found: Inputs) -> float:
     total, by_weight = layer_macs(found.model, found.adapter)
     gone = sum(by_weight.get(name, 0) for name in _layers(found)) * (1 - found.pruner.pattern.density)
     return 1 - gone / total
-
-
-def one_shot(found: Inputs) -> Any:
-    """The result of `found`'s method without fine-tuning."""
-    recipe = found.recipe
-    return prune(
-        found.model,
-        found.pruner,
-        adapter=found.adapter,
-        data=found.batches,
-        targets=recipe.targets,
-        ignore=recipe.ignore,
-        **{**recipe.train.model_dump(), "steps": 0},
-    )
 
 
 def _with(recipe: Recipe, seed: int, rate: float | None, evaluation_seed: int | None = None) -> Recipe:

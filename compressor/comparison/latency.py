@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.adapter import to_device
-from compressor.engine import prune, resolve_device
+from compressor.engine import resolve_device
 from compressor.errors import CompressorError
 from compressor.inputs import Inputs
 from compressor.lower import lower, lowering
 from compressor.measure import latencies, latency_entry
 from compressor.progress import Progress
+from compressor.rows import one_shot
 from compressor.timing import interleaved, median_ms
 
 _ROUNDS = 21
@@ -60,29 +61,15 @@ def macs_of_equal_latency(masked: Inputs, other: Inputs) -> float:
     batch = masked.recipe.evaluate.latency_batch
     example = to_device(masked.adapter.example_inputs(batch), device)
 
-    def fast(found: Inputs, **changes: Any) -> nn.Module:
-        pruner = found.pruner
-        for name, value in changes.items():
-            pruner = copy.copy(pruner)
-            object.__setattr__(pruner, name, value)
-        recipe = found.recipe
-        result = prune(
-            found.model,
-            pruner,
-            adapter=found.adapter,
-            data=found.batches,
-            targets=recipe.targets,
-            ignore=recipe.ignore,
-            **{**recipe.train.model_dump(), "steps": 0},
-        )
-        return lower(result.model.to(device), example, adapter=found.adapter).model
+    def fast(found: Inputs) -> nn.Module:
+        return lower(one_shot(found).model.to(device), example, adapter=found.adapter).model
 
     goal = fast(masked)
     low, high = 0.05, 1.0
     for _ in range(_SEARCH):
         share = (low + high) / 2
         try:
-            candidate = fast(other, macs=share)
+            candidate = fast(replace(other, pruner=replace(other.pruner, macs=share)))  # type: ignore[type-var]
         except CompressorError:  # not reachable: too small
             low = share
             continue

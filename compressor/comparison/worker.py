@@ -26,14 +26,13 @@ from compressor import artifact, evaluate
 from compressor import recipe as recipes
 from compressor import run as runs
 from compressor.adapter import to_device
-from compressor.comparison.entries import one_shot
 from compressor.comparison.similarity import ssim
 from compressor.errors import CompressorError
 from compressor.inputs import Inputs, load_inputs
 from compressor.judge import Judge, Seen
 from compressor.progress import Progress
 from compressor.recipe import Recipe
-from compressor.rows import layer_rows
+from compressor.rows import layer_rows, one_shot
 from compressor.seeds import generator
 
 JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"

@@ -58,7 +58,7 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
     With `many` lines, the means alone, over a tenth, and the names below.
     """
     figure, axes = _figure(label, (4.0, 2.6))
-    for (name, values), colour in zip(lines, cycle(_COLOURS)):
+    for (name, values), colour in zip(lines, cycle(_COLOURS), strict=False):
         at = list(range(1, len(values) + 1))
         window = max(1, len(values) // (10 if many else 50))
         if not many:
@@ -78,7 +78,7 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
 def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], across: str, label: str) -> str:
     """An SVG of named lines (horizontal values, vertical values); the vertical axis is logarithmic where that is possible."""
     figure, axes = _figure(label, (4.0, 2.9))
-    for (name, at, values), colour in zip(lines, cycle(_COLOURS)):
+    for (name, at, values), colour in zip(lines, cycle(_COLOURS), strict=False):
         axes.plot(at, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
     if all(value > 0 for _, _, values in lines for value in values):
         axes.set_yscale("log")
@@ -95,7 +95,7 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
     """
     figure, axes = _figure(label, (4.0, 3.1))
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
-    for (name, x, y, interval), colour in zip(points, chain([_FIRST], cycle(_COLOURS))):
+    for (name, x, y, interval), colour in zip(points, chain([_FIRST], cycle(_COLOURS)), strict=False):
         beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
         axes.plot([x], [y], "o", color=colour, markersize=6, label=name)
         if not beaten:

@@ -1,0 +1,41 @@
+"""`compressor plan`: what it foretells is what a run then finds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from compressor import artifact
+
+
+@pytest.mark.parametrize("method", ["sparsedm", "structured", "dense-continued"])
+def test_costs_are_those_of_the_run(cli, tmp_path, method):
+    planned = cli("plan", "--method", method, "--steps", "3", "--set", "train.batch_size=8", "--no-lower", "--json")
+    assert planned.code == 0, planned.err
+    facts = json.loads(planned.out)
+    ran = cli.trial(tmp_path / "run", "--method", method, "--steps", "3")
+    assert ran.code == 0, ran.err
+    rows = artifact.read_json(tmp_path / "run" / "report.json")["rows"]
+    for key in ("params", "size_bytes", "macs_dense", "macs_effective"):
+        assert facts["before"][key] == rows[0][key]
+        assert facts["after"][key] == pytest.approx(rows[-1][key], rel=1e-3)
+    assert facts["fine_tuning"]["steps"] == 3
+    assert facts["fine_tuning"]["seconds"] == pytest.approx(3 * facts["fine_tuning"]["seconds_per_step"])
+    assert facts["lowering"] is None
+    masked = [layer for layer in facts["layers"] if layer["pattern"]]
+    assert len(masked) == (20 if method == "sparsedm" else 0)
+
+
+def test_it_says_what_lowering_gains_and_which_layers_stay_dense(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    outcome = cli("plan", "--steps", "0", "--pattern", "4:2:4", "--ignore", "*.fc1")
+    assert outcome.code == 0, outcome.err
+    assert "15 of 25 layers get a mask" in outcome.out and "ignored by a rule" in outcome.out
+    assert "as fast as the best dense form" in outcome.out and "fine-tuning" not in outcome.out
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]  # nothing else is written
+
+
+def test_what_run_would_refuse_is_refused(cli):
+    assert cli("plan", "--pattern", "2:7").code == 2
+    assert cli("plan", "--method", "sparsedm", "--pruner", "x.py:X").code == 2

@@ -1,0 +1,147 @@
+"""The conformance suite: every registered pruner passes it, and broken ones are caught for what is wrong with them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from compressor import NM, CompressorError, Mask, Pattern, Pruner, registry
+from compressor.testing import CHECKS, check_pruner, families, findings
+
+
+@pytest.mark.parametrize("method", registry.names("pruners"))
+def test_every_registered_pruner_keeps_its_promises(method):
+    began = time.monotonic()
+    found = list(findings(registry.pruner_class(method)))
+    assert [finding for finding in found if finding.fault is not None] == []
+    assert len(found) == 3 * len(CHECKS)
+    assert time.monotonic() - began < 240  # under a minute on a machine that does nothing else
+
+
+@dataclass(frozen=True)
+class Plain(Pruner):
+    """A right one, to break."""
+
+    pattern: Pattern = NM(2, 4)
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}
+
+
+class Illegal(Plain):
+    def masks(self, weights, progress, previous):
+        return {name: Mask(torch.ones_like(weight, dtype=torch.bool), self.pattern) for name, weight in weights.items()}
+
+
+class Foreign(Plain):
+    def masks(self, weights, progress, previous):
+        return {**super().masks(weights, progress, previous), "elsewhere": next(iter(previous.values()), None)}
+
+
+class Scribbling(Plain):
+    def masks(self, weights, progress, previous):
+        found = super().masks(weights, progress, previous)
+        for weight in weights.values():
+            weight.mul_(0.5)
+        return found
+
+
+class Random(Plain):
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(torch.rand_like(weight)) for name, weight in weights.items()}
+
+
+class Remembering(Plain):
+    calls = 0
+
+    def masks(self, weights, progress, previous):
+        type(self).calls += 1
+        sign = 1 if type(self).calls % 2 else -1
+        return {name: self.pattern.mask(sign * weight.abs()) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Forgetful(Plain):
+    """What `prepare` finds is not in its state, so a resumed run does not have it."""
+
+    signs: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def prepare(self, model, adapter, batches):
+        return replace(self, signs={"": torch.tensor(-1.0)})
+
+    def masks(self, weights, progress, previous):
+        sign = self.signs.get("", torch.tensor(1.0))
+        return {name: self.pattern.mask(sign * weight.abs()) for name, weight in weights.items()}
+
+
+class RankDependent(Plain):
+    def prepare(self, model, adapter, batches):
+        for parameter in model.parameters():
+            parameter.data.add_(1e-3 * torch.randn_like(parameter))
+        return self
+
+
+class Demanding(Plain):
+    def __init__(self, needed):
+        super().__init__()
+
+
+class Crashing(Plain):
+    def targets(self, model):
+        raise KeyError("nothing here")
+
+
+@pytest.mark.parametrize(
+    ("cls", "check"),
+    [
+        (Illegal, "Masks obey their pattern"),
+        (Foreign, "Masks obey their pattern"),
+        (Scribbling, "masks() changes nothing"),
+        (Random, "masks() changes nothing"),
+        (Remembering, "masks() changes nothing"),
+        (Forgetful, "An interrupted run goes on"),
+        (RankDependent, "Every rank gets the same"),
+        (RankDependent, "The same seed gives the same bytes"),
+        (Demanding, "is made without settings"),
+        (Crashing, "Targets are parameters"),
+    ],
+)
+def test_a_broken_pruner_is_caught(cls, check, monkeypatch):
+    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    assert any(finding.check.startswith(check) for finding in findings(cls) if finding.fault is not None)
+
+
+def test_the_error_lists_what_is_wrong(monkeypatch):
+    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    check_pruner(Plain)
+    check_pruner(Plain(NM(1, 4)))
+    with pytest.raises(CompressorError, match=r"breaks \d+ promises:\n.*Masks obey"):
+        check_pruner(Illegal)
+    with pytest.raises(CompressorError, match="no subclass"):
+        check_pruner(3)
+
+
+def test_the_families_are_what_they_are_called_and_always_the_same():
+    first, second = families(), families()
+    assert list(first) == ["U-ViT", "UNet", "DiT"]
+    for family, (adapter, model) in first.items():
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second[family][1].parameters(), strict=True))
+        assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
+        assert adapter.predict(model, adapter.example_inputs(2)).shape[0] == 2
+
+
+def test_the_command_says_what_holds_and_what_does_not(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    right = cli("check-plugin", "magnitude")
+    assert right.code == 0 and f"magnitude: {len(CHECKS)} of {len(CHECKS)} checks hold" in right.out
+    (tmp_path / "mine.py").write_text(
+        "from compressor import NM, Pruner\n\n\nclass Mine(Pruner):\n    pattern = NM(2, 4)\n\n"
+        "    def masks(self, weights, progress, previous):\n        return {name: None for name in weights}\n",
+        encoding="utf-8",
+    )
+    wrong = cli("check-plugin", f"{tmp_path / 'mine.py'}:Mine")
+    assert wrong.code == 1 and "FAIL U-ViT: Masks obey their pattern" in wrong.out and "returned NoneType" in wrong.out
+    assert cli("check-plugin", "magnitud").code == 2
