@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test lint
+.PHONY: demo test lint test-nni
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
@@ -20,6 +20,13 @@ lint: $(STAMP)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
 	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# NNI wants older versions of some packages, so it has an environment of its own.
+test-nni:
+	test -x .venv-nni/bin/python || $(PYTHON) -m venv .venv-nni
+	grep -v "^filelock==" constraints.txt > .venv-nni/constraints.txt
+	.venv-nni/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-nni/constraints.txt -e ".[nni,test]"
+	HF_HUB_OFFLINE=1 .venv-nni/bin/python -m pytest tests/test_nni.py
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

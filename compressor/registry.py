@@ -137,7 +137,11 @@ def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
             raise UsageError(f"{cls.__name__} has no setting {name!r}", did_you_mean(name, [p.name for p in allowed]))
         hint = hints.get(name, Any)
         if hint is Pattern or (isinstance(value, str) and inspect.isclass(hint) and issubclass(hint, Pattern)):
-            arguments[name] = parse(value)
+            arguments[name] = parsed = parse(value)
+            if not isinstance(parsed, hint):
+                raise UsageError(
+                    f"{cls.__name__}: {name}: {value} is not of the kind {hint.__name__}", "See the method's card."
+                )
             continue
         try:
             config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)

@@ -169,13 +169,12 @@ def _charts(report: Mapping[str, Any], out: Path) -> list[tuple[str, str, str]]:
     losses, flips = [], []
     for entry in report["entries"]:
         steps = read_metrics(out / entry["cells"][0]["folder"] / RUN / "metrics.jsonl")
-        if steps:
-            losses.append((entry["label"], [_number(step["noise_loss"]) for step in steps]))
-            if any(step["flip_rate"] for step in steps):
-                flips.append((entry["label"], [_number(step["flip_rate"]) for step in steps]))
-    if losses:
+        losses.append((entry["label"], [_number(step["noise_loss"]) for step in steps]))
+        rates = [_number(step["flip_rate"]) for step in steps]
+        flips.append((entry["label"], rates if any(rates) else []))
+    if any(values for _, values in losses):
         found.append(("Noise loss", "first seed; running means", charts.line_chart(losses, "mean square error", True)))
-    if flips:
+    if any(values for _, values in flips):
         found.append(
             ("Mask flips", "share of entries per step; first seed", charts.line_chart(flips, "flip rate", True))
         )

@@ -59,6 +59,8 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
     """
     figure, axes = _figure(label, (4.0, 2.6))
     for (name, values), colour in zip(lines, cycle(_COLOURS), strict=False):
+        if not values:  # a line that is not there keeps its colour
+            continue
         at = list(range(1, len(values) + 1))
         window = max(1, len(values) // (10 if many else 50))
         if not many:
