@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from compressor.comparison.statistics import summary
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"dense": "dense (as bundled)", "one-shot": "one-shot 2:4, no training"}
@@ -140,12 +142,168 @@ def clustering(result: dict[str, Any]) -> str:
     )
 
 
+def comparison(result: dict[str, Any]) -> str:
+    """One line per entry of a comparison."""
+    metric = result["metric"]["name"]
+    dense = result["dense"]
+    lines = [
+        f"| entry | {metric}, mean | 95% interval | one-shot | prediction error | effective MACs | n |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| dense, as given | {dense['quality'][0]['value']:.2f} | {_range(dense['quality'][0]['ci95'])} * | — | — | 100% | — |",
+    ]
+    for entry in result["entries"]:
+        quality = entry["quality"]
+        bare = (
+            "—"
+            if entry["one_shot"] is None or entry["macs_effective"] == dense["macs_dense"]
+            else f"{entry['one_shot']:.1f}"
+        )
+        lines.append(
+            f"| {entry['label']} | {quality['mean']:.2f} | {_range(quality['ci95'])} | {bare} "
+            f"| {entry['drift']['prediction_error']['mean']:.3%} | {entry['macs_effective'] / dense['macs_dense']:.0%} "
+            f"| {quality['n']} |"
+        )
+    train, judged, machine = result["entries"][0]["recipe_train"], result["evaluate"], result["environment"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`{result['model']}`; {train['steps']:,} steps of batch {train['batch_size']} at lr {train['lr']:g} for every entry, "
+            f"seeds {result['seeds'][0]} to {result['seeds'][-1]}; {judged['samples']:,} samples from the same noise, "
+            f"{result['sampler']}, {judged['sampler_steps']} steps. Lower is better; intervals are Student's t over seeds "
+            f"(* : bootstrap over samples); one-shot is without fine-tuning. {machine['hardware']}; "
+            f"torch {machine['versions']['torch']}. "
+            "From `benchmarks/comparisons.py`.",
+        ]
+    )
+
+
+QUESTIONS = (
+    ("the teacher (against none)", "paper", "no teacher"),
+    ("the teacher alone (against noise and teacher)", "teacher only", "paper"),
+    ("SR-STE's decay (against STE)", "paper", "STE"),
+    ("the decay decoupled (against in the gradient)", "decoupled decay", "paper"),
+    ("masks that move (against fixed ones)", "paper", "fixed masks"),
+    ("the progressive schedule (against direct 2:4)", "progressive", "paper"),
+    ("a start from OBS (against the pretrained weights)", "obs start", "paper"),
+    ("the preset `best` (against `paper`)", "best", "paper"),
+    ("4:8 (against 2:4)", "4:8", "paper"),
+    ("1:4 (against 2:4)", "1:4", "paper"),
+    ("2:2:4 (against 2:4)", "2:2:4", "paper"),
+    ("4:2:4 (against 2:4)", "4:2:4", "paper"),
+)
+"""What is asked, the entry that has it, and the one that has not."""
+
+
+def effects(result: dict[str, Any]) -> str:
+    """The paired difference that each part makes, below zero where it helps."""
+    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
+    lines = [f"| what | change of {result['metric']['name']} | 95% interval | so | n |", "|---|---:|---:|---|---:|"]
+    for what, having, lacking in QUESTIONS:
+        if having not in values or lacking not in values:
+            continue
+        seeds = sorted(values[having].keys() & values[lacking].keys())
+        found = summary([values[having][seed] - values[lacking][seed] for seed in seeds])
+        interval = found["ci95"]
+        said = (
+            "one seed"
+            if interval is None
+            else "helps"
+            if interval[1] < 0
+            else "hurts"
+            if interval[0] > 0
+            else "not told apart"
+        )
+        lines.append(f"| {what} | {found['mean']:+.2f} | {_range(interval)} | {said} | {found['n']} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Paired by seed; each interval holds with 95% by itself, so of a dozen one may be wrong half of the time.",
+        ]
+    )
+
+
+def gap(result: dict[str, Any]) -> str:
+    """How much of the way from the published recipe to the dense model the preset `best` makes up for."""
+    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
+    drift = {e["label"]: {c["seed"]: c["drift"]["prediction_error"] for c in e["cells"]} for e in result["entries"]}
+    seeds = sorted(values["paper"])
+    found = summary([values["paper"][seed] - values["best"][seed] for seed in seeds])
+    errors = summary([drift["paper"][seed] - drift["best"][seed] for seed in seeds])
+    dense = result["dense"]["quality"][0]["value"]
+    whole = mean(values["paper"].values()) - dense
+    low, high = found["ci95"]
+    steps, paper = result["entries"][0]["recipe_train"]["steps"], mean(values["paper"].values())
+    return (
+        f"`{result['model']}`, {len(seeds)} seeds, {steps} steps: `paper` {paper:.2f}, `best` {mean(values['best'].values()):.2f}, "
+        f"dense {dense:.2f}. `best` is better by {found['mean']:.2f} [{low:.2f}, {high:.2f}], which is "
+        f"{found['mean'] / whole:.0%} [{low / whole:.0%}, {high / whole:.0%}] of the gap. Its prediction error is lower by "
+        f"{errors['mean']:.3%} [{errors['ci95'][0]:.3%}, {errors['ci95'][1]:.3%}] of {mean(drift['paper'].values()):.3%}."
+    )
+
+
+def by_steps(result: dict[str, Any]) -> str:
+    """The metric by number of sampler steps."""
+    usual = str(result["evaluate"]["sampler_steps"])
+    counts = sorted({*result["dense"]["by_steps"], usual}, key=int)
+    lines = ["| entry | " + " | ".join(f"{count} steps" for count in counts) + " |", "|---|" + "---:|" * len(counts)]
+    dense = {
+        **{k: v["value"] for k, v in result["dense"]["by_steps"].items()},
+        usual: result["dense"]["quality"][0]["value"],
+    }
+    lines.append("| dense, as given | " + " | ".join(f"{dense[count]:.2f}" for count in counts) + " |")
+    for entry in result["entries"]:
+        cells = []
+        for count in counts:
+            found = summary([cell["value"] if count == usual else cell["by_steps"][count] for cell in entry["cells"]])
+            cells.append(f"{found['mean']:.2f} [{_range(found['ci95'])}]")
+        lines.append(f"| {entry['label']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"`{result['model']}`, {result['sampler']}, n = {len(result['seeds'])}."])
+
+
+def structured(result: dict[str, Any]) -> str:
+    """How much faster smaller models are."""
+    lines = [
+        "| model | batch | MACs kept | parameters kept | eager | best dense forms |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, cell in result["cells"].items():
+        lines.append(
+            f"| `{name}` | {cell['batch']} | {cell['macs_share']:.0%} | {cell['params_share']:.0%} | {cell['speedup_eager']:.2f}x "
+            f"| {cell['speedup_lowered']:.2f}x |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Over the dense model of the same form, in turns, medians of {result['rounds']} rounds, random weights; "
+            f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/structured.py`.",
+        ]
+    )
+
+
+def _range(interval: list[float] | None) -> str:
+    return "—" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
 TABLES = (
     ("README.md", "methods", "methods_digits.json", methods),
     ("README.md", "lowering", "lowering_cpu.json", short_lowering),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json", clustering),
+    ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),
+    ("docs/results.md", "gap-ddpm", "comparison_best-ddpm.json", gap),
+    ("docs/results.md", "best-uvit", "comparison_best-uvit.json", comparison),
+    ("docs/results.md", "best-ddpm", "comparison_best-ddpm.json", comparison),
+    ("docs/results.md", "by-steps", "comparison_best-uvit.json", by_steps),
+    ("docs/results.md", "ablation-uvit", "comparison_ablation-uvit.json", comparison),
+    ("docs/results.md", "effects-uvit", "comparison_ablation-uvit.json", effects),
+    ("docs/results.md", "ablation-ddpm", "comparison_ablation-ddpm.json", comparison),
+    ("docs/results.md", "effects-ddpm", "comparison_ablation-ddpm.json", effects),
+    ("docs/results.md", "baselines", "comparison_baselines-uvit.json", comparison),
+    ("docs/results.md", "structured", "structured.json", structured),
 )
 """Page, marker, file of results, and how the table is written."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor import lower as lower
+    from compressor import testing as testing
     from compressor.adapter import Adapter
     from compressor.artifact import load, save
     from compressor.data import Images, ImageSet, Records, Samples, SampleSet
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_MODULES = ("lower", "testing")
+"""`lower` can be called: `compressor.lower(model, example_inputs)`."""
 _HOMES = {
     "adapter": ("Adapter",),
     "artifact": ("load", "save"),
@@ -73,12 +76,13 @@ __all__ = [
     "read_data",
     "save",
     "steps",
+    "testing",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "lower":  # a package that can be called: `compressor.lower(model, example_inputs)`
-        return import_module("compressor.lower")
+    if name in _MODULES:
+        return import_module(f"compressor.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'compressor' has no attribute {name!r}")
     value = getattr(import_module(f"compressor.{_HOME[name]}"), name)

@@ -325,21 +325,25 @@ def compare(
         )
         out = out if out is not None else Path("runs") / f"compare-{wanted.inputs.recipe.model}"
         _drive(comparison.conduct(wanted, out, workers, overwrite), out, quiet, "the same command")
-        found = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if as_json:
-            _print_json(found)
-        else:
-            from compressor.comparison.words import columns, headline, rows
-            from compressor.console import plain_table
+        _show_comparison(out, as_json)
 
-            lines = [(label, *cells) for label, _, cells in rows(found)]
-            _print_table(plain_table((found["title"], *columns(found)), lines))
-            _say(headline(found))
-            _say(f"report: {out / 'report.html'}")
-        if found["failed"]:
-            for name, reason in found["failed"].items():
-                _say(f"failed: {name}: {reason}", err=True)
-            raise click.exceptions.Exit(1)
+
+def _show_comparison(out: Path, as_json: bool) -> None:
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if as_json:
+        _print_json(found)
+    else:
+        from compressor.comparison.words import columns, headline, rows
+        from compressor.console import plain_table
+
+        lines = [(label, *cells) for label, _, cells in rows(found)]
+        _print_table(plain_table((found["title"], *columns(found)), lines))
+        _say(headline(found))
+        _say(f"report: {out / 'report.html'}")
+    if found["failed"]:
+        for name, reason in found["failed"].items():
+            _say(f"failed: {name}: {reason}", err=True)
+        raise click.exceptions.Exit(1)
 
 
 def _numbers(text: str | None, kind: type[_Number], example: str) -> tuple[_Number, ...]:
@@ -366,12 +370,25 @@ def resume(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @_output_options
 def report(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Write report.md and report.html of a run again, and show the table."""
+    """Write the pages of a run's or a comparison's report again, and show the table."""
     with _errors(debug):
+        if _is_comparison(directory):
+            from compressor.comparison.page import render as render_comparison
+
+            render_comparison(directory)
+            _show_comparison(directory, as_json)
+            return
         from compressor.report import render
 
         render(directory)
         _show_report(directory, as_json)
+
+
+def _is_comparison(directory: Path) -> bool:
+    from compressor import artifact
+
+    path = directory / "report.json"
+    return path.is_file() and artifact.read_json(path).get("kind") == "comparison"
 
 
 def _speed_options(command: _Command) -> _Command:

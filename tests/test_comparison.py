@@ -92,7 +92,7 @@ def test_one_shot_layers_and_sensitivity_are_there_for_masks(compared):
     assert by_label["dense-continued"]["sensitivity"] == {}
 
 
-def test_the_pages_say_what_the_figures_do(compared):
+def test_the_pages_say_what_the_figures_do(compared, cli):
     out, outcome = compared
     report, page = report_of(out), (out / "report.html").read_text(encoding="utf-8")
     text = (out / "report.md").read_text(encoding="utf-8")
@@ -105,6 +105,8 @@ def test_the_pages_say_what_the_figures_do(compared):
     before = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "report.csv")}
     render(out)
     assert before == {name: (out / name).read_bytes() for name in before}
+    again = cli("report", out)
+    assert again.code == 0 and "lowest fd-digits" in again.out
 
 
 def test_the_table_of_cells_is_complete(compared):

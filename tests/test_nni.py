@@ -10,6 +10,7 @@ from compressor.plugins.nni import NNI
 
 import compressor
 from compressor import CompressorError, Unstructured
+from compressor.testing import check_pruner
 
 INSTALLED = importlib.util.find_spec("nni") is not None
 needs_nni = pytest.mark.skipif(not INSTALLED, reason="needs NNI: make test-nni")
@@ -60,7 +61,7 @@ def test_it_is_compared_like_any_other_method(name, cli, tmp_path):
 
 @needs_nni
 def test_it_keeps_the_promises():
-    compressor.testing.check_pruner(NNI)
+    check_pruner(NNI)
 
 
 def test_the_pattern_is_a_share():

@@ -1,0 +1,74 @@
+"""The comparisons that docs/results.md speaks of, and the slim form of their reports that is committed.
+
+    python benchmarks/comparisons.py [--only ablation-uvit] [--workers 2]
+
+runs `compressor compare` for each of them (hours on two cores) in runs/comparisons/ and writes
+benchmarks/results/comparison_NAME.json. Interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parent.parent
+RUNS = {
+    "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
+    "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
+    "ablation-uvit": ("--preset sparsedm-ablation --model uvit-digits --steps 200 --sampler-steps 25", 3),
+    "ablation-ddpm": ("--preset sparsedm-ablation --model ddpm-digits --steps 200 --sampler-steps 25", 3),
+    "baselines-uvit": ("--methods magnitude,structured,wanda,obs,sparsedm --model uvit-digits --steps 100", 2),
+}
+"""Name: options of `compressor compare`, and seeds."""
+
+
+def slim(report: dict[str, Any]) -> dict[str, Any]:
+    """What tables and pages are made of: without layers, and of each cell the metric, drift and hash."""
+    kept = {key: value for key, value in report.items() if key not in ("entries", "dense", "limitations")}
+    dense = report["dense"]
+    kept["dense"] = {**dense, "quality": dense["quality"][:1]}
+    kept["entries"] = []
+    for entry in report["entries"]:
+        own = {key: value for key, value in entry.items() if key not in ("layers", "sensitivity", "one_shot", "cells")}
+        bare = entry["one_shot"]
+        own["one_shot"] = None if bare is None or not bare["quality"] else bare["quality"][0]["value"]
+        own["cells"] = [
+            {
+                "seed": cell["seed"],
+                "weights_sha256": cell["weights_sha256"],
+                "value": cell["quality"][0]["value"],
+                "drift": {drift["metric"]: drift["value"] for drift in cell["drift"]},
+                "by_steps": {steps: found["value"] for steps, found in cell["by_steps"].items()},
+                "seconds": cell["train"]["seconds"],
+            }
+            for cell in entry["cells"]
+        ]
+        kept["entries"].append(own)
+    return kept
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(RUNS)))
+@click.option("--workers", default=1, show_default=True)
+@click.option("--from", "folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "comparisons")
+def main(only: tuple[str, ...], workers: int, folder: Path) -> None:
+    for name, (options, seeds) in RUNS.items():
+        if only and name not in only:
+            continue
+        out = folder / name
+        if not (out / "report.json").is_file():
+            command = [sys.executable, "-m", "compressor.cli", "compare", *options.split(), "--seeds", str(seeds)]
+            subprocess.run([*command, "--workers", str(workers), "--out", str(out)], check=True)
+        found = slim(json.loads((out / "report.json").read_text(encoding="utf-8")))
+        path = ROOT / "benchmarks" / "results" / f"comparison_{name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        click.echo(f"{path.name}: {len(found['entries'])} entries, seeds {found['seeds']}")
+
+
+if __name__ == "__main__":
+    main()
