@@ -177,3 +177,27 @@ def test_layers_of_unknown_kind_fall_back_to_magnitude(adapter):
 def test_settings_that_mean_nothing_are_refused(cls, bad):
     with pytest.raises(CompressorError, match=next(iter(bad))):
         cls(**bad)
+
+
+@pytest.mark.parametrize(("name", "told"), [("uvit-digits", 999 * 0.3), ("ddpm-digits", 300)])
+def test_a_batch_is_noised_at_the_time_that_is_asked_for(name, told):
+    adapter = registry.adapter(name)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    inputs, noise = adapter.noised_at(images, 0.3, torch.Generator().manual_seed(0))
+    again, _ = adapter.noised_at(images, 0.3, torch.Generator().manual_seed(0))
+    noisy, time = (inputs[0], inputs[1]) if isinstance(inputs, tuple) else (inputs["sample"], inputs["timestep"])
+    assert torch.equal(noisy, again[0] if isinstance(again, tuple) else again["sample"])
+    torch.testing.assert_close(time.double(), torch.full((4,), float(told), dtype=torch.float64), rtol=1e-5, atol=0)
+    # noisy = a x + b noise with a² + b² = 1, the same for the whole batch
+    both = torch.stack([images.flatten(), noise.flatten()], 1).double()
+    a, b = torch.linalg.lstsq(both, noisy.flatten()[:, None].double()).solution[:, 0].tolist()
+    assert a**2 + b**2 == pytest.approx(1, abs=1e-4) and 0 < a < 1 and 0 < b < 1
+    for extreme in (0.0, 1.0):
+        adapter.noised_at(images, extreme, torch.Generator())
+
+
+def test_an_adapter_that_knows_no_times_draws_its_own(adapter, samples):
+    rng = torch.Generator().manual_seed(0)
+    assert torch.equal(
+        adapter.noised_at(samples, 0.5, rng)[1], adapter.noised(samples, torch.Generator().manual_seed(0))[1]
+    )

@@ -38,7 +38,7 @@ class Structured(Pruner):
 
     macs: float = 0.5
     density: float | None = None
-    score: Literal["magnitude", "random", "taylor", "diff-pruning"] = "magnitude"
+    score: Literal["magnitude", "random", "taylor", "diff-pruning"] = "diff-pruning"
     threshold: float = 0.05
     timesteps: int = 32
     multiple: int = 8
