@@ -19,7 +19,7 @@ import click
 ROOT = Path(__file__).parent.parent
 RUNS = {
     "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
-    "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
+    "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 5),
     "ablation-uvit": ("--preset sparsedm-ablation --model uvit-digits --steps 200 --sampler-steps 25", 3),
     "ablation-ddpm": ("--preset sparsedm-ablation --model ddpm-digits --steps 200 --sampler-steps 25", 3),
     "baselines-uvit": ("--methods magnitude,structured,wanda,obs,sparsedm --model uvit-digits --steps 100", 2),

@@ -744,7 +744,7 @@ def _name_extractor(found: Inputs) -> None:
         _say(f"{found.metric.name}: {settings.inception_weights}, sha256 {found.metric.sha256}", err=True)
 
 
-def _flag_settings(flags: dict[str, Any]) -> dict[str, Any]:
+def _flag_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given, as recipe settings."""
     given = {key: value for key, value in flags.items() if value is not None and value != ()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}

@@ -174,7 +174,8 @@ def _targets(trial: _Trial) -> None:
 
 def _legal(trial: _Trial) -> None:
     """Masks obey their pattern at every progress."""
-    weights, previous = trial.weights(), {}
+    weights = trial.weights()
+    previous: dict[str, Mask] = {}
     for progress in (0.0, 0.3, 0.6, 1.0):
         found = trial.pruner.masks(weights, progress, previous)
         _hold(isinstance(found, Mapping), f"masks() returned {type(found).__name__}, not a mapping")
