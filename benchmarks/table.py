@@ -262,6 +262,20 @@ def by_steps(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{result['model']}`, {result['sampler']}, n = {len(result['seeds'])}."])
 
 
+def trials(result: dict[str, Any]) -> str:
+    """What single seeds said of variants of SparseDM."""
+    lines = ["| | `uvit-digits` | `ddpm-digits` |", "|---|---:|---:|"]
+    for name, found in result["fd-digits"].items():
+        lines.append(f"| {name} | {found['uvit-digits']:.2f} | {found['ddpm-digits']:.2f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"fd-digits, seed {result['seed']}, {result['steps']} steps, n = 1; {result['hardware']}; torch {result['torch']}.",
+        ]
+    )
+
+
 def structured(result: dict[str, Any]) -> str:
     """How much faster smaller models are."""
     lines = [
@@ -298,12 +312,9 @@ TABLES = (
     ("docs/results.md", "best-uvit", "comparison_best-uvit.json", comparison),
     ("docs/results.md", "best-ddpm", "comparison_best-ddpm.json", comparison),
     ("docs/results.md", "by-steps", "comparison_best-uvit.json", by_steps),
-    ("docs/results.md", "ablation-uvit", "comparison_ablation-uvit.json", comparison),
-    ("docs/results.md", "effects-uvit", "comparison_ablation-uvit.json", effects),
-    ("docs/results.md", "ablation-ddpm", "comparison_ablation-ddpm.json", comparison),
-    ("docs/results.md", "effects-ddpm", "comparison_ablation-ddpm.json", effects),
     ("docs/results.md", "baselines", "comparison_baselines-uvit.json", comparison),
     ("docs/results.md", "structured", "structured.json", structured),
+    ("docs/results.md", "trials", "sparsedm_trials.json", trials),
 )
 """Page, marker, file of results, and how the table is written."""
 

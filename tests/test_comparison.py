@@ -222,16 +222,17 @@ def test_workers_stop_when_the_one_that_started_them_is_killed(tmp_path):
         pytest.fail("the worker went on")
 
 
-def test_two_workers_give_what_one_does(compared, cli, tmp_path):
+def test_two_workers_and_a_comparison_without_a_metric(cli, tmp_path):
     out = tmp_path / "out"
     outcome = cli(
-        *("compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--workers", "2", "--out", out, *TINY)
+        *("compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--workers", "2", "--out", out, *TINY),
+        *("--set", "evaluate.metric=null"),
     )
     assert outcome.code == 0, outcome.err
-    assert {entry["label"]: entry["quality"]["n"] for entry in report_of(out)["entries"]} == {
-        "magnitude": 1,
-        "sparsedm": 1,
-    }
+    report = report_of(out)
+    assert {entry["label"]: len(entry["cells"]) for entry in report["entries"]} == {"magnitude": 1, "sparsedm": 1}
+    assert report["compared_by"] == "prediction_error" and "lowest prediction error" in outcome.out
+    assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 3  # no quality to trade off
 
 
 def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):

@@ -56,8 +56,11 @@ def build(
         own = [(cell, folder) for cell, folder in done if cell.label == label]
         if own:
             entries.append(_entry(label, own, times.get(label, [])))
+    measured = any(entry["quality"] for entry in entries)
     values = {
-        entry["label"]: {cell["seed"]: cell["quality"][0]["value"] for cell in entry["cells"] if cell["quality"]}
+        entry["label"]: {
+            cell["seed"]: score for cell in entry["cells"] if (score := _score(cell, measured)) is not None
+        }
         for entry in entries
     }
     report = {
@@ -78,6 +81,7 @@ def build(
         "learning_rates": {"grid": list(wanted.rates), "chosen": dict(rates)},
         "dense": dense,
         "entries": entries,
+        "compared_by": judged["metric"]["name"] if measured else "prediction_error",
         "differences": differences({label: own for label, own in values.items() if own}),
         "failed": dict(failed),
         "environment": {key: facts[key] for key in ("versions", "hardware", "platform")},
@@ -86,6 +90,13 @@ def build(
     }
     report["limitations"] = words.limitations(report)
     return report
+
+
+def _score(cell: Mapping[str, Any], measured: bool) -> float | None:
+    """What a cell is compared by: its metric, or its drift where no metric was measured."""
+    if measured:
+        return float(cell["quality"][0]["value"]) if cell["quality"] else None
+    return next((float(d["value"]) for d in cell["drift"] if d["metric"] == "prediction_error"), None)
 
 
 def _entry(label: str, own: Sequence[tuple[Cell, Path]], latency: list[dict[str, Any]]) -> dict[str, Any]:

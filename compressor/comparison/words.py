@@ -12,13 +12,18 @@ _Point = tuple[str, float, float, Sequence[float] | None]
 
 def headline(report: Mapping[str, Any]) -> str:
     """What was found, in a sentence or two."""
-    scored = [entry for entry in report["entries"] if entry["quality"]]
-    if not scored:
-        return f"{len(report['entries'])} methods on {report['model']}: quality was not measured."
-    metric, n = report["metric"]["name"], len(report["seeds"])
-    best = min((e for e in scored if _pruned(report, e)), key=_mean, default=scored[0])
+    metric, n = report["compared_by"], len(report["seeds"])
+    scores = {e["label"]: e["quality"] if e["quality"] else e["drift"][metric] for e in _scored(report)}
+    best = min(
+        (e for e in _scored(report) if _pruned(report, e)), key=lambda e: scores[e["label"]]["mean"], default=None
+    )
+    if best is None:
+        return f"{len(report['entries'])} methods on {report['model']}, none of which removes a multiplication."
     seeds = "1 seed" if n == 1 else f"{n} seeds"
-    text = f"{best['label']} has the lowest {metric} of the pruned models on {report['model']}: {_interval(best['quality'])}"
+    found = _interval(scores[best["label"]])
+    text = (
+        f"{best['label']} has the lowest {metric.replace('_', ' ')} of the pruned models on {report['model']}: {found}"
+    )
     dense = report["dense"]["quality"]
     text += f", over {seeds}; dense is {number(dense[0]['value'])}." if dense else f", over {seeds}."
     known = [pair for pair in report["differences"] if pair["significant"] is not None]
@@ -26,6 +31,12 @@ def headline(report: Mapping[str, Any]) -> str:
         return f"{text} One seed cannot tell methods apart." if n == 1 else text
     told = sum(pair["significant"] for pair in known)
     return f"{text} {told} of {len(known)} differences between methods are larger than the seeds' noise."
+
+
+def _scored(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries that were measured by what they are compared by."""
+    by_drift = report["compared_by"] == "prediction_error"
+    return [entry for entry in report["entries"] if by_drift or entry["quality"]]
 
 
 def rows(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -218,10 +229,6 @@ def limitations(report: Mapping[str, Any]) -> list[str]:
 
 def _pruned(report: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return bool(entry["macs_effective"] < report["dense"]["macs_dense"])
-
-
-def _mean(entry: Mapping[str, Any]) -> float:
-    return float(entry["quality"]["mean"])
 
 
 def _interval(found: Mapping[str, Any]) -> str:
