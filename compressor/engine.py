@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, with_rules
 from compressor.data import Batches, as_batches
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.pattern import Mask, parse
 from compressor.pruner import Pruner
 from compressor.seeds import generator
@@ -341,7 +341,7 @@ def resolve_device(name: str) -> torch.device:
         device = PartialState().default_device if name == "auto" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise CompressorError(f"device {name!r} cannot be used: {reason}", "Use auto, cpu, cuda or cuda:0.") from error
     return device
 

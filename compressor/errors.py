@@ -48,3 +48,9 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(found, names, n=1, cutoff=0.5)
     listing = ", ".join(names) if names else "none"
     return (f"Did you mean {close[0]!r}? " if close else "") + f"Available: {listing}."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a message: its first line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

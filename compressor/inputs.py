@@ -19,7 +19,7 @@ from compressor import recipe as recipes
 from compressor.adapter import Adapter, Sampling
 from compressor.data import ImageSet, Records, Samples, SampleSet
 from compressor.engine import choose_layers, resolve_device
-from compressor.errors import UsageError
+from compressor.errors import UsageError, first_line
 from compressor.evaluate import Metric
 from compressor.latents import Autoencoder
 from compressor.pruner import Pruner
@@ -188,7 +188,7 @@ def _check_records(adapter: Adapter, model: nn.Module, data: Records) -> None:
         inputs, target = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
         found = tuple(adapter.predict(model, inputs).shape)
     except Exception as error:  # whatever an adapter or a model raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UsageError(
             f"{data.name}: {adapter.name} cannot take its arrays ({arrays}): {reason}",
             "Arrays are called as the model's arguments; see docs/adapters.md.",

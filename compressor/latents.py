@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.data import Images, ImageSet
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 
 _BATCH = 8
 
@@ -28,7 +28,7 @@ class Autoencoder:
         try:
             model = made.from_pretrained(path, local_files_only=True)
         except Exception as error:  # a dozen types, from missing files to damaged ones
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise CompressorError(
                 f"{path}: cannot be loaded: {reason}", "The folder is incomplete or damaged."
             ) from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.packing import part_names
 
 FILE_METADATA = {"format": "pt"}
@@ -44,7 +44,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete."
         ) from error
     except Exception as error:  # torch.load raises a dozen types on files that are damaged or hostile
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CompressorError(
             f"{path}: refused: not a plain PyTorch state dict ({reason})",
             "Nothing in it was run. Where you trust its source, load it there and save model.state_dict() as safetensors.",

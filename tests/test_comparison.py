@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -306,6 +307,33 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     assert wanted.recipes["structured"].settings == {"macs": 0.7} and seen[0][0].method == "sparsedm"
     own = comparison.planned(["structured", "sparsedm"], [], None, {"settings": {}}, match="macs")
     assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "workers", "expected"),
+    [
+        ("auto", None, 0, ["0", "1", "2"]),
+        ("cuda", None, 4, ["0", "1", "2", "0"]),
+        ("auto", "5,3,GPU-x", 0, ["5", "3", "GPU-x"]),
+        ("cuda:1", None, 0, [None]),
+        ("cpu", None, 2, [None, None]),
+    ],
+)
+def test_workers_are_given_a_gpu_each(monkeypatch, device, seen, workers, expected):
+    from compressor.comparison import conduct
+
+    given = comparison.planned(["magnitude"], [], None, {"train": {"device": "cpu"}}, seeds=1)
+    recipe = given.inputs.recipe
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})
+    wanted = replace(given, inputs=replace(given.inputs, recipe=recipe))
+    found = torch.device("cpu") if device == "cpu" else torch.device("cuda")
+    monkeypatch.setattr(conduct, "resolve_device", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert conduct._devices(wanted, workers) == expected
 
 
 # --- The figures. ---

@@ -123,13 +123,14 @@ def _short(value: Any) -> str:
 
 
 def _devices(wanted: Comparison, workers: int) -> list[str | None]:
-    """For each worker the GPU that it sees, None for the CPU."""
-    device = resolve_device(wanted.inputs.recipe.train.device)
-    if device.type != "cuda":
+    """For each worker the GPU that it alone sees; None for the CPU, and where the recipe names one GPU itself."""
+    named = wanted.inputs.recipe.train.device
+    if resolve_device(named).type != "cuda" or named not in ("auto", "cuda"):
         return [None] * max(1, workers)
-    there = torch.cuda.device_count() if device.index is None or wanted.inputs.recipe.train.device == "auto" else 1
-    first = device.index or 0 if there == 1 else 0
-    return [str(first + i % there) for i in range(workers or there)]
+    count = torch.cuda.device_count()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(index) for index in range(count)]
+    return [names[index % count] for index in range(workers or count)]
 
 
 def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterator[Progress]:

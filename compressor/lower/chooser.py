@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import first_line
 from compressor.lower.backend import Backend, Unit
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
@@ -64,7 +65,7 @@ def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cac
             error = relative(out, wanted) if out.dtype == unit.dtype else math.inf
             calls[backend.name] = _calls(modules, x)
         except Exception as failure:  # a kernel may refuse a shape only when it runs
-            refused[backend.name] = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+            refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
             continue
         errors[backend.name] = error
         if not error <= allowed and backend.name != "eager":  # the layer as it is always stands

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.lower.cusparselt_tuning import KEPT, Algorithm, Product, candidates, multiply, operator_arguments
 from compressor.lower.graphs import captured
 from compressor.pattern import NM
@@ -149,7 +149,7 @@ class Trial:
         try:
             torch.cuda.synchronize(self.device)
         except Exception as error:
-            raise Poisoned(str(error).splitlines()[0]) from error
+            raise Poisoned(first_line(error)) from error
 
 
 def _random(product: Product, device: torch.device, rng: torch.Generator) -> tuple[Tensor, Tensor]:

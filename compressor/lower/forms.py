@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.adapter import Adapter
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.lower.chooser import best, relative
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
@@ -89,7 +89,7 @@ def guarded(
         except Exception as failure:  # a model may look into its layers, or a compiler fail
             if name == "eager":
                 raise
-            notes.append(f"{name} does not run: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}")
+            notes.append(f"{name} does not run: {type(failure).__name__}: {first_line(failure)}")
             del forms[name]
     times = interleaved([lambda f=form: forward(f) for form in forms.values()], _ROUNDS, device)  # type: ignore[misc]
     medians = {name: median_ms(seconds) for name, seconds in zip(forms, times, strict=True)}

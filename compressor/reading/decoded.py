@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from compressor.data import Images, ImageSet, images_sha256
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows more, some of which run other programs
 _AT_ONCE = 64
@@ -106,7 +106,7 @@ class Decoder(Dataset[Any]):
             except UnidentifiedImageError:
                 reasons[index] = f"not one of {', '.join(FORMATS)}"
             except Exception as error:  # Pillow raises a dozen types on damaged pictures
-                reasons[index] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reasons[index] = first_line(error)
         return pixels, reasons
 
     def over(self, order: Iterable[Tensor], workers: int) -> Generator[tuple[NDArray[np.uint8], dict[int, str]]]:
@@ -127,7 +127,7 @@ class Decoder(Dataset[Any]):
             yield from loader
         except RuntimeError as error:
             raise CompressorError(
-                f"a process that decodes pictures ended: {str(error).splitlines()[0]}",
+                f"a process that decodes pictures ended: {first_line(error)}",
                 "Memory may have run out: set loading.workers lower; 0 decodes in the main process.",
             ) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.reading.decoded import Pictures
 
 INSTALL = 'pip install "diffusion-compressor[datasets]"'
@@ -108,4 +108,4 @@ def _library(where: str) -> ModuleType:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return first_line(error)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from compressor.artifact import read_json
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _DENOISERS = ("unet", "transformer", "prior")
@@ -85,7 +85,7 @@ def load(found: Pretrained) -> nn.Module:
         with _quiet():
             model, report = made.from_pretrained(found.folder, output_loading_info=True, local_files_only=True)
     except Exception as error:  # a dozen types, from missing files to damaged ones
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CompressorError(
             f"{found.folder}: {made.__name__} cannot be loaded: {reason[:200]}", "The folder is incomplete or damaged."
         ) from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.engine import resolve_device
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, first_line
 from compressor.evaluate import Metric
 from compressor.weights import read_weights
 
@@ -83,7 +83,7 @@ def _network(weights: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
         raise CompressorError(
-            f"fid needs torch-fidelity, which cannot be imported: {str(error).splitlines()[0]}",
+            f"fid needs torch-fidelity, which cannot be imported: {first_line(error)}",
             'pip install "diffusion-compressor[fid]"',
         ) from error
     state = read_weights(weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data import Batches
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, first_line
 from compressor.measure import layer_macs
 from compressor.pattern import Mask
 from compressor.pruner import Pruner
@@ -102,6 +102,6 @@ def _macs(model: nn.Module, adapter: Adapter, surgery: Surgery) -> int:
         return layer_macs(tried, adapter)[0]
     except Exception as error:  # whatever a model raises whose shapes do not fit
         raise CompressorError(
-            f"structured: this model does not work with fewer channels: {str(error).splitlines()[0][:160]}",
+            f"structured: this model does not work with fewer channels: {first_line(error)}",
             "Name the layers whose outputs must stay with --ignore.",
         ) from error

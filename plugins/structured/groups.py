@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.surgery import Surgery
 from compressor.targets import Layer, matches
 from compressor.weights import sketch, ties
@@ -75,7 +75,7 @@ def find_groups(model: nn.Module, adapter: Adapter, multiple: int) -> list[Group
             found = list(graph.get_all_groups(root_module_types=[nn.Linear, *_CONVOLUTIONS]))
     except Exception as error:  # tracing runs the user's model
         raise CompressorError(
-            f"structured: the model's layers cannot be traced: {str(error).splitlines()[0][:160]}",
+            f"structured: the model's layers cannot be traced: {first_line(error)}",
             "Its forward pass must work on the adapter's example inputs, with gradients.",
         ) from error
     finally:
