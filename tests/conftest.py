@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor import Adapter
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 
 
 class TinyAdapter(Adapter):

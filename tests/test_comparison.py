@@ -19,7 +19,7 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, artifact, comparison
-from compressor.comparison.conduct import refuse_used
+from compressor.comparison.jobs import refuse_used
 from compressor.comparison.page import render
 from compressor.comparison.presets import PRESETS
 from compressor.comparison.similarity import ssim
@@ -320,20 +320,20 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     ],
 )
 def test_workers_are_given_a_gpu_each(monkeypatch, device, seen, workers, expected):
-    from compressor.comparison import conduct
+    from compressor.comparison import jobs
 
     given = comparison.planned(["magnitude"], [], None, {"train": {"device": "cpu"}}, seeds=1)
     recipe = given.inputs.recipe
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})
     wanted = replace(given, inputs=replace(given.inputs, recipe=recipe))
     found = torch.device("cpu") if device == "cpu" else torch.device("cuda")
-    monkeypatch.setattr(conduct, "resolve_device", lambda name: found)
+    monkeypatch.setattr(jobs, "resolve_device", lambda name: found)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     if seen is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    assert conduct._devices(wanted, workers) == expected
+    assert jobs._devices(wanted, workers) == expected
 
 
 # --- The figures. ---
