@@ -252,7 +252,7 @@ def _recipe(config: Path | None, assignments: Sequence[str], flags: Mapping[str,
 
 @app.command()
 @click.option(
-    "--methods", metavar="NAME,NAME,…", help="Methods (`compressor list pruners`). Default: all that are here."
+    "--methods", metavar="NAME,NAME,…", help="Methods (`compressor list pruners`). Default: all but depth and nni."
 )
 @click.option(
     "--config",
@@ -453,7 +453,7 @@ def bench(
 ) -> None:
     """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime."""
     with _errors(debug):
-        if not all(part.strip().isdigit() for part in batches.split(",")):
+        if not all(part.strip().isdecimal() for part in batches.split(",")):
             raise UsageError(f"--batches {batches!r}", "Write sizes with commas between them: 1,4,16")
         sizes = [int(part) for part in batches.split(",")]
         if onnx is None:

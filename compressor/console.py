@@ -63,9 +63,8 @@ class Ticker:
             self._last = now
             left = (now - began) / progress.done * (progress.total - progress.done) if progress.done else 0.0
             remaining = f", {left:.0f} s left" if left >= 1 else ""
-            self._console.print(
-                f"{stage} {progress.done}/{progress.total}{remaining}  {note}", highlight=False, markup=False
-            )
+            line = f"{stage} {progress.done}/{progress.total}{remaining}  {note}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def rows_table(report: Mapping[str, Any]) -> Table:
@@ -75,10 +74,13 @@ def rows_table(report: Mapping[str, Any]) -> Table:
     metric = report["metric"]["name"] if report["metric"] else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
     table = Table(
-        *columns, "latency", "fine-tuning", title=printable(f"{report['model']}, {report['pattern'] or 'dense'}")
+        *columns,
+        "latency",
+        "fine-tuning",
+        title=escape(printable(f"{report['model']}, {report['pattern'] or 'dense'}")),
     )
     for row in report["rows"]:
-        cells = [printable(row["name"])]
+        cells = [escape(printable(row["name"]))]
         if metric:
             entry = row["quality"][0] if row["quality"] else None
             cells.append(f"{entry['value']:.2f}" if entry else "—")

@@ -1,12 +1,12 @@
-"""Removed structure, as data: which entries of each tensor were kept, and what the modules must know of it.
+"""Removed structure, as data: which entries of each tensor were kept, what the modules must know of it, and which went.
 
-A method that removes channels says so with a `Surgery`; the engine carries it out, a saved model stores it as JSON, and
+A method that removes channels or blocks says so with a `Surgery`; the engine carries it out, a saved model stores it as JSON, and
 loading carries it out again on a model of the original shape. It can only make tensors smaller and numbers lower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -28,10 +28,12 @@ class Surgery:
     `kept`: for each tensor of the model's state that gets smaller, by name and by dim, the entries that stay, ascending.
     `numbers`: for each module, by name, the whole numbers (or tuples of them) that it remembers about its shape, as they
     are afterwards: `{"conv1": {"out_channels": 24}}`.
+    `removed`: modules, by name, each of which becomes a `Bypass`; nothing inside them is kept or numbered.
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> None:
         """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
@@ -52,6 +54,8 @@ class Surgery:
         for name, numbers in self.numbers.items():
             for attribute, number in numbers.items():
                 setattr(modules[name], attribute, number)
+        for name in self.removed:
+            model.set_submodule(name, Bypass())
         before = surgery_of(model)
         vars(model)[_MEMORY] = self if before is None else self._after(before)
 
@@ -65,7 +69,12 @@ class Surgery:
         numbers = {name: dict(own) for name, own in first.numbers.items()}
         for name, own in self.numbers.items():
             numbers.setdefault(name, {}).update(own)
-        return Surgery(kept, numbers)
+        gone = (*first.removed, *self.removed)
+        return Surgery(
+            {name: dims for name, dims in kept.items() if not _inside(name, gone)},
+            {name: own for name, own in numbers.items() if not _inside(name, gone)},
+            tuple(name for name in gone if not _inside(name, set(gone) - {name})),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of `surgery.json`."""
@@ -74,7 +83,8 @@ class Surgery:
             name: {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
             for name, own in self.numbers.items()
         }
-        return {"schema_version": 1, "kept": kept, "numbers": numbers}
+        removed = {"removed": list(self.removed)} if self.removed else {}
+        return {"schema_version": 1, "kept": kept, "numbers": numbers, **removed}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> Self:
@@ -87,7 +97,7 @@ class Surgery:
             name: {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
             for name, own in found.numbers.items()
         }
-        return cls(kept, numbers)
+        return cls(kept, numbers, tuple(found.removed))
 
     def _check(self, model: nn.Module) -> None:
         state, tied, modules = model.state_dict(keep_vars=True), ties(model), dict(model.named_modules())
@@ -101,6 +111,13 @@ class Surgery:
                 ascending = all(a < b for a, b in pairwise(some))
                 if dim >= len(shape) or not some or not ascending or some[0] < 0 or some[-1] >= shape[dim]:
                     raise CompressorError(f"surgery: {name} is {shape}: dim {dim} cannot keep {_shown(some)}", _HINT)
+        for name in self.removed:
+            gone = name not in modules or isinstance(modules[name], Bypass) or self.removed.count(name) > 1
+            if not name or gone:
+                raise CompressorError(f"surgery: the model has no module {name!r} to remove", _HINT)
+        for name in (*self.kept, *self.numbers, *self.removed):
+            if _inside(name, set(self.removed) - {name}):
+                raise CompressorError(f"surgery: {name} is inside of what is removed", _HINT)
         for name, numbers in self.numbers.items():
             for attribute, new in numbers.items():
                 old = vars(modules[name]).get(attribute) if name in modules else None
@@ -108,6 +125,13 @@ class Surgery:
                     raise CompressorError(
                         f"surgery: {name}.{attribute} is {old!r} and cannot become {str(new)[:40]}", _HINT
                     )
+
+
+class Bypass(nn.Module):
+    """What is left of a removed module: its first argument, whatever else it is given."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return inputs[0] if inputs else next(iter(named.values()))
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:
@@ -126,6 +150,12 @@ class _File(BaseModel):
     schema_version: Literal[1]
     kept: dict[str, dict[Literal["0", "1", "2", "3", "4"], list[int]]]
     numbers: dict[str, dict[str, int | list[int]]]
+    removed: list[str] = []
+
+
+def _inside(name: str, modules: Collection[str]) -> bool:
+    """Whether `name` is one of `modules` or of their parts."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _lowers(old: Any, new: int | tuple[int, ...]) -> bool:

@@ -88,6 +88,12 @@ def content(**changes):
         {"numbers": {"": {"_modules": 1}}},
         {"numbers": {"nowhere": {"out_features": 1}}},
         {"extra": 1},
+        {"removed": ["nowhere"]},
+        {"removed": [""]},
+        {"removed": ["0"]},
+        {"removed": ["1", "1"]},
+        {"removed": "1"},
+        {"removed": [1]},
     ],
 )
 def test_hostile_content_is_refused_and_changes_nothing(bad, model):
@@ -104,6 +110,28 @@ def test_shared_tensors_are_refused(model):
     tied[1].weight = tied[0].weight
     with pytest.raises(CompressorError, match="shared"):
         Surgery({"0.weight": {0: (0,)}}).apply(tied)
+
+
+def test_a_removed_module_hands_on_its_first_argument(model, tmp_path):
+    model.append(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    shorter = copy.deepcopy(model)
+    Surgery(removed=("3",)).apply(shorter)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(shorter(x), model[:3](x))
+    assert not any(name.startswith("3.") for name, _ in shorter.named_parameters())
+    compressor.save(tmp_path / "saved", shorter, {})
+    again = compressor.load(tmp_path / "saved", model=copy.deepcopy(model))
+    torch.testing.assert_close(again(x), shorter(x))
+    assert surgery_of(again) == Surgery(removed=("3",))
+
+
+def test_what_is_removed_takes_along_what_was_said_of_it(model):
+    NARROWER.apply(model)
+    Surgery(removed=("1",)).apply(model)
+    Surgery(removed=("0",)).apply(model)
+    found = surgery_of(model)
+    assert found == Surgery({"2.weight": {1: (1, 4, 9)}}, {"2": {"in_features": 3}}, ("1", "0"))
+    assert Surgery.from_json(json.loads(json.dumps(found.to_json())), "here") == found
 
 
 def test_a_changed_surgery_file_is_found(model, tmp_path):

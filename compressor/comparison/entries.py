@@ -101,9 +101,13 @@ def planned(
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     entries: dict[str, dict[str, Any]] = {}
+    folders: dict[str, str] = {}
     for label, settings in _named(methods, configs, preset, common):
         if label in entries:
             raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
+        other = folders.setdefault(file_name(label).casefold(), label)
+        if other != label:
+            raise UsageError(f"{label!r} and {other!r} would be kept in one folder", "Rename one of the recipe files.")
         entries[label] = settings
     if not entries:
         entries = dict(_named(METHODS, (), None, common))
@@ -193,7 +197,8 @@ def _matched(
     if match == "none" or not free or masked is None:
         return {}
     if match == "density":
-        return {label: {"density": float(masked.pruner.pattern.density)} for label in free}
+        density = float(masked.pruner.pattern.density)
+        return {label: {"density" if hasattr(loaded[label].pruner, "density") else "macs": density} for label in free}
     if match == "macs":
         return {label: {"macs": round(_effective(masked), 4)} for label in free}
     from compressor.comparison.latency import macs_of_equal_latency

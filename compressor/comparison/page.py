@@ -15,7 +15,7 @@ from compressor.comparison import words
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
 from compressor.comparison.worker import ROW, RUN
-from compressor.report import charts, data_uri, environment_of, read_metrics, resource
+from compressor.report import charts, data_uri, environment_of, read_metrics, report_of, resource
 
 _LAST = ("latency_ms", "latency_backend", "steps", "seconds", "lr", "weights_sha256")
 _COSTS = ("params", "nonzero_params", "size_bytes", "macs_dense", "macs_effective", "density")
@@ -120,7 +120,7 @@ def _entry(label: str, own: Sequence[tuple[Cell, Path]], latency: list[dict[str,
     return {
         "label": label,
         "method": recipe.method if recipe.pruner is None else recipe.pruner,
-        "pattern": first["row"]["name"] and _pattern(first),
+        "pattern": _pattern(first),
         "settings": dict(recipe.settings),
         "recipe_train": recipe.train.model_dump(mode="json"),
         "quality": summary(scores) if scores else None,
@@ -140,8 +140,20 @@ def _pattern(content: Mapping[str, Any]) -> str | None:
 
 
 def render(out: Path) -> None:
-    """Write report.md, report.csv and report.html from report.json, metrics and samples. The same files give the same bytes."""
-    report = artifact.read_json(out / "report.json")
+    """Write report.md, report.csv and report.html from report.json, metrics and samples. The same files give the same bytes.
+
+    Raises CompressorError where report.json is missing or not a comparison's.
+    """
+    path = out / "report.json"
+    report = artifact.read_json(path)
+    with report_of(path):
+        pages = _pages(report, out)
+    for name, page in pages.items():
+        artifact.write_text(out / name, page)
+
+
+def _pages(report: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """Every page by its file's name."""
     shown = {
         "report": report,
         "headline": words.headline(report),
@@ -163,9 +175,7 @@ def render(out: Path) -> None:
         css=Markup(resource("style.css")),
     )
     markdown = text.render(**shown, pictures={label: path.relative_to(out).as_posix() for label, path in found.items()})
-    artifact.write_text(out / "report.csv", _csv(report))
-    artifact.write_text(out / "report.md", markdown + "\n")
-    artifact.write_text(out / "report.html", html + "\n")
+    return {"report.csv": _csv(report), "report.md": markdown + "\n", "report.html": html + "\n"}
 
 
 def _charts(report: Mapping[str, Any], out: Path) -> list[tuple[str, str, str]]:

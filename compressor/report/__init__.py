@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,19 @@ def render(run: str | Path) -> None:
     if lost := [key for key in schema()["required"] if key not in report]:
         raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
     steps = read_metrics(run / "metrics.jsonl")
-    try:
+    with report_of(path):
         page, text = _written(run, report, steps)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        raise CompressorError(f"{path}: not a report: {error!r}", "Run the recipe again.") from error
     artifact.write_text(run / "report.md", text)
     artifact.write_text(run / "report.html", page)  # last: with it, a run is finished
+
+
+@contextmanager
+def report_of(path: Path) -> Iterator[None]:
+    """What cannot be rendered is a CompressorError that names the report at `path`."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        raise CompressorError(f"{path}: not a report: {error!r}", "Run the same command again.") from error
 
 
 def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) -> tuple[str, str]:
