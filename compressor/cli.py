@@ -712,8 +712,16 @@ def _errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         message = f"unexpected {type(error).__name__}: {error}"
         raise CompressorError(message, "Run again with --debug for the traceback, and please report it.") from error
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether a Ctrl-C is behind it: some libraries raise an error of their own for everything that ends their work."""
+    behind = error.__cause__ or error.__context__
+    return behind is not None and (isinstance(behind, KeyboardInterrupt) or _interrupted(behind))
 
 
 def _complain(error: CompressorError) -> int:

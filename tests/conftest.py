@@ -21,6 +21,7 @@ from compressor import Adapter
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are
 
 
 class TinyAdapter(Adapter):

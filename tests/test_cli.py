@@ -462,6 +462,18 @@ def test_an_error_that_nobody_foresaw_is_one_line(cli, monkeypatch):
     assert "--debug" in outcome.err
 
 
+def test_ctrl_c_in_a_library_that_wraps_it_is_ctrl_c(cli, monkeypatch):
+    def wrapping(kind):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("export failed") from error
+
+    monkeypatch.setattr("compressor.registry.listing", wrapping)
+    outcome = cli("list", "pruners")
+    assert (outcome.code, outcome.err.strip()) == (130, "stopped")
+
+
 @pytest.mark.parametrize("arguments", [("--version",), ("-h",), ("run", "--help")])
 def test_help_and_version_are_results(cli, arguments):
     outcome = cli(*arguments)

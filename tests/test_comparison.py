@@ -279,6 +279,21 @@ def test_methods_on_different_weights_or_data_are_no_comparison(cli, tmp_path):
     assert outcome.code == 2 and "have different weights" in outcome.err
 
 
+def test_two_labels_never_share_a_folder(cli, tmp_path):
+    for name in ("4 of 8.yaml", "4_of_8.yaml"):
+        (tmp_path / name).write_text("method: sparsedm\n", encoding="utf-8")
+    configs = [part for name in ("4 of 8.yaml", "4_of_8.yaml") for part in ("--config", tmp_path / name)]
+    outcome = cli("compare", *configs, "--out", tmp_path / "out")
+    assert outcome.code == 2 and "'4_of_8' and '4 of 8' would be kept in one folder" in outcome.err
+
+
+def test_a_damaged_comparison_is_named(cli, tmp_path):
+    (tmp_path / "report.json").write_text('{"kind": "comparison"}', encoding="utf-8")
+    outcome = cli("report", tmp_path)
+    assert outcome.code == 1 and f"{tmp_path / 'report.json'}: not a report" in outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
     for overwrite in (False, True):
@@ -296,8 +311,9 @@ def test_every_preset_can_be_planned():
 
 
 def test_density_and_latency_can_be_matched(monkeypatch):
-    wanted = comparison.planned(["sparsedm", "structured"], [], None, {"pattern": "1:4"}, match="density")
+    wanted = comparison.planned(["sparsedm", "structured", "depth"], [], None, {"pattern": "1:4"}, match="density")
     assert wanted.recipes["structured"].settings == {"density": 0.25}
+    assert wanted.recipes["depth"].settings == {"macs": 0.25}  # of the blocks, as it were
     assert comparison.planned(["structured"], [], None, {}, match="none").matched == {}
     seen = []
     monkeypatch.setattr(
