@@ -1,24 +1,14 @@
-"""The conformance suite: every registered pruner passes it, and broken ones are caught for what is wrong with them."""
+"""The conformance suite catches broken pruners, for what is wrong with them."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from compressor import NM, CompressorError, Mask, Pattern, Pruner, registry
+from compressor import NM, CompressorError, Mask, Pattern, Pruner
 from compressor.testing import CHECKS, check_pruner, families, findings
-
-
-@pytest.mark.parametrize("method", [name for name in registry.names("pruners") if name != "nni"])  # tests/test_nni.py
-def test_every_registered_pruner_keeps_its_promises(method):
-    began = time.monotonic()
-    found = list(findings(registry.pruner_class(method)))
-    assert [finding for finding in found if finding.fault is not None] == []
-    assert len(found) == 3 * len(CHECKS)
-    assert time.monotonic() - began < 240  # under a minute on a machine that does nothing else
 
 
 @dataclass(frozen=True)

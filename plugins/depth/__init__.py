@@ -88,7 +88,7 @@ class Depth(Pruner):
                 break  # without it, the share is farther from what is wanted
             gone += (chosen,)
             too_many -= saved[chosen]
-        if abs(too_many) > 0.15 * whole:
+        if too_many > 0.15 * whole and not left:
             raise CompressorError(
                 f"depth: {self.macs:.0%} of the multiply-accumulates cannot be reached, only {self.macs + too_many / whole:.0%}",
                 "What is no block stays as it is. Choose a larger macs.",
