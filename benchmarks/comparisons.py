@@ -17,12 +17,17 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
+_RECIPES = ("sparsedm-best", "sparsedm-V4", "best-V4", "sparsedm-V4-clustered", "sparsedm-V2", "structured-68")
 RUNS = {
     "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
-    "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 5),
+    "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
     "ablation-uvit": ("--preset sparsedm-ablation --model uvit-digits --steps 200 --sampler-steps 25", 3),
     "ablation-ddpm": ("--preset sparsedm-ablation --model ddpm-digits --steps 200 --sampler-steps 25", 3),
-    "baselines-uvit": ("--methods magnitude,structured,wanda,obs,sparsedm --model uvit-digits --steps 100", 2),
+    "methods-uvit": (
+        "--methods dense-continued,magnitude,structured,depth,wanda,obs,sr-ste,sparsedm --model uvit-digits --steps 600 "
+        + " ".join(f"--config benchmarks/recipes/{name}.yaml" for name in _RECIPES),
+        3,
+    ),
 }
 """Name: options of `compressor compare`, and seeds."""
 
@@ -60,10 +65,10 @@ def main(only: tuple[str, ...], workers: int, folder: Path) -> None:
     for name, (options, seeds) in RUNS.items():
         if only and name not in only:
             continue
-        out = folder / name
+        out = folder.absolute() / name
         if not (out / "report.json").is_file():
             command = [sys.executable, "-m", "compressor.cli", "compare", *options.split(), "--seeds", str(seeds)]
-            subprocess.run([*command, "--workers", str(workers), "--out", str(out)], check=True)
+            subprocess.run([*command, "--workers", str(workers), "--out", str(out)], cwd=ROOT, check=True)
         found = slim(json.loads((out / "report.json").read_text(encoding="utf-8")))
         path = ROOT / "benchmarks" / "results" / f"comparison_{name}.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

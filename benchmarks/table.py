@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,37 +15,6 @@ from compressor.comparison.statistics import summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {"dense": "dense (as bundled)", "one-shot": "one-shot 2:4, no training"}
-
-
-def methods(result: dict[str, Any]) -> str:
-    """The Markdown table, with a sentence on how it was made."""
-    train, judged = result["train"], result["evaluate"]
-    lines = ["| method | fd-digits, mean | 95% interval | prediction error | seeds |", "|---|---:|---:|---:|---:|"]
-    for method, entry in result["methods"].items():
-        cells = [cell for cell in result["cells"].values() if cell["method"] == method]
-        # One cell has no spread over seeds of training: its interval is that of drawing samples, and marked so.
-        low, high = entry["ci95"] or cells[0]["quality"]["ci95"]
-        mark = "" if entry["ci95"] else " *"
-        error = mean(cell["prediction_error"] for cell in cells)
-        name = NAMES.get(method, method)
-        lines.append(f"| {name} | {entry['mean']:.2f} | {low:.2f} to {high:.2f}{mark} | {error:.2%} | {entry['n']} |")
-    floor = result["metric"]["floor"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"`uvit-digits`, {result['pattern']} on every block's linears, {train['steps']:,} steps of batch "
-            f"{train['batch_size']} at lr {train['lr']:g} for every trained row; {judged['samples']:,} samples, "
-            f"{judged['sampler_steps']} DPM-Solver++ steps, the same noise for all. Lower is better; real against real images "
-            f"({floor['samples']} each) is {floor['value']:.2f}. Intervals are Student's t over seeds (* : bootstrap over "
-            "samples). Prediction error is the mean square difference from the dense model's noise prediction, relative. "
-            f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/methods_digits.py`, by "
-            "`benchmarks/table.py`.",
-        ]
-    )
-
-
 _MODELS = {"uvit-s2": "U-ViT-S/2, 32x32", "ddpm-cifar10": "DDPM UNet, CIFAR-10"}
 
 
@@ -118,38 +88,38 @@ def onnx(result: dict[str, Any]) -> str:
     )
 
 
-def clustering(result: dict[str, Any]) -> str:
-    """What clustered rows keep, and what it brings after fine-tuning."""
+def clustering(result: dict[str, Any], compared: dict[str, Any]) -> str:
+    """What clustered rows keep, and what is left of the difference after fine-tuning."""
     lines = [
         "| pattern | energy kept, `uvit-digits` | energy kept, Gaussian 2048x512 | fd-digits after fine-tuning | seeds |",
         "|---|---:|---:|---:|---:|",
     ]
+    tuned = {entry["pattern"]: entry for entry in compared["entries"] if entry["settings"] == {}}
     for pattern, kept in result["energy_kept"].items():
-        tuned = result["fd-digits"].get(pattern)
-        value = "—" if tuned is None else f"{tuned['mean']:.2f}"
-        if tuned and tuned["ci95"]:
-            value += " [{:.2f}, {:.2f}]".format(*tuned["ci95"])
+        found = tuned[pattern]["quality"] if pattern in tuned else None
+        value = "—" if found is None else f"{found['mean']:.2f} [{_range(found['ci95'])}]"
         gaussian = result["energy_kept_gaussian_2048x512"][pattern]
-        lines.append(f"| {pattern} | {kept:.3f} | {gaussian:.3f} | {value} | {tuned['n'] if tuned else '—'} |")
+        lines.append(f"| {pattern} | {kept:.3f} | {gaussian:.3f} | {value} | {found['n'] if found else '—'} |")
+    steps, machine = compared["entries"][0]["recipe_train"]["steps"], compared["environment"]
     return "\n".join(
         [
             *lines,
             "",
             "Energy: the share of the sum of squares that magnitude masks keep. Lower fd-digits is better; intervals "
-            f"are Student's t over seeds; {result['steps']:,} steps of `sparsedm` each. {result['hardware']}. "
-            "From `benchmarks/clustering.py`.",
+            f"are Student's t over seeds; {steps:,} steps of `sparsedm` each. {machine['hardware']}. "
+            "From `benchmarks/clustering.py` and `benchmarks/comparisons.py`.",
         ]
     )
 
 
 def comparison(result: dict[str, Any]) -> str:
     """One line per entry of a comparison."""
-    metric = result["metric"]["name"]
+    metric, floor = result["metric"]["name"], result["metric"]["floor"]
     dense = result["dense"]
     lines = [
-        f"| entry | {metric}, mean | 95% interval | one-shot | prediction error | effective MACs | n |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        f"| dense, as given | {dense['quality'][0]['value']:.2f} | {_range(dense['quality'][0]['ci95'])} * | — | — | 100% | — |",
+        f"| entry | pattern | {metric}, mean | 95% interval | one-shot | prediction error | effective MACs | n |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| dense, as given | — | {dense['quality'][0]['value']:.2f} | {_range(dense['quality'][0]['ci95'])} * | — | — | 100% | — |",
     ]
     for entry in result["entries"]:
         quality = entry["quality"]
@@ -159,7 +129,7 @@ def comparison(result: dict[str, Any]) -> str:
             else f"{entry['one_shot']:.1f}"
         )
         lines.append(
-            f"| {entry['label']} | {quality['mean']:.2f} | {_range(quality['ci95'])} | {bare} "
+            f"| {entry['label']} | {entry['pattern'] or '—'} | {quality['mean']:.2f} | {_range(quality['ci95'])} | {bare} "
             f"| {entry['drift']['prediction_error']['mean']:.3%} | {entry['macs_effective'] / dense['macs_dense']:.0%} "
             f"| {quality['n']} |"
         )
@@ -170,7 +140,8 @@ def comparison(result: dict[str, Any]) -> str:
             "",
             f"`{result['model']}`; {train['steps']:,} steps of batch {train['batch_size']} at lr {train['lr']:g} for every entry, "
             f"seeds {result['seeds'][0]} to {result['seeds'][-1]}; {judged['samples']:,} samples from the same noise, "
-            f"{result['sampler']}, {judged['sampler_steps']} steps. Lower is better; intervals are Student's t over seeds "
+            f"{result['sampler']}, {judged['sampler_steps']} steps. Lower is better; real against real images "
+            f"({floor['samples']} each) is {floor['value']:.2f}; intervals are Student's t over seeds "
             f"(* : bootstrap over samples); one-shot is without fine-tuning. {machine['hardware']}; "
             f"torch {machine['versions']['torch']}. "
             "From `benchmarks/comparisons.py`.",
@@ -193,35 +164,58 @@ QUESTIONS = (
     ("4:2:4 (against 2:4)", "4:2:4", "paper"),
 )
 """What is asked, the entry that has it, and the one that has not."""
+ROWS = (
+    ("2:2:4 (against 2:4)", "sparsedm-V2", "sparsedm"),
+    ("4:2:4 (against 2:4)", "sparsedm-V4", "sparsedm"),
+    ("4c:2:4, clustered rows (against 4:2:4)", "sparsedm-V4-clustered", "sparsedm-V4"),
+    ("the preset `best` at 2:4 (against `paper`)", "sparsedm-best", "sparsedm"),
+    ("the preset `best` at 4:2:4 (against `paper`)", "best-V4", "sparsedm-V4"),
+    ("the preset `best` at 4:2:4 (against `paper` at 2:4)", "best-V4", "sparsedm"),
+    ("structured with 68% of the MACs, as fast (against 4:2:4)", "structured-68", "sparsedm-V4"),
+)
+"""The same for rows that share a choice."""
 
 
-def effects(result: dict[str, Any]) -> str:
-    """The paired difference that each part makes, below zero where it helps."""
-    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
-    lines = [f"| what | change of {result['metric']['name']} | 95% interval | so | n |", "|---|---:|---:|---|---:|"]
-    for what, having, lacking in QUESTIONS:
-        if having not in values or lacking not in values:
+def rows(result: dict[str, Any]) -> str:
+    """What it costs that rows share a choice."""
+    return effects(result, ROWS)
+
+
+def effects(result: dict[str, Any], questions: Sequence[tuple[str, str, str]] = QUESTIONS) -> str:
+    """The paired differences that each part makes, below zero where it helps."""
+    metric = result["metric"]["name"]
+    lines = [f"| what | change of {metric} | | change of the prediction error | | n |", "|---|---:|---|---:|---|---:|"]
+    by_label = {entry["label"]: {cell["seed"]: cell for cell in entry["cells"]} for entry in result["entries"]}
+    for what, having, lacking in questions:
+        if having not in by_label or lacking not in by_label:
             continue
-        seeds = sorted(values[having].keys() & values[lacking].keys())
-        found = summary([values[having][seed] - values[lacking][seed] for seed in seeds])
-        interval = found["ci95"]
-        said = (
-            "one seed"
-            if interval is None
-            else "helps"
-            if interval[1] < 0
-            else "hurts"
-            if interval[0] > 0
-            else "not told apart"
+        seeds = sorted(by_label[having].keys() & by_label[lacking].keys())
+        pairs = [(by_label[having][seed], by_label[lacking][seed]) for seed in seeds]
+        quality = summary([a["value"] - b["value"] for a, b in pairs])
+        error = summary([a["drift"]["prediction_error"] - b["drift"]["prediction_error"] for a, b in pairs])
+        lines.append(
+            f"| {what} | {_signed(quality, '+.2f')} | {_said(quality)} | {_signed(error, '+.3%')} | {_said(error)} | {len(seeds)} |"
         )
-        lines.append(f"| {what} | {found['mean']:+.2f} | {_range(interval)} | {said} | {found['n']} |")
     return "\n".join(
         [
             *lines,
             "",
-            "Paired by seed; each interval holds with 95% by itself, so of a dozen one may be wrong half of the time.",
+            "Means and 95% intervals of the differences, paired by seed. Each interval holds by itself: of twenty, "
+            "about one is wrong.",
         ]
     )
+
+
+def _signed(found: dict[str, Any], form: str) -> str:
+    interval = "" if found["ci95"] is None else f" [{found['ci95'][0]:{form}}, {found['ci95'][1]:{form}}]"
+    return f"{found['mean']:{form}}{interval}"
+
+
+def _said(found: dict[str, Any]) -> str:
+    if found["ci95"] is None:
+        return "one seed"
+    low, high = found["ci95"]
+    return "helps" if high < 0 else "hurts" if low > 0 else "not told apart"
 
 
 def gap(result: dict[str, Any]) -> str:
@@ -235,10 +229,14 @@ def gap(result: dict[str, Any]) -> str:
     whole = mean(values["paper"].values()) - dense
     low, high = found["ci95"]
     steps, paper = result["entries"][0]["recipe_train"]["steps"], mean(values["paper"].values())
+    later = ""
+    if len(seeds) > 5:  # added after the first five were looked at
+        rest = summary([values["paper"][seed] - values["best"][seed] for seed in seeds[5:]])
+        later = f" Seeds {seeds[5]} to {seeds[-1]} alone: by {rest['mean']:.2f} [{rest['ci95'][0]:.2f}, {rest['ci95'][1]:.2f}]."
     return (
         f"`{result['model']}`, {len(seeds)} seeds, {steps} steps: `paper` {paper:.2f}, `best` {mean(values['best'].values()):.2f}, "
         f"dense {dense:.2f}. `best` is better by {found['mean']:.2f} [{low:.2f}, {high:.2f}], which is "
-        f"{found['mean'] / whole:.0%} [{low / whole:.0%}, {high / whole:.0%}] of the gap. Its prediction error is lower by "
+        f"{found['mean'] / whole:.0%} [{low / whole:.0%}, {high / whole:.0%}] of the gap.{later} Its prediction error is lower by "
         f"{errors['mean']:.3%} [{errors['ci95'][0]:.3%}, {errors['ci95'][1]:.3%}] of {mean(drift['paper'].values()):.3%}."
     )
 
@@ -302,21 +300,25 @@ def _range(interval: list[float] | None) -> str:
 
 
 TABLES = (
-    ("README.md", "methods", "methods_digits.json", methods),
+    ("README.md", "methods", "comparison_methods-uvit.json", comparison),
     ("README.md", "lowering", "lowering_cpu.json", short_lowering),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
-    ("docs/lowering.md", "clustering", "clustering.json", clustering),
+    ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),
     ("docs/results.md", "gap-ddpm", "comparison_best-ddpm.json", gap),
     ("docs/results.md", "best-uvit", "comparison_best-uvit.json", comparison),
     ("docs/results.md", "best-ddpm", "comparison_best-ddpm.json", comparison),
+    ("docs/results.md", "effects-uvit", "comparison_ablation-uvit.json", effects),
+    ("docs/results.md", "effects-ddpm", "comparison_ablation-ddpm.json", effects),
+    ("docs/results.md", "ablation-uvit", "comparison_ablation-uvit.json", comparison),
+    ("docs/results.md", "ablation-ddpm", "comparison_ablation-ddpm.json", comparison),
     ("docs/results.md", "by-steps", "comparison_best-uvit.json", by_steps),
-    ("docs/results.md", "baselines", "comparison_baselines-uvit.json", comparison),
+    ("docs/results.md", "rows", "comparison_methods-uvit.json", rows),
     ("docs/results.md", "structured", "structured.json", structured),
     ("docs/results.md", "trials", "sparsedm_trials.json", trials),
 )
-"""Page, marker, file of results, and how the table is written."""
+"""Page, marker, files of results, and how the table is written."""
 
 
 def replaced(page: str, marker: str, new: str) -> str:
@@ -326,8 +328,8 @@ def replaced(page: str, marker: str, new: str) -> str:
 
 
 def written(results: str, make: Any) -> str:
-    """The table of a file of results."""
-    text: str = make(json.loads((RESULTS / results).read_text(encoding="utf-8")))
+    """The table of files of results, named with spaces between them."""
+    text: str = make(*(json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in results.split()))
     return text
 
 
