@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from itertools import chain, cycle
+from itertools import chain, cycle, repeat
 from typing import Any, ParamSpec
 
 _FIRST = "#6b7280"
@@ -58,17 +58,17 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
     With `many` lines, the means alone, over a tenth, and the names below.
     """
     figure, axes = _figure(label, (4.0, 2.6))
-    for (name, values), colour in zip(lines, cycle(_COLOURS), strict=False):
+    for (name, values), (colour, dashes, _) in zip(lines, _looks(), strict=False):
         if not values:  # a line that is not there keeps its colour
             continue
         at = list(range(1, len(values) + 1))
         window = max(1, len(values) // (10 if many else 50))
         if not many:
             axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(at, _running_mean(values, window), color=colour, linewidth=1.6, label=name)
+        axes.plot(at, _running_mean(values, window), dashes, color=colour, linewidth=1.6, label=name)
     axes.set_xlabel("optimizer step")
     if not any(value <= 0 for _, values in lines for value in values) and len(lines) > 1:
-        axes.set_yscale("log")
+        _logarithmic(axes)
     if many:
         _legend_below(figure, axes)
     elif len(lines) > 1:
@@ -80,10 +80,10 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
 def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], across: str, label: str) -> str:
     """An SVG of named lines (horizontal values, vertical values); the vertical axis is logarithmic where that is possible."""
     figure, axes = _figure(label, (4.0, 2.9))
-    for (name, at, values), colour in zip(lines, cycle(_COLOURS), strict=False):
-        axes.plot(at, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
+    for (name, at, values), (colour, dashes, marker) in zip(lines, _looks(), strict=False):
+        axes.plot(at, values, dashes, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=name)
     if all(value > 0 for _, _, values in lines for value in values):
-        axes.set_yscale("log")
+        _logarithmic(axes)
     axes.set_xlabel(across)
     _legend_below(figure, axes)
     return _svg(figure, across + label)
@@ -97,16 +97,16 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
     """
     figure, axes = _figure(label, (4.0, 3.1))
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
-    for (name, x, y, interval), colour in zip(points, chain([_FIRST], cycle(_COLOURS)), strict=False):
+    for (name, x, y, interval), (colour, _, marker) in zip(points, chain([(_FIRST, "-", "o")], _looks()), strict=False):
         beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
-        axes.plot([x], [y], "o", color=colour, markersize=6, label=name)
+        axes.plot([x], [y], marker, color=colour, markersize=6, label=name)
         if not beaten:
             axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.1)
         if interval is not None:
             axes.plot([x, x], list(interval), color=colour, linewidth=1.1, alpha=0.7)
     heights = [y for _, _, y, _ in points]
     if min(heights) > 0 and max(heights) > 5 * min(heights):
-        axes.set_yscale("log")
+        _logarithmic(axes)
     shown = [v for _, _, y, interval in points for v in ((y,) if interval is None else (y, *interval)) if v > 0]
     if shown and min(heights) > 0:  # a wide interval of two seeds shall not squeeze the points
         axes.set_ylim(max(min(shown), min(heights) / 2) * 0.9, min(max(shown), max(heights) * 2) * 1.1)
@@ -114,6 +114,24 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
     axes.set_xlabel(across)
     _legend_below(figure, axes)
     return _svg(figure, across + label)
+
+
+def _looks() -> Iterator[tuple[str, str, str]]:
+    """(colour, line style, marker), endlessly: where the colours begin again, lines are dashed and markers square."""
+    solid, dashed = (zip(_COLOURS, repeat(line), repeat(marker)) for line, marker in (("-", "o"), ("--", "s")))
+    return cycle(chain(solid, dashed))
+
+
+def _logarithmic(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 5, 7)))
+    axes.yaxis.set_minor_formatter(plain if high < 200 * low else NullFormatter())
 
 
 def _figure(label: str, size: tuple[float, float]) -> tuple[Any, Any]:
