@@ -47,7 +47,7 @@ def observe(
     layers: Mapping[str, nn.Module],
     take: Callable[[str, Tensor, float], None],
 ) -> None:
-    """Call `take(name, columns, weight)` with what each of `layers` multiplies, at every visit.
+    """Call `take(name, columns, weight)` with what the weight of each of `layers` multiplies, at every visit.
 
     `columns` (positions, in x kernel) has, for every place where the weight is applied, the numbers it is applied to, in the
     order of `matrix(weight)`.
@@ -55,11 +55,20 @@ def observe(
     weight = 1.0
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs: take(name, columns(module, inputs[0].detach()), weight)
+        def see(module: nn.Module, inputs: Any, named: Any) -> None:
+            given = inputs[0] if inputs else named["input"]
+            take(name, columns(module, given.detach()), weight)
+
+        return see
 
     was_training = model.training
     model.eval()
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    names = {(type(module), id(module.weight)): name for name, module in layers.items()}
+    handles = [
+        module.register_forward_pre_hook(hook(names[key]), with_kwargs=True)
+        for module in model.modules()
+        if (key := (type(module), id(getattr(module, "weight", None)))) in names  # also those that share the weight
+    ]
     try:
         for visit in seen:
             weight = visit.weight

@@ -87,6 +87,15 @@ class FineTuning:
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
         self.student = copy.deepcopy(model).to(self.device).train()
+        for name, value in self.student.named_parameters():
+            if value.requires_grad and value.dtype != torch.float32:
+                why = (
+                    "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
+                )
+                raise CompressorError(
+                    f"{name} is {value.dtype}: {why}",
+                    'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+                )
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
@@ -105,11 +114,6 @@ class FineTuning:
         if not self.parameters:
             raise CompressorError(
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
-            )
-        if half := [n for n, p in self.parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]:
-            raise CompressorError(
-                f"{half[0]} is {self.parameters[half[0]].dtype}: small updates would be lost in training",
-                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay

@@ -6,7 +6,7 @@ error into an exit code, and only it prints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -48,6 +48,12 @@ def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(found, names, n=1, cutoff=0.5)
     listing = ", ".join(names) if names else "none"
     return (f"Did you mean {close[0]!r}? " if close else "") + f"Available: {listing}."
+
+
+def one_of(where: str, found: str, allowed: Sequence[str]) -> None:
+    """Refuse a choice that does not exist."""
+    if found not in allowed:
+        raise UsageError(f"{where}: there is no {found!r}", did_you_mean(str(found), allowed))
 
 
 def first_line(error: BaseException) -> str:

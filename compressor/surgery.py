@@ -109,7 +109,7 @@ class Surgery:
             for dim, some in dims.items():
                 shape = tuple(state[name].shape)
                 ascending = all(a < b for a, b in pairwise(some))
-                if dim >= len(shape) or not some or not ascending or some[0] < 0 or some[-1] >= shape[dim]:
+                if not 0 <= dim < len(shape) or not some or not ascending or some[0] < 0 or some[-1] >= shape[dim]:
                     raise CompressorError(f"surgery: {name} is {shape}: dim {dim} cannot keep {_shown(some)}", _HINT)
         for name in self.removed:
             gone = name not in modules or isinstance(modules[name], Bypass) or self.removed.count(name) > 1

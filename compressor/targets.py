@@ -121,6 +121,12 @@ def matches(rule: str, layer: Layer) -> bool:
     )
 
 
+def reached(layer: Layer, targets: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Whether the rules leave `layer` to the method: among the `targets`, where there are any, and not in `ignore`."""
+    targeted = not targets or any(matches(rule, layer) for rule in targets)
+    return targeted and not any(matches(rule, layer) for rule in ignore)
+
+
 def _some_fit(layers: Sequence[Layer], pattern: Pattern) -> None:
     if any(layer.reason is None for layer in layers):
         return

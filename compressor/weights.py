@@ -132,6 +132,11 @@ def sketch(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the very same tensors: its structure can be changed, and the model's stays."""
+    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+
+
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The `untied_state` as tensors of their own on the CPU."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in untied_state(model).items()}

@@ -128,7 +128,7 @@ def test_the_dense_model_teaches():
     assert Depth(teacher_only=True).objective == compressor.Objective(noise=0.0, teacher=1.0)
 
 
-@pytest.mark.parametrize("bad", [{"macs": 0.0}, {"macs": 1.5}, {"timesteps": 0}, {"teacher": -1.0}])
+@pytest.mark.parametrize("bad", [{"macs": 0.0}, {"macs": 1.5}, {"timesteps": 0}, {"teacher": -1.0}, {"score": "l1"}])
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(CompressorError, match=f"depth: {next(iter(bad))}"):
         Depth(**bad)

@@ -337,6 +337,12 @@ def test_the_teacher_stays_the_dense_model(run: Callable[..., FineTuning], model
 # Pruners
 
 
+def test_settings_of_sparsedm_that_mean_nothing_are_refused() -> None:
+    for settings in ({"progressive": True, "fixed": True}, {"start": "OBS"}, {"preset": "Best"}):
+        with pytest.raises(CompressorError, match="sparsedm: "):
+            SparseDM(**settings)  # type: ignore[arg-type]
+
+
 def test_progressive_schedule_reaches_every_pattern_in_equal_phases(run: Callable[..., FineTuning]) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
     tuning = run(SparseDM(progressive=True), model=model, steps=20, warmup=0)
@@ -619,13 +625,23 @@ def test_a_target_that_the_method_leaves_dense_is_listed_with_that_reason(model,
     assert [layer.reason for layer in result.layers] == [None, "left dense by the method"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_in_half_precision_are_refused(model, adapter, samples, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float16, "small updates would be lost"),
+        (torch.bfloat16, "small updates would be lost"),
+        (torch.float64, "only float32 is trained"),
+    ],
+)
+def test_weights_of_another_precision_are_refused_before_the_method_sees_them(model, adapter, samples, dtype, said):
     class Any24(Pruner):
+        def prepare(self, model, adapter, batches):
+            raise AssertionError
+
         def masks(self, weights, progress, previous):
             return {}
 
-    with pytest.raises(CompressorError, match="small updates would be lost"):
+    with pytest.raises(CompressorError, match=said):
         compressor.prune(model.to(dtype), Any24(), adapter=adapter, data=samples, steps=1)
 
 

@@ -201,3 +201,26 @@ def test_an_adapter_that_knows_no_times_draws_its_own(adapter, samples):
     assert torch.equal(
         adapter.noised_at(samples, 0.5, rng)[1], adapter.noised(samples, torch.Generator().manual_seed(0))[1]
     )
+
+
+class Twice(nn.Module):
+    """A weight that two layers have, one of them called with its input's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(input=3 * torch.relu(self.first(x)))
+
+
+def test_a_shared_weight_sees_the_inputs_of_all_its_layers(adapter, samples):
+    torch.manual_seed(0)
+    model = Twice()
+    batches = as_batches(samples, 16, 0)
+    prepared = Wanda(timesteps=1).prepare(model, adapter, batches)
+    (visit,) = visits(adapter, batches, 1)
+    second = 3 * torch.relu(model.first(visit.inputs))
+    expected = torch.cat([visit.inputs, second]).norm(dim=0)
+    torch.testing.assert_close(prepared.norms["first.weight"], expected.detach())

@@ -257,7 +257,118 @@ def test_an_interrupted_run_goes_on_with_the_same_structure(adapter, model, samp
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("bad", [{"macs": 0.0}, {"macs": 1.5}, {"density": 0.0}, {"threshold": 1.0}, {"timesteps": 0}])
+class Attention(nn.Module):
+    """Self-attention over eight tokens of two numbers; the attribute with the number of heads is called `name`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.out = (nn.Linear(a, b) for a, b in ((2, 32), (2, 32), (2, 32), (32, 2)))
+        self.mlp = nn.Sequential(nn.Linear(2, 24), nn.GELU(), nn.Linear(24, 2))
+        setattr(self, name, 4)
+        self.name = name
+
+    def forward(self, x):
+        x = x.view(len(x), 8, 2)
+        q, k, v = (
+            m(x).view(len(x), 8, getattr(self, self.name), -1).transpose(1, 2)
+            for m in (self.to_q, self.to_k, self.to_v)
+        )
+        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return (x + self.out(found) + self.mlp(x)).flatten(1)
+
+
+@pytest.mark.parametrize(("name", "known"), [("heads", True), ("n_heads", False)])
+def test_an_attention_whose_heads_are_not_known_is_left_alone(name, known, adapter):
+    torch.manual_seed(0)
+    found = find_groups(Attention(name), adapter, 1)
+    assert {group.attention for group in found} == ({"", None} if known else {None})
+    assert any(member.name == "mlp.0" for group in found for member in group.members)
+    assert known or not any(member.name == "to_q" for group in found for member in group.members)
+
+
+class Convolutional(nn.Module):
+    """With what models of one's own have: a norm as a function, an arange, a tensor of theirs, an attribute that is no width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.shift = 3, torch.ones(())
+        self.a, self.b, self.c = nn.Conv2d(1, 20, 3, padding=1), nn.Conv2d(20, 24, 3, padding=1), nn.Conv2d(24, 1, 1)
+        self.dropout, self.mlp = (
+            nn.Dropout(0.3),
+            nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(16), nn.Linear(24, 16)),
+        )
+
+    def forward(self, x):
+        image = x.view(-1, 1, 4, 4) + torch.arange(4.0) * self.shift
+        image = self.c(torch.relu(self.b(F.group_norm(self.a(image), 2))))
+        return image.flatten(1)
+
+
+def test_models_of_ones_own(adapter, samples):
+    torch.manual_seed(0)
+    model = Convolutional()
+    assert [group.members[0].name for group in find_groups(model, adapter, 1)] == [
+        "b"
+    ]  # a norm that is no layer sees a
+    result = compressor.prune(
+        model, Structured(density=0.5, multiple=1, timesteps=4), adapter=adapter, data=samples, steps=1
+    )
+    assert (result.model.a.out_channels, result.model.b.out_channels, result.model.channels) == (20, 12, 3)
+
+
+def test_scores_do_not_depend_on_dropout_and_leave_statistics_alone(adapter, samples):
+    class Noisy(nn.Sequential):
+        pass
+
+    torch.manual_seed(0)
+    model = Noisy(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 16), nn.BatchNorm1d(16))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        result = compressor.prune(
+            model,
+            Structured(density=0.5, score="taylor", multiple=1, timesteps=2),
+            adapter=adapter,
+            data=samples,
+            steps=0,
+        )
+        found.append(result.surgery)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(result.model[3].running_mean, torch.zeros(16))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("score", ["magnitude", "taylor", "diff-pruning"])
+def test_numbers_that_are_not_finite_are_refused(score, model, adapter, samples):
+    model[0].weight.data[3] = float("nan")
+    with pytest.raises(CompressorError, match=r"scores of 0\.weight are not finite"):
+        compressor.prune(model, Structured(density=0.5, score=score), adapter=adapter, data=samples, steps=0)
+
+
+def test_frozen_layers_and_those_that_are_no_targets_keep_their_outputs(adapter, samples):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16))
+    pruner = Structured(density=0.5, multiple=1, timesteps=2)
+    targeted = compressor.prune(model, pruner, adapter=adapter, data=samples, steps=0, targets=["2"]).model
+    assert [m.out_features for m in targeted if isinstance(m, nn.Linear)] == [32, 12, 16]
+    model[0].requires_grad_(False)
+    frozen = compressor.prune(model, pruner, adapter=adapter, data=samples, steps=0).model
+    assert [m.out_features for m in frozen if isinstance(m, nn.Linear)] == [32, 12, 16]
+    assert not frozen[0].weight.requires_grad and frozen[2].weight.requires_grad
+    model.requires_grad_(False)
+    with pytest.raises(CompressorError, match="trainable"):
+        compressor.prune(model, pruner, adapter=adapter, data=samples, steps=0)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"macs": 0.0}, {"macs": 1.5}, {"density": 0.0}, {"threshold": 1.0}, {"timesteps": 0}, {"score": "l1"}]
+)
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(CompressorError, match=f"structured: {next(iter(bad))}"):
         Structured(**bad)
+
+
+def test_a_score_that_does_not_exist_is_refused():
+    with pytest.raises(CompressorError, match="structured: score: there is no 'l1'"):
+        Structured(score="l1")

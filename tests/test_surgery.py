@@ -112,6 +112,11 @@ def test_shared_tensors_are_refused(model):
         Surgery({"0.weight": {0: (0,)}}).apply(tied)
 
 
+def test_dims_are_counted_from_the_front(model):
+    with pytest.raises(CompressorError, match="dim -1"):
+        Surgery({"0.weight": {-1: (0,)}}).apply(model)
+
+
 def test_a_removed_module_hands_on_its_first_argument(model, tmp_path):
     model.append(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
     shorter = copy.deepcopy(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter, to_device
 from compressor.calibration import visits
 from compressor.data import Batches
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, one_of
 from compressor.measure import layer_macs
 from compressor.pattern import NM, Mask
 from compressor.pruner import Objective, Pruner
 from compressor.seeds import generator
 from compressor.surgery import Surgery
-from compressor.targets import matches, survey
-from compressor.weights import sketch
+from compressor.targets import reached, survey
+from compressor.weights import twin
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Depth(Pruner):
     argument, and of which nothing is read elsewhere. `score`: `error` removes next whatever adds least to the mean square
     difference from the dense model's predictions, for each multiply-accumulate that it saves; `random` draws. `timesteps`:
     batches that are looked at, one per time. `teacher`: the weight of the dense model's prediction in fine-tuning, beside the
-    noise; `teacher_only`: learn from it alone. A block stays where the run's rules `ignore` name all of its layers.
+    noise; `teacher_only`: learn from it alone. A block stays where the run's rules leave out all of its layers.
 
     Sources: Song et al. 2024, "SLEB" (one block after the other, by the whole model's answer); Kim et al. 2024, "BK-SDM" (blocks
     of a diffusion model, then distillation).
@@ -47,6 +46,7 @@ class Depth(Pruner):
     surgery: Surgery | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        one_of("depth: score", self.score, ("error", "random"))
         if not 0 < self.macs <= 1:
             raise UsageError(f"depth: macs must be above 0 and at most 1, got {self.macs!r}")
         if self.timesteps < 1:
@@ -73,7 +73,7 @@ class Depth(Pruner):
             model.train(was_training)
 
     def _removed(self, model: nn.Module, adapter: Adapter, batches: Batches) -> tuple[str, ...]:
-        whole = layer_macs(sketch(model), adapter)[0]
+        whole = layer_macs(model, adapter)[0]
         saved = find_blocks(model, adapter)
         too_many = (1 - self.macs) * whole
         rng = generator("depth", self.seed)
@@ -112,9 +112,7 @@ class _Error:
 
     @torch.no_grad()
     def _predictions(self, gone: Collection[str]) -> list[Tensor]:
-        held = (*self.model.parameters(), *self.model.buffers())
-        shared = copy.deepcopy(self.model, {id(value): value for value in held})
-        found = without(shared, gone)
+        found = without(twin(self.model), gone)
         return [self.adapter.predict(found, inputs).float() for inputs in self.inputs]
 
 
@@ -139,18 +137,18 @@ def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, int]:
         if isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape:
             alike.add(name)
 
-    tried = sketch(model)
+    tried = twin(model)
     for name, module in tried.named_modules():
         inside = [layer for layer in layers if layer.module_name.startswith(f"{name}.")]
-        ignored = all(any(matches(rule, layer) for rule in adapter.ignore) for layer in inside)
-        if type(module) in listed and len(inside) > 1 and not ignored:
+        free = [layer for layer in inside if reached(layer, adapter.targets, adapter.ignore)]
+        if type(module) in listed and len(inside) > 1 and free:
             module.register_forward_hook(partial(note, name), with_kwargs=True)
     whole = layer_macs(tried, adapter)[0]
     found: dict[str, int] = {}
     for name, _ in model.named_modules():
         if name in alike and not any(name.startswith(f"{other}.") for other in found):
             try:
-                found[name] = whole - layer_macs(without(sketch(model), (name,)), adapter)[0]
+                found[name] = whole - layer_macs(without(twin(model), (name,)), adapter)[0]
             except Exception:  # whatever a model raises that reads a part of this block elsewhere
                 continue
     if not found:

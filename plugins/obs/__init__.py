@@ -141,4 +141,6 @@ def _inverse(hessian: Tensor, damping: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return torch.cholesky_inverse(factor)
-    raise UsageError("obs: the inputs' second moments are not finite", "Check the data, or raise damping.")
+    raise UsageError(
+        "obs: the inputs' second moments cannot be inverted", "Check that the data are finite, or raise damping."
+    )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data import Batches
-from compressor.errors import UsageError
+from compressor.errors import UsageError, one_of
 from compressor.estimator import Estimator
 from compressor.pattern import NM, Mask, Pattern
 from compressor.pruner import Objective, Pruner
@@ -50,7 +50,8 @@ class SparseDM(Pruner):
     learn from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in
     equal shares of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks. `start`: the weights
     that training starts from: the `pretrained` ones, or those that `obs` has updated to make up for what its masks prune.
-    `preset`: `paper` is the published method; `best` sets `start` to `obs` and `teacher_only`, which did better here.
+    `preset`: `paper` is the published method; `best` sets `start` to `obs` and `teacher_only`, whatever they
+    are, which did better here.
     """
 
     pattern: Pattern = NM(2, 4)
@@ -64,6 +65,10 @@ class SparseDM(Pruner):
     preset: Literal["paper", "best"] = "paper"
 
     def __post_init__(self) -> None:
+        one_of("sparsedm: start", self.start, ("pretrained", "obs"))
+        one_of("sparsedm: preset", self.preset, ("paper", "best"))
+        if self.progressive and self.fixed:
+            raise UsageError("sparsedm: progressive masks cannot be fixed", "Leave one of the two out.")
         if self.preset == "best":
             object.__setattr__(self, "start", "obs")
             object.__setattr__(self, "teacher_only", True)

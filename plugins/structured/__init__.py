@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data import Batches
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line, one_of
 from compressor.measure import layer_macs
 from compressor.pattern import Mask
 from compressor.pruner import Pruner
 from compressor.surgery import Surgery
-from compressor.weights import sketch
+from compressor.weights import twin
 
 from .groups import Group, find_groups, removal
 from .scores import channel_scores, entry_scores
@@ -29,9 +29,9 @@ class Structured(Pruner):
 
     `macs`: the share of the model's multiply-accumulates that stays; `density`: where given, the share of the channels
     of every group instead. `score`: `magnitude` (sum of squares), `random`, `taylor` (|w ∂L/∂w|), or `diff-pruning`
-    (the same, summed over the timesteps whose loss is above `threshold` times the largest). `timesteps`: batches that the
-    two latter look at. `multiple`: widths stay multiples of it where they were. The run's rules
-    `ignore` name layers whose outputs stay.
+    (the same, summed over the timesteps from the least noise on, up to the first whose loss is below `threshold` times the
+    largest yet). `timesteps`: batches that the two latter look at. `multiple`: widths stay multiples of it where they were.
+    The outputs of layers that the run's rules leave out stay, and those of frozen layers.
 
     Sources: Fang et al. 2023, "DepGraph" (groups, by torch-pruning) and "Structural Pruning for Diffusion Models" (score).
     """
@@ -46,6 +46,7 @@ class Structured(Pruner):
     surgery: Surgery | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        one_of("structured: score", self.score, ("magnitude", "random", "taylor", "diff-pruning"))
         for name, value in (("macs", self.macs), ("density", self.density)):
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"structured: {name} must be above 0 and at most 1, got {value!r}")
@@ -95,8 +96,8 @@ class Structured(Pruner):
 
 
 def _macs(model: nn.Module, adapter: Adapter, surgery: Surgery) -> int:
-    """Multiply-accumulates of the model after `surgery`, tried on a copy without values."""
-    tried = sketch(model).eval()
+    """Multiply-accumulates of the model after `surgery`, tried on a copy."""
+    tried = twin(model).eval()
     surgery.apply(tried)
     try:
         return layer_macs(tried, adapter)[0]

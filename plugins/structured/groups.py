@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, to_device
 from compressor.errors import CompressorError, first_line
+from compressor.seeds import generator
 from compressor.surgery import Surgery
-from compressor.targets import Layer, matches
-from compressor.weights import sketch, ties
+from compressor.targets import Layer, reached
+from compressor.weights import ties, twin
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUSED = ("qkv", "to_qkv")
@@ -50,8 +53,8 @@ class Group:
 
 
 def find_groups(model: nn.Module, adapter: Adapter, multiple: int) -> list[Group]:
-    """The groups of `model` that can be made narrower: those whose every layer is of a known kind, and without half of
-    which the model still answers in the same shape.
+    """The groups of `model` that can be made narrower: those whose every layer is of a known kind, and without parts of
+    which a copy with random weights answers as it should.
 
     So outputs stay, and the streams of transformers, which every token's LayerNorm sees as a whole: of those, heads and
     hidden widths go.
@@ -61,7 +64,10 @@ def find_groups(model: nn.Module, adapter: Adapter, multiple: int) -> list[Group
 
     names = {id(module): name for name, module in model.named_modules()}
     was_training = model.training
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
     model.eval()
+    for value in frozen.values():
+        value.requires_grad_(value.is_floating_point())  # tracing follows gradients
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parameters that are no layer's: their groups are left out
@@ -80,18 +86,27 @@ def find_groups(model: nn.Module, adapter: Adapter, multiple: int) -> list[Group
         ) from error
     finally:
         model.train(was_training)
+        for value in frozen.values():
+            value.requires_grad_(False)
     tied = ties(model)
-    shared = {*tied, *tied.values()}
+    fixed = {*tied, *tied.values(), *frozen}
+    probe = _probe(model)
     groups = []
     for items in found:
         members = _members(items, names, graph)
-        if members is None or any(_stays(member, shared, adapter.ignore) for member in members):
+        if members is None or any(_stays(member, fixed, adapter) for member in members):
             continue
         group = _group(members, model, multiple)
-        if group is not None and _works(model, adapter, group):
+        if group is None:
+            continue
+        least = 1 - group.step / group.parts.shape[1]
+        if all(_works(probe, adapter, group, density) for density in (0.5, least)):
             groups.append(group)
     if not groups:
-        raise CompressorError("structured: the model has no inner width that can be made narrower", "Ignore less.")
+        raise CompressorError(
+            "structured: the model has no inner width that can be made narrower",
+            "Ignore less, target more, or make more of it trainable (requires_grad).",
+        )
     return groups
 
 
@@ -170,27 +185,62 @@ def _channels(module: nn.Module, out: bool) -> int:
     return int(module.out_channels if out else module.in_channels)  # type: ignore[arg-type]
 
 
-def _works(model: nn.Module, adapter: Adapter, group: Group) -> bool:
-    """Whether the model answers as before, to its shape, with half of the group; tried on a copy without values."""
-    whole, half = sketch(model).eval(), sketch(model).eval()
-    inputs = to_device(adapter.example_inputs(1), torch.device("meta"))
+def _probe(model: nn.Module) -> nn.Module:
+    """A copy of `model` with random weights, on which no part is silent as in models that start at zero."""
+    probe = copy.deepcopy(model).eval().requires_grad_(False)
+    for index, value in enumerate(probe.parameters()):
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator("structured", "probe", index)).to(value)
+            value.copy_(value + 0.1 * noise if value.dim() < 2 else noise / math.sqrt(value[0].numel()))
+    return probe
+
+
+@torch.no_grad()
+def _works(probe: nn.Module, adapter: Adapter, group: Group, density: float) -> bool:
+    """Whether the model answers in its shape with the share `density` of the group; and, where no norm sees the channels as a
+    whole, as if nothing read the others. An attention whose heads are not known for such answers otherwise, and a norm that is
+    no layer does.
+    """
+    device = next(probe.parameters()).device
+    rng = generator("structured", "inputs")
+    example = tree_map_only(
+        Tensor,
+        lambda t: t + torch.randn(t.shape, generator=rng).to(t) if t.is_floating_point() else t,
+        adapter.example_inputs(2),
+    )
+    inputs = to_device(example, device)
+    smaller, silenced = twin(probe), twin(probe)
+    surgery = removal(probe, [group], [torch.zeros(group.width)], density)
+    modules = dict(silenced.named_modules())
+    for member in group.members:
+        dims = surgery.kept.get(f"{member.name}.weight", {})
+        if not member.out and 1 in dims:
+            weight = modules[member.name].weight
+            mask = torch.zeros(weight.shape[1], device=device)
+            mask[list(dims[1])] = 1
+            modules[member.name].weight = nn.Parameter(weight * mask.view(-1, *[1] * (weight.dim() - 2)), False)
     try:
-        removal(model, [group], [torch.zeros(group.width)], 0.5).apply(half)
-        with torch.no_grad():
-            return adapter.predict(half, inputs).shape == adapter.predict(whole, inputs).shape
+        surgery.apply(smaller)
+        whole, found = adapter.predict(probe, inputs), adapter.predict(smaller, inputs)
+        if found.shape != whole.shape or any(isinstance(m.module, nn.GroupNorm) for m in group.members):
+            return found.shape == whole.shape
+        expected = adapter.predict(silenced, inputs)
     except Exception:  # whatever a model raises whose shapes do not fit
         return False
+    tolerance = 0.02 * float((whole - expected).abs().max()) + 1e-4 * float(whole.abs().max())
+    return float((found - expected).abs().max()) <= tolerance
 
 
-def _stays(member: Member, shared: set[str], ignore: Sequence[str]) -> bool:
-    """Whether what `member` has must stay as it is."""
-    if f"{member.name}.weight" in shared or f"{member.name}.bias" in shared:
+def _stays(member: Member, fixed: set[str], adapter: Adapter) -> bool:
+    """Whether what `member` has must stay as it is: `fixed` are parameters that are shared or frozen."""
+    if f"{member.name}.weight" in fixed or f"{member.name}.bias" in fixed:
         return True
     if not member.out:
         return False
     weight = getattr(member.module, "weight", None)
     layer = Layer(f"{member.name}.weight", member.name, member.module, weight, None)  # type: ignore[arg-type]
-    return any(matches(rule, layer) for rule in ignore)
+    targets = () if isinstance(member.module, nn.GroupNorm) else adapter.targets
+    return not reached(layer, targets, adapter.ignore)
 
 
 def _group(members: list[Member], model: nn.Module, multiple: int) -> Group | None:
@@ -248,8 +298,8 @@ def _remember(
         if dim in dims:
             own[f"{side}_{kind}"] = len(dims[dim])
     around = member.name.rpartition(".")[0]
-    if kind == "channels" and "channels" in vars(modules[around]):  # what samples up and down checks its width
-        outer = numbers.setdefault(around, {})
-        for dim, key in ((1, "channels"), (0, "out_channels")):
-            if dim in dims and isinstance(vars(modules[around]).get(key), int):
-                outer[key] = len(dims[dim])
+    if kind == "channels":  # what samples up and down checks its width
+        for dim, key, side in ((1, "channels", "in_channels"), (0, "out_channels", "out_channels")):
+            old = getattr(member.module, side)
+            if dim in dims and "channels" in vars(modules[around]) and vars(modules[around]).get(key) == old:
+                numbers.setdefault(around, {})[key] = len(dims[dim])

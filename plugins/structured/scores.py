@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data import Batches
+from compressor.errors import CompressorError
 from compressor.seeds import generator
 
 from .groups import Group
@@ -40,12 +41,22 @@ def entry_scores(
     timesteps: int,
     threshold: float,
 ) -> dict[str, Tensor]:
-    """The score of every entry of every parameter, by its name."""
-    if kind == "magnitude":
-        return {name: value.detach().square() for name, value in model.named_parameters()}
-    if kind == "taylor":
-        return taylor(model, adapter, batches, timesteps)
-    return diff_pruning(model, adapter, batches, timesteps, threshold)
+    """The score of every entry of every parameter, by its name. Raises CompressorError where one is not finite."""
+    was_training = model.training
+    model.eval()
+    try:
+        if kind == "magnitude":
+            found = {name: value.detach().square() for name, value in model.named_parameters()}
+        elif kind == "taylor":
+            found = taylor(model, adapter, batches, timesteps)
+        else:
+            found = diff_pruning(model, adapter, batches, timesteps, threshold)
+    finally:
+        model.train(was_training)
+    for name, score in found.items():
+        if not bool(score.isfinite().all()):
+            raise CompressorError(f"structured: scores of {name} are not finite", "Check the weights and the data.")
+    return found
 
 
 def taylor(model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int) -> dict[str, Tensor]:

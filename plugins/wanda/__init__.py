@@ -65,7 +65,7 @@ class Wanda(Pruner):
 
 def check_calibration(method: str, timesteps: int, last_weight: float) -> None:
     """Refuse settings of a calibration that mean nothing."""
-    if timesteps < 1:
+    if not isinstance(timesteps, int) or timesteps < 1:
         raise UsageError(f"{method}: timesteps must be at least 1, got {timesteps}")
     if not 0 < last_weight <= 1:
         raise UsageError(f"{method}: last_weight must be above 0 and at most 1, got {last_weight!r}")
