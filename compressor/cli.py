@@ -208,7 +208,8 @@ def plan(
         if left and not quiet:
             cells = [(layer["name"], str(tuple(layer["shape"])), layer["reason"]) for layer in left]
             _print_table(plain_table(("left dense", "shape", "why"), cells))
-        click.echo(f"{len(facts['layers']) - len(left)} of {len(facts['layers'])} layers get a mask")
+        removed = "; channels or blocks are removed" if facts["removed"] else ""
+        click.echo(f"{len(facts['layers']) - len(left)} of {len(facts['layers'])} layers get a mask{removed}")
         for line in planning_lines(facts):
             _say(line)
 
@@ -228,7 +229,8 @@ def check_plugin(name: str, as_json: bool, quiet: bool, debug: bool) -> None:
             if not as_json and (finding.fault is not None or not quiet):
                 _say(f"{'ok  ' if finding.fault is None else 'FAIL'} {finding.family}: {finding.check}")
                 if finding.fault is not None:
-                    _say(f"     {finding.fault}")
+                    for line in finding.fault.splitlines():
+                        _say(f"     {line}")
         broken = [finding for finding in found if finding.fault is not None]
         if as_json:
             _print_json([vars(finding) for finding in found])
@@ -312,6 +314,9 @@ def compare(
         from compressor import recipe as recipes
 
         common = recipes.merged(_flag_settings(flags), *map(recipes.assignment, assignments))
+        if out is None:
+            first = recipes.merged(recipes.read(configs[0]), common) if configs and not methods else common
+            out = Path("runs") / f"compare-{first.get('model', recipes.Recipe().model)}"
         wanted = comparison.planned(
             [name.strip() for name in methods.split(",")] if methods else [],
             configs,
@@ -322,8 +327,8 @@ def compare(
             rates=_numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
             sampler_steps=_numbers(sampler_steps, int, "--sampler-steps 10,50"),
             lower=lower,
+            known={} if overwrite else comparison.matched_before(out),
         )
-        out = out if out is not None else Path("runs") / f"compare-{wanted.inputs.recipe.model}"
         _drive(comparison.conduct(wanted, out, workers, overwrite), out, quiet, "the same command")
         _show_comparison(out, as_json)
 

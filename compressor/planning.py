@@ -9,6 +9,7 @@ from typing import Any
 
 from compressor import measure
 from compressor.adapter import to_device
+from compressor.comparison.latency import timed
 from compressor.engine import FineTuning, resolve_device
 from compressor.inputs import Inputs
 from compressor.lower import lowering
@@ -19,7 +20,8 @@ WARM_UP, PROBE = 2, 5
 
 
 def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, dict[str, Any]]:
-    """The facts, as JSON: costs `before` and `after`, `layers`, `lowering` (None where not asked for), `fine_tuning`.
+    """The facts, as JSON: costs `before` and `after`, `layers`, whether structure is `removed`, `lowering` (None where not asked
+    for), `fine_tuning`.
 
     Costs and lowering are those of the method without fine-tuning, whose zeros lie where others will, but are as many. The time of
     fine-tuning is that of a few steps, times their number.
@@ -38,6 +40,7 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
             {key: layer[key] for key in ("name", "shape", "pattern", "reason")}
             for layer in layer_rows(result, patterns, result.model, {})
         ],
+        "removed": result.surgery is not None,
         "lowering": None,
         "fine_tuning": None,
     }
@@ -54,6 +57,13 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
             "layers_that_skip_zeros": len(lowered.plan.skipping()),
             "hardware": lowered.plan.setting.hardware,
         }
+        if result.surgery is not None:  # the plan holds the smaller model against itself
+            models = {"dense": found.model, "smaller": result.model}
+            if entries := (yield from timed(found, models, lowered=True))["smaller"]:
+                facts["lowering"] |= {
+                    "reason": "channels or blocks are removed: the model is smaller for every kernel",
+                    "speedup_vs_dense": entries[-1]["speedup_vs_dense"],
+                }
     if recipe.train.steps:
         run = FineTuning(
             found.model,

@@ -87,7 +87,7 @@ def findings(pruner: Pruner | type[Pruner]) -> Iterator[Finding]:
                 check(trial)
             except _Broken as broken:
                 fault = str(broken)
-            except Exception as error:  # a plugin may raise anything
+            except (Exception, SystemExit) as error:  # a plugin may raise anything
                 fault = f"{type(error).__name__}: {error}"
             yield Finding((check.__doc__ or "").strip().rstrip("."), family, fault)
 

@@ -19,11 +19,14 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, artifact, comparison
+from compressor.comparison import words
 from compressor.comparison.jobs import refuse_used
 from compressor.comparison.page import render
 from compressor.comparison.presets import PRESETS
 from compressor.comparison.similarity import ssim
 from compressor.comparison.statistics import differences, summary, t_quantile
+from compressor.comparison.worker import read_row
+from compressor.run import locked
 
 TINY = (
     *("--steps", "3", "--set", "train.batch_size=8", "--set", "train.warmup=0", "--set", "evaluate.samples=32"),
@@ -132,9 +135,11 @@ def test_what_is_finished_is_kept_and_more_is_added(compared, cli):
 
 def test_cells_of_other_settings_are_refused(compared, cli):
     out, _ = compared
-    outcome = cli("compare", "--methods", "sparsedm", "--seeds", "1", "--out", out, *TINY, "--steps", "4")
+    outcome = cli("compare", "--methods", "obs,sparsedm", "--seeds", "1", "--out", out, *TINY, "--steps", "4")
+    assert not (out / "cells" / "obs-seed-0").exists()  # all are looked at before anything is written
+    assert "train.steps: 3, now 4" in outcome.err
     assert outcome.code == 1
-    assert "was made with another train" in outcome.err and "--overwrite" in outcome.err
+    assert "was made with another train.steps" in outcome.err and "--overwrite" in outcome.err
 
 
 def test_one_failing_cell_does_not_lose_the_others(cli, tmp_path):
@@ -154,7 +159,9 @@ def test_one_failing_cell_does_not_lose_the_others(cli, tmp_path):
     assert "failed: unlucky-seed-0: RuntimeError: out of luck" in outcome.err
     report = report_of(out)
     assert [entry["label"] for entry in report["entries"]] == ["magnitude"]
-    assert "1 cells failed" in report["limitations"][0]
+    assert report["limitations"][0].startswith(
+        "1 cell failed and is missing: unlucky-seed-0 (RuntimeError: out of luck)"
+    )
     assert "out of luck" in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -254,6 +261,7 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
         (("--methods", "magnitude,nonsense"), "unknown method 'nonsense'"),
         (("--methods", "magnitude,magnitude"), "compared twice"),
         (("--preset", "sparsedm-ablatoin"), "sparsedm-ablation"),
+        (("--config", "dense.yaml"), "cannot be told from 'dense, the given model'"),
         (("--match", "mac"), "macs"),
         (("--seeds", "0"), "at least 1"),
         (("--lr-grid", "1e-3,x"), "not numbers above zero"),
@@ -263,7 +271,9 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
         (("--methods", "sparsedm", "--set", "settings.teachr=1"), "teacher"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_trained(cli, tmp_path, arguments, said):
+def test_what_makes_no_sense_is_refused_before_anything_is_trained(cli, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense.yaml").write_text("method: magnitude\n", encoding="utf-8")
     outcome = cli("compare", "--out", tmp_path / "out", *arguments)
     assert outcome.code == 2
     assert said in outcome.err
@@ -279,12 +289,60 @@ def test_methods_on_different_weights_or_data_are_no_comparison(cli, tmp_path):
     assert outcome.code == 2 and "have different weights" in outcome.err
 
 
+def test_what_is_in_use_is_not_overwritten(cli, tmp_path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "latency.json").write_text("{}", encoding="utf-8")
+    with locked(tmp_path):
+        outcome = cli("compare", "--methods", "magnitude", "--out", tmp_path, "--overwrite", *TINY)
+    assert outcome.code == 4 and "in use" in outcome.err
+    assert (tmp_path / "latency.json").is_file() and (tmp_path / "cells").is_dir()
+
+
+def test_a_search_of_rates_does_not_mix_with_cells_without(compared, cli):
+    out, _ = compared
+    outcome = cli("compare", "--methods", "sparsedm", "--seeds", "1", "--lr-grid", "1e-3", "--out", out, *TINY)
+    assert outcome.code == 1 and "was made without --lr-grid" in outcome.err
+    assert not (out / "trials").exists()
+
+
+def test_a_damaged_row_says_what_to_do(tmp_path):
+    for content in ("{}", '{"row": {}}', "{"):
+        (tmp_path / "row.json").write_text(content, encoding="utf-8")
+        with pytest.raises(CompressorError, match=r"Remove .*judged again"):
+            read_row(tmp_path)
+
+
+def test_entries_with_fewer_seeds_or_without_chance_are_said_to_be(compared):
+    report = report_of(compared[0])
+    report["seeds"] = [0, 1, 2]
+    for entry in report["entries"]:
+        entry["cells"] = [{**entry["cells"][0], "weights_sha256": str(seed)} for seed in report["seeds"]]
+        entry["quality"]["n"] = 3
+    assert not re.search("Every seed gives|Not every seed", " ".join(words.limitations(report)))
+    first, last = report["entries"][0], report["entries"][-1]
+    first["cells"], first["quality"] = first["cells"][:1], {"mean": -1.0, "ci95": None, "n": 1}
+    for cell in last["cells"]:
+        cell["weights_sha256"] = "0"
+    found = " ".join(words.limitations(report))
+    assert f"Not every seed is there of {first['label']}:" in found
+    assert f"Every seed gives the same weights with {last['label']}:" in found
+    first["macs_effective"] = 1  # a pruned one, of the lowest score
+    assert ", over 1 seed;" in words.headline(report)
+    assert any(cell.endswith(", n = 1") for _, _, cells in words.rows(report) for cell in cells)
+
+
+def test_seeds_that_make_no_difference_give_no_interval():
+    assert summary([2.0, 2.0, 2.0]) == {"mean": 2.0, "ci95": None, "n": 3}
+    (pair,) = differences({"a": {0: 1.0, 1: 1.0}, "b": {0: 2.0, 1: 2.0}})
+    assert pair["significant"] is None
+
+
 def test_two_labels_never_share_a_folder(cli, tmp_path):
     for name in ("4 of 8.yaml", "4_of_8.yaml"):
         (tmp_path / name).write_text("method: sparsedm\n", encoding="utf-8")
     configs = [part for name in ("4 of 8.yaml", "4_of_8.yaml") for part in ("--config", tmp_path / name)]
     outcome = cli("compare", *configs, "--out", tmp_path / "out")
-    assert outcome.code == 2 and "'4_of_8' and '4 of 8' would be kept in one folder" in outcome.err
+    assert outcome.code == 2 and "'4_of_8' cannot be told from '4 of 8'" in outcome.err
 
 
 def test_a_damaged_comparison_is_named(cli, tmp_path):
@@ -296,9 +354,8 @@ def test_a_damaged_comparison_is_named(cli, tmp_path):
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("dear", encoding="utf-8")
-    for overwrite in (False, True):
-        with pytest.raises(CompressorError, match=r"thesis\.tex"):
-            refuse_used(tmp_path, overwrite)
+    with pytest.raises(CompressorError, match=r"thesis\.tex"):
+        refuse_used(tmp_path)
     assert (tmp_path / "thesis.tex").is_file()
 
 
@@ -321,6 +378,10 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     )
     wanted = comparison.planned(["structured", "sparsedm"], [], None, {}, match="latency")
     assert wanted.recipes["structured"].settings == {"macs": 0.7} and seen[0][0].method == "sparsedm"
+    again = comparison.planned(
+        ["structured", "sparsedm"], [], None, {}, match="latency", known={"structured": {"macs": 0.6}}
+    )
+    assert again.recipes["structured"].settings == {"macs": 0.6} and len(seen) == 1  # not measured a second time
     own = comparison.planned(["structured", "sparsedm"], [], None, {"settings": {}}, match="macs")
     assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
 

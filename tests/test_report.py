@@ -268,6 +268,12 @@ def test_a_report_of_another_form_is_named_and_nothing_written(tmp_path, spoil):
     assert not (run / "report.html").exists() and not (run / "report.md").exists()
 
 
+def test_names_in_charts_are_taken_as_they_are():
+    point = ("_a$x$", 0.5, 1.0, None)
+    for chart in (charts.scatter_chart([point], "x", "y"), charts.curve_chart([("_a$x$", [0, 1], [1, 2])], "x", "y")):
+        assert "_a$x$" in chart
+
+
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"step": 1}'])
 def test_metrics_of_another_form_are_named(tmp_path, line):
     run = written(tmp_path / "run", example())

@@ -84,6 +84,11 @@ class Crashing(Plain):
         raise KeyError("nothing here")
 
 
+class Leaving(Plain):
+    def masks(self, weights, progress, previous):
+        raise SystemExit(0)
+
+
 @pytest.mark.parametrize(
     ("cls", "check"),
     [
@@ -97,6 +102,7 @@ class Crashing(Plain):
         (RankDependent, "The same seed gives the same bytes"),
         (Demanding, "is made without settings"),
         (Crashing, "Targets are parameters"),
+        (Leaving, "Masks obey their pattern"),
     ],
 )
 def test_a_broken_pruner_is_caught(cls, check, monkeypatch):
@@ -134,4 +140,10 @@ def test_the_command_says_what_holds_and_what_does_not(cli, tmp_path, monkeypatc
     )
     wrong = cli("check-plugin", f"{tmp_path / 'mine.py'}:Mine")
     assert wrong.code == 1 and "FAIL U-ViT: Masks obey their pattern" in wrong.out and "returned NoneType" in wrong.out
+    (tmp_path / "two.py").write_text(
+        "from compressor import NM, CompressorError, Pruner\n\n\nclass Two(Pruner):\n    pattern = NM(2, 4)\n\n"
+        "    def masks(self, weights, progress, previous):\n        raise CompressorError('A fact', 'And a hint')\n",
+        encoding="utf-8",
+    )
+    assert "CompressorError: A fact\n     And a hint\n" in cli("check-plugin", f"{tmp_path / 'two.py'}:Two").out
     assert cli("check-plugin", "magnitud").code == 2

@@ -89,9 +89,11 @@ def planned(
     rates: Sequence[float] = (),
     sampler_steps: Sequence[int] = (),
     lower: bool = False,
+    known: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Comparison:
     """The comparison of `methods`, the recipes `configs`, and a `preset`; `common` settings hold for all of them.
 
+    `known` is what an earlier call has measured for `match` latency.
     Loads what each entry needs, so that nothing is trained where one of them cannot be. Raises UsageError.
     """
     if match not in MATCHES:
@@ -101,13 +103,13 @@ def planned(
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     entries: dict[str, dict[str, Any]] = {}
-    folders: dict[str, str] = {}
+    folders = {"dense": "dense, the given model"}
     for label, settings in _named(methods, configs, preset, common):
         if label in entries:
             raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
         other = folders.setdefault(file_name(label).casefold(), label)
         if other != label:
-            raise UsageError(f"{label!r} and {other!r} would be kept in one folder", "Rename one of the recipe files.")
+            raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
         entries[label] = settings
     if not entries:
         entries = dict(_named(METHODS, (), None, common))
@@ -118,7 +120,7 @@ def planned(
     first = next(iter(loaded.values()))
     _refuse_different(loaded)
     own = {label: entries[label].get("settings", {}) for label in entries}
-    matched = _matched(loaded, own, match)
+    matched = _matched(loaded, own, match, known or {})
     for label, changes in matched.items():
         found[label] = found[label].model_copy(update={"settings": {**found[label].settings, **changes}})
     start = first.recipe.train.seed
@@ -185,7 +187,10 @@ def _refuse_different(loaded: Mapping[str, Inputs]) -> None:
 
 
 def _matched(
-    loaded: Mapping[str, Inputs], own: Mapping[str, Mapping[str, Any]], match: str
+    loaded: Mapping[str, Inputs],
+    own: Mapping[str, Mapping[str, Any]],
+    match: str,
+    known: Mapping[str, Mapping[str, float]],
 ) -> dict[str, dict[str, float]]:
     """For each method that can be told what to cost, and was not: the setting that makes it cost what the first mask does."""
     free = [
@@ -203,7 +208,12 @@ def _matched(
         return {label: {"macs": round(_effective(masked), 4)} for label in free}
     from compressor.comparison.latency import macs_of_equal_latency
 
-    return {label: {"macs": macs_of_equal_latency(masked, loaded[label])} for label in free}
+    return {
+        label: dict(known[label])
+        if label in known
+        else {"macs": round(macs_of_equal_latency(masked, loaded[label]), 2)}
+        for label in free
+    }
 
 
 def _layers(found: Inputs) -> list[str]:

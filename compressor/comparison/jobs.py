@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from compressor import artifact
 from compressor.comparison import latency
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.page import written
-from compressor.comparison.worker import JOB, ROW, RUN
+from compressor.comparison.worker import JOB, ROW, RUN, SEEN, read_row
 from compressor.engine import resolve_device
 from compressor.environment import environment
 from compressor.errors import CompressorError, UsageError
@@ -29,42 +30,58 @@ from compressor.recipe import Recipe
 from compressor.run import locked
 
 FOLDERS = ("dense", "cells", "trials")
-FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json")
+FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json", "match.json")
 
 
-def refuse_used(out: Path, overwrite: bool) -> None:
-    """Raise UsageError where `out` has files that are no comparison's; remove a former comparison with `overwrite`."""
+def refuse_used(out: Path) -> None:
+    """Raise UsageError where `out` has files that are no comparison's."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
-    names = {path.name for path in out.iterdir() if not path.name.startswith(".lock")} if out.is_dir() else set()
+    names = _names(out)
     if names and (foreign := names - {*FOLDERS, *FILES}):
         raise UsageError(f"{out} has files of others: {min(foreign)}", "Choose another --out.")
     if names and "cells" not in names and "dense" not in names:
         raise UsageError(f"{out} is not a comparison's folder", "Choose another --out.")
-    if overwrite:
-        for name in names:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir() if not path.name.startswith(".lock")} if out.is_dir() else set()
+
+
+def matched_before(out: Path) -> dict[str, dict[str, float]]:
+    """What was measured for `--match latency` in the folder `out`; a comparison that goes on keeps it."""
+    path = out / "match.json"
+    return artifact.read_json(path) if path.is_file() else {}
 
 
 def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False) -> Iterator[Progress]:
     """Carry out `wanted` in the folder `out`, in `workers` processes (0: one for each GPU, else one). Yields progress.
 
     Called again after an interruption it goes on, with other seeds or methods it adds to what is there. Raises
-    CompressorError where a cell of the folder was trained with other settings, and where every cell failed.
+    CompressorError where a cell of the folder was trained with other settings, before anything is changed, and where every cell
+    failed.
     """
-    refuse_used(out, overwrite)
+    refuse_used(out)
     with locked(out):
+        if overwrite:
+            for name in _names(out):
+                path = out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _refuse_others(wanted, out)
+        if wanted.match == "latency":
+            artifact.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
         devices = _devices(wanted, workers)
         _prepare(wanted, out)
         yield from _carry_out([out / "dense"], devices)
         if not (out / "dense" / ROW).is_file():
             raise CompressorError(f"the dense model cannot be judged: {_reason(out / 'dense')}", "")
         rates: dict[str, float] = {}
+        failed: dict[str, str] = {}
         if trials := wanted.trials():
             folders = [_folder(wanted, cell, out) for cell in trials]
             yield from _carry_out(folders, devices)
             rates = _best_rates(trials, folders)
+            failed = _failed(trials, folders)
             artifact.write_json(out / "rates.json", rates)
         cells = wanted.cells(rates)
         folders = [_folder(wanted, cell, out) for cell in cells]
@@ -72,7 +89,7 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
         if not any((folder / ROW).is_file() for folder in folders):
             raise CompressorError(f"every cell failed; the first: {_reason(folders[0])}", "See error.txt in each cell.")
         times = yield from _latencies(wanted, cells, folders, out)
-        failed = {cell.name: _reason(f) for cell, f in zip(cells, folders, strict=True) if not (f / ROW).is_file()}
+        failed |= _failed(cells, folders)
         facts = environment(resolve_device(wanted.inputs.recipe.train.device))
         written(wanted, cells, folders, out, times, rates, failed, facts)
         yield Progress("report", 1, 1)
@@ -87,9 +104,28 @@ def _prepare(wanted: Comparison, out: Path) -> None:
     )
 
 
-def _folder(wanted: Comparison, cell: Cell, out: Path) -> Path:
-    folder = out / ("trials" if cell.tuning else "cells") / cell.name
-    job = {
+def _refuse_others(wanted: Comparison, out: Path) -> None:
+    """Raise CompressorError where a cell was begun in `out` with another recipe than `wanted` has for it."""
+    path = out / "rates.json"
+    rates: dict[str, float] = artifact.read_json(path) if wanted.rates and path.is_file() else {}
+    for cell in (*wanted.trials(), *wanted.cells(rates)):
+        place = _place(cell, out)
+        if wanted.rates and not cell.tuning and cell.label not in rates and _is_begun(place):
+            raise CompressorError(f"{place} was made without --lr-grid", _OTHER)
+        _refuse_other(place, _job(wanted, cell, out), tuple(Recipe.model_fields))
+
+
+def _failed(cells: Sequence[Cell], folders: Sequence[Path]) -> dict[str, str]:
+    """Why there is no result, by the name of the cell."""
+    return {cell.name: _reason(f) for cell, f in zip(cells, folders, strict=True) if not (f / ROW).is_file()}
+
+
+def _place(cell: Cell, out: Path) -> Path:
+    return out / ("trials" if cell.tuning else "cells") / cell.name
+
+
+def _job(wanted: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
+    return {
         "kind": "cell",
         "label": cell.label,
         "recipe": cell.recipe.model_dump(mode="json"),
@@ -97,24 +133,52 @@ def _folder(wanted: Comparison, cell: Cell, out: Path) -> Path:
         "dense": str((out / "dense").absolute()),
         "sampler_steps": [] if cell.tuning else list(wanted.sampler_steps),
     }
-    _write_job(folder, job, tuple(Recipe.model_fields))
+
+
+def _folder(wanted: Comparison, cell: Cell, out: Path) -> Path:
+    """The folder of `cell`, with its job in it."""
+    folder = _place(cell, out)
+    _write_job(folder, _job(wanted, cell, out), tuple(Recipe.model_fields))
     return folder
 
 
 def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
     """Leave `job` in `folder`. What was done there with another recipe is refused; with other wishes, judged again."""
+    _refuse_other(folder, job, identity)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / JOB).is_file():
         before = artifact.read_json(folder / JOB)
-        for key in identity:
-            if before.get("recipe", {}).get(key) != job["recipe"][key]:
-                raise CompressorError(
-                    f"{folder} was made with another {key}: {_short(before['recipe'].get(key))}, now {_short(job['recipe'][key])}",
-                    "Choose another --out, or start anew with --overwrite.",
-                )
         if any(before.get(key) != job[key] for key in job if key not in ("recipe", "dense")):
             (folder / ROW).unlink(missing_ok=True)
     artifact.write_json(folder / JOB, job)
+
+
+def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
+    """Raise CompressorError where something was begun in `folder` with another recipe, by the keys of `identity`."""
+    if not _is_begun(folder):
+        return
+    before = artifact.read_json(folder / JOB).get("recipe")
+    if not isinstance(before, dict):
+        raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
+    for key in identity:
+        if differences := _differences(key, before.get(key), job["recipe"][key]):
+            raise CompressorError(f"{folder} was made with another {'; '.join(differences[:3])}", _OTHER)
+
+
+_OTHER = "Choose another --out, or start anew with --overwrite."
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is more in `folder` than a job, and what was said of its failure."""
+    return (folder / JOB).is_file() and not {path.name for path in folder.iterdir()} <= {JOB, "error.txt"}
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """What two values of a recipe's setting differ in, part by part."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now})
+        return [line for name in names for line in _differences(f"{key}.{name}", before.get(name), now.get(name))]
+    return [] if before == now else [f"{key}: {_short(before)}, now {_short(now)}"]
 
 
 def _short(value: Any) -> str:
@@ -135,7 +199,7 @@ def _devices(wanted: Comparison, workers: int) -> list[str | None]:
 
 def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterator[Progress]:
     """Run the jobs of `folders` that are not done, on as many processes as there are `devices`."""
-    waiting = [folder for folder in folders if not (folder / ROW).is_file()]
+    waiting = [folder for folder in folders if not _is_done(folder)]
     total, free = len(waiting), list(devices)
     running: dict[subprocess.Popen[str], tuple[Path, str | None]] = {}
     events: queue.Queue[tuple[subprocess.Popen[str], str | None]] = queue.Queue()
@@ -173,6 +237,12 @@ def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterat
             except subprocess.TimeoutExpired:
                 process.kill()
             _ended(process)
+
+
+def _is_done(folder: Path) -> bool:
+    if not (folder / ROW).is_file():
+        return False
+    return folder.name != "dense" or (folder / SEEN).is_file()
 
 
 def _start(folder: Path, device: str | None, workers: int) -> subprocess.Popen[str]:
@@ -219,7 +289,7 @@ def _reason(folder: Path) -> str:
     path = folder / "error.txt"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     lines = text.splitlines() or ["the process ended without a word (killed, or out of memory)"]
-    return lines[-1 if lines[0].startswith("Traceback") else 0][:200]
+    return lines[0][:200]
 
 
 def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, float]:
@@ -228,7 +298,7 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
     for cell, folder in zip(trials, folders, strict=True):
         if not (folder / ROW).is_file():
             continue
-        row = artifact.read_json(folder / ROW)["row"]
+        row = read_row(folder)["row"]
         score = row["quality"][0]["value"] if row["quality"] else row["drift"][0]["value"]
         if cell.label not in best or score < best[cell.label][0]:
             best[cell.label] = (score, cell.recipe.train.lr)
@@ -238,14 +308,19 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
 def _latencies(
     wanted: Comparison, cells: Sequence[Cell], folders: Sequence[Path], out: Path
 ) -> Generator[Progress, None, dict[str, list[dict[str, Any]]]]:
-    """The latency entries by label, of the weights of the first seed; kept while those weights are the same."""
-    first = {c.label: f for c, f in zip(cells, folders, strict=True) if c.first and (f / ROW).is_file()}
-    hashes = {label: artifact.read_json(folder / ROW)["row"]["weights_sha256"] for label, folder in first.items()}
+    """The latency entries by label, of the weights of the first seed that there is; kept while those are the same."""
+    first: dict[str, Path] = {}
+    for cell, folder in zip(cells, folders, strict=True):
+        if (folder / ROW).is_file():
+            first.setdefault(cell.label, folder)
+    hashes = {label: read_row(folder)["row"]["weights_sha256"] for label, folder in first.items()}
     settings = wanted.inputs.recipe.evaluate
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
     path = out / "latency.json"
-    if path.is_file() and (kept := artifact.read_json(path)).get("key") == key:
-        known: dict[str, list[dict[str, Any]]] = kept["entries"]
+    kept: dict[str, Any] = {}
+    with suppress(CompressorError):  # a damaged file is measured again
+        kept = artifact.read_json(path)
+    if kept.get("key") == key and isinstance(known := kept.get("entries"), dict):
         return known
     models = {"dense": copy.deepcopy(wanted.inputs.model)}
     for label, folder in first.items():

@@ -14,10 +14,10 @@ from compressor import artifact
 from compressor.comparison import words
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
-from compressor.comparison.worker import ROW, RUN
+from compressor.comparison.worker import RUN, read_row
 from compressor.report import charts, data_uri, environment_of, read_metrics, report_of, resource
 
-_LAST = ("latency_ms", "latency_backend", "steps", "seconds", "lr", "weights_sha256")
+_LAST = ("latency_ms", "latency_iqr_ms", "latency_backend", "steps", "seconds", "lr", "weights_sha256")
 _COSTS = ("params", "nonzero_params", "size_bytes", "macs_dense", "macs_effective", "density")
 
 
@@ -32,7 +32,7 @@ def written(
     facts: Mapping[str, Any],
 ) -> None:
     """Write the report of what is finished."""
-    done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / ROW).is_file()]
+    done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / "row.json").is_file()]
     report = build(wanted, done, out, times, rates, failed, facts)
     artifact.write_json(out / "report.json", report)
     render(out)
@@ -49,7 +49,7 @@ def build(
 ) -> dict[str, Any]:
     """The content of report.json."""
     recipe = wanted.inputs.recipe
-    judged = artifact.read_json(out / "dense" / ROW)
+    judged = read_row(out / "dense")
     dense = {**judged["row"], "latency": times.get("dense", []), "by_steps": judged["by_steps"]}
     entries = []
     for label in wanted.recipes:
@@ -100,8 +100,9 @@ def _score(cell: Mapping[str, Any], measured: bool) -> float | None:
 
 
 def _entry(label: str, own: Sequence[tuple[Cell, Path]], latency: list[dict[str, Any]]) -> dict[str, Any]:
-    contents = [artifact.read_json(folder / ROW) for _, folder in own]
+    contents = [read_row(folder) for _, folder in own]
     recipe, first = own[0][0].recipe, contents[0]
+    bare = next((content for content in contents if "one_shot" in content), first)
     cells = [
         {
             "seed": cell.seed,
@@ -112,11 +113,14 @@ def _entry(label: str, own: Sequence[tuple[Cell, Path]], latency: list[dict[str,
         for (cell, _), content in zip(own, contents, strict=True)
     ]
     scores = [cell["quality"][0]["value"] for cell in cells if cell["quality"]]
+    if len({cell["weights_sha256"] for cell in cells}) == 1:  # the same model with every seed
+        scores = scores[:1]
     drifts: dict[str, list[float]] = {}
     for cell in cells:
         for entry in cell["drift"]:
             drifts.setdefault(entry["metric"], []).append(entry["value"])
-    steps = {count: summary([cell["by_steps"][count]["value"] for cell in cells]) for count in cells[0]["by_steps"]}
+    counts = [count for count in cells[0]["by_steps"] if all(count in cell["by_steps"] for cell in cells)]
+    steps = {count: summary([cell["by_steps"][count]["value"] for cell in cells]) for count in counts}
     return {
         "label": label,
         "method": recipe.method if recipe.pruner is None else recipe.pruner,
@@ -126,17 +130,18 @@ def _entry(label: str, own: Sequence[tuple[Cell, Path]], latency: list[dict[str,
         "quality": summary(scores) if scores else None,
         "drift": {metric: summary(values) for metric, values in drifts.items()},
         "by_steps": steps,
-        "one_shot": first.get("one_shot"),
+        "one_shot": bare.get("one_shot"),
         **{key: first["row"][key] for key in _COSTS},
         "latency": latency,
-        "layers": first.get("layers", []),
-        "sensitivity": first.get("sensitivity", {}),
+        "layers": bare.get("layers", []),
+        "sensitivity": bare.get("sensitivity", {}),
         "cells": cells,
     }
 
 
 def _pattern(content: Mapping[str, Any]) -> str | None:
-    return ", ".join(sorted({layer["pattern"] for layer in content.get("layers", []) if layer["pattern"]})) or None
+    patterns = content.get("patterns", [layer["pattern"] for layer in content.get("layers", []) if layer["pattern"]])
+    return ", ".join(sorted(set(patterns))) or None
 
 
 def render(out: Path) -> None:
@@ -216,8 +221,8 @@ def _csv(report: Mapping[str, Any]) -> str:
         ["label", "method", "pattern", "seed", metric, f"{metric} low", f"{metric} high", *drifts, *_COSTS, *_LAST]
     )
     for entry in report["entries"]:
-        time = entry["latency"][-1] if entry["latency"] else None
         for cell in entry["cells"]:
+            time = entry["latency"][-1] if entry["latency"] and cell is entry["cells"][0] else None
             quality = cell["quality"][0] if cell["quality"] else None
             interval = quality["ci95"] if quality is not None and quality["ci95"] else ("", "")
             drift = {d["metric"]: d["value"] for d in cell["drift"]}
@@ -228,7 +233,7 @@ def _csv(report: Mapping[str, Any]) -> str:
                     *("" if quality is None else quality["value"], *interval),
                     *(drift.get(name, "") for name in drifts),
                     *(entry[key] for key in _COSTS),
-                    *(("", "") if time is None else (time["median_ms"], time["backend"])),
+                    *(("", "", "") if time is None else (time["median_ms"], time["iqr_ms"], time["backend"])),
                     *(train["steps"], train["seconds"], entry["recipe_train"]["lr"], cell["weights_sha256"]),
                 ]
             )

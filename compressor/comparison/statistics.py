@@ -30,12 +30,12 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def summary(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
-    """`mean`, `ci95` of the mean over seeds (None with fewer than two) and `n`.
+    """`mean`, `ci95` of the mean over seeds (None with fewer than two, and where all are the same) and `n`.
 
     With several `comparisons` the interval is Bonferroni's: all of them hold together with 95%.
     """
     interval = None
-    if len(values) > 1:
+    if len(set(values)) > 1:
         half = t_quantile(1 - 0.025 / comparisons, len(values) - 1) * stdev(values) / math.sqrt(len(values))
         interval = [mean(values) - half, mean(values) + half]
     return {"mean": mean(values), "ci95": interval, "n": len(values)}
@@ -44,7 +44,8 @@ def summary(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
 def differences(values: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
     """Of every two entries, the mean difference over the seeds that both have, with an interval that holds for all pairs at once.
 
-    `values` has each entry's value by seed. `significant` is None where there are fewer than two common seeds.
+    `values` has each entry's value by seed. `significant` is None where there are fewer than two common seeds, and where seeds make
+    no difference.
     """
     names = list(values)
     pairs = [(a, b) for at, a in enumerate(names) for b in names[at + 1 :]]

@@ -19,8 +19,9 @@ def headline(report: Mapping[str, Any]) -> str:
     )
     if best is None:
         return f"{len(report['entries'])} methods on {report['model']}, none of which removes a multiplication."
-    seeds = "1 seed" if n == 1 else f"{n} seeds"
-    found = _interval(scores[best["label"]])
+    shown = scores[best["label"]]
+    seeds = "1 seed" if shown["n"] == 1 else f"{shown['n']} seeds"
+    found = _interval(shown, metric)
     text = (
         f"{best['label']} has the lowest {metric.replace('_', ' ')} of the pruned models on {report['model']}: {found}"
     )
@@ -30,7 +31,8 @@ def headline(report: Mapping[str, Any]) -> str:
     if not known:
         return f"{text} One seed cannot tell methods apart." if n == 1 else text
     told = sum(pair["significant"] for pair in known)
-    return f"{text} {told} of {len(known)} differences between methods are larger than the seeds' noise."
+    plural = "difference between methods is" if told == 1 else "differences between methods are"
+    return f"{text} {told} of {len(known)} {plural} larger than the seeds' noise."
 
 
 def _scored(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -74,6 +76,8 @@ def _cells(
         score = with_interval(quality[0]) if quality else NONE
     else:
         score = _interval(quality) if quality else NONE
+        if quality and quality["n"] < len(report["seeds"]):
+            score += f", n = {quality['n']}"
     bare = number(one_shot["quality"][0]["value"]) if one_shot and one_shot["quality"] else NONE
     drifts = entry["drift"] if entry is not None else {}
     error = percent(drifts["prediction_error"]["mean"]) if "prediction_error" in drifts else NONE
@@ -83,7 +87,7 @@ def _cells(
     if costs["latency"]:
         time = costs["latency"][-1]
         gain = "" if entry is None else f" ({time['speedup_vs_dense']:.2f}x)"
-        latency = f"{number(time['median_ms'])} ms{gain}"
+        latency = f"{number(time['median_ms'])} ms{gain}, IQR {number(time['iqr_ms'])}"
     train = NONE
     if entry is not None and entry["cells"]:
         seconds = sum(cell["train"]["seconds"] for cell in entry["cells"]) / len(entry["cells"])
@@ -99,9 +103,9 @@ def _told(report: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]
 
 def pairs(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(the two, their difference, what it means), those that differ first."""
-    said = {True: "differ", False: "not told apart", None: "one seed"}
+    said = {True: "differ", False: "not told apart", None: "no spread"}
     ordered = sorted(report["differences"], key=lambda pair: (pair["significant"] is not True, -abs(pair["mean"])))
-    return [(f"{p['a']} − {p['b']}", _interval(p), said[p["significant"]]) for p in ordered]
+    return [(f"{p['a']} − {p['b']}", _interval(p, report["compared_by"]), said[p["significant"]]) for p in ordered]
 
 
 def by_steps(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]] | None:
@@ -188,7 +192,34 @@ def limitations(report: Mapping[str, Any]) -> list[str]:
     entries, n = report["entries"], len(report["seeds"])
     found = []
     if report["failed"]:
-        found.append(f"{len(report['failed'])} cells failed and are missing: {', '.join(report['failed'])}.")
+        cells = (
+            "1 cell failed and is" if len(report["failed"]) == 1 else f"{len(report['failed'])} cells failed and are"
+        )
+        found.append(f"{cells} missing: {'; '.join(f'{name} ({why})' for name, why in report['failed'].items())}.")
+    if fewer := [e["label"] for e in entries if len(e["cells"]) < n]:
+        found.append(
+            f"Not every seed is there of {', '.join(fewer)}: means are of other seeds than those of the others; differences are of "
+            "common ones."
+        )
+    if same := [
+        e["label"] for e in entries if len(e["cells"]) > 1 and len({c["weights_sha256"] for c in e["cells"]}) == 1
+    ]:
+        found.append(f"Every seed gives the same weights with {', '.join(same)}: no interval over training.")
+    grid = report["learning_rates"]["grid"]
+    edge = [
+        label for label, rate in report["learning_rates"]["chosen"].items() if grid and rate in (min(grid), max(grid))
+    ]
+    if edge and len(grid) > 2:
+        found.append(
+            f"The best learning rate is at the edge of the grid for {', '.join(edge)}: the best may lie beyond."
+        )
+    unsteady = [
+        e["label"] for e in entries if e["latency"] and e["latency"][-1]["iqr_ms"] > 0.1 * e["latency"][-1]["median_ms"]
+    ]
+    if unsteady:
+        found.append(
+            f"Latencies were unsteady, half of the rounds spread over more than 10% of the median, for {', '.join(unsteady)}."
+        )
     if n < 5:
         found.append(
             f"{n} seed{'s' if n > 1 else ''}: {'no interval over training' if n == 1 else 'intervals over so few are wide'}."
@@ -202,9 +233,9 @@ def limitations(report: Mapping[str, Any]) -> list[str]:
         )
     backends = {time["backend"] for entry in entries for time in entry["latency"]}
     sparse = [entry for entry in entries if entry["pattern"]]
-    if sparse and "lowered" not in backends:
+    if sparse and backends == {"eager"}:
         found.append("Sparse weights were not lowered: their latency is that of dense kernels. --lower measures it.")
-    elif sparse:
+    elif sparse and "lowered" in backends:
         slow = [e["label"] for e in sparse if e["latency"] and e["latency"][-1]["speedup_vs_dense"] < 1.03]
         if slow:
             found.append(f"Lowering gains nothing on this machine for {', '.join(slow)}.")
@@ -231,5 +262,8 @@ def _pruned(report: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return bool(entry["macs_effective"] < report["dense"]["macs_dense"])
 
 
-def _interval(found: Mapping[str, Any]) -> str:
-    return with_interval({"value": found["mean"], "ci95": found["ci95"]})
+def _interval(found: Mapping[str, Any], metric: str = "") -> str:
+    if metric != "prediction_error":
+        return with_interval({"value": found["mean"], "ci95": found["ci95"]})
+    interval = "" if found["ci95"] is None else f" [{percent(found['ci95'][0])}, {percent(found['ci95'][1])}]"
+    return percent(found["mean"]) + interval

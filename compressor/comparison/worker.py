@@ -27,7 +27,7 @@ from compressor import recipe as recipes
 from compressor import run as runs
 from compressor.adapter import to_device
 from compressor.comparison.similarity import ssim
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.inputs import Inputs, load_inputs
 from compressor.judge import Judge, Seen
 from compressor.progress import Progress
@@ -38,6 +38,20 @@ from compressor.seeds import generator
 JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"
 TIMES = tuple((index + 0.5) / 10 for index in range(10))
 _LOOKED_AT = 128
+
+
+def read_row(folder: Path) -> dict[str, Any]:
+    """What a finished job left. Raises CompressorError, with what to do, where it is damaged."""
+    path = folder / ROW
+    hint = f"Remove {path}: what is missing is judged again."
+    try:
+        found = artifact.read_json(path)
+    except CompressorError as error:
+        raise CompressorError(error.message, hint) from error
+    row = found.get("row")
+    if not isinstance(row, dict) or not {"weights_sha256", "quality", "drift", "train", "macs_dense"} <= row.keys():
+        raise CompressorError(f"{path}: not the row of a finished cell", hint)
+    return found
 
 
 def dense(found: Inputs, folder: Path, steps: list[int]) -> Iterator[Progress]:
@@ -68,7 +82,7 @@ def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progre
     trained = artifact.read_json(run / "run.json")["train"]
     train = {"steps": trained["steps"], "seconds": round(trained["seconds"], 3)}
     patterns = artifact.read_config(run / "model").patterns
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"patterns": sorted(set(patterns.values()))}
     content["row"] = yield from _row(judge, job["label"], final, patterns, train, folder / "samples.png")
     content["by_steps"] = yield from _by_steps(judge, job["label"], final, job["sampler_steps"])
     if job["first"]:
@@ -166,7 +180,8 @@ def main(folder: Path) -> int:
     except runs.Interrupted as interrupted:
         return interrupted.exit_code
     except Exception as error:  # whatever a model, a plugin or the machine raises: the others shall go on
-        text = str(error) if isinstance(error, CompressorError) else traceback.format_exc()
+        kind = "" if isinstance(error, CompressorError) else f"{type(error).__name__}: "
+        text = f"{kind}{first_line(error)}\n\n{traceback.format_exc()}"
         (folder / "error.txt").write_text(text, encoding="utf-8")
         return 1
     return 0

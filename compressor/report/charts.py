@@ -65,8 +65,9 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
         window = max(1, len(values) // (10 if many else 50))
         if not many:
             axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(at, _running_mean(values, window), dashes, color=colour, linewidth=1.6, label=name)
+        axes.plot(at, _running_mean(values, window), dashes, color=colour, linewidth=1.6, label=_literal(name))
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if not any(value <= 0 for _, values in lines for value in values) and len(lines) > 1:
         _logarithmic(axes)
     if many:
@@ -81,7 +82,7 @@ def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], a
     """An SVG of named lines (horizontal values, vertical values); the vertical axis is logarithmic where that is possible."""
     figure, axes = _figure(label, (4.0, 2.9))
     for (name, at, values), (colour, dashes, marker) in zip(lines, _looks(), strict=False):
-        axes.plot(at, values, dashes, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=name)
+        axes.plot(at, values, dashes, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=_literal(name))
     if all(value > 0 for _, _, values in lines for value in values):
         _logarithmic(axes)
     axes.set_xlabel(across)
@@ -99,7 +100,7 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
     for (name, x, y, interval), (colour, _, marker) in zip(points, chain([(_FIRST, "-", "o")], _looks()), strict=False):
         beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
-        axes.plot([x], [y], marker, color=colour, markersize=6, label=name)
+        axes.plot([x], [y], marker, color=colour, markersize=6, label=_literal(name))
         if not beaten:
             axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.1)
         if interval is not None:
@@ -110,10 +111,15 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
     shown = [v for _, _, y, interval in points for v in ((y,) if interval is None else (y, *interval)) if v > 0]
     if shown and min(heights) > 0:  # a wide interval of two seeds shall not squeeze the points
         axes.set_ylim(max(min(shown), min(heights) / 2) * 0.9, min(max(shown), max(heights) * 2) * 1.1)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(x for _, x, _, _ in points))
     axes.set_xlabel(across)
     _legend_below(figure, axes)
     return _svg(figure, across + label)
+
+
+def _literal(name: str) -> str:
+    """`name` as it is: matplotlib hides what begins with an underscore, and sets what is between dollars."""
+    return name.replace("$", r"\$") if not name.startswith("_") else "\u200b" + name.replace("$", r"\$")
 
 
 def _looks() -> Iterator[tuple[str, str, str]]:
