@@ -31,8 +31,7 @@ def headline(report: Mapping[str, Any]) -> str:
     if not known:
         return f"{text} One seed cannot tell methods apart." if n == 1 else text
     told = sum(pair["significant"] for pair in known)
-    plural = "difference between methods is" if told == 1 else "differences between methods are"
-    return f"{text} {told} of {len(known)} {plural} larger than the seeds' noise."
+    return f"{text} {told} of {len(known)} differences between methods {'is' if told == 1 else 'are'} larger than the seeds' noise."
 
 
 def _scored(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
