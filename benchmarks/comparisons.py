@@ -28,6 +28,11 @@ RUNS = {
         + " ".join(f"--config benchmarks/recipes/{name}.yaml" for name in _RECIPES),
         3,
     ),
+    "latency-uvit": (
+        "--methods structured,sparsedm --pattern 4:2:4 --match latency --lower --model uvit-digits --steps 600 "
+        "--set evaluate.latency_rounds=31",
+        1,
+    ),
 }
 """Name: options of `compressor compare`, and seeds."""
 
