@@ -28,6 +28,11 @@ RUNS = {
         + " ".join(f"--config benchmarks/recipes/{name}.yaml" for name in _RECIPES),
         3,
     ),
+    "cpu-uvit": (
+        "--config benchmarks/recipes/structured-68.yaml --config benchmarks/recipes/best-V4.yaml --model uvit-digits --steps 600 "
+        "--set evaluate.latency_rounds=0",
+        5,
+    ),
     "latency-uvit": (
         "--methods structured,sparsedm --pattern 4:2:4 --match latency --lower --model uvit-digits --steps 600 "
         "--set evaluate.latency_rounds=31",
