@@ -18,8 +18,8 @@ from compressor.plugins.sparsedm import SparseDM
 from torch import Tensor
 
 from compressor import Pattern, parse
-from compressor.engine import choose_layers
 from compressor.environment import environment
+from compressor.training.engine import choose_layers
 
 PATTERNS = ("2:2:4", "2c:2:4", "4:2:4", "4c:2:4", "8:2:4", "8c:2:4")
 

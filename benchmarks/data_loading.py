@@ -25,7 +25,7 @@ from compressor.plugins.sparsedm import SparseDM
 from PIL import Image
 
 from compressor import FineTuning, Samples, SampleSet, Training, read_data
-from compressor.data import Batches
+from compressor.data.batches import Batches
 from compressor.environment import environment
 
 SHAPE = (3, 32, 32)

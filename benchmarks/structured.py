@@ -19,10 +19,10 @@ from compressor.plugins.structured import Structured
 
 import compressor
 from compressor import registry
-from compressor.data import as_batches
+from compressor.cost.macs import layer_macs
+from compressor.cost.timing import interleaved, median_ms
+from compressor.data.batches import as_batches
 from compressor.environment import environment
-from compressor.measure import layer_macs
-from compressor.timing import interleaved, median_ms
 
 MODELS = {"uvit-cifar10": 4, "ddpm-cifar10": 4, "uvit-digits": 16, "ddpm-digits": 16}
 

@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     from compressor import lower as lower
     from compressor import testing as testing
     from compressor.adapter import Adapter
-    from compressor.artifact import load, save
-    from compressor.data import Images, ImageSet, Records, Samples, SampleSet
-    from compressor.engine import FineTuning, Result, Step, prune, steps
+    from compressor.data.batches import Samples
+    from compressor.data.reading import read_data
+    from compressor.data.sets import Images, ImageSet, Records, SampleSet
     from compressor.errors import CompressorError
-    from compressor.estimator import Estimator, Exact, StraightThrough
     from compressor.lower import Backend, Lowered, Plan
-    from compressor.pattern import NM, Mask, Pattern, Unstructured, parse
-    from compressor.pruner import Objective, Pruner
-    from compressor.reading import read_data
-    from compressor.shadow import Shadow
-    from compressor.training import Training
+    from compressor.saving.model import load, save
+    from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
+    from compressor.sparsity.notation import parse
+    from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
+    from compressor.sparsity.surgery import Surgery
+    from compressor.training.engine import FineTuning, Result, Step, choose_layers, prune, steps
+    from compressor.training.pruner import Objective, Pruner
+    from compressor.training.settings import Training
+    from compressor.training.shadow import Shadow
 
 __version__ = "0.1.0"
 
@@ -30,17 +33,20 @@ _MODULES = ("lower", "testing")
 """`lower` can be called: `compressor.lower(model, example_inputs)`."""
 _HOMES = {
     "adapter": ("Adapter",),
-    "artifact": ("load", "save"),
-    "data": ("ImageSet", "Images", "Records", "SampleSet", "Samples"),
-    "engine": ("FineTuning", "Result", "Step", "prune", "steps"),
+    "data.batches": ("Samples",),
+    "data.reading": ("read_data",),
+    "data.sets": ("ImageSet", "Images", "Records", "SampleSet"),
     "errors": ("CompressorError",),
-    "estimator": ("Estimator", "Exact", "StraightThrough"),
     "lower": ("Backend", "Lowered", "Plan"),
-    "pattern": ("NM", "Mask", "Pattern", "Unstructured", "parse"),
-    "pruner": ("Objective", "Pruner"),
-    "reading": ("read_data",),
-    "shadow": ("Shadow",),
-    "training": ("Training",),
+    "saving.model": ("load", "save"),
+    "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
+    "sparsity.notation": ("parse",),
+    "sparsity.pattern": ("NM", "Mask", "Pattern", "Unstructured"),
+    "sparsity.surgery": ("Surgery",),
+    "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "prune", "steps"),
+    "training.pruner": ("Objective", "Pruner"),
+    "training.settings": ("Training",),
+    "training.shadow": ("Shadow",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -67,8 +73,10 @@ __all__ = [
     "Shadow",
     "Step",
     "StraightThrough",
+    "Surgery",
     "Training",
     "Unstructured",
+    "choose_layers",
     "load",
     "lower",
     "parse",

@@ -48,7 +48,7 @@ class Adapter(ABC):
 
     name: str = "custom"
     targets: Sequence[str] = ()
-    """Rules for the layers that are pruned by default (see `compressor.targets`); empty: all that the pattern fits."""
+    """Rules for the layers that are pruned by default (see `compressor.sparsity.layers`); empty: all that the pattern fits."""
     ignore: Sequence[str] = ()
     defaults: Mapping[str, Any] = {}
     """Recipe settings that suit this model, below everything that the user says."""

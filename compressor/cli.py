@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from compressor.inputs import Inputs
     from compressor.recipe import Recipe
+    from compressor.runs.inputs import Inputs
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Number = TypeVar("_Number", int, float)
@@ -157,14 +157,14 @@ def run(
                 raise UsageError("--resume takes the settings of the run", "Give it with --out alone.")
             _resume(out, as_json, quiet)
             return
-        from compressor import inputs
-        from compressor import run as runs
+        from compressor.runs import directory, inputs
+        from compressor.runs import run as runs
 
         recipe = _recipe(config, assignments, flags)
         method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
         out = out if out is not None else _free_directory(Path("runs") / f"{recipe.model}-{method}")
-        runs.refuse_busy_directory(out)
-        runs.refuse_used_directory(out, overwrite)
+        directory.refuse_busy_directory(out)
+        directory.refuse_used_directory(out, overwrite)
         found = inputs.load_inputs(recipe)
         _name_extractor(found)
         _warn_of_idle_rules(found.model, recipe.ignore)
@@ -193,8 +193,8 @@ def plan(
     lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
     """
     with _errors(debug):
-        from compressor import inputs
-        from compressor.planning import planned_run
+        from compressor.runs import inputs
+        from compressor.runs.estimate import planned_run
 
         found = inputs.load_inputs(_recipe(config, assignments, flags))
         _warn_of_idle_rules(found.model, found.recipe.ignore)
@@ -242,8 +242,8 @@ def check_plugin(name: str, as_json: bool, quiet: bool, debug: bool) -> None:
 
 def _recipe(config: Path | None, assignments: Sequence[str], flags: Mapping[str, Any]) -> Recipe:
     """The resolved recipe of a command's options."""
-    from compressor import inputs
     from compressor import recipe as recipes
+    from compressor.runs import inputs
 
     if flags["pruner"] and flags["method"]:
         raise UsageError("--method and --pruner name two methods", "Give one of them.")
@@ -390,10 +390,10 @@ def report(directory: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
 
 def _is_comparison(directory: Path) -> bool:
-    from compressor import artifact
+    from compressor import files
 
     path = directory / "report.json"
-    return path.is_file() and artifact.read_json(path).get("kind") == "comparison"
+    return path.is_file() and files.read_json(path).get("kind") == "comparison"
 
 
 def _speed_options(command: _Command) -> _Command:
@@ -482,12 +482,12 @@ def _measured(
     directory: Path, batches: list[int], dtype: str, compiled: bool, onnx: bool, fresh: bool, quiet: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Lower and time a run's model: the run's new report, and its new latency entries."""
-    from compressor import run as runs
-    from compressor import speed
+    from compressor.runs import speed
+    from compressor.runs.directory import locked
 
     if not directory.is_dir():
         raise CompressorError(f"{directory}: no such directory", "Give the directory of a finished run.")
-    with runs.locked(directory):
+    with locked(directory):
         found = speed.finished(directory)
         sizes = batches or [found.batch]
         entries = _watch(speed.bench(found, sizes, dtype, compiled, onnx, cache=not fresh), quiet)
@@ -521,14 +521,15 @@ def export(
     with _errors(debug):
         if target != "onnx":
             raise UsageError(f"no format {target!r}", did_you_mean(target, ["onnx"]))
-        from compressor import artifact, inputs
-        from compressor import export as exports
-        from compressor.pattern import parse
+        from compressor import saving
+        from compressor.export import onnx as exports
+        from compressor.runs import saved
+        from compressor.sparsity.notation import parse
 
         path = out if out is not None else directory / "model.onnx"
         exports.refuse(path, form, int8, overwrite)
-        adapter, model = inputs.saved_model(directory)
-        patterns = artifact.read_config(artifact.model_folder(directory)).patterns
+        adapter, model = saved.saved_model(directory)
+        patterns = saving.read_config(saving.model_folder(directory)).patterns
         if not quiet:
             _say(f"exporting {adapter.name} to {path}", err=True)
         done = exports.export_onnx(
@@ -589,17 +590,17 @@ def sample(
     The images depend on the seed and the batch size, not on the number of processes.
     """
     with _errors(debug):
-        from compressor import sampling
         from compressor.adapter import Sampling
+        from compressor.runs import drawing
 
         if not directory.is_dir():
             raise CompressorError(f"{directory}: no such directory", "Give a run's directory or a saved model's.")
         target = out if out is not None else directory / "drawn"
         how = Sampling(sampler, spacing, guidance)
-        wanted = sampling.Draw(str(directory), count, steps, batch, seed, how, device, vae)
-        _watch(sampling.draw(wanted, target, processes, overwrite), quiet)
+        wanted = drawing.Draw(str(directory), count, steps, batch, seed, how, device, vae)
+        _watch(drawing.draw(wanted, target, processes, overwrite), quiet)
         if as_json:
-            click.echo((target / sampling.FILE).read_text(encoding="utf-8"), nl=False)
+            click.echo((target / drawing.FILE).read_text(encoding="utf-8"), nl=False)
             return
         _say(f"{count} images: {target}")
 
@@ -653,7 +654,7 @@ def inspect(
 ) -> None:
     """Show every layer of MODEL: its shape, its share of the MACs, and whether the pattern fits, or why not."""
     with _errors(debug):
-        from compressor.inspection import inspect_model
+        from compressor.runs.inspection import inspect_model
 
         found = inspect_model(model, weights, pattern or "2:4", targets or None, ignore or None)
         _warn_of_idle_rules(found.pop("module"), ignore)
@@ -743,8 +744,8 @@ def _say(text: str, err: bool = False) -> None:
 
 def _warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
     """Each rule of the user's that leaves nothing out is likely a mistake."""
-    from compressor.pattern import Unstructured
-    from compressor.targets import survey, unmatched
+    from compressor.sparsity.layers import survey, unmatched
+    from compressor.sparsity.pattern import Unstructured
 
     for rule in unmatched(survey(model, Unstructured(1.0)), ignore or ()):
         _say(f"warning: --ignore {rule!r} matches no layer", err=True)
@@ -770,9 +771,9 @@ def _free_directory(base: Path) -> Path:
 
 
 def _resume(out: Path, as_json: bool, quiet: bool) -> None:
-    from compressor import inputs
     from compressor import recipe as recipes
-    from compressor import run as runs
+    from compressor.runs import inputs
+    from compressor.runs import run as runs
 
     if (out / "report.json").is_file() and (out / "report.html").is_file():
         if not quiet:
@@ -791,7 +792,8 @@ def _drive(events: Iterator[Any], out: Path, quiet: bool, again: str | None = No
     `again` is what continues it; by default, `compressor resume`.
     """
     from compressor.console import Ticker
-    from compressor.run import Interrupted, resume_command
+    from compressor.runs.directory import resume_command
+    from compressor.runs.run import Interrupted
 
     received: list[int] = []
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from compressor.errors import CompressorError, first_line
 
 _PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors")
 
@@ -30,15 +30,6 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def cache_folder(kind: str) -> Path:
-    """Where numbers of a `kind` are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
-    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if base is None:
-        home = os.path.expanduser("~")
-        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
-    return Path(base) / "compressor" / kind
-
-
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -47,3 +38,16 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device called `name`; `auto` is what accelerate finds (a GPU of its rank, else the CPU)."""
+    from accelerate import PartialState
+
+    try:
+        device = PartialState().default_device if name == "auto" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        raise CompressorError(f"device {name!r} cannot be used: {reason}", "Use auto, cpu, cuda or cuda:0.") from error
+    return device

@@ -9,58 +9,20 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML, events
 from ruamel.yaml.error import YAMLError
 
-from compressor.errors import UsageError, did_you_mean
-from compressor.training import Training
+from compressor.data.settings import Loading
+from compressor.errors import UsageError
+from compressor.quality.settings import Evaluation
+from compressor.training.settings import Training
 
 _MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 8
 _MAX_VALUES = 2000
-_Model = TypeVar("_Model", bound=BaseModel)
-
-Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd"]
-
-
-class Evaluation(BaseModel):
-    """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
-    `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
-    `inception_weights` is a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    metric: str | None = None
-    measures: list[Measure] = list(get_args(Measure))
-    inception_weights: str | None = None
-    samples: Annotated[int, Field(ge=0)] = 1024
-    sampler: str | None = None
-    spacing: str | None = None
-    guidance: Annotated[float, Field(ge=0)] | None = None
-    sampler_steps: Annotated[int, Field(ge=1, le=999)] = 25
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
-    seed: Annotated[int, Field(ge=0)] = 1234
-    latency_batch: Annotated[int, Field(ge=1)] = 16
-    latency_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
-
-
-class Loading(BaseModel):
-    """How data is read: `size` of pictures (None: the model's), and whether training mirrors them (`flip`).
-
-    `workers` decode (None: as many as pay); sets that take more than `cache_mb` MiB are decoded batch by batch.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    flip: bool = False
-    workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    skip_damaged: bool = False
-    cache_mb: Annotated[int, Field(ge=0)] = 4096
 
 
 class Recipe(BaseModel):
@@ -204,34 +166,6 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
             inner = {**old, **inner}
         result[section_key] = inner
     return result
-
-
-def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
-    """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed."""
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            names = model.model_fields
-            for part in first["loc"][:-1]:
-                annotation = names[str(part)].annotation
-                names = (
-                    annotation.model_fields
-                    if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-                    else {}
-                )
-            everywhere = list(names) + (
-                [f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields] if model is Recipe else []
-            )
-            hint = did_you_mean(str(first["loc"][-1]), names if len(first["loc"]) > 1 else everywhere)
-            raise UsageError(f"{where}: unknown setting {path!r}", hint) from error
-        found = repr(first["input"])
-        raise UsageError(
-            f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}",
-            "docs/recipe.md says what each setting allows.",
-        ) from error
 
 
 def dump(recipe: Recipe) -> str:

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import artifact, registry
+from compressor import registry, saving
 from compressor.adapter import Adapter
-from compressor.data import as_batches
-from compressor.engine import FineTuning, Result, choose_layers, prune, steps
+from compressor.data.batches import as_batches
 from compressor.errors import CompressorError
-from compressor.pattern import Mask
-from compressor.pruner import Pruner
 from compressor.seeds import generator
-from compressor.training import Training
+from compressor.sparsity.pattern import Mask
+from compressor.training.engine import FineTuning, Result, choose_layers, prune, steps
+from compressor.training.pruner import Pruner
+from compressor.training.settings import Training
 
 _STEPS = 4
 _CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -244,8 +244,8 @@ def _resumable(trial: _Trial) -> None:
     for _ in range(_STEPS // 2):
         half.advance()
     with tempfile.TemporaryDirectory() as folder:
-        artifact.save_state(Path(folder), half.state())
-        resumed = trial.started(artifact.load_state(Path(folder)))
+        saving.save_state(Path(folder), half.state())
+        resumed = trial.started(saving.load_state(Path(folder)))
     for _ in steps(resumed):
         pass
     found = resumed.finish().model.state_dict()
@@ -257,10 +257,10 @@ def _saved(trial: _Trial) -> None:
     result = trial.pruned()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "saved"
-        artifact.save(path, result.model, result.masks)
+        saving.save(path, result.model, result.masks)
         kinds = {file.suffix for file in path.iterdir()}
         _hold(kinds <= {".json", ".safetensors"}, f"files of other kinds: {sorted(kinds)}")
-        loaded = artifact.load(path, copy.deepcopy(trial.model))
+        loaded = saving.load(path, copy.deepcopy(trial.model))
     _hold(_same(result.model.state_dict(), loaded.state_dict()), "the loaded weights are others")
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, first_line
-from compressor.packing import part_names
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -155,3 +154,8 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def part_names(name: str) -> tuple[str, str]:
+    """Under which names a file has the values and the index of the weight `name`."""
+    return f"{name}.values", f"{name}.index"

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import compressor
-from compressor import NM, artifact
+from compressor import NM, files, saving
 from compressor.errors import CompressorError
+from compressor.saving import model as saved_files
 
 
 def pruned(model):
@@ -48,9 +49,9 @@ def forge(folder):
     files = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
         for path in folder.iterdir()
-        if path.name != artifact.MANIFEST
+        if path.name != files.MANIFEST
     }
-    (folder / artifact.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
 
 
 def contents(folder):
@@ -78,11 +79,11 @@ def written(text):
 
 
 def test_a_commit_replaces_a_folder_and_leaves_nothing_beside_it(tmp_path):
-    artifact.commit(tmp_path / "target", written("old"))
-    artifact.commit(tmp_path / "target", written("new"))
+    files.commit(tmp_path / "target", written("old"))
+    files.commit(tmp_path / "target", written("new"))
     assert (tmp_path / "target" / "file.txt").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    artifact.verify(tmp_path / "target")
+    files.verify(tmp_path / "target")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
@@ -91,12 +92,12 @@ def test_a_disk_that_fails_leaves_the_old_folder_and_no_leftovers(tmp_path, code
         (folder / "file.txt").write_text("x" * 1000)
         raise OSError(code, "disk trouble")
 
-    artifact.commit(tmp_path / "target", written("old"))
+    files.commit(tmp_path / "target", written("old"))
     with pytest.raises(CompressorError, match=r"disk trouble \(1,000 bytes written so far, [\d,]+ bytes free\)"):
-        artifact.commit(tmp_path / "target", fails)
+        files.commit(tmp_path / "target", fails)
     assert (tmp_path / "target" / "file.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    artifact.verify(tmp_path / "target")
+    files.verify(tmp_path / "target")
 
 
 def test_a_first_commit_that_fails_leaves_nothing(tmp_path):
@@ -104,14 +105,14 @@ def test_a_first_commit_that_fails_leaves_nothing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(CompressorError, match="No space left"):
-        artifact.commit(tmp_path / "target", fails)
+        files.commit(tmp_path / "target", fails)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_parent_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CompressorError, match="cannot be written"):
-        artifact.commit(tmp_path / "file" / "target", written("new"))
+        files.commit(tmp_path / "file" / "target", written("new"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -121,8 +122,8 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("method", "call"), [("rename", 0), ("rename", 1), *(("sync", n) for n in range(4))])
 def test_a_crash_and_a_full_disk_after_it_lose_nothing(tmp_path, monkeypatch, method, call):
-    artifact.commit(tmp_path / "target", written("old"))
-    home = Path if method == "rename" else artifact
+    files.commit(tmp_path / "target", written("old"))
+    home = Path if method == "rename" else saved_files
     original, calls = getattr(home, method), []
 
     def dies(*arguments):
@@ -134,15 +135,15 @@ def test_a_crash_and_a_full_disk_after_it_lose_nothing(tmp_path, monkeypatch, me
     with monkeypatch.context() as patch:
         patch.setattr(home, method, dies)
         with pytest.raises(Killed):
-            artifact.commit(tmp_path / "target", written("new"))
+            files.commit(tmp_path / "target", written("new"))
 
     def fails(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(CompressorError):
-        artifact.commit(tmp_path / "target", fails)
+        files.commit(tmp_path / "target", fails)
     assert (tmp_path / "target" / "file.txt").read_text() in ("old", "new")
-    artifact.verify(tmp_path / "target")
+    files.verify(tmp_path / "target")
 
 
 def test_the_files_are_readable_by_others(folder):
@@ -220,7 +221,7 @@ def test_a_symlinked_folder_is_refused(folder):
     manifest["files"]["sub/file"] = {"sha256": hashlib.sha256(b"secret").hexdigest(), "size": 6}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CompressorError):
-        artifact.verify(folder)
+        files.verify(folder)
 
 
 HOSTILE_MANIFESTS = {
@@ -498,29 +499,29 @@ def same(first, second):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(state=st.dictionaries(st.text(), TREES, max_size=3))
 def test_a_state_comes_back_as_it_was(tmp_path, state):
-    artifact.save_state(tmp_path, state)
-    assert same(state, artifact.load_state(tmp_path))
+    saving.save_state(tmp_path, state)
+    assert same(state, saving.load_state(tmp_path))
 
 
 def test_numbered_keys_come_back_as_text_and_tuples_as_lists(tmp_path):
-    artifact.save_state(tmp_path, {"a": {0: (1, 2)}})
-    assert artifact.load_state(tmp_path) == {"a": {"0": [1, 2]}}
+    saving.save_state(tmp_path, {"a": {0: (1, 2)}})
+    assert saving.load_state(tmp_path) == {"a": {"0": [1, 2]}}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), {1, 2}, {"$tensor": 3}])
 def test_what_would_not_come_back_is_refused_before_it_is_saved(tmp_path, value):
     try:
-        artifact.commit(tmp_path / "state", lambda folder: artifact.save_state(folder, {"pruner": {"best": value}}))
+        files.commit(tmp_path / "state", lambda folder: saving.save_state(folder, {"pruner": {"best": value}}))
     except CompressorError:
         assert list(tmp_path.iterdir()) == []
     else:
-        assert repr(artifact.load_state(tmp_path / "state")["pruner"]["best"]) == repr(value)
+        assert repr(saving.load_state(tmp_path / "state")["pruner"]["best"]) == repr(value)
 
 
 def test_views_of_one_tensor_are_stored_apart(tmp_path):
     whole = torch.arange(6.0)
-    artifact.save_state(tmp_path, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
-    loaded = artifact.load_state(tmp_path)
+    saving.save_state(tmp_path, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
+    loaded = saving.load_state(tmp_path)
     assert same(loaded, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
 
 

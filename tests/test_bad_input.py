@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import inputs, recipe, registry
+from compressor import recipe, registry
 from compressor.errors import CompressorError, UsageError
+from compressor.runs import inputs
 from compressor.weights import read_weights
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 import compressor
-from compressor import run
+from compressor.runs import directory
 
 PRUNER = """
 from dataclasses import dataclass
@@ -328,7 +328,7 @@ def somebody_in(out):
     entered, leave = threading.Event(), threading.Event()
 
     def hold():
-        with run.locked(out):
+        with directory.locked(out):
             entered.set()
             leave.wait(60)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, CompressorError, parse
-from compressor.clustered import Clustered
 from compressor.errors import UsageError
 from compressor.lower import Unit
 from compressor.lower.units import pattern_of
 from compressor.lower.vnm import VNM, kernels
+from compressor.sparsity.clustered import Clustered
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

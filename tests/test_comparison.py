@@ -18,15 +18,15 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from compressor import CompressorError, artifact, comparison
+from compressor import CompressorError, comparison, files
 from compressor.comparison import words
 from compressor.comparison.jobs import refuse_used
 from compressor.comparison.page import render
 from compressor.comparison.presets import PRESETS
-from compressor.comparison.similarity import ssim
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
-from compressor.run import locked
+from compressor.quality.similarity import ssim
+from compressor.runs.directory import locked
 
 TINY = (
     *("--steps", "3", "--set", "train.batch_size=8", "--set", "train.warmup=0", "--set", "evaluate.samples=32"),
@@ -47,7 +47,7 @@ def compared(tmp_path_factory, cli):
 
 
 def report_of(out):
-    return artifact.read_json(out / "report.json")
+    return files.read_json(out / "report.json")
 
 
 def test_every_method_has_every_seed_and_the_same_budget(compared):
@@ -176,7 +176,7 @@ def test_learning_rates_are_searched_for_every_method_on_a_seed_of_its_own(cli, 
     assert len(list((out / "trials").iterdir())) == 2
     for entry in report["entries"]:
         assert report["learning_rates"]["chosen"][entry["label"]] == entry["recipe_train"]["lr"]
-    trial = artifact.read_json(next((out / "trials").iterdir()) / "job.json")["recipe"]
+    trial = files.read_json(next((out / "trials").iterdir()) / "job.json")["recipe"]
     assert trial["train"]["seed"] == 1_000_000 and trial["evaluate"]["seed"] == 1235
 
 

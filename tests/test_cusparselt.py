@@ -23,14 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 import compressor
 from compressor import NM, CompressorError
-from compressor.clustered import Clustered
+from compressor.discovery import load
 from compressor.errors import UsageError
 from compressor.lower import Unit, cusparselt, cusparselt_tuning, graphs
 from compressor.lower import cusparselt_worker as worker
 from compressor.lower.cusparselt import CuSparseLt, CuSparseLtQuantised, fp8, int8, quantised, rescaled
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, candidates, searched, split_arguments, tuned
 from compressor.lower.graphs import Graphed, captured
-from compressor.registry import load
+from compressor.sparsity.clustered import Clustered
 
 CUDA = torch.device("cuda", 0)
 TWO_OF_FOUR = NM(2, 4)

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compressor import Adapter, CompressorError, prune
-from compressor.data import Images, Records, Samples, as_batches
-from compressor.reading import read_data
+from compressor.data.batches import Samples, as_batches
+from compressor.data.reading import read_data
+from compressor.data.sets import Images, Records
 from compressor.seeds import generator
 
 SIZES = st.integers(1, 40)

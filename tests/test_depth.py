@@ -12,9 +12,10 @@ from torch import nn
 import compressor
 from compressor import CompressorError
 from compressor.adapter import with_rules
-from compressor.data import as_batches
-from compressor.measure import layer_macs
-from compressor.surgery import Bypass
+from compressor.cost.macs import layer_macs
+from compressor.data.batches import as_batches
+from compressor.files import read_json
+from compressor.sparsity.surgery import Bypass
 from compressor.testing import families
 
 FAMILIES = families()
@@ -95,7 +96,7 @@ def test_every_family_works_without_each_block(family):
     whole = layer_macs(model, adapter)[0]
     for name, saved in blocks.items():
         shorter = copy.deepcopy(model)
-        compressor.surgery.Surgery(removed=(name,)).apply(shorter)
+        compressor.Surgery(removed=(name,)).apply(shorter)
         assert layer_macs(shorter, adapter)[0] == whole - saved
         assert isinstance(shorter.get_submodule(name), Bypass)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
@@ -111,7 +112,7 @@ def test_a_run_is_smaller_faster_by_its_macs_and_reloads_without_pickle(cli, tmp
         *(tmp_path / "run", "--model", "uvit-digits", "--method", "depth", "--steps", "2", "--set", "settings.macs=0.8")
     )
     assert outcome.code == 0, outcome.err
-    rows = compressor.artifact.read_json(tmp_path / "run" / "report.json")["rows"]
+    rows = read_json(tmp_path / "run" / "report.json")["rows"]
     dense, final = rows[0], rows[-1]
     for key in ("params", "nonzero_params", "size_bytes"):
         assert final[key] < 0.9 * dense[key]

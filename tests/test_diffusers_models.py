@@ -19,11 +19,11 @@ from torch import nn
 import compressor
 from compressor import registry
 from compressor.adapter import Sampling
-from compressor.data import Images
+from compressor.cost.macs import layer_macs
+from compressor.data.sets import Images
 from compressor.errors import CompressorError
-from compressor.export import export_onnx
-from compressor.measure import layer_macs
-from compressor.pattern import parse
+from compressor.export.onnx import export_onnx
+from compressor.sparsity.notation import parse
 
 DIT = {
     "num_attention_heads": 2,
@@ -144,7 +144,7 @@ def test_a_saved_architecture_rebuilds_the_model_without_its_source(ddpm_run, pi
     ],
 )
 def test_a_hostile_architecture_is_refused_at_once(ddpm_run, tmp_path, change):
-    from compressor import artifact
+    from compressor import files
 
     config = json.loads((ddpm_run / "model" / "config.json").read_text())
     config["architecture"]["config"] |= change
@@ -153,7 +153,7 @@ def test_a_hostile_architecture_is_refused_at_once(ddpm_run, tmp_path, change):
         shutil.copy(ddpm_run / "model" / "model.safetensors", folder)
         (folder / "config.json").write_text(json.dumps(config))
 
-    artifact.commit(tmp_path / "model", write)
+    files.commit(tmp_path / "model", write)
     with pytest.raises(CompressorError):
         compressor.load(tmp_path / "model")
 

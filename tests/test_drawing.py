@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from compressor.data.latents import Autoencoder
 from compressor.errors import CompressorError
-from compressor.latents import Autoencoder
 
 
 def test_samples_are_files_and_say_how_to_draw_them_again(finished, cli, tmp_path):

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import compressor
 from compressor import NM, Adapter, CompressorError, FineTuning, Mask, Pruner, Training
-from compressor.artifact import load_state, save_state
 from compressor.errors import UsageError
+from compressor.saving.state import load_state, save_state
 from compressor.seeds import generator
 
 Prune = Callable[..., compressor.Result]

@@ -14,9 +14,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import compressor
-from compressor import NM, Adapter, CompressorError, export, onnx_graph, registry
+from compressor import NM, Adapter, CompressorError, registry
 from compressor.errors import GateError, UsageError
-from compressor.export import OnnxRunner, export_onnx, random_inputs
+from compressor.export import graph as onnx_graph
+from compressor.export import onnx as exports
+from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
 from compressor.lower.units import pattern_of
 from compressor.weights import state_sha256, weights_sha256
 
@@ -195,7 +197,7 @@ def corrupted(monkeypatch):
                     one.CopyFrom(numpy_helper.from_array(change(array), one.name))
             return graph
 
-        monkeypatch.setattr(export, "graph_of", broken)
+        monkeypatch.setattr(exports, "graph_of", broken)
 
     return installed
 

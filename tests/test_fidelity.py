@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from compressor import fidelity, reference, registry
-from compressor.data import Images
+from compressor import registry
+from compressor.data.sets import Images
 from compressor.errors import UsageError
-from compressor.evaluate import Metric, qualities, quality, real_features, real_spatial
-from compressor.fidelity import Reference
-from compressor.frechet import gaussian
-from compressor.recipe import Evaluation, validated
+from compressor.quality import features as reference
+from compressor.quality import fidelity
+from compressor.quality.evaluate import qualities, quality
+from compressor.quality.features import real_features, real_spatial
+from compressor.quality.fidelity import Reference
+from compressor.quality.frechet import gaussian
+from compressor.quality.metric import Metric
+from compressor.quality.settings import Evaluation
 from compressor.seeds import generator
+from compressor.validation import validated
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import CompressorError
-from compressor.clustered import Clustered
 from compressor.lower import Unit
 from compressor.lower.vnm import VNM, Packed, VNMConv, VNMLinear, VNMPair, kernels
-from compressor.pattern import NM
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
 
 extension: Any = kernels()[0]
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")

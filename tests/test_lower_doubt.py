@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, Backend, CompressorError, registry
-from compressor.environment import cache_folder
+from compressor.files import cache_folder
 from compressor.lower import Unit
 from compressor.lower.chooser import relative
 from compressor.lower.forms import _deviation

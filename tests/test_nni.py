@@ -10,6 +10,7 @@ from compressor.plugins.nni import NNI
 
 import compressor
 from compressor import CompressorError, Unstructured
+from compressor.files import read_json
 from compressor.testing import check_pruner
 
 INSTALLED = importlib.util.find_spec("nni") is not None
@@ -53,7 +54,7 @@ def test_it_is_compared_like_any_other_method(name, cli, tmp_path):
         *("--set", "evaluate.sampler_steps=2", "--set", "evaluate.bootstrap=2", "--set", "evaluate.latency_rounds=0"),
     )
     assert outcome.code == 0, outcome.err
-    report = compressor.artifact.read_json(tmp_path / "out" / "report.json")
+    report = read_json(tmp_path / "out" / "report.json")
     first, second = report["entries"]
     assert second["density"] == pytest.approx(0.5, abs=0.01)
     assert second["one_shot"]["weights_sha256"] == first["one_shot"]["weights_sha256"]  # level is magnitude

@@ -14,10 +14,11 @@ from torch import nn
 
 import compressor
 from compressor import CompressorError, registry
-from compressor.calibration import columns, from_matrix, matrix, visits
-from compressor.data import as_batches
-from compressor.pattern import NM, parse
-from compressor.targets import Layer
+from compressor.data.batches import as_batches
+from compressor.sparsity.layers import Layer
+from compressor.sparsity.notation import parse
+from compressor.sparsity.pattern import NM
+from compressor.training.calibration import columns, from_matrix, matrix, visits
 
 PATTERNS = ("2:4", "1:4", "4:2:4", "4c:2:4", "unstructured:0.4")
 

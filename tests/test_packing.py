@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import compressor
-from compressor import NM, Unstructured, artifact, packing
+from compressor import NM, Unstructured, files, saving
+from compressor.cost.macs import costs
 from compressor.errors import CompressorError
-from compressor.measure import costs
-from compressor.packing import pack, unpack
-from compressor.weights import FILE_METADATA, load_strictly, read_weights
+from compressor.saving import model as saved_files
+from compressor.saving import packing
+from compressor.saving.packing import pack, unpack
+from compressor.weights import FILE_METADATA, load_strictly, part_names, read_weights
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -281,9 +283,9 @@ def forge(folder):
     files = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         for name, data in ((path.name, path.read_bytes()) for path in folder.iterdir())
-        if name != artifact.MANIFEST
+        if name != files.MANIFEST
     }
-    (folder / artifact.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
 
 
 def state_bits(model):
@@ -313,7 +315,7 @@ def test_packed_and_plain_files_hold_the_same_weights(tmp_path):
     packed = saved(tmp_path / "packed", model, masks)
     plain = saved(tmp_path / "plain", model, masks, packed=False)
     assert load_file(plain / "model.safetensors").keys() == model.state_dict().keys()
-    found, expected = artifact.read_config(packed), artifact.read_config(plain)
+    found, expected = saving.read_config(packed), saving.read_config(plain)
     assert (found.packed, expected.packed) == (["0.weight", "2.weight"], [])
     assert found.weights_sha256 == expected.weights_sha256 and found.patterns == expected.patterns
     names = {f"{name}.{part}" for name in found.packed for part in ("values", "index")}
@@ -345,7 +347,7 @@ def test_a_masked_minus_zero_keeps_its_weight_plain_and_its_sign(tmp_path):
     masks = pruned(model)
     model[2].weight.data[~masks["2.weight"].keep] = -0.0
     folder = saved(tmp_path, model, masks)
-    assert artifact.read_config(folder).packed == ["0.weight"]
+    assert saving.read_config(folder).packed == ["0.weight"]
     assert state_bits(compressor.load(folder, model=network(seed=1))) == state_bits(model)
 
 
@@ -353,7 +355,7 @@ def test_a_masked_minus_zero_keeps_its_weight_plain_and_its_sign(tmp_path):
 def test_what_gains_nothing_or_is_not_n_m_stays_plain(tmp_path, pattern):
     model = network(torch.float16)
     folder = saved(tmp_path, model, pruned(model, pattern))
-    assert artifact.read_config(folder).packed == []
+    assert saving.read_config(folder).packed == []
     assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
 
@@ -366,7 +368,7 @@ def test_packing_never_makes_a_file_larger_and_starts_where_it_gains(dtype, name
         tensors, packed = packing.packed_state(state, {name: "2:4"})
         plain, stored = (len(save(each, metadata=FILE_METADATA)) for each in (state, tensors))
         assert stored < plain if packed else stored == plain
-        parts = dict(zip(packing.part_names(name), pack(state[name], NM(2, 4)), strict=True))
+        parts = dict(zip(part_names(name), pack(state[name], NM(2, 4)), strict=True))
         gains[plain - len(save(parts, metadata=FILE_METADATA))] = bool(packed)
     assert not gains[min(gains)] and gains[max(gains)]
     assert all(packed for gain, packed in gains.items() if gain > 64 + 6 * len(name))
@@ -396,7 +398,7 @@ def test_a_tensor_with_the_name_of_a_part_is_not_overwritten(tmp_path, part):
 
     model = Named(0)
     folder = saved(tmp_path, model, pruned(model))
-    assert artifact.read_config(folder).packed == ["other.weight"]
+    assert saving.read_config(folder).packed == ["other.weight"]
     assert state_bits(compressor.load(folder, model=Named(1))) == state_bits(model)
 
 
@@ -411,7 +413,7 @@ def test_eight_bit_floats_are_saved_packed(tmp_path):
         model = Small(dtype)
         masks = {"weight": NM(2, 4).mask(model.weight.float().abs())}
         folder = saved(tmp_path, model, masks)
-        assert artifact.read_config(folder).packed == ["weight"]
+        assert saving.read_config(folder).packed == ["weight"]
         empty = Small(dtype)
         empty.weight.zero_()
         assert state_bits(compressor.load(folder, model=empty)) == state_bits(model)
@@ -541,7 +543,7 @@ def test_a_pattern_that_would_take_all_memory_is_refused_before_anything_is_made
         tensors[INDEX] = torch.zeros(2**12 * 20 // 8, dtype=torch.uint8)
 
     monkeypatch.setattr(packing, "unpack", never)
-    monkeypatch.setattr(artifact, "load_file", never)
+    monkeypatch.setattr(saved_files, "load_file", never)
     configured(folder, patterns={"0.weight": "2:4", "2.weight": "1:999999"})
     rewritten(folder, huge)
     refused(folder, "2.weight: file has (4096, 999999), model has (16, 16)")
@@ -563,7 +565,7 @@ def test_a_truncated_file_is_refused(folder, length):
 
 def test_no_flipped_bit_is_read_as_something_else(tmp_path, monkeypatch):
     """With every hash made to agree: a file is refused, or holds exactly what `save` would write for what was read."""
-    original = artifact.state_sha256
+    original = saving.state_sha256
     model = network(torch.float16)
     model_bits = state_bits(model)
     masks = pruned(model, NM(2, 4, 2))
@@ -571,9 +573,9 @@ def test_no_flipped_bit_is_read_as_something_else(tmp_path, monkeypatch):
     folder = saved(tmp_path, model, masks)
     whole = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    claimed = artifact.read_config(folder).weights_sha256
+    claimed = saving.read_config(folder).weights_sha256
     chance, errors, read = random.Random(0), [], 0
-    monkeypatch.setattr(artifact, "state_sha256", lambda state: claimed)
+    monkeypatch.setattr(saved_files, "state_sha256", lambda state: claimed)
     for turn in range(300):
         damaged = bytearray(whole)
         for _ in range(chance.choice([1, 1, 2, 8])):
@@ -594,7 +596,7 @@ def test_no_flipped_bit_is_read_as_something_else(tmp_path, monkeypatch):
         read += 1
     assert all(error.hint and str(folder) in error.message for error in errors)
     assert len(errors) > 30 and read > 30
-    monkeypatch.setattr(artifact, "state_sha256", original)
+    monkeypatch.setattr(saved_files, "state_sha256", original)
     (folder / "model.safetensors").write_bytes(whole)
     forge(folder)
     assert state_bits(compressor.load(folder, model=network(torch.float16))) == state_bits(model)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from compressor import artifact
+from compressor import files
 
 
 @pytest.mark.parametrize("method", ["sparsedm", "structured", "dense-continued"])
@@ -16,7 +16,7 @@ def test_costs_are_those_of_the_run(cli, tmp_path, method):
     facts = json.loads(planned.out)
     ran = cli.trial(tmp_path / "run", "--method", method, "--steps", "3")
     assert ran.code == 0, ran.err
-    rows = artifact.read_json(tmp_path / "run" / "report.json")["rows"]
+    rows = files.read_json(tmp_path / "run" / "report.json")["rows"]
     for key in ("params", "size_bytes", "macs_dense", "macs_effective"):
         assert facts["before"][key] == rows[0][key]
         assert facts["after"][key] == pytest.approx(rows[-1][key], rel=1e-3)

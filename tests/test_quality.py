@@ -12,11 +12,14 @@ from compressor.model_zoo.uvit.sizes import cifar10
 from torch import Tensor, nn
 
 from compressor import NM, Adapter, CompressorError
-from compressor.data import Images
-from compressor.evaluate import Metric, floor, prediction_error, predictions, quality, sample, sample_rmse
-from compressor.frechet import Gaussian, bootstrap, frechet_distance, gaussian
-from compressor.measure import costs, latencies, layer_macs
-from compressor.recipe import Evaluation
+from compressor.cost.latency import latencies
+from compressor.cost.macs import costs, layer_macs
+from compressor.data.sets import Images
+from compressor.quality.drift import prediction_error, predictions, sample_rmse
+from compressor.quality.evaluate import floor, quality, sample
+from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, gaussian
+from compressor.quality.metric import Metric
+from compressor.quality.settings import Evaluation
 
 
 def draw(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

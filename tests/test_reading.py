@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from compressor import CompressorError, Images, Samples, inputs, read_data
+from compressor import CompressorError, Images, Samples, read_data
+from compressor.data.reading import plain_pickle
+from compressor.data.reading.decoded import Decoded, decode
 from compressor.errors import UsageError
-from compressor.reading import plain_pickle
-from compressor.reading.decoded import Decoded, decode
+from compressor.runs import inputs
 
 RGB = (3, 8, 8)
 
@@ -292,7 +293,7 @@ def test_a_shape_that_pictures_cannot_have_is_refused(shape: tuple[int, ...] | N
 
 
 def test_a_worker_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.reading.decoded.decode", lambda content, shape: os._exit(9))
+    monkeypatch.setattr("compressor.data.reading.decoded.decode", lambda content, shape: os._exit(9))
     with pytest.raises(CompressorError, match=r"a process that decodes pictures ended.*\n.*loading.workers"):
         read_data(folder, RGB, workers=1)
 
@@ -475,7 +476,7 @@ def test_nothing_in_a_malicious_batch_is_executed(protocol: int, place: str, tmp
         b"\x80\x02cnumpy\ndtype\n\x85cos\nsystem\nb.",
         b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
         b"(S'touch me'\nios\nsystem\n.",
-        b"\x80\x02ccompressor.reading.plain_pickle\nload\n)\x81.",
+        b"\x80\x02ccompressor.data.reading.plain_pickle\nload\n)\x81.",
         b"\x80\x02\x82\x01.",
     ],
 )
@@ -620,7 +621,7 @@ def test_settings_that_do_not_suit_the_data_end_the_run_before_it_begins(
 
 def test_a_metric_of_images_refuses_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "set.npz", sample=np.zeros((9, 4), np.float32))
-    monkeypatch.setattr("compressor.inputs._check_records", lambda adapter, model, data: None)
+    monkeypatch.setattr("compressor.runs.inputs._check_records", lambda adapter, model, data: None)
     with pytest.raises(UsageError, match=r"fd-digits compares images, and set holds records"):
         inputs.load_inputs(inputs.resolve({"data": str(tmp_path / "set.npz")}, "here"))
 

@@ -14,7 +14,10 @@ import time
 import pytest
 import torch
 
-from compressor import artifact, inputs, run
+from compressor import files
+from compressor.runs import inputs
+from compressor.runs import run as runs
+from compressor.saving import model as saved_files
 
 SHORT, LONG = 10, 60  # steps; the long run leaves time to kill it
 
@@ -42,7 +45,7 @@ def begun(out, steps):
         "train": {"steps": SHORT, "batch_size": 8, "warmup": 0},
         "evaluate": {"samples": 0, "latency_rounds": 0},
     }
-    progress = run.execute(inputs.load_inputs(inputs.resolve(settings, "test")), out)
+    progress = runs.execute(inputs.load_inputs(inputs.resolve(settings, "test")), out)
     while next(progress).done < steps:
         pass
     progress.close()
@@ -106,14 +109,14 @@ def copy(halfway, tmp_path):
 @pytest.fixture
 def advances(monkeypatch):
     """The numbers of the training steps that were taken in this process."""
-    original, taken = run.FineTuning.advance, []
+    original, taken = runs.FineTuning.advance, []
 
     def advance(self):
         record = original(self)
         taken.append(record.step)
         return record
 
-    monkeypatch.setattr(run.FineTuning, "advance", advance)
+    monkeypatch.setattr(runs.FineTuning, "advance", advance)
     return taken
 
 
@@ -232,13 +235,13 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "save_state", full)
+        patch.setattr(saved_files, "save_state", full)
         outcome = cli("resume", copy)
     assert outcome.code == 1
     assert re.search(r"No space left on device \([\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)
     assert checkpoints(copy) == [4, 6]
     for step in (4, 6):
-        artifact.verify(copy / f"checkpoint-{step}")
+        files.verify(copy / f"checkpoint-{step}")
 
 
 # --- Stopped. ---
@@ -254,7 +257,7 @@ def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uni
     assert f"compressor resume {out}" in err
     assert "Traceback" not in err
     newest = checkpoints(out)[-1]
-    artifact.verify(out / f"checkpoint-{newest}")
+    files.verify(out / f"checkpoint-{newest}")
     assert len((out / "metrics.jsonl").read_text().splitlines()) == newest
     outcome = cli("resume", out)
     assert outcome.code == 0, outcome.err
@@ -262,7 +265,7 @@ def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uni
 
 
 def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli, monkeypatch):
-    original, before = run.FineTuning.advance, signal.getsignal(signal.SIGTERM)
+    original, before = runs.FineTuning.advance, signal.getsignal(signal.SIGTERM)
 
     def advance(self):
         record = original(self)
@@ -270,7 +273,7 @@ def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli,
             os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    monkeypatch.setattr(run.FineTuning, "advance", advance)
+    monkeypatch.setattr(runs.FineTuning, "advance", advance)
     outcome = cli("run", "--out", tmp_path / "run", *flags(SHORT))
     assert outcome.code == 143
     assert checkpoints(tmp_path / "run") == [2, 3]

@@ -16,7 +16,9 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor import inputs, recipe, registry, run
+from compressor import recipe, registry
+from compressor.runs import inputs
+from compressor.runs import run as runs
 from compressor.weights import weights_sha256
 
 SCHEMA = json.loads((Path(compressor.__file__).parent / "report" / "schema.json").read_text())
@@ -53,7 +55,7 @@ def arrays_of(out):
 
 def begun(out, changes, events=1):
     """A run that stopped after so many events, as if its process had died."""
-    progress = run.execute(inputs.load_inputs(inputs.resolve(changes, "test")), out)
+    progress = runs.execute(inputs.load_inputs(inputs.resolve(changes, "test")), out)
     for _ in range(events):
         next(progress)
     progress.close()

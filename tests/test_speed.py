@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 
-from compressor import Plan, artifact, registry
+from compressor import Plan, registry, saving
 from compressor.report import schema
 from compressor.weights import weights_sha256
 
@@ -39,7 +39,7 @@ def read(run: Path) -> dict[str, Any]:
 def test_quality_and_speed_are_of_the_same_weights(lowered: Path) -> None:
     report = read(lowered)
     final = report["rows"][-1]
-    model = artifact.load(lowered / "model")
+    model = saving.load(lowered / "model")
     assert report["lowering"]["weights_sha256"] == final["weights_sha256"] == weights_sha256(model)
     assert final["quality"][0]["value"] > 0
     entries = {(row["name"], e["backend"]): e for row in report["rows"] for e in row["latency"]}

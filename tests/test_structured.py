@@ -15,8 +15,9 @@ from torch import nn
 import compressor
 from compressor import CompressorError, registry
 from compressor.adapter import with_rules
-from compressor.data import as_batches
-from compressor.measure import layer_macs
+from compressor.cost.macs import layer_macs
+from compressor.data.batches import as_batches
+from compressor.files import read_json
 from compressor.seeds import generator
 
 DIGITS = ("uvit-digits", "ddpm-digits")
@@ -226,7 +227,7 @@ def test_scores_differ_and_leave_no_gradients():
 def test_a_run_reloads_without_pickle_and_is_smaller(name, cli, tmp_path):
     outcome = cli.trial(tmp_path / "run", "--model", name, "--method", "structured", "--steps", "2")
     assert outcome.code == 0, outcome.err
-    rows = compressor.artifact.read_json(tmp_path / "run" / "report.json")["rows"]
+    rows = read_json(tmp_path / "run" / "report.json")["rows"]
     dense, final = rows[0], rows[-1]
     for key in ("params", "nonzero_params", "size_bytes"):
         assert final[key] < 0.75 * dense[key]

@@ -11,7 +11,7 @@ from torch import nn
 
 import compressor
 from compressor import CompressorError
-from compressor.surgery import Surgery, surgery_of
+from compressor.sparsity.surgery import Surgery, surgery_of
 from compressor.weights import sketch
 
 NARROWER = Surgery(

@@ -8,7 +8,7 @@ from torch import nn
 
 from compressor import NM, Unstructured
 from compressor.errors import UsageError
-from compressor.targets import fitting, matches, select, survey, unmatched
+from compressor.sparsity.layers import fitting, matches, select, survey, unmatched
 
 PATTERN = NM(2, 4)
 

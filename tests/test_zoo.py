@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from compressor import registry
+from compressor.cost.macs import layer_macs
 from compressor.errors import CompressorError
-from compressor.measure import layer_macs
-from compressor.pattern import parse
-from compressor.targets import select, survey
+from compressor.sparsity.layers import select, survey
+from compressor.sparsity.notation import parse
 
 # Parameters in millions and multiply-accumulates in billions, as published: U-ViT (Bao et al. 2023, table 1, and its
 # repository), DDPM (Fang et al. 2023, table 1), DiT (Peebles & Xie 2023, table 4). None: not published.

@@ -84,9 +84,9 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
 
     import compressor
     from compressor import parse
+    from compressor.cost.timing import interleaved, iqr_ms, median_ms
     from compressor.environment import environment
     from compressor.lower.forms import dense_forms
-    from compressor.timing import interleaved, iqr_ms, median_ms
 
     torch.manual_seed(seed)
     model, example, adapter = built(cell["model"], cell["batch"])

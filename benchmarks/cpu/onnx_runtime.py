@@ -19,10 +19,10 @@ import click
 import torch
 
 from compressor import NM, registry
+from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
-from compressor.export import Exported, OnnxRunner, export_onnx, random_inputs
-from compressor.targets import select
-from compressor.timing import interleaved, iqr_ms, median_ms
+from compressor.export.onnx import Exported, OnnxRunner, export_onnx, random_inputs
+from compressor.sparsity.layers import select
 
 MODEL = "uvit-cifar10"
 SEED = 0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import NM, CompressorError, registry
+from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
 from compressor.lower import lower, units
 from compressor.lower.cusparselt import CuSparseLt
@@ -34,7 +35,6 @@ from compressor.lower.graphs import captured
 from compressor.lower.job import in_dtype
 from compressor.lower.plan import Plan
 from compressor.lower.units import Found, find_units, put
-from compressor.timing import interleaved, iqr_ms, median_ms
 
 OUT = Path(__file__).parent / "lowering.json"
 PATTERN = NM(2, 4)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from compressor import inputs, registry
 from compressor import recipe as recipes
+from compressor import registry
 from compressor.comparison.presets import PRESETS
-from compressor.engine import choose_layers
+from compressor.cost.macs import layer_macs
 from compressor.errors import CompressorError, UsageError, did_you_mean
-from compressor.inputs import Inputs
-from compressor.measure import layer_macs
+from compressor.files import file_name
 from compressor.recipe import Recipe
-from compressor.report.words import file_name
+from compressor.runs import inputs
+from compressor.runs.inputs import Inputs
+from compressor.training.engine import choose_layers
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")

@@ -17,17 +17,16 @@ from typing import Any
 
 import torch
 
-from compressor import artifact
-from compressor.comparison import latency
+from compressor import files, saving
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.page import written
 from compressor.comparison.worker import JOB, ROW, RUN, SEEN, read_row
-from compressor.engine import resolve_device
-from compressor.environment import environment
+from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 from compressor.recipe import Recipe
-from compressor.run import locked
+from compressor.runs.directory import locked
+from compressor.runs.latency import timed
 
 FOLDERS = ("dense", "cells", "trials")
 FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json", "match.json")
@@ -51,7 +50,7 @@ def _names(out: Path) -> set[str]:
 def matched_before(out: Path) -> dict[str, dict[str, float]]:
     """What was measured for `--match latency` in the folder `out`; a comparison that goes on keeps it."""
     path = out / "match.json"
-    return artifact.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False) -> Iterator[Progress]:
@@ -69,7 +68,7 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         _refuse_others(wanted, out)
         if wanted.match == "latency":
-            artifact.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
+            files.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
         devices = _devices(wanted, workers)
         _prepare(wanted, out)
         yield from _carry_out([out / "dense"], devices)
@@ -82,7 +81,7 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
             yield from _carry_out(folders, devices)
             rates = _best_rates(trials, folders)
             failed = _failed(trials, folders)
-            artifact.write_json(out / "rates.json", rates)
+            files.write_json(out / "rates.json", rates)
         cells = wanted.cells(rates)
         folders = [_folder(wanted, cell, out) for cell in cells]
         yield from _carry_out(folders, devices)
@@ -107,7 +106,7 @@ def _prepare(wanted: Comparison, out: Path) -> None:
 def _refuse_others(wanted: Comparison, out: Path) -> None:
     """Raise CompressorError where a cell was begun in `out` with another recipe than `wanted` has for it."""
     path = out / "rates.json"
-    rates: dict[str, float] = artifact.read_json(path) if wanted.rates and path.is_file() else {}
+    rates: dict[str, float] = files.read_json(path) if wanted.rates and path.is_file() else {}
     for cell in (*wanted.trials(), *wanted.cells(rates)):
         place = _place(cell, out)
         if wanted.rates and not cell.tuning and cell.label not in rates and _is_begun(place):
@@ -147,17 +146,17 @@ def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) ->
     _refuse_other(folder, job, identity)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / JOB).is_file():
-        before = artifact.read_json(folder / JOB)
+        before = files.read_json(folder / JOB)
         if any(before.get(key) != job[key] for key in job if key not in ("recipe", "dense")):
             (folder / ROW).unlink(missing_ok=True)
-    artifact.write_json(folder / JOB, job)
+    files.write_json(folder / JOB, job)
 
 
 def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
     """Raise CompressorError where something was begun in `folder` with another recipe, by the keys of `identity`."""
     if not _is_begun(folder):
         return
-    before = artifact.read_json(folder / JOB).get("recipe")
+    before = files.read_json(folder / JOB).get("recipe")
     if not isinstance(before, dict):
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
     for key in identity:
@@ -319,12 +318,12 @@ def _latencies(
     path = out / "latency.json"
     kept: dict[str, Any] = {}
     with suppress(CompressorError):  # a damaged file is measured again
-        kept = artifact.read_json(path)
+        kept = files.read_json(path)
     if kept.get("key") == key and isinstance(known := kept.get("entries"), dict):
         return known
     models = {"dense": copy.deepcopy(wanted.inputs.model)}
     for label, folder in first.items():
-        models[label] = artifact.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
-    entries = yield from latency.timed(wanted.inputs, models, wanted.lower)
-    artifact.write_json(path, {"key": key, "entries": entries})
+        models[label] = saving.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
+    entries = yield from timed(wanted.inputs, models, wanted.lower)
+    files.write_json(path, {"key": key, "entries": entries})
     return entries

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compressor import artifact
+from compressor import files
 from compressor.comparison import words
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
@@ -34,7 +34,7 @@ def written(
     """Write the report of what is finished."""
     done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / "row.json").is_file()]
     report = build(wanted, done, out, times, rates, failed, facts)
-    artifact.write_json(out / "report.json", report)
+    files.write_json(out / "report.json", report)
     render(out)
 
 
@@ -150,11 +150,11 @@ def render(out: Path) -> None:
     Raises CompressorError where report.json is missing or not a comparison's.
     """
     path = out / "report.json"
-    report = artifact.read_json(path)
+    report = files.read_json(path)
     with report_of(path):
         pages = _pages(report, out)
     for name, page in pages.items():
-        artifact.write_text(out / name, page)
+        files.write_text(out / name, page)
 
 
 def _pages(report: Mapping[str, Any], out: Path) -> dict[str, str]:

@@ -22,17 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor import artifact, evaluate
-from compressor import recipe as recipes
-from compressor import run as runs
+from compressor import files, saving, validation
 from compressor.adapter import to_device
-from compressor.comparison.similarity import ssim
 from compressor.errors import CompressorError, first_line
-from compressor.inputs import Inputs, load_inputs
-from compressor.judge import Judge, Seen
 from compressor.progress import Progress
+from compressor.quality import drift, evaluate
+from compressor.quality.similarity import ssim
 from compressor.recipe import Recipe
-from compressor.rows import layer_rows, one_shot
+from compressor.runs import directory
+from compressor.runs import run as runs
+from compressor.runs.inputs import Inputs, load_inputs, one_shot
+from compressor.runs.judge import Judge, Seen
+from compressor.runs.rows import layer_rows
 from compressor.seeds import generator
 
 JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"
@@ -45,7 +46,7 @@ def read_row(folder: Path) -> dict[str, Any]:
     path = folder / ROW
     hint = f"Remove {path}: what is missing is judged again."
     try:
-        found = artifact.read_json(path)
+        found = files.read_json(path)
     except CompressorError as error:
         raise CompressorError(error.message, hint) from error
     row = found.get("row")
@@ -67,21 +68,21 @@ def dense(found: Inputs, folder: Path, steps: list[int]) -> Iterator[Progress]:
     metric = None
     if found.metric is not None and judge.floor is not None:
         metric = {"name": found.metric.name, "extractor_sha256": found.metric.sha256, "floor": judge.floor}
-    artifact.write_json(folder / ROW, {"row": row, "by_steps": by_steps, "metric": metric})
+    files.write_json(folder / ROW, {"row": row, "by_steps": by_steps, "metric": metric})
 
 
 def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progress]:
     """Fine-tune, then judge against the dense model."""
     run = folder / RUN
-    with runs.locked(run):
+    with directory.locked(run):
         yield from runs.train(found, run, resume=(run / "run.json").is_file())
     seen = load_file(Path(job["dense"]) / SEEN)
     judge = Judge(found, Seen(seen.get("images"), seen["predictions"]))
     yield from judge.look()
-    final = artifact.load(run / "model", copy.deepcopy(found.model)).to(judge.device)
-    trained = artifact.read_json(run / "run.json")["train"]
+    final = saving.load(run / "model", copy.deepcopy(found.model)).to(judge.device)
+    trained = files.read_json(run / "run.json")["train"]
     train = {"steps": trained["steps"], "seconds": round(trained["seconds"], 3)}
-    patterns = artifact.read_config(run / "model").patterns
+    patterns = saving.read_config(run / "model").patterns
     content: dict[str, Any] = {"patterns": sorted(set(patterns.values()))}
     content["row"] = yield from _row(judge, job["label"], final, patterns, train, folder / "samples.png")
     content["by_steps"] = yield from _by_steps(judge, job["label"], final, job["sampler_steps"])
@@ -96,7 +97,7 @@ def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progre
         content["layers"] = layer_rows(result, patterns, final, trained["flipped"])
         if masks:
             content["sensitivity"] = yield from _sensitivity(judge, bare, list(masks))
-    artifact.write_json(folder / ROW, content)
+    files.write_json(folder / ROW, content)
 
 
 def _row(
@@ -124,7 +125,7 @@ def _error_at(judge: Judge, model: nn.Module, time: float) -> float:
     given, _ = found.adapter.noised_at(batch, time, generator(found.recipe.evaluate.seed, "time", round(1000 * time)))
     given = to_device(given, judge.device)
     expected = found.adapter.predict(found.model.to(judge.device).eval(), given).float()
-    return float(evaluate.prediction_error(found.adapter.predict(model, given).float(), expected)["value"])
+    return float(drift.prediction_error(found.adapter.predict(model, given).float(), expected)["value"])
 
 
 def _by_steps(
@@ -170,8 +171,8 @@ def main(folder: Path) -> int:
     threading.Thread(target=watch, daemon=True).start()
     try:
         (folder / "error.txt").unlink(missing_ok=True)
-        job = artifact.read_json(folder / JOB)
-        found = load_inputs(recipes.validated(Recipe, job["recipe"], str(folder / JOB)))
+        job = files.read_json(folder / JOB)
+        found = load_inputs(validation.validated(Recipe, job["recipe"], str(folder / JOB)))
         events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)
         for event in events:
             print(json.dumps(asdict(event)), flush=True)

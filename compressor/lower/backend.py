@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.clustered import Clustered
 from compressor.errors import CompressorError
-from compressor.pattern import NM
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
 
 
 @dataclass(frozen=True, eq=False)

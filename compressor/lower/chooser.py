@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from compressor.cost.timing import interleaved, median_ms
 from compressor.errors import first_line
 from compressor.lower.backend import Backend, Unit
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
 from compressor.lower.units import Found
-from compressor.timing import interleaved, median_ms
 
 MARGIN = 0.97
 """A candidate is taken in place of a dense one only where it needs at most this share of its time."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
-from compressor.pattern import NM
+from compressor.sparsity.pattern import NM
 
 _PATTERN = NM(2, 4)
 _NEEDS = {8: 400, 9: 600}

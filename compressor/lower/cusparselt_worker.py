@@ -21,7 +21,7 @@ from torch import Tensor
 from compressor.errors import CompressorError, first_line
 from compressor.lower.cusparselt_tuning import KEPT, Algorithm, Product, candidates, multiply, operator_arguments
 from compressor.lower.graphs import captured
-from compressor.pattern import NM
+from compressor.sparsity.pattern import NM
 
 _ERROR = 1e-2  # relative; bfloat16 rounds to 4e-3
 NO_LIMIT = 64  # algorithms to try where the library does not say how many it has

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.adapter import Adapter
+from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.errors import CompressorError, first_line
 from compressor.lower.chooser import best, relative
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan
 from compressor.lower.units import put
-from compressor.timing import interleaved, iqr_ms, median_ms
 
 _ROUNDS = 11
 

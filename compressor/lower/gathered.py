@@ -15,10 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from compressor.clustered import Clustered
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
-from compressor.pattern import NM
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
 
 SMALLEST_V = 16
 """With fewer rows to a group, copying its channels costs far more than the smaller product saves."""

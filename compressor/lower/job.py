@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compressor import registry
+from compressor import discovery
 from compressor.adapter import Adapter
 from compressor.environment import environment
 from compressor.errors import CompressorError, UsageError
@@ -109,12 +109,12 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
     "auto" leaves out those that give other numbers, unless the caller says how much that may be.
     """
     auto = asked == "auto"
-    names = registry.names("backends") if auto else [asked] if isinstance(asked, str) else list(asked)
+    names = discovery.names("backends") if auto else [asked] if isinstance(asked, str) else list(asked)
     made: list[Backend] = []
     notes: list[str] = []
     for name in names:
         try:
-            backend = name if isinstance(name, Backend) else registry.backend(_named(name))
+            backend = name if isinstance(name, Backend) else discovery.made("backends", _named(name), Backend)
             if not isinstance(getattr(backend, "name", None), str) or backend.name in [one.name for one in made]:
                 raise CompressorError(
                     f"{type(backend).__name__}: a backend needs a name of its own", "Set `name`; each may stand once."
@@ -126,7 +126,7 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
                 raise
             notes.append(error.message)  # one broken plugin shall not take the others with it
     if not any(backend.name == "eager" for backend in made):
-        made.append(registry.backend("eager"))
+        made.append(discovery.made("backends", "eager", Backend))
     return sorted(made, key=lambda backend: (backend.name != "eager", backend.skips_zeros, backend.name)), notes
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor import artifact
-from compressor.environment import cache_folder
+from compressor import files
 from compressor.errors import CompressorError
-from compressor.recipe import validated
+from compressor.files import cache_folder
+from compressor.validation import validated
 
 FILE = "lowering.json"
 _DAY_MS = 86_400_000.0
@@ -107,14 +107,14 @@ class Plan(_Value):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, in one step."""
-        artifact.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+        files.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
         """The plan saved at `path` (the file, or the folder of a run). Raises CompressorError where it is not one."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        return validated(cls, artifact.read_json(path), str(path))
+        return validated(cls, files.read_json(path), str(path))
 
 
 class Cache:
@@ -130,7 +130,7 @@ class Cache:
     def get(self, key: str) -> dict[str, float] | None:
         """The times stored for `key`: milliseconds by backend."""
         try:
-            found = artifact.read_json(self._path(key)) if self.read else {}
+            found = files.read_json(self._path(key)) if self.read else {}
         except CompressorError:
             return None
         times = found.get("median_ms")
@@ -144,7 +144,7 @@ class Cache:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            artifact.write_json(path, {"key": key, "setting": self.setting.model_dump(), "median_ms": times})
+            files.write_json(path, {"key": key, "setting": self.setting.model_dump(), "median_ms": times})
         except OSError:
             return
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compressor.clustered import Clustered
 from compressor.errors import CompressorError
 from compressor.lower.backend import Unit
-from compressor.pattern import NM
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
 
 _LAYERS = (nn.Linear, nn.Conv2d)
 _GROUPS = (2, 4, 8, 16, 32)

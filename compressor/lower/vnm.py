@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.clustered import Clustered
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.pattern import NM
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
 
 _LARGEST_INDEX = 65_535
 _LEVEL_VARIABLE = "COMPRESSOR_CPU_LEVEL"

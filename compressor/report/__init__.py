@@ -1,4 +1,4 @@
-"""The report: `report.json`, which `compressor.rows` writes, as Markdown and as one self-contained page."""
+"""The report: `report.json`, which `compressor.runs` writes, as Markdown and as one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from compressor import artifact
+from compressor import files
 from compressor.errors import CompressorError
 from compressor.report import charts, words
 from compressor.report.further import direction, further
@@ -38,14 +38,14 @@ def render(run: str | Path) -> None:
         raise CompressorError(
             f"{path}: no such file", "Give the directory of a finished run; `compressor resume` finishes one."
         )
-    report = artifact.read_json(path)
+    report = files.read_json(path)
     if lost := [key for key in schema()["required"] if key not in report]:
         raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
     steps = read_metrics(run / "metrics.jsonl")
     with report_of(path):
         page, text = _written(run, report, steps)
-    artifact.write_text(run / "report.md", text)
-    artifact.write_text(run / "report.html", page)  # last: with it, a run is finished
+    files.write_text(run / "report.md", text)
+    files.write_text(run / "report.html", page)  # last: with it, a run is finished
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _picture(run: Path, row: str) -> str | None:
-    name = f"{words.file_name(row)}.png"
+    name = f"{files.file_name(row)}.png"
     return name if (run / "samples" / name).is_file() else None
 
 
@@ -123,4 +123,4 @@ def data_uri(path: Path) -> Markup:
 
 
 def resource(name: str) -> str:
-    return files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")

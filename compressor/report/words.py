@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,11 +106,6 @@ def with_interval(entry: Mapping[str, Any]) -> str:
         return number(entry["value"])
     low, high = entry["ci95"]
     return f"{number(entry['value'])} [{number(low)}, {number(high)}]"
-
-
-def file_name(row: str) -> str:
-    """The stem of a row's picture."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", row)
 
 
 def _drift(row: Mapping[str, Any], metric: str, text: Callable[[float], str]) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.evaluate import Metric
+from compressor.quality.metric import Metric
 from compressor.weights import load_strictly, read_weights, weights_sha256
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")

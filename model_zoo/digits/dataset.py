@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from compressor.data import Images
-from compressor.reading import read_data
+from compressor.data.reading import read_data
+from compressor.data.sets import Images
 
 
 def images() -> Images:

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compressor.adapter import Adapter
-from compressor.engine import FineTuning, steps
 from compressor.seeds import generator
-from compressor.training import Training
+from compressor.training.engine import FineTuning, steps
+from compressor.training.settings import Training
 from compressor.weights import weights_sha256
 
 

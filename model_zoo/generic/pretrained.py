@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from compressor.artifact import read_json
 from compressor.errors import CompressorError, first_line
+from compressor.files import read_json
 
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _DENOISERS = ("unet", "transformer", "prior")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor.engine import resolve_device
+from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.evaluate import Metric
+from compressor.quality.metric import Metric
 from compressor.weights import read_weights
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"

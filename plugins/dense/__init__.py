@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compressor.pattern import Mask
-from compressor.pruner import Pruner
+from compressor.sparsity.pattern import Mask
+from compressor.training.pruner import Pruner
 
 
 @dataclass(frozen=True)

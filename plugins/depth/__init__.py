@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.calibration import visits
-from compressor.data import Batches
+from compressor.cost.macs import layer_macs
+from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, one_of
-from compressor.measure import layer_macs
-from compressor.pattern import NM, Mask
-from compressor.pruner import Objective, Pruner
 from compressor.seeds import generator
-from compressor.surgery import Surgery
-from compressor.targets import reached, survey
+from compressor.sparsity.layers import reached, survey
+from compressor.sparsity.pattern import NM, Mask
+from compressor.sparsity.surgery import Surgery
+from compressor.training.calibration import visits
+from compressor.training.pruner import Objective, Pruner
 from compressor.weights import twin
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.estimator import Estimator, Exact
-from compressor.pattern import NM, Mask, Pattern
-from compressor.pruner import Pruner
+from compressor.sparsity.estimator import Estimator, Exact
+from compressor.sparsity.pattern import NM, Mask, Pattern
+from compressor.training.pruner import Pruner
 
 
 @dataclass(frozen=True)

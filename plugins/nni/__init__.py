@@ -12,12 +12,12 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.data import Batches
-from compressor.engine import choose_layers
+from compressor.data.batches import Batches
 from compressor.errors import CompressorError
-from compressor.estimator import Estimator, Exact
-from compressor.pattern import Mask, Unstructured
-from compressor.pruner import Pruner
+from compressor.sparsity.estimator import Estimator, Exact
+from compressor.sparsity.pattern import Mask, Unstructured
+from compressor.training.engine import choose_layers
+from compressor.training.pruner import Pruner
 
 _PRUNERS = {"level": "LevelPruner", "l1-norm": "L1NormPruner", "l2-norm": "L2NormPruner", "fpgm": "FPGMPruner"}
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.calibration import from_matrix, matrix, observable, observe, visits
-from compressor.data import Batches
-from compressor.engine import choose_layers
+from compressor.data.batches import Batches
 from compressor.errors import UsageError
-from compressor.estimator import Estimator, Exact
-from compressor.pattern import NM, Mask, Pattern
-from compressor.pruner import Pruner
-from compressor.targets import Layer
+from compressor.sparsity.estimator import Estimator, Exact
+from compressor.sparsity.layers import Layer
+from compressor.sparsity.pattern import NM, Mask, Pattern
+from compressor.training.calibration import from_matrix, matrix, observable, observe, visits
+from compressor.training.engine import choose_layers
+from compressor.training.pruner import Pruner
 
 from ..wanda import check_calibration
 

@@ -12,11 +12,11 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.data import Batches
+from compressor.data.batches import Batches
 from compressor.errors import UsageError, one_of
-from compressor.estimator import Estimator
-from compressor.pattern import NM, Mask, Pattern
-from compressor.pruner import Objective, Pruner
+from compressor.sparsity.estimator import Estimator
+from compressor.sparsity.pattern import NM, Mask, Pattern
+from compressor.training.pruner import Objective, Pruner
 
 _PROGRESSIVE = (NM(31, 32), NM(15, 16), NM(7, 8), NM(3, 4))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressor.errors import UsageError
-from compressor.estimator import Estimator
-from compressor.pattern import NM, Mask, Pattern
-from compressor.pruner import Pruner
+from compressor.sparsity.estimator import Estimator
+from compressor.sparsity.pattern import NM, Mask, Pattern
+from compressor.training.pruner import Pruner
 
 from ..sparsedm import SRSTE
 

@@ -9,12 +9,12 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.data import Batches
+from compressor.cost.macs import layer_macs
+from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, first_line, one_of
-from compressor.measure import layer_macs
-from compressor.pattern import Mask
-from compressor.pruner import Pruner
-from compressor.surgery import Surgery
+from compressor.sparsity.pattern import Mask
+from compressor.sparsity.surgery import Surgery
+from compressor.training.pruner import Pruner
 from compressor.weights import twin
 
 from .groups import Group, find_groups, removal

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map_only
 from compressor.adapter import Adapter, to_device
 from compressor.errors import CompressorError, first_line
 from compressor.seeds import generator
-from compressor.surgery import Surgery
-from compressor.targets import Layer, reached
+from compressor.sparsity.layers import Layer, reached
+from compressor.sparsity.surgery import Surgery
 from compressor.weights import ties, twin
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

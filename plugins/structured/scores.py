@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.data import Batches
+from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 

@@ -1,0 +1,81 @@
+"""Cost: parameters, multiply-accumulates, bytes, latency. Every name carries its unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+from compressor.adapter import Adapter, to_device
+from compressor.saving import packing
+from compressor.weights import FILE_METADATA, plain_state
+
+
+def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of one forward pass of one sample: of the whole model, and by weight name.
+
+    Attention products count in the total. A weight that is used twice counts twice.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, int] = {}
+
+    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        weight = module.weight
+        if not isinstance(weight, nn.Parameter):
+            return
+        # positions at which the whole weight is applied: tokens of a Linear, output pixels of a convolution
+        positions = output.numel() // weight.shape[0]
+        found[names[id(weight)]] = found.get(names[id(weight)], 0) + positions * weight.numel()
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, kinds)]
+    # torch's counter knows every fused attention but the CPU's, and takes it for free
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(sdpa_flop(query, key, value))
+
+    counter = FlopCounterMode(display=False, custom_mapping={fused: attention})
+    try:
+        with torch.no_grad(), counter:
+            adapter.predict(model, to_device(adapter.example_inputs(1), next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops() // 2, found
+
+
+def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> dict[str, Any]:
+    """The cost fields of a report row; `pruned` holds the pattern of each masked weight by its name.
+
+    `size_bytes` is that of the weights' file as `compressor.save` writes it, packed. `macs_effective` leaves out
+    multiplications by a zero of a masked weight.
+
+    `macs_lowered` equals `macs_dense`: no kernel here skips zeros until the model is lowered.
+    """
+    total, by_weight = layer_macs(model, adapter)
+    parameters = dict(model.named_parameters())
+    nonzero = {name: int(torch.count_nonzero(value)) for name, value in parameters.items()}
+    skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in pruned)
+    masked = sum(parameters[name].numel() for name in pruned)
+    tensors, _ = packing.packed_state(plain_state(model), pruned)
+    return {
+        "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
+        "params": sum(value.numel() for value in parameters.values()),
+        "nonzero_params": sum(nonzero.values()),
+        "size_bytes": len(save(tensors, metadata=FILE_METADATA)),
+        "macs_dense": total,
+        "macs_effective": round(total - skipped),
+        "macs_lowered": total,
+    }
+
+
+def lowered_macs(model: nn.Module, adapter: Adapter, skipped: Mapping[str, float]) -> int:
+    """Multiply-accumulates of one sample without those that kernels leave out; `skipped` has the density that is left of
+    each weight whose zeros they skip."""
+    total, by_weight = layer_macs(model, adapter)
+    return round(total - sum(by_weight.get(name, 0) * (1 - density) for name, density in skipped.items()))

@@ -1,0 +1,161 @@
+"""Batches: the order of samples, a pure function of seed and step, and what hands them to the engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from compressor.data.sets import ImageSet, SampleSet
+from compressor.errors import CompressorError, UsageError
+from compressor.seeds import generator
+
+
+class Batches(ABC):
+    """Where the engine gets its batches: `batch(step)` for step 0, 1, 2, …"""
+
+    @abstractmethod
+    def batch(self, step: int) -> Any:
+        """The batch of `step`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order of `n` samples: each epoch is a permutation that (seed, epoch) gives; batches go over the ends of epochs."""
+
+    n: int
+    batch_size: int
+    seed: int
+    _epochs: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def indices(self, step: int) -> Tensor:
+        """The indices (batch_size,) of the samples in the batch of `step`."""
+        first = step * self.batch_size
+        epochs = range(first // self.n, (first + self.batch_size - 1) // self.n + 1)
+        return torch.cat([self._epoch(epoch) for epoch in epochs])[first - epochs[0] * self.n :][: self.batch_size]
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:  # kept: a permutation of a million samples takes longer than taking a batch
+            while len(self._epochs) > 1:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = torch.randperm(self.n, generator=generator(self.seed, "order", epoch))
+        return self._epochs[epoch]
+
+
+@dataclass(eq=False)
+class Samples(Batches):
+    """Batches drawn from a set of samples, in the `Order` that the seed gives.
+
+    `samples` is a SampleSet, a tensor with samples along dim 0, or a map-style dataset. `flip` mirrors images from left to
+    right, each with a probability of one half that (seed, step) decides; it is for an ImageSet of pictures alone.
+    """
+
+    samples: Any
+    batch_size: int
+    seed: int
+    flip: bool = False
+    _order: Order = field(init=False, repr=False)
+    _stream: Iterator[Any] | None = field(default=None, init=False, repr=False)
+    _next: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._order = Order(len(self.samples), self.batch_size, self.seed)
+        if self.flip and (not isinstance(self.samples, ImageSet) or self.samples.latent):
+            raise UsageError(
+                "flip mirrors pictures, and these samples are none",
+                "Leave loading.flip false; latents of mirrored pictures have to be computed from mirrored pictures.",
+            )
+
+    def indices(self, step: int) -> Tensor:
+        """The indices of the samples in the batch of `step`."""
+        return self._order.indices(step)
+
+    def batch(self, step: int) -> Any:
+        if isinstance(self.samples, SampleSet):
+            if self._stream is None or step != self._next:
+                self._stream = self.samples.stream(map(self._order.indices, count(step)))
+            self._next = -1  # a stream that fails is over
+            batch = next(self._stream)
+            self._next = step + 1
+            return self._mirrored(batch, step) if self.flip else batch
+        indices = self.indices(step)
+        if isinstance(self.samples, Tensor):
+            return self.samples[indices]
+        return default_collate([self.samples[i] for i in indices.tolist()])
+
+    def _mirrored(self, batch: Any, step: int) -> Any:
+        images, *labels = batch if isinstance(batch, tuple) else (batch,)
+        chosen = torch.rand(len(images), generator=generator(self.seed, "flip", step)) < 0.5
+        images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
+        return (images, *labels) if labels else images
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Batches):
+    """Ready-made batches, in turn, again from the start when they run out."""
+
+    batches: Sequence[Any]
+
+    def batch(self, step: int) -> Any:
+        return self.batches[step % len(self.batches)]
+
+
+class Streamed(Batches):
+    """Batches from an iterable (a DataLoader, a generator), in its own order; started again when it runs out.
+
+    A resumed run takes it from the start and skips what was used, which repeats the batches only where the iterable
+    itself always gives the same ones; a shuffling DataLoader does not. Give a dataset for that.
+    """
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._source = source
+        self._iterator: Iterator[Any] = iter(source)
+        self._next = 0
+
+    def batch(self, step: int) -> Any:
+        if step < self._next:
+            if self._iterator is self._source:
+                raise CompressorError(
+                    "a stream of batches cannot go back", "Give a dataset or a list of batches instead."
+                )
+            self._iterator, self._next = iter(self._source), 0
+        for _ in range(self._next, step):  # a resumed run skips what it has seen
+            self._take()
+        self._next = step + 1
+        return self._take()
+
+    def _take(self) -> Any:
+        for item in self._iterator:
+            return item
+        self._iterator = iter(self._source)
+        for item in self._iterator:
+            return item
+        raise CompressorError("the data ran out of batches", "Give a dataset, a list of batches or a DataLoader.")
+
+
+def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
+    """`data` as Batches. Samples: a SampleSet, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
+    if isinstance(data, (SampleSet, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
+        if len(data) == 0:  # type: ignore[arg-type]
+            raise CompressorError("the data is empty", "Give at least one sample.")
+        return Samples(data, batch_size, seed)
+    if isinstance(data, (list, tuple)):
+        if not data:
+            raise CompressorError("the data is empty", "Give at least one batch.")
+        return Listed(data)
+    if isinstance(data, Iterable):
+        return Streamed(data)
+    raise CompressorError(
+        f"data of type {type(data).__name__} cannot be used", "Give images, a tensor, a dataset, or batches."
+    )

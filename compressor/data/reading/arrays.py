@@ -1,0 +1,84 @@
+"""Arrays in `.npz`, `.npy` and `.safetensors` files: images, latents, or records of several arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from compressor.data.sets import Images, Records, SampleSet
+from compressor.errors import CompressorError
+
+SUFFIXES = (".npz", ".npy", ".safetensors")
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def read(path: Path) -> SampleSet:
+    """The arrays at `path`; nothing in the file is executed.
+
+    With an array `images`, or a plain `.npy` file: Images, with `labels` where there is one. Images are (n, h, w),
+    (n, h, w, c) or (n, c, h, w): uint8 pixels, or float latents. Otherwise Records: all arrays, with one dim 0.
+    Raises CompressorError with the path and what was found.
+    """
+    try:
+        arrays = _tensors(path) if path.suffix == ".safetensors" else _arrays(path)
+    except Exception as error:  # numpy, zipfile and safetensors raise a dozen types on damaged files
+        raise CompressorError(
+            f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
+        ) from error
+    return _images(path, arrays["images"], arrays.get("labels")) if "images" in arrays else _records(path, arrays)
+
+
+def _arrays(path: Path) -> dict[str, _Array]:
+    with path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+
+
+def _tensors(path: Path) -> dict[str, _Array]:
+    wide = (torch.float16, torch.float32, torch.float64)
+    return {
+        name: (tensor.float() if tensor.is_floating_point() and tensor.dtype not in wide else tensor).numpy()
+        for name, tensor in load_file(path).items()  # numpy has no bfloat16: float32 holds it exactly
+    }
+
+
+def _images(path: Path, images: _Array, labels: _Array | None) -> Images:
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or 0 in images.shape or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
+        raise CompressorError(
+            f"{path}: images are {images.dtype} {images.shape}",
+            "Allowed: uint8 or float, (n, h, w[, c]) or (n, c, h, w).",
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise CompressorError(
+            f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},)."
+        )
+    return Images(path.stem, _tensor(images), None if labels is None else torch.from_numpy(labels.astype(np.int64)))
+
+
+def _records(path: Path, arrays: Mapping[str, _Array]) -> Records:
+    shapes = {name: f"{array.dtype} {array.shape}" for name, array in sorted(arrays.items())}
+    found = ", ".join(f"{name}: {shape}" for name, shape in shapes.items()) or "none"
+    if not arrays or any(array.ndim == 0 or array.dtype.kind not in "fiub" for array in arrays.values()):
+        raise CompressorError(
+            f"{path}: arrays are {found}",
+            "Save images with np.savez(images=...), or numeric arrays that have one entry per sample along dim 0.",
+        )
+    if len({len(array) for array in arrays.values()}) > 1 or 0 in next(iter(arrays.values())).shape[:1]:
+        raise CompressorError(
+            f"{path}: no array named 'images', and the arrays are no records: {found}",
+            "Records have the same dim 0, the number of samples, in every array.",
+        )
+    return Records(path.stem, {name: _tensor(array) for name, array in sorted(arrays.items())})
+
+
+def _tensor(array: _Array) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))

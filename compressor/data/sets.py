@@ -1,0 +1,135 @@
+"""Data: sets of samples, and batches in an order that is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.weights import state_sha256
+
+
+class SampleSet(ABC):
+    """Samples that are taken by their indices. `name` is for reports; `skipped` counts what was damaged and left out."""
+
+    name: str
+    skipped: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) where the samples are images, else None."""
+        return None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Any:
+        """The batch at `indices` (k,): tensors whose dim 0 is k, in a form that the adapter's `noised` takes."""
+
+    def stream(self, order: Iterable[Tensor]) -> Iterator[Any]:
+        """`take` of each indices of `order`, in that order; a set that has to work for it may work ahead."""
+        return map(self.take, order)
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """A hash of all samples, the same however they were stored."""
+
+
+class ImageSet(SampleSet):
+    """Images, in memory or decoded when they are taken; `labels` (n,) int64, or None where there are none."""
+
+    labels: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @abstractmethod
+    def stored(self, indices: Tensor) -> Tensor:
+        """The images at `indices`, (k, channels, height, width), as they are stored: uint8 or, for latents, float."""
+
+    @property
+    @abstractmethod
+    def latent(self) -> bool:
+        """Whether the images are latents: floats, taken as they are."""
+
+    def take(self, indices: Tensor) -> Any:
+        """The batch at `indices`: float images, uint8 mapped to [-1, 1]; with labels, the pair (images, labels)."""
+        return self.batch(self.stored(indices), indices)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """As `take`, without labels."""
+        return _as_float(self.stored(indices))
+
+    def batch(self, stored: Tensor, indices: Tensor) -> Any:
+        """What `take` gives, from the `stored` images at `indices`."""
+        images = _as_float(stored)
+        return images if self.labels is None else (images, self.labels[indices])
+
+
+def _as_float(stored: Tensor) -> Tensor:
+    return stored.float().div_(127.5).sub_(1.0) if stored.dtype == torch.uint8 else stored.float()
+
+
+def images_sha256(dtype: torch.dtype, shape: Sequence[int], stored: Iterable[Tensor], labels: Tensor | None) -> str:
+    """The hash of an ImageSet: dtype and `shape` (n, channels, height, width), the images in pieces, the labels."""
+    digest = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
+    for piece in stored:
+        digest.update(piece.contiguous().numpy().data)
+    if labels is not None:
+        digest.update(labels.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Images(ImageSet):
+    """Images in memory: `pixels` (n, channels, height, width), uint8 or, for latents, float; `labels` (n,) or None."""
+
+    name: str
+    pixels: Tensor
+    labels: Tensor | None = None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return int(self.pixels.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    @property
+    def latent(self) -> bool:
+        return self.pixels.dtype != torch.uint8
+
+    def stored(self, indices: Tensor) -> Tensor:
+        return self.pixels[indices]
+
+    @property
+    def sha256(self) -> str:
+        return images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Records(SampleSet):
+    """Samples of several named tensors with one dim 0, for adapters of one's own; a batch is a dict of tensors."""
+
+    name: str
+    arrays: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+    @property
+    def sha256(self) -> str:
+        return state_sha256(self.arrays)

@@ -1,0 +1,101 @@
+"""Plugins, found by entry points, and users' own files. Listing loads nothing; the errors of what is loaded are named."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+from compressor.errors import CompressorError, UsageError, did_you_mean
+
+_T = TypeVar("_T")
+
+KINDS = ("pruners", "models", "data", "metrics", "backends")
+SINGULAR = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric", "backends": "backend"}
+
+
+def names(kind: str) -> list[str]:
+    """The registered names of a kind (one of `KINDS`), without loading anything."""
+    return sorted({entry.name for entry in entry_points(group=f"compressor.{kind}")})
+
+
+def load(kind: str, name: str) -> Any:
+    """The object registered as `name`. Raises UsageError for unknown or doubly registered names, CompressorError where
+    the plugin itself fails to import, naming plugin and distribution."""
+    entry = entry_point(kind, name)
+    try:
+        return entry.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may raise anything at import, SystemExit too
+        raise CompressorError(
+            f"{kind} plugin {name!r} of {distribution_of(entry)} failed to load: {type(error).__name__}: {error}",
+            "Reinstall or remove that distribution.",
+        ) from error
+
+
+def is_file_reference(name: str) -> bool:
+    """Whether `name` is `FILE.py:NAME`, and not a registered name."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def from_file(reference: str, option: str) -> Any:
+    path_text, colon, name = reference.rpartition(":")
+    path = Path(path_text)
+    if not colon or not name.isidentifier() or path.suffix != ".py":
+        raise UsageError(f"{option} {reference!r}: not FILE.py:NAME", f"Write it like {option} mine.py:Mine")
+    if not path.is_file():
+        raise UsageError(f"{option} {reference!r}: no such file", f"Looked for {path.absolute()}")
+    module_name = f"compressor_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{option} {reference!r}: cannot be imported", "Give a Python source file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise CompressorError(
+            f"{path} failed to import: {type(error).__name__}: {error}", "Run it with python."
+        ) from error
+    if name not in vars(module):
+        found = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_name]
+        raise UsageError(f"{path} has no {name!r}", did_you_mean(name, found))
+    return vars(module)[name]
+
+
+def made(kind: str, name: str, expected: type[_T]) -> _T:
+    if is_file_reference(name):
+        factory, what = from_file(name, f"--{SINGULAR[kind]}"), name
+    else:
+        factory, what = load(kind, name), f"{kind} plugin {name!r} of {distribution_of(entry_point(kind, name))}"
+    try:
+        made = factory()
+    except Exception as error:  # a plugin may raise anything
+        raise CompressorError(
+            f"{what} failed: {type(error).__name__}: {error}", "Update, mend or remove that plugin."
+        ) from error
+    if not isinstance(made, expected):
+        raise CompressorError(
+            f"{what} gave {type(made).__name__}, not {expected.__name__}", "Update, mend or remove that plugin."
+        )
+    return made
+
+
+def entry_point(kind: str, name: str) -> EntryPoint:
+    entries = list(entry_points(group=f"compressor.{kind}", name=name))
+    singular = SINGULAR[kind]
+    if not entries:
+        raise UsageError(f"unknown {singular} {name!r}", did_you_mean(name, names(kind)))
+    if len({entry.value for entry in entries}) > 1:
+        owners = ", ".join(sorted(distribution_of(entry) for entry in entries))
+        raise UsageError(f"{singular} {name!r} is registered more than once, by {owners}", "Remove one of them.")
+    return entries[0]
+
+
+def distribution_of(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unnamed distribution"

@@ -1,0 +1,1 @@
+"""Export: models as ONNX files, checked in ONNX Runtime."""

@@ -1,0 +1,348 @@
+"""Export to ONNX: the graph is written, run in ONNX Runtime against PyTorch, and kept only where the two agree.
+
+Two forms. `dense` is the ordinary graph, zeros and all, for engines that find an N:M pattern by themselves. `gathered`
+computes with the kept channels only, in standard operators, for engines that do not (see `compressor.lower.gathered`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from compressor.adapter import Adapter, to_device
+from compressor.errors import CompressorError, GateError, UsageError
+from compressor.export.graph import (
+    OPSET,
+    PACKAGES,
+    OnnxRunner,
+    graph_of,
+    input_names_of,
+    quantize,
+    require_packages,
+    stored_weights,
+    tensors_of,
+    write,
+)
+from compressor.files import file_sha256, sync
+from compressor.lower.backend import Unit
+from compressor.lower.gathered import GAINING_V, Gathered
+from compressor.lower.units import find_units, pattern_of, put
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM, Pattern
+from compressor.weights import weights_sha256
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["FORMS", "Exported", "OnnxRunner", "Parity", "export_onnx", "random_inputs", "refuse"]
+
+FORMS = ("dense", "gathered")
+TOLERANCE = 1e-4
+"""The largest difference from PyTorch that float32 may show, in standard deviations of the output."""
+INT8_TOLERANCE = 1.0
+"""The same for int8: enough to find a broken graph. How much quality int8 costs is for samples to show."""
+
+_DATA = re.compile(rf"-({'|'.join(FORMS)})-[0-9a-f]{{12}}\.data")
+_ADVICE = {
+    "dense": "next: TensorRT skips the zeros of N:M weights with trt_sparsity_enable; ONNX Runtime's own kernels do not "
+    "(--form gathered, --int8). See docs/onnx.md.",
+    "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form. See docs/onnx.md.",
+    "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality. See docs/onnx.md.",
+}
+_BATCHES = (1, 2, 5)
+_DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far ONNX Runtime was from PyTorch: the largest difference of any output value, and the largest root mean square
+    one, in standard deviations of the output; over `draws` random inputs at each of `batches`, every sample with a timestep
+    of its own."""
+
+    max_error: float
+    rms_error: float
+    tolerance: float
+    batches: tuple[int, ...]
+    draws: int
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file, and what is known of it. `data` is the file of its weights, where that is another one.
+
+    `gathered` has the layers in gathered form; `left` those with a pattern that are not, and why. `inputs` has the shape
+    of each input by its name.
+    """
+
+    path: Path
+    data: Path | None
+    form: str
+    int8: bool
+    gathered: tuple[str, ...]
+    left: Mapping[str, str]
+    size_bytes: int
+    dense_size_bytes: int
+    parity: Parity
+    inputs: Mapping[str, tuple[str | int, ...]]
+    opset: int
+    sha256: str
+    weights_sha256: str
+    versions: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return {**asdict(self), "path": str(self.path), "data": None if self.data is None else str(self.data)}
+
+    def lines(self) -> list[str]:
+        """What a user wants to know, and what to do with the file."""
+        shapes = [f"{name} ({', '.join(map(str, shape))})" for name, shape in self.inputs.items()]
+        found = [
+            f"{self.path}: {self.size_bytes:,} bytes, {self.form} form, {'int8' if self.int8 else 'float32'}, opset {self.opset}",
+            f"inputs: {', '.join(shapes)}",
+            f"parity: at most {self.parity.max_error:.1e} standard deviations from PyTorch (root mean square "
+            f"{self.parity.rms_error:.1e}), at batches {', '.join(map(str, self.parity.batches))}; "
+            f"{self.parity.tolerance:.0e} are allowed",
+        ]
+        if self.data is not None:
+            found.append(f"weights: {self.data}; keep it beside the graph")
+        if self.form == "gathered":
+            found.append(f"gathered: {len(self.gathered)} of {len(self.gathered) + len(self.left)} pruned layers")
+            found += [f"not {name}: {reason}" for name, reason in list(self.left.items())[:3]]
+            found += [f"and {len(self.left) - 3} more"] if len(self.left) > 3 else []
+        return [*found, _ADVICE["int8" if self.int8 else self.form]]
+
+
+@torch.no_grad()
+def export_onnx(
+    model: nn.Module,
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    form: str = "dense",
+    int8: bool = False,
+    patterns: Mapping[str, Pattern] | None = None,
+    input_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write `model` to `path` as ONNX, with a dynamic batch, in float32. `model` itself is left as it is.
+
+    The graph computes `adapter.predict`, with the tensors of `adapter.example_inputs` as inputs, in their order. They are
+    called as the keys of a dict that holds them; else `sample`, `timestep`, `label`, by their shapes; or `input_names`.
+    `patterns` has the pattern of each pruned weight by its name; by default it is read from the zeros. `int8` quantizes the
+    weights of matrix products.
+
+    Raises UsageError for a form that does not exist and a path that is taken; GateError, leaving no new file, where
+    the graph answers otherwise than PyTorch or lost a pattern; CompressorError where something is not installed, cannot be
+    exported or cannot be written.
+    """
+    path = Path(path)
+    refuse(path, form, int8, overwrite)
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    example = to_device(adapter.example_inputs(2), torch.device("cpu"))
+    if patterns is None:
+        patterns = {name: p for name, layer in _layers(model).items() if (p := pattern_of(layer.weight)) is not None}
+    digest = weights_sha256(model)
+    forward = _gathered_form(model, adapter, example, patterns) if form == "gathered" else _Form(model, (), {})
+    names = input_names_of(example, input_names)
+    with _committed(path) as folder:
+        graph = graph_of(forward.module, adapter, example, names)
+        if form == "dense":
+            _verify_patterns(graph, model, adapter, example, patterns)
+        for key, value in {"form": form, "weights_sha256": digest, "version": version("diffusion-compressor")}.items():
+            graph.metadata_props.add(key=f"compressor.{key}", value=value)
+        file = folder / path.name
+        write(graph, file, f"{path.stem}-{form}-{digest[:12]}.data")
+        if int8:
+            quantize(graph, file)
+        parity = _parity(model, adapter, file, INT8_TOLERANCE if int8 else TOLERANCE)
+        shapes = {
+            i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input
+        }
+        files = sorted(folder.iterdir())
+        sizes, sha256 = sum(f.stat().st_size for f in files), file_sha256(file)
+    data = [path.parent / f.name for f in files if f.name != path.name]
+    return Exported(
+        path=path,
+        data=data[0] if data else None,
+        form=form,
+        int8=int8,
+        gathered=forward.gathered,
+        left=forward.left,
+        size_bytes=sizes,
+        dense_size_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        parity=parity,
+        inputs=shapes,
+        opset=OPSET,
+        sha256=sha256,
+        weights_sha256=digest,
+        versions={name: version(name) for name in ("torch", *PACKAGES)},
+    )
+
+
+# --- The gathered form. ---
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    module: nn.Module
+    gathered: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+def _gathered_form(model: nn.Module, adapter: Adapter, example: Any, patterns: Mapping[str, Pattern]) -> _Form:
+    """`model` with its V:N:M layers in gathered form, where that is faster."""
+    module, backend = copy.deepcopy(model), Gathered()
+    found, unreached = find_units(module, lambda: adapter.predict(module, example))
+    left = {one.weight: one.reason for one in unreached if one.weight in patterns}
+    taken: list[str] = []
+    for one in found:
+        known = tuple(p if isinstance(p := patterns.get(w), (NM, Clustered)) else None for w in one.weights)
+        unit = replace(one.unit, patterns=known)
+        parts = [(one.at, unit, one.weights)]
+        if _slower(unit) and len(one.weights) > 1:  # of a pair, one may do alone
+            parts = [
+                (w.removesuffix(".weight"), replace(unit, module=layer, patterns=(p,)), (w,))
+                for w, layer, p in zip(one.weights, unit.layers, known, strict=True)
+            ]
+        for at, part, weights in parts:
+            if reason := _slower(part) or backend.refusal(part):
+                left |= {w: reason for w in weights if w in patterns}
+            else:
+                module = put(module, at, backend.build(part))
+                taken += weights
+    return _Form(module.eval(), tuple(taken), left)
+
+
+def _slower(unit: Unit) -> str | None:
+    """Why the gathered form of a unit would not be faster; None where it would."""
+    for pattern in unit.patterns:
+        if pattern is None:
+            return "its weight obeys no N:M pattern"
+        if pattern.v < GAINING_V:
+            return (
+                f"{pattern}: gathering channels pays from V = {GAINING_V} on, as in {GAINING_V}:{pattern.n}:{pattern.m}"
+            )
+    return None
+
+
+# --- What is checked. ---
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The Linear and convolution layers of `model`, by the name of their weight."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def _verify_patterns(
+    graph: onnx.ModelProto, model: nn.Module, adapter: Adapter, example: Any, patterns: Mapping[str, Pattern]
+) -> None:
+    """Raise GateError unless the graph has every pruned weight that is used, as a constant that obeys its pattern where an
+    engine looks for it: along the input channels."""
+    layers, used = _layers(model), set[str]()
+    hooks = [layer.register_forward_pre_hook(lambda _, __, name=name: used.add(name)) for name, layer in layers.items()]
+    try:
+        adapter.predict(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stored = stored_weights(graph)
+    for name in sorted(used & patterns.keys()):
+        zero = layers[name].weight == 0
+        place = next((i for i, w in enumerate(stored) if w.shape == zero.shape and not (w[zero] != 0).any()), None)
+        if place is None:
+            raise GateError(f"{name}: its zeros are not in the exported graph", "Please report this model.")
+        patterns[name].verify(stored.pop(place))
+
+
+def _parity(model: nn.Module, adapter: Adapter, file: Path, tolerance: float) -> Parity:
+    """Compare the file with `model`. Raises GateError where they differ by more than `tolerance`."""
+    runner, rng = OnnxRunner(file), torch.Generator().manual_seed(0)
+    largest = rms = 0.0
+    for batch in _BATCHES:
+        example = adapter.example_inputs(batch)
+        for draw in range(_DRAWS):
+            inputs = random_inputs(example, adapter.num_classes, rng)
+            wanted = adapter.predict(model, inputs).double()
+            difference = (runner(inputs).double() - wanted) / (float(wanted.std(correction=0)) or 1.0)
+            error = float(difference.abs().max())
+            if not error <= tolerance:
+                raise GateError(
+                    f"the exported graph differs from PyTorch by {error:.1e} standard deviations of the output at batch {batch}, "
+                    f"draw {draw + 1}; {tolerance:.0e} are allowed",
+                    "No file was written. Please report this model.",
+                )
+            largest, rms = max(largest, error), max(rms, float(difference.square().mean().sqrt()))
+    return Parity(max_error=largest, rms_error=rms, tolerance=tolerance, batches=_BATCHES, draws=_DRAWS)
+
+
+def random_inputs(example: Any, classes: int, rng: torch.Generator) -> Any:
+    """Inputs like `example`, but random: noise for what has two dims or more; for numbers per sample up to twice those of
+    the example; for whole numbers up to those of the example, or `classes` where they are the last input."""
+    leaves, spec = tree_flatten(example)
+    tensors = tensors_of(example)
+
+    def drawn(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_floating_point():
+            if leaf.dim() > 1:
+                return torch.randn(leaf.shape, generator=rng).to(leaf.dtype)
+            return (2 * leaf.cpu() * torch.rand(leaf.shape, generator=rng)).to(leaf.dtype)
+        top = classes if classes and leaf is tensors[-1] else int(leaf.max()) + 1
+        return torch.randint(top, leaf.shape, generator=rng).to(leaf.dtype)
+
+    return tree_unflatten([drawn(leaf) for leaf in leaves], spec)
+
+
+# --- The file. ---
+
+
+def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
+    """Raise CompressorError for what `export_onnx` would refuse before any work: packages, form, path."""
+    require_packages()
+    if form not in FORMS:
+        raise UsageError(f"form {form!r} does not exist", f"Allowed: {', '.join(FORMS)}.")
+    if int8 and form != "dense":
+        raise UsageError(f"int8 with the {form} form", "Quantization takes the dense form: leave --form out.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "Give the file's name too.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already", "Choose another file, or replace it with --overwrite.")
+
+
+@contextmanager
+def _committed(path: Path) -> Iterator[Path]:
+    """A folder whose files are moved beside `path` when all is well, the one called as `path` last; else nothing is left."""
+    partial = path.parent / f".partial-{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that died
+        partial.mkdir()
+        yield partial
+        names = [file.name for file in partial.iterdir()]
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == path.name):
+            sync(file)
+            os.replace(file, path.parent / file.name)
+        sync(path.parent)
+        for former in path.parent.glob(f"{path.stem}-*.data"):  # weights of a graph that was replaced
+            if former.name not in names and _DATA.fullmatch(former.name.removeprefix(path.stem)):
+                former.unlink()
+    except OSError as error:
+        raise CompressorError(
+            f"{path}: cannot be written: {error.strerror or error}", "Choose a folder that you may write to."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

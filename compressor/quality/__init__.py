@@ -1,0 +1,1 @@
+"""Quality of samples, and drift from the dense model."""

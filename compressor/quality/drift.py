@@ -1,0 +1,38 @@
+"""Drift: how far a model's samples and predictions are from those of the dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, to_device
+from compressor.data.sets import SampleSet
+from compressor.quality.settings import Evaluation
+from compressor.seeds import generator
+
+
+def sample_rmse(images: Tensor, dense: Tensor) -> dict[str, Any]:
+    """Root mean square difference of images from the dense model's, from the same noise; pixels span [-1, 1]."""
+    value = float((images - dense).square().mean().sqrt())
+    return {"metric": "sample_rmse", "value": value, "samples": len(images)}
+
+
+@torch.no_grad()
+def predictions(
+    adapter: Adapter, module: nn.Module, data: SampleSet, settings: Evaluation, device: torch.device
+) -> Tensor:
+    """What `module` predicts on up to 512 real images, noised at random timesteps: the same inputs for every model."""
+    found = []
+    for first in range(0, min(512, len(data)), settings.batch_size):
+        batch = data.take(torch.arange(first, min(first + settings.batch_size, 512, len(data))))
+        inputs, _ = adapter.noised(batch, generator(settings.seed, "drift", first))
+        found.append(adapter.predict(module, to_device(inputs, device)).float().cpu())
+    return torch.cat(found)
+
+
+def prediction_error(predicted: Tensor, dense: Tensor) -> dict[str, Any]:
+    """Mean square difference from the dense model's predictions, relative to their mean square."""
+    value = float((predicted - dense).square().mean() / dense.square().mean())
+    return {"metric": "prediction_error", "value": value, "samples": len(predicted)}

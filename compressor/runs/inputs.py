@@ -1,0 +1,238 @@
+"""From settings to things in hand: the resolved recipe, and the model, data, method and metric that it names."""
+
+from __future__ import annotations
+from compressor.training.engine import Result
+from compressor.training.engine import prune
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import saving
+from compressor import registry
+from compressor import recipe as recipes
+from compressor import validation
+from compressor.adapter import Adapter, Sampling
+from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.data.batches import Samples
+from compressor.training.engine import choose_layers
+from compressor.environment import resolve_device
+from compressor.errors import UsageError, first_line
+from compressor.quality.metric import Metric
+from compressor.data.latents import Autoencoder
+from compressor.training.pruner import Pruner
+from compressor.data.reading import read_data
+from compressor.quality.settings import Evaluation
+from compressor.data.settings import Loading
+from compressor.recipe import Recipe
+from compressor.seeds import generator
+from compressor.weights import weights_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a recipe names, found and loaded: model, data, method.
+
+    `pictures` is what samples are compared with: the data, or the pictures that `autoencoder` made latents of.
+    """
+
+    recipe: Recipe
+    adapter: Adapter
+    model: nn.Module
+    data: SampleSet
+    batches: Samples
+    pruner: Pruner
+    metric: Metric | None
+    pictures: SampleSet
+    autoencoder: Autoencoder | None
+
+    @property
+    def method(self) -> str:
+        return type(self.pruner).__name__ if self.recipe.pruner else self.recipe.method
+
+    def identity(self) -> dict[str, str]:
+        """The hashes that a resumed run must find again."""
+        text = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
+        source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
+        return {
+            "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
+            "weights_sha256": weights_sha256(self.model),
+            "data_sha256": self.data.sha256,
+        }
+
+
+def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
+    """The validated recipe: the model's own defaults below `settings`, file names made absolute.
+
+    Who gives weights of Inception means FID, where no metric is named. Raises UsageError for anything unknown.
+    """
+    early = validation.validated(Recipe, recipes.merged(settings), where)
+    weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
+    paths = {"weights": weights, "pruner": early.pruner, "vae": early.vae}
+    paths["inception_weights"] = early.evaluate.inception_weights
+    if early.data is not None and not early.data.startswith("hf:") and early.data not in registry.names("data"):
+        paths["data"] = early.data
+    if registry.is_file_reference(early.model):
+        paths["model"] = early.model
+    absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
+    defaults = [registry.adapter(early.model).defaults]
+    if early.evaluate.inception_weights is not None:
+        defaults.append({"evaluate": {"metric": "fid"}})
+    return validation.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
+
+
+def adapter_of(recipe: Recipe) -> Adapter:
+    """The adapter of the very model that `recipe` names, with the sampler that it names."""
+    settings = recipe.evaluate
+    wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
+    return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
+
+
+
+
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Find and load what `recipe` names. The cheap checks come first."""
+    adapter = adapter_of(recipe)
+    cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
+    own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
+    pruner = registry.build_pruner(cls, own)
+    if recipe.data is None:
+        raise UsageError(
+            f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
+        )
+    metric = _metric(recipe.evaluate)
+    resolve_device(recipe.train.device)
+    model = adapter.load(recipe.weights)
+    autoencoder = Autoencoder(recipe.vae, resolve_device(recipe.train.device)) if recipe.vae is not None else None
+    pictures = (
+        registry.images(recipe.data)
+        if recipe.data in registry.names("data")
+        else _read(adapter, recipe.data, recipe.loading, autoencoder)
+    )
+    data = pictures
+    if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
+        data = autoencoder.encoded(pictures)
+    _check_shapes(adapter, data, recipe.loading.size)
+    if isinstance(data, Records):
+        _check_records(adapter, model, data)
+    batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
+    if metric is not None and recipe.evaluate.samples:
+        if not isinstance(pictures, ImageSet):
+            raise UsageError(
+                f"{metric.name} compares images, and {data.name} holds records",
+                "Measure no such metric: --set evaluate.metric=null",
+            )
+        if recipe.evaluate.samples < 2 or len(data) < 4:
+            raise UsageError(
+                f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
+                "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
+            )
+        metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
+    choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
+    return Inputs(recipe, adapter, model, data, batches, pruner, metric, pictures, autoencoder)
+
+
+def _metric(settings: Evaluation) -> Metric | None:
+    if settings.metric is None:
+        return None
+    metric = registry.metric(settings.metric)
+    if settings.inception_weights is None or not settings.samples:
+        return metric
+    return metric.with_weights(Path(settings.inception_weights))
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether `name` can only be one of the Hugging Face hub: owner/name, and no file or folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoencoder | None) -> SampleSet:
+    """The data at `source`; pictures are brought to the size that the model takes, or `loading.size` where it takes any.
+
+    With an `autoencoder`, that is the size of which it makes latents that the model takes.
+    """
+    shape = adapter.image_shape
+    if autoencoder is not None and shape is not None:
+        shape = autoencoder.picture_shape(shape)
+    if loading.size is not None:
+        wanted = (shape[0] if shape is not None else 3, loading.size, loading.size)
+        if shape is not None and shape != wanted:
+            raise UsageError(
+                f"loading.size: {adapter.name} takes images {shape}, not {wanted}",
+                "Leave loading.size out, or choose another model.",
+            )
+        shape = wanted
+    return read_data(
+        source, shape, workers=loading.workers, skip_damaged=loading.skip_damaged, cache_mb=loading.cache_mb
+    )
+
+
+@torch.no_grad()
+def _check_records(adapter: Adapter, model: nn.Module, data: Records) -> None:
+    """Refuse records that the model cannot take, by asking it: only the adapter knows what they mean."""
+    arrays = ", ".join(f"{name} {tuple(array.shape[1:])}" for name, array in data.arrays.items())
+    try:
+        inputs, target = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
+        found = tuple(adapter.predict(model, inputs).shape)
+    except Exception as error:  # whatever an adapter or a model raises
+        reason = first_line(error)
+        raise UsageError(
+            f"{data.name}: {adapter.name} cannot take its arrays ({arrays}): {reason}",
+            "Arrays are called as the model's arguments; see docs/adapters.md.",
+        ) from error
+    if found != tuple(target.shape):
+        raise UsageError(
+            f"{data.name}: {adapter.name} answers {found} to its arrays ({arrays}), the target is {tuple(target.shape)}",
+            "The target has the shape of what the model predicts.",
+        )
+
+
+def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
+    """Refuse data that the model cannot take, or that was not brought to `size`, before anything is trained on it."""
+    if size is not None and (data.shape is None or data.shape[1:] != (size, size)):
+        raise UsageError(
+            f"loading.size: {data.name} holds {'records' if data.shape is None else f'images {data.shape}'}",
+            "Only pictures of a folder or a Hugging Face set are resized: leave loading.size out.",
+        )
+    expected = adapter.image_shape
+    if expected is not None and data.shape not in (None, expected):
+        raise UsageError(
+            f"{data.name}: images are {data.shape}, {adapter.name} takes {expected}",
+            "Channels, height and width must agree; resize the images, or choose another model.",
+        )
+    if isinstance(data, Records):
+        return
+    labels = data.labels if isinstance(data, ImageSet) else None
+    if adapter.num_classes and (
+        labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < adapter.num_classes
+    ):
+        found = "none" if labels is None else f"{int(labels.min())} to {int(labels.max())}"
+        raise UsageError(
+            f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
+            "Give a folder with a subfolder per class, or an .npz file with an array `labels`.",
+        )
+
+
+def one_shot(inputs: Inputs) -> Result:
+    """What the recipe's method gives without fine-tuning."""
+    recipe = inputs.recipe
+    return prune(
+        inputs.model,
+        inputs.pruner,
+        adapter=inputs.adapter,
+        data=inputs.batches,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+        **{**recipe.train.model_dump(), "steps": 0},
+    )

@@ -1,0 +1,217 @@
+"""Saved models: a folder with the weights, packed, what was pruned of them, and which registered model it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter
+from compressor.discovery import made
+from compressor.errors import CompressorError
+from compressor.files import MANIFEST, commit, read_json, verify
+from compressor.saving import packing
+from compressor.sparsity.notation import parse
+from compressor.sparsity.pattern import Mask
+from compressor.sparsity.surgery import FILE as SURGERY
+from compressor.sparsity.surgery import Surgery, surgery_of
+from compressor.validation import validated
+from compressor.weights import (
+    FILE_METADATA,
+    load_strictly,
+    plain_state,
+    refuse_misfit,
+    sketch,
+    state_sha256,
+    untied_state,
+)
+
+MODEL_FILES = ("config.json", "model.safetensors")
+
+
+class ModelConfig(BaseModel):
+    """`config.json` of a saved model: which registered model it is, what was pruned, and which weights are packed.
+
+    `weights_sha256` is of the plain state, whatever is packed. `architecture` is the adapter's, where the name of the model
+    does not say all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1]
+    model: str | None
+    patterns: dict[str, str]
+    weights_sha256: str
+    packed: list[str] = []
+    architecture: dict[str, Any] = {}
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    name: str | None = None,
+    packed: bool = True,
+    architecture: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Save a pruned model as the folder `path`: `model.safetensors`, `config.json` and a manifest.
+
+    `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
+    without a name, `load` needs the module. N:M weights are stored as what is kept and where it was, or with
+    `packed=False` as plain tensors, which other libraries read. What a method removed of the model's structure is stored
+    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused. Raises
+    CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it.
+    """
+    path = Path(path)
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
+    state = plain_state(model)
+    patterns = {key: str(mask.pattern) for key, mask in masks.items()}
+    _check(state, patterns, path)
+    tensors, names = packing.packed_state(state, patterns) if packed else (state, [])
+    config = ModelConfig(
+        schema_version=1,
+        model=name,
+        patterns=patterns,
+        weights_sha256=state_sha256(state),
+        packed=names,
+        architecture=dict(architecture),
+    )
+
+    def write(folder: Path) -> None:
+        save_file(tensors, folder / "model.safetensors", metadata=FILE_METADATA)
+        text = config.model_dump_json(indent=2, exclude_defaults=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        if (surgery := surgery_of(model)) is not None:
+            (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
+
+    commit(path, write)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
+
+    `model` is filled and returned where given (with its original shape, whatever the method removed of it); else the
+    registered model named in the file is built. Every hash and
+    every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
+    them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
+    """
+    folder = model_folder(Path(path))
+    verify(folder, needs=MODEL_FILES)
+    config = read_config(folder)
+    surgery = _read_surgery(folder)
+
+    def build() -> nn.Module:
+        return model if model is not None else adapter_at(folder).build()
+
+    if model is None:
+        with torch.device("meta"):
+            tried = build()
+    else:
+        tried = model if surgery is None else sketch(model)
+    if surgery is not None and surgery_of(tried) != surgery:
+        surgery.apply(tried)
+    state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
+    _check(state, config.patterns, folder)
+    if state_sha256(state) != config.weights_sha256:
+        raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
+    loaded = build()
+    if surgery is not None and surgery_of(loaded) != surgery:
+        surgery.apply(loaded)
+    load_strictly(loaded, state, folder)
+    return loaded.eval()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a saved model, given a run's directory or that folder itself."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
+def adapter_at(folder: Path) -> Adapter:
+    """The adapter of the registered model that was saved in `folder`."""
+    config = read_config(folder)
+    if config.model is None:
+        raise CompressorError(
+            f"{folder} was saved without a model name",
+            "Load it in Python, and give the module: load(path, model=module).",
+        )
+    return made("models", config.model, Adapter).rebuilt(config.architecture)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The validated `config.json` of a saved model."""
+    path = folder / "config.json"
+    return validated(ModelConfig, read_json(path), str(path))
+
+
+def _read_surgery(folder: Path) -> Surgery | None:
+    path = folder / SURGERY
+    return Surgery.from_json(read_json(path), str(path)) if path.is_file() else None
+
+
+def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str, Tensor]:
+    """The plain state in a saved model's folder. It has the names, the shapes and the kinds of numbers of `model`'s."""
+    path = folder / "model.safetensors"
+    with _reading(folder / "config.json"):
+        rules = packing.rules(config.packed, config.patterns)
+    with _reading(path), safe_open(path, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shapes = packing.unpacked_shapes(found, rules)
+    refuse_misfit(model, shapes, path)  # before anything is read, or made of what was read
+    with _reading(path):
+        state = packing.unpacked_state(load_file(path), rules)
+    for name, own in untied_state(model).items():
+        if _kind(state[name]) != _kind(own):
+            raise CompressorError(
+                f"{path}: {name} is {state[name].dtype}, the model's {own.dtype}",
+                f"Allowed: {_kind(own)} numbers. Choose the model that was saved.",
+            )
+    return state
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong in the block is a CompressorError that names `path`."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CompressorError(f"{path}: {error}", "The file is damaged; use another copy.") from error
+    except CompressorError as error:
+        raise CompressorError(f"{path}: {error.message}", error.hint) from error
+
+
+def _kind(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds: loading may round them, but not drop a part of each."""
+    return "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+
+
+def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path) -> None:
+    """Raise unless every tensor is finite and every pruned one obeys its pattern."""
+    for name, tensor in state.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        try:
+            # not every 8-bit float knows whether it is finite
+            finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+        except NotImplementedError as error:
+            raise CompressorError(f"{where}: {name} is {tensor.dtype}", "Convert it to another dtype first.") from error
+        if not bool(finite):
+            raise CompressorError(f"{where}: {name} holds NaN or infinity", "Such weights are not saved or loaded.")
+    for name, text in patterns.items():
+        if name not in state:
+            raise CompressorError(f"{where}: {name} should be {text}, but is missing", "The folder is damaged.")
+        try:
+            parse(text).verify(state[name])
+        except CompressorError as error:
+            raise CompressorError(
+                f"{where}: {name}: {error.message}", "It was changed after pruning; prune again."
+            ) from error

@@ -1,0 +1,141 @@
+"""V:N:M where the rows that share a choice need not be neighbours: similar rows are found and meet.
+
+A kernel that writes each row of its result to a place of its own runs such a weight as fast as one whose rows are neighbours,
+and the weight keeps more of its magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compressor.errors import UsageError
+from compressor.sparsity.pattern import NM, Mask, Pattern
+
+
+@dataclass(frozen=True)
+class Clustered(Pattern):
+    """`v` output rows, wherever they are, share one choice of `n` of every `m` input channels; `v` is a power of two.
+
+    Rows are paired by the magnitude that they keep under one choice, the best pairs first, and the pairs paired again until V
+    rows are together. Each row obeys N:M. Its string form is `4c:2:4`.
+    """
+
+    n: int
+    m: int
+    v: int
+    density: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        neighbours = NM(self.n, self.m, self.v)
+        if self.v < 2 or self.v & (self.v - 1):
+            raise UsageError(
+                f"pattern {self}: rows are clustered in powers of two, got {self.v}", "Write 2c, 4c or 8c."
+            )
+        object.__setattr__(self, "density", neighbours.density)
+
+    def __str__(self) -> str:
+        return f"{self.v}c:{self.n}:{self.m}"
+
+    @property
+    def grouped(self) -> NM:
+        return NM(self.n, self.m)
+
+    @property
+    def neighbours(self) -> NM:
+        """The pattern that holds once the rows are in `order`."""
+        return NM(self.n, self.m, self.v)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return self.neighbours.misfit(shape)
+
+    def survivors(self, score: Tensor) -> Tensor:
+        return self._chosen(score, self._clusters(score))
+
+    def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
+        """As `Pattern.masks`; rows that shared a choice in `previous` go on sharing one, which also saves the search."""
+        found = {}
+        for name, score in scores.items():
+            before = (previous or {}).get(name)
+            if before is None or before.pattern != self:
+                found[name] = self.mask(score)
+            else:
+                self.check(score)
+                found[name] = Mask(self._chosen(score, self.order(before.keep)), self)
+        return found
+
+    def violations(self, keep: Tensor) -> int:
+        return self.neighbours.violations(keep[self.order(keep)])
+
+    def order(self, keep: Tensor) -> Tensor:
+        """Row numbers (out,) in which rows that share a choice follow each other, `v` at a time. `keep` is bool, or a weight.
+
+        A row that happens to have a zero where its group keeps joins a group that has room for it.
+        """
+        support = (keep != 0).flatten(1)
+        full = self.n * (support.shape[1] // self.m)
+        groups: dict[bytes, list[int]] = {}
+        odd: list[int] = []  # also every row of a weight that is all zeros
+        for row, (bits, count) in enumerate(zip(support.cpu().numpy(), support.sum(1).tolist(), strict=True)):
+            if count == full:
+                groups.setdefault(bits.tobytes(), []).append(row)
+            else:
+                odd.append(row)
+        open_groups = [rows for rows in groups.values() if len(rows) % self.v]
+        loose = groups.setdefault(b"", [])
+        taken = support[[rows[0] for rows in open_groups]]
+        for row in odd:
+            fits = (~(support[row] & ~taken).any(1)).nonzero().flatten().tolist()
+            place = next((one for one in fits if len(open_groups[one]) % self.v), None)
+            (loose if place is None else open_groups[place]).append(row)
+        return torch.tensor([row for rows in groups.values() for row in rows], device=keep.device)
+
+    def _chosen(self, score: Tensor, order: Tensor) -> Tensor:
+        keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        keep[order] = self.neighbours.survivors(score[order])
+        return keep
+
+    def _clusters(self, score: Tensor) -> Tensor:
+        """Row numbers in which similar rows follow each other."""
+        members = torch.arange(len(score), device=score.device)[:, None]
+        sums = score.float()
+        while members.shape[1] < self.v:
+            keep = NM(self.n, self.m).survivors(sums)
+            first, second = _paired(sums.flatten(1), keep.flatten(1))
+            members = torch.cat([members[first], members[second]], dim=1)
+            sums = sums[first] + sums[second]
+        return members.flatten()
+
+
+def _paired(scores: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers of pairs: in each round, rows that are each other's best partner are paired.
+
+    How well two rows go together is what each keeps of its score under the other's choice.
+    """
+    scores = scores.nan_to_num(posinf=0.0, neginf=0.0)
+    chosen = keep.to(scores.dtype)
+    likeness = scores @ chosen.t()
+    likeness = likeness + likeness.t()
+    likeness.fill_diagonal_(-torch.inf)
+    # Equal likeness must not send a round in circles: of equal pairs the first wins, for both of its rows.
+    firsts, seconds = [], []
+    left = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    rows = torch.arange(len(scores), device=scores.device)
+    while bool(left.any()):
+        best = likeness.argmax(1)
+        mutual = left & (best[best] == rows) & (rows < best)
+        if not bool(mutual.any()):
+            place = int(likeness.argmax())
+            mutual = rows == min(divmod(place, len(scores)))
+            best[mutual] = max(divmod(place, len(scores)))
+        first, second = rows[mutual], best[mutual]
+        firsts.append(first)
+        seconds.append(second)
+        for gone in (first, second):
+            left[gone] = False
+            likeness[gone] = -torch.inf
+            likeness[:, gone] = -torch.inf
+    return torch.cat(firsts), torch.cat(seconds)

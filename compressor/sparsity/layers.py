@@ -1,0 +1,136 @@
+"""Which layers get a mask: every layer with a prunable weight, and for each one that does not fit, the reason.
+
+A rule names layers: a module's name or that of a module around it (`in_blocks.0`), a class (`Linear`), a shell pattern
+(`*.mlp.fc1`), or, with `re:` before it, a regular expression that is searched for in the name (`re:attn|mlp`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from compressor.errors import UsageError, did_you_mean
+from compressor.sparsity.pattern import Pattern
+
+_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer with a weight: the weight's parameter name, its module, and why it gets no mask (None: it does)."""
+
+    name: str
+    module_name: str
+    module: nn.Module
+    weight: Tensor
+    reason: str | None
+
+
+def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
+    """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name)."""
+    layers: list[Layer] = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen: set[str] = set()
+    for module_name, module in model.named_modules():
+        if not isinstance(module, _PRUNABLE + _TRANSPOSED):
+            continue
+        weight = module.weight
+        name = names.get(id(weight), f"{module_name}.weight" if module_name else "weight")
+        if name in seen:
+            continue
+        seen.add(name)
+        if isinstance(module, _TRANSPOSED):
+            reason: str | None = "transposed convolution: dim 1 of its weight is the output"
+        elif not isinstance(weight, nn.Parameter):
+            reason = "its weight is computed by a parametrization"
+        elif not weight.requires_grad:
+            reason = "frozen (requires_grad is False)"
+        elif not weight.is_floating_point():
+            reason = f"not a floating-point weight ({weight.dtype})"
+        else:
+            misfit = pattern.misfit(tuple(weight.shape))
+            reason = f"{pattern} {misfit}" if misfit else None
+        layers.append(Layer(name, module_name, module, weight, reason))
+    return layers
+
+
+def select(
+    model: nn.Module, pattern: Pattern, allowed: set[str], targets: Sequence[str], ignore: Sequence[str]
+) -> list[Layer]:
+    """The survey with the rules applied: layers outside `targets` (where given), inside `ignore`, or not among the
+    `allowed` parameter names get a reason.
+
+    Raises UsageError where a rule in `targets` matches no layer, where it names one by its full name that the pattern
+    does not fit, and where nothing at all is left. A rule in `ignore` that matches nothing is the caller's to warn of
+    (`unmatched`).
+    """
+    layers = survey(model, pattern)
+    if lost := unmatched(layers, targets):
+        raise UsageError(
+            f"target {lost[0]!r} matches no layer", did_you_mean(lost[0], [layer.module_name for layer in layers])
+        )
+    chosen = []
+    for layer in layers:
+        if any(matches(rule, layer) for rule in ignore):
+            layer = replace(layer, reason="ignored by a rule")
+        elif layer.reason is not None:
+            if layer.module_name in targets or layer.name in targets:
+                raise UsageError(f"{layer.name}: {layer.reason}", f"Leave it out with --ignore {layer.module_name}")
+        elif targets and not any(matches(rule, layer) for rule in targets):
+            layer = replace(layer, reason="not among the targets")
+        elif layer.name not in allowed:
+            layer = replace(layer, reason="left out by the method")
+        chosen.append(layer)
+    if allowed:
+        _some_fit(chosen, pattern)
+    return chosen
+
+
+def fitting(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
+    """The weights that `pattern` fits, by parameter name. Raises UsageError, with the reasons, where there are none."""
+    layers = survey(model, pattern)
+    _some_fit(layers, pattern)
+    parameters = dict(model.named_parameters())
+    return {layer.name: parameters[layer.name] for layer in layers if layer.reason is None}
+
+
+def unmatched(layers: Sequence[Layer], rules: Sequence[str]) -> list[str]:
+    """The rules that match none of `layers`."""
+    return [rule for rule in rules if not any(matches(rule, layer) for layer in layers)]
+
+
+def matches(rule: str, layer: Layer) -> bool:
+    """Whether `rule` names `layer`. Raises UsageError where a regular expression is malformed."""
+    name = layer.module_name
+    if rule.startswith("re:"):
+        try:
+            return re.search(rule[3:], name) is not None
+        except re.error as error:
+            raise UsageError(f"rule {rule!r}: not a regular expression: {error}", "See Python's re module.") from error
+    return (
+        name == rule
+        or layer.name == rule
+        or name.startswith(f"{rule}.")
+        or type(layer.module).__name__ == rule
+        or fnmatchcase(name, rule)
+    )
+
+
+def reached(layer: Layer, targets: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Whether the rules leave `layer` to the method: among the `targets`, where there are any, and not in `ignore`."""
+    targeted = not targets or any(matches(rule, layer) for rule in targets)
+    return targeted and not any(matches(rule, layer) for rule in ignore)
+
+
+def _some_fit(layers: Sequence[Layer], pattern: Pattern) -> None:
+    if any(layer.reason is None for layer in layers):
+        return
+    shown = [f"{layer.name} ({layer.reason})" for layer in layers[:3]]
+    more = f"; and {len(layers) - 3} more" if len(layers) > 3 else ""
+    found = "; ".join(shown) + more if layers else "it has no Linear or convolution"
+    raise UsageError(f"{pattern} fits no layer of this model: {found}", "Choose another pattern or other targets.")

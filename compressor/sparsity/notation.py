@@ -1,0 +1,35 @@
+"""The string form of patterns: `parse` is the inverse of `str`."""
+
+from __future__ import annotations
+
+import re
+
+from compressor.errors import UsageError
+from compressor.sparsity.pattern import NM, Pattern, Unstructured
+
+_NM = re.compile(r"(?:(\d{1,6})(c?):)?(\d{1,6}):(\d{1,6})")
+
+
+_UNSTRUCTURED = re.compile(r"unstructured:(\d*\.?\d+(?:e-?\d+)?)")
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that `text` names: the inverse of `str(pattern)`. Raises UsageError, naming what is allowed.
+
+    >>> parse("2:4"), str(parse("4:2:4")), parse("unstructured:0.5").density
+    (NM(n=2, m=4, v=1), '4:2:4', 0.5)
+    """
+    stripped = text.strip() if isinstance(text, str) else ""
+    if found := _NM.fullmatch(stripped):
+        v, clustered, n, m = found.groups()
+        if clustered:
+            from compressor.sparsity.clustered import Clustered
+
+            return Clustered(int(n), int(m), int(v))
+        return NM(int(n), int(m), int(v or 1))
+    if found := _UNSTRUCTURED.fullmatch(stripped):
+        return Unstructured(float(found[1]))
+    raise UsageError(
+        f"pattern {text!r} is not one that exists",
+        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5).",
+    )

@@ -1,0 +1,234 @@
+"""Patterns: the rules that say which zeros a weight may have, and the masks that obey them.
+
+A pattern is a value with a string form; `parse` and `str` are inverses. Groups run along *input channels*, dim 1 of a
+Linear or Conv weight, separately at each kernel position: the layout that sparse tensor cores, TensorRT and the
+SparseDM code use. Ties go to the first entry, so exactly N of M survive whatever the scores are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from compressor.errors import CompressorError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """One legal choice of survivors: `keep` is a bool tensor shaped like the weight, `pattern` the rule that it obeys."""
+
+    keep: Tensor
+    pattern: Pattern
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keep, Tensor) or self.keep.dtype != torch.bool:
+            found = self.keep.dtype if isinstance(self.keep, Tensor) else type(self.keep).__name__
+            raise CompressorError(f"a mask's keep must be a bool tensor, got {found}", "Compare or call .bool() on it.")
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """`weight` with zeros where `keep` is False: plain +0.0, also where the weight is negative or not finite."""
+        return weight.masked_fill(~self.keep, 0.0)
+
+    def rest(self, weight: Tensor) -> Tensor:
+        """The other part: `weight` with zeros where `keep` is True, so that `apply` and `rest` add up to it."""
+        return weight.masked_fill(self.keep, 0.0)
+
+    def verify(self) -> None:
+        """Raise CompressorError unless `keep` obeys the pattern."""
+        self.pattern.verify(self.keep)
+
+
+class Pattern(ABC):
+    """The rule that says which zeros a weight may have. Subclasses are frozen dataclasses whose `str` parses back."""
+
+    density: float
+    """The kept share of a weight, in (0, 1]."""
+
+    @property
+    def grouped(self) -> NM | None:
+        """The pattern N:M, or V:N:M with neighbouring rows, that every weight of this pattern obeys; None where there is none."""
+        return None
+
+    @abstractmethod
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of `shape` (out, in, *kernel) cannot have this pattern; None where it can."""
+
+    @abstractmethod
+    def survivors(self, score: Tensor) -> Tensor:
+        """The bool tensor that keeps the largest scores. `score` fits and has no NaN; `mask` has checked that."""
+
+    @abstractmethod
+    def violations(self, keep: Tensor) -> int:
+        """How many groups of `keep` (bool, fitting shape) hold more survivors than the pattern allows."""
+
+    def mask(self, score: Tensor) -> Mask:
+        """The mask that keeps the largest entries of `score` (shaped like the weight; larger = keep).
+
+        Raises CompressorError where the shape does not fit or a score is NaN.
+        """
+        self.check(score)
+        return Mask(self.survivors(score), self)
+
+    def check(self, score: Tensor) -> None:
+        """Raise CompressorError where the shape of `score` does not fit, or it holds NaN."""
+        if reason := self.misfit(tuple(score.shape)):
+            raise CompressorError(f"{self}: {reason}")
+        # A sum is one cheap pass; only where it is not finite (inf scores are legal) is the exact question asked.
+        if not torch.isfinite(score.sum()) and bool(score.isnan().any()):
+            raise CompressorError(f"{self}: the score holds NaN", "Scores must be numbers; inf keeps, -inf drops.")
+
+    def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
+        """The masks of several weights by name: `mask` of each, in fewer operations where the pattern knows how.
+
+        `previous` holds the masks now in force, for patterns that start from them.
+        """
+        return {name: self.mask(score) for name, score in scores.items()}
+
+    def verify(self, tensor: Tensor) -> None:
+        """Raise CompressorError unless the nonzero entries of `tensor` (a weight or a keep) obey the pattern."""
+        if reason := self.misfit(tuple(tensor.shape)):
+            raise CompressorError(f"{self}: {reason}")
+        if broken := self.violations(tensor != 0):
+            raise CompressorError(f"not {self}: {broken} group(s) hold more nonzero entries than the pattern allows")
+
+
+_LARGEST = 999_999
+_SMALL = 2**20
+_CHUNK = 2**19  # entries at a time on a CPU: temporaries stay in its cache, and both threads busy
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Keep `n` of every `m` consecutive input channels; `v` output rows share one choice (the vector form, V:N:M).
+
+    Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
+    Source: Zhou et al. 2021 (N:M); Castro et al. 2023, "VENOM" (V:N:M).
+    """
+
+    n: int
+    m: int
+    v: int = 1
+    density: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("n", "m", "v"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"pattern: {name} must be a whole number of at least 1, got {value!r}")
+            if value > _LARGEST:
+                raise UsageError(f"pattern: {name} is {value}, larger than {_LARGEST}", "Groups are small, as in 2:4.")
+        if self.n > self.m:
+            raise UsageError(f"pattern {self}: cannot keep {self.n} of {self.m}", "N is at most M, as in 2:4.")
+        object.__setattr__(self, "density", self.n / self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.v == 1 else f"{self.v}:{self.n}:{self.m}"
+
+    @property
+    def grouped(self) -> NM:
+        return self
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if reason := _no_matrix(shape):
+            return reason
+        if shape[1] % self.m:
+            return f"needs dim 1 divisible by {self.m}, got {shape}"
+        if shape[0] % self.v:
+            return f"needs dim 0 divisible by {self.v}, got {shape}"
+        return None
+
+    def survivors(self, score: Tensor) -> Tensor:
+        keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        rows = max(1, _CHUNK // (self.v * score[0].numel())) * self.v if score.device.type == "cpu" else len(score)
+        for some, kept in zip(torch.split(score, rows), torch.split(keep, rows), strict=True):
+            self._choose(self._lanes(some), self._lanes(kept))
+        return keep
+
+    def _choose(self, lanes: Tensor, kept: Tensor) -> None:
+        if self.m <= 8:  # M(M-1)/2 comparisons beat a sort up to about here
+            _keep_least_beaten(lanes[:, 0] if self.v == 1 else _shared(lanes)[:, 0], self.n, kept)
+        else:
+            order = _shared(lanes).argsort(dim=0, descending=True, stable=True)
+            kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
+
+    def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
+        """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one."""
+        joined = {n: s for n, s in scores.items() if s.dim() == 2 and s.numel() <= _SMALL and not self.misfit(s.shape)}
+        kinds = {(s.dtype, s.device) for s in joined.values()}
+        if self.v > 1 or len(joined) < 2 or len(kinds) > 1:
+            return super().masks(scores)
+        keep = self.mask(torch.cat([s.flatten() for s in joined.values()]).view(-1, self.m)).keep.flatten()
+        parts = torch.split(keep, [s.numel() for s in joined.values()])
+        found = {n: Mask(part.view(s.shape), self) for part, (n, s) in zip(parts, joined.items(), strict=True)}
+        return {n: found[n] if n in found else self.mask(s) for n, s in scores.items()}
+
+    def violations(self, keep: Tensor) -> int:
+        return int((self._lanes(keep).any(1).sum(0) > self.n).sum())
+
+    def _lanes(self, tensor: Tensor) -> Tensor:
+        """(out, in, *kernel) -> (m, v, out / v, *kernel, in / m): the M entries of each group side by side."""
+        return rearrange(tensor, "(o v) (i m) ... -> m v o ... i", m=self.m, v=self.v)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Keep the share `density` of a weight, wherever the largest scores are (ties to the first in memory order)."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+            raise UsageError(f"pattern: density must be a number above 0 and up to 1, got {self.density!r}")
+        object.__setattr__(self, "density", float(self.density))
+
+    def __str__(self) -> str:
+        return f"unstructured:{self.density!r}"
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return _no_matrix(shape)
+
+    def survivors(self, score: Tensor) -> Tensor:
+        order = score.flatten().argsort(descending=True, stable=True)
+        keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+        return keep.index_fill_(0, order[: self._count(score)], True).view(score.shape)
+
+    def violations(self, keep: Tensor) -> int:
+        return int(int(keep.sum()) > self._count(keep))
+
+    def _count(self, tensor: Tensor) -> int:
+        return max(1, round(self.density * tensor.numel()))
+
+
+def _no_matrix(shape: tuple[int, ...]) -> str | None:
+    if len(shape) < 2:
+        return f"needs a weight of at least 2 dims (out, in, *kernel), got {shape}"
+    return f"the weight is empty, got {shape}" if 0 in shape else None
+
+
+def _shared(lanes: Tensor) -> Tensor:
+    """The summed scores of rows that share a choice: (m, v, *groups) -> (m, 1, *groups). Where inf meets -inf, inf wins."""
+    return lanes.sum(1, keepdim=True).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _keep_least_beaten(lanes: Tensor, n: int, kept: Tensor) -> None:
+    """Write into `kept` (m, v, *groups) which of the M entries of `lanes` (m, *groups) fewer than `n` others beat.
+
+    Of two equal entries the earlier one wins. `lanes` may be a strided view: one pass over it is all a pair costs.
+    """
+    m = lanes.shape[0]
+    # Per entry, how many earlier ones beat it minus how many later ones it beats: m - 1 - i too few for entry i.
+    balance = [torch.ge(lanes[0], lane).view(torch.int8) for lane in lanes[1:]]
+    balance.insert(0, -sum(balance[1:], start=balance[0]) if balance else torch.zeros_like(lanes[0], dtype=torch.int8))
+    for i in range(1, m):
+        for j in range(i + 1, m):
+            first_wins = torch.ge(lanes[i], lanes[j]).view(torch.int8)
+            balance[i] -= first_wins
+            balance[j] += first_wins
+    for i in range(m):
+        for row in kept[i]:
+            torch.lt(balance[i], n - (m - 1 - i), out=row)

@@ -1,0 +1,170 @@
+"""Removed structure, as data: which entries of each tensor were kept, what the modules must know of it, and which went.
+
+A method that removes channels or blocks says so with a `Surgery`; the engine carries it out, a saved model stores it as JSON, and
+loading carries it out again on a model of the original shape. It can only make tensors smaller and numbers lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from compressor.errors import CompressorError
+from compressor.weights import ties
+
+FILE = "surgery.json"
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What to keep of a model.
+
+    `kept`: for each tensor of the model's state that gets smaller, by name and by dim, the entries that stay, ascending.
+    `numbers`: for each module, by name, the whole numbers (or tuples of them) that it remembers about its shape, as they
+    are afterwards: `{"conv1": {"out_channels": 24}}`.
+    `removed`: modules, by name, each of which becomes a `Bypass`; nothing inside them is kept or numbered.
+    """
+
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    numbers: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+
+    def apply(self, model: nn.Module) -> None:
+        """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
+
+        The model remembers what was removed of it (`surgery_of`), so that saving it needs nobody to tell.
+        """
+        self._check(model)
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for name, dims in self.kept.items():
+                owner, _, key = name.rpartition(".")
+                old = getattr(modules[owner], key)
+                value = old.detach()
+                for dim, kept in dims.items():
+                    value = value.index_select(dim, torch.tensor(kept, device=value.device))
+                new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+                setattr(modules[owner], key, new)
+        for name, numbers in self.numbers.items():
+            for attribute, number in numbers.items():
+                setattr(modules[name], attribute, number)
+        for name in self.removed:
+            model.set_submodule(name, Bypass())
+        before = surgery_of(model)
+        vars(model)[_MEMORY] = self if before is None else self._after(before)
+
+    def _after(self, first: Surgery) -> Surgery:
+        """The one surgery that does what `first` and then this one does."""
+        kept: dict[str, dict[int, tuple[int, ...]]] = {name: dict(dims) for name, dims in first.kept.items()}
+        for name, dims in self.kept.items():
+            for dim, some in dims.items():
+                old = kept.setdefault(name, {}).get(dim)
+                kept[name][dim] = some if old is None else tuple(old[i] for i in some)
+        numbers = {name: dict(own) for name, own in first.numbers.items()}
+        for name, own in self.numbers.items():
+            numbers.setdefault(name, {}).update(own)
+        gone = (*first.removed, *self.removed)
+        return Surgery(
+            {name: dims for name, dims in kept.items() if not _inside(name, gone)},
+            {name: own for name, own in numbers.items() if not _inside(name, gone)},
+            tuple(name for name in gone if not _inside(name, set(gone) - {name})),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `surgery.json`."""
+        kept = {name: {str(dim): list(some) for dim, some in dims.items()} for name, dims in self.kept.items()}
+        numbers = {
+            name: {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+            for name, own in self.numbers.items()
+        }
+        removed = {"removed": list(self.removed)} if self.removed else {}
+        return {"schema_version": 1, "kept": kept, "numbers": numbers, **removed}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> Self:
+        """The surgery that `to_json` wrote. Raises UsageError, with `where`, for anything else."""
+        from compressor.validation import validated
+
+        found = validated(_File, content, where)
+        kept = {name: {int(dim): tuple(some) for dim, some in dims.items()} for name, dims in found.kept.items()}
+        numbers = {
+            name: {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+            for name, own in found.numbers.items()
+        }
+        return cls(kept, numbers, tuple(found.removed))
+
+    def _check(self, model: nn.Module) -> None:
+        state, tied, modules = model.state_dict(keep_vars=True), ties(model), dict(model.named_modules())
+        for name, dims in self.kept.items():
+            if name not in state:
+                raise CompressorError(f"surgery: the model has no tensor {name!r}", _HINT)
+            if name in tied or name in tied.values():
+                raise CompressorError(f"surgery: {name} is shared by two modules", "Such tensors are not made smaller.")
+            for dim, some in dims.items():
+                shape = tuple(state[name].shape)
+                ascending = all(a < b for a, b in pairwise(some))
+                if not 0 <= dim < len(shape) or not some or not ascending or some[0] < 0 or some[-1] >= shape[dim]:
+                    raise CompressorError(f"surgery: {name} is {shape}: dim {dim} cannot keep {_shown(some)}", _HINT)
+        for name in self.removed:
+            gone = name not in modules or isinstance(modules[name], Bypass) or self.removed.count(name) > 1
+            if not name or gone:
+                raise CompressorError(f"surgery: the model has no module {name!r} to remove", _HINT)
+        for name in (*self.kept, *self.numbers, *self.removed):
+            if _inside(name, set(self.removed) - {name}):
+                raise CompressorError(f"surgery: {name} is inside of what is removed", _HINT)
+        for name, numbers in self.numbers.items():
+            for attribute, new in numbers.items():
+                old = vars(modules[name]).get(attribute) if name in modules else None
+                if not _lowers(old, new):
+                    raise CompressorError(
+                        f"surgery: {name}.{attribute} is {old!r} and cannot become {str(new)[:40]}", _HINT
+                    )
+
+
+class Bypass(nn.Module):
+    """What is left of a removed module: its first argument, whatever else it is given."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return inputs[0] if inputs else next(iter(named.values()))
+
+
+def surgery_of(model: nn.Module) -> Surgery | None:
+    """What was removed of `model`'s structure; None where it has its original one."""
+    found = vars(model).get(_MEMORY)
+    return found if isinstance(found, Surgery) else None
+
+
+_MEMORY = "_compressor_surgery"
+_HINT = "It belongs to another model, or is damaged."
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1]
+    kept: dict[str, dict[Literal["0", "1", "2", "3", "4"], list[int]]]
+    numbers: dict[str, dict[str, int | list[int]]]
+    removed: list[str] = []
+
+
+def _inside(name: str, modules: Collection[str]) -> bool:
+    """Whether `name` is one of `modules` or of their parts."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _lowers(old: Any, new: int | tuple[int, ...]) -> bool:
+    """Whether `new` is of the kind of `old`, whole numbers, and at least one and at most `old` everywhere."""
+    before, after = (value if isinstance(value, tuple) else (value,) for value in (old, new))
+    if isinstance(old, tuple) != isinstance(new, tuple) or len(before) != len(after):
+        return False
+    return all(type(a) is int and type(b) is int and 1 <= b <= a for a, b in zip(before, after, strict=True))
+
+
+def _shown(numbers: tuple[int, ...]) -> str:
+    return f"{len(numbers)} entries" if len(numbers) > 6 else str(list(numbers))

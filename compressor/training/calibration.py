@@ -1,0 +1,113 @@
+"""What layers see: their inputs over the denoising times, for methods that choose masks by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, to_device
+from compressor.data.batches import Batches
+from compressor.seeds import generator
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One batch that a calibration looks at: its noised `inputs`, and how much it counts."""
+
+    inputs: Any
+    weight: float
+
+
+def visits(adapter: Adapter, batches: Batches, timesteps: int, last_weight: float = 1.0) -> Iterator[Visit]:
+    """A batch at each of `timesteps` evenly spaced times, in the order of sampling: most noise first.
+
+    Their weights fall from 1 to `last_weight` with the logarithm of the position, since errors of early steps go through all
+    later ones. Source: Zhu et al. 2025, "OBS-Diff" (the logarithmic decrease; the constants are not given here).
+    """
+    for index in range(timesteps):
+        inputs, _ = adapter.noised_at(
+            batches.batch(index), 1 - (index + 0.5) / timesteps, generator("calibration", index)
+        )
+        fall = math.log1p(index) / math.log(timesteps) if timesteps > 1 else 0.0
+        yield Visit(inputs, 1 - (1 - last_weight) * fall)
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    adapter: Adapter,
+    seen: Iterator[Visit],
+    layers: Mapping[str, nn.Module],
+    take: Callable[[str, Tensor, float], None],
+) -> None:
+    """Call `take(name, columns, weight)` with what the weight of each of `layers` multiplies, at every visit.
+
+    `columns` (positions, in x kernel) has, for every place where the weight is applied, the numbers it is applied to, in the
+    order of `matrix(weight)`.
+    """
+    weight = 1.0
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, inputs: Any, named: Any) -> None:
+            given = inputs[0] if inputs else named["input"]
+            take(name, columns(module, given.detach()), weight)
+
+        return see
+
+    was_training = model.training
+    model.eval()
+    names = {(type(module), id(module.weight)): name for name, module in layers.items()}
+    handles = [
+        module.register_forward_pre_hook(hook(names[key]), with_kwargs=True)
+        for module in model.modules()
+        if (key := (type(module), id(getattr(module, "weight", None)))) in names  # also those that share the weight
+    ]
+    try:
+        for visit in seen:
+            weight = visit.weight
+            adapter.predict(model, to_device(visit.inputs, next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+
+
+def observable(module: nn.Module) -> bool:
+    """Whether `columns` knows the kind of this layer: Linear, and convolutions in 1 and 2 dims without groups."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+def columns(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The numbers (positions, kernel x in) that `module`, a layer that is `observable`, multiplies with its weight."""
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(-1, inputs.shape[-1]).float()
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        raise TypeError(type(module).__name__)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs.float(), module._reversed_padding_repeated_twice, mode=mode)
+    kernel, stride, dilation = (tuple(v) for v in (module.kernel_size, module.stride, module.dilation))
+    if isinstance(module, nn.Conv1d):
+        padded, kernel, stride, dilation = padded[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    patches = F.unfold(padded, kernel, dilation, 0, stride)
+    return rearrange(patches, "n (i k) p -> (n p) (k i)", i=inputs.shape[1])
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """`weight` (out, in, *kernel) as (out, kernel x in): input channels side by side, as patterns group them."""
+    return rearrange(weight, "o i ... -> o (...) i").flatten(1)
+
+
+def from_matrix(flat: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `matrix`, for a weight of `shape`."""
+    if len(shape) == 2:
+        return flat.reshape(shape)
+    return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()

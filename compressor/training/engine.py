@@ -1,0 +1,347 @@
+"""Fine-tuning: `steps` yields one record per optimizer step; `prune` drives it to its end. Nothing here prints."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from compressor.adapter import Adapter, with_rules
+from compressor.data.batches import Batches, as_batches
+from compressor.environment import resolve_device
+from compressor.errors import CompressorError
+from compressor.seeds import generator
+from compressor.sparsity.layers import Layer, select
+from compressor.sparsity.notation import parse
+from compressor.sparsity.pattern import Mask
+from compressor.sparsity.surgery import Surgery
+from compressor.training.pruner import Pruner
+from compressor.training.settings import Training
+from compressor.training.shadow import Shadow, checked_masks
+
+_TOLERATED_NONFINITE = 2
+LEFT_DENSE = "left dense by the method"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. `flip_rate` is the share of target entries whose mask changed."""
+
+    step: int
+    steps: int
+    loss: float
+    noise_loss: float
+    teacher_loss: float | None
+    lr: float
+    grad_norm: float
+    flip_rate: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A pruned model (in eval mode, on the CPU or the device it was trained on) and what was done to it.
+
+    `masks` by parameter name; `layers` lists every layer, with the reason where it has no mask; `flipped` is, per weight, the
+    number of mask changes per entry over the whole run. `surgery` is what was removed of the model's structure.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Mask]
+    layers: Sequence[Layer]
+    steps: Sequence[Step]
+    flipped: Mapping[str, float]
+    surgery: Surgery | None = None
+
+
+class FineTuning:
+    """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
+
+    `model` is left as it is: student and teacher are copies. `previous` is what `state` gave in an
+    interrupted run; with it, `prepare` is not called again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruner: Pruner,
+        *,
+        adapter: Adapter,
+        data: Any,
+        training: Training,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        previous: Mapping[str, Any] | None = None,
+    ) -> None:
+        if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
+            raise CompressorError(
+                f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model."
+            )
+        self.adapter, self.training = adapter, training
+        self.device = resolve_device(training.device)
+        self.batches: Batches = as_batches(data, training.batch_size, training.seed)
+        self.student = copy.deepcopy(model).to(self.device).train()
+        for name, value in self.student.named_parameters():
+            if value.requires_grad and value.dtype != torch.float32:
+                why = (
+                    "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
+                )
+                raise CompressorError(
+                    f"{name} is {value.dtype}: {why}",
+                    'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+                )
+        self.teacher = None
+        if pruner.objective.teacher > 0 and training.steps > 0:
+            self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+        if previous is None:
+            pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
+            self.surgery = pruner.surgery
+        else:
+            pruner = pruner.restored(previous["pruner"])
+            removed = previous.get("surgery")
+            self.surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
+        if self.surgery is not None:
+            self.surgery.apply(self.student)
+        self.pruner = pruner
+        self.layers = choose_layers(self.student, pruner, adapter, targets, ignore)
+        self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise CompressorError(
+                "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
+            )
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
+        )
+        self.shadow = Shadow(
+            {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None},
+            pruner,
+            self.optimizer,
+            progress=0.0 if training.steps else 1.0,
+        )
+        _verify(self.shadow.masks)
+        self.average = {name: value.clone() for name, value in self._dense().items()}
+        self.done = 0
+        self._nonfinite = 0
+        if previous is not None:
+            self._restore(previous)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
+
+        The tensors are the run's own and change with the next step: save or copy them first.
+        """
+        for name, value in self.student.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CompressorError(f"step {self.done}: {name} is not finite", "Lower the learning rate.")
+        _verify(self.shadow.masks)
+        return {
+            "step": self.done,
+            "model": self.student.state_dict(),
+            "shadow": self.shadow.state(),
+            "average": dict(self.average),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": dict(self.pruner.state()),
+            "surgery": None if self.surgery is None else self.surgery.to_json(),
+            "nonfinite": self._nonfinite,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
+        self.student.load_state_dict(state["model"])
+        optimizer = state["optimizer"]
+        self.optimizer.load_state_dict(
+            {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
+        )
+        shadow = state["shadow"]
+        masks = {n: Mask(m["keep"].to(self.device), parse(m["pattern"])) for n, m in shadow["masks"].items()}
+        self.shadow.restore(shadow["dense"], masks, shadow["flipped"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
+
+    def advance(self) -> Step:
+        """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
+        t, settings = self.done, self.training
+        lr = settings.lr_at(t)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self.batches.batch(t)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
+            torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
+            noise_loss, teacher_loss = self._backward(t, batch)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        objective = self.pruner.objective
+        loss = objective.noise * noise_loss + objective.teacher * (teacher_loss or 0.0)
+        grad_norm = float(norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._nonfinite = 0
+            if settings.clip:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
+            self.shadow.progress = (t + 1) / settings.steps
+            self.optimizer.step()
+            self._update_average(t)
+            flips = float(sum(float(count) for count in self.shadow.flips.values()))
+        else:
+            self._nonfinite += 1
+            if self._nonfinite > _TOLERATED_NONFINITE:
+                raise CompressorError(
+                    f"step {t + 1}: {self._name_nonfinite(loss)}", "Lower the learning rate, or check the data."
+                )
+            flips = 0.0
+        self.done = t + 1
+        entries = sum(weight.numel() for weight in self.shadow.dense.values())
+        return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
+
+    def finish(self) -> Result:
+        """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
+        self.shadow.close()
+        steps = self.done
+        final = self.average if steps and self.training.ema else self._dense()
+        dense = {name: final[name] for name in self.shadow.dense}
+        masks = self.shadow.masks
+        if steps:
+            masks = checked_masks(self.pruner.masks(dense, 1.0, dict(masks)), dense)
+        _verify(masks)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(masks[name].apply(final[name]) if name in masks else final[name])
+                parameter.grad = None
+        sizes = {name: weight.numel() for name, weight in dense.items()}
+        flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
+        layers = [
+            replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
+            for layer in self.layers
+        ]
+        return Result(self.student.eval(), masks, layers, (), flipped, self.surgery)
+
+    def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
+        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
+
+        Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
+        """
+        inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
+        n, pieces, objective = target.shape[0], self.training.accumulate, self.pruner.objective
+        noise_sum, teacher_sum = 0.0, 0.0
+        for rows in torch.arange(n).tensor_split(min(pieces, n)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            piece = tree_map_only(Tensor, partial(self._rows, n, part), inputs)
+            share = len(rows) / n
+            with self._autocast():
+                prediction = self.adapter.predict(self.student, piece).float()
+                noise_loss = F.mse_loss(prediction, target[part].to(self.device).float())
+                loss = objective.noise * noise_loss
+                if self.teacher is not None:
+                    with torch.no_grad():
+                        expected = self.adapter.predict(self.teacher, piece).float()
+                    teacher_loss = F.mse_loss(prediction, expected)
+                    loss = loss + objective.teacher * teacher_loss
+                    teacher_sum += share * float(teacher_loss.detach())
+            noise_sum += share * float(noise_loss.detach())
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        return noise_sum, teacher_sum if self.teacher is not None else None
+
+    def _rows(self, n: int, part: slice, tensor: Tensor) -> Tensor:
+        split = tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
+        return split.to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
+        dtype = self.training.dtype
+        enabled = dtype == "bfloat16" or (
+            dtype == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The dense value of every trained parameter: the Shadow's where it has one."""
+        return {name: self.shadow.dense.get(name, p.detach()) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        if self.training.ema:
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self._dense().values()), 1 - self.training.ema_at(step)
+            )
+
+    def _name_nonfinite(self, loss: float) -> str:
+        bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        where = f"the gradient of {bad[0]} is not finite" if bad else "the gradient is finite"
+        return f"the loss is {loss}, and {where}, {self._nonfinite} steps in a row"
+
+
+def steps(run: FineTuning) -> Iterator[Step]:
+    """Advance `run` to its last step, one record at a time. The caller may stop between any two."""
+    while run.done < run.training.steps:
+        yield run.advance()
+
+
+def prune(
+    model: nn.Module,
+    pruner: Pruner,
+    *,
+    adapter: Adapter,
+    data: Any,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    **training: Any,
+) -> Result:
+    """Prune a copy of `model` with `pruner` and fine-tune it. `model` stays as it is.
+
+    `data`: a SampleSet (from `read_data`), Samples, a tensor of samples, a map-style dataset, or ready batches (a list,
+    a DataLoader, any iterable).
+    `targets`, `ignore`: rules for layer names (`compressor.sparsity.layers`); None takes the adapter's. `training`: the fields
+    of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
+
+    Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
+    pattern, and losses that stop being finite.
+    """
+    from compressor.validation import validated
+
+    run = FineTuning(
+        model,
+        pruner,
+        adapter=adapter,
+        data=data,
+        training=validated(Training, training, "prune()"),
+        targets=targets,
+        ignore=ignore,
+    )
+    records = list(steps(run))
+    result = run.finish()
+    return replace(result, steps=records)
+
+
+def choose_layers(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> list[Layer]:
+    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    return select(
+        model,
+        pruner.pattern,
+        set(pruner.targets(model)),
+        adapter.targets if targets is None else targets,
+        adapter.ignore if ignore is None else ignore,
+    )
+
+
+def _verify(masks: Mapping[str, Mask]) -> None:
+    for name, mask in masks.items():
+        try:
+            mask.verify()
+        except CompressorError as error:
+            raise CompressorError(f"{name}: {error.message}", error.hint) from error
