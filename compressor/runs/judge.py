@@ -83,8 +83,9 @@ class Judge:
         if steps is not None:
             settings = settings.model_copy(update={"sampler_steps": steps})
         drawn: list[Tensor] = []
+        yield Progress(f"sample {name}", 0, settings.drawn)
         for batch in evaluate.sample(self.inputs.adapter, model, settings):
             decoded = batch if self.inputs.autoencoder is None else self.inputs.autoencoder.decode(batch)
             drawn.append(decoded)
-            yield Progress(f"sample {name}", sum(map(len, drawn)), settings.samples)
+            yield Progress(f"sample {name}", sum(map(len, drawn)), settings.drawn)
         return torch.cat(drawn)

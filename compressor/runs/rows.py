@@ -74,7 +74,7 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
         "recipe": recipe.model_dump(mode="json"),
         "repeat": "compressor run --config recipe.yaml --out DIR",
         "lowering": None,
-        "limitations": limitations(rows, settings.samples, len(inputs.data), None),
+        "limitations": limitations(rows, settings.drawn, len(inputs.data), None),
     }
     files.write_json(out / "report.json", report)
 

@@ -90,7 +90,7 @@ def digits() -> UViTAdapter:
             "data": "digits",
             # A short budget wants quicker moments than the 0.99 and 0.999 that suit 100,000 steps.
             "train": {"steps": 1200, "lr": 1e-3, "betas": [0.9, 0.99], "warmup": 50},
-            "evaluate": {"metric": "fd-digits", "samples": 1797},
+            "evaluate": {"metric": "fd-digits"},
         },
         about={
             "size": "0.6M",
