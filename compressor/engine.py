@@ -337,6 +337,17 @@ def choose_layers(
     )
 
 
+def chosen(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[Layer]:
+    """The layers that get a mask: `choose_layers` without those that have a reason for none."""
+    return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
+
+
 def resolve_device(name: str) -> torch.device:
     """The torch device called `name`; `auto` is what accelerate finds (a GPU of its rank, else the CPU)."""
     from accelerate import PartialState

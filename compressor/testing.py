@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressor import artifact, registry
 from compressor.adapter import Adapter
 from compressor.data import as_batches
-from compressor.engine import FineTuning, Result, choose_layers, prune, steps
+from compressor.engine import FineTuning, Result, chosen, prune, steps
 from compressor.errors import CompressorError
 from compressor.pattern import Mask
 from compressor.pruner import Pruner
@@ -153,8 +153,8 @@ class _Trial:
 
     def weights(self) -> dict[str, Tensor]:
         """The dense weights that the pruner is asked about, under this family's rules."""
-        layers = choose_layers(self.model, self.pruner, self.adapter, None, None)
-        return {layer.name: layer.weight.detach().clone() for layer in layers if layer.reason is None}
+        layers = chosen(self.model, self.pruner, self.adapter)
+        return {layer.name: layer.weight.detach().clone() for layer in layers}
 
 
 def _rows(batch: Any, rows: slice) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compressor import inputs, registry
 from compressor import recipe as recipes
 from compressor.comparison.presets import PRESETS
-from compressor.engine import choose_layers
+from compressor.engine import chosen
 from compressor.errors import CompressorError, UsageError, did_you_mean
 from compressor.inputs import Inputs
 from compressor.measure import layer_macs
@@ -217,8 +217,8 @@ def _matched(
 
 
 def _layers(found: Inputs) -> list[str]:
-    layers = choose_layers(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
-    return [layer.name for layer in layers if layer.reason is None]
+    layers = chosen(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
+    return [layer.name for layer in layers]
 
 
 def _effective(found: Inputs) -> float:

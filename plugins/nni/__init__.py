@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data import Batches
-from compressor.engine import choose_layers
+from compressor.engine import chosen
 from compressor.errors import CompressorError
 from compressor.estimator import Estimator, Exact
 from compressor.pattern import Mask, Unstructured
@@ -39,13 +39,12 @@ class NNI(Pruner):
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         algorithm = getattr(_nni(), _PRUNERS[self.algorithm])
-        layers = [layer for layer in choose_layers(model, self, adapter, None, None) if layer.reason is None]
+        layers = chosen(model, self, adapter)
         settings = [{"op_names": [layer.module_name for layer in layers], "sparse_ratio": 1 - self.pattern.density}]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, masks = algorithm(copy.deepcopy(model), settings).compress()  # it wraps modules: of a copy
-        chosen = {layer.name: masks[layer.module_name]["weight"] for layer in layers}
-        return replace(self, chosen=chosen)
+        return replace(self, chosen={layer.name: masks[layer.module_name]["weight"] for layer in layers})
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if previous:

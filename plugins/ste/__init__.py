@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressor.errors import UsageError
-from compressor.estimator import Estimator
+from compressor.estimator import SRSTE, Estimator
 from compressor.pattern import NM, Mask, Pattern
 from compressor.pruner import Pruner
-
-from ..sparsedm import SRSTE
 
 
 @dataclass(frozen=True)
