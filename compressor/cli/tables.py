@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, tables, numbers for people. It builds; `cli` prints."""
+"""What the terminal shows: progress, tables, numbers for people. It builds; the commands print."""
 
 from __future__ import annotations
 
