@@ -33,8 +33,8 @@ class Command(click.Command):
         values = ctx.params
         debug = values.pop("debug")
         values["output"] = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
-        if names := [option.name for option in self.params if isinstance(option, Setting) and option.name]:
-            values["settings"] = _given({name: values.pop(name) for name in names})
+        if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
+            values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
         with errors(debug):
             return super().invoke(ctx)
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import input_options, model_options, numbers, options, training_options
+from compressor.cli.options import budget_options, input_options, model_options, numbers, options, training_options
 from compressor.cli.report import show_comparison
 from compressor.cli.terminal import Output, drive
 
@@ -48,6 +48,7 @@ from compressor.cli.terminal import Output, drive
         "--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one."
     ),
     training_options,
+    budget_options,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/compare-MODEL."),
     click.option("--overwrite", is_flag=True, help="Start anew; a former comparison in DIR is removed."),
 )

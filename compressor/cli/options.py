@@ -76,6 +76,19 @@ training_options = options(
 )
 """Training, and any other setting."""
 
+budget_options = options(
+    setting(
+        "--quick", "budget", flag_value="quick", help="A look: few samples, the metric alone, few rounds of timing."
+    ),
+    setting(
+        "--full",
+        "budget",
+        flag_value="full",
+        help="For publication: as many samples as real images, whatever it costs.",
+    ),
+)
+"""How much is spent on evaluation."""
+
 recipe_options = options(
     click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML)."),
     setting("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all."),
@@ -83,6 +96,7 @@ recipe_options = options(
     input_options,
     model_options,
     training_options,
+    budget_options,
 )
 """The options that make a recipe."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from compressor.progress import duration
+
 if TYPE_CHECKING:
     from compressor.progress import Progress
 
 
+_EVERY = 5.0  # seconds between lines of progress
+
+
 class Ticker:
-    """Shows a run's progress on `console`: bars with the time left on a terminal, else a line every few seconds."""
+    """Shows a run's progress on `console`: bars with the time left on a terminal, else a line every few seconds, whether or not
+    there is news: a thread sees to it."""
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
@@ -33,16 +40,21 @@ class Ticker:
             console=console,
         )
         self._tasks: dict[str, Any] = {}
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # of each stage: when it was first seen, and how much was done
         self._last = 0.0
         self._shown: Progress | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Ticker:
-        if self._console.is_terminal and not self._quiet:
-            self._bars.start()
+        if not self._quiet:
+            (self._bars if self._console.is_terminal else self._heart).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._heart.is_alive():
+            self._heart.join()
         if self._bars.live.is_started:
             self._bars.stop()
 
@@ -50,21 +62,54 @@ class Ticker:
         """Take note of one event."""
         if self._quiet or progress == self._shown:
             return
-        self._shown = progress
-        note, stage = printable(progress.note), printable(progress.stage)
         if self._console.is_terminal:
+            self._shown = progress
+            stage, note = printable(progress.stage), printable(progress.note)
+            if progress.seconds is not None and progress.done == 0:
+                note = f"{note} about {duration(progress.seconds)}".strip()
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=progress.total, note=note)
             self._bars.update(self._tasks[stage], completed=progress.done, total=progress.total, note=note)
             return
-        now = time.monotonic()
-        began = self._began.setdefault(stage, now)
-        if now - self._last >= 5 or progress.done in (0, progress.total):
-            self._last = now
-            left = (now - began) / progress.done * (progress.total - progress.done) if progress.done else 0.0
-            remaining = f", {left:.0f} s left" if left >= 1 else ""
-            line = f"{stage} {progress.done}/{progress.total}{remaining}  {note}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with self._lock:
+            self._shown = progress
+            now = time.monotonic()
+            self._began.setdefault(progress.stage, (now, progress.done))
+            if now - self._last >= _EVERY or progress.done in (0, progress.total):
+                self._print(progress, now)
+
+    def _beat(self) -> None:
+        """Say every few seconds that work goes on, and for how long."""
+        while not self._ended.wait(_EVERY / 5):
+            with self._lock:
+                now = time.monotonic()
+                if self._shown is not None and now - self._last >= _EVERY:
+                    self._print(self._shown, now)
+
+    def _print(self, progress: Progress, now: float) -> None:
+        self._last = now
+        stage, note = printable(progress.stage), printable(progress.note)
+        if progress.stage == "estimate":
+            line = note
+        else:
+            line = f"{stage} {progress.done}/{progress.total}{self._left(progress, now)}  {note}"
+        self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, progress: Progress, now: float) -> str:
+        """How long the stage will still take; where nobody knows, how long it has taken."""
+        if progress.done >= progress.total:
+            return ""
+        began, first = self._began[progress.stage]
+        gone = now - began
+        if progress.done > first:
+            total = gone / (progress.done - first) * (progress.total - first)
+        elif progress.seconds is not None:
+            total = progress.seconds * (1 - first / progress.total)
+        else:
+            return f", {duration(gone)} so far" if gone >= 1 else ""
+        return (
+            f", {duration(total - gone)} left" if total > gone else f", {duration(gone - total)} longer than expected"
+        )
 
 
 def rows_table(report: Mapping[str, Any]) -> Table:

@@ -67,6 +67,7 @@ class Judge:
         if images is not None and self.reference is not None and inputs.metric is not None:
             yield Progress(f"measure {row['name']}", 0, 1)
             row["quality"] = evaluate.qualities(inputs.metric, images, self.reference, settings)
+        yield Progress(f"drift of {row['name']}", 0, 1)
         seen = Seen(images, drift.predictions(inputs.adapter, model, inputs.data, settings, self.device))
         if self.dense is None:
             self.dense = seen

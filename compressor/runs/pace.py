@@ -14,7 +14,7 @@ from torch import nn
 from compressor.adapter import Adapter, to_device
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
-from compressor.progress import Progress
+from compressor.progress import Progress, duration
 from compressor.quality.evaluate import can_sample
 from compressor.quality.settings import Evaluation
 from compressor.runs.inputs import Inputs
@@ -133,13 +133,3 @@ def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
     parts = [f"{name} {duration(value)}" for name, value in phases.items() if value >= _SILENT]
     total = duration(sum(phases.values()))
     return f"about {total} in all: {', '.join(parts)}" if parts else f"about {total} in all"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 40 s, 3 min 20 s, 2 h 5 min."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -25,6 +25,7 @@ from compressor.progress import Progress
 from compressor.report import render
 from compressor.runs.directory import clear, locked, refuse_used_directory
 from compressor.runs.inputs import Inputs
+from compressor.runs.pace import paced
 from compressor.runs.rows import build_report
 from compressor.runs.speed import bench, finished
 from compressor.training.engine import FineTuning, Result, Step, steps
@@ -40,6 +41,10 @@ class Interrupted(Exception):
 
 def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
+    yield from paced(inputs, _executed(inputs, out, resume, overwrite))
+
+
+def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Iterator[Progress]:
     with locked(out):
         yield from train(inputs, out, resume=resume, overwrite=overwrite)
         yield from build_report(inputs, out)
@@ -80,6 +85,7 @@ def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
     previous, skipped = _newest_checkpoint(out)
     for note in skipped:
         yield Progress("fine-tune", 0, settings.steps, note)
+    yield Progress("prepare", 0, 1)
     run = FineTuning(
         inputs.model,
         inputs.pruner,
