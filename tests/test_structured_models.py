@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compressor.plugins.structured import Structured
 from compressor.plugins.structured.graph import Channels, Refused
 from compressor.plugins.structured.groups import find_groups
 from compressor.plugins.structured.removal import removal
 from torch import Tensor, nn
 
+import compressor
 from compressor import Adapter, CompressorError
 from compressor.surgery import Surgery
 
@@ -535,3 +537,34 @@ def test_every_channel_of_an_operation_is_followed_once_whatever_operations_do_t
         with contextlib.suppress(Refused):
             channels.together(root)
         assert 0 < sum(steps) <= dependencies * channels.limit
+
+
+class Everything(nn.Module):
+    """Layers of every kind from which channels go, for vectors of 16 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.label = conv(1, 16), nn.BatchNorm2d(16), nn.Embedding(3, 16)
+        self.each, self.act, self.scale = conv(16, 16, groups=16), nn.PReLU(16), nn.Parameter(torch.rand(1, 16, 1, 1))
+        self.down, self.up, self.last = conv(16, 24, stride=2), nn.ConvTranspose2d(24, 12, 2, stride=2), conv(28, 1)
+
+    def forward(self, x):
+        long = self.norm(self.first(x.view(-1, 1, 4, 4)))
+        long = self.act(self.each(long)) * self.scale + self.label(torch.arange(len(x)) % 3)[:, :, None, None]
+        return self.last(torch.cat((long, self.up(torch.relu(self.down(long)))), 1)).flatten(1)
+
+
+def test_a_pruned_model_of_every_kind_of_layer_is_trained_saved_and_loaded(adapter, samples, tmp_path):
+    torch.manual_seed(0)
+    model = Everything()
+    pruner = Structured(density=0.5, multiple=1, timesteps=2, score="diff-pruning-released")
+    result = compressor.prune(model, pruner, adapter=adapter, data=samples, steps=2, batch_size=8)
+    kept = result.model
+    assert (kept.first.out_channels, kept.norm.num_features, kept.each.groups, kept.act.num_parameters) == (8, 8, 8, 8)
+    assert (kept.scale.shape, kept.label.embedding_dim) == ((1, 8, 1, 1), 8)
+    assert (kept.down.out_channels, kept.up.in_channels, kept.up.out_channels, kept.last.in_channels) == (12, 12, 6, 14)
+    compressor.save(tmp_path / "saved", kept, {})
+    loaded = compressor.load(tmp_path / "saved", model=Everything())
+    state = kept.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert torch.equal(loaded.eval()(samples[:4]), kept.eval()(samples[:4]))
