@@ -43,6 +43,8 @@ class Trial:
             adapter.example_inputs(2),
         )
         self.inputs = to_device(example, next(self.probe.parameters()).device)
+        with torch.no_grad():
+            self.whole = adapter.predict(self.probe, self.inputs)
 
     @torch.no_grad()
     def check(self, groups: Sequence[Group], density: float) -> None:
@@ -56,7 +58,7 @@ class Trial:
         ]
         surgery = removal(self.probe, groups, scores, density)
         try:
-            whole, found = self.adapter.predict(self.probe, self.inputs), self._answer(twin(self.probe), surgery)
+            whole, found = self.whole, self._answer(twin(self.probe), surgery)
             if found.shape != whole.shape:
                 raise Refused("the model would answer in another shape")
             norms = {m.name for group in groups for m in group.members if isinstance(m.module, nn.GroupNorm)}

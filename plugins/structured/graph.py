@@ -34,6 +34,15 @@ class Member:
     counts: tuple[str, ...]
 
 
+class Together(NamedTuple):
+    """What goes together: the layers, the first of which makes the channels; for each channel (width,) the first of those that it
+    can only go with; and into how many parts operations split them, at most."""
+
+    members: list[Member]
+    first: Tensor
+    parts: int
+
+
 class Refused(Exception):
     """These channels stay; the message says why."""
 
@@ -65,9 +74,8 @@ class Channels:
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and not getattr(module, "groups", 1) > 1:
                 yield module
 
-    def together(self, root: nn.Module) -> tuple[list[Member], Tensor]:
-        """All that has output channels of `root`, which comes first; and for each channel (width,) the first of those that it
-        can only go with. Raises Refused, with the reason, where they have to stay.
+    def together(self, root: nn.Module) -> Together:
+        """All that has output channels of `root`. Raises Refused, with the reason, where they have to stay.
 
         torch-pruning's own walk starts anew wherever a path gives it another list of channels. Where outputs are flattened and
         joined, every round gives a longer one, and it does not end. This one visits each channel of each layer and operation once:
@@ -100,7 +108,10 @@ class Channels:
                     if found:
                         pending.append((dependency.target, dependency.handler, found))
         members = [self._member(node, handler, reached[id(node), handler]) for node, handler in nodes]
-        return [member for member in members if member is not None], torch.tensor([_first(tied, i) for i in tied])
+        first = torch.tensor([_first(tied, channel) for channel in tied])
+        return Together(
+            [member for member in members if member is not None], first, _parts([node for node, _ in nodes])
+        )
 
     def _known(self, node: Any, handler: Any) -> None:
         """Raise Refused where channels cannot be removed from what `node` stands for."""
@@ -125,10 +136,11 @@ class Channels:
             own_side = side(module, out)
             if not isinstance(own_side, Side):
                 return None
-            tensors = {f"{name}.{key}": dim for key, dim in own_side.tensors.items() if f"{name}.{key}" in self.state}
+            named = {f"{name}.{key}" if name else key: dim for key, dim in own_side.tensors.items()}
+            tensors = {tensor: dim for tensor, dim in named.items() if tensor in self.state}
             member = Member(name, module, out, root, own, own_side.width, tensors, own_side.counts)
         if int(own.max()) >= member.width:
-            raise Refused(f"a reshape before {name} mixes them with positions")
+            raise Refused(f"what is done before {name} changes how many there are")
         return member
 
 
@@ -143,6 +155,12 @@ def _new(arriving: Iterable[_Index], reached: dict[int, int], tied: list[int]) -
             reached[index.idx] = index.root_idx
             new.append(index)
     return new
+
+
+def _parts(nodes: Iterable[Any]) -> int:
+    """Into how many parts the operations among `nodes` split their channels, at most."""
+    outputs = [len(node.outputs) for node in nodes if node.type.name in ("SPLIT", "UNBIND")]
+    return max([1, *outputs, sum(node.type.name == "SLICE" for node in nodes)])
 
 
 def _first(tied: list[int], channel: int) -> int:
@@ -179,7 +197,8 @@ def _traced(model: nn.Module, adapter: Adapter) -> tuple[Any, int]:
     except Exception as error:  # tracing runs the user's model
         raise CompressorError(
             f"structured: the model's layers cannot be traced: {first_line(error)}",
-            "Its forward pass must work on the adapter's example inputs, with gradients.",
+            "Its forward pass must work on the adapter's example inputs, with gradients; some joins of split parts are more than "
+            "torch-pruning can follow.",
         ) from error
     finally:
         model.train(was_training)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError
@@ -15,7 +15,7 @@ from compressor.sparsity.layers import Layer, reached
 from compressor.weights import ties
 
 from .checks import Trial
-from .graph import Channels, Member, Refused
+from .graph import Channels, Member, Refused, Together
 from .removal import Group, least
 
 _FUSED = ("qkv", "to_qkv")
@@ -64,17 +64,29 @@ def survey_groups(model: nn.Module, adapter: Adapter, multiple: int) -> Found:
         if id(root) in done:
             continue
         try:
-            members, first = channels.together(root)
-            done.update(id(member.module) for member in members if member.out)
-            _refuse_fixed(members, fixed, adapter)
-            group = _group(members, first, model, multiple)
-            for density in (0.5, 1 - group.step / group.parts.shape[1]):
-                trial.check([group], density)
+            together = channels.together(root)
+            done.update(id(member.module) for member in together.members if member.out)
+            _refuse_fixed(together.members, fixed, adapter)
+            groups.append(_working(together, model, multiple, trial))
         except Refused as refused:
             left[channels.layers[id(root)]] = str(refused)
-        else:
-            groups.append(group)
     return Found(_fitting(groups, trial, left), left)
+
+
+def _working(together: Together, model: nn.Module, multiple: int, trial: Trial) -> Group:
+    """The group of what goes `together`, tried out: channels of any place; else, where the model splits them, as many of each
+    part. Raises Refused where the model works with neither.
+    """
+    reason = Refused()
+    for parts in sorted({1, together.parts}):
+        try:
+            group = _group(together, model, multiple, parts)
+            for density in (0.5, 1 - group.step / group.parts.shape[1]):
+                trial.check([group], density)
+            return group
+        except Refused as refused:
+            reason = refused
+    raise reason
 
 
 def _fitting(groups: Sequence[Group], trial: Trial, left: dict[str, str]) -> list[Group]:
@@ -107,11 +119,12 @@ def _refuse_fixed(members: Sequence[Member], fixed: set[str], adapter: Adapter) 
                 raise Refused(f"the rules of this run leave out {member.name}")
 
 
-def _group(members: list[Member], first: Tensor, model: nn.Module, multiple: int) -> Group:
-    """What may be removed of the channels that `members` share, `first` being what each is tied to.
+def _group(together: Together, model: nn.Module, multiple: int, parts: int) -> Group:
+    """What may be removed of channels that go `together`: as many of each of so many `parts`.
 
     Raises Refused where norms or heads allow nothing.
     """
+    members, first, _ = together
     width = len(first)
     if width < 2:
         raise Refused("it has one channel")
@@ -120,23 +133,22 @@ def _group(members: list[Member], first: Tensor, model: nn.Module, multiple: int
         owner, heads, fused = attention
         if heads < 2 or width % (fused * heads):
             raise Refused(f"{owner or 'the model'} has {heads} heads, of which none can go from {width} channels")
-        parts = torch.arange(width).view(fused, heads, -1).transpose(0, 1).reshape(1, heads, -1)
-        head = torch.empty(width, dtype=torch.long).index_put((parts[0],), torch.arange(heads)[:, None])
+        by_head = torch.arange(width).view(fused, heads, -1).transpose(0, 1).reshape(1, heads, -1)
+        head = torch.empty(width, dtype=torch.long).index_put((by_head[0],), torch.arange(heads)[:, None])
         if not torch.equal(head, head[first]):
             raise Refused(f"{owner or 'the model'} mixes its heads")
-        return Group(width, members, parts, 1, owner)
+        return Group(width, members, by_head, 1, owner)
     names, counts = first.unique(return_counts=True)
     if int(counts.min()) != int(counts.max()):
         raise Refused("some of its channels only go with others, and some go alone")
-    together = first.argsort(stable=True).view(len(names), -1)
-    pieces = math.lcm(*(m.module.num_groups for m in members if isinstance(m.module, nn.GroupNorm)))
+    pieces = math.lcm(parts, *(m.module.num_groups for m in members if isinstance(m.module, nn.GroupNorm)))
     if len(names) % pieces or len(names) == pieces:
-        raise Refused(f"of its {len(names)} channels none can go, as norms split them into {pieces}")
+        raise Refused(f"of its {len(names)} channels none can go, as the model splits them into {pieces}")
     items = len(names) // pieces
     step = multiple // math.gcd(multiple, pieces) if len(names) % multiple == 0 else 1
     if items % step or items == step:
         step = 1
-    group = Group(width, members, together.view(pieces, items, -1), step, None)
+    group = Group(width, members, first.argsort(stable=True).view(pieces, items, -1), step, None)
     _refuse_shifts(group)
     return group
 

@@ -28,15 +28,16 @@ class Side:
 
 
 def side(layer: nn.Module, out: bool) -> Side | str | None:
-    """The outputs (`out`) or inputs of `layer`; None where it treats all channels alike, so that it has nothing to remove;
-    a reason where channels cannot be removed from it."""
+    """The outputs (`out`) or inputs of `layer`.
+
+    None where the layer treats all channels alike, so that it has nothing to remove. A text, the reason, where channels cannot
+    be removed from it.
+    """
     match layer:
         case nn.Linear():
-            return (
-                Side(layer.out_features, {"weight": 0, "bias": 0}, ("out_features",))
-                if out
-                else Side(layer.in_features, {"weight": 1}, ("in_features",))
-            )
+            if out:
+                return Side(layer.out_features, {"weight": 0, "bias": 0}, ("out_features",))
+            return Side(layer.in_features, {"weight": 1}, ("in_features",))
         case _ConvNd():
             return _convolution(layer, out)
         case nn.GroupNorm():
