@@ -279,8 +279,12 @@ def test_costs_without_masks_are_dense(model: nn.Sequential, adapter: Adapter) -
     assert found["density"] == 1 and found["macs_effective"] == found["macs_dense"] == 2 * 16 * 32
 
 
-def test_latencies_are_relative_to_the_first(model: nn.Sequential, adapter: Adapter) -> None:
-    dense, other = latencies([model, nn.Sequential(*[nn.Linear(16, 16) for _ in range(60)])], adapter, 2, rounds=9)
+def test_latencies_are_relative_to_the_first(model: nn.Sequential, adapter: Adapter, clock: Any) -> None:
+    slower = nn.Sequential(nn.Linear(16, 16))
+    model.register_forward_hook(lambda *_: clock.passes(2e-3))
+    slower.register_forward_hook(lambda *_: clock.passes(8e-3))
+    dense, other = latencies([model, slower], adapter, 2, rounds=9)
     assert dense["speedup_vs_dense"] == 1 and (dense["batch"], dense["dtype"], dense["device"]) == (2, "float32", "cpu")
     assert other["speedup_vs_dense"] == pytest.approx(dense["median_ms"] / other["median_ms"])
-    assert other["speedup_vs_dense"] < 1 and other["iqr_ms"] >= 0
+    assert other["speedup_vs_dense"] == pytest.approx(0.25, rel=0.05) and other["iqr_ms"] == pytest.approx(0, abs=1e-6)
+    assert dense["median_ms"] == pytest.approx(2, rel=0.1)
