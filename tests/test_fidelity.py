@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor import registry
 from compressor.data.sets import Images
 from compressor.errors import UsageError
-from compressor.quality import features as reference
+from compressor.quality import features as kept_features
 from compressor.quality import fidelity
 from compressor.quality.evaluate import qualities, quality
 from compressor.quality.features import real_features, real_spatial
@@ -283,7 +283,7 @@ class Counting(Flat):
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache, in which everything is kept, however fast it was."""
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reference, "WORTH_SECONDS", -1.0)
+    monkeypatch.setattr(kept_features, "WORTH_SECONDS", -1.0)
     return tmp_path / "cache" / "compressor" / "features"
 
 
@@ -294,7 +294,7 @@ def pictures(seed: int = 0) -> Images:
 def asked(metric: Counting, data: Images, kind: str = "features") -> tuple[int, Tensor]:
     """How often the extractor ran, and what was found."""
     before = metric.asked
-    found = reference.remembered(kind, metric, data, real_features)
+    found = kept_features.remembered(kind, metric, data, real_features)
     return metric.asked - before, found
 
 
@@ -317,7 +317,7 @@ def test_other_data_extractors_kinds_and_versions_are_not_mistaken(kept: Path, m
     asked(Counting(), pictures())
     assert asked(Counting(), pictures(1))[0] == asked(Other(), pictures())[0] == asked(Renamed(), pictures())[0] == 1
     assert asked(Counting(), pictures(), "spatial")[0] == 1
-    monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1)
+    monkeypatch.setattr(kept_features, "VERSION", kept_features.VERSION + 1)
     assert asked(Counting(), pictures())[0] == 1
     assert len(list(kept.iterdir())) == 6
 
@@ -352,23 +352,23 @@ def test_a_cache_that_cannot_be_used_is_no_error(kept: Path, spoil: str, monkeyp
         kept.parent.mkdir(parents=True)
         kept.write_text("a file")
     elif spoil == "folder for a file":
-        reference.cache_path("features", metric, pictures()).mkdir(parents=True)
+        kept_features.cache_path("features", metric, pictures()).mkdir(parents=True)
     else:
 
         def refuse(*arguments: object) -> None:
             raise PermissionError("read-only")
 
-        monkeypatch.setattr(reference, "save_file", refuse)
+        monkeypatch.setattr(kept_features, "save_file", refuse)
     assert [asked(metric, pictures())[0] for _ in range(2)] == [1, 1]
     assert not list(kept.glob(".partial-*") if kept.is_dir() else [])
 
 
 def test_what_is_computed_quickly_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "WORTH_SECONDS", 60.0)
+    monkeypatch.setattr(kept_features, "WORTH_SECONDS", 60.0)
     assert [asked(Counting(), pictures())[0] for _ in range(2)] == [1, 1] and not kept.exists()
 
 
 def test_extractors_without_spatial_features_are_compared_without(kept: Path) -> None:
-    features, found = reference.compared_with(Counting(), pictures(), Evaluation())
+    features, found = kept_features.compared_with(Counting(), pictures(), Evaluation())
     assert found.spatial is None and torch.equal(features.double(), found.features)
-    assert torch.equal(features, reference.compared_with(Counting(), pictures(), Evaluation(measures=[]))[0])
+    assert torch.equal(features, kept_features.compared_with(Counting(), pictures(), Evaluation(measures=[]))[0])

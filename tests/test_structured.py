@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compressor.plugins.structured import Structured
-from compressor.plugins.structured.groups import find_groups, removal
+from compressor.plugins.structured.groups import find_groups
+from compressor.plugins.structured.removal import removal
 from compressor.plugins.structured.scores import diff_pruning, entry_scores, taylor
 from torch import nn
 

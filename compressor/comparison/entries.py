@@ -17,7 +17,7 @@ from compressor.files import file_name
 from compressor.recipe import Recipe
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
-from compressor.training.engine import choose_layers
+from compressor.training.engine import chosen
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
@@ -218,8 +218,8 @@ def _matched(
 
 
 def _layers(found: Inputs) -> list[str]:
-    layers = choose_layers(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
-    return [layer.name for layer in layers if layer.reason is None]
+    layers = chosen(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
+    return [layer.name for layer in layers]
 
 
 def _effective(found: Inputs) -> float:

@@ -23,8 +23,8 @@ def can_sample(adapter: Adapter) -> bool:
 
 def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterator[Tensor]:
     """`settings.samples` images in batches, on the CPU. The same settings give every model the same initial noise."""
-    for first in range(0, settings.samples, settings.batch_size):
-        n = min(settings.batch_size, settings.samples - first)
+    for first in range(0, settings.drawn, settings.batch_size):
+        n = min(settings.batch_size, settings.drawn - first)
         yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
 
 

@@ -1,14 +1,13 @@
 """From settings to things in hand: the resolved recipe, and the model, data, method and metric that it names."""
 
 from __future__ import annotations
-from compressor.training.engine import Result
-from compressor.training.engine import prune
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import saving
-from compressor import registry
 from compressor import recipe as recipes
-from compressor import validation
+from compressor import registry, validation
 from compressor.adapter import Adapter, Sampling
-from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
-from compressor.training.engine import choose_layers
-from compressor.environment import resolve_device
-from compressor.errors import UsageError, first_line
-from compressor.quality.metric import Metric
 from compressor.data.latents import Autoencoder
-from compressor.training.pruner import Pruner
 from compressor.data.reading import read_data
-from compressor.quality.settings import Evaluation
+from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.data.settings import Loading
+from compressor.environment import resolve_device
+from compressor.errors import CompressorError, UsageError, first_line
+from compressor.quality.evaluate import can_sample
+from compressor.quality.metric import Metric
+from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
 from compressor.seeds import generator
+from compressor.training.engine import Result, choose_layers, prune
+from compressor.training.pruner import Pruner
 from compressor.weights import weights_sha256
 
 
@@ -85,6 +84,8 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
         paths["model"] = early.model
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
     defaults = [registry.adapter(early.model).defaults]
+    own = defaults[0].get("evaluate", {})
+    defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
     if early.evaluate.inception_weights is not None:
         defaults.append({"evaluate": {"metric": "fid"}})
     return validation.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
@@ -95,10 +96,6 @@ def adapter_of(recipe: Recipe) -> Adapter:
     settings = recipe.evaluate
     wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
     return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
-
-
-
-
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -126,6 +123,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     _check_shapes(adapter, data, recipe.loading.size)
     if isinstance(data, Records):
         _check_records(adapter, model, data)
+    recipe = _proportioned(recipe, adapter, model, pictures)
     batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
     if metric is not None and recipe.evaluate.samples:
         if not isinstance(pictures, ImageSet):
@@ -133,7 +131,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
                 f"{metric.name} compares images, and {data.name} holds records",
                 "Measure no such metric: --set evaluate.metric=null",
             )
-        if recipe.evaluate.samples < 2 or len(data) < 4:
+        if recipe.evaluate.drawn < 2 or len(data) < 4:
             raise UsageError(
                 f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
                 "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
@@ -143,11 +141,25 @@ def load_inputs(recipe: Recipe) -> Inputs:
     return Inputs(recipe, adapter, model, data, batches, pruner, metric, pictures, autoencoder)
 
 
+def _proportioned(recipe: Recipe, adapter: Adapter, model: nn.Module, real: SampleSet) -> Recipe:
+    """`recipe` with a number of samples that suits the data and what a sample costs, where it gives none."""
+    settings = recipe.evaluate
+    if settings.samples is not None:
+        return recipe
+    macs = 0.0
+    if can_sample(adapter):
+        with suppress(CompressorError):  # no example inputs: the cost is not known
+            macs = layer_macs(model, adapter)[0] * settings.sampler_steps
+    on_gpu = resolve_device(recipe.train.device).type == "cuda"
+    count = samples_for(settings.budget, len(real), macs, on_gpu)
+    return recipe.model_copy(update={"evaluate": settings.model_copy(update={"samples": count})})
+
+
 def _metric(settings: Evaluation) -> Metric | None:
     if settings.metric is None:
         return None
     metric = registry.metric(settings.metric)
-    if settings.inception_weights is None or not settings.samples:
+    if settings.inception_weights is None or settings.samples == 0:
         return metric
     return metric.with_weights(Path(settings.inception_weights))
 

@@ -339,6 +339,17 @@ def choose_layers(
     )
 
 
+def chosen(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[Layer]:
+    """The layers that get a mask: `choose_layers` without those that have a reason for none."""
+    return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
+
+
 def _verify(masks: Mapping[str, Mask]) -> None:
     for name, mask in masks.items():
         try:

@@ -17,7 +17,8 @@ from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Pruner
 from compressor.weights import twin
 
-from .groups import Group, find_groups, removal
+from .groups import find_groups
+from .removal import Group, removal
 from .scores import channel_scores, entry_scores
 
 _TRIALS = 16

@@ -14,7 +14,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 
-from .groups import Group
+from .removal import Group
 
 
 def channel_scores(group: Group, entries: Mapping[str, Tensor] | None, seed: int) -> Tensor:
@@ -23,13 +23,11 @@ def channel_scores(group: Group, entries: Mapping[str, Tensor] | None, seed: int
         return torch.rand(group.width, generator=generator(seed, "channels", group.members[0].name))
     scores = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:
-        for key in ("weight", "bias"):
-            score = entries.get(f"{member.name}.{key}")
-            if score is None or (key == "bias" and not member.out):
-                continue
-            by_channel = score.transpose(0, 1) if not member.out else score
-            sums = by_channel.reshape(by_channel.shape[0], -1).double().sum(1).cpu()
-            scores.index_add_(0, member.root, sums[member.own])
+        for name, dim in member.tensors.items():
+            if name in entries:
+                by_channel = entries[name].transpose(0, dim)
+                sums = by_channel.reshape(by_channel.shape[0], -1).double().sum(1).cpu()
+                scores.index_add_(0, member.root, sums[member.own])
     return scores
 
 
