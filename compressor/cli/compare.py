@@ -12,9 +12,7 @@ from compressor.cli.options import budget_options, input_options, model_options,
 from compressor.cli.report import show_comparison
 from compressor.cli.terminal import Output, drive
 
-
-@click.command(cls=Command)
-@options(
+_entry_options = options(
     click.option(
         "--methods", metavar="NAME,NAME,…", help="Methods (`compressor list pruners`). Default: all but depth and nni."
     ),
@@ -28,8 +26,10 @@ from compressor.cli.terminal import Output, drive
     ),
     click.option("--preset", metavar="NAME", help="Entries by name: sparsedm-ablation, sparsedm-best."),
     click.option("--seeds", type=int, default=3, show_default=True, help="Seeds of training for each."),
-    input_options,
-    model_options,
+)
+"""What is compared."""
+
+_condition_options = options(
     click.option(
         "--match",
         default="macs",
@@ -44,6 +44,16 @@ from compressor.cli.terminal import Output, drive
     ),
     click.option("--sampler-steps", metavar="N,N,…", help="Judge at these numbers of sampler steps too."),
     click.option("--lower", is_flag=True, help="Also time the lowered models."),
+)
+"""How it is compared."""
+
+
+@click.command(cls=Command)
+@options(
+    _entry_options,
+    input_options,
+    model_options,
+    _condition_options,
     click.option(
         "--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one."
     ),
