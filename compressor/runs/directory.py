@@ -1,20 +1,19 @@
 """The run directory: which files are a run's own, who works in it, and what may be replaced."""
 
 from __future__ import annotations
-from compressor.errors import CompressorError
-from filelock import FileLock
-from collections.abc import Iterator
-from compressor.errors import LockedError
-from pathlib import Path
-from filelock import Timeout
-from compressor import files
-from contextlib import contextmanager
-import os
-from compressor.errors import UsageError
-import shlex
-import re
-import shutil
 
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from compressor import files
+from compressor.errors import CompressorError, LockedError, UsageError
 
 OWN_FILES = (
     "recipe.yaml",

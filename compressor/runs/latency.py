@@ -1,20 +1,20 @@
 """The latencies of several models, all timed in turns in one process."""
 
 from __future__ import annotations
+
+from collections.abc import Generator, Mapping
 from typing import Any
-from collections.abc import Generator
-from compressor.runs.inputs import Inputs
-from collections.abc import Mapping
-from compressor.progress import Progress
-from compressor.cost.latency import latencies
-from compressor.cost.latency import latency_entry
-from compressor.lower import lowering
-from compressor.cost.timing import median_ms
-from torch import nn
-from compressor.environment import resolve_device
-from compressor.adapter import to_device
-from compressor.cost.timing import interleaved
+
 import torch
+from torch import nn
+
+from compressor.adapter import to_device
+from compressor.cost.latency import latencies, latency_entry
+from compressor.cost.timing import interleaved, median_ms
+from compressor.environment import resolve_device
+from compressor.lower import lowering
+from compressor.progress import Progress
+from compressor.runs.inputs import Inputs
 
 
 def timed(

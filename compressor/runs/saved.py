@@ -1,13 +1,15 @@
 """The model of a run, or of a saved model's folder, with its adapter."""
 
 from __future__ import annotations
-from compressor.adapter import Adapter
+
 from pathlib import Path
-from compressor.runs.inputs import adapter_of
-from compressor import saving
-from compressor import recipe as recipes
-from compressor.runs.inputs import resolve
+
 from torch import nn
+
+from compressor import recipe as recipes
+from compressor import saving
+from compressor.adapter import Adapter
+from compressor.runs.inputs import adapter_of, resolve
 
 
 def saved_adapter(path: Path) -> Adapter:
