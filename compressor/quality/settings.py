@@ -12,7 +12,7 @@ Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd"]
 class Evaluation(BaseModel):
     """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
     `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
-    `inception_weights` is a file."""
+    `inception_weights` is a file, for a metric whose `weights_setting` it is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -36,10 +36,15 @@ class UViTAdapter(Adapter):
 
     null_class: bool = False  # whether the last class is the empty one of classifier-free guidance
     how: Sampling = Sampling("dpm-solver++")
+    family: str = "U-ViT"
+    small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         return max(0, int(self.config.get("num_classes", -1)) - self.null_class)
+
+    def small(self) -> UViTAdapter | None:
+        return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
 
     def build(self) -> UViT:
         return UViT(**self.config)

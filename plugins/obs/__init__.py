@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.calibration import from_matrix, matrix, observable, observe, visits
 from compressor.training.engine import choose_layers
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, found
 
 from ..wanda import check_calibration
 
@@ -41,7 +41,8 @@ class OBS(Pruner):
     damping: float = 0.01
     memory_mb: int = 1024
     estimator: Estimator = Exact()
-    chosen: Mapping[str, Mask] = field(default_factory=dict, repr=False)
+    chosen: Mapping[str, Mask] = found(dict)
+    compared = True
 
     def __post_init__(self) -> None:
         check_calibration("obs", self.timesteps, self.last_weight)

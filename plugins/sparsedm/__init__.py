@@ -18,6 +18,8 @@ from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.pruner import Objective, Pruner
 
+from .presets import PRESETS
+
 _PROGRESSIVE = (NM(31, 32), NM(15, 16), NM(7, 8), NM(3, 4))
 
 
@@ -63,6 +65,8 @@ class SparseDM(Pruner):
     fixed: bool = False
     start: Literal["pretrained", "obs"] = "pretrained"
     preset: Literal["paper", "best"] = "paper"
+    compared = True
+    presets = PRESETS
 
     def __post_init__(self) -> None:
         one_of("sparsedm: start", self.start, ("pretrained", "obs"))

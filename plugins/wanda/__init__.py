@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.calibration import from_matrix, observable, observe, visits
 from compressor.training.engine import choose_layers
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, found
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Wanda(Pruner):
     timesteps: int = 32
     last_weight: float = 1.0
     estimator: Estimator = Exact()
-    norms: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    norms: Mapping[str, Tensor] = found(dict)
+    compared = True
 
     def __post_init__(self) -> None:
         check_calibration("wanda", self.timesteps, self.last_weight)
