@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
     from compressor.sparsity.surgery import Surgery
     from compressor.training.engine import FineTuning, Result, Step, choose_layers, prune, steps
-    from compressor.training.pruner import Objective, Pruner
+    from compressor.training.pruner import Objective, Preset, Pruner, found
     from compressor.training.settings import Training
     from compressor.training.shadow import Shadow
 
@@ -44,7 +44,7 @@ _HOMES = {
     "sparsity.pattern": ("NM", "Mask", "Pattern", "Unstructured"),
     "sparsity.surgery": ("Surgery",),
     "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "prune", "steps"),
-    "training.pruner": ("Objective", "Pruner"),
+    "training.pruner": ("Objective", "Preset", "Pruner", "found"),
     "training.settings": ("Training",),
     "training.shadow": ("Shadow",),
 }
@@ -65,6 +65,7 @@ __all__ = [
     "Objective",
     "Pattern",
     "Plan",
+    "Preset",
     "Pruner",
     "Records",
     "Result",
@@ -77,6 +78,7 @@ __all__ = [
     "Training",
     "Unstructured",
     "choose_layers",
+    "found",
     "load",
     "lower",
     "parse",

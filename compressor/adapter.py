@@ -55,6 +55,14 @@ class Adapter(ABC):
     about: Mapping[str, str] = {}
     """Where weights and data come from: `source`, `licence`, `data`, `weights`."""
 
+    family: str = ""
+    """What its kind of network is called, such as `U-ViT`: `compressor check-plugin` tries methods on one model of each."""
+
+    def small(self) -> Adapter | None:
+        """This family in a size for tests, of some ten thousand parameters, to `build` with random weights. Default: None, there
+        is none."""
+        return None
+
     @abstractmethod
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         """(inputs, target) for one batch of data, on the CPU. All randomness comes from `rng`, a CPU generator.

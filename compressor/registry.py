@@ -83,25 +83,21 @@ def pruner_class_from_file(reference: str) -> type[Pruner]:
 def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
     """An instance of `cls` with `settings` as constructor arguments, checked against their annotated types.
 
-    Patterns are given as text. Dataclass fields of `repr=False` hold what `prepare` found, and are no settings.
+    Patterns are given as text. Fields that `compressor.found` declares hold what `prepare` found, and are no settings.
     Raises UsageError that names the setting and what exists.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     from compressor.sparsity.notation import parse
     from compressor.sparsity.pattern import Pattern
+    from compressor.training.pruner import setting_names
 
     hints = get_type_hints(cls.__init__)
-    found = {name for name, field in getattr(cls, "__dataclass_fields__", {}).items() if not field.repr}
-    allowed = [
-        p
-        for p in inspect.signature(cls).parameters.values()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in found
-    ]
+    allowed = setting_names(cls)
     arguments: dict[str, Any] = {}
     for name, value in settings.items():
-        if name not in [parameter.name for parameter in allowed]:
-            raise UsageError(f"{cls.__name__} has no setting {name!r}", did_you_mean(name, [p.name for p in allowed]))
+        if name not in allowed:
+            raise UsageError(f"{cls.__name__} has no setting {name!r}", did_you_mean(name, allowed))
         hint = hints.get(name, Any)
         if hint is Pattern or (isinstance(value, str) and inspect.isclass(hint) and issubclass(hint, Pattern)):
             arguments[name] = parsed = parse(value)

@@ -3,7 +3,7 @@
     from compressor.testing import check_pruner
     check_pruner(MyPruner)
 
-or `compressor check-plugin my_pruner.py:MyPruner`. It trains tiny models of three families for a few steps.
+or `compressor check-plugin my_pruner.py:MyPruner`. It trains a tiny model of each family for a few steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from inspect import isclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +27,10 @@ from compressor.errors import CompressorError
 from compressor.seeds import generator
 from compressor.sparsity.pattern import Mask
 from compressor.training.engine import FineTuning, Result, chosen, prune, steps
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, settings_of
 from compressor.training.settings import Training
 
 _STEPS = 4
-_CONFIGS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2, "num_heads": 4}),
-    "UNet": ("ddpm-digits", {"block_out_channels": [16, 32], "norm_num_groups": 4}),
-    "DiT": (
-        "dit-xl-2-256",
-        {
-            "num_attention_heads": 4,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "sample_size": 8,
-            "num_embeds_ada_norm": 4,
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -93,21 +80,28 @@ def findings(pruner: Pruner | type[Pruner]) -> Iterator[Finding]:
 
 
 def families() -> dict[str, tuple[Adapter, nn.Module]]:
-    """A tiny model of each family with its adapter, with random weights that are always the same."""
-    found = {}
-    for family, (name, config) in _CONFIGS.items():
-        adapter: Any = registry.adapter(name)
-        adapter = replace(adapter, config={**adapter.config, **config}, weights=None)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = adapter.build().float()
-            for (
-                parameter
-            ) in model.parameters():  # some start at zero: no gradient would flow, no mask be told from another
-                if not parameter.detach().any():
-                    parameter.data.normal_(0, 0.02)
-        found[family] = (adapter, model)
-    return found
+    """A tiny model of each family with its adapter, with random weights that are always the same.
+
+    It is the `small` one of the first registered model of the family that has one.
+    """
+    models: dict[str, tuple[Adapter, nn.Module]] = {}
+    for name in registry.names("models"):
+        adapter = registry.adapter(name).small()
+        if adapter is not None and adapter.family not in models:
+            models[adapter.family] = (adapter, _random(adapter))
+    return models
+
+
+def _random(adapter: Adapter) -> nn.Module:
+    """The adapter's model with weights of a fixed seed, none of which is zero throughout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = adapter.build().float()
+        for parameter in model.parameters():
+            # some start at zero: no gradient would flow, and no mask could be told from another
+            if not parameter.detach().any():
+                parameter.data.normal_(0, 0.02)
+    return model
 
 
 class _Broken(Exception):
@@ -220,6 +214,18 @@ def _ranks(trial: _Trial) -> None:
     _hold(_same(found[0][2].state_dict(), found[1][2].state_dict()), "prepare() leaves other weights with another seed")
 
 
+def _settings(trial: _Trial) -> None:
+    """prepare() leaves the settings as they are."""
+    prepared = trial.pruner.prepare(copy.deepcopy(trial.model), trial.adapter, as_batches(trial.data, 8, 0))
+    before, after = settings_of(trial.pruner), settings_of(prepared)
+    for name, value in before.items():
+        same = after.get(name) is value
+        if not same:
+            with suppress(Exception):  # what is no setting, such as a dict of tensors, may not compare
+                same = bool(after[name] == value)
+        _hold(same, f"prepare() changed the setting {name!r}; declare what it finds as {name} = compressor.found()")
+
+
 def _sparse(trial: _Trial) -> None:
     """The finished model is as sparse as its masks say, finite, and the given one is as it was."""
     before = {name: value.clone() for name, value in trial.model.state_dict().items()}
@@ -287,6 +293,7 @@ CHECKS: tuple[Callable[[_Trial], None], ...] = (
     _legal,
     _pure,
     _ranks,
+    _settings,
     _sparse,
     _deterministic,
     _resumable,

@@ -112,11 +112,12 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("method", registry.names("pruners"))
 def test_every_setting_of_a_method_is_on_its_card(method):
     from compressor.registry import pruner_class
+    from compressor.training.pruner import setting_names
 
     cls = pruner_class(method)
     card = (ROOT / "plugins" / cls.__module__.rpartition(".")[2] / "README.md").read_text(encoding="utf-8")
-    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
-        if name != "estimator" and field.repr:
+    for name in setting_names(cls):
+        if name != "estimator":
             assert f"`{name}`" in card, f"{name} is not explained"
 
 

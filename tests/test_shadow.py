@@ -311,7 +311,7 @@ def test_a_restored_shadow_holds_the_same_weights_and_masks(
         fit(model, optimizer, samples)
     other = tiny(seed=7)
     copy = Shadow(weights_of(other), Renewing(), adamw(other.parameters()))
-    copy.restore(shadow.dense, shadow.masks, shadow.flipped)
+    copy.restore(shadow.state())
     for name, weight in weights_of(other).items():
         assert torch.equal(copy.dense[name], shadow.dense[name])
         assert torch.equal(copy.masks[name].keep, shadow.masks[name].keep)

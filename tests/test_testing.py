@@ -7,8 +7,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from compressor import NM, CompressorError, Mask, Pattern, Pruner
+from compressor import NM, CompressorError, Mask, Pattern, Pruner, found
 from compressor.testing import CHECKS, check_pruner, families, findings
+
+
+def only_uvit(monkeypatch):
+    family = {"U-ViT": families()["U-ViT"]}
+    monkeypatch.setattr("compressor.testing.families", lambda: family)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Remembering(Plain):
 class Forgetful(Plain):
     """What `prepare` finds is not in its state, so a resumed run does not have it."""
 
-    signs: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    signs: dict[str, torch.Tensor] = found(dict)
 
     def prepare(self, model, adapter, batches):
         return replace(self, signs={"": torch.tensor(-1.0)})
@@ -65,6 +70,20 @@ class Forgetful(Plain):
     def masks(self, weights, progress, previous):
         sign = self.signs.get("", torch.tensor(1.0))
         return {name: self.pattern.mask(sign * weight.abs()) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Unmarked(Pruner):
+    """Hides what it found from `repr`, and so says nothing of what it is."""
+
+    pattern: NM = NM(2, 4)
+    means: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def prepare(self, model, adapter, batches):
+        return replace(self, means={name: float(value.detach().mean()) for name, value in model.named_parameters()})
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}
 
 
 class RankDependent(Plain):
@@ -98,6 +117,7 @@ class Leaving(Plain):
         (Random, "masks() changes nothing"),
         (Remembering, "masks() changes nothing"),
         (Forgetful, "An interrupted run goes on"),
+        (Unmarked, "prepare() leaves the settings"),
         (RankDependent, "Every rank gets the same"),
         (RankDependent, "The same seed gives the same bytes"),
         (Demanding, "is made without settings"),
@@ -106,12 +126,12 @@ class Leaving(Plain):
     ],
 )
 def test_a_broken_pruner_is_caught(cls, check, monkeypatch):
-    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    only_uvit(monkeypatch)
     assert any(finding.check.startswith(check) for finding in findings(cls) if finding.fault is not None)
 
 
 def test_the_error_lists_what_is_wrong(monkeypatch):
-    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    only_uvit(monkeypatch)
     check_pruner(Plain)
     check_pruner(Plain(NM(1, 4)))
     with pytest.raises(CompressorError, match=r"breaks \d+ promises:\n.*Masks obey"):
@@ -122,7 +142,7 @@ def test_the_error_lists_what_is_wrong(monkeypatch):
 
 def test_the_families_are_what_they_are_called_and_always_the_same():
     first, second = families(), families()
-    assert list(first) == ["U-ViT", "UNet", "DiT"]
+    assert sorted(first) == ["DiT", "U-ViT", "UNet"]
     for family, (adapter, model) in first.items():
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second[family][1].parameters(), strict=True))
         assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
@@ -130,7 +150,7 @@ def test_the_families_are_what_they_are_called_and_always_the_same():
 
 
 def test_the_command_says_what_holds_and_what_does_not(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("compressor.testing._CONFIGS", {"U-ViT": ("uvit-digits", {"embed_dim": 32, "depth": 2})})
+    only_uvit(monkeypatch)
     right = cli("check-plugin", "magnitude")
     assert right.code == 0 and f"magnitude: {len(CHECKS)} of {len(CHECKS)} checks hold" in right.out
     (tmp_path / "mine.py").write_text(

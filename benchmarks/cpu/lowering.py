@@ -83,20 +83,13 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
     import torch
 
     import compressor
-    from compressor import parse
     from compressor.cost.timing import interleaved, iqr_ms, median_ms
     from compressor.environment import environment
     from compressor.lower.forms import dense_forms
 
     torch.manual_seed(seed)
     model, example, adapter = built(cell["model"], cell["batch"])
-    pattern = parse(cell["pattern"])
-    pruned = 0
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if wanted(cell["model"], name, weight) and pattern.misfit(tuple(weight.shape)) is None:
-                weight.copy_(pattern.mask(weight.abs()).apply(weight))
-                pruned += 1
+    pruned = prune(model, cell)
     dtype = torch.bfloat16 if cell["dtype"] == "bfloat16" else None
     lowered = compressor.lower(model, example, dtype=dtype, adapter=adapter, compiled=compiled, cache=False)
     plan = lowered.plan
@@ -114,12 +107,6 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
         times = interleaved([lambda f=f: call(f) for f in forms.values()], rounds, torch.device("cpu"))
     medians = {name: median_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
     best = min(dense, key=medians.__getitem__)
-    groups: dict[str, dict[str, Any]] = {}
-    for layer in plan.layers:
-        key = f"{layer.kind} {[list(shape) for shape in layer.shapes]} {list(layer.patterns)}"
-        group = groups.setdefault(key, {"count": 0, "choice": layer.choice, "reason": layer.reason})
-        group["count"] += 1
-        group["candidates"] = [c.model_dump(exclude_none=True) for c in layer.candidates]
     about = environment(torch.device("cpu"))
     return {
         **cell,
@@ -139,10 +126,36 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
         "guard": [form.model_dump() for form in plan.forms],
         "error": next((form.error for form in plan.forms if form.name == plan.choice), None),
         "notes": list(plan.notes),
-        "layers": groups,
+        "layers": layer_groups(plan),
         "threads": torch.get_num_threads(),
         **{key: about[key] for key in ("hardware", "versions", "platform")},
     }
+
+
+def prune(model: Any, cell: dict[str, Any]) -> int:
+    """Prune the wanted weights of `model` in place by magnitude, and count them."""
+    import torch
+
+    from compressor import parse
+
+    pattern, pruned = parse(cell["pattern"]), 0
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if wanted(cell["model"], name, weight) and pattern.misfit(tuple(weight.shape)) is None:
+                weight.copy_(pattern.mask(weight.abs()).apply(weight))
+                pruned += 1
+    return pruned
+
+
+def layer_groups(plan: Any) -> dict[str, dict[str, Any]]:
+    """The layers of `plan` that are alike in kind, shapes and patterns: how many, and what was measured of the last of them."""
+    groups: dict[str, dict[str, Any]] = {}
+    for layer in plan.layers:
+        key = f"{layer.kind} {[list(shape) for shape in layer.shapes]} {list(layer.patterns)}"
+        group = groups.setdefault(key, {"count": 0, "choice": layer.choice, "reason": layer.reason})
+        group["count"] += 1
+        group["candidates"] = [candidate.model_dump(exclude_none=True) for candidate in layer.candidates]
+    return groups
 
 
 def built(name: str, batch: int) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from compressor import recipe as recipes
 from compressor import registry
-from compressor.comparison.presets import PRESETS
+from compressor.comparison.presets import compared_by_default, presets
 from compressor.cost.macs import layer_macs
 from compressor.errors import CompressorError, UsageError, did_you_mean
 from compressor.files import file_name
@@ -18,10 +18,10 @@ from compressor.recipe import Recipe
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
 from compressor.training.engine import chosen
+from compressor.training.pruner import Cost, Preset, Pruner, settings_of
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
-METHODS = ("dense-continued", "magnitude", "structured", "wanda", "obs", "sr-ste", "sparsedm")
 TUNING_SEEDS = 1_000_000
 """Added to a seed for the runs that choose a learning rate, which are not those that are reported."""
 
@@ -99,13 +99,15 @@ def planned(
     """
     if match not in MATCHES:
         raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset!r}", did_you_mean(preset, list(PRESETS)))
+    known_presets = {} if preset is None else presets()
+    if preset is not None and preset not in known_presets:
+        raise UsageError(f"--preset {preset!r}", did_you_mean(preset, list(known_presets)))
+    chosen_preset = None if preset is None else known_presets[preset]
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     entries: dict[str, dict[str, Any]] = {}
     folders = {"dense": "dense, the given model"}
-    for label, settings in _named(methods, configs, preset, common):
+    for label, settings in _named(methods, configs, chosen_preset, common):
         if label in entries:
             raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
         other = folders.setdefault(file_name(label).casefold(), label)
@@ -113,9 +115,9 @@ def planned(
             raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
         entries[label] = settings
     if not entries:
-        entries = dict(_named(METHODS, (), None, common))
-    if sampler_steps == () and preset is not None:
-        sampler_steps = PRESETS[preset].sampler_steps
+        entries = dict(_named(compared_by_default(), (), None, common))
+    if sampler_steps == () and chosen_preset is not None:
+        sampler_steps = chosen_preset.sampler_steps
     found = {label: inputs.resolve(_fitting(settings), label) for label, settings in entries.items()}
     loaded = {label: _loaded(label, recipe) for label, recipe in found.items()}
     first = next(iter(loaded.values()))
@@ -139,14 +141,14 @@ def planned(
 
 
 def _named(
-    methods: Sequence[str], configs: Sequence[Path], preset: str | None, common: Mapping[str, Any]
+    methods: Sequence[str], configs: Sequence[Path], preset: Preset | None, common: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for method in methods:
         yield method, recipes.merged(common, {"method": method})
     for path in configs:
         yield path.stem, recipes.merged(recipes.read(path), common)
     if preset is not None:
-        for label, settings in PRESETS[preset].entries.items():
+        for label, settings in preset.entries.items():
             yield label, recipes.merged(common, settings)
 
 
@@ -197,24 +199,45 @@ def _matched(
     free = [
         label
         for label, found in loaded.items()
-        if hasattr(found.pruner, "macs") and not {"macs", "density"} & set(own[label])
+        if (settings := _told(found.pruner, 0.5, "macs").keys())
+        and not (settings | _told(found.pruner, 0.5, "density").keys()) & own[label].keys()
     ]
     masked = next((found for found in loaded.values() if _layers(found)), None)
     if match == "none" or not free or masked is None:
         return {}
     if match == "density":
         density = float(masked.pruner.pattern.density)
-        return {label: {"density" if hasattr(loaded[label].pruner, "density") else "macs": density} for label in free}
+        pruners = {label: loaded[label].pruner for label in free}
+        return {label: _told(p, density, "density") or _told(p, density, "macs") for label, p in pruners.items()}
     if match == "macs":
-        return {label: {"macs": round(_effective(masked), 4)} for label in free}
+        share = round(_effective(masked), 4)
+        return {label: _told(loaded[label].pruner, share, "macs") for label in free}
     from compressor.comparison.latency import macs_of_equal_latency
 
     return {
         label: dict(known[label])
         if label in known
-        else {"macs": round(macs_of_equal_latency(masked, loaded[label]), 2)}
+        else _told(loaded[label].pruner, round(macs_of_equal_latency(masked, loaded[label]), 2), "macs")
         for label in free
     }
+
+
+def _told(pruner: Pruner, share: float, measure: Cost) -> dict[str, Any]:
+    """The settings by which `pruner` is told to leave `share`; none where it cannot be told.
+
+    They are found by telling it two shares: those that differ. Raises CompressorError where none does.
+    """
+    told, otherwise = pruner.with_cost(share, measure), pruner.with_cost(1.0 if share < 1 else 0.5, measure)
+    if told is None or otherwise is None:
+        return {}
+    others = settings_of(otherwise)
+    settings = {name: value for name, value in settings_of(told).items() if value != others[name]}
+    if not settings:
+        raise CompressorError(
+            f"{type(pruner).__name__}: with_cost() changes no setting",
+            "It gives a copy with other settings, or None; see docs/writing_a_pruner.md.",
+        )
+    return settings
 
 
 def _layers(found: Inputs) -> list[str]:

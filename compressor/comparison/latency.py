@@ -32,7 +32,10 @@ def macs_of_equal_latency(masked: Inputs, other: Inputs) -> float:
     for _ in range(_SEARCH):
         share = (low + high) / 2
         try:
-            candidate = fast(replace(other, pruner=replace(other.pruner, macs=share)))  # type: ignore[type-var]
+            pruner = other.pruner.with_cost(share)
+            if pruner is None:
+                raise TypeError(f"{other.method} cannot be told what to cost")
+            candidate = fast(replace(other, pruner=pruner))
         except CompressorError:  # not reachable: too small
             low = share
             continue

@@ -1,53 +1,28 @@
-"""Comparisons that can be asked for by name."""
+"""Comparisons that can be asked for by name: the presets of the registered methods."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from compressor import registry
+from compressor.errors import CompressorError
+from compressor.training.pruner import Preset
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Entries by label, as recipe settings, and the numbers of sampler steps that they are judged at besides the recipe's."""
+def presets() -> dict[str, Preset]:
+    """The presets of every registered method, by name. Raises CompressorError where two methods have one of the same name."""
+    owners: dict[str, str] = {}
+    known: dict[str, Preset] = {}
+    for method in registry.names("pruners"):
+        for name, preset in registry.pruner_class(method).presets.items():
+            if known.get(name, preset) is not preset:
+                raise CompressorError(
+                    f"{owners[name]} and {method} both have a preset {name!r}",
+                    "Remove the distribution of one of them.",
+                )
+            owners.setdefault(name, method)
+            known[name] = preset
+    return known
 
-    about: str
-    entries: Mapping[str, Mapping[str, Any]]
-    sampler_steps: tuple[int, ...] = ()
 
-
-def _sparsedm(pattern: str | None = None, **settings: Any) -> dict[str, Any]:
-    return {"method": "sparsedm", "settings": settings, **({"pattern": pattern} if pattern else {})}
-
-
-PRESETS: Mapping[str, Preset] = {
-    "sparsedm-ablation": Preset(
-        "each part of SparseDM on its own: teacher, estimator, masks, schedule, pattern, sampler steps",
-        {
-            "dense-continued": {"method": "dense-continued"},
-            "paper": _sparsedm(),
-            "no teacher": _sparsedm(teacher=0.0),
-            "teacher only": _sparsedm(teacher_only=True),
-            "STE": _sparsedm(decay=0.0),
-            "decoupled decay": _sparsedm(decoupled=True),
-            "fixed masks": _sparsedm(fixed=True),
-            "progressive": _sparsedm(progressive=True),
-            "1:4": _sparsedm("1:4"),
-            "4:8": _sparsedm("4:8"),
-            "2:2:4": _sparsedm("2:2:4"),
-            "4:2:4": _sparsedm("4:2:4"),
-            "obs start": _sparsedm(start="obs"),
-            "best": _sparsedm(preset="best"),
-        },
-        (10, 50),
-    ),
-    "sparsedm-best": Preset(
-        "the published recipe against the preset `best`",
-        {
-            "dense-continued": {"method": "dense-continued"},
-            "paper": _sparsedm(),
-            "best": _sparsedm(preset="best"),
-        },
-        (10, 50),
-    ),
-}
+def compared_by_default() -> tuple[str, ...]:
+    """The registered methods that say they belong in a comparison where the user names none."""
+    return tuple(name for name in registry.names("pruners") if registry.pruner_class(name).compared)

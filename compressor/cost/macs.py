@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter, to_device
 from compressor.saving import packing
+from compressor.sparsity.layers import Weighted, weighted
 from compressor.weights import FILE_METADATA, plain_state
 
 
@@ -20,19 +21,18 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
 
     Attention products count in the total. A weight that is used twice counts twice.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[str, int] = {}
+    by_weight: dict[str, int] = {}
 
-    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        weight = module.weight
-        if not isinstance(weight, nn.Parameter):
-            return
-        # positions at which the whole weight is applied: tokens of a Linear, output pixels of a convolution
-        positions = output.numel() // weight.shape[0]
-        found[names[id(weight)]] = found.get(names[id(weight)], 0) + positions * weight.numel()
+    def counter_of(layer: Weighted) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            # positions at which the whole weight is applied: tokens of a Linear, output pixels of a convolution
+            positions = output.numel() // layer.weight.shape[0]
+            by_weight[layer.name] = by_weight.get(layer.name, 0) + positions * layer.weight.numel()
 
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, kinds)]
+        return count
+
+    layers = [layer for layer in weighted(model) if isinstance(layer.weight, nn.Parameter)]
+    handles = [layer.module.register_forward_hook(counter_of(layer)) for layer in layers]
     # torch's counter knows every fused attention but the CPU's, and takes it for free
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -46,7 +46,7 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     finally:
         for handle in handles:
             handle.remove()
-    return counter.get_total_flops() // 2, found
+    return counter.get_total_flops() // 2, by_weight
 
 
 def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> dict[str, Any]:

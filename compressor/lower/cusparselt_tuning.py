@@ -190,9 +190,10 @@ def _setting(index: int) -> Setting:
 
 
 def searched(product: Product, index: int) -> tuple[dict[str, float], str | None]:
-    """Milliseconds of the algorithms that were right, and what went wrong. Nothing was right and nothing wrong: it did not start.
+    """The milliseconds of each algorithm that gave right results, and what went wrong on the way (None: nothing).
 
-    Raises CompressorError where algorithms were tried and all failed.
+    No algorithm at all: the search did not start, and the text says why. Raises CompressorError where algorithms were tried
+    and all failed.
     """
     seconds = _seconds()
     end = time.monotonic() + seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,26 +71,9 @@ def guarded(
 ) -> tuple[nn.Module, Plan]:
     """Time the forms of the whole model side by side, and take the fastest: a sparse one only where it wins."""
     forward, base, device = job.forward, job.base, job.device
-    notes = list(job.notes)
     forms = _forms(job, layers, compiled)
-    wanted = _seeded(forward, base)
-    errors: dict[str, float] = {}
-    for name, form in list(forms.items()):
-        try:
-            errors[name] = _deviation(_seeded(forward, form), wanted)
-            if not errors[name] <= allowed and name == "eager":
-                raise CompressorError(
-                    f"the model does not give the same output twice: it differs by {errors[name]:.1e}",
-                    "A form of it can only be checked where the same inputs give the same output.",
-                )
-            if not errors[name] <= allowed:
-                notes.append(f"{name}: its output differs by {errors[name]:.1e}, above {allowed:.0e}: not taken")
-                del forms[name]
-        except Exception as failure:  # a model may look into its layers, or a compiler fail
-            if name == "eager":
-                raise
-            notes.append(f"{name} does not run: {type(failure).__name__}: {first_line(failure)}")
-            del forms[name]
+    errors, refused = _right(job, forms, allowed)
+    forms = {name: form for name, form in forms.items() if name in errors}
     times = interleaved([lambda f=form: forward(f) for form in forms.values()], _ROUNDS, device)  # type: ignore[misc]
     medians = {name: median_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
     spread = {name: iqr_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
@@ -98,17 +81,14 @@ def guarded(
     opponent = min(dense, key=dense.__getitem__)
     sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
     fastest = min(sparse, key=sparse.__getitem__) if sparse else None
-    if fastest is not None and sparse[fastest] < dense[opponent]:
+    choice = opponent
+    if fastest is None:
+        reason = "no layer gains from a sparse kernel here"
+    elif sparse[fastest] < dense[opponent]:
         choice = fastest
         reason = f"{dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}, the best dense form"
     else:
-        choice = opponent
-        if fastest is None:
-            reason = "no layer gains from a sparse kernel here"
-        else:
-            reason = (
-                f"the lowered model has {dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}: not taken"
-            )
+        reason = f"the lowered model has {dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}: not taken"
     plan = Plan(
         weights_sha256=weights,
         dtype=layers[0].dtype if layers else _dtype_of(base),
@@ -129,10 +109,38 @@ def guarded(
         ),
         choice=choice,
         reason=reason,
-        notes=tuple(notes),
+        notes=(*job.notes, *refused),
     )
     chosen = forms[choice]
     return chosen if "compiled" in choice else own(chosen), plan
+
+
+def _right(job: Job, forms: Mapping[str, nn.Module], allowed: float) -> tuple[dict[str, float], list[str]]:
+    """The errors of the `forms` that run and differ from the model's output by at most `allowed`; why the others are not taken.
+
+    Raises what the model itself does, and CompressorError where it does not give the same output twice.
+    """
+    expected = _seeded(job.forward, job.base)
+    errors: dict[str, float] = {}
+    refused: list[str] = []
+    for name, form in forms.items():
+        try:
+            error = _deviation(_seeded(job.forward, form), expected)
+        except Exception as failure:  # a model may look into its layers, or a compiler fail
+            if name == "eager":
+                raise
+            refused.append(f"{name} does not run: {type(failure).__name__}: {first_line(failure)}")
+            continue
+        if error <= allowed:
+            errors[name] = error
+        elif name == "eager":
+            raise CompressorError(
+                f"the model does not give the same output twice: it differs by {error:.1e}",
+                "A form of it can only be checked where the same inputs give the same output.",
+            )
+        else:
+            refused.append(f"{name}: its output differs by {error:.1e}, above {allowed:.0e}: not taken")
+    return errors, refused
 
 
 def _dtype_of(model: nn.Module) -> str:

@@ -70,9 +70,9 @@ def captured(forward: Callable[[Any], Any], inputs: Any, warm_up: int = _WARM_UP
 class Graphed(nn.Module):
     """`module`, for inference, with its calls recorded as CUDA graphs: one for each of the first few shapes that come.
 
-    Everything else runs as it always did: further shapes, tensors off the GPU or that require gradients, autocast. The very first call
-    that suits raises CompressorError where it cannot be recorded; later ones that cannot run unrecorded. Copies and moved modules
-    record anew. Attributes that this wrapper lacks are the module's.
+    Everything else runs as it always did: further shapes, tensors off the GPU or that require gradients, autocast. Of
+    the calls that can be recorded, the first raises CompressorError if recording fails; later ones whose recording fails run
+    without it. Copies and moved modules record anew. Attributes that this wrapper lacks are the module's.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Ev
     features = metric.features(images)
     spatial = metric.spatial(images) if reference.spatial is not None else None
     first = _distance(metric, features, reference.gaussian, settings)
-    return [first, *measures(metric.name, features, spatial, reference, settings)]
+    return [first, *measures(metric, features, spatial, reference, settings)]
 
 
 def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:

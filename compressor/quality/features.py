@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from compressor.data.sets import ImageSet
 from compressor.errors import CompressorError
-from compressor.files import cache_folder
+from compressor.files import cache_folder, replacing
 from compressor.quality.fidelity import Reference
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
@@ -73,14 +72,10 @@ def _read(path: Path, rows: int) -> Tensor | None:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
+    with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.contiguous()}, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            partial.unlink()
+        with replacing(path) as partial:
+            save_file({"features": features.contiguous()}, partial)
 
 
 def real_features(metric: Metric, data: ImageSet) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.quality.frechet import Gaussian, frechet_distance, gaussian
+from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
 from compressor.seeds import generator
 
@@ -56,11 +57,11 @@ class Reference:
 
 
 def measures(
-    metric: str, features: Tensor, spatial: Tensor | None, reference: Reference, settings: Evaluation
+    metric: Metric, features: Tensor, spatial: Tensor | None, reference: Reference, settings: Evaluation
 ) -> list[dict[str, Any]]:
     """The entries of a report row for `settings.measures`, from the features (n, d) of its generated images.
 
-    `metric` is the name of the extractor's Fréchet distance. `sfd` is left out where there are no spatial features.
+    `metric` made the features. `sfd` is left out where there are no spatial features.
     """
     real, fake = reference.features, drawn(features, settings.seed, "generated")
     entries = []
@@ -85,7 +86,7 @@ def measures(
             value, samples = frechet_distance(gaussian(spatial), reference.spatial), len(spatial)
         entries.append(
             {
-                "metric": measure_name(measure, metric),
+                "metric": metric.measure_name(measure),
                 "value": value,
                 "ci95": None if interval is None else list(interval),
                 "samples": samples,
@@ -94,16 +95,6 @@ def measures(
             }
         )
     return entries
-
-
-def measure_name(measure: str, metric: str) -> str:
-    """What `measure` is called in the features of `metric`: `kid-digits` in those of `fd-digits`, plain `kid` in those of `fid`.
-
-    Only Inception's features give the plain names, because those are the ones that published values are in.
-    """
-    if metric == "fid":
-        return "sfid" if measure == "sfd" else measure
-    return f"{measure}-{metric.removeprefix('fd-')}"
 
 
 def drawn(features: Tensor, seed: int, side: str) -> Tensor:

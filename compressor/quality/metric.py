@@ -17,6 +17,9 @@ class Metric(ABC):
     """
 
     name: str
+    weights_setting: str | None = None
+    """The setting of `evaluate` that names a file with the extractor's weights, for an extractor that comes without. Who gives
+    such a file means this metric, where none is named."""
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -34,8 +37,15 @@ class Metric(ABC):
         """This metric with the extractor's weights from the file at `path`. Raises UsageError where it takes none."""
         raise UsageError(
             f"{self.name} takes no weights, got {path}",
-            "Leave evaluate.inception_weights out, or measure fid: --set evaluate.metric=fid",
+            "Leave the file out, or name a metric that takes one; `compressor list metrics` shows all.",
         )
+
+    def measure_name(self, measure: str) -> str:
+        """What a `measure` of `compressor.quality.fidelity` is called in these features: `kid-digits` in those of `fd-digits`.
+
+        Only Inception's features give plain names such as `kid`: those are what published values are in.
+        """
+        return f"{measure}-{self.name.removeprefix('fd-')}"
 
     def spatial(self, images: Tensor) -> Tensor | None:
         """Features (n, e) that still know where in the image things are; None where the extractor has none."""

@@ -21,7 +21,8 @@ CPU_MACS, GPU_MACS = 1e12, 1e15
 class Evaluation(BaseModel):
     """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
     `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
-    `inception_weights` is a file. `samples` of None are chosen by `budget`, see `samples_for`."""
+    `inception_weights` is a file, for a metric whose `weights_setting` it is. `samples` of None are chosen by `budget`, see
+    `samples_for`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -73,7 +73,7 @@ class Inputs:
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     """The validated recipe: the model's own defaults below `settings`, file names made absolute.
 
-    Who gives weights of Inception means FID, where no metric is named. Raises UsageError for anything unknown.
+    Who gives a metric's weights means that metric, where none is named. Raises UsageError for anything unknown.
     """
     early = validation.validated(Recipe, recipes.merged(settings), where)
     weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
@@ -87,8 +87,8 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     defaults = [registry.adapter(early.model).defaults]
     own = defaults[0].get("evaluate", {})
     defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
-    if early.evaluate.inception_weights is not None:
-        defaults.append({"evaluate": {"metric": "fid"}})
+    if takers := _taking(early.evaluate):
+        defaults.append({"evaluate": {"metric": takers[0]}})
     return validation.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
 
 
@@ -162,7 +162,24 @@ def _metric(settings: Evaluation) -> Metric | None:
     metric = registry.metric(settings.metric)
     if settings.inception_weights is None or settings.samples == 0:
         return metric
-    return metric.with_weights(Path(settings.inception_weights))
+    if metric.weights_setting is None:
+        other = "".join(f", or measure {name}: --set evaluate.metric={name}" for name in _taking(settings)[:1])
+        raise UsageError(
+            f"{metric.name} takes no weights, got {settings.inception_weights}",
+            f"Leave evaluate.inception_weights out{other}",
+        )
+    return metric.with_weights(Path(getattr(settings, metric.weights_setting)))
+
+
+def _taking(settings: Evaluation) -> list[str]:
+    """The registered metrics that take the file of weights which `settings` name."""
+    if settings.inception_weights is None:
+        return []
+    return [
+        name
+        for name in registry.names("metrics")
+        if (setting := registry.metric(name).weights_setting) and getattr(settings, setting, None) is not None
+    ]
 
 
 def _on_the_hub(name: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from compressor import files
 
 
 def save_grid(images: Tensor, path: Path) -> None:
@@ -22,9 +23,8 @@ def save_grid(images: Tensor, path: Path) -> None:
     picture = _picture(sheet)
     factor = max(1, 32 // max(height, width))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
 
 
 def save_image(image: Tensor, path: Path) -> None:

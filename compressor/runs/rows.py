@@ -17,7 +17,7 @@ from compressor.report.limitations import limitations
 from compressor.runs.inputs import Inputs, one_shot
 from compressor.runs.judge import Judge
 from compressor.training.engine import LEFT_DENSE, Result
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, settings_of
 
 
 def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
@@ -94,10 +94,6 @@ def layer_rows(
 
 
 def method_settings(pruner: Pruner) -> dict[str, Any]:
-    """The settings of a dataclass pruner as JSON: its fields, but for those of `repr=False`, which hold what it found.
-
-    Patterns and estimators are given as text. Empty for other classes.
-    """
-    fields = getattr(type(pruner), "__dataclass_fields__", {})
-    values = {name: getattr(pruner, name) for name, field in fields.items() if field.repr}
-    return {name: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for name, v in values.items()}
+    """The settings of a dataclass pruner as JSON; patterns and estimators are given as text. Empty for other classes."""
+    plain = (bool, int, float, str, type(None))
+    return {name: v if isinstance(v, plain) else str(v) for name, v in settings_of(pruner).items()}

@@ -7,16 +7,18 @@ A rule names layers: a module's name or that of a module around it (`in_blocks.0
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
 from compressor.errors import UsageError, did_you_mean
 from compressor.sparsity.pattern import Pattern
 
-_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The classes of layers that methods prune. All of their weights are (out, in, *kernel)."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -31,16 +33,38 @@ class Layer:
     reason: str | None
 
 
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """A layer and its weight (out, in, *kernel), with the weight's parameter name and the layer's module name.
+
+    A weight that a parametrization computes, which is no parameter, has the name that it would have.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    weight: Tensor
+
+
+def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) -> Iterator[Weighted]:
+    """Every layer of `model` of one of the `kinds`, in the order of the model, each module once.
+
+    Two layers that share a weight both come, with the same name: the first that the parameter has.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module_name, module in model.named_modules():
+        if isinstance(module, kinds):
+            weight: Any = module.weight
+            unnamed = f"{module_name}.weight" if module_name else "weight"
+            yield Weighted(names.get(id(weight), unnamed), module_name, module, weight)
+
+
 def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name)."""
     layers: list[Layer] = []
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: set[str] = set()
-    for module_name, module in model.named_modules():
-        if not isinstance(module, _PRUNABLE + _TRANSPOSED):
-            continue
-        weight = module.weight
-        name = names.get(id(weight), f"{module_name}.weight" if module_name else "weight")
+    for layer in weighted(model, PRUNABLE + _TRANSPOSED):
+        name, module, weight = layer.name, layer.module, layer.weight
         if name in seen:
             continue
         seen.add(name)
@@ -55,7 +79,7 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         else:
             misfit = pattern.misfit(tuple(weight.shape))
             reason = f"{pattern} {misfit}" if misfit else None
-        layers.append(Layer(name, module_name, module, weight, reason))
+        layers.append(Layer(name, layer.module_name, module, weight, reason))
     return layers
 
 

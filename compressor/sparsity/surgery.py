@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from compressor.errors import CompressorError
+from compressor.validation import validated
 from compressor.weights import ties
 
 FILE = "surgery.json"
@@ -89,8 +90,6 @@ class Surgery:
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> Self:
         """The surgery that `to_json` wrote. Raises UsageError, with `where`, for anything else."""
-        from compressor.validation import validated
-
         found = validated(_File, content, where)
         kept = {name: {int(dim): tuple(some) for dim, some in dims.items()} for name, dims in found.kept.items()}
         numbers = {

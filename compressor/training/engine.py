@@ -21,12 +21,12 @@ from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
-from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
+from compressor.validation import validated
 
 _TOLERATED_NONFINITE = 2
 LEFT_DENSE = "left dense by the method"
@@ -81,23 +81,11 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
-        if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
-            raise CompressorError(
-                f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model."
-            )
+        _refuse_untrainable(model)
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
         self.student = copy.deepcopy(model).to(self.device).train()
-        for name, value in self.student.named_parameters():
-            if value.requires_grad and value.dtype != torch.float32:
-                why = (
-                    "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
-                )
-                raise CompressorError(
-                    f"{name} is {value.dtype}: {why}",
-                    'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
-                )
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
@@ -160,9 +148,7 @@ class FineTuning:
         self.optimizer.load_state_dict(
             {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
         )
-        shadow = state["shadow"]
-        masks = {n: Mask(m["keep"].to(self.device), parse(m["pattern"])) for n, m in shadow["masks"].items()}
-        self.shadow.restore(shadow["dense"], masks, shadow["flipped"])
+        self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
@@ -306,8 +292,6 @@ def prune(
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
     pattern, and losses that stop being finite.
     """
-    from compressor.validation import validated
-
     run = FineTuning(
         model,
         pruner,
@@ -348,6 +332,19 @@ def chosen(
 ) -> list[Layer]:
     """The layers that get a mask: `choose_layers` without those that have a reason for none."""
     return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
+
+
+def _refuse_untrainable(model: nn.Module) -> None:
+    """Raise CompressorError where `model` has no values, or trained weights of another type than float32."""
+    if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
+        raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
+    for name, value in model.named_parameters():
+        if value.requires_grad and value.dtype != torch.float32:
+            why = "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
+            raise CompressorError(
+                f"{name} is {value.dtype}: {why}",
+                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+            )
 
 
 def _verify(masks: Mapping[str, Mask]) -> None:

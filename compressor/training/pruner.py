@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -15,6 +16,32 @@ from compressor.sparsity.estimator import Estimator, StraightThrough
 from compressor.sparsity.layers import fitting
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.sparsity.surgery import Surgery
+
+Cost = Literal["macs", "density"]
+"""What a share of a model may be of: its multiply-accumulates, or its weights."""
+
+_MARK = "compressor"
+
+
+def found(factory: Callable[[], Any] | None = None) -> Any:
+    """A field of a dataclass pruner that holds what `prepare` found. It is no setting: recipes cannot give it, reports leave it out.
+
+    It is None at first, or what `factory` makes: `norms: Mapping[str, Tensor] = found(dict)`.
+    """
+    mark = {_MARK: "found"}
+    if factory is None:
+        return field(default=None, repr=False, metadata=mark)
+    return field(default_factory=factory, repr=False, metadata=mark)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A comparison that can be asked for by name: `entries` by label, as recipe settings, and the numbers of sampler steps
+    that they are judged at besides the recipe's."""
+
+    about: str
+    entries: Mapping[str, Mapping[str, Any]]
+    sampler_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,7 +58,8 @@ class Objective:
 class Pruner(ABC):
     """A compression method. Subclasses are frozen dataclasses (their fields are the method's settings) or plain classes.
 
-    A subclass may give `pattern`, `estimator` and `objective` as fields, class attributes or properties.
+    A subclass may give `pattern`, `estimator` and `objective` as fields, class attributes or properties. Fields that hold what
+    `prepare` found are declared with `compressor.found()`.
     """
 
     pattern: Pattern = NM(2, 4)
@@ -42,6 +70,10 @@ class Pruner(ABC):
     """What fine-tuning minimises."""
     surgery: Surgery | None = None
     """What `prepare` found that can be removed of the model's structure. The engine removes it, before training."""
+    compared: ClassVar[bool] = False
+    """Whether `compressor compare` has this method as an entry where the user names none."""
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    """Comparisons that show what this method's parts do, by the name that `compressor compare --preset` takes."""
 
     @abstractmethod
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
@@ -67,6 +99,14 @@ class Pruner(ABC):
         """
         return self
 
+    def with_cost(self, share: float, measure: Cost = "macs") -> Self | None:
+        """This method with settings that leave the `share`, above 0 and up to 1, of a model's `measure`. Default: None.
+
+        None says that this method cannot be told: one with masks, whose pattern says it. Comparisons make costs equal by it.
+        `share` must reach at least one setting, and change nothing but settings.
+        """
+        return None
+
     def state(self) -> Mapping[str, Any]:
         """What `prepare` found, as nested dicts of tensors, numbers and strings, for checkpoints. Default: nothing."""
         return {}
@@ -74,3 +114,17 @@ class Pruner(ABC):
     def restored(self, state: Mapping[str, Any]) -> Self:
         """This pruner with the `state` (on the CPU) of a prepared one. A resumed run calls it instead of `prepare`."""
         return self
+
+
+def setting_names(cls: type[Pruner]) -> tuple[str, ...]:
+    """The names of a method's settings: what its constructor takes, but for fields that `found` declares."""
+    fields: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [p.name for p in inspect.signature(cls).parameters.values() if p.kind in kinds]
+    return tuple(n for n in parameters if n not in fields or fields[n].metadata.get(_MARK) != "found")
+
+
+def settings_of(pruner: Pruner) -> dict[str, Any]:
+    """The settings of a dataclass pruner by name, with their values; empty for other classes, which do not say what they keep."""
+    fields: Mapping[str, Any] = getattr(type(pruner), "__dataclass_fields__", {})
+    return {name: getattr(pruner, name) for name in setting_names(type(pruner)) if name in fields}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CompressorError
+from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
 
@@ -63,13 +64,21 @@ class Shadow:
             "flipped": dict(self.flipped),
         }
 
-    def restore(self, dense: Mapping[str, Tensor], masks: Mapping[str, Mask], flipped: Mapping[str, Tensor]) -> None:
-        """Take the dense weights and masks of a checkpoint, and write the sparse weights."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave, on any device, and write the sparse weights.
+
+        Raises CompressorError where its masks are not of these weights.
+        """
         for name, weight in self._weights.items():
-            self.dense[name].copy_(dense[name])
+            self.dense[name].copy_(state["dense"][name])
             weight.data.copy_(self.dense[name])
+        device = {name: weight.device for name, weight in self.dense.items()}
+        masks = {
+            name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
+            for name, mask in state["masks"].items()
+        }
         self.masks = checked_masks(masks, self.dense)
-        self.flipped = {name: count.to(self.dense[name].device) for name, count in flipped.items()}
+        self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
         self._make_sparse()
 
     @torch.no_grad()

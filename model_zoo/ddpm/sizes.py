@@ -94,6 +94,8 @@ def digits() -> DiffusersAdapter:
         config=DIGITS_CONFIG,
         scheduler=SCHEDULER,
         weights=Path(__file__).with_name("ddpm-digits.safetensors"),
+        family="UNet",
+        small_config={"block_out_channels": [16, 32], "norm_num_groups": 4},
         defaults={
             "data": "digits",
             "train": {"steps": 1800, "lr": 5e-4, "betas": [0.9, 0.99], "warmup": 50},

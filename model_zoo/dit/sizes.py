@@ -40,6 +40,15 @@ def _xl2(size: int) -> dict[str, Any]:
     }
 
 
+_SMALL = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 4,
+}
+
+
 def _adapter(name: str, config: dict[str, Any], data: str, weights: str) -> DiffusersAdapter:
     return DiffusersAdapter(
         name=name,
@@ -55,6 +64,8 @@ def _adapter(name: str, config: dict[str, Any], data: str, weights: str) -> Diff
         about={**_ABOUT, "size": "675M" if config else "that of the weights", "data": data, "weights": weights},
         how=Sampling("ddim", "uniform", 1.5),
         layout=Authors(),
+        family="DiT",
+        small_config=_SMALL if config else {},
     )
 
 

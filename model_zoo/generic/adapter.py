@@ -81,6 +81,8 @@ class DiffusersAdapter(Adapter):
     layout: Layout | None = None
     file: Path | None = None  # the file of weights that `config` is of
     writes_pipeline: bool = True
+    family: str = ""
+    small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
     # --- The model. ---
 
@@ -108,6 +110,9 @@ class DiffusersAdapter(Adapter):
         if not isinstance(config, Mapping) or not isinstance(scheduler, Mapping):
             raise CompressorError(f"{self.name}: its saved architecture is damaged", "Use another copy.")
         return replace(self, config=config, scheduler=scheduler)
+
+    def small(self) -> DiffusersAdapter | None:
+        return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
 
     def build(self) -> nn.Module:
         if not self.config:

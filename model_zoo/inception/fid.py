@@ -24,6 +24,7 @@ class FID(Metric):
     """`fid`: for pictures of any size, 1 or 3 channels. Needs the extra `fid` and a weights file: --inception-weights."""
 
     name = "fid"
+    weights_setting = "inception_weights"
 
     def __init__(self, weights: Path | None = None) -> None:
         self._network: nn.Module | None = None
@@ -37,6 +38,9 @@ class FID(Metric):
 
     def with_weights(self, path: Path) -> FID:
         return FID(path)
+
+    def measure_name(self, measure: str) -> str:
+        return "sfid" if measure == "sfd" else measure
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class UViTAdapter(Adapter):
     how: Sampling = Sampling("dpm-solver++")
     times: Times = ContinuousTimes()
     changed: Mapping[str, Any] = field(default_factory=dict)
+    family: str = "U-ViT"
+    small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -64,6 +66,9 @@ class UViTAdapter(Adapter):
             return self
         config = checked(self.config, settings)
         return replace(self, config=config, changed={**self.changed, **settings})
+
+    def small(self) -> UViTAdapter | None:
+        return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
 
     def build(self) -> UViT:
         return UViT(**self.config)

@@ -97,6 +97,7 @@ def digits() -> UViTAdapter:
         DIGITS_CONFIG,
         "uvit-digits",
         weights=Path(__file__).with_name("uvit-digits.safetensors"),
+        small_config={"embed_dim": 32, "depth": 2, "num_heads": 4},
         defaults={
             "data": "digits",
             # A short budget wants quicker moments than the 0.99 and 0.999 that suit 100,000 steps.

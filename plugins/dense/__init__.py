@@ -15,6 +15,8 @@ from compressor.training.pruner import Pruner
 class DenseContinued(Pruner):
     """Trains on without masks: what the budget alone does to the model, which every other method must be held against."""
 
+    compared = True
+
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         return {}
 

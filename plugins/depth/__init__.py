@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from compressor.sparsity.layers import reached, survey
 from compressor.sparsity.pattern import NM, Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.calibration import visits
-from compressor.training.pruner import Objective, Pruner
+from compressor.training.pruner import Cost, Objective, Pruner, found
 from compressor.weights import twin
 
 
@@ -43,7 +43,7 @@ class Depth(Pruner):
     teacher: float = 1.0
     teacher_only: bool = False
     seed: int = 0
-    surgery: Surgery | None = field(default=None, repr=False)
+    surgery: Surgery | None = found()
 
     def __post_init__(self) -> None:
         one_of("depth: score", self.score, ("error", "random"))
@@ -57,6 +57,9 @@ class Depth(Pruner):
     @property
     def objective(self) -> Objective:  # type: ignore[override]  # derived from the settings, which are what is set
         return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
+
+    def with_cost(self, share: float, measure: Cost = "macs") -> Self | None:
+        return replace(self, macs=share) if measure == "macs" else None  # blocks hold no like share of the weights
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         return {}

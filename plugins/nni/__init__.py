@@ -6,7 +6,7 @@ import copy
 import importlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import Mask, Unstructured
-from compressor.training.engine import chosen
-from compressor.training.pruner import Pruner
+from compressor.training.engine import choose_layers, chosen
+from compressor.training.pruner import Pruner, found
 
 _PRUNERS = {"level": "LevelPruner", "l1-norm": "L1NormPruner", "l2-norm": "L2NormPruner", "fpgm": "FPGMPruner"}
 
@@ -35,7 +35,7 @@ class NNI(Pruner):
     pattern: Unstructured = Unstructured(0.5)
     algorithm: Literal["level", "l1-norm", "l2-norm", "fpgm"] = "level"
     estimator: Estimator = Exact()
-    chosen: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    chosen: Mapping[str, Tensor] = found(dict)
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         algorithm = getattr(_nni(), _PRUNERS[self.algorithm])

@@ -17,8 +17,8 @@ from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured, largest
 from compressor.training.calibration import Falls, check_calibration, from_matrix, matrix, observable, observe, visits
-from compressor.training.engine import chosen
-from compressor.training.pruner import Pruner
+from compressor.training.engine import choose_layers, chosen
+from compressor.training.pruner import Pruner, found
 
 _BLOCK = 128
 
@@ -43,7 +43,8 @@ class OBS(Pruner):
     damping: float = 0.01
     memory_mb: int = 1024
     estimator: Estimator = Exact()
-    chosen: Mapping[str, Mask] = field(default_factory=dict, repr=False)
+    chosen: Mapping[str, Mask] = found(dict)
+    compared = True
 
     def __post_init__(self) -> None:
         check_calibration("obs", self.timesteps, self.last_weight, self.falls)

@@ -20,8 +20,11 @@ from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.pruner import Objective, Pruner
 
+from .presets import PRESETS
+
 _TEACHER = 0.1
 _START = {"paper": "pretrained", "best": "obs"}
+
 _PROGRESSIVE = (NM(31, 32), NM(15, 16), NM(7, 8), NM(3, 4))
 
 
@@ -47,6 +50,8 @@ class SparseDM(Pruner):
     fixed: bool = False
     start: Literal["pretrained", "obs"] | None = None
     preset: Literal["paper", "best"] = "paper"
+    compared = True
+    presets = PRESETS
 
     def __post_init__(self) -> None:
         one_of("sparsedm: preset", self.preset, ("paper", "best"))

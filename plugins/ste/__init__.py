@@ -25,6 +25,7 @@ class STE(Pruner):
     pattern: Pattern = NM(2, 4)
     decay: float = 2e-4
     decoupled: bool = False
+    compared = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < float("inf"):

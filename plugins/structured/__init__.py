@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, first_line, one_of
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Cost, Pruner, found
 from compressor.weights import twin
 
 from .groups import find_groups
@@ -46,7 +46,8 @@ class Structured(Pruner):
     timesteps: int = 32
     multiple: int = 8
     seed: int = 0
-    surgery: Surgery | None = field(default=None, repr=False)
+    surgery: Surgery | None = found()
+    compared = True
 
     def __post_init__(self) -> None:
         one_of("structured: score", self.score, _SCORES)
@@ -58,6 +59,9 @@ class Structured(Pruner):
         for name, whole in (("timesteps", self.timesteps), ("multiple", self.multiple)):
             if whole < 1:
                 raise UsageError(f"structured: {name} must be at least 1, got {whole}")
+
+    def with_cost(self, share: float, measure: Cost = "macs") -> Self:
+        return replace(self, density=share) if measure == "density" else replace(self, macs=share, density=None)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         return {}

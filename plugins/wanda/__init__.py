@@ -14,8 +14,8 @@ from compressor.errors import UsageError, one_of
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
 from compressor.training.calibration import Falls, check_calibration, from_matrix, observable, observe, visits
-from compressor.training.engine import chosen
-from compressor.training.pruner import Pruner
+from compressor.training.engine import choose_layers, chosen
+from compressor.training.pruner import Pruner, found
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Wanda(Pruner):
     last_weight: float = 1.0
     falls: Falls = "early"
     estimator: Estimator = Exact()
-    norms: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    norms: Mapping[str, Tensor] = found(dict)
+    compared = True
 
     def __post_init__(self) -> None:
         check_calibration("wanda", self.timesteps, self.last_weight, self.falls)
