@@ -16,7 +16,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import Mask, Unstructured
-from compressor.training.engine import choose_layers, chosen
+from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
 _PRUNERS = {"level": "LevelPruner", "l1-norm": "L1NormPruner", "l2-norm": "L2NormPruner", "fpgm": "FPGMPruner"}

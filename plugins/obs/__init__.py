@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured, largest
 from compressor.training.calibration import Falls, check_calibration, from_matrix, matrix, observable, observe, visits
-from compressor.training.engine import choose_layers, chosen
+from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
 _BLOCK = 128

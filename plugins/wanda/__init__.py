@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from compressor.errors import UsageError, one_of
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
 from compressor.training.calibration import Falls, check_calibration, from_matrix, observable, observe, visits
-from compressor.training.engine import choose_layers, chosen
+from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
 
