@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import saving
-from compressor import files
+from compressor import files, saving
 from compressor.adapter import Sampling
+from compressor.data.latents import Autoencoder
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError
-from compressor.runs.saved import saved_adapter, saved_model
-from compressor.data.latents import Autoencoder
-from compressor.runs.pictures import save_grid, save_image
 from compressor.progress import Progress
+from compressor.runs.pictures import save_grid, save_image
+from compressor.runs.saved import saved_adapter, saved_model
 from compressor.seeds import generator
 
 FILE = "samples.json"

@@ -9,14 +9,13 @@ from typing import Any
 
 from compressor import cost
 from compressor.adapter import to_device
-from compressor.runs.latency import timed
-from compressor.training.engine import FineTuning
 from compressor.environment import resolve_device
-from compressor.runs.inputs import Inputs
 from compressor.lower import lowering
 from compressor.progress import Progress
+from compressor.runs.inputs import Inputs, one_shot
+from compressor.runs.latency import timed
 from compressor.runs.rows import layer_rows
-from compressor.runs.inputs import one_shot
+from compressor.training.engine import FineTuning
 
 WARM_UP, PROBE = 2, 5
 

@@ -1,8 +1,6 @@
 """From settings to things in hand: the resolved recipe, and the model, data, method and metric that it names."""
 
 from __future__ import annotations
-from compressor.training.engine import Result
-from compressor.training.engine import prune
 
 import hashlib
 import json
@@ -16,24 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import saving
-from compressor import registry
 from compressor import recipe as recipes
-from compressor import validation
+from compressor import registry, validation
 from compressor.adapter import Adapter, Sampling
-from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.data.batches import Samples
-from compressor.training.engine import choose_layers
+from compressor.data.latents import Autoencoder
+from compressor.data.reading import read_data
+from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import UsageError, first_line
 from compressor.quality.metric import Metric
-from compressor.data.latents import Autoencoder
-from compressor.training.pruner import Pruner
-from compressor.data.reading import read_data
 from compressor.quality.settings import Evaluation
-from compressor.data.settings import Loading
 from compressor.recipe import Recipe
 from compressor.seeds import generator
+from compressor.training.engine import Result, choose_layers, prune
+from compressor.training.pruner import Pruner
 from compressor.weights import weights_sha256
 
 
@@ -95,10 +91,6 @@ def adapter_of(recipe: Recipe) -> Adapter:
     settings = recipe.evaluate
     wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
     return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
-
-
-
-
 
 
 def load_inputs(recipe: Recipe) -> Inputs:

@@ -9,8 +9,8 @@ import torch
 
 from compressor import registry
 from compressor.cost.macs import layer_macs
-from compressor.sparsity.notation import parse
 from compressor.sparsity.layers import select, survey
+from compressor.sparsity.notation import parse
 
 
 def inspect_model(

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.quality import drift
-from compressor.quality import evaluate
 from compressor import cost
 from compressor.data.sets import ImageSet
 from compressor.environment import resolve_device
+from compressor.progress import Progress
+from compressor.quality import drift, evaluate
+from compressor.quality.features import compared_with
 from compressor.quality.fidelity import Reference
 from compressor.runs.inputs import Inputs
 from compressor.runs.pictures import save_grid
-from compressor.progress import Progress
-from compressor.quality.features import compared_with
 from compressor.weights import weights_sha256
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from compressor.report.limitations import limitations
-from compressor.runs.inputs import one_shot
-
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressor import saving
-from compressor import files
-from compressor import cost
-from compressor.training.engine import LEFT_DENSE, Result, prune
-from compressor.runs.inputs import Inputs
-from compressor.runs.judge import Judge
-from compressor.progress import Progress
-from compressor.training.pruner import Pruner
+from compressor import cost, files, saving
 from compressor.files import file_name
+from compressor.progress import Progress
+from compressor.report.limitations import limitations
+from compressor.runs.inputs import Inputs, one_shot
+from compressor.runs.judge import Judge
+from compressor.training.engine import LEFT_DENSE, Result
+from compressor.training.pruner import Pruner
 
 
 def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
@@ -79,8 +75,6 @@ def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
     files.write_json(out / "report.json", report)
 
 
-
-
 def layer_rows(
     result: Result, patterns: Mapping[str, str], final: nn.Module, flipped: Mapping[str, float]
 ) -> list[dict[str, Any]]:
@@ -97,8 +91,6 @@ def layer_rows(
         }
         for layer in result.layers
     ]
-
-
 
 
 def method_settings(pruner: Pruner) -> dict[str, Any]:

@@ -7,39 +7,27 @@ Directory: `recipe.yaml` (resolved), `run.json` (versions, hardware, hashes), `m
 
 from __future__ import annotations
 
-from compressor.runs.directory import locked
-from compressor.runs.directory import refuse_used_directory
-from compressor.runs.directory import clear
-
 import json
 import math
-import os
-import re
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from compressor import saving
-from compressor import files
+from compressor import files, saving
 from compressor import recipe as recipes
-from compressor.training.engine import FineTuning, Result, Step, steps
-from compressor.environment import resolve_device
-from compressor.environment import environment
-from compressor.errors import CompressorError, LockedError, UsageError
-from compressor.runs.inputs import Inputs
-from compressor.progress import Progress
 from compressor.discovery import is_file_reference
+from compressor.environment import environment, resolve_device
+from compressor.errors import CompressorError
+from compressor.progress import Progress
 from compressor.report import render
+from compressor.runs.directory import clear, locked, refuse_used_directory
+from compressor.runs.inputs import Inputs
 from compressor.runs.rows import build_report
 from compressor.runs.speed import bench, finished
-
+from compressor.training.engine import FineTuning, Result, Step, steps
 
 
 class Interrupted(Exception):
@@ -48,18 +36,6 @@ class Interrupted(Exception):
     def __init__(self, exit_code: int) -> None:
         super().__init__("interrupted")
         self.exit_code = exit_code
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:

@@ -12,24 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import saving
-from compressor import files
-from compressor.runs import inputs
-from compressor import cost
-from compressor import recipe
+from compressor import cost, files, recipe, saving
 from compressor.adapter import Adapter, to_device
+from compressor.cost.timing import interleaved, median_ms
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError
-from compressor.lower import Lowered, Plan
-from compressor.lower import lowering
+from compressor.lower import Lowered, Plan, lowering
 from compressor.lower.forms import dense_forms
 from compressor.lower.job import in_dtype
 from compressor.lower.plan import FILE
-from compressor.sparsity.notation import parse
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.report.limitations import limitations
-from compressor.cost.timing import interleaved, median_ms
+from compressor.runs import inputs
+from compressor.sparsity.notation import parse
 from compressor.weights import weights_sha256
 
 DTYPES = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}

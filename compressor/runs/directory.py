@@ -1,0 +1,90 @@
+"""The run directory: which files are a run's own, who works in it, and what may be replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from compressor import files
+from compressor.errors import CompressorError, LockedError, UsageError
+
+OWN_FILES = (
+    "recipe.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "lowering.json",
+    "model.onnx",
+    "report.json",
+    "report.md",
+    "report.html",
+)
+
+
+OWN_FOLDERS = ("model", "pipeline", "samples", "drawn")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the directory for this process; LockedError where another one has it. The lock dies with its process."""
+    holder, lock = out / ".lock-holder", FileLock(out / ".lock", timeout=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise LockedError(f"{out} is in use by {who}", "Wait for it, or choose another --out.") from error
+    except OSError as error:
+        raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
+    try:
+        files.write_text(holder, f"process {os.getpid()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_used_directory(out: Path, overwrite: bool) -> None:
+    """Raise UsageError unless `out` is empty, not there yet, or may be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Choose a folder with --out.")
+    found = contents(out)
+    listing = f"{', '.join(found[:4])}{' …' if len(found) > 4 else ''}"
+    if found and not overwrite:
+        raise UsageError(
+            f"{out} is not empty: it has {listing}",
+            f"Choose another --out, continue it with `{resume_command(out)}`, or replace it with --overwrite.",
+        )
+    if "run.json" not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found):
+        raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+
+
+def refuse_busy_directory(out: Path) -> None:
+    """Raise LockedError where another process works in `out`."""
+    if (out / ".lock").exists():
+        with locked(out):
+            pass
+
+
+def resume_command(out: Path) -> str:
+    """The command that continues the run in `out`, for a shell."""
+    return shlex.join(["compressor", "resume", str(out)])
+
+
+def clear(out: Path) -> None:
+    """Remove a former run's files, and no others."""
+    for name in sorted(contents(out), key=lambda name: name == "run.json"):  # last: it says whose directory this is
+        if name in OWN_FILES:
+            (out / name).unlink()
+        elif name in OWN_FOLDERS or re.fullmatch(r"checkpoint-\d+|\.(partial|old)-.*", name):
+            shutil.rmtree(out / name, ignore_errors=True)
+
+
+def contents(out: Path) -> list[str]:
+    return sorted(p.name for p in out.iterdir() if not p.name.startswith(".lock")) if out.is_dir() else []
