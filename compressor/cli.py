@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from compressor.recipe import Recipe
     from compressor.runs.inputs import Inputs
+    from compressor.runs.speed import Benched
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Number = TypeVar("_Number", int, float)
@@ -334,19 +335,21 @@ def compare(
 
 
 def _show_comparison(out: Path, as_json: bool) -> None:
-    found = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    from compressor.report import read_comparison
+
+    found = read_comparison(out / "report.json")
     if as_json:
-        _print_json(found)
+        _print_json(found.as_json())
     else:
         from compressor.comparison.words import columns, headline, rows
         from compressor.console import plain_table
 
         lines = [(label, *cells) for label, _, cells in rows(found)]
-        _print_table(plain_table((found["title"], *columns(found)), lines))
+        _print_table(plain_table((found.title, *columns(found)), lines))
         _say(headline(found))
         _say(f"report: {out / 'report.html'}")
-    if found["failed"]:
-        for name, reason in found["failed"].items():
+    if found.failed:
+        for name, reason in found.failed.items():
             _say(f"failed: {name}: {reason}", err=True)
         raise click.exceptions.Exit(1)
 
@@ -422,16 +425,16 @@ def lower(
     not pay, the plan keeps the best dense form and says so.
     """
     with _errors(debug):
-        report, _ = _measured(directory, [batch] if batch else [], dtype, compiled, False, fresh, quiet)
+        plan = _measured(directory, [batch] if batch else [], dtype, compiled, False, fresh, quiet).plan
         if as_json:
-            _print_json(report["lowering"])
+            _print_json(plan.model_dump(mode="json"))
             return
         from compressor.console import plan_tables
 
-        for table in plan_tables(report["lowering"]):
+        for table in plan_tables(plan):
             _print_table(table)
-        _say(f"{report['lowering']['choice']}: {report['lowering']['reason']}")
-        for note in report["lowering"]["notes"]:
+        _say(f"{plan.choice}: {plan.reason}")
+        for note in plan.notes:
             _say(f"note: {note}", err=True)
         _say(f"report: {directory / 'report.html'}")
 
@@ -465,14 +468,14 @@ def bench(
             from importlib.util import find_spec
 
             onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
-        report, entries = _measured(directory, sizes, dtype, compiled, onnx, fresh, quiet)
+        found = _measured(directory, sizes, dtype, compiled, onnx, fresh, quiet)
         if as_json:
-            _print_json(entries)
+            _print_json(found.as_json())
             return
         from compressor.console import plain_table
         from compressor.report.words import speeds
 
-        for setting, lines in speeds(report):
+        for setting, lines in speeds(found.report):
             columns = (setting, "form", "median", "over eager dense", "over the best dense form")
             _print_table(plain_table(columns, lines))
         _say(f"report: {directory / 'report.html'}")
@@ -480,8 +483,8 @@ def bench(
 
 def _measured(
     directory: Path, batches: list[int], dtype: str, compiled: bool, onnx: bool, fresh: bool, quiet: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Lower and time a run's model: the run's new report, and its new latency entries."""
+) -> Benched:
+    """Lower and time a run's model."""
     from compressor.runs import speed
     from compressor.runs.directory import locked
 
@@ -490,8 +493,8 @@ def _measured(
     with locked(directory):
         found = speed.finished(directory)
         sizes = batches or [found.batch]
-        entries = _watch(speed.bench(found, sizes, dtype, compiled, onnx, cache=not fresh), quiet)
-    return found.report, entries
+        done: Benched = _watch(speed.bench(found, sizes, dtype, compiled, onnx, cache=not fresh), quiet)
+    return done
 
 
 @app.command()
@@ -829,16 +832,18 @@ def _watch(events: Iterator[Any], quiet: bool) -> Any:
 
 
 def _show_report(out: Path, as_json: bool) -> None:
-    loaded = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    from compressor.report import read_report
+
+    loaded = read_report(out / "report.json")
     if as_json:
-        _print_json(loaded)
+        _print_json(loaded.as_json())
         return
     from compressor.console import rows_table
 
     _print_table(rows_table(loaded))
-    if loaded["metric"]:
-        floor = loaded["metric"]["floor"]
-        click.echo(f"floor (real against real, {floor['samples']} images each): {floor['value']:.2f}")
+    if loaded.metric:
+        floor = loaded.metric.floor
+        click.echo(f"floor (real against real, {floor.samples} images each): {floor.value:.2f}")
     _say(f"report: {out / 'report.html'}")
 
 

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from compressor import files, saving
 from compressor.comparison.entries import Cell, Comparison
-from compressor.comparison.page import written
+from compressor.comparison.page import Outcome, written
 from compressor.comparison.worker import JOB, ROW, RUN, SEEN, read_row
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 from compressor.recipe import Recipe
+from compressor.report.content import Environment, Latency
 from compressor.runs.directory import locked
 from compressor.runs.latency import timed
 
@@ -89,8 +91,9 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
             raise CompressorError(f"every cell failed; the first: {_reason(folders[0])}", "See error.txt in each cell.")
         times = yield from _latencies(wanted, cells, folders, out)
         failed |= _failed(cells, folders)
-        facts = environment(resolve_device(wanted.inputs.recipe.train.device))
-        written(wanted, cells, folders, out, times, rates, failed, facts)
+        facts = Environment(**environment(resolve_device(wanted.inputs.recipe.train.device)))
+        done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / ROW).is_file()]
+        written(Outcome(wanted, out, done, times, rates, failed, facts))
         yield Progress("report", 1, 1)
 
 
@@ -297,8 +300,8 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
     for cell, folder in zip(trials, folders, strict=True):
         if not (folder / ROW).is_file():
             continue
-        row = read_row(folder)["row"]
-        score = row["quality"][0]["value"] if row["quality"] else row["drift"][0]["value"]
+        row = read_row(folder).row
+        score = row.quality[0].value if row.quality else row.drift[0].value
         if cell.label not in best or score < best[cell.label][0]:
             best[cell.label] = (score, cell.recipe.train.lr)
     return {label: rate for label, (_, rate) in best.items()}
@@ -306,24 +309,26 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
 
 def _latencies(
     wanted: Comparison, cells: Sequence[Cell], folders: Sequence[Path], out: Path
-) -> Generator[Progress, None, dict[str, list[dict[str, Any]]]]:
+) -> Generator[Progress, None, dict[str, list[Latency]]]:
     """The latency entries by label, of the weights of the first seed that there is; kept while those are the same."""
     first: dict[str, Path] = {}
     for cell, folder in zip(cells, folders, strict=True):
         if (folder / ROW).is_file():
             first.setdefault(cell.label, folder)
-    hashes = {label: read_row(folder)["row"]["weights_sha256"] for label, folder in first.items()}
+    hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     settings = wanted.inputs.recipe.evaluate
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
     path = out / "latency.json"
     kept: dict[str, Any] = {}
     with suppress(CompressorError):  # a damaged file is measured again
         kept = files.read_json(path)
-    if kept.get("key") == key and isinstance(known := kept.get("entries"), dict):
-        return known
+    if kept.get("key") == key:
+        with suppress(ValidationError):
+            return TypeAdapter(dict[str, list[Latency]]).validate_python(kept.get("entries"))
     models = {"dense": copy.deepcopy(wanted.inputs.model)}
     for label, folder in first.items():
         models[label] = saving.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
     entries = yield from timed(wanted.inputs, models, wanted.lower)
-    files.write_json(path, {"key": key, "entries": entries})
+    listed = {label: [entry.as_json() for entry in own] for label, own in entries.items()}
+    files.write_json(path, {"key": key, "entries": listed})
     return entries

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.quality.frechet import Gaussian, frechet_distance, gaussian
 from compressor.quality.settings import Evaluation
+from compressor.report.content import Quality
 from compressor.seeds import generator
 
 LIMIT = 10_000
@@ -57,7 +57,7 @@ class Reference:
 
 def measures(
     metric: str, features: Tensor, spatial: Tensor | None, reference: Reference, settings: Evaluation
-) -> list[dict[str, Any]]:
+) -> list[Quality]:
     """The entries of a report row for `settings.measures`, from the features (n, d) of its generated images.
 
     `metric` is the name of the extractor's Fréchet distance. `sfd` is left out where there are no spatial features.
@@ -84,14 +84,14 @@ def measures(
         else:
             value, samples = frechet_distance(gaussian(spatial), reference.spatial), len(spatial)
         entries.append(
-            {
-                "metric": measure_name(measure, metric),
-                "value": value,
-                "ci95": None if interval is None else list(interval),
-                "samples": samples,
-                "sampler_steps": settings.sampler_steps,
-                "seed": settings.seed,
-            }
+            Quality(
+                metric=measure_name(measure, metric),
+                value=value,
+                ci95=interval,
+                samples=samples,
+                sampler_steps=settings.sampler_steps,
+                seed=settings.seed,
+            )
         )
     return entries
 
