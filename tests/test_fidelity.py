@@ -200,7 +200,7 @@ def test_fd_digits_is_what_torchmetrics_finds_with_the_same_classifier() -> None
     data = registry.images("digits")
     theirs.update(data.images(torch.arange(len(data))), real=True)  # type: ignore[attr-defined]
     theirs.update(images, real=False)
-    value = quality(metric, images, reference.gaussian, Evaluation(bootstrap=0))["value"]
+    value = quality(metric, images, reference.gaussian, Evaluation(bootstrap=0)).value
     assert value == pytest.approx(float(theirs.compute()), rel=1e-5)
 
 
@@ -208,16 +208,16 @@ def test_a_row_has_the_distance_first_and_then_every_measure() -> None:
     metric, images, reference = digits_and_samples()
     found = qualities(metric, images, reference, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
     measures = ("kid", "precision", "recall", "density", "coverage", "sfd")
-    assert [entry["metric"] for entry in found] == ["fd-digits", *(f"{name}-digits" for name in measures)]
-    assert {(entry["samples"], entry["sampler_steps"], entry["seed"]) for entry in found} == {(300, 7, 3)}
+    assert [entry.metric for entry in found] == ["fd-digits", *(f"{name}-digits" for name in measures)]
+    assert {(entry.samples, entry.sampler_steps, entry.seed) for entry in found} == {(300, 7, 3)}
     assert found[0] == quality(metric, images, reference.gaussian, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
-    values = {entry["metric"]: entry for entry in found}
-    low, high = values["kid-digits"]["ci95"]
-    assert low < values["kid-digits"]["value"] < high
+    values = {entry.metric: entry for entry in found}
+    interval = values["kid-digits"].ci95
+    assert interval is not None and interval[0] < values["kid-digits"].value < interval[1]
     real, fake = reference.features, metric.features(images).double()
-    assert values["recall-digits"]["value"] == ours(real, fake, 3)["recall"]
-    assert values["coverage-digits"]["value"] == ours(real, fake, 5)["coverage"]
-    assert values["sfd-digits"]["value"] > 0
+    assert values["recall-digits"].value == ours(real, fake, 3)["recall"]
+    assert values["coverage-digits"].value == ours(real, fake, 5)["coverage"]
+    assert values["sfd-digits"].value > 0
 
 
 @pytest.mark.parametrize("wanted", [[], ["recall"], ["sfd", "kid"]])
@@ -225,8 +225,8 @@ def test_only_the_measures_that_are_asked_for_are_taken(wanted: list[str]) -> No
     images, features = draw(20, 4, seed=0).view(20, 1, 2, 2), draw(30, 4, seed=1)
     choice = validated(Evaluation, {"bootstrap": 0, "measures": wanted}, "here")
     found = qualities(Flat(), images, Reference.of(features, None, 0), choice)
-    assert [entry["metric"] for entry in found] == ["flat", *(f"{name}-flat" for name in wanted if name != "sfd")]
-    assert all(entry["ci95"] is None for entry in found)
+    assert [entry.metric for entry in found] == ["flat", *(f"{name}-flat" for name in wanted if name != "sfd")]
+    assert all(entry.ci95 is None for entry in found)
 
 
 def test_an_unknown_measure_is_refused_with_those_that_exist() -> None:
@@ -259,7 +259,7 @@ def test_of_many_samples_as_many_as_the_limit_are_drawn(monkeypatch: pytest.Monk
     assert torch.equal(fidelity.drawn(features, 0, "real"), reference.features)
     assert not torch.equal(fidelity.drawn(features, 1, "real"), reference.features)
     found = fidelity.measures("flat", draw(25, 4, seed=3), draw(25, 2, seed=4), reference, Evaluation())
-    assert {entry["metric"]: entry["samples"] for entry in found} == {
+    assert {entry.metric: entry.samples for entry in found} == {
         **{f"{name}-flat": 10 for name in ("kid", "precision", "recall", "density", "coverage")},
         "sfd-flat": 25,
     }

@@ -422,9 +422,9 @@ def test_eight_bit_floats_are_saved_packed(tmp_path):
 def test_the_reported_size_is_that_of_the_packed_file(tmp_path, model, adapter):
     for pattern in (NM(2, 4), NM(2, 4, 4), NM(4, 4)):
         masks = pruned(model, pattern)
-        found = costs(model, adapter, {name: str(mask.pattern) for name, mask in masks.items()})["size_bytes"]
+        found = costs(model, adapter, {name: str(mask.pattern) for name, mask in masks.items()}).size_bytes
         assert found == (saved(tmp_path, model, masks) / "model.safetensors").stat().st_size
-    assert costs(model, adapter, {})["size_bytes"] > costs(model, adapter, dict.fromkeys(masks, "2:4"))["size_bytes"]
+    assert costs(model, adapter, {}).size_bytes > costs(model, adapter, dict.fromkeys(masks, "2:4")).size_bytes
 
 
 # --- Files by others. ---

@@ -93,6 +93,7 @@ def compare(
         rates=numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
         sampler_steps=numbers(sampler_steps, int, "--sampler-steps 10,50"),
         known={} if overwrite else comparison.matched_before(out),
+        before={} if overwrite else comparison.evaluated_before(out),
         **flags,  # preset, seeds, match, lower
     )
     drive(comparison.conduct(planned, out, workers, overwrite), out, output.quiet, "the same command")

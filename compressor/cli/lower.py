@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from compressor.cli.command import Command
 from compressor.cli.options import options, run_argument, speed_options
 from compressor.cli.terminal import Output, print_json, print_table, say, watch
 from compressor.errors import CompressorError, UsageError
+
+if TYPE_CHECKING:
+    from compressor.runs.speed import Benched
 
 
 @click.command(cls=Command)
@@ -29,17 +32,16 @@ def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> N
     The plan is saved as lowering.json, and the times in the run's report. Never slower than dense: where sparse kernels do
     not pay, the plan keeps the best dense form and says so.
     """
-    report, _ = _timed(output, directory, [batch] if batch else [], **flags)
-    lowering = report["lowering"]
+    plan = _timed(output, directory, [batch] if batch else [], **flags).plan
     if output.as_json:
-        print_json(lowering)
+        print_json(plan.model_dump(mode="json"))
         return
     from compressor.cli.tables import plan_tables
 
-    for table in plan_tables(lowering):
+    for table in plan_tables(plan):
         print_table(table)
-    say(f"{lowering['choice']}: {lowering['reason']}")
-    for note in lowering["notes"]:
+    say(f"{plan.choice}: {plan.reason}")
+    for note in plan.notes:
         say(f"note: {note}", err=True)
     say(f"report: {directory / 'report.html'}")
 
@@ -61,22 +63,22 @@ def bench(output: Output, directory: Path, batches: str, onnx: bool | None, **fl
     sizes = [int(part) for part in batches.split(",")]
     if onnx is None:
         onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
-    report, entries = _timed(output, directory, sizes, onnx=onnx, **flags)
+    benched = _timed(output, directory, sizes, onnx=onnx, **flags)
     if output.as_json:
-        print_json(entries)
+        print_json(benched.as_json())
         return
     from compressor.cli.tables import plain_table
     from compressor.report.words import speeds
 
-    for setting, lines in speeds(report):
+    for setting, lines in speeds(benched.report):
         print_table(plain_table((setting, "form", "median", "over eager dense", "over the best dense form"), lines))
     say(f"report: {directory / 'report.html'}")
 
 
 def _timed(
     output: Output, directory: Path, batches: list[int], *, dtype: str, compiled: bool, fresh: bool, onnx: bool = False
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Lower and time a run's model: the run's new report, and its new latency entries."""
+) -> Benched:
+    """Lower and time a run's model."""
     from compressor.runs import speed
     from compressor.runs.directory import locked
 
@@ -85,5 +87,5 @@ def _timed(
     with locked(directory):
         run = speed.finished(directory)
         events = speed.bench(run, batches or [run.batch], dtype, compiled, onnx, cache=not fresh)
-        entries = watch(events, output.quiet)
-    return run.report, entries
+        benched: Benched = watch(events, output.quiet)
+    return benched

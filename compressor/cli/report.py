@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -37,33 +36,37 @@ def _is_comparison(directory: Path) -> bool:
 
 def show_report(directory: Path, as_json: bool) -> None:
     """A run's table."""
-    content = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    from compressor.report import read_report
+
+    content = read_report(directory / "report.json")
     if as_json:
-        print_json(content)
+        print_json(content.as_json())
         return
     from compressor.cli.tables import rows_table
 
     print_table(rows_table(content))
-    if content["metric"]:
-        floor = content["metric"]["floor"]
-        click.echo(f"floor (real against real, {floor['samples']} images each): {floor['value']:.2f}")
+    if content.metric:
+        floor = content.metric.floor
+        click.echo(f"floor (real against real, {floor.samples} images each): {floor.value:.2f}")
     say(f"report: {directory / 'report.html'}")
 
 
 def show_comparison(directory: Path, as_json: bool) -> None:
     """A comparison's table. Exits with 1 where a part of it failed."""
-    content = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    from compressor.report import read_comparison
+
+    content = read_comparison(directory / "report.json")
     if as_json:
-        print_json(content)
+        print_json(content.as_json())
     else:
         from compressor.cli.tables import plain_table
         from compressor.comparison.words import columns, headline, rows
 
         lines = [(label, *cells) for label, _, cells in rows(content)]
-        print_table(plain_table((content["title"], *columns(content)), lines))
+        print_table(plain_table((content.title, *columns(content)), lines))
         say(headline(content))
         say(f"report: {directory / 'report.html'}")
-    if content["failed"]:
-        for name, reason in content["failed"].items():
+    if content.failed:
+        for name, reason in content.failed.items():
             say(f"failed: {name}: {reason}", err=True)
         raise click.exceptions.Exit(1)

@@ -17,7 +17,9 @@ from rich.table import Table
 from compressor.progress import duration
 
 if TYPE_CHECKING:
+    from compressor.lower.plan import LayerPlan, Plan
     from compressor.progress import Progress
+    from compressor.report.content import Latency, Report
 
 
 _EVERY = 5.0  # seconds between lines of progress
@@ -112,66 +114,52 @@ class Ticker:
         )
 
 
-def rows_table(report: Mapping[str, Any]) -> Table:
+def rows_table(report: Report) -> Table:
     """The report's rows: quality, drift, cost, latency."""
-    from compressor.report.words import standing
-
-    metric = report["metric"]["name"] if report["metric"] else None
+    metric = report.metric.name if report.metric else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
-    table = Table(
-        *columns,
-        "latency",
-        "fine-tuning",
-        title=escape(printable(f"{report['model']}, {report['pattern'] or 'dense'}")),
-    )
-    for row in report["rows"]:
-        cells = [escape(printable(row["name"]))]
+    title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
+    table = Table(*columns, "latency", "fine-tuning", title=title)
+    for row in report.rows:
+        cells = [escape(printable(row.name))]
         if metric:
-            entry = row["quality"][0] if row["quality"] else None
-            cells.append(f"{entry['value']:.2f}" if entry else "—")
-            cells.append("{:.2f} – {:.2f}".format(*entry["ci95"]) if entry and entry["ci95"] else "—")
-        errors = [d["value"] for d in row["drift"] if d["metric"] == "prediction_error"]
-        cells.append(f"{errors[0]:.2%}" if errors else "—")
-        cells.append(f"{row['nonzero_params'] / row['params']:.1%}")
-        cells.append(f"{row['macs_effective'] / 1e6:,.1f} M ({row['macs_effective'] / row['macs_dense']:.0%})")
-        cells.append(_latency(standing(row)) if row["latency"] else "—")
-        cells.append(
-            f"{row['train']['steps']} steps, {row['train']['seconds']:.0f} s" if row["train"]["steps"] else "—"
-        )
+            entry = row.quality[0] if row.quality else None
+            cells.append(f"{entry.value:.2f}" if entry else "—")
+            cells.append("{:.2f} – {:.2f}".format(*entry.ci95) if entry and entry.ci95 else "—")
+        error = row.drift_by("prediction_error")
+        cells.append(f"{error.value:.2%}" if error else "—")
+        cells.append(f"{row.nonzero_params / row.params:.1%}")
+        cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / row.macs_dense:.0%})")
+        cells.append(_latency(row.standing) if row.standing else "—")
+        cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
         table.add_row(*cells)
     return table
 
 
-def _latency(entry: Mapping[str, Any]) -> str:
-    gain = f", {entry['speedup_vs_dense']:.2f}x over {entry['against']}" if entry["backend"] == "lowered" else ""
-    return f"{entry['median_ms']:.1f} ms{gain}"
+def _latency(entry: Latency) -> str:
+    gain = f", {entry.speedup_vs_dense:.2f}x over {entry.against}" if entry.backend == "lowered" else ""
+    return f"{entry.median_ms:.1f} ms{gain}"
 
 
-def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+def plan_tables(plan: Plan) -> list[Table]:
     """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
-    backends = [candidate["backend"] for candidate in plan["layers"][0]["candidates"]] if plan["layers"] else []
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in plan["layers"]:
-        key = f"{layer['shapes']} {layer['patterns']} {layer['kind']} {layer['choice']}"
-        groups.setdefault(key, []).append(layer)
+    backends = [candidate.backend for candidate in plan.layers[0].candidates] if plan.layers else []
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        groups.setdefault(f"{layer.shapes} {layer.patterns} {layer.kind} {layer.choice}", []).append(layer)
     lines = []
     for group in groups.values():
         first = group[0]
-        shape = ", ".join("x".join(map(str, shape)) for shape in first["shapes"])
-        pattern = ", ".join(sorted({text or "dense" for text in first["patterns"]}))
-        times = {c["backend"]: c["median_ms"] for c in first["candidates"]}
-        cells = [f"{times[name]:.3f}" if times.get(name) else "—" for name in backends]
-        name = first["name"] if len(group) == 1 else f"{first['name']} and {len(group) - 1} more"
-        lines.append((name, shape, pattern, *cells, first["choice"], first["reason"]))
+        shape = ", ".join("x".join(map(str, shape)) for shape in first.shapes)
+        pattern = ", ".join(sorted({text or "dense" for text in first.patterns}))
+        times = {c.backend: c.median_ms for c in first.candidates}
+        cells = [f"{time:.3f}" if (time := times.get(name)) else "—" for name in backends]
+        name = first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more"
+        lines.append((name, shape, pattern, *cells, first.choice, first.reason))
     layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
     forms = [
-        (
-            f["name"],
-            f"{f['median_ms']:.2f} ms",
-            f"{f['speedup']:.2f}x",
-            "" if f["error"] is None else f"{f['error']:.1e}",
-        )
-        for f in plan["forms"]
+        (f.name, f"{f.median_ms:.2f} ms", f"{f.speedup:.2f}x", "" if f.error is None else f"{f.error:.1e}")
+        for f in plan.forms
     ]
     return [layers, plain_table(("whole model", "median", "over the best dense form", "error"), forms)]
 

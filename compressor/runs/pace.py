@@ -29,7 +29,7 @@ _WARM_UP = 3  # rounds before the timed ones
 _SILENT = 1.0  # seconds; shorter phases are not named
 
 
-def paced(inputs: Inputs, events: Iterator[Progress]) -> Iterator[Progress]:
+def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Iterator[Progress]:
     """`events` of a run, each with the seconds that its stage is expected to take; after the first steps of fine-tuning, one
     that says what the whole will take. What the caller throws in goes on to `events`."""
     expected: dict[str, float] = {}
@@ -37,7 +37,7 @@ def paced(inputs: Inputs, events: Iterator[Progress]) -> Iterator[Progress]:
     expected.update(_evaluation_seconds(inputs))
     told = False
     began, steps = time.perf_counter(), Clock()
-    for event in forwarded(events):
+    for event in events:
         if event.stage == "fine-tune":
             steps.tick(event.done)
             if (each := steps.seconds) is not None:
@@ -45,13 +45,10 @@ def paced(inputs: Inputs, events: Iterator[Progress]) -> Iterator[Progress]:
         if not told and (steps.seconds is not None or event.stage not in ("fine-tune", "prepare", "one-shot")):
             told = True
             yield Progress("estimate", 1, 1, _sentence(inputs, expected, time.perf_counter() - began))
-        yield replace(event, seconds=expected.get(event.stage))
-
-
-def forwarded(events: Iterator[Progress]) -> Iterator[Progress]:
-    """`events`, one by one; what is thrown in at a yield is thrown into `events` there."""
-    generator_ = events if isinstance(events, Generator) else (event for event in events)
-    yield from generator_
+        try:
+            yield replace(event, seconds=expected.get(event.stage))
+        except BaseException as thrown:
+            events.throw(thrown)
 
 
 class Clock:
