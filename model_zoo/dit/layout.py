@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressor.model_zoo.generic.adapter import Layout
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.model_zoo.generic.adapter import Layout
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for the sizes S, B, L and XL. Source: Peebles & Xie 2023, table 1."""
