@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 import torch
-from compressor.model_zoo.uvit.sizes import digits
-from compressor.plugins.sparsedm import SparseDM
 from torch import Tensor
 
 from compressor import Pattern, parse
 from compressor.environment import environment
+from compressor.model_zoo.uvit.sizes import digits
+from compressor.plugins.sparsedm import SparseDM
 from compressor.training.engine import chosen
 
 PATTERNS = ("2:2:4", "2c:2:4", "4:2:4", "4c:2:4", "8:2:4", "8c:2:4")

@@ -11,9 +11,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from compressor.model_zoo.dit.layout import original
-from compressor.model_zoo.generic import DiffusersAdapter
-from compressor.plugins.sparsedm import SparseDM
 from PIL import Image
 from torch import nn
 
@@ -24,6 +21,9 @@ from compressor.cost.macs import layer_macs
 from compressor.data.sets import Images
 from compressor.errors import CompressorError
 from compressor.export.onnx import export_onnx
+from compressor.model_zoo.dit.layout import original
+from compressor.model_zoo.generic import DiffusersAdapter
+from compressor.plugins.sparsedm import SparseDM
 from compressor.sparsity.notation import parse
 
 DIT = {

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compressor.plugins.magnitude import Magnitude
 from safetensors.torch import load_file, save_file
 
 import compressor.report as report_package
 from compressor import comparison, files, registry, weights
+from compressor.plugins.magnitude import Magnitude
 from compressor.runs import inputs
 from compressor.saving import model as saved_models
 

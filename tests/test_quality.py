@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.model_zoo.uvit.sizes import cifar10
 from torch import Tensor, nn
 
 from compressor import NM, Adapter, CompressorError
 from compressor.cost.latency import latencies
 from compressor.cost.macs import costs, layer_macs
 from compressor.data.sets import Images
+from compressor.model_zoo.uvit.sizes import cifar10
 from compressor.quality.drift import prediction_error, predictions, sample_rmse
 from compressor.quality.evaluate import floor, quality, sample
 from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, gaussian

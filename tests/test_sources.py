@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressor.model_zoo.dit.layout import translated
 from torch import nn
 
 from compressor import registry
 from compressor.adapter import Sampling
+from compressor.model_zoo.dit.layout import translated
 from compressor.weights import untied_state
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))

@@ -8,10 +8,6 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.plugins.structured import Structured
-from compressor.plugins.structured.groups import find_groups
-from compressor.plugins.structured.removal import removal
-from compressor.plugins.structured.scores import diff_pruning, entry_scores, taylor
 from torch import nn
 
 import compressor
@@ -20,6 +16,10 @@ from compressor.adapter import with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import as_batches
 from compressor.files import read_json
+from compressor.plugins.structured import Structured
+from compressor.plugins.structured.groups import find_groups
+from compressor.plugins.structured.removal import removal
+from compressor.plugins.structured.scores import diff_pruning, entry_scores, taylor
 from compressor.seeds import generator
 
 DIGITS = ("uvit-digits", "ddpm-digits")

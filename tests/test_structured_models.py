@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.plugins.structured import Structured
-from compressor.plugins.structured.graph import Channels, Refused
-from compressor.plugins.structured.groups import find_groups
-from compressor.plugins.structured.removal import removal
 from torch import Tensor, nn
 
 import compressor
 from compressor import Adapter, CompressorError
+from compressor.plugins.structured import Structured
+from compressor.plugins.structured.graph import Channels, Refused
+from compressor.plugins.structured.groups import find_groups
+from compressor.plugins.structured.removal import removal
 from compressor.sparsity.surgery import Surgery
 
 

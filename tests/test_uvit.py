@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from compressor.model_zoo.uvit import UViT, UViTAdapter, sizes
-from compressor.model_zoo.uvit.noise import ContinuousTimes
 from torch import Tensor, nn
 
 from compressor import CompressorError
+from compressor.model_zoo.uvit import UViT, UViTAdapter, sizes
+from compressor.model_zoo.uvit.noise import ContinuousTimes
 
 SMALL: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 16, "depth": 2, "num_heads": 4}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from compressor.adapter import Sampling
 from compressor.model_zoo.dit.layout import AUTHORS, Authors
 from compressor.model_zoo.generic import DiffusersAdapter
-
-from compressor.adapter import Sampling
 
 # As facebook/DiT-XL-2-256 has it: the linear schedule of DDPM on latents, which have no bounds.
 SCHEDULER: dict[str, Any] = {

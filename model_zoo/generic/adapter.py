@@ -11,15 +11,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, Sampling
+from compressor.errors import CompressorError
 from compressor.model_zoo.generic import pretrained
 from compressor.model_zoo.generic.arguments import example, noisy_name
 from compressor.model_zoo.generic.noise import Noise
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
-from torch import Tensor, nn
-
-from compressor.adapter import Adapter, Sampling
-from compressor.errors import CompressorError
 from compressor.weights import load_strictly, read_outline, read_weights
 
 

@@ -9,14 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
-from compressor.model_zoo.uvit.architecture import checked, found_in
-from compressor.model_zoo.uvit.network import UViT
-from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, ContinuousTimes, Times
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Sampling
 from compressor.errors import CompressorError
+from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
+from compressor.model_zoo.uvit.architecture import checked, found_in
+from compressor.model_zoo.uvit.network import UViT
+from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, ContinuousTimes, Times
 from compressor.weights import load_strictly, read_outline, read_weights
 
 

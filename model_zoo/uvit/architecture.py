@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressor.model_zoo.uvit.network import UViT
 from torch import Tensor
 
 from compressor.errors import UsageError, did_you_mean
+from compressor.model_zoo.uvit.network import UViT
 
 _SHOWN = {"qkv_bias": ".attn.qkv.bias", "mlp_time_embed": "time_embed.", "conv": "final_layer."}
 """A part of the names that only a network with the setting has."""

@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from compressor.model_zoo.sampling import Process
 from torch import Tensor
+
+from compressor.model_zoo.sampling import Process
 
 TRAIN_TIMESTEPS = 1000
 

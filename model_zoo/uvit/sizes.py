@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compressor.adapter import Sampling
 from compressor.model_zoo.uvit.adapter import UViTAdapter
 from compressor.model_zoo.uvit.noise import DiscreteTimes
-
-from compressor.adapter import Sampling
 
 _SMALL = {"embed_dim": 512, "depth": 12, "num_heads": 8}
 _MEDIUM = {"embed_dim": 768, "depth": 16, "num_heads": 12}
