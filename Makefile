@@ -8,7 +8,7 @@ TYPED := build/typed
 .PHONY: demo test lint schema test-nni
 
 demo: $(STAMP)
-	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
+	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
