@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test lint test-nni
+.PHONY: demo test lint test-levels test-nni
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
@@ -20,6 +20,10 @@ lint: $(STAMP)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
 	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# At every instruction set of this machine, and AVX-512 emulated.
+test-levels: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/levels.py -q
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:
