@@ -17,7 +17,12 @@ from compressor.export import export_onnx
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 SIDE, WIDTH, HEADS, DEPTH = 8, 32, 2, 2
-SCALED_DOWN = {"num_layers": DEPTH, "num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS, "sample_size": SIDE}
+SCALED_DOWN = {
+    "num_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "attention_head_dim": WIDTH // HEADS,
+    "sample_size": SIDE,
+}
 NAMES = ["dit-xl-2-256", "dit-xl-2-512", "dit"]
 
 
@@ -191,7 +196,11 @@ def test_a_folder_of_diffusers_takes_the_authors_spacing_where_it_is_asked_for(o
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     config["_class_name"] = "Transformer2DModel"
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    latents, time, labels = torch.randn(2, 4, SIDE, SIDE, generator=rng(4)), torch.tensor([999, 1]), torch.tensor([5, 9])
+    latents, time, labels = (
+        torch.randn(2, 4, SIDE, SIDE, generator=rng(4)),
+        torch.tensor([999, 1]),
+        torch.tensor([5, 9]),
+    )
     inputs = {"hidden_states": latents, "timestep": time, "class_labels": labels}
     folder = str(tmp_path / "folder")
     with torch.no_grad():

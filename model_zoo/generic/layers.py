@@ -9,7 +9,9 @@ from __future__ import annotations
 
 _OUTSIDE = "embed|norm|modulation|adaln|time_cond|controlnet"
 _ATTENTION = r"(\w+_)?(attn|attention)\d*\.[\w.]+"
-_ATTENTION_OF_UNETS = r"attentions\.\d+\.(to_[\w.]+|query|key|value|proj_attn)"  # the module itself, no block of its own
+_ATTENTION_OF_UNETS = (
+    r"attentions\.\d+\.(to_[\w.]+|query|key|value|proj_attn)"  # the module itself, no block of its own
+)
 _FEED_FORWARD = r"(\w+_)?(ff|ffn|mlp|feed_forward)\d*(_context|_moe_gen|_in|_out|_[it])?(\.[\w.]+)?"
 _WITHOUT_A_MODULE = r"(single_\w*)?blocks\.\d+\.(gate|up|down)_proj"
 # in these, attention's last layer and feed-forward's are one

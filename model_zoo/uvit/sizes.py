@@ -24,9 +24,7 @@ _HUGE_TRAINING: dict[str, Any] = {"times": DiscreteTimes(), "unlabelled": 0.1}
 DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 4}
 
 
-def _published(
-    name: str, data: str, size: dict[str, int], guidance: float | None = None, **config: Any
-) -> UViTAdapter:
+def _published(name: str, data: str, size: dict[str, int], guidance: float | None = None, **config: Any) -> UViTAdapter:
     """Source: `configs/` of the authors' repository; its `sample.scale` s is the guidance 1 + s here."""
     about = {
         "size": _PARAMETERS[size["embed_dim"]],
