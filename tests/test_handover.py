@@ -111,6 +111,7 @@ def test_a_resumed_run_finds_its_one_shot_and_without_it_prepares_anew(
     from compressor.runs.run import train
 
     found = inputs.load_inputs(recipe)
+    (tmp_path / "run").mkdir()
     for _ in train(found, tmp_path / "run"):
         pass
     prepared = counted(monkeypatch, Magnitude, "prepare", lambda *_: "prepare")
