@@ -89,15 +89,7 @@ class FineTuning:
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
         self.student = copy.deepcopy(model).to(self.device).train()
-        for name, value in self.student.named_parameters():
-            if value.requires_grad and value.dtype != torch.float32:
-                why = (
-                    "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
-                )
-                raise CompressorError(
-                    f"{name} is {value.dtype}: {why}",
-                    'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
-                )
+        _refuse_dtypes(self.student)
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
@@ -354,6 +346,17 @@ def choose_layers(
         adapter.targets if targets is None else targets,
         adapter.ignore if ignore is None else ignore,
     )
+
+
+def _refuse_dtypes(student: nn.Module) -> None:
+    """Raise CompressorError where a parameter that is trained is not float32."""
+    for name, value in student.named_parameters():
+        if value.requires_grad and value.dtype != torch.float32:
+            why = "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
+            raise CompressorError(
+                f"{name} is {value.dtype}: {why}",
+                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+            )
 
 
 def _verify(masks: Mapping[str, Mask]) -> None:
