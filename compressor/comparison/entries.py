@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from compressor.recipe import Recipe
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
 from compressor.training.engine import choose_layers
-from compressor.training.pruner import Cost, Preset, Pruner, settings_of
+from compressor.training.pruner import Cost, Preset, Pruner, setting_names, settings_of
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
@@ -154,10 +153,11 @@ def _named(
 
 def _fitting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` without a pattern where the method has none."""
-    method = settings.get("method", Recipe().method)
-    if "pattern" not in settings or settings.get("pruner") is not None or not isinstance(method, str):
+    method, file = settings.get("method", Recipe().method), settings.get("pruner")
+    if "pattern" not in settings or not isinstance(method, str) or not isinstance(file, str | None):
         return dict(settings)
-    names = inspect.signature(registry.pruner_class(method)).parameters
+    cls = registry.pruner_class(method) if file is None else registry.pruner_class_from_file(file)
+    names = setting_names(cls)
     return {key: value for key, value in settings.items() if key != "pattern" or "pattern" in names}
 
 
