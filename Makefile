@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test lint test-nni
+.PHONY: demo test lint schema test-nni
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
@@ -20,6 +20,11 @@ lint: $(STAMP)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
 	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# The JSON schema of report.json, from the types that it is read and written by.
+schema: $(STAMP)
+	$(BIN)/python -c "from compressor.report.compared import schema_text; print(schema_text(), end='')" > .schema.json
+	mv .schema.json compressor/report/schema.json
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 import torch
-from compressor.model_zoo.uvit.sizes import digits
-from compressor.plugins.sparsedm import SparseDM
 from torch import Tensor
 
 from compressor import Pattern, parse
 from compressor.environment import environment
-from compressor.training.engine import choose_layers
+from compressor.model_zoo.uvit.sizes import digits
+from compressor.plugins.sparsedm import SparseDM
+from compressor.training.engine import chosen
 
 PATTERNS = ("2:2:4", "2c:2:4", "4:2:4", "4c:2:4", "8:2:4", "8c:2:4")
 
@@ -33,8 +33,7 @@ def energy(weights: Sequence[Tensor], pattern: Pattern) -> float:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "clustering.json")
 def main(out: Path) -> None:
-    chosen = choose_layers(digits().load(None), SparseDM(), digits(), None, None)
-    weights = [layer.weight.detach() for layer in chosen if layer.reason is None]
+    weights = [layer.weight.detach() for layer in chosen(digits().load(None), SparseDM(), digits())]
     gaussian = [torch.randn(2048, 512, generator=torch.Generator().manual_seed(0))]
     result = {
         **environment(),

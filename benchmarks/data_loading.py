@@ -19,14 +19,14 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from compressor.model_zoo.uvit.adapter import UViTAdapter
-from compressor.model_zoo.uvit.sizes import DIGITS_CONFIG, cifar10
-from compressor.plugins.sparsedm import SparseDM
 from PIL import Image
 
 from compressor import FineTuning, Samples, SampleSet, Training, read_data
 from compressor.data.batches import Batches
 from compressor.environment import environment
+from compressor.model_zoo.uvit.adapter import UViTAdapter
+from compressor.model_zoo.uvit.sizes import DIGITS_CONFIG, cifar10
+from compressor.plugins.sparsedm import SparseDM
 
 SHAPE = (3, 32, 32)
 

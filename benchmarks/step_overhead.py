@@ -15,14 +15,14 @@ from statistics import median
 
 import click
 import torch
-from compressor.model_zoo.digits import images
-from compressor.model_zoo.uvit.sizes import digits
-from compressor.plugins.dense import DenseContinued
-from compressor.plugins.sparsedm import SparseDM
 from torch import Tensor
 
 from compressor import FineTuning, Training, parse
 from compressor.environment import environment
+from compressor.model_zoo.digits import images
+from compressor.model_zoo.uvit.sizes import digits
+from compressor.plugins.dense import DenseContinued
+from compressor.plugins.sparsedm import SparseDM
 
 
 def argsort_mask(score: Tensor) -> Tensor:

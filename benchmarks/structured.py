@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 import torch
-from compressor.plugins.structured import Structured
 
 import compressor
 from compressor import registry
@@ -23,6 +22,7 @@ from compressor.cost.macs import layer_macs
 from compressor.cost.timing import interleaved, median_ms
 from compressor.data.batches import as_batches
 from compressor.environment import environment
+from compressor.plugins.structured import Structured
 
 MODELS = {"uvit-cifar10": 4, "ddpm-cifar10": 4, "uvit-digits": 16, "ddpm-digits": 16}
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from compressor.comparison.statistics import summary
+from compressor.report.compared import Summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,7 +98,7 @@ def clustering(result: dict[str, Any], compared: dict[str, Any]) -> str:
     tuned = {entry["pattern"]: entry for entry in compared["entries"] if entry["settings"] == {}}
     for pattern, kept in result["energy_kept"].items():
         found = tuned[pattern]["quality"] if pattern in tuned else None
-        value = "—" if found is None else f"{found['mean']:.2f} [{_range(found['ci95'])}]"
+        value = "—" if found is None else f"{found.mean:.2f} [{_range(found.ci95)}]"
         gaussian = result["energy_kept_gaussian_2048x512"][pattern]
         lines.append(f"| {pattern} | {kept:.3f} | {gaussian:.3f} | {value} | {found['n'] if found else '—'} |")
     steps, machine = compared["entries"][0]["recipe_train"]["steps"], compared["environment"]
@@ -206,15 +207,15 @@ def effects(result: dict[str, Any], questions: Sequence[tuple[str, str, str]] = 
     )
 
 
-def _signed(found: dict[str, Any], form: str) -> str:
-    interval = "" if found["ci95"] is None else f" [{found['ci95'][0]:{form}}, {found['ci95'][1]:{form}}]"
-    return f"{found['mean']:{form}}{interval}"
+def _signed(found: Summary, form: str) -> str:
+    interval = "" if found.ci95 is None else f" [{found.ci95[0]:{form}}, {found.ci95[1]:{form}}]"
+    return f"{found.mean:{form}}{interval}"
 
 
-def _said(found: dict[str, Any]) -> str:
-    if found["ci95"] is None:
+def _said(found: Summary) -> str:
+    if found.ci95 is None:
         return "one seed"
-    low, high = found["ci95"]
+    low, high = found.ci95
     return "helps" if high < 0 else "hurts" if low > 0 else "not told apart"
 
 
@@ -227,17 +228,17 @@ def gap(result: dict[str, Any]) -> str:
     errors = summary([drift["paper"][seed] - drift["best"][seed] for seed in seeds])
     dense = result["dense"]["quality"][0]["value"]
     whole = mean(values["paper"].values()) - dense
-    low, high = found["ci95"]
+    low, high = found.ci95
     steps, paper = result["entries"][0]["recipe_train"]["steps"], mean(values["paper"].values())
     later = ""
     if len(seeds) > 5:  # added after the first five were looked at
         rest = summary([values["paper"][seed] - values["best"][seed] for seed in seeds[5:]])
-        later = f" Seeds {seeds[5]} to {seeds[-1]} alone: by {rest['mean']:.2f} [{rest['ci95'][0]:.2f}, {rest['ci95'][1]:.2f}]."
+        later = f" Seeds {seeds[5]} to {seeds[-1]} alone: by {rest.mean:.2f} [{rest.ci95[0]:.2f}, {rest.ci95[1]:.2f}]."
     return (
         f"`{result['model']}`, {len(seeds)} seeds, {steps} steps: `paper` {paper:.2f}, `best` {mean(values['best'].values()):.2f}, "
-        f"dense {dense:.2f}. `best` is better by {found['mean']:.2f} [{low:.2f}, {high:.2f}], which is "
-        f"{found['mean'] / whole:.0%} [{low / whole:.0%}, {high / whole:.0%}] of the gap.{later} Its prediction error is lower by "
-        f"{errors['mean']:.3%} [{errors['ci95'][0]:.3%}, {errors['ci95'][1]:.3%}] of {mean(drift['paper'].values()):.3%}."
+        f"dense {dense:.2f}. `best` is better by {found.mean:.2f} [{low:.2f}, {high:.2f}], which is "
+        f"{found.mean / whole:.0%} [{low / whole:.0%}, {high / whole:.0%}] of the gap.{later} Its prediction error is lower by "
+        f"{errors.mean:.3%} [{errors.ci95[0]:.3%}, {errors.ci95[1]:.3%}] of {mean(drift['paper'].values()):.3%}."
     )
 
 
@@ -255,7 +256,7 @@ def by_steps(result: dict[str, Any]) -> str:
         cells = []
         for count in counts:
             found = summary([cell["value"] if count == usual else cell["by_steps"][count] for cell in entry["cells"]])
-            cells.append(f"{found['mean']:.2f} [{_range(found['ci95'])}]")
+            cells.append(f"{found.mean:.2f} [{_range(found.ci95)}]")
         lines.append(f"| {entry['label']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"`{result['model']}`, {result['sampler']}, n = {len(result['seeds'])}."])
 

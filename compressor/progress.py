@@ -7,9 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: `done` of `total` units of `stage`; `note` is what there is to say about it."""
+    """Where a run is: `done` of `total` units of `stage`; `note` is what there is to say about it.
+
+    `seconds` is how long the whole stage is expected to take, None where nobody knows.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
+    seconds: float | None = None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 40 s, 3 min 20 s, 2 h 5 min."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -26,7 +26,7 @@ from compressor.data.batches import as_batches
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 from compressor.sparsity.pattern import Mask
-from compressor.training.engine import FineTuning, Result, choose_layers, prune, steps
+from compressor.training.engine import FineTuning, Result, chosen, prune, steps
 from compressor.training.pruner import Pruner, settings_of
 from compressor.training.settings import Training
 
@@ -147,8 +147,8 @@ class _Trial:
 
     def weights(self) -> dict[str, Tensor]:
         """The dense weights that the pruner is asked about, under this family's rules."""
-        layers = choose_layers(self.model, self.pruner, self.adapter, None, None)
-        return {layer.name: layer.weight.detach().clone() for layer in layers if layer.reason is None}
+        layers = chosen(self.model, self.pruner, self.adapter)
+        return {layer.name: layer.weight.detach().clone() for layer in layers}
 
 
 def _rows(batch: Any, rows: slice) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compressor.errors import UsageError, did_you_mean
-from compressor.recipe import SECTIONS, Recipe
+from compressor import files
+from compressor.errors import CompressorError, UsageError, did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -19,23 +20,43 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
         return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        path = _path(first["loc"])
         if first["type"] == "extra_forbidden":
-            names = model.model_fields
+            inner: type[BaseModel] | None = model
             for part in first["loc"][:-1]:
-                annotation = names[str(part)].annotation
-                names = (
-                    annotation.model_fields
-                    if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-                    else {}
-                )
-            everywhere = list(names) + (
-                [f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields] if model is Recipe else []
-            )
-            hint = did_you_mean(str(first["loc"][-1]), names if len(first["loc"]) > 1 else everywhere)
-            raise UsageError(f"{where}: unknown setting {path!r}", hint) from error
+                inner = _section(inner, str(part)) if inner is not None else None
+            names = list(inner.model_fields) if inner is not None else []
+            if len(first["loc"]) == 1:  # a setting of a section may be named without it
+                sections = {name: section for name in names if (section := _section(model, name)) is not None}
+                names += [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+            raise UsageError(
+                f"{where}: unknown setting {path!r}", did_you_mean(str(first["loc"][-1]), names)
+            ) from error
         found = repr(first["input"])
         raise UsageError(
             f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}",
             "docs/recipe.md says what each setting allows.",
         ) from error
+
+
+def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
+    """The JSON file at `path` as a `model`. Raises CompressorError, with the field at fault, where it is not `what` it should be."""
+    values = files.read_json(path)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:80]}"
+        raise CompressorError(
+            f"{path}: not {what}: {_path(first['loc'])}: {first['msg'].lower()}{found}", hint
+        ) from error
+
+
+def _path(parts: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in parts)
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model that the field `name` of `model` holds; None where it holds something else."""
+    annotation = model.model_fields[name].annotation if name in model.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     the model's. A prefix on every key that DataParallel (`module.`) or torch.compile (`_orig_mod.`) left is dropped.
     """
     path = Path(path)
+    state = _tensors(path, mapped=False)
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise CompressorError(
+                f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
+            )
+    return dict(state)
+
+
+def read_outline(path: str | Path) -> dict[str, Tensor]:
+    """What `read_weights` would give, without the values: tensors on the meta device, which have names, shapes and dtypes.
+
+    For looking at what a file is of before it is read. Raises CompressorError as `read_weights` does.
+    """
+    return {name: value.to("meta") for name, value in _tensors(Path(path), mapped=True).items()}
+
+
+def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
+    """The tensors in a file by their names without prefixes; `mapped`: their values stay on the disk where that can be."""
     if not path.is_file():
         raise CompressorError(f"{path}: no such file", "Give the path of a .safetensors or .pth file.")
     state: Any
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
+            state = load_file(path)  # which maps the file
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # the format before torch 1.6, which is no zip file, cannot be mapped
+            mapped = mapped and zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise CompressorError(
             f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete."
@@ -58,11 +80,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CompressorError(f"{path}: not a state dict of tensors, found {found}", "Save model.state_dict() alone.")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), ""):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CompressorError(
-                f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
-            )
     return dict(state)
 
 

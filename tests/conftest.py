@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,54 @@ def tiny_model(seed: int = 0) -> nn.Sequential:
     """Two linear layers, 16 -> 32 -> 16."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+
+
+class Clock:
+    """Time that passes only where a test lets it: what is measured by it does not depend on what else the machine does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-4  # no call takes no time
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock by which latencies are measured during this test."""
+    clock = Clock()
+    monkeypatch.setattr("compressor.cost.timing.time", clock)
+    return clock
+
+
+@pytest.fixture
+def at_once() -> Callable[[], AbstractContextManager[None]]:
+    """`with at_once():` fails where what is inside waits for something, or works for 20 seconds of processor time; however
+    busy the machine is otherwise."""
+
+    def refused(*_: object) -> None:
+        raise AssertionError("this should have been over at once")
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        before = signal.signal(signal.SIGPROF, refused) if hasattr(signal, "SIGPROF") else None
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("time.sleep", "socket.getaddrinfo", "socket.socket.connect"):
+                patch.setattr(name, refused)
+            if hasattr(signal, "SIGPROF"):
+                signal.setitimer(signal.ITIMER_PROF, 20)
+            try:
+                yield
+            finally:
+                if hasattr(signal, "SIGPROF"):
+                    signal.setitimer(signal.ITIMER_PROF, 0)
+                    signal.signal(signal.SIGPROF, before)
+
+    return held
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from torch import nn
 import compressor
 from compressor import NM, files, saving
 from compressor.errors import CompressorError
-from compressor.saving import model as saved_files
 
 
 def pruned(model):
@@ -46,12 +45,12 @@ only_plain = pytest.mark.parametrize("folder", [False], ids=["plain"], indirect=
 
 def forge(folder):
     """Write the manifest that an honest writer of these very files would have written."""
-    files = {
+    entries = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": path.stat().st_size}
         for path in folder.iterdir()
         if path.name != files.MANIFEST
     }
-    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": entries}))
 
 
 def contents(folder):
@@ -123,7 +122,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(("method", "call"), [("rename", 0), ("rename", 1), *(("sync", n) for n in range(4))])
 def test_a_crash_and_a_full_disk_after_it_lose_nothing(tmp_path, monkeypatch, method, call):
     files.commit(tmp_path / "target", written("old"))
-    home = Path if method == "rename" else saved_files
+    home = Path if method == "rename" else files
     original, calls = getattr(home, method), []
 
     def dies(*arguments):

@@ -307,12 +307,12 @@ def test_overwrite_keeps_folders_that_are_no_runs(cli, here, folder):
 
 
 def test_without_out_each_run_gets_a_directory_of_its_own(here):
-    from compressor.cli import _free_directory
+    from compressor.cli.run import free_directory
 
     base = here / "runs" / "uvit-digits-sparsedm"
-    assert _free_directory(base) == base
+    assert free_directory(base) == base
     base.mkdir(parents=True)
-    assert _free_directory(base).name == "uvit-digits-sparsedm-2"
+    assert free_directory(base).name == "uvit-digits-sparsedm-2"
 
 
 def test_the_way_out_can_be_pasted_into_a_shell(cli, here):

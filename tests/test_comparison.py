@@ -26,6 +26,8 @@ from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
 from compressor.quality.similarity import ssim
+from compressor.report import schema
+from compressor.report.compared import ComparisonReport, Summary
 from compressor.runs.directory import locked
 
 TINY = (
@@ -316,25 +318,27 @@ def test_entries_with_fewer_seeds_or_without_chance_are_said_to_be(compared):
     report = report_of(compared[0])
     report["seeds"] = [0, 1, 2]
     for entry in report["entries"]:
-        entry["cells"] = [{**entry["cells"][0], "weights_sha256": str(seed)} for seed in report["seeds"]]
+        entry["cells"] = [{**entry["cells"][0], "weights_sha256": f"{seed:064}"} for seed in report["seeds"]]
         entry["quality"]["n"] = 3
-    assert not re.search("Every seed gives|Not every seed", " ".join(words.limitations(report)))
+    said = " ".join(words.limitations(ComparisonReport.model_validate(report)))
+    assert not re.search("Every seed gives|Not every seed", said)
     first, last = report["entries"][0], report["entries"][-1]
     first["cells"], first["quality"] = first["cells"][:1], {"mean": -1.0, "ci95": None, "n": 1}
     for cell in last["cells"]:
-        cell["weights_sha256"] = "0"
-    found = " ".join(words.limitations(report))
+        cell["weights_sha256"] = "0" * 64
+    found = " ".join(words.limitations(ComparisonReport.model_validate(report)))
     assert f"Not every seed is there of {first['label']}:" in found
     assert f"Every seed gives the same weights with {last['label']}:" in found
     first["macs_effective"] = 1  # a pruned one, of the lowest score
-    assert ", over 1 seed;" in words.headline(report)
-    assert any(cell.endswith(", n = 1") for _, _, cells in words.rows(report) for cell in cells)
+    typed = ComparisonReport.model_validate(report)
+    assert ", over 1 seed;" in words.headline(typed)
+    assert any(cell.endswith(", n = 1") for _, _, cells in words.rows(typed) for cell in cells)
 
 
 def test_seeds_that_make_no_difference_give_no_interval():
-    assert summary([2.0, 2.0, 2.0]) == {"mean": 2.0, "ci95": None, "n": 3}
+    assert summary([2.0, 2.0, 2.0]) == Summary(mean=2.0, ci95=None, n=3)
     (pair,) = differences({"a": {0: 1.0, 1: 1.0}, "b": {0: 2.0, 1: 2.0}})
-    assert pair["significant"] is None
+    assert pair.significant is None
 
 
 def test_two_labels_never_share_a_folder(cli, tmp_path):
@@ -431,15 +435,15 @@ def test_quantiles_near_one():
 def test_intervals_cover_the_mean_as_often_as_they_say():
     rng = torch.Generator().manual_seed(0)
     draws = torch.randn(2000, 3, generator=rng, dtype=torch.float64).tolist()
-    covered = sum(low <= 0 <= high for low, high in (summary(values)["ci95"] for values in draws))
+    covered = sum(low <= 0 <= high for low, high in (summary(values).ci95 for values in draws))
     assert 0.93 < covered / 2000 < 0.97
 
 
 def test_differences_are_paired_by_seed():
     found = differences({"a": {0: 1.0, 1: 11.0, 2: 5.0}, "b": {0: 2.0, 1: 12.1, 2: 6.05, 3: 0.0}, "c": {9: 1.0}})
-    assert [(pair["a"], pair["b"], pair["n"]) for pair in found] == [("a", "b", 3)]
-    assert found[0]["mean"] == pytest.approx(-1.05) and found[0]["significant"] is True
-    assert differences({"a": {0: 1.0}, "b": {0: 2.0}})[0]["significant"] is None
+    assert [(pair.a, pair.b, pair.n) for pair in found] == [("a", "b", 3)]
+    assert found[0].mean == pytest.approx(-1.05) and found[0].significant is True
+    assert differences({"a": {0: 1.0}, "b": {0: 2.0}})[0].significant is None
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 16, 16), (2, 3, 32, 24)])
@@ -453,13 +457,12 @@ def test_similarity_is_what_torchmetrics_has(shape):
     torch.testing.assert_close(ssim(a, a), torch.ones(shape[0], dtype=torch.float64))
 
 
-def test_the_rows_are_those_of_a_run(compared):
-    from compressor.report import schema
-
+def test_the_report_obeys_the_schema_and_its_rows_are_those_of_a_run(compared):
     report, described = report_of(compared[0]), schema()
+    jsonschema.validate(report, described)
     for row in (entry["one_shot"] for entry in report["entries"]):
-        plain = {
-            **row,
-            "drift": [{k: v for k, v in d.items() if k != "by_time"} for d in row["drift"] if d["metric"] != "ssim"],
+        jsonschema.validate(row, {**described["$defs"]["Row"], "$defs": described["$defs"]})
+        assert any("by_time" in drift for drift in row["drift"]) and "ssim" in {
+            drift["metric"] for drift in row["drift"]
         }
-        jsonschema.validate(plain, {**described["$defs"]["row"], "$defs": described["$defs"]})
+    assert ComparisonReport.model_validate(report).as_json() == report

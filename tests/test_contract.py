@@ -24,9 +24,8 @@ def test_every_registered_pruner_keeps_its_promises(method):
 def test_magnitude_chooses_what_torch_does(n, m, model):
     import warnings
 
-    from compressor.plugins.magnitude import Magnitude
-
     from compressor import NM
+    from compressor.plugins.magnitude import Magnitude
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is on its way out

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compressor.plugins.magnitude import Magnitude
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from compressor import Adapter, CompressorError, prune
 from compressor.data.batches import Samples, as_batches
 from compressor.data.reading import read_data
 from compressor.data.sets import Images, Records
+from compressor.plugins.magnitude import Magnitude
 from compressor.seeds import generator
 
 SIZES = st.integers(1, 40)

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from compressor.plugins.depth import Depth, find_blocks
 from torch import nn
 
 import compressor
@@ -15,6 +14,7 @@ from compressor.adapter import with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import as_batches
 from compressor.files import read_json
+from compressor.plugins.depth import Depth, find_blocks
 from compressor.sparsity.surgery import Bypass
 from compressor.testing import families
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from compressor.plugins.dense import DenseContinued
-from compressor.plugins.magnitude import Magnitude
-from compressor.plugins.sparsedm import SparseDM
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import compressor
 from compressor import NM, Adapter, CompressorError, FineTuning, Mask, Pruner, Training
 from compressor.errors import UsageError
+from compressor.plugins.dense import DenseContinued
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.sparsedm import SparseDM
 from compressor.saving.state import load_state, save_state
 from compressor.seeds import generator
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, Adapter, CompressorError, registry
 from compressor.errors import GateError, UsageError
-from compressor.export import graph as onnx_graph
-from compressor.export import onnx as exports
 from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
+from compressor.export.onnx import graph as onnx_graph
+from compressor.export.onnx import onnx as exports
 from compressor.lower.units import pattern_of
 from compressor.weights import state_sha256, weights_sha256
 
@@ -231,11 +231,127 @@ def test_zeros_that_are_lost_are_noticed_even_where_no_answer_changes(small, tmp
 # --- int8. ---
 
 
-def test_int8_is_smaller_keeps_the_zeros_and_states_its_error(small, tmp_path):
+@pytest.fixture(scope="module")
+def in_int8(digits, tmp_path_factory):
+    adapter, model, patterns = digits
+    return export_onnx(model, adapter, tmp_path_factory.mktemp("int8") / "model.onnx", int8=True, patterns=patterns)
+
+
+def integer_weights(path) -> dict[str, np.ndarray]:
+    """The weights of every operator of an ONNX file that multiplies whole numbers, (in, out), by the operator's name."""
+    graph, arrays = onnx.load(path).graph, constants(path)
+    found = {}
+    for node in graph.node:
+        if "Integer" in node.op_type or node.op_type.startswith(("QLinear", "QGemm", "DynamicQuantizeM")):
+            given = [arrays[name] for name in node.input if name in arrays]
+            (weight,) = (array for array in given if array.dtype in (np.int8, np.uint8) and array.ndim >= 2)
+            assert weight.ndim == 2, f"{node.op_type}: this test knows the order of a product's channels alone"
+            found[node.name] = weight
+    return found
+
+
+def as_without_vnni(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x (n, in) of uint8 times weight (in, out) of int8 as vpmaddubsw computes it: pairs are added in 16 bits, and cut off."""
+    products = x.astype(np.int32)[:, :, None] * weight.astype(np.int32)[None]
+    pairs = products[:, 0::2] + np.pad(products[:, 1::2], ((0, 0), (0, x.shape[1] % 2), (0, 0)))
+    return np.clip(pairs, -(2**15), 2**15 - 1).sum(1)
+
+
+def saturates(weight: np.ndarray) -> bool:
+    """Whether the inputs that are worst for some column of the weight are multiplied otherwise than in whole numbers."""
+    worst = 255 * np.concatenate([weight.T > 0, weight.T < 0]).astype(np.uint8)
+    return not np.array_equal(as_without_vnni(worst, weight), worst.astype(np.int32) @ weight.astype(np.int32))
+
+
+def test_no_product_of_an_int8_file_can_saturate_on_any_processor(small, tmp_path, in_int8):
+    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    for file, products in ((done, 2), (in_int8, 23)):
+        weights = integer_weights(file.path)
+        assert len(weights) == products == file.parity.integer_products
+        for name, weight in weights.items():
+            assert weight.dtype == np.int8, name
+            assert 255 * 2 * np.abs(weight.astype(np.int32)).max() < 2**15, name  # whichever two are added
+            assert not saturates(weight), name
+    whole = weight.astype(np.int32) * 2 - 1  # the eighth bit back again: this test can fail
+    assert saturates(np.clip(whole, -127, 127).astype(np.int8))
+
+
+def test_weights_that_could_saturate_are_not_kept(small, tmp_path, monkeypatch):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    whole = quantization.quantize_dynamic
+    monkeypatch.setattr(quantization, "quantize_dynamic", lambda *a, **k: whole(*a, **{**k, "reduce_range": False}))
+    with pytest.raises(GateError, match="int8 weights up to 127, more than 64"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_int8_is_exact_whole_number_arithmetic_on_this_processor(digits, in_int8, batch):
+    graph, arrays = onnx.load(in_int8.path), constants(in_int8.path)
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    products = [(n, makers[n.input[0]]) for n in graph.graph.node if n.op_type == "MatMulInteger"]
+    scaled = {n.input[0]: n for n in graph.graph.node if n.op_type == "Mul"}
+    casts = {n.input[0]: n.output[0] for n in graph.graph.node if n.op_type == "Cast"}
+    ends = [scaled[casts[node.output[0]]] for node, _ in products]
+    names = {maker.input[0] for _, maker in products} | {end.output[0] for end in ends}
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
+    inputs = random_inputs(digits[0].example_inputs(batch), 0, torch.Generator().manual_seed(batch))
+    values = {name: value.numpy() for name, value in OnnxRunner(graph.SerializeToString()).outputs(inputs).items()}
+    for (node, maker), end in zip(products, ends, strict=True):
+        x, scale = values[maker.input[0]], arrays[makers[end.input[1]].input[1]]
+        # As DynamicQuantizeLinear defines it: 0 is in the range, and is a whole number.
+        low, high = np.minimum(x.min(), np.float32(0)), np.maximum(x.max(), np.float32(0))
+        step = np.float32((high - low) / np.float32(255))
+        zero = np.clip(np.rint(-low / step), 0, 255).astype(np.int32)
+        levels = np.clip(np.rint(x / step).astype(np.int32) + zero, 0, 255)
+        sums = (levels - zero) @ (arrays[node.input[1]].astype(np.int32) - arrays[node.input[3]].astype(np.int32))
+        wanted = sums.astype(np.float32) * (step * scale)
+        assert np.abs(values[end.output[0]] - wanted).max() <= 1e-5 * wanted.std(), node.name
+
+
+def test_a_processor_that_multiplies_otherwise_is_noticed(small, tmp_path, monkeypatch):
+    right = onnx_graph.IntegerProduct.of
+    monkeypatch.setattr(onnx_graph.IntegerProduct, "of", lambda self, x: 1.001 * right(self, x))
+    with pytest.raises(GateError, match="from the product in whole numbers"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_states_what_int8_costs(in_int8):
+    parity = in_int8.parity
+    assert parity.bounded == "rms_error" and parity.tolerance == exports.INT8_TOLERANCE
+    # Measured: 0.06 to 0.26 over both bundled models, dense and pruned; four times the cost would be another fault.
+    assert 0.01 < parity.rms_error < 0.3 and parity.rms_error < parity.max_error
+    assert parity.integer_error is not None and parity.integer_error <= exports.TOLERANCE
+    lines = "\n".join(in_int8.lines())
+    assert f"int8's cost: {parity.rms_error:.1e} standard deviations" in lines
+    assert "int8's arithmetic: 23 products" in lines
+
+
+def test_what_int8_would_ruin_is_not_kept(small, tmp_path):
+    with torch.no_grad():
+        small.fc1.weight[0, :] *= 1e5  # one hidden channel far larger than all others, and multiplied by nothing
+        small.fc2.weight[:, 0] = 0
+    with pytest.raises(GateError, match="int8 costs this model too much") as caught:
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    assert "root mean square" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_that_would_change_nothing_is_refused(tmp_path):
+    class Scale(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return x * t[:, None, None]
+
+    with pytest.raises(CompressorError, match="no matrix product"):
+        export_onnx(Scale(), FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_is_smaller_and_keeps_the_zeros(small, tmp_path):
     plain = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
     done = export_onnx(small, FeedforwardAdapter(), tmp_path / "b.onnx", int8=True)
-    assert 1e-4 < done.parity.rms_error < 0.1 < done.parity.tolerance
-    assert done.parity.rms_error < done.parity.max_error
+    assert 1e-4 < done.parity.rms_error < 0.05  # of two layers: measured 0.015
     before, after = constants(plain.path), constants(done.path)
     quantized = {name for name in before if f"{name}_quantized" in after}
     assert len(quantized) == 2
@@ -354,7 +470,8 @@ def test_the_command_prints_json(cli, saved, tmp_path):
     found = json.loads(outcome.out)
     assert (found["path"], found["form"], found["int8"]) == (str(tmp_path / "it.onnx"), "dense", True)
     assert found["size_bytes"] == (tmp_path / "it.onnx").stat().st_size < found["dense_size_bytes"] / 3
-    assert found["parity"]["max_error"] <= found["parity"]["tolerance"]
+    assert found["parity"]["bounded"] == "rms_error"
+    assert found["parity"]["rms_error"] <= found["parity"]["tolerance"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor import registry
 from compressor.data.sets import Images
 from compressor.errors import UsageError
-from compressor.quality import features as reference
+from compressor.quality import features as kept_features
 from compressor.quality import fidelity
 from compressor.quality.evaluate import qualities, quality
 from compressor.quality.features import real_features, real_spatial
@@ -200,7 +200,7 @@ def test_fd_digits_is_what_torchmetrics_finds_with_the_same_classifier() -> None
     data = registry.images("digits")
     theirs.update(data.images(torch.arange(len(data))), real=True)  # type: ignore[attr-defined]
     theirs.update(images, real=False)
-    value = quality(metric, images, reference.gaussian, Evaluation(bootstrap=0))["value"]
+    value = quality(metric, images, reference.gaussian, Evaluation(bootstrap=0)).value
     assert value == pytest.approx(float(theirs.compute()), rel=1e-5)
 
 
@@ -208,16 +208,16 @@ def test_a_row_has_the_distance_first_and_then_every_measure() -> None:
     metric, images, reference = digits_and_samples()
     found = qualities(metric, images, reference, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
     measures = ("kid", "precision", "recall", "density", "coverage", "sfd")
-    assert [entry["metric"] for entry in found] == ["fd-digits", *(f"{name}-digits" for name in measures)]
-    assert {(entry["samples"], entry["sampler_steps"], entry["seed"]) for entry in found} == {(300, 7, 3)}
+    assert [entry.metric for entry in found] == ["fd-digits", *(f"{name}-digits" for name in measures)]
+    assert {(entry.samples, entry.sampler_steps, entry.seed) for entry in found} == {(300, 7, 3)}
     assert found[0] == quality(metric, images, reference.gaussian, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
-    values = {entry["metric"]: entry for entry in found}
-    low, high = values["kid-digits"]["ci95"]
-    assert low < values["kid-digits"]["value"] < high
+    values = {entry.metric: entry for entry in found}
+    interval = values["kid-digits"].ci95
+    assert interval is not None and interval[0] < values["kid-digits"].value < interval[1]
     real, fake = reference.features, metric.features(images).double()
-    assert values["recall-digits"]["value"] == ours(real, fake, 3)["recall"]
-    assert values["coverage-digits"]["value"] == ours(real, fake, 5)["coverage"]
-    assert values["sfd-digits"]["value"] > 0
+    assert values["recall-digits"].value == ours(real, fake, 3)["recall"]
+    assert values["coverage-digits"].value == ours(real, fake, 5)["coverage"]
+    assert values["sfd-digits"].value > 0
 
 
 @pytest.mark.parametrize("wanted", [[], ["recall"], ["sfd", "kid"]])
@@ -225,8 +225,8 @@ def test_only_the_measures_that_are_asked_for_are_taken(wanted: list[str]) -> No
     images, features = draw(20, 4, seed=0).view(20, 1, 2, 2), draw(30, 4, seed=1)
     choice = validated(Evaluation, {"bootstrap": 0, "measures": wanted}, "here")
     found = qualities(Flat(), images, Reference.of(features, None, 0), choice)
-    assert [entry["metric"] for entry in found] == ["flat", *(f"{name}-flat" for name in wanted if name != "sfd")]
-    assert all(entry["ci95"] is None for entry in found)
+    assert [entry.metric for entry in found] == ["flat", *(f"{name}-flat" for name in wanted if name != "sfd")]
+    assert all(entry.ci95 is None for entry in found)
 
 
 def test_an_unknown_measure_is_refused_with_those_that_exist() -> None:
@@ -261,7 +261,7 @@ def test_of_many_samples_as_many_as_the_limit_are_drawn(monkeypatch: pytest.Monk
     assert torch.equal(fidelity.drawn(features, 0, "real"), reference.features)
     assert not torch.equal(fidelity.drawn(features, 1, "real"), reference.features)
     found = fidelity.measures(Flat(), draw(25, 4, seed=3), draw(25, 2, seed=4), reference, Evaluation())
-    assert {entry["metric"]: entry["samples"] for entry in found} == {
+    assert {entry.metric: entry.samples for entry in found} == {
         **{f"{name}-flat": 10 for name in ("kid", "precision", "recall", "density", "coverage")},
         "sfd-flat": 25,
     }
@@ -285,7 +285,7 @@ class Counting(Flat):
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache, in which everything is kept, however fast it was."""
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reference, "WORTH_SECONDS", -1.0)
+    monkeypatch.setattr(kept_features, "WORTH_SECONDS", -1.0)
     return tmp_path / "cache" / "compressor" / "features"
 
 
@@ -296,7 +296,7 @@ def pictures(seed: int = 0) -> Images:
 def asked(metric: Counting, data: Images, kind: str = "features") -> tuple[int, Tensor]:
     """How often the extractor ran, and what was found."""
     before = metric.asked
-    found = reference.remembered(kind, metric, data, real_features)
+    found = kept_features.remembered(kind, metric, data, real_features)
     return metric.asked - before, found
 
 
@@ -319,7 +319,7 @@ def test_other_data_extractors_kinds_and_versions_are_not_mistaken(kept: Path, m
     asked(Counting(), pictures())
     assert asked(Counting(), pictures(1))[0] == asked(Other(), pictures())[0] == asked(Renamed(), pictures())[0] == 1
     assert asked(Counting(), pictures(), "spatial")[0] == 1
-    monkeypatch.setattr(reference, "VERSION", reference.VERSION + 1)
+    monkeypatch.setattr(kept_features, "VERSION", kept_features.VERSION + 1)
     assert asked(Counting(), pictures())[0] == 1
     assert len(list(kept.iterdir())) == 6
 
@@ -354,23 +354,23 @@ def test_a_cache_that_cannot_be_used_is_no_error(kept: Path, spoil: str, monkeyp
         kept.parent.mkdir(parents=True)
         kept.write_text("a file")
     elif spoil == "folder for a file":
-        reference.cache_path("features", metric, pictures()).mkdir(parents=True)
+        kept_features.cache_path("features", metric, pictures()).mkdir(parents=True)
     else:
 
         def refuse(*arguments: object) -> None:
             raise PermissionError("read-only")
 
-        monkeypatch.setattr(reference, "save_file", refuse)
+        monkeypatch.setattr(kept_features, "save_file", refuse)
     assert [asked(metric, pictures())[0] for _ in range(2)] == [1, 1]
     assert not list(kept.glob(".partial-*") if kept.is_dir() else [])
 
 
 def test_what_is_computed_quickly_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "WORTH_SECONDS", 60.0)
+    monkeypatch.setattr(kept_features, "WORTH_SECONDS", 60.0)
     assert [asked(Counting(), pictures())[0] for _ in range(2)] == [1, 1] and not kept.exists()
 
 
 def test_extractors_without_spatial_features_are_compared_without(kept: Path) -> None:
-    features, found = reference.compared_with(Counting(), pictures(), Evaluation())
+    features, found = kept_features.compared_with(Counting(), pictures(), Evaluation())
     assert found.spatial is None and torch.equal(features.double(), found.features)
-    assert torch.equal(features, reference.compared_with(Counting(), pictures(), Evaluation(measures=[]))[0])
+    assert torch.equal(features, kept_features.compared_with(Counting(), pictures(), Evaluation(measures=[]))[0])

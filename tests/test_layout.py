@@ -20,7 +20,8 @@ PACKAGES = {"compressor": "compressor", "plugins": "compressor.plugins", "model_
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "seeds", "progress"}),
-    frozenset({"environment", "files", "validation", "weights", "adapter", "discovery"}),
+    frozenset({"environment", "files", "weights", "adapter", "discovery"}),
+    frozenset({"validation"}),
     frozenset({"sparsity", "data", "report"}),
     frozenset({"training", "saving", "quality"}),
     frozenset({"cost", "recipe", "model_zoo", "calibration"}),  # `calibration` forwards, for documents of 0.1.0
@@ -28,7 +29,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"export", "registry"}),
     frozenset({"runs", "testing"}),
     frozenset({"comparison"}),
-    frozenset({"cli", "console"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 """From the ground up. Rooms of one floor do not import each other."""
 FRONT = "__init__"
@@ -37,18 +39,13 @@ FRONT = "__init__"
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_ROOMS = 400, 60, 30
 
 # What breaks a rule today. An entry that is no longer needed fails its test: take it out.
-UPWARD = {
-    ("validation", "recipe"): "the hint for a misspelt section knows the recipe's sections",
-    ("cli", "console"): "console becomes cli/tables",
-}
+UPWARD: dict[tuple[str, str], str] = {}
+"""Pairs of rooms, with the reason."""
 LONG_FILES = {
-    "compressor/cli.py": "becomes a folder",
     "compressor/lower/vnm.py": "is being split",
 }
 LONG_FUNCTIONS = {
-    ("compressor/comparison/words.py", "limitations"): "becomes typed",
     ("compressor/export/onnx.py", "export_onnx"): "is being mended",
-    ("compressor/runs/estimate.py", "planned_run"): "is being split",
 }
 CIRCLES: dict[frozenset[str], str] = {}
 """Modules that need each other, with the reason."""

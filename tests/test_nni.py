@@ -6,11 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from compressor.plugins.nni import NNI
 
 import compressor
 from compressor import CompressorError, Unstructured
 from compressor.files import read_json
+from compressor.plugins.nni import NNI
 from compressor.testing import check_pruner
 
 INSTALLED = importlib.util.find_spec("nni") is not None

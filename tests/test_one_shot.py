@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.plugins.magnitude import Magnitude
-from compressor.plugins.obs import OBS, packages, prune_layer
-from compressor.plugins.wanda import Wanda
 from torch import nn
 
 import compressor
 from compressor import CompressorError, registry
 from compressor.data.batches import as_batches
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.obs import OBS, packages, prune_layer
+from compressor.plugins.wanda import Wanda
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import NM

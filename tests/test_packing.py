@@ -280,12 +280,12 @@ def saved(tmp_path, model, masks, **options):
 
 def forge(folder):
     """Write the manifest that an honest writer of these very files would have written."""
-    files = {
+    entries = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         for name, data in ((path.name, path.read_bytes()) for path in folder.iterdir())
         if name != files.MANIFEST
     }
-    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    (folder / files.MANIFEST).write_text(json.dumps({"schema_version": 1, "files": entries}))
 
 
 def state_bits(model):
@@ -422,9 +422,9 @@ def test_eight_bit_floats_are_saved_packed(tmp_path):
 def test_the_reported_size_is_that_of_the_packed_file(tmp_path, model, adapter):
     for pattern in (NM(2, 4), NM(2, 4, 4), NM(4, 4)):
         masks = pruned(model, pattern)
-        found = costs(model, adapter, {name: str(mask.pattern) for name, mask in masks.items()})["size_bytes"]
+        found = costs(model, adapter, {name: str(mask.pattern) for name, mask in masks.items()}).size_bytes
         assert found == (saved(tmp_path, model, masks) / "model.safetensors").stat().st_size
-    assert costs(model, adapter, {})["size_bytes"] > costs(model, adapter, dict.fromkeys(masks, "2:4"))["size_bytes"]
+    assert costs(model, adapter, {}).size_bytes > costs(model, adapter, dict.fromkeys(masks, "2:4")).size_bytes
 
 
 # --- Files by others. ---
@@ -565,7 +565,7 @@ def test_a_truncated_file_is_refused(folder, length):
 
 def test_no_flipped_bit_is_read_as_something_else(tmp_path, monkeypatch):
     """With every hash made to agree: a file is refused, or holds exactly what `save` would write for what was read."""
-    original = saving.state_sha256
+    original = saved_files.state_sha256
     model = network(torch.float16)
     model_bits = state_bits(model)
     masks = pruned(model, NM(2, 4, 2))

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.model_zoo.uvit.sizes import cifar10
 from torch import Tensor, nn
 
 from compressor import NM, Adapter, CompressorError
 from compressor.cost.latency import latencies
 from compressor.cost.macs import costs, layer_macs
 from compressor.data.sets import Images
+from compressor.model_zoo.uvit.sizes import cifar10
 from compressor.quality.drift import prediction_error, predictions, sample_rmse
 from compressor.quality.evaluate import floor, quality, sample
 from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
+from compressor.report.content import Drift, Quality
 
 
 def draw(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -114,20 +115,20 @@ class Flat(Metric):
 def test_quality_says_what_was_measured() -> None:
     images, reference = draw(40, 4, seed=0).view(40, 1, 2, 2), gaussian(draw(40, 4, seed=1))
     entry = quality(Flat(), images, reference, Evaluation(bootstrap=5, sampler_steps=7, seed=3))
-    low, high = entry.pop("ci95")
+    assert entry.ci95 is not None
     value = frechet_distance(gaussian(images.flatten(1)), reference)
-    assert entry == {"metric": "flat", "value": value, "samples": 40, "sampler_steps": 7, "seed": 3}
-    assert low <= value <= high
-    assert quality(Flat(), images, reference, Evaluation(bootstrap=0))["ci95"] is None
+    assert entry == Quality(metric="flat", value=value, ci95=entry.ci95, samples=40, sampler_steps=7, seed=3)
+    assert entry.ci95[0] <= value <= entry.ci95[1]
+    assert quality(Flat(), images, reference, Evaluation(bootstrap=0)).ci95 is None
 
 
 def test_floor_compares_disjoint_halves() -> None:
     features = draw(101, 4, seed=0)
     entry = floor(features, Evaluation(bootstrap=0))
-    assert entry["samples"] == 50
-    assert 0 < entry["value"] < frechet_distance(gaussian(features), gaussian(features + 5))
+    assert entry.samples == 50
+    assert 0 < entry.value < frechet_distance(gaussian(features), gaussian(features + 5))
     # Two rows repeated: halves that shared rows, or were the same rows, would give zero.
-    assert floor(torch.eye(4, dtype=torch.float64), Evaluation(bootstrap=0))["value"] > 0.5
+    assert floor(torch.eye(4, dtype=torch.float64), Evaluation(bootstrap=0)).value > 0.5
 
 
 class Drawing(Adapter):
@@ -162,11 +163,12 @@ def test_drift_is_zero_for_the_same_weights_and_the_formula_for_others() -> None
     nn.init.constant_(scaled.weight, 0.9)
     settings, cpu = Evaluation(batch_size=7), torch.device("cpu")
     dense = predictions(Drawing(), nn.Identity(), data, settings, cpu)
-    assert prediction_error(predictions(Drawing(), nn.Identity(), data, settings, cpu), dense)["value"] == 0
+    assert prediction_error(predictions(Drawing(), nn.Identity(), data, settings, cpu), dense).value == 0
     entry = prediction_error(predictions(Drawing(), scaled, data, settings, cpu), dense)
-    assert entry == {"metric": "prediction_error", "value": pytest.approx(0.01, rel=1e-4), "samples": 20}
-    assert sample_rmse(torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2))["value"] == 1
-    assert sample_rmse(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, 1, 2, 2))["value"] == 0.5
+    assert entry == Drift(metric="prediction_error", value=entry.value, samples=20)
+    assert entry.value == pytest.approx(0.01, rel=1e-4)
+    assert sample_rmse(torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2)).value == 1
+    assert sample_rmse(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, 1, 2, 2)).value == 0.5
 
 
 # Cost
@@ -261,7 +263,7 @@ def test_costs_count_zeros_by_hand() -> None:
         model[0].weight.copy_(masks["0.weight"].apply(torch.ones(8, 4, 1, 1)))
         nn.init.ones_(model[1].weight)
         nn.init.zeros_(model[1].bias)
-    found = costs(model, Shaped(4, 3, 3), {"0.weight": "1:4"})
+    found = costs(model, Shaped(4, 3, 3), {"0.weight": "1:4"}).as_json()
     size = found.pop("size_bytes")
     assert found == {
         "density": 0.25,
@@ -276,11 +278,24 @@ def test_costs_count_zeros_by_hand() -> None:
 
 def test_costs_without_masks_are_dense(model: nn.Sequential, adapter: Adapter) -> None:
     found = costs(model, adapter, {})
-    assert found["density"] == 1 and found["macs_effective"] == found["macs_dense"] == 2 * 16 * 32
+    assert found.density == 1 and found.macs_effective == found.macs_dense == 2 * 16 * 32
 
 
-def test_latencies_are_relative_to_the_first(model: nn.Sequential, adapter: Adapter) -> None:
-    dense, other = latencies([model, nn.Sequential(*[nn.Linear(16, 16) for _ in range(60)])], adapter, 2, rounds=9)
+def test_latencies_are_relative_to_the_first(model: nn.Sequential, adapter: Adapter, clock: Any) -> None:
+    slower = nn.Sequential(nn.Linear(16, 16))
+    model.register_forward_hook(lambda *_: clock.passes(2e-3))
+    slower.register_forward_hook(lambda *_: clock.passes(8e-3))
+    dense, other = latencies([model, slower], adapter, 2, rounds=9)
     assert dense["speedup_vs_dense"] == 1 and (dense["batch"], dense["dtype"], dense["device"]) == (2, "float32", "cpu")
     assert other["speedup_vs_dense"] == pytest.approx(dense["median_ms"] / other["median_ms"])
-    assert other["speedup_vs_dense"] < 1 and other["iqr_ms"] >= 0
+    assert other["speedup_vs_dense"] == pytest.approx(0.25, rel=0.05) and other["iqr_ms"] == pytest.approx(0, abs=1e-6)
+    assert dense["median_ms"] == pytest.approx(2, rel=0.1)
+
+
+def test_latencies_are_relative_to_the_dense_one(model: nn.Sequential, adapter: Adapter) -> None:
+    deep = nn.Sequential(*[nn.Linear(16, 16) for _ in range(60)])
+    found = latencies({"deep": deep, "dense": model}, adapter, 2, rounds=9)
+    dense, other = found["dense"], found["deep"]
+    assert dense.speedup_vs_dense == 1 and dense.setting == ("eager", "cpu", "float32", 2)
+    assert other.speedup_vs_dense == pytest.approx(dense.median_ms / other.median_ms)
+    assert other.speedup_vs_dense < 1 and other.iqr_ms >= 0

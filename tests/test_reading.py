@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import struct
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +86,7 @@ def test_workers_and_memory_change_no_byte(folder: Path) -> None:
     assert [type(data) for data in sets] == [Images, Decoded] * 2
     first = sets[0]
     batches = [first.take(Samples(first, 16, 3).indices(step)) for step in range(8)]
+    started = 0
     for data in sets:
         assert data.sha256 == first.sha256 and torch.equal(stored(data), stored(first))
         samples = Samples(data, 16, 3)
@@ -95,11 +96,15 @@ def test_workers_and_memory_change_no_byte(folder: Path) -> None:
         resumed = Samples(data, 16, 3)
         for step in (5, 6, 2):
             assert torch.equal(resumed.batch(step)[0], batches[step][0])
-        began = time.perf_counter()
+        workers = multiprocessing.active_children()
         resumed.itself = resumed  # type: ignore[attr-defined]
         del samples, resumed  # and with them their workers, by count or by the collector of cycles
         gc.collect()
-        assert time.perf_counter() - began < 4
+        assert [worker.exitcode for worker in workers] == [0] * len(
+            workers
+        )  # they ended by themselves; nobody had to kill them
+        started += len(workers)
+    assert started
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -293,19 +298,20 @@ def test_a_shape_that_pictures_cannot_have_is_refused(shape: tuple[int, ...] | N
 
 
 def test_a_worker_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.data.reading.decoded.decode", lambda content, shape: os._exit(9))
+    monkeypatch.setattr("compressor.data.sets.reading.decoded.decode", lambda content, shape: os._exit(9))
     with pytest.raises(CompressorError, match=r"a process that decodes pictures ended.*\n.*loading.workers"):
         read_data(folder, RGB, workers=1)
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing/deeper.npz", "archive.tar.gz", "table.parquet"])
-def test_what_cannot_be_read_is_refused_at_once(name: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused_at_once(name: str, tmp_path: Path, at_once: Any) -> None:
     if "nothing" not in name:
         (tmp_path / name).write_bytes(b"something")
-    began = time.perf_counter()
-    with pytest.raises(CompressorError, match=r"no such file or folder|not a data file.*\n(Unpack it|A folder)"):
+    with (
+        pytest.raises(CompressorError, match=r"no such file or folder|not a data file.*\n(Unpack it|A folder)"),
+        at_once(),
+    ):
         read_data(tmp_path / name)
-    assert time.perf_counter() - began < 2
 
 
 # --- CIFAR. ---
@@ -485,11 +491,9 @@ def test_every_way_of_a_pickle_to_call_is_refused(content: bytes) -> None:
         plain_pickle.load(content)
 
 
-def test_a_pickle_that_nests_without_end_is_refused_at_once() -> None:
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=r"keys are no texts|not a dict"):
+def test_a_pickle_that_nests_without_end_is_refused_at_once(at_once: Any) -> None:
+    with pytest.raises(ValueError, match=r"keys are no texts|not a dict"), at_once():
         plain_pickle.load(b"\x80\x02}N\x85" + b"q\x00h\x00\x86" * 200 + b"Ns.")
-    assert time.perf_counter() - began < 1
 
 
 # --- Hugging Face. ---
@@ -552,12 +556,10 @@ def test_hugging_face_sets_without_one_clear_column_are_refused(hugging_face: An
         read_data(tmp_path / "none", RGB)
 
 
-def test_offline_a_set_of_the_hub_fails_at_once(hugging_face: Any) -> None:
+def test_offline_a_set_of_the_hub_fails_at_once(hugging_face: Any, at_once: Any) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    began = time.perf_counter()
-    with pytest.raises(CompressorError, match=r"hf:nobody/nothing: cannot be had: .*\n.*HF_HUB_OFFLINE"):
+    with pytest.raises(CompressorError, match=r"hf:nobody/nothing: cannot be had: .*\n.*HF_HUB_OFFLINE"), at_once():
         read_data("hf:nobody/nothing", RGB)
-    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:../x", "hf:a/b/c", "hf:a b", "hf:a/b:c:d"])

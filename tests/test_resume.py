@@ -14,10 +14,9 @@ import time
 import pytest
 import torch
 
-from compressor import files
+from compressor import files, saving
 from compressor.runs import inputs
 from compressor.runs import run as runs
-from compressor.saving import model as saved_files
 
 SHORT, LONG = 10, 60  # steps; the long run leaves time to kill it
 
@@ -235,7 +234,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saved_files, "save_state", full)
+        patch.setattr(saving, "save_state", full)
         outcome = cli("resume", copy)
     assert outcome.code == 1
     assert re.search(r"No space left on device \([\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.plugins.magnitude import Magnitude
-from compressor.plugins.sparsedm import SRSTE
 from torch import Tensor, nn
 
 from compressor import NM, CompressorError, Estimator, Exact, Mask, Pruner, Shadow, StraightThrough
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.sparsedm import SRSTE
 
 PATTERN = NM(2, 4)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compressor.plugins.structured import Structured
-from compressor.plugins.structured.groups import find_groups, removal
-from compressor.plugins.structured.scores import diff_pruning, entry_scores, taylor
 from torch import nn
 
 import compressor
@@ -18,6 +16,10 @@ from compressor.adapter import with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import as_batches
 from compressor.files import read_json
+from compressor.plugins.structured import Structured
+from compressor.plugins.structured.groups import find_groups
+from compressor.plugins.structured.removal import removal
+from compressor.plugins.structured.scores import diff_pruning, entry_scores, taylor
 from compressor.seeds import generator
 
 DIGITS = ("uvit-digits", "ddpm-digits")
@@ -192,6 +194,7 @@ def test_scores_equal_finite_differences(tiny, adapter, samples):
             counted.append(index)
         assert 0 < len(counted) < timesteps  # the threshold does something here
         expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+        released = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
         mean = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
         step = 1e-5
         for name, parameter in model.named_parameters():
@@ -207,19 +210,49 @@ def test_scores_equal_finite_differences(tiny, adapter, samples):
                     mean[name].view(-1)[at] += old * slope / timesteps
                     if index in counted:
                         expected[name].view(-1)[at] += (old * slope).abs()
+                        released[name].view(-1)[at] += old * slope
     found = diff_pruning(model, own, batches, timesteps, threshold)
+    summed = diff_pruning(model, own, batches, timesteps, threshold, summed=True)
     plain = taylor(model, own, batches, timesteps)
     for name in expected:
         torch.testing.assert_close(found[name].view(-1)[::7], expected[name].view(-1)[::7], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(summed[name].view(-1)[::7], released[name].view(-1)[::7].abs(), rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(plain[name].view(-1)[::7], mean[name].view(-1)[::7].abs(), rtol=1e-3, atol=1e-7)
+
+
+def test_scores_equal_autograd_over_all_times_at_once(tiny, adapter, samples):
+    """Of the released scripts: one backward pass of the summed loss, times the weight, in float64; of the other, one for each."""
+    model = tiny().double()
+
+    class At(type(adapter)):
+        def noised_at(self, batch, time, rng):
+            noise = torch.randn(batch.shape, generator=rng, dtype=torch.float64)
+            return (1 - time) * batch + time * noise, noise
+
+    own, batches = At(), as_batches(samples.double(), 16, 0)
+    losses = []
+    for index in range(4):
+        inputs, target = own.noised_at(batches.batch(index), (index + 0.5) / 4, generator("structured", index))
+        losses.append(F.mse_loss(model(inputs), target))
+    weights = dict(model.named_parameters())
+    at_once = torch.autograd.grad(sum(losses), list(weights.values()), retain_graph=True)
+    each = [torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in losses]
+    summed = diff_pruning(model, own, batches, 4, 0.0, summed=True)
+    separate = diff_pruning(model, own, batches, 4, 0.0)
+    for at, (name, weight) in enumerate(weights.items()):
+        torch.testing.assert_close(summed[name], (weight * at_once[at]).abs().detach(), rtol=1e-10, atol=1e-14)
+        apart = sum((weight * gradients[at]).abs() for gradients in each).detach()
+        torch.testing.assert_close(separate[name], apart, rtol=1e-10, atol=1e-14)
+        assert not torch.allclose(summed[name], separate[name])
 
 
 def test_scores_differ_and_leave_no_gradients():
     adapter, model = family("uvit-digits")
     batches = as_batches(registry.images("digits"), 8, 0)
-    kinds = ("magnitude", "taylor", "diff-pruning")
+    kinds = ("magnitude", "taylor", "diff-pruning", "diff-pruning-released")
     found = [entry_scores(model, adapter, batches, kind, 3, 0.05)["mid_block.mlp.fc1.weight"] for kind in kinds]
-    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    assert not any(torch.equal(first, second) for first, second in combinations(found, 2))
+    assert bool((found[3] <= found[2] * (1 + 1e-5)).all())  # what cancels out can only be less
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -340,7 +373,7 @@ def test_scores_do_not_depend_on_dropout_and_leave_statistics_alone(adapter, sam
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("score", ["magnitude", "taylor", "diff-pruning"])
+@pytest.mark.parametrize("score", ["magnitude", "taylor", "diff-pruning", "diff-pruning-released"])
 def test_numbers_that_are_not_finite_are_refused(score, model, adapter, samples):
     model[0].weight.data[3] = float("nan")
     with pytest.raises(CompressorError, match=r"scores of 0\.weight are not finite"):

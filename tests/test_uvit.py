@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from compressor.model_zoo.uvit import UViT, UViTAdapter, sizes
-from compressor.model_zoo.uvit.noise import diffuse, log_alpha_bar, process, times
 from torch import Tensor, nn
 
 from compressor import CompressorError
+from compressor.model_zoo.uvit import UViT, UViTAdapter, sizes
+from compressor.model_zoo.uvit.noise import ContinuousTimes
 
 SMALL: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 3, "embed_dim": 16, "depth": 2, "num_heads": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -245,19 +245,21 @@ def test_published_sizes_have_the_published_number_of_parameters(
 
 # The noise process
 
+VP = ContinuousTimes()
+
 
 def test_alpha_bar_is_the_integral_of_beta() -> None:
     for t in (0.001, 0.25, 0.5, 1.0):
         grid = torch.linspace(0, t, 20_001, dtype=torch.float64)
         integral = float(torch.trapezoid(0.1 + 19.9 * grid, grid))
-        assert float(log_alpha_bar(torch.tensor(t, dtype=torch.float64))) == pytest.approx(-integral, rel=1e-9)
+        assert float(VP.log_alpha_bar(torch.tensor(t, dtype=torch.float64))) == pytest.approx(-integral, rel=1e-9)
 
 
 def test_the_sampler_sees_the_continuous_process_on_its_grid() -> None:
     grid = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    assert torch.equal(times(), grid)
+    assert torch.equal(VP.grid(), grid)
     expected = torch.exp(-(0.1 * grid + 9.95 * grid**2))
-    kept = 1 - torch.tensor(process(clip=True).betas, dtype=torch.float64)
+    kept = 1 - torch.tensor(VP.process(clip=True).betas, dtype=torch.float64)
     torch.testing.assert_close(kept.cumprod(0), expected, rtol=1e-9, atol=0)
 
 
@@ -266,7 +268,7 @@ def test_noised_images_keep_unit_variance_and_the_right_mean() -> None:
     t = torch.tensor([0.0, 0.1, 0.5, 1.0])
     mean = torch.exp(-0.5 * (0.1 * t + 9.95 * t**2))
     expected = (0.5 * mean + 2.0 * torch.sqrt(1 - mean**2)).view(4, 1, 1, 1).expand(4, 1, 2, 2)
-    torch.testing.assert_close(diffuse(images, noise, t), expected)
+    torch.testing.assert_close(VP.diffuse(images, noise, t), expected)
 
 
 @pytest.mark.parametrize("classes", [-1, 5])
@@ -274,7 +276,7 @@ def test_the_adapter_gives_noised_images_and_the_time_up_to_999(classes: int) ->
     adapter = UViTAdapter({**SMALL, "num_classes": classes})
     images, labels = torch.rand(300, 3, 8, 8), torch.arange(300) % 5
     (noised, timesteps, y), noise = adapter.noised((images, labels), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(noised, diffuse(images, noise, timesteps / 999), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(noised, VP.diffuse(images, noise, timesteps / 999), rtol=1e-4, atol=1e-4)
     assert 0 <= timesteps.min() < 30 and 969 < timesteps.max() <= 999
     assert (y is None) if classes < 0 else torch.equal(y, labels)
     assert abs(float(noise.mean())) < 0.02 and float(noise.std()) == pytest.approx(1, abs=0.02)

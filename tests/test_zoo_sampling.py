@@ -8,18 +8,18 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from compressor.model_zoo.generic.noise import Noise
-from compressor.model_zoo.sampling import SAMPLERS, Process, check, draw, dropped, guided, merged, spaced
-from compressor.model_zoo.uvit.noise import process as continuous
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.adapter import Sampling
 from compressor.errors import UsageError
+from compressor.model_zoo.generic.noise import Noise
+from compressor.model_zoo.sampling import SAMPLERS, Process, check, draw, dropped, guided, merged, spaced
+from compressor.model_zoo.uvit.noise import ContinuousTimes
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 DISCRETE = Process(torch.log1p(-BETAS).cumsum(0), clip=False)
-CONTINUOUS = continuous(clip=False)
+CONTINUOUS = ContinuousTimes().process(clip=False)
 
 
 def rng(seed=0):

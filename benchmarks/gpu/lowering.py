@@ -21,7 +21,6 @@ from typing import Any
 
 import click
 import torch
-from compressor.model_zoo.uvit.sizes import cifar10, imagenet256_h, imagenet256_l
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -36,6 +35,7 @@ from compressor.lower.graphs import captured
 from compressor.lower.job import in_dtype
 from compressor.lower.plan import Plan
 from compressor.lower.units import Found, find_units, put
+from compressor.model_zoo.uvit.sizes import cifar10, imagenet256_h, imagenet256_l
 
 OUT = Path(__file__).parent / "lowering.json"
 PATTERN = NM(2, 4)

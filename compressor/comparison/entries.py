@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from compressor import recipe as recipes
@@ -16,7 +18,7 @@ from compressor.files import file_name
 from compressor.recipe import Recipe
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
-from compressor.training.engine import choose_layers
+from compressor.training.engine import chosen
 from compressor.training.pruner import Cost, Preset, Pruner, setting_names, settings_of
 
 Match = Literal["macs", "density", "latency", "none"]
@@ -90,37 +92,27 @@ def planned(
     sampler_steps: Sequence[int] = (),
     lower: bool = False,
     known: Mapping[str, Mapping[str, float]] | None = None,
+    before: Mapping[str, Any] = MappingProxyType({}),
 ) -> Comparison:
     """The comparison of `methods`, the recipes `configs`, and a `preset`; `common` settings hold for all of them.
 
-    `known` is what an earlier call has measured for `match` latency.
+    `known` is what an earlier call has measured for `match` latency, `before` its settings, below all others.
     Loads what each entry needs, so that nothing is trained where one of them cannot be. Raises UsageError.
     """
     if match not in MATCHES:
         raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
-    known_presets = {} if preset is None else presets()
-    if preset is not None and preset not in known_presets:
-        raise UsageError(f"--preset {preset!r}", did_you_mean(preset, list(known_presets)))
-    chosen_preset = None if preset is None else known_presets[preset]
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
-    entries: dict[str, dict[str, Any]] = {}
-    folders = {"dense": "dense, the given model"}
-    for label, settings in _named(methods, configs, chosen_preset, common):
-        if label in entries:
-            raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
-        other = folders.setdefault(file_name(label).casefold(), label)
-        if other != label:
-            raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
-        entries[label] = settings
-    if not entries:
-        entries = dict(_named(compared_by_default(), (), None, common))
+    chosen_preset = None if preset is None else _preset(preset)
+    entries = _entries(methods, configs, chosen_preset, common)
     if sampler_steps == () and chosen_preset is not None:
         sampler_steps = chosen_preset.sampler_steps
-    found = {label: inputs.resolve(_fitting(settings), label) for label, settings in entries.items()}
-    loaded = {label: _loaded(label, recipe) for label, recipe in found.items()}
+    found = {
+        label: inputs.resolve(_fitting(recipes.merged(before, settings)), label) for label, settings in entries.items()
+    }
+    loaded = _loaded(found)
+    found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
-    _refuse_different(loaded)
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched = _matched(loaded, own, match, known or {})
     for label, changes in matched.items():
@@ -137,6 +129,29 @@ def planned(
         lower,
         preset or ", ".join(found),
     )
+
+
+def _preset(name: str) -> Preset:
+    known = presets()
+    if name not in known:
+        raise UsageError(f"--preset {name!r}", did_you_mean(name, list(known)))
+    return known[name]
+
+
+def _entries(
+    methods: Sequence[str], configs: Sequence[Path], preset: Preset | None, common: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The settings of every entry by its label; of all methods that are compared by default, where the user names none."""
+    entries: dict[str, dict[str, Any]] = {}
+    folders = {"dense": "dense, the given model"}
+    for label, settings in _named(methods, configs, preset, common):
+        if label in entries:
+            raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
+        other = folders.setdefault(file_name(label).casefold(), label)
+        if other != label:
+            raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
+        entries[label] = settings
+    return entries or dict(_named(compared_by_default(), (), None, common))
 
 
 def _named(
@@ -161,32 +176,43 @@ def _fitting(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "pattern" or "pattern" in names}
 
 
-def _loaded(label: str, recipe: Recipe) -> Inputs:
+def _loaded(recipes: Mapping[str, Recipe]) -> dict[str, Inputs]:
+    """What each recipe names. Model and data are loaded once, with the first; the others are held against them.
+
+    Only methods that start from the same weights, on the same data, are compared.
+    """
+    first_label, first_recipe = next(iter(recipes.items()))
+    first = _named_error(first_label, partial(inputs.load_inputs, first_recipe))
+    loaded = {first_label: first}
+    for label, recipe in list(recipes.items())[1:]:
+        adapter = first.adapter
+        if not inputs.same_source(recipe, first_recipe):  # they may still be alike: another file of the same weights
+            other = _named_error(label, partial(inputs.load_inputs, recipe))
+            _refuse_different(first_label, first, label, other)
+            adapter = other.adapter
+        loaded[label] = _named_error(label, partial(inputs.sharing, recipe, first, adapter))
+    return loaded
+
+
+def _named_error(label: str, load: Callable[[], Inputs]) -> Inputs:
+    """`load()`, whose errors begin with `label`."""
     try:
-        return inputs.load_inputs(recipe)
+        return load()
     except CompressorError as error:
         raise type(error)(f"{label}: {error.message}", error.hint) from error
 
 
-def _refuse_different(loaded: Mapping[str, Inputs]) -> None:
-    """Only methods that start from the same weights, on the same data, are compared."""
-    first: tuple[str, Inputs] | None = None
-    for label, found in loaded.items():
-        if first is None:
-            first = (label, found)
-            identity = found.identity()
-            continue
-        other = found.identity()
-        for key in ("weights_sha256", "data_sha256"):
-            if other[key] != identity[key]:
-                what = key.removesuffix("_sha256")
-                raise UsageError(
-                    f"{first[0]} and {label} have different {what}", "Give --model, --weights and --data once."
-                )
-        if found.recipe.evaluate != first[1].recipe.evaluate:
+def _refuse_different(first_label: str, first: Inputs, label: str, found: Inputs) -> None:
+    """Raise UsageError where `found` has other weights or data than the `first`, or is evaluated differently."""
+    identity, other = first.identity(), found.identity()
+    for key in ("weights_sha256", "data_sha256"):
+        if other[key] != identity[key]:
+            what = key.removesuffix("_sha256")
             raise UsageError(
-                f"{first[0]} and {label} are evaluated differently", "Give evaluate.… with --set, for all."
+                f"{first_label} and {label} have different {what}", "Give --model, --weights and --data once."
             )
+    if found.recipe.evaluate != first.recipe.evaluate:
+        raise UsageError(f"{first_label} and {label} are evaluated differently", "Give evaluate.… with --set, for all.")
 
 
 def _matched(
@@ -241,8 +267,8 @@ def _told(pruner: Pruner, share: float, measure: Cost) -> dict[str, Any]:
 
 
 def _layers(found: Inputs) -> list[str]:
-    layers = choose_layers(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
-    return [layer.name for layer in layers if layer.reason is None]
+    layers = chosen(found.model, found.pruner, found.adapter, found.recipe.targets, found.recipe.ignore)
+    return [layer.name for layer in layers]
 
 
 def _effective(found: Inputs) -> float:

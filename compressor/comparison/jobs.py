@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from compressor import files, saving
 from compressor.comparison.entries import Cell, Comparison
-from compressor.comparison.page import written
+from compressor.comparison.page import Outcome, written
 from compressor.comparison.worker import JOB, ROW, RUN, SEEN, read_row
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 from compressor.recipe import Recipe
+from compressor.report.content import Environment, Latency
 from compressor.runs.directory import locked
 from compressor.runs.latency import timed
 
@@ -51,6 +53,15 @@ def matched_before(out: Path) -> dict[str, dict[str, float]]:
     """What was measured for `--match latency` in the folder `out`; a comparison that goes on keeps it."""
     path = out / "match.json"
     return files.read_json(path) if path.is_file() else {}
+
+
+def evaluated_before(out: Path) -> dict[str, Any]:
+    """The number of samples in the folder `out`, as settings below the user's: a comparison that goes on keeps it."""
+    path = out / "dense" / JOB
+    recipe = files.read_json(path).get("recipe") if path.is_file() else None
+    settings = recipe.get("evaluate") if isinstance(recipe, dict) else None
+    samples = settings.get("samples") if isinstance(settings, dict) else None
+    return {"evaluate": {"samples": samples}} if isinstance(samples, int) else {}
 
 
 def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False) -> Iterator[Progress]:
@@ -89,8 +100,9 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
             raise CompressorError(f"every cell failed; the first: {_reason(folders[0])}", "See error.txt in each cell.")
         times = yield from _latencies(wanted, cells, folders, out)
         failed |= _failed(cells, folders)
-        facts = environment(resolve_device(wanted.inputs.recipe.train.device))
-        written(wanted, cells, folders, out, times, rates, failed, facts)
+        facts = Environment(**environment(resolve_device(wanted.inputs.recipe.train.device)))
+        done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / ROW).is_file()]
+        written(Outcome(wanted, out, done, times, rates, failed, facts))
         yield Progress("report", 1, 1)
 
 
@@ -159,7 +171,10 @@ def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str])
     before = files.read_json(folder / JOB).get("recipe")
     if not isinstance(before, dict):
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
+    defaults = Recipe().model_dump(mode="json")  # of settings that are newer than the job
     for key in identity:
+        if isinstance(defaults[key], dict) and isinstance(before.get(key), dict):
+            before[key] = {**defaults[key], **before[key]}
         if differences := _differences(key, before.get(key), job["recipe"][key]):
             raise CompressorError(f"{folder} was made with another {'; '.join(differences[:3])}", _OTHER)
 
@@ -175,7 +190,7 @@ def _is_begun(folder: Path) -> bool:
 def _differences(key: str, before: Any, now: Any) -> list[str]:
     """What two values of a recipe's setting differ in, part by part."""
     if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted({*before, *now})
+        names = sorted({*before, *now} - {"budget"})  # which has done its work: the samples and steps are compared
         return [line for name in names for line in _differences(f"{key}.{name}", before.get(name), now.get(name))]
     return [] if before == now else [f"{key}: {_short(before)}, now {_short(now)}"]
 
@@ -297,8 +312,8 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
     for cell, folder in zip(trials, folders, strict=True):
         if not (folder / ROW).is_file():
             continue
-        row = read_row(folder)["row"]
-        score = row["quality"][0]["value"] if row["quality"] else row["drift"][0]["value"]
+        row = read_row(folder).row
+        score = row.quality[0].value if row.quality else row.drift[0].value
         if cell.label not in best or score < best[cell.label][0]:
             best[cell.label] = (score, cell.recipe.train.lr)
     return {label: rate for label, (_, rate) in best.items()}
@@ -306,24 +321,26 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
 
 def _latencies(
     wanted: Comparison, cells: Sequence[Cell], folders: Sequence[Path], out: Path
-) -> Generator[Progress, None, dict[str, list[dict[str, Any]]]]:
+) -> Generator[Progress, None, dict[str, list[Latency]]]:
     """The latency entries by label, of the weights of the first seed that there is; kept while those are the same."""
     first: dict[str, Path] = {}
     for cell, folder in zip(cells, folders, strict=True):
         if (folder / ROW).is_file():
             first.setdefault(cell.label, folder)
-    hashes = {label: read_row(folder)["row"]["weights_sha256"] for label, folder in first.items()}
+    hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     settings = wanted.inputs.recipe.evaluate
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
     path = out / "latency.json"
     kept: dict[str, Any] = {}
     with suppress(CompressorError):  # a damaged file is measured again
         kept = files.read_json(path)
-    if kept.get("key") == key and isinstance(known := kept.get("entries"), dict):
-        return known
+    if kept.get("key") == key:
+        with suppress(ValidationError):
+            return TypeAdapter(dict[str, list[Latency]]).validate_python(kept.get("entries"))
     models = {"dense": copy.deepcopy(wanted.inputs.model)}
     for label, folder in first.items():
         models[label] = saving.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
     entries = yield from timed(wanted.inputs, models, wanted.lower)
-    files.write_json(path, {"key": key, "entries": entries})
+    listed = {label: [entry.as_json() for entry in own] for label, own in entries.items()}
+    files.write_json(path, {"key": key, "entries": listed})
     return entries

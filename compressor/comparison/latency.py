@@ -7,12 +7,11 @@ from dataclasses import replace
 from torch import nn
 
 from compressor.adapter import to_device
-from compressor.cost.timing import median_ms
+from compressor.cost.latency import predictions
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.lower import lower
-from compressor.runs.inputs import Inputs, one_shot
-from compressor.runs.latency import in_turns
+from compressor.runs.inputs import Inputs
 
 _ROUNDS = 21
 _SEARCH = 6
@@ -25,7 +24,7 @@ def macs_of_equal_latency(masked: Inputs, other: Inputs) -> float:
     example = to_device(masked.adapter.example_inputs(batch), device)
 
     def fast(found: Inputs) -> nn.Module:
-        return lower(one_shot(found).model.to(device), example, adapter=found.adapter).model
+        return lower(found.one_shot().model.to(device), example, adapter=found.adapter).model
 
     goal = fast(masked)
     low, high = 0.05, 1.0
@@ -39,6 +38,6 @@ def macs_of_equal_latency(masked: Inputs, other: Inputs) -> float:
         except CompressorError:  # not reachable: too small
             low = share
             continue
-        times = in_turns(masked, [goal, candidate], example, _ROUNDS, device)
-        low, high = (share, high) if median_ms(times[1]) < median_ms(times[0]) else (low, share)
+        times = predictions({"goal": goal, "candidate": candidate}, masked.adapter, example, _ROUNDS, device)
+        low, high = (share, high) if times["candidate"].median_ms < times["goal"].median_ms else (low, share)
     return round((low + high) / 2, 4)

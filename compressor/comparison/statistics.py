@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
+
+from compressor.report.compared import Difference, Summary
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -29,7 +30,7 @@ def t_quantile(probability: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(low)
 
 
-def summary(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
+def summary(values: Sequence[float], comparisons: int = 1) -> Summary:
     """`mean`, `ci95` of the mean over seeds (None with fewer than two, and where all are the same) and `n`.
 
     With several `comparisons` the interval is Bonferroni's: all of them hold together with 95%.
@@ -37,11 +38,11 @@ def summary(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
     interval = None
     if len(set(values)) > 1:
         half = t_quantile(1 - 0.025 / comparisons, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        interval = [mean(values) - half, mean(values) + half]
-    return {"mean": mean(values), "ci95": interval, "n": len(values)}
+        interval = (mean(values) - half, mean(values) + half)
+    return Summary(mean=mean(values), ci95=interval, n=len(values))
 
 
-def differences(values: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
+def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
     """Of every two entries, the mean difference over the seeds that both have, with an interval that holds for all pairs at once.
 
     `values` has each entry's value by seed. `significant` is None where there are fewer than two common seeds, and where seeds make
@@ -55,7 +56,6 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any
         if not common:
             continue
         entry = summary([values[a][seed] - values[b][seed] for seed in common], len(pairs))
-        interval = entry["ci95"]
-        significant = None if interval is None else not interval[0] <= 0 <= interval[1]
-        found.append({"a": a, "b": b, **entry, "significant": significant})
+        significant = None if entry.ci95 is None else not entry.ci95[0] <= 0 <= entry.ci95[1]
+        found.append(Difference(**dict(entry), a=a, b=b, significant=significant))
     return found

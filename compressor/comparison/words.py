@@ -2,219 +2,200 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
 from compressor.report.words import NONE, count, number, percent, size, with_interval
 
 _Point = tuple[str, float, float, Sequence[float] | None]
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def headline(report: ComparisonReport) -> str:
     """What was found, in a sentence or two."""
-    metric, n = report["compared_by"], len(report["seeds"])
-    scores = {e["label"]: e["quality"] if e["quality"] else e["drift"][metric] for e in _scored(report)}
-    best = min(
-        (e for e in _scored(report) if _pruned(report, e)), key=lambda e: scores[e["label"]]["mean"], default=None
-    )
+    metric, n = report.compared_by, len(report.seeds)
+    scores = {e.label: e.quality or e.drift[metric] for e in _scored(report)}
+    best = min((e for e in _scored(report) if _pruned(report, e)), key=lambda e: scores[e.label].mean, default=None)
     if best is None:
-        return f"{len(report['entries'])} methods on {report['model']}, none of which removes a multiplication."
-    shown = scores[best["label"]]
-    seeds = "1 seed" if shown["n"] == 1 else f"{shown['n']} seeds"
+        return f"{len(report.entries)} methods on {report.model}, none of which removes a multiplication."
+    shown = scores[best.label]
+    seeds = "1 seed" if shown.n == 1 else f"{shown.n} seeds"
     found = _interval(shown, metric)
-    text = (
-        f"{best['label']} has the lowest {metric.replace('_', ' ')} of the pruned models on {report['model']}: {found}"
-    )
-    dense = report["dense"]["quality"]
-    text += f", over {seeds}; dense is {number(dense[0]['value'])}." if dense else f", over {seeds}."
-    known = [pair for pair in report["differences"] if pair["significant"] is not None]
+    text = f"{best.label} has the lowest {metric.replace('_', ' ')} of the pruned models on {report.model}: {found}"
+    dense = report.dense.quality
+    text += f", over {seeds}; dense is {number(dense[0].value)}." if dense else f", over {seeds}."
+    known = [pair.significant for pair in report.differences if pair.significant is not None]
     if not known:
         return f"{text} One seed cannot tell methods apart." if n == 1 else text
-    told = sum(pair["significant"] for pair in known)
+    told = sum(known)
     return f"{text} {told} of {len(known)} differences between methods {'is' if told == 1 else 'are'} larger than the seeds' noise."
 
 
-def _scored(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _scored(report: ComparisonReport) -> list[Entry]:
     """The entries that were measured by what they are compared by."""
-    by_drift = report["compared_by"] == "prediction_error"
-    return [entry for entry in report["entries"] if by_drift or entry["quality"]]
+    by_drift = report.compared_by == "prediction_error"
+    return [entry for entry in report.entries if by_drift or entry.quality]
 
 
-def rows(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def rows(report: ComparisonReport) -> list[tuple[str, str, list[str]]]:
     """The table: for dense and each entry (label, what it is, cells)."""
-    dense = report["dense"]
-    found = [("dense", "as it was given", _cells(report, dense, dense["quality"], None, dense["drift"], None))]
-    for entry in report["entries"]:
+    dense = report.dense
+    found = [("dense", "as it was given", _cells(report, dense))]
+    for entry in report.entries:
         what = ", ".join(
-            [entry["pattern"] or "no mask", *(f"{key}={value}" for key, value in _told(report, entry).items())]
+            [entry.pattern or "no mask", *(f"{key}={value}" for key, value in _told(report, entry).items())]
         )
-        shown = f"{entry['method']}: {what}" if entry["method"] != entry["label"] else what
-        found.append((entry["label"], shown, _cells(report, entry, entry["quality"], entry["one_shot"], None, entry)))
+        shown = f"{entry.method}: {what}" if entry.method != entry.label else what
+        found.append((entry.label, shown, _cells(report, entry)))
     return found
 
 
-def columns(report: Mapping[str, Any]) -> list[str]:
+def columns(report: ComparisonReport) -> list[str]:
     """The titles of the cells of `rows`."""
-    metric = report["metric"]["name"] if report["metric"] else "quality"
-    timed = report["dense"]["latency"]
-    kind = f", {timed[-1]['backend']}" if timed else ""
+    metric = report.metric.name if report.metric else "quality"
+    timed = report.dense.latency
+    kind = f", {timed[-1].backend}" if timed else ""
     first = [f"{metric}, mean [95%]", f"one-shot {metric}", "prediction error", "SSIM with dense"]
     return [*first, "nonzero", "file", "MACs, effective", f"latency{kind}", "fine-tuning"]
 
 
-def _cells(
-    report: Mapping[str, Any],
-    costs: Mapping[str, Any],
-    quality: Any,
-    one_shot: Mapping[str, Any] | None,
-    drift: Any,
-    entry: Mapping[str, Any] | None,
-) -> list[str]:
-    dense = report["dense"]
-    if entry is None:
-        score = with_interval(quality[0]) if quality else NONE
-    else:
-        score = _interval(quality) if quality else NONE
-        if quality and quality["n"] < len(report["seeds"]):
-            score += f", n = {quality['n']}"
-    bare = number(one_shot["quality"][0]["value"]) if one_shot and one_shot["quality"] else NONE
-    drifts = entry["drift"] if entry is not None else {}
-    error = percent(drifts["prediction_error"]["mean"]) if "prediction_error" in drifts else NONE
-    alike = number(drifts["ssim"]["mean"]) if "ssim" in drifts else NONE
-    macs = f"{count(costs['macs_effective'])} ({costs['macs_effective'] / dense['macs_dense']:.0%})"
-    latency = NONE
-    if costs["latency"]:
-        time = costs["latency"][-1]
-        gain = "" if entry is None else f" ({time['speedup_vs_dense']:.2f}x)"
-        latency = f"{number(time['median_ms'])} ms{gain}, IQR {number(time['iqr_ms'])}"
-    train = NONE
-    if entry is not None and entry["cells"]:
-        seconds = sum(cell["train"]["seconds"] for cell in entry["cells"]) / len(entry["cells"])
-        train = f"{entry['cells'][0]['train']['steps']:,} steps, {seconds:.0f} s"
-    nonzero = f"{costs['nonzero_params'] / dense['params']:.0%}"
-    return [score, bare, error, alike, nonzero, size(costs["size_bytes"]), macs, latency, train]
+def _cells(report: ComparisonReport, shown: Entry | DenseRow) -> list[str]:
+    dense, entry = report.dense, shown if isinstance(shown, Entry) else None
+    score = bare = error = alike = latency = train = NONE
+    if isinstance(shown, DenseRow) and shown.quality:
+        score = with_interval(shown.quality[0])
+    if entry is not None:
+        if entry.quality:
+            score = _interval(entry.quality)
+            if entry.quality.n < len(report.seeds):
+                score += f", n = {entry.quality.n}"
+        if entry.one_shot is not None and entry.one_shot.quality:
+            bare = number(entry.one_shot.quality[0].value)
+        if "prediction_error" in entry.drift:
+            error = percent(entry.drift["prediction_error"].mean)
+        if "ssim" in entry.drift:
+            alike = number(entry.drift["ssim"].mean)
+        seconds = sum(cell.train.seconds for cell in entry.cells) / len(entry.cells)
+        train = f"{entry.cells[0].train.steps:,} steps, {seconds:.0f} s"
+    macs = f"{count(shown.macs_effective)} ({shown.macs_effective / dense.macs_dense:.0%})"
+    if shown.latency:
+        time = shown.latency[-1]
+        gain = "" if entry is None else f" ({time.speedup_vs_dense:.2f}x)"
+        latency = f"{number(time.median_ms)} ms{gain}, IQR {number(time.iqr_ms)}"
+    nonzero = f"{shown.nonzero_params / dense.params:.0%}"
+    return [score, bare, error, alike, nonzero, size(shown.size_bytes), macs, latency, train]
 
 
-def _told(report: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    rate = report["learning_rates"]["chosen"].get(entry["label"])
-    return {**entry["settings"], **({} if rate is None else {"lr": f"{rate:g}"})}
+def _told(report: ComparisonReport, entry: Entry) -> dict[str, Any]:
+    rate = report.learning_rates.chosen.get(entry.label)
+    return {**entry.settings, **({} if rate is None else {"lr": f"{rate:g}"})}
 
 
-def pairs(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def pairs(report: ComparisonReport) -> list[tuple[str, str, str]]:
     """(the two, their difference, what it means), those that differ first."""
     said = {True: "differ", False: "not told apart", None: "no spread"}
-    ordered = sorted(report["differences"], key=lambda pair: (pair["significant"] is not True, -abs(pair["mean"])))
-    return [(f"{p['a']} − {p['b']}", _interval(p, report["compared_by"]), said[p["significant"]]) for p in ordered]
+    ordered = sorted(report.differences, key=lambda pair: (pair.significant is not True, -abs(pair.mean)))
+    return [(f"{p.a} − {p.b}", _interval(p, report.compared_by), said[p.significant]) for p in ordered]
 
 
-def by_steps(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]] | None:
+def by_steps(report: ComparisonReport) -> tuple[list[str], list[tuple[str, list[str]]]] | None:
     """The metric by number of sampler steps: (titles, (label, cells)); None where only one number was used."""
-    usual = report["evaluate"]["sampler_steps"]
-    steps = sorted({int(key) for key in report["dense"]["by_steps"]} | {usual})
+    usual = int(report.evaluate["sampler_steps"])
+    steps = sorted({int(key) for key in report.dense.by_steps} | {usual})
     if len(steps) < 2:
         return None
-    dense = report["dense"]
-    lines = [("dense", [_at(dense["by_steps"], dense["quality"], step, usual) for step in steps])]
-    for entry in report["entries"]:
-        cells = [_interval(entry["quality"] if step == usual else entry["by_steps"][str(step)]) for step in steps]
-        lines.append((entry["label"], cells))
+    dense = report.dense
+    given = [dense.quality[0] if step == usual else dense.by_steps[str(step)] for step in steps]
+    lines = [("dense", [with_interval(quality) for quality in given])]
+    for entry in report.entries:
+        found = [entry.quality if step == usual else entry.by_steps.get(str(step)) for step in steps]
+        cells = [NONE if summary is None else _interval(summary) for summary in found]
+        lines.append((entry.label, cells))
     return [f"{step} steps" for step in steps], lines
 
 
-def _at(by_step: Mapping[str, Any], quality: Any, step: int, usual: int) -> str:
-    return with_interval(quality[0] if step == usual else by_step[str(step)])
-
-
-def layers(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+def layers(report: ComparisonReport) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
     """Sensitivity, density and flips by layer: (titles, (weight, sensitivity of the first mask alone, density and flips))."""
-    masked = [entry for entry in report["entries"] if any(layer["pattern"] for layer in entry["layers"])]
+    masked = [entry for entry in report.entries if any(layer.pattern for layer in entry.layers)]
     if not masked:
         return [], []
-    names = [layer["name"] for layer in masked[0]["layers"] if layer["pattern"]]
-    by_label = {e["label"]: {layer["name"]: layer for layer in e["layers"]} for e in masked}
+    names = [layer.name for layer in masked[0].layers if layer.pattern]
+    by_label = {e.label: {layer.name: layer for layer in e.layers} for e in masked}
     lines = []
     for name in names:
-        alone = masked[0]["sensitivity"].get(name)
+        alone = masked[0].sensitivity.get(name)
         cells = []
         for own in by_label.values():
             layer = own.get(name)
-            flips = None if layer is None else layer["flips_per_weight"]
-            shown = NONE if layer is None else f"{layer['density']:.0%}"
+            flips = None if layer is None else layer.flips_per_weight
+            shown = NONE if layer is None else f"{layer.density:.0%}"
             cells.append(shown if not flips else f"{shown}, {number(flips)} flips")
         lines.append((name, NONE if alone is None else percent(alone), cells))
-    lines.sort(key=lambda line: -(masked[0]["sensitivity"].get(line[0]) or 0.0))
-    return [f"alone ({masked[0]['label']})", *by_label], lines
+    lines.sort(key=lambda line: -(masked[0].sensitivity.get(line[0]) or 0.0))
+    return [f"alone ({masked[0].label})", *by_label], lines
 
 
-def trade_offs(report: Mapping[str, Any]) -> list[tuple[str, str, str, list[_Point]]]:
+def trade_offs(report: ComparisonReport) -> list[tuple[str, str, str, list[_Point]]]:
     """(title, explanation, horizontal axis, points) of quality against each cost."""
-    dense = report["dense"]
-    if not dense["quality"]:
+    dense = report.dense
+    if not dense.quality:
         return []
-    scored = [entry for entry in report["entries"] if entry["quality"]]
+    scored = [(entry, entry.quality) for entry in report.entries if entry.quality]
     ringed = "Rings: no other is better in both."
 
-    def points(cost: Any) -> list[_Point]:
-        known = [("dense", cost(dense), dense["quality"][0]["value"], None)]
-        return known + [(e["label"], cost(e), e["quality"]["mean"], e["quality"]["ci95"]) for e in scored]
+    def points(cost: Callable[[Entry | DenseRow], float]) -> list[_Point]:
+        known: list[_Point] = [("dense", cost(dense), dense.quality[0].value, None)]
+        return known + [(entry.label, cost(entry), quality.mean, quality.ci95) for entry, quality in scored]
 
     found = [
         (
             "Quality and multiply-accumulates",
             ringed,
             "effective MACs, of dense",
-            points(lambda e: e["macs_effective"] / dense["macs_dense"]),
+            points(lambda e: e.macs_effective / dense.macs_dense),
         ),
-        ("Quality and bytes", ringed, "file, of dense", points(lambda e: e["size_bytes"] / dense["size_bytes"])),
+        ("Quality and bytes", ringed, "file, of dense", points(lambda e: e.size_bytes / dense.size_bytes)),
     ]
-    if dense["latency"] and all(entry["latency"] for entry in scored):
-        kind = dense["latency"][-1]["backend"]
-        about = f"{kind}, batch {dense['latency'][-1]['batch']}, weights of the first seed. {ringed}"
-        latency = points(lambda e: e["latency"][-1]["median_ms"])
+    if dense.latency and all(entry.latency for entry, _ in scored):
+        kind = dense.latency[-1].backend
+        about = f"{kind}, batch {dense.latency[-1].batch}, weights of the first seed. {ringed}"
+        latency = points(lambda e: e.latency[-1].median_ms)
         found.append(("Quality and latency", about, "median, ms", latency))
     return found
 
 
-def error_by_time(report: Mapping[str, Any]) -> list[tuple[str, list[float], list[float]]]:
+def error_by_time(report: ComparisonReport) -> list[tuple[str, list[float], list[float]]]:
     """(label, times, prediction error averaged over seeds)."""
     lines = []
-    for entry in report["entries"]:
-        series = [d["by_time"] for cell in entry["cells"] for d in cell["drift"] if "by_time" in d]
+    for entry in report.entries:
+        series = [drift.by_time for cell in entry.cells for drift in cell.drift if drift.by_time is not None]
         if series:
             at = [time for time, _ in series[0]]
-            lines.append((entry["label"], at, [sum(s[i][1] for s in series) / len(series) for i in range(len(at))]))
+            lines.append((entry.label, at, [sum(s[i][1] for s in series) / len(series) for i in range(len(at))]))
     return lines
 
 
-def limitations(report: Mapping[str, Any]) -> list[str]:
+def limitations(report: ComparisonReport) -> tuple[str, ...]:
     """What the reader must know, from the facts of this comparison."""
-    entries, n = report["entries"], len(report["seeds"])
+    entries, n = report.entries, len(report.seeds)
     found = []
-    if report["failed"]:
-        cells = (
-            "1 cell failed and is" if len(report["failed"]) == 1 else f"{len(report['failed'])} cells failed and are"
-        )
-        found.append(f"{cells} missing: {'; '.join(f'{name} ({why})' for name, why in report['failed'].items())}.")
-    if fewer := [e["label"] for e in entries if len(e["cells"]) < n]:
+    if report.failed:
+        cells = "1 cell failed and is" if len(report.failed) == 1 else f"{len(report.failed)} cells failed and are"
+        found.append(f"{cells} missing: {'; '.join(f'{name} ({why})' for name, why in report.failed.items())}.")
+    if fewer := [e.label for e in entries if len(e.cells) < n]:
         found.append(
             f"Not every seed is there of {', '.join(fewer)}: means are of other seeds than those of the others; differences are of "
             "common ones."
         )
-    if same := [
-        e["label"] for e in entries if len(e["cells"]) > 1 and len({c["weights_sha256"] for c in e["cells"]}) == 1
-    ]:
+    if same := [e.label for e in entries if len(e.cells) > 1 and len({c.weights_sha256 for c in e.cells}) == 1]:
         found.append(f"Every seed gives the same weights with {', '.join(same)}: no interval over training.")
-    grid = report["learning_rates"]["grid"]
-    edge = [
-        label for label, rate in report["learning_rates"]["chosen"].items() if grid and rate in (min(grid), max(grid))
-    ]
+    grid = report.learning_rates.grid
+    edge = [label for label, rate in report.learning_rates.chosen.items() if grid and rate in (min(grid), max(grid))]
     if edge and len(grid) > 2:
         found.append(
             f"The best learning rate is at the edge of the grid for {', '.join(edge)}: the best may lie beyond."
         )
-    unsteady = [
-        e["label"] for e in entries if e["latency"] and e["latency"][-1]["iqr_ms"] > 0.1 * e["latency"][-1]["median_ms"]
-    ]
+    unsteady = [e.label for e in entries if e.latency and e.latency[-1].iqr_ms > 0.1 * e.latency[-1].median_ms]
     if unsteady:
         found.append(
             f"Latencies were unsteady, half of the rounds spread over more than 10% of the median, for {', '.join(unsteady)}."
@@ -223,46 +204,45 @@ def limitations(report: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{n} seed{'s' if n > 1 else ''}: {'no interval over training' if n == 1 else 'intervals over so few are wide'}."
         )
-    budgets = {tuple(entry["recipe_train"][key] for key in ("steps", "batch_size")) for entry in entries}
+    budgets = {tuple(entry.recipe_train[key] for key in ("steps", "batch_size")) for entry in entries}
     if len(budgets) > 1:
         found.append(f"Budgets differ: (steps, batch) are {', '.join(str(b) for b in sorted(budgets))}.")
-    if not report["learning_rates"]["grid"] and len({entry["recipe_train"]["lr"] for entry in entries}) == 1:
+    if not report.learning_rates.grid and len({entry.recipe_train["lr"] for entry in entries}) == 1:
         found.append(
-            f"Every method has the same learning rate, {entries[0]['recipe_train']['lr']:g}, tuned for none; --lr-grid searches."
+            f"Every method has the same learning rate, {entries[0].recipe_train['lr']:g}, tuned for none; --lr-grid searches."
         )
-    backends = {time["backend"] for entry in entries for time in entry["latency"]}
-    sparse = [entry for entry in entries if entry["pattern"]]
+    backends = {time.backend for entry in entries for time in entry.latency}
+    sparse = [entry for entry in entries if entry.pattern]
     if sparse and backends == {"eager"}:
         found.append("Sparse weights were not lowered: their latency is that of dense kernels. --lower measures it.")
     elif sparse and "lowered" in backends:
-        slow = [e["label"] for e in sparse if e["latency"] and e["latency"][-1]["speedup_vs_dense"] < 1.03]
+        slow = [e.label for e in sparse if e.latency and not e.latency[-1].is_gain]
         if slow:
             found.append(f"Lowering gains nothing on this machine for {', '.join(slow)}.")
-    shares = {
-        round(entry["macs_effective"] / report["dense"]["macs_dense"], 2) for entry in entries if _pruned(report, entry)
-    }
+    shares = {round(entry.macs_effective / report.dense.macs_dense, 2) for entry in entries if _pruned(report, entry)}
     if shares and max(shares) - min(shares) > 0.03:
         found.append(
             f"Methods keep different shares of the multiply-accumulates, {min(shares):.0%} to {max(shares):.0%}: "
             "compare along the charts."
         )
     control = next((entry for entry in entries if not _pruned(report, entry)), None)
-    if control is None and report["dense"]["quality"]:
+    if control is None and report.dense.quality:
         found.append("Without dense-continued, nobody knows what the same training does to the dense model.")
-    if report["dense"]["quality"]:
+    if report.dense.quality and report.metric:
         found.append(
-            f"{report['metric']['name']} is measured on {report['evaluate']['samples']} samples against "
-            f"{report['data']['samples']} real images; compare it only with values of the same setting."
+            f"{report.metric.name} is measured on {report.evaluate['samples']} samples against "
+            f"{report.data.samples} real images; compare it only with values of the same setting."
         )
-    return found
+    return tuple(found)
 
 
-def _pruned(report: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    return bool(entry["macs_effective"] < report["dense"]["macs_dense"])
+def _pruned(report: ComparisonReport, entry: Entry) -> bool:
+    return bool(entry.macs_effective < report.dense.macs_dense)
 
 
-def _interval(found: Mapping[str, Any], metric: str = "") -> str:
-    if metric != "prediction_error":
-        return with_interval({"value": found["mean"], "ci95": found["ci95"]})
-    interval = "" if found["ci95"] is None else f" [{percent(found['ci95'][0])}, {percent(found['ci95'][1])}]"
-    return percent(found["mean"]) + interval
+def _interval(found: Summary, metric: str = "") -> str:
+    text = percent if metric == "prediction_error" else number
+    if found.ci95 is None:
+        return text(found.mean)
+    low, high = found.ci95
+    return f"{text(found.mean)} [{text(low)}, {text(high)}]"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -29,92 +30,86 @@ from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.similarity import ssim
 from compressor.recipe import Recipe
+from compressor.report.compared import Judged
+from compressor.report.content import DENSE, Drift, Quality, Row, TrainSummary
 from compressor.runs import directory
 from compressor.runs import run as runs
-from compressor.runs.inputs import Inputs, load_inputs, one_shot
-from compressor.runs.judge import Judge, Seen
-from compressor.runs.rows import layer_rows
+from compressor.runs.inputs import Inputs, load_inputs
+from compressor.runs.judge import Judge, Seen, Variant
+from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
 from compressor.seeds import generator
+from compressor.weights import weights_sha256
 
 JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"
 TIMES = tuple((index + 0.5) / 10 for index in range(10))
 _LOOKED_AT = 128
+_AGAIN = "Remove {path}: what is missing is judged again."
 
 
-def read_row(folder: Path) -> dict[str, Any]:
+def read_row(folder: Path) -> Judged:
     """What a finished job left. Raises CompressorError, with what to do, where it is damaged."""
     path = folder / ROW
-    hint = f"Remove {path}: what is missing is judged again."
-    try:
-        found = files.read_json(path)
-    except CompressorError as error:
-        raise CompressorError(error.message, hint) from error
-    row = found.get("row")
-    if not isinstance(row, dict) or not {"weights_sha256", "quality", "drift", "train", "macs_dense"} <= row.keys():
-        raise CompressorError(f"{path}: not the row of a finished cell", hint)
-    return found
+    return validation.from_file(Judged, path, "the row of a finished cell", _AGAIN.format(path=path))
 
 
 def dense(found: Inputs, folder: Path, steps: list[int]) -> Iterator[Progress]:
     """Judge the dense model, and keep what it drew and predicted for the others to be held against."""
     judge = Judge(found)
     yield from judge.look()
-    model = found.model.to(judge.device).eval()
-    row = judge.costs("dense", model, {}, {"steps": 0, "seconds": 0.0})
-    seen = yield from judge.judge(row, model, folder / "samples.png")
+    variant = Variant(DENSE, found.model.to(judge.device).eval(), found.weights_sha256)
+    seen = yield from judge.seen(variant)
+    row = yield from judge.row(variant, seen, None, folder / "samples.png")
     images = {} if seen.images is None else {"images": seen.images.contiguous()}
     save_file({**images, "predictions": seen.predictions.contiguous()}, folder / SEEN)
-    by_steps = yield from _by_steps(judge, "dense", model, steps)
-    metric = None
-    if found.metric is not None and judge.floor is not None:
-        metric = {"name": found.metric.name, "extractor_sha256": found.metric.sha256, "floor": judge.floor}
-    files.write_json(folder / ROW, {"row": row, "by_steps": by_steps, "metric": metric})
+    by_steps = yield from _by_steps(judge, variant, steps)
+    files.write_json(folder / ROW, Judged(row=row, by_steps=by_steps, metric=judge.metric).as_json())
 
 
 def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progress]:
     """Fine-tune, then judge against the dense model."""
     run = folder / RUN
     with directory.locked(run):
-        yield from runs.train(found, run, resume=(run / "run.json").is_file())
-    seen = load_file(Path(job["dense"]) / SEEN)
-    judge = Judge(found, Seen(seen.get("images"), seen["predictions"]))
+        resumed = (run / "run.json").is_file()
+        final = yield from runs.train(found, run, resume=resumed, keep_one_shot=job["first"])
+    stored = load_file(Path(job["dense"]) / SEEN)
+    given = Seen(stored.get("images"), stored["predictions"])
+    judge = Judge(found)
     yield from judge.look()
-    final = saving.load(run / "model", copy.deepcopy(found.model)).to(judge.device)
+    if final is None:
+        final = saving.load(run / "model", copy.deepcopy(found.model))
     trained = files.read_json(run / "run.json")["train"]
-    train = {"steps": trained["steps"], "seconds": round(trained["seconds"], 3)}
-    patterns = saving.read_config(run / "model").patterns
-    content: dict[str, Any] = {"patterns": sorted(set(patterns.values()))}
-    content["row"] = yield from _row(judge, job["label"], final, patterns, train, folder / "samples.png")
-    content["by_steps"] = yield from _by_steps(judge, job["label"], final, job["sampler_steps"])
+    train = TrainSummary(steps=trained["steps"], seconds=round(trained["seconds"], 3))
+    config = saving.read_config(run / "model")
+    variant = Variant(job["label"], final.to(judge.device).eval(), config.weights_sha256, config.patterns, train)
+    row = yield from _row(judge, variant, given, folder / "samples.png")
+    by_steps = yield from _by_steps(judge, variant, job["sampler_steps"])
+    judged = Judged(row=row, by_steps=by_steps, patterns=tuple(sorted(set(config.patterns.values()))))
     if job["first"]:
         yield Progress("one-shot", 0, 1)
-        result = one_shot(found)
-        masks = {name: str(mask.pattern) for name, mask in result.masks.items()}
-        bare = result.model.to(judge.device)
-        content["one_shot"] = yield from _row(
-            judge, f"{job['label']} one-shot", bare, masks, {"steps": 0, "seconds": 0.0}, None
-        )
-        content["layers"] = layer_rows(result, patterns, final, trained["flipped"])
-        if masks:
-            content["sensitivity"] = yield from _sensitivity(judge, bare, list(masks))
-    files.write_json(folder / ROW, content)
+        bare = one_shot(found, run / FOLDER)
+        model = bare.model.to(judge.device)
+        without = Variant(f"{job['label']} one-shot", model, weights_sha256(model), bare.patterns)
+        further: dict[str, Any] = {"one_shot": (yield from _row(judge, without, given, None))}
+        further["layers"] = layer_rows(bare.layers, config.patterns, final, trained["flipped"])
+        if bare.patterns:
+            further["sensitivity"] = yield from _sensitivity(judge, model, list(bare.patterns))
+        judged = judged.model_copy(update=further)
+    files.write_json(folder / ROW, judged.as_json())
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
-def _row(
-    judge: Judge, name: str, model: nn.Module, patterns: Mapping[str, str], train: Mapping[str, Any], sheet: Path | None
-) -> Generator[Progress, None, dict[str, Any]]:
+def _row(judge: Judge, variant: Variant, dense: Seen, sheet: Path | None) -> Generator[Progress, None, Row]:
     """The report row, with drift by time and by structural similarity."""
-    row = judge.costs(name, model, patterns, train)
-    seen = yield from judge.judge(row, model, sheet)
-    dense_images = judge.dense.images if judge.dense is not None else None
-    if seen.images is not None and dense_images is not None:
-        value = float(ssim(seen.images, dense_images).mean())
-        row["drift"].append({"metric": "ssim", "value": value, "samples": len(seen.images)})
-    yield Progress(f"times of {name}", 0, 1)
-    for entry in row["drift"]:
-        if entry["metric"] == "prediction_error":
-            entry["by_time"] = [[time, _error_at(judge, model, time)] for time in TIMES]
-    return row
+    seen = yield from judge.seen(variant)
+    row = yield from judge.row(variant, seen, dense, sheet)
+    drifts = list(row.drift)
+    if seen.images is not None and dense.images is not None:
+        value = float(ssim(seen.images, dense.images).mean())
+        drifts.append(Drift(metric="ssim", value=value, samples=len(seen.images)))
+    yield Progress(f"times of {variant.name}", 0, 1)
+    by_time = {"by_time": tuple((time, _error_at(judge, variant.model, time)) for time in TIMES)}
+    drifts = [d.model_copy(update=by_time) if d.metric == "prediction_error" else d for d in drifts]
+    return row.model_copy(update={"drift": tuple(drifts)})
 
 
 @torch.no_grad()
@@ -125,17 +120,15 @@ def _error_at(judge: Judge, model: nn.Module, time: float) -> float:
     given, _ = found.adapter.noised_at(batch, time, generator(found.recipe.evaluate.seed, "time", round(1000 * time)))
     given = to_device(given, judge.device)
     expected = found.adapter.predict(found.model.to(judge.device).eval(), given).float()
-    return float(drift.prediction_error(found.adapter.predict(model, given).float(), expected)["value"])
+    return drift.prediction_error(found.adapter.predict(model, given).float(), expected).value
 
 
-def _by_steps(
-    judge: Judge, name: str, model: nn.Module, steps: list[int]
-) -> Generator[Progress, None, dict[str, dict[str, Any]]]:
+def _by_steps(judge: Judge, variant: Variant, steps: list[int]) -> Generator[Progress, None, dict[str, Quality]]:
     """The metric at other numbers of sampler steps."""
     found, entries = judge.inputs, {}
     if found.metric is not None and judge.reference is not None:
         for count in steps:
-            images = yield from judge.drawn(f"{name} in {count} steps", model, count)
+            images = yield from judge.drawn(f"{variant.name} in {count} steps", variant.model, count)
             settings = found.recipe.evaluate.model_copy(update={"sampler_steps": count})
             entries[str(count)] = evaluate.quality(found.metric, images, judge.reference.gaussian, settings)
     return entries

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.cost.timing import interleaved, iqr_ms, median_ms
+from compressor.cost.timing import Times, side_by_side
+from compressor.report.content import DENSE, EAGER, Latency
 
 
 @torch.no_grad()
-def latencies(models: Sequence[nn.Module], adapter: Adapter, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """The latency entry of each model's row, the first being dense. Rounds are interleaved, in alternating order."""
-    device = next(models[0].parameters()).device
-    inputs = to_device(adapter.example_inputs(batch_size), device)
-    dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
-    times = interleaved([lambda m=m: adapter.predict(m, inputs) for m in models], rounds, device)  # type: ignore[misc]
-    dense = median_ms(times[0])
-    return [latency_entry("eager", device, dtype, batch_size, seconds, "eager", dense) for seconds in times]
+def predictions(
+    models: Mapping[str, nn.Module], adapter: Adapter, example: Any, rounds: int, device: torch.device
+) -> dict[str, Times]:
+    """The times of one prediction of each of `models` on the inputs `example`, by name. Models take turns."""
+    return side_by_side({name: lambda m=m: adapter.predict(m, example) for name, m in models.items()}, rounds, device)  # type: ignore[misc]
 
 
-def latency_entry(
-    backend: str, device: torch.device, dtype: str, batch: int, seconds: Sequence[float], against: str, dense_ms: float
-) -> dict[str, Any]:
-    """One entry of a row's `latency`: the median of `seconds`, compared with that of the dense form `against`."""
+def latencies(models: Mapping[str, nn.Module], adapter: Adapter, batch_size: int, rounds: int) -> dict[str, Latency]:
+    """The latency of each model as it is, by the name of its row. The speed-ups are over the model called `dense`."""
+    first = next(models[DENSE].parameters())
+    example = to_device(adapter.example_inputs(batch_size), first.device)
+    dtype = str(first.dtype).removeprefix("torch.")
+    times = predictions(models, adapter, example, rounds, first.device)
     return {
-        "backend": backend,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": dtype,
-        "batch": batch,
-        "median_ms": median_ms(seconds),
-        "iqr_ms": iqr_ms(seconds),
-        "against": against,
-        "speedup_vs_dense": dense_ms / median_ms(seconds),
+        name: latency(EAGER, first.device, dtype, batch_size, own, EAGER, times[DENSE]) for name, own in times.items()
     }
+
+
+def latency(
+    backend: str, device: torch.device, dtype: str, batch: int, times: Times, against: str, dense: Times
+) -> Latency:
+    """One entry of a row's `latency`: its `times`, compared with those of the dense form `against`."""
+    return Latency(
+        backend=backend,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=dtype,
+        batch=batch,
+        median_ms=times.median_ms,
+        iqr_ms=times.iqr_ms,
+        against=against,
+        speedup_vs_dense=dense.median_ms / times.median_ms,
+    )

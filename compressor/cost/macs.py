@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter, to_device
+from compressor.report.content import Costs
 from compressor.saving import packing
 from compressor.sparsity.layers import Weighted, weighted
 from compressor.weights import FILE_METADATA, plain_state
@@ -49,7 +50,7 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     return counter.get_total_flops() // 2, by_weight
 
 
-def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> dict[str, Any]:
+def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> Costs:
     """The cost fields of a report row; `pruned` holds the pattern of each masked weight by its name.
 
     `size_bytes` is that of the weights' file as `compressor.save` writes it, packed. `macs_effective` leaves out
@@ -63,15 +64,15 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> dict
     skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in pruned)
     masked = sum(parameters[name].numel() for name in pruned)
     tensors, _ = packing.packed_state(plain_state(model), pruned)
-    return {
-        "density": sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
-        "params": sum(value.numel() for value in parameters.values()),
-        "nonzero_params": sum(nonzero.values()),
-        "size_bytes": len(save(tensors, metadata=FILE_METADATA)),
-        "macs_dense": total,
-        "macs_effective": round(total - skipped),
-        "macs_lowered": total,
-    }
+    return Costs(
+        density=sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
+        params=sum(value.numel() for value in parameters.values()),
+        nonzero_params=sum(nonzero.values()),
+        size_bytes=len(save(tensors, metadata=FILE_METADATA)),
+        macs_dense=total,
+        macs_effective=round(total - skipped),
+        macs_lowered=total,
+    )
 
 
 def lowered_macs(model: nn.Module, adapter: Adapter, skipped: Mapping[str, float]) -> int:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
+_Key = TypeVar("_Key")
 _SHORT = 0.002  # seconds; shorter calls are repeated within a turn, so that the clock and its own cost do not count
+
+
+@dataclass(frozen=True)
+class Times:
+    """The median and the interquartile range of a call's times, in milliseconds."""
+
+    median_ms: float
+    iqr_ms: float
+
+
+def side_by_side(calls: Mapping[_Key, Callable[[], object]], rounds: int, device: torch.device) -> dict[_Key, Times]:
+    """The times of each of `calls`, which take turns (`interleaved`)."""
+    seconds = interleaved(list(calls.values()), rounds, device)
+    return {key: Times(median_ms(own), iqr_ms(own)) for key, own in zip(calls, seconds, strict=True)}
 
 
 def interleaved(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,10 @@ INSTALL = 'pip install "diffusion-compressor[onnx]"'
 OPSET = 20
 LARGEST_FILE = 1_900_000_000
 """Protocol buffers end at 2 GiB: larger weights go into a file of their own, beside the graph."""
+LARGEST_INT8 = 64
+"""Of an int8 weight, as a magnitude. CPUs without VNNI add two products with unsigned 8-bit activations in 16 bits, where
+sums beyond 2^15 - 1 are cut off: 2 x 255 x 64 = 32,640 fits, 2 x 255 x 65 does not. Source: ONNX Runtime's guide to
+quantization (`reduce_range`), and the kernels of its MLAS library for AVX2 and AVX-512 (`vpmaddubsw`)."""
 
 
 def require_packages() -> None:
@@ -39,10 +45,10 @@ class OnnxRunner:
     """Runs an exported file in ONNX Runtime on the CPU, with as many threads as PyTorch has now.
 
     Called with an adapter's inputs, it answers as `adapter.predict` does. Raises CompressorError where the file is not one
-    that ONNX Runtime reads.
+    that ONNX Runtime reads. Instead of a path it takes a file's content.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | bytes) -> None:
         require_packages()
         import onnxruntime
 
@@ -52,14 +58,21 @@ class OnnxRunner:
         # Its threads wait by spinning, also after a run: whatever is timed next would be timed against them.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            content = path if isinstance(path, bytes) else str(path)
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common base
-            raise CompressorError(f"{path}: ONNX Runtime: {first_line(error)}", "Export the model again.") from error
+            name = "a graph in memory" if isinstance(path, bytes) else path
+            raise CompressorError(f"{name}: ONNX Runtime: {first_line(error)}", "Export the model again.") from error
         self.names = [one.name for one in self.session.get_inputs()]
 
     def __call__(self, inputs: Any) -> Tensor:
+        return next(iter(self.outputs(inputs).values()))
+
+    def outputs(self, inputs: Any) -> dict[str, Tensor]:
+        """Every output of the graph by its name; a graph of this package has one, `prediction`."""
         feed = dict(zip(self.names, map(_array, tensors_of(inputs)), strict=True))
-        return torch.from_numpy(self.session.run(None, feed)[0])
+        names = [one.name for one in self.session.get_outputs()]
+        return dict(zip(names, map(torch.from_numpy, self.session.run(names, feed)), strict=True))
 
 
 class _Flat(nn.Module):
@@ -166,14 +179,24 @@ def write(graph: onnx.ModelProto, file: Path, data: str) -> None:
 
 
 def quantize(graph: onnx.ModelProto, file: Path) -> None:
-    """Replace `file` by its int8 form. Raises GateError where a weight's zero is no zero there."""
+    """Replace `file` by its int8 form, which means the same on every CPU: no weight is beyond `LARGEST_INT8`.
+
+    Raises GateError where one is, or where a weight's zero is no zero there.
+    """
     from onnx import load, numpy_helper
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     before = {one.name: one for one in graph.graph.initializer}
     target = file.with_name("quantized")
     with _silence():
-        quantize_dynamic(file, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(
+            file,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )
     for other in file.parent.iterdir():
         if other != target:
             other.unlink()
@@ -182,9 +205,91 @@ def quantize(graph: onnx.ModelProto, file: Path) -> None:
     for name, value in before.items():
         if f"{name}_quantized" not in after:
             continue
-        moved = after[f"{name}_quantized"] != after[f"{name}_zero_point"]
+        weight = after[f"{name}_quantized"]
+        if (largest := int(abs(weight.astype("int16")).max(initial=0))) > LARGEST_INT8:
+            raise GateError(
+                f"{name}: int8 weights up to {largest}, more than {LARGEST_INT8}: on CPUs without VNNI sums of two products "
+                "would be cut off",
+                "Please report this model.",
+            )
+        moved = weight != after[f"{name}_zero_point"]
         if bool((moved & (numpy_helper.to_array(value) == 0)).any()):
             raise GateError(f"{name}: int8 gave its zeros a value", "Please report this model.")
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerProduct:
+    """A product of an int8 graph: x (..., in) in float32, quantized as it comes, times weight (in, out).
+
+    `x` and `out` are the names of its input and output, `weight` is whole numbers less their zero points, and `scale`,
+    one number or (out,), says what one of them is worth.
+    """
+
+    x: str
+    out: str
+    weight: Tensor
+    scale: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The product for `x`, without rounding in its sums: whole numbers below 2^53 are exact in float64.
+
+        Source: DynamicQuantizeLinear and MatMulInteger in https://onnx.ai/onnx/operators/
+        """
+        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+        step = (high - low) / 255 if high > low else torch.ones(())
+        zero = (-low / step).round().clamp(0, 255)
+        levels = ((x / step).round() + zero).clamp(0, 255) - zero
+        sums = (levels.double() @ self.weight.double()).float()
+        return sums * (step * self.scale)
+
+
+def integer_products(graph: onnx.ModelProto) -> list[IntegerProduct]:
+    """Every product in whole numbers that `quantize` put into a graph. Raises GateError for one of another make."""
+    from onnx import numpy_helper
+
+    constants = {one.name: numpy_helper.to_array(one) for one in graph.graph.initializer}
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    users = {name: node for node in graph.graph.node for name in node.input}
+    found = []
+    for node in graph.graph.node:
+        if "Integer" not in node.op_type and not node.op_type.startswith("QLinear"):
+            continue
+        try:
+            levels, weight, _, zero = node.input
+            quantized, scaled = makers[levels], users[users[node.output[0]].output[0]]
+            scales = makers[scaled.input[1]].input
+            kinds = (node.op_type, quantized.op_type, scaled.op_type, scales[0])
+            if kinds != ("MatMulInteger", "DynamicQuantizeLinear", "Mul", quantized.output[1]):
+                raise KeyError(node.op_type)
+            whole = torch.from_numpy(constants[weight].astype("int32") - constants[zero].astype("int32"))
+            scale = torch.from_numpy(constants[scales[1]].copy())
+        except (KeyError, ValueError) as error:
+            raise GateError(f"{node.name}: {node.op_type} of another make", "Please report this model.") from error
+        found.append(IntegerProduct(quantized.input[0], scaled.output[0], whole, scale))
+    return found
+
+
+def integer_errors(file: Path, inputs: Any) -> dict[str, float]:
+    """How far ONNX Runtime is, on this machine, from the whole-number arithmetic that an int8 file asks for.
+
+    For each product the largest difference of any value from `IntegerProduct.of` the same input, in standard deviations of
+    that product, by the name of its output. `inputs` are an adapter's.
+    """
+    from onnx import ValueInfoProto, load
+
+    graph = load(file)
+    products = integer_products(graph)
+    given = [one.name for one in graph.graph.input]
+    known = {*given, *(one.name for one in graph.graph.output)}
+    shown = {name for one in products for name in (one.x, one.out)} - known
+    graph.graph.output.extend(ValueInfoProto(name=name) for name in sorted(shown))
+    values = OnnxRunner(graph.SerializeToString()).outputs(inputs) | dict(zip(given, tensors_of(inputs), strict=True))
+    found = {}
+    for one in products:
+        wanted = one.of(values[one.x])
+        difference = (values[one.out] - wanted).abs() / (float(wanted.std(correction=0)) or 1.0)
+        found[one.out] = float(difference.nan_to_num(nan=math.inf).max())
+    return found
 
 
 def tensors_of(inputs: Any) -> list[Tensor]:

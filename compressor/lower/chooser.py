@@ -14,16 +14,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from compressor.cost.timing import interleaved, median_ms
+from compressor.cost.timing import side_by_side
 from compressor.errors import first_line
 from compressor.lower.backend import Backend, Unit
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
 from compressor.lower.units import Found
+from compressor.report.content import GAIN, gains
 
-MARGIN = 0.97
-"""A candidate is taken in place of a dense one only where it needs at most this share of its time."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """The largest relative error of a layer: rounding, in the order in which a kernel adds."""
 
@@ -75,9 +74,9 @@ def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cac
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
     times = store.get(key)
     if times is None or set(times) != set(calls):
-        measured = interleaved(list(calls.values()), _ROUNDS, device)
+        measured = side_by_side(calls, _ROUNDS, device)
         share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
-        times = {name: median_ms(seconds) / share for name, seconds in zip(calls, measured, strict=True)}
+        times = {name: own.median_ms / share for name, own in measured.items()}
         store.put(key, times)
     candidates = tuple(
         Candidate(
@@ -116,16 +115,16 @@ def best(times: dict[str, float], skipping: set[str]) -> tuple[str, str]:
     dense = {name: time for name, time in times.items() if name not in skipping}
     base = "eager"
     fastest = min(dense, key=dense.__getitem__)
-    if dense[fastest] <= MARGIN * dense[base]:
+    if gains(dense[base] / dense[fastest]):
         base = fastest
     sparse = {name: time for name, time in times.items() if name in skipping}
     if not sparse:
         return base, "no sparse kernel takes this layer"
     best = min(sparse, key=sparse.__getitem__)
     ratio = dense[base] / sparse[best]
-    if sparse[best] <= MARGIN * dense[base]:
+    if gains(ratio):
         return best, f"{ratio:.2f}x the speed of {base}, the best dense form"
-    return base, f"{best} has {ratio:.2f}x the speed of {base}, less than the {1 / MARGIN:.2f}x that are asked"
+    return base, f"{best} has {ratio:.2f}x the speed of {base}, less than the {GAIN:.2f}x that are asked"
 
 
 def _reference(unit: Unit, x: Tensor) -> Tensor:

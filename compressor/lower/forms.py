@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.adapter import Adapter
-from compressor.cost.timing import interleaved, iqr_ms, median_ms
+from compressor.cost.timing import side_by_side
 from compressor.errors import CompressorError, first_line
 from compressor.lower.chooser import best, relative
 from compressor.lower.graphs import Graphed
@@ -74,9 +74,8 @@ def guarded(
     forms = _forms(job, layers, compiled)
     errors, refused = _right(job, forms, allowed)
     forms = {name: form for name, form in forms.items() if name in errors}
-    times = interleaved([lambda f=form: forward(f) for form in forms.values()], _ROUNDS, device)  # type: ignore[misc]
-    medians = {name: median_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
-    spread = {name: iqr_ms(seconds) for name, seconds in zip(forms, times, strict=True)}
+    times = side_by_side({name: lambda f=form: forward(f) for name, form in forms.items()}, _ROUNDS, device)  # type: ignore[misc]
+    medians = {name: own.median_ms for name, own in times.items()}
     dense = {name: time for name, time in medians.items() if not name.startswith("lowered")}
     opponent = min(dense, key=dense.__getitem__)
     sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
@@ -101,7 +100,7 @@ def guarded(
                 name=name,
                 dense=name in dense,
                 median_ms=medians[name],
-                iqr_ms=spread[name],
+                iqr_ms=times[name].iqr_ms,
                 speedup=dense[opponent] / medians[name],
                 error=errors[name],
             )

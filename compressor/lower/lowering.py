@@ -88,8 +88,12 @@ def lowering(
     compiled: bool = False,
     tolerance: float | None = None,
     cache: bool = True,
+    digest: str | None = None,
 ) -> Generator[Progress, None, Lowered]:
-    """`lower` as a generator: yields its progress, and returns the `Lowered`."""
+    """`lower` as a generator: yields its progress, and returns the `Lowered`.
+
+    `digest` is the model's `weights_sha256`, where it is known already.
+    """
     job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
     loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
     allowed = _WHOLE * (tolerance or loosest)
@@ -103,5 +107,5 @@ def lowering(
     places = {one.at: place for place, one in enumerate(job.found)}
     layers.sort(key=lambda layer: places[layer.name])
     yield Progress("lower", len(alike), len(alike), "whole model")
-    form, made = guarded(job, layers, compiled, allowed, weights_sha256(model))
+    form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model))
     return Lowered(form, made)

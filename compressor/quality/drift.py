@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data.sets import SampleSet
 from compressor.quality.settings import Evaluation
+from compressor.report.content import Drift
 from compressor.seeds import generator
 
 
-def sample_rmse(images: Tensor, dense: Tensor) -> dict[str, Any]:
+def sample_rmse(images: Tensor, dense: Tensor) -> Drift:
     """Root mean square difference of images from the dense model's, from the same noise; pixels span [-1, 1]."""
     value = float((images - dense).square().mean().sqrt())
-    return {"metric": "sample_rmse", "value": value, "samples": len(images)}
+    return Drift(metric="sample_rmse", value=value, samples=len(images))
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def predictions(
     return torch.cat(found)
 
 
-def prediction_error(predicted: Tensor, dense: Tensor) -> dict[str, Any]:
+def prediction_error(predicted: Tensor, dense: Tensor) -> Drift:
     """Mean square difference from the dense model's predictions, relative to their mean square."""
     value = float((predicted - dense).square().mean() / dense.square().mean())
-    return {"metric": "prediction_error", "value": value, "samples": len(predicted)}
+    return Drift(metric="prediction_error", value=value, samples=len(predicted))

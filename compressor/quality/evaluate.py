@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from compressor.quality.fidelity import Reference, measures
 from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, gaussian
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
+from compressor.report.content import Floor, Quality
 from compressor.seeds import generator
 
 
@@ -23,12 +23,12 @@ def can_sample(adapter: Adapter) -> bool:
 
 def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterator[Tensor]:
     """`settings.samples` images in batches, on the CPU. The same settings give every model the same initial noise."""
-    for first in range(0, settings.samples, settings.batch_size):
-        n = min(settings.batch_size, settings.samples - first)
+    for first in range(0, settings.drawn, settings.batch_size):
+        n = min(settings.batch_size, settings.drawn - first)
         yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
 
 
-def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Evaluation) -> list[dict[str, Any]]:
+def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Evaluation) -> list[Quality]:
     """The `quality` of a report row for these generated images: the Fréchet distance, then `settings.measures`."""
     features = metric.features(images)
     spatial = metric.spatial(images) if reference.spatial is not None else None
@@ -36,24 +36,24 @@ def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Ev
     return [first, *measures(metric, features, spatial, reference, settings)]
 
 
-def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
+def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> Quality:
     """The metric's own entry of a report row for these generated images."""
     return _distance(metric, metric.features(images), reference, settings)
 
 
-def _distance(metric: Metric, features: Tensor, reference: Gaussian, settings: Evaluation) -> dict[str, Any]:
+def _distance(metric: Metric, features: Tensor, reference: Gaussian, settings: Evaluation) -> Quality:
     interval = bootstrap(features, reference, settings.bootstrap, settings.seed)
-    return {
-        "metric": metric.name,
-        "value": frechet_distance(gaussian(features), reference),
-        "ci95": None if interval is None else list(interval),
-        "samples": len(features),
-        "sampler_steps": settings.sampler_steps,
-        "seed": settings.seed,
-    }
+    return Quality(
+        metric=metric.name,
+        value=frechet_distance(gaussian(features), reference),
+        ci95=interval,
+        samples=len(features),
+        sampler_steps=settings.sampler_steps,
+        seed=settings.seed,
+    )
 
 
-def floor(features: Tensor, settings: Evaluation) -> dict[str, Any]:
+def floor(features: Tensor, settings: Evaluation) -> Floor:
     """The distance between two disjoint random halves of the real images: what a perfect model of them would score.
 
     It is on the high side for more samples than half the data, since the distance falls with the number of samples.
@@ -63,4 +63,4 @@ def floor(features: Tensor, settings: Evaluation) -> dict[str, Any]:
     reference = gaussian(features[order[half : 2 * half]])
     interval = bootstrap(features[order[:half]], reference, settings.bootstrap, settings.seed)
     value = frechet_distance(gaussian(features[order[:half]]), reference)
-    return {"value": value, "ci95": None if interval is None else list(interval), "samples": half}
+    return Floor(value=value, ci95=interval, samples=half)

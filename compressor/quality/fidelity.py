@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from compressor.quality.frechet import Gaussian, frechet_distance, gaussian
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
+from compressor.report.content import Quality
 from compressor.seeds import generator
 
 LIMIT = 10_000
@@ -58,7 +58,7 @@ class Reference:
 
 def measures(
     metric: Metric, features: Tensor, spatial: Tensor | None, reference: Reference, settings: Evaluation
-) -> list[dict[str, Any]]:
+) -> list[Quality]:
     """The entries of a report row for `settings.measures`, from the features (n, d) of its generated images.
 
     `metric` made the features. `sfd` is left out where there are no spatial features.
@@ -85,14 +85,14 @@ def measures(
         else:
             value, samples = frechet_distance(gaussian(spatial), reference.spatial), len(spatial)
         entries.append(
-            {
-                "metric": metric.measure_name(measure),
-                "value": value,
-                "ci95": None if interval is None else list(interval),
-                "samples": samples,
-                "sampler_steps": settings.sampler_steps,
-                "seed": settings.seed,
-            }
+            Quality(
+                metric=metric.measure_name(measure),
+                value=value,
+                ci95=interval,
+                samples=samples,
+                sampler_steps=settings.sampler_steps,
+                seed=settings.seed,
+            )
         )
     return entries
 

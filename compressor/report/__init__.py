@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from compressor import files
+from compressor import files, validation
 from compressor.errors import CompressorError
 from compressor.report import charts, words
+from compressor.report.compared import ComparisonReport
+from compressor.report.content import Report
 from compressor.report.further import direction, further
 
-__all__ = ["render", "schema"]
+__all__ = ["read_comparison", "read_report", "render", "schema"]
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of `report.json`."""
+    """The JSON schema of `report.json`, of runs and of comparisons."""
     loaded: dict[str, Any] = json.loads(resource("schema.json"))
     return loaded
+
+
+def read_report(path: Path) -> Report:
+    """The report of a run, from its file. Raises CompressorError, with the field at fault, where it is not one."""
+    return validation.from_file(Report, path, "a report", "Run the recipe again.")
+
+
+def read_comparison(path: Path) -> ComparisonReport:
+    """As `read_report`, of a comparison."""
+    return validation.from_file(ComparisonReport, path, "a report of a comparison", "Run the same command again.")
 
 
 def render(run: str | Path) -> None:
@@ -38,40 +48,26 @@ def render(run: str | Path) -> None:
         raise CompressorError(
             f"{path}: no such file", "Give the directory of a finished run; `compressor resume` finishes one."
         )
-    report = files.read_json(path)
-    if lost := [key for key in schema()["required"] if key not in report]:
-        raise CompressorError(f"{path}: not a report: {', '.join(lost)} missing", "Run the recipe again.")
-    steps = read_metrics(run / "metrics.jsonl")
-    with report_of(path):
-        page, text = _written(run, report, steps)
+    page, text = _written(run, read_report(path), read_metrics(run / "metrics.jsonl"))
     files.write_text(run / "report.md", text)
     files.write_text(run / "report.html", page)  # last: with it, a run is finished
 
 
-@contextmanager
-def report_of(path: Path) -> Iterator[None]:
-    """What cannot be rendered is a CompressorError that names the report at `path`."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        raise CompressorError(f"{path}: not a report: {error!r}", "Run the same command again.") from error
-
-
-def _written(run: Path, report: Mapping[str, Any], steps: list[dict[str, Any]]) -> tuple[str, str]:
+def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[str, str]:
     """The page and the Markdown."""
-    pictures = {row["name"]: name for row in report["rows"] if (name := _picture(run, row["name"])) is not None}
+    pictures = {row.name: name for row in report.rows if (name := _picture(run, row.name)) is not None}
     facts = {
         "report": report,
         "headline": words.headline(report),
         "columns": words.columns(report),
         "further": further(report),
         "direction": direction(report),
-        "lowering": report.get("lowering"),
+        "lowering": report.lowering,
         "lowering_sentence": words.lowering_sentence(report),
         "speeds": words.speeds(report),
         "layer_speeds": words.layer_speeds(report),
-        "pruned": [layer for layer in report["layers"] if layer["reason"] is None],
-        "skipped": [layer for layer in report["layers"] if layer["reason"] is not None],
+        "pruned": [layer for layer in report.layers if layer.reason is None],
+        "skipped": [layer for layer in report.layers if layer.reason is not None],
     }
     page = environment_of(html=True).from_string(resource("template.html"))
     data = {name: data_uri(run / "samples" / file) for name, file in pictures.items()}

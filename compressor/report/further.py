@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
+from compressor.report.content import Report
 from compressor.report.words import NONE, with_interval
 
 _ABOUT = {
@@ -19,17 +17,16 @@ _ABOUT = {
 _LOWER = ("kid", "sfd", "sfid")
 
 
-def further(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def further(report: Report) -> list[tuple[str, str, list[str]]]:
     """The table, a measure at a time: (title, explanation, one text per row of the report). Empty where there is none."""
-    rows: Sequence[Mapping[str, Any]] = report["rows"]
-    found = [{entry["metric"]: entry for entry in row["quality"][1:]} for row in rows]
+    found = [{entry.metric: entry for entry in row.quality[1:]} for row in report.rows]
     return [
         (name, _ABOUT.get(_measure(name), ""), [with_interval(row[name]) if name in row else NONE for row in found])
         for name in dict.fromkeys(name for row in found for name in row)
     ]
 
 
-def direction(report: Mapping[str, Any]) -> str:
+def direction(report: Report) -> str:
     """The sentence that says which of the further measures are better low, and which high."""
     names = [name for name, _, _ in further(report) if _measure(name) in _ABOUT]
     low = [name for name in names if _measure(name) in _LOWER]

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from compressor.report.content import DENSE, Report
 
 
-def limitations(
-    rows: Sequence[Mapping[str, Any]], samples: int, real: int, lowering: Mapping[str, Any] | None
-) -> list[str]:
-    """What the reader must know, said from the facts of this run. `lowering` is the plan where the model was lowered."""
-    final = rows[-1]
+def limitations(report: Report) -> tuple[str, ...]:
+    """What the reader must know, said from the facts of this run."""
+    final, lowering = report.final, report.lowering
     found = []
-    if lowering is None and final["macs_effective"] < final["macs_lowered"]:
+    if lowering is None and final.macs_effective < final.macs_lowered:
         found.append(
             "The weights are sparse but were not lowered: no kernel skips their zeros, so no speed-up is claimed. "
             "Effective MACs say what such a kernel could save; `compressor lower` measures it."
         )
     if lowering is not None:
-        if final["macs_lowered"] == final["macs_dense"]:
-            found.append(f"No kernel skips a zero of this model on this machine: {lowering['reason']}.")
+        if final.macs_lowered == final.macs_dense:
+            found.append(f"No kernel skips a zero of this model on this machine: {lowering.reason}.")
         refused = {
-            candidate["refused"]
-            for layer in lowering["layers"]
-            for candidate in layer["candidates"]
-            if candidate["refused"] and "shares no choice between rows" in candidate["refused"]
+            candidate.refused
+            for layer in lowering.layers
+            for candidate in layer.candidates
+            if candidate.refused and "shares no choice between rows" in candidate.refused
         }
         found += [f"{reason[0].upper()}{reason[1:]}." for reason in sorted(refused)]
-        if any(row["latency"] for row in rows[1:-1]):
+        if any(row.latency for row in report.rows if row.name not in (DENSE, report.method)):
             found.append(
                 "Rows between the first and the last were timed before the model was lowered: compare their ratios, not their times."
             )
-        engine = [entry for entry in final["latency"] if entry["backend"].startswith("ONNX Runtime")]
-        if engine and max(entry["speedup_vs_dense"] for entry in engine) < 1.03:
+        engine = [entry for entry in final.latency if entry.backend.startswith("ONNX Runtime")]
+        if engine and not any(entry.is_gain for entry in engine):
             found.append(
                 "ONNX Runtime gains nothing from these zeros: it has no sparse kernels, and the gathered form needs rows that "
                 "share a choice in groups of 64 or more (128:2:4)."
@@ -40,14 +37,14 @@ def limitations(
         found.append(
             "Speed-ups hold for this machine, these batch sizes and this number of threads; another machine has to measure anew."
         )
-    if final["quality"]:
+    if final.quality:
         found.append(
-            f"{final['quality'][0]['metric']} is measured on {samples} samples against {real} real images; "
+            f"{final.quality[0].metric} is measured on {final.quality[0].samples} samples against {report.data.samples} real images; "
             "compare it only with values of the same number of samples, sampler and steps."
         )
         found.append(
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
-    if final["latency"] and lowering is None:
+    if final.latency and lowering is None:
         found.append("Latency is one machine's, in eager mode; the machine may have been busy with other work.")
-    return found
+    return tuple(found)

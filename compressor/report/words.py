@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, Latency, Report, Row, TrainSummary
 
 NONE = "—"
 
 
-def headline(report: Mapping[str, Any]) -> str:
+class Measured(Protocol):
+    """A number with its interval: quality, a floor."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def ci95(self) -> tuple[float, float] | None: ...
+
+
+def headline(report: Report) -> str:
     """What the run found, in one sentence made from the report's facts."""
-    rows = {row["name"]: row for row in report["rows"]}
-    final = report["rows"][-1]
-    what = f"{final['name']} on {report['model']}"
-    if report["pattern"]:
-        what = f"{final['name']} at {report['pattern']} on {report['model']}"
-    if not final["quality"]:
+    final = report.final
+    what = f"{final.name} on {report.model}"
+    if report.pattern:
+        what = f"{final.name} at {report.pattern} on {report.model}"
+    if not final.quality:
         return f"{what}: quality was not measured.{_gain(final)}"
-    metric = final["quality"][0]["metric"]
     others = [
-        f"{number(rows[name]['quality'][0]['value'])} {name}"
-        for name in ("dense", "one-shot")
-        if name in rows and name != final["name"] and rows[name]["quality"]
+        f"{number(row.quality[0].value)} {name}"
+        for name in (DENSE, ONE_SHOT)
+        if (row := report.row(name)) is not None and row is not final and row.quality
     ]
     against = f", against {' and '.join(others)}" if others else ""
-    return f"{what}: {metric} {with_interval(final['quality'][0])}{against}; lower is better.{_gain(final)}"
+    return (
+        f"{what}: {final.quality[0].metric} {with_interval(final.quality[0])}{against}; lower is better.{_gain(final)}"
+    )
 
 
-def _gain(row: Mapping[str, Any]) -> str:
+def _gain(row: Row) -> str:
     """The sentence on speed, where a lowered model has some."""
-    if not row["latency"] or standing(row)["backend"] != "lowered" or _verdict(row, standing(row)):
+    entry = row.standing
+    if entry is None or entry.backend != LOWERED or _verdict(row, entry):
         return ""
-    entry = standing(row)
-    return f" Lowered, it runs {entry['speedup_vs_dense']:.2f}x as fast as dense at its best ({entry['against']})."
+    return f" Lowered, it runs {entry.speedup_vs_dense:.2f}x as fast as dense at its best ({entry.against})."
 
 
-def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+def columns(report: Report) -> list[tuple[str, str, list[str]]]:
     """The table, a measure at a time: (title, explanation, one text per row of the report)."""
-    rows: Sequence[Mapping[str, Any]] = report["rows"]
-    metric = report["metric"]["name"] if report["metric"] else None
-    table: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = []
-    if metric:
+    table: list[tuple[str, str, Callable[[Row], str]]] = []
+    if report.metric:
         table.append(
             (
-                metric,
+                report.metric.name,
                 "lower is better; 95% interval",
-                lambda r: with_interval(r["quality"][0]) if r["quality"] else NONE,
+                lambda r: with_interval(r.quality[0]) if r.quality else NONE,
             )
         )
     table += [
@@ -55,21 +65,17 @@ def columns(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
             lambda r: _drift(r, "prediction_error", percent),
         ),
         ("sample RMSE", "from dense, same noise; pixels in [-1, 1]", lambda r: _drift(r, "sample_rmse", number)),
-        ("density", "kept share of the pruned weights", lambda r: percent(r["density"])),
-        ("parameters", "nonzero of all", lambda r: f"{count(r['nonzero_params'])} of {count(r['params'])}"),
-        ("file", "saved weights", lambda r: size(r["size_bytes"])),
-        ("MACs, dense", "every multiplication; one sample, one pass", lambda r: count(r["macs_dense"])),
-        ("MACs, effective", "zeros not counted", lambda r: count(r["macs_effective"])),
-        ("MACs, lowered", "without what a kernel really skips", lambda r: count(r["macs_lowered"])),
+        ("density", "kept share of the pruned weights", lambda r: percent(r.density)),
+        ("parameters", "nonzero of all", lambda r: f"{count(r.nonzero_params)} of {count(r.params)}"),
+        ("file", "saved weights", lambda r: size(r.size_bytes)),
+        ("MACs, dense", "every multiplication; one sample, one pass", lambda r: count(r.macs_dense)),
+        ("MACs, effective", "zeros not counted", lambda r: count(r.macs_effective)),
+        ("MACs, lowered", "without what a kernel really skips", lambda r: count(r.macs_lowered)),
         ("latency", "median; IQR: interquartile range", _latency),
         ("speed-up", "measured against dense, same run", _speedup),
-        (
-            "fine-tuning",
-            "steps, seconds",
-            lambda r: _training(r["train"]),
-        ),
+        ("fine-tuning", "steps, seconds", lambda r: _training(r.train)),
     ]
-    return [(title, about, [text(row) for row in rows]) for title, about, text in table]
+    return [(title, about, [text(row) for row in report.rows]) for title, about, text in table]
 
 
 def number(value: float) -> str:
@@ -100,116 +106,110 @@ def size(value: float) -> str:
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
-def with_interval(entry: Mapping[str, Any]) -> str:
+def with_interval(entry: Measured) -> str:
     """A metric's value, with its interval where there is one."""
-    if not entry["ci95"]:
-        return number(entry["value"])
-    low, high = entry["ci95"]
-    return f"{number(entry['value'])} [{number(low)}, {number(high)}]"
+    if not entry.ci95:
+        return number(entry.value)
+    low, high = entry.ci95
+    return f"{number(entry.value)} [{number(low)}, {number(high)}]"
 
 
-def _drift(row: Mapping[str, Any], metric: str, text: Callable[[float], str]) -> str:
-    return next((text(entry["value"]) for entry in row["drift"] if entry["metric"] == metric), NONE)
+def _drift(row: Row, metric: str, text: Callable[[float], str]) -> str:
+    entry = row.drift_by(metric)
+    return NONE if entry is None else text(entry.value)
 
 
-def standing(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The latency that stands for a row: lowered where it was, else the first."""
-    entries: Sequence[Mapping[str, Any]] = row["latency"]
-    return next((entry for entry in entries if entry["backend"] == "lowered"), entries[0])
-
-
-def _latency(row: Mapping[str, Any]) -> str:
-    if not row["latency"]:
+def _latency(row: Row) -> str:
+    if (entry := row.standing) is None:
         return NONE
-    entry = standing(row)
-    setting = f"{entry['backend']}, {entry['dtype']}, batch {entry['batch']}"
-    return f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])}; {setting})"
+    setting = f"{entry.backend}, {entry.dtype}, batch {entry.batch}"
+    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}; {setting})"
 
 
-def _training(train: Mapping[str, Any]) -> str:
-    return f"{train['steps']:,} in {train['seconds']:.0f} s" if train["steps"] else NONE
+def _training(train: TrainSummary) -> str:
+    return f"{train.steps:,} in {train.seconds:.0f} s" if train.steps else NONE
 
 
-def _verdict(row: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
-    if entry["speedup_vs_dense"] < 1.03:
+def _verdict(row: Row, entry: Latency) -> str:
+    if not entry.is_gain:
         return ", no gain"
-    return "" if row["macs_lowered"] < row["macs_dense"] else ", the same kernels: noise"
+    return "" if row.macs_lowered < row.macs_dense else ", the same kernels: noise"
 
 
-def _speedup(row: Mapping[str, Any]) -> str:
-    if not row["latency"] or row["name"] == "dense":
+def _speedup(row: Row) -> str:
+    if (entry := row.standing) is None or row.name == DENSE:
         return NONE
-    entry = standing(row)
-    against = "" if entry["against"] == "eager" else f" over {entry['against']} dense"
-    return f"{entry['speedup_vs_dense']:.2f}x" + against + _verdict(row, entry)
+    against = "" if entry.against == EAGER else f" over {entry.against} dense"
+    return f"{entry.speedup_vs_dense:.2f}x" + against + _verdict(row, entry)
 
 
-def lowering_sentence(report: Mapping[str, Any]) -> str:
+def lowering_sentence(report: Report) -> str:
     """What lowering came to: the form that was chosen, and how many layers run on which backend."""
-    plan = report.get("lowering")
+    plan = report.lowering
     if plan is None:
         return ""
     runs: dict[str, int] = {}
-    for layer in plan["layers"]:
-        runs[layer["choice"]] = runs.get(layer["choice"], 0) + len(layer["weights"])
+    for layer in plan.layers:
+        runs[layer.choice] = runs.get(layer.choice, 0) + len(layer.weights)
     layers = ", ".join(f"{n} on {backend}" for backend, n in sorted(runs.items(), key=lambda item: -item[1]))
-    how = "Of its layers," if plan["choice"].startswith("lowered") else "Timed alone, its layers were fastest:"
-    error = next((f["error"] for f in plan["forms"] if f["name"] == plan["choice"]), None)
+    how = "Of its layers," if plan.choice.startswith(LOWERED) else "Timed alone, its layers were fastest:"
+    error = next((form.error for form in plan.forms if form.name == plan.choice), None)
     parity = f" Its output differs from the dense arithmetic by {error:.1e}, relative." if error is not None else ""
     return (
-        f"The model runs as \u201c{plan['choice']}\u201d: {plan['reason']}. {how} {layers}.{parity} "
-        f"Measured on {plan['setting']['hardware']} with {plan['setting']['threads']} threads."
+        f"The model runs as \u201c{plan.choice}\u201d: {plan.reason}. {how} {layers}.{parity} "
+        f"Measured on {plan.setting.hardware} with {plan.setting.threads} threads."
     )
 
 
-def speeds(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
+def speeds(report: Report) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
     """Every latency of a lowered run, a setting at a time: (setting, lines of weights, form, time, speed-ups).
 
     The speed-ups are over the dense model in eager mode, and over its fastest form; ONNX Runtime's over itself, dense.
     """
-    if report.get("lowering") is None:
+    if report.lowering is None:
         return []
-    settings: dict[tuple[str, int, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
-    for row in (report["rows"][0], *report["rows"][1:][-1:]):  # the others were timed before, at another time
-        for entry in row["latency"]:
-            key = (entry["device"], entry["batch"], entry["dtype"])
-            settings.setdefault(key, []).append((row, entry))
+    settings: dict[tuple[str, int, str], list[tuple[Row, Latency]]] = {}
+    for row in report.rows:
+        if row.name not in (DENSE, report.method):  # the others were timed before, at another time
+            continue
+        for entry in row.latency:
+            settings.setdefault((entry.device, entry.batch, entry.dtype), []).append((row, entry))
     found = []
     for (device, batch, dtype), entries in sorted(settings.items(), key=lambda item: (item[0][2], item[0][1])):
-        base = next((e for r, e in entries if r["name"] == report["rows"][0]["name"] and e["backend"] == "eager"), None)
+        base = next((e for row, e in entries if row.name == DENSE and e.backend == EAGER), None)
         lines = []
         for row, entry in entries:
-            over_eager = f"{base['median_ms'] / entry['median_ms']:.2f}x" if base else NONE
-            over = f"{entry['speedup_vs_dense']:.2f}x over {entry['against']}"
-            time = f"{number(entry['median_ms'])} ms (IQR {number(entry['iqr_ms'])})"
-            lines.append((row["name"], entry["backend"], time, over_eager, over))
+            over_eager = f"{base.median_ms / entry.median_ms:.2f}x" if base else NONE
+            over = f"{entry.speedup_vs_dense:.2f}x over {entry.against}"
+            time = f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})"
+            lines.append((row.name, entry.backend, time, over_eager, over))
         found.append((f"batch {batch}, {dtype}, {device}", lines))
     return found
 
 
-def layer_speeds(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def layer_speeds(report: Report) -> list[dict[str, Any]]:
     """How each layer of a lowered run runs, for the chart: its times, and widths of bars in per cent of the slowest."""
-    plan = report.get("lowering")
+    plan = report.lowering
     if plan is None:
         return []
-    found = []
-    for layer in plan["layers"]:
-        times = {c["backend"]: c["median_ms"] for c in layer["candidates"] if c["median_ms"] is not None}
-        eager, chosen = times.get("eager"), times.get(layer["choice"])
+    found: list[dict[str, Any]] = []
+    for layer in plan.layers:
+        times = {c.backend: c.median_ms for c in layer.candidates if c.median_ms is not None}
+        eager, chosen = times.get(EAGER), times.get(layer.choice)
         if eager is None or chosen is None:
             continue
-        shape = ", ".join(" × ".join(map(str, sizes)) for sizes in layer["shapes"])
-        refused = "; ".join(f"{c['backend']}: {c['refused']}" for c in layer["candidates"] if c["refused"])
+        shape = ", ".join(" × ".join(map(str, sizes)) for sizes in layer.shapes)
+        refused = "; ".join(f"{c.backend}: {c.refused}" for c in layer.candidates if c.refused)
         found.append(
             {
-                "name": layer["name"] or "the whole model",
+                "name": layer.name or "the whole model",
                 "shape": shape,
-                "pattern": ", ".join(sorted({p or "dense" for p in layer["patterns"]})),
-                "choice": layer["choice"],
-                "sparse": layer["skips_zeros"],
+                "pattern": ", ".join(sorted({p or "dense" for p in layer.patterns})),
+                "choice": layer.choice,
+                "sparse": layer.skips_zeros,
                 "eager_ms": eager,
                 "chosen_ms": chosen,
-                "reason": layer["reason"] + (f" ({refused})" if refused else ""),
+                "reason": layer.reason + (f" ({refused})" if refused else ""),
             }
         )
     slowest = max((line["eager_ms"] for line in found), default=1.0)

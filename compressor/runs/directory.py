@@ -27,7 +27,7 @@ OWN_FILES = (
 )
 
 
-OWN_FOLDERS = ("model", "pipeline", "samples", "drawn")
+OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn")
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from compressor.adapter import to_device
 from compressor.environment import resolve_device
 from compressor.lower import lowering
 from compressor.progress import Progress
-from compressor.runs.inputs import Inputs, one_shot
+from compressor.report.content import DENSE
+from compressor.runs.inputs import Inputs
 from compressor.runs.latency import timed
-from compressor.runs.rows import layer_rows
-from compressor.training.engine import FineTuning
+from compressor.runs.one_shot import OneShot, layer_rows
+from compressor.training.engine import FineTuning, Result
 
 WARM_UP, PROBE = 2, 5
 
@@ -29,63 +30,63 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
     """
     recipe = found.recipe
     yield Progress("one-shot", 0, 1)
-    result = one_shot(found)
-    patterns = {name: str(mask.pattern) for name, mask in result.masks.items()}
+    run = found.fine_tuning()
+    result = run.one_shot()
+    bare = OneShot.of(result)
+    fine_tuning = (yield from _probed(run)) if recipe.train.steps else None
+    del run  # what training holds is not needed for what follows
     facts: dict[str, Any] = {
         "model": recipe.model,
         "method": found.method,
-        "pattern": ", ".join(sorted(set(patterns.values()))) or None,
-        "before": cost.costs(found.model, found.adapter, {}),
-        "after": cost.costs(result.model, found.adapter, patterns),
+        "pattern": ", ".join(sorted(set(bare.patterns.values()))) or None,
+        "before": cost.costs(found.model, found.adapter, {}).as_json(),
+        "after": cost.costs(bare.model, found.adapter, bare.patterns).as_json(),
         "layers": [
-            {key: layer[key] for key in ("name", "shape", "pattern", "reason")}
-            for layer in layer_rows(result, patterns, result.model, {})
+            {key: value for key, value in layer.as_json().items() if key in ("name", "shape", "pattern", "reason")}
+            for layer in layer_rows(bare.layers, bare.patterns, bare.model, {})
         ],
         "removed": result.surgery is not None,
         "lowering": None,
-        "fine_tuning": None,
+        "fine_tuning": fine_tuning,
     }
     if lower:
-        device = resolve_device(recipe.train.device)
-        example = to_device(found.adapter.example_inputs(recipe.evaluate.latency_batch), device)
-        lowered = yield from lowering(result.model.to(device), example, adapter=found.adapter)
-        form = lowered.plan.form(lowered.plan.choice)
-        facts["lowering"] = {
-            "choice": lowered.plan.choice,
-            "reason": lowered.plan.reason,
-            "speedup_vs_dense": form.speedup if form is not None else 1.0,
-            "batch": recipe.evaluate.latency_batch,
-            "layers_that_skip_zeros": len(lowered.plan.skipping()),
-            "hardware": lowered.plan.setting.hardware,
-        }
-        if result.surgery is not None:  # the plan holds the smaller model against itself
-            models = {"dense": found.model, "smaller": result.model}
-            if entries := (yield from timed(found, models, lowered=True))["smaller"]:
-                facts["lowering"] |= {
-                    "reason": "channels or blocks are removed: the model is smaller for every kernel",
-                    "speedup_vs_dense": entries[-1]["speedup_vs_dense"],
-                }
-    if recipe.train.steps:
-        run = FineTuning(
-            found.model,
-            found.pruner,
-            adapter=found.adapter,
-            data=found.batches,
-            training=recipe.train,
-            targets=recipe.targets,
-            ignore=recipe.ignore,
-        )
-        seconds = []
-        count = min(WARM_UP + PROBE, recipe.train.steps)
-        for step in range(count):
-            yield Progress("probe", step, count)
-            began = time.perf_counter()
-            run.advance()
-            seconds.append(time.perf_counter() - began)
-        each = median(seconds[WARM_UP:] or seconds)
-        facts["fine_tuning"] = {
-            "steps": recipe.train.steps,
-            "seconds_per_step": each,
-            "seconds": each * recipe.train.steps,
-        }
+        facts["lowering"] = yield from _lowered(found, result)
     return facts
+
+
+def _lowered(found: Inputs, result: Result) -> Generator[Progress, None, dict[str, Any]]:
+    """What lowering gains on this machine."""
+    recipe = found.recipe
+    device = resolve_device(recipe.train.device)
+    example = to_device(found.adapter.example_inputs(recipe.evaluate.latency_batch), device)
+    lowered = yield from lowering(result.model.to(device), example, adapter=found.adapter)
+    form = lowered.plan.form(lowered.plan.choice)
+    facts: dict[str, Any] = {
+        "choice": lowered.plan.choice,
+        "reason": lowered.plan.reason,
+        "speedup_vs_dense": form.speedup if form is not None else 1.0,
+        "batch": recipe.evaluate.latency_batch,
+        "layers_that_skip_zeros": len(lowered.plan.skipping()),
+        "hardware": lowered.plan.setting.hardware,
+    }
+    if result.surgery is not None:  # the plan holds the smaller model against itself
+        models = {DENSE: found.model, "smaller": result.model}
+        if entries := (yield from timed(found, models, lowered=True))["smaller"]:
+            facts |= {
+                "reason": "channels or blocks are removed: the model is smaller for every kernel",
+                "speedup_vs_dense": entries[-1].speedup_vs_dense,
+            }
+    return facts
+
+
+def _probed(run: FineTuning) -> Generator[Progress, None, dict[str, Any]]:
+    """The time of fine-tuning, from a few steps of `run`."""
+    total, seconds = run.training.steps, []
+    count = min(WARM_UP + PROBE, total)
+    for step in range(count):
+        yield Progress("probe", step, count)
+        began = time.perf_counter()
+        run.advance()
+        seconds.append(time.perf_counter() - began)
+    each = median(seconds[WARM_UP:] or seconds)
+    return {"steps": total, "seconds_per_step": each, "seconds": each * total}

@@ -7,7 +7,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,21 @@ from torch import nn
 from compressor import recipe as recipes
 from compressor import registry, validation
 from compressor.adapter import Adapter, Sampling
+from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
 from compressor.data.reading import read_data
 from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.data.settings import Loading
 from compressor.environment import resolve_device
-from compressor.errors import UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line
+from compressor.quality.evaluate import can_sample
 from compressor.quality.metric import Metric
-from compressor.quality.settings import Evaluation
+from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
+from compressor.report.content import DENSE, ONE_SHOT
 from compressor.seeds import generator
-from compressor.training.engine import Result, choose_layers, prune
+from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.pruner import Pruner
 from compressor.weights import weights_sha256
 
@@ -54,14 +59,42 @@ class Inputs:
     def method(self) -> str:
         return type(self.pruner).__name__ if self.recipe.pruner else self.recipe.method
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The hash of the model, computed once: nothing trains `model` itself."""
+        return weights_sha256(self.model)
+
+    def check(self) -> None:
+        """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""
+        choose_layers(self.model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
+
+    def fine_tuning(self, previous: Mapping[str, Any] | None = None) -> FineTuning:
+        """The recipe's method on the recipe's data, not yet trained; or as it was when `previous` was its state."""
+        return FineTuning(
+            self.model,
+            self.pruner,
+            adapter=self.adapter,
+            data=self.batches,
+            training=self.recipe.train,
+            targets=self.recipe.targets,
+            ignore=self.recipe.ignore,
+            previous=previous,
+        )
+
+    def one_shot(self) -> Result:
+        """What the recipe's method gives without fine-tuning."""
+        untrained = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"steps": 0})})
+        return replace(self, recipe=untrained).fine_tuning().finish()
+
     def identity(self) -> dict[str, str]:
         """The hashes that a resumed run must find again."""
-        text = json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True)
+        # the budget has done its work: it is in the number of samples and the other settings
+        text = json.dumps(self.recipe.model_dump(mode="json", exclude={"evaluate": {"budget"}}), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
         source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
         return {
             "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
-            "weights_sha256": weights_sha256(self.model),
+            "weights_sha256": self.weights_sha256,
             "data_sha256": self.data.sha256,
         }
 
@@ -81,6 +114,8 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
         paths["model"] = early.model
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
     defaults = [registry.adapter(early.model).defaults]
+    own = defaults[0].get("evaluate", {})
+    defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
     if takers := _taking(early.evaluate):
         defaults.append({"evaluate": {"metric": takers[0]}})
     return validation.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
@@ -96,9 +131,7 @@ def adapter_of(recipe: Recipe) -> Adapter:
 def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     adapter = adapter_of(recipe)
-    cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
-    own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
-    pruner = registry.build_pruner(cls, own)
+    pruner = _pruner(recipe)
     if recipe.data is None:
         raise UsageError(
             f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
@@ -118,28 +151,80 @@ def load_inputs(recipe: Recipe) -> Inputs:
     _check_shapes(adapter, data, recipe.loading.size)
     if isinstance(data, Records):
         _check_records(adapter, model, data)
-    batches = Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
+    recipe = _proportioned(recipe, adapter, model, pictures)
     if metric is not None and recipe.evaluate.samples:
-        if not isinstance(pictures, ImageSet):
-            raise UsageError(
-                f"{metric.name} compares images, and {data.name} holds records",
-                "Measure no such metric: --set evaluate.metric=null",
-            )
-        if recipe.evaluate.samples < 2 or len(data) < 4:
-            raise UsageError(
-                f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {len(data)}",
-                "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
-            )
-        metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
-    choose_layers(model, pruner, adapter, recipe.targets, recipe.ignore)  # raises now, before anything is written
-    return Inputs(recipe, adapter, model, data, batches, pruner, metric, pictures, autoencoder)
+        _check_metric(metric, recipe, pictures, len(data))
+    found = Inputs(recipe, adapter, model, data, _batches(recipe, data), pruner, metric, pictures, autoencoder)
+    found.check()
+    return found
+
+
+def same_source(recipe: Recipe, other: Recipe) -> bool:
+    """Whether both name the same model, weights and data, and are judged alike."""
+    names = ("model", "weights", "architecture", "data", "vae", "loading", "evaluate")
+    return all(getattr(recipe, name) == getattr(other, name) for name in names)
+
+
+def sharing(recipe: Recipe, loaded: Inputs, adapter: Adapter) -> Inputs:
+    """What `recipe` names, with the model and the data of `loaded`: nothing of either is loaded again."""
+    resolve_device(recipe.train.device)
+    if recipe.evaluate.samples is None:
+        recipe = recipe.model_copy(update={"evaluate": loaded.recipe.evaluate})
+    found = replace(
+        loaded, recipe=recipe, adapter=adapter, pruner=_pruner(recipe), batches=_batches(recipe, loaded.data)
+    )
+    found.check()
+    return found
+
+
+def _pruner(recipe: Recipe) -> Pruner:
+    cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
+    if (cls.__name__ if recipe.pruner else recipe.method) in (DENSE, ONE_SHOT):
+        raise UsageError(
+            f"a method cannot be called {DENSE!r} or {ONE_SHOT!r}: reports have rows of that name", "Rename it."
+        )
+    own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
+    return registry.build_pruner(cls, own)
+
+
+def _batches(recipe: Recipe, data: SampleSet) -> Samples:
+    return Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
+
+
+def _check_metric(metric: Metric, recipe: Recipe, pictures: SampleSet, count: int) -> None:
+    """Refuse pictures that cannot be measured, or not with so few samples."""
+    if not isinstance(pictures, ImageSet):
+        raise UsageError(
+            f"{metric.name} compares images, and {pictures.name} holds records",
+            "Measure no such metric: --set evaluate.metric=null",
+        )
+    if recipe.evaluate.drawn < 2 or count < 4:
+        raise UsageError(
+            f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {count}",
+            "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
+        )
+    metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
+
+
+def _proportioned(recipe: Recipe, adapter: Adapter, model: nn.Module, real: SampleSet) -> Recipe:
+    """`recipe` with a number of samples that suits the data and what a sample costs, where it gives none."""
+    settings = recipe.evaluate
+    if settings.samples is not None:
+        return recipe
+    macs = 0.0
+    if can_sample(adapter):
+        with suppress(CompressorError):  # no example inputs: the cost is not known
+            macs = layer_macs(model, adapter)[0] * settings.sampler_steps
+    on_gpu = resolve_device(recipe.train.device).type == "cuda"
+    count = samples_for(settings.budget, len(real), macs, on_gpu)
+    return recipe.model_copy(update={"evaluate": settings.model_copy(update={"samples": count})})
 
 
 def _metric(settings: Evaluation) -> Metric | None:
     if settings.metric is None:
         return None
     metric = registry.metric(settings.metric)
-    if settings.inception_weights is None or not settings.samples:
+    if settings.inception_weights is None or settings.samples == 0:
         return metric
     if metric.weights_setting is None:
         other = "".join(f", or measure {name}: --set evaluate.metric={name}" for name in _taking(settings)[:1])
@@ -231,17 +316,3 @@ def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
             f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
             "Give a folder with a subfolder per class, or an .npz file with an array `labels`.",
         )
-
-
-def one_shot(inputs: Inputs) -> Result:
-    """What the recipe's method gives without fine-tuning."""
-    recipe = inputs.recipe
-    return prune(
-        inputs.model,
-        inputs.pruner,
-        adapter=inputs.adapter,
-        data=inputs.batches,
-        targets=recipe.targets,
-        ignore=recipe.ignore,
-        **{**recipe.train.model_dump(), "steps": 0},
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,11 @@ from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.features import compared_with
 from compressor.quality.fidelity import Reference
+from compressor.report.content import Drift, MetricFacts, Quality, Row, TrainSummary
 from compressor.runs.inputs import Inputs
 from compressor.runs.pictures import save_grid
-from compressor.weights import weights_sha256
+
+UNTRAINED = TrainSummary(steps=0, seconds=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +31,25 @@ class Seen:
     predictions: Tensor
 
 
-class Judge:
-    """Makes report rows. The first model that it sees is the dense one, unless `dense` holds what that one gave before."""
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A model to be judged: the name of its row, the hash of its weights, the patterns of those that are masked, its training."""
 
-    def __init__(self, inputs: Inputs, dense: Seen | None = None) -> None:
-        self.inputs, self.dense = inputs, dense
+    name: str
+    model: nn.Module
+    weights_sha256: str
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    train: TrainSummary = UNTRAINED
+
+
+class Judge:
+    """Makes report rows. `seen` gives what the dense model drew and predicted, which the others are held against."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
         self.device = resolve_device(inputs.recipe.train.device)
         self.reference: Reference | None = None
-        self.floor: dict[str, Any] | None = None
+        self.metric: MetricFacts | None = None
 
     def look(self) -> Iterator[Progress]:
         """Take the real images in; without it, no quality is measured."""
@@ -45,36 +57,46 @@ class Judge:
         if inputs.metric is not None and isinstance(inputs.pictures, ImageSet) and settings.samples:
             yield Progress("real images", 0, 1)
             features, self.reference = compared_with(inputs.metric, inputs.pictures, settings)
-            self.floor = evaluate.floor(features, settings)
+            floor = evaluate.floor(features, settings)
+            self.metric = MetricFacts(name=inputs.metric.name, extractor_sha256=inputs.metric.sha256, floor=floor)
 
-    def costs(self, name: str, model: nn.Module, pruned: Mapping[str, str], train: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of `model` as far as nothing is drawn; `pruned` has the patterns of its masked weights."""
-        row = {
-            "name": name,
-            "weights_sha256": weights_sha256(model),
-            **cost.costs(model, self.inputs.adapter, pruned),
-        }
-        return {**row, "quality": [], "drift": [], "latency": [], "train": dict(train)}
-
-    def judge(self, row: dict[str, Any], model: nn.Module, sheet: Path | None) -> Generator[Progress, None, Seen]:
-        """Fill in quality and drift of `model`'s `row`; 64 of its samples are saved as the picture `sheet`."""
+    def seen(self, variant: Variant) -> Generator[Progress, None, Seen]:
+        """What `variant` draws and predicts."""
         inputs, settings = self.inputs, self.inputs.recipe.evaluate
         images = None
         if evaluate.can_sample(inputs.adapter) and settings.samples:
-            images = yield from self.drawn(row["name"], model)
-            if sheet is not None:
-                save_grid(images[:64], sheet)
-        if images is not None and self.reference is not None and inputs.metric is not None:
-            yield Progress(f"measure {row['name']}", 0, 1)
-            row["quality"] = evaluate.qualities(inputs.metric, images, self.reference, settings)
-        seen = Seen(images, drift.predictions(inputs.adapter, model, inputs.data, settings, self.device))
-        if self.dense is None:
-            self.dense = seen
-        else:
-            row["drift"] = [drift.prediction_error(seen.predictions, self.dense.predictions)]
-            if images is not None and self.dense.images is not None:
-                row["drift"].append(drift.sample_rmse(images, self.dense.images))
-        return seen
+            images = yield from self.drawn(variant.name, variant.model)
+        yield Progress(f"drift of {variant.name}", 0, 1)
+        return Seen(images, drift.predictions(inputs.adapter, variant.model, inputs.data, settings, self.device))
+
+    def row(
+        self, variant: Variant, seen: Seen, dense: Seen | None, sheet: Path | None
+    ) -> Generator[Progress, None, Row]:
+        """The row of `variant`, which gave `seen`; `dense` is what it is held against, None for the dense model itself.
+
+        64 of its samples are saved as the picture `sheet`.
+        """
+        inputs, settings = self.inputs, self.inputs.recipe.evaluate
+        if seen.images is not None and sheet is not None:
+            save_grid(seen.images[:64], sheet)
+        quality: list[Quality] = []
+        if seen.images is not None and self.reference is not None and inputs.metric is not None:
+            yield Progress(f"measure {variant.name}", 0, 1)
+            quality = evaluate.qualities(inputs.metric, seen.images, self.reference, settings)
+        differences: list[Drift] = []
+        if dense is not None:
+            differences.append(drift.prediction_error(seen.predictions, dense.predictions))
+            if seen.images is not None and dense.images is not None:
+                differences.append(drift.sample_rmse(seen.images, dense.images))
+        return Row(
+            name=variant.name,
+            weights_sha256=variant.weights_sha256,
+            **dict(cost.costs(variant.model, inputs.adapter, variant.patterns)),
+            quality=tuple(quality),
+            drift=tuple(differences),
+            latency=(),
+            train=variant.train,
+        )
 
     def drawn(self, name: str, model: nn.Module, steps: int | None = None) -> Generator[Progress, None, Tensor]:
         """The images that `model` draws, in `steps` sampler steps where they are not the recipe's."""
@@ -82,8 +104,9 @@ class Judge:
         if steps is not None:
             settings = settings.model_copy(update={"sampler_steps": steps})
         drawn: list[Tensor] = []
+        yield Progress(f"sample {name}", 0, settings.drawn)
         for batch in evaluate.sample(self.inputs.adapter, model, settings):
             decoded = batch if self.inputs.autoencoder is None else self.inputs.autoencoder.decode(batch)
             drawn.append(decoded)
-            yield Progress(f"sample {name}", sum(map(len, drawn)), settings.samples)
+            yield Progress(f"sample {name}", sum(map(len, drawn)), settings.drawn)
         return torch.cat(drawn)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
 from compressor.adapter import to_device
-from compressor.cost.latency import latencies, latency_entry
-from compressor.cost.timing import interleaved, median_ms
+from compressor.cost.latency import latencies, latency, predictions
 from compressor.environment import resolve_device
 from compressor.lower import lowering
 from compressor.progress import Progress
+from compressor.report.content import DENSE, LOWERED, Latency
 from compressor.runs.inputs import Inputs
 
 
 def timed(
     found: Inputs, models: Mapping[str, nn.Module], lowered: bool
-) -> Generator[Progress, None, dict[str, list[dict[str, Any]]]]:
-    """The latency entries of `models` by name, the first of which is the dense one: eager, and lowered where asked for.
+) -> Generator[Progress, None, dict[str, list[Latency]]]:
+    """The latency entries of `models` by name, one of which is `dense`: eager, and lowered where asked for.
 
     Speed-ups are against the dense model of the same kind: eager against eager, lowered against lowered, which is dense at its best.
     """
@@ -30,8 +28,8 @@ def timed(
     if not settings.latency_rounds:
         return {name: [] for name in models}
     yield Progress("latency", 0, 1, "eager")
-    eager = latencies(list(on.values()), found.adapter, settings.latency_batch, settings.latency_rounds)
-    entries = {name: [entry] for name, entry in zip(on, eager, strict=True)}
+    eager = latencies(on, found.adapter, settings.latency_batch, settings.latency_rounds)
+    entries = {name: [entry] for name, entry in eager.items()}
     if lowered:
         example = to_device(found.adapter.example_inputs(settings.latency_batch), device)
         fast = {}
@@ -39,19 +37,8 @@ def timed(
             yield Progress(f"lower {name}", 0, 1)
             fast[name] = (yield from lowering(model, example, adapter=found.adapter)).model
         yield Progress("latency", 0, 1, "lowered")
-        times = in_turns(found, list(fast.values()), example, settings.latency_rounds, device)
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        for name, seconds in zip(fast, times, strict=True):
-            entry = latency_entry(
-                "lowered", device, dtype, settings.latency_batch, seconds, "lowered", median_ms(times[0])
-            )
-            entries[name].append(entry)
+        times = predictions(fast, found.adapter, example, settings.latency_rounds, device)
+        dtype = eager[DENSE].dtype
+        for name, own in times.items():
+            entries[name].append(latency(LOWERED, device, dtype, settings.latency_batch, own, LOWERED, times[DENSE]))
     return entries
-
-
-@torch.no_grad()
-def in_turns(
-    found: Inputs, models: list[nn.Module], example: Any, rounds: int, device: torch.device
-) -> list[list[float]]:
-    calls = [lambda model=model: found.adapter.predict(model, example) for model in models]
-    return interleaved(calls, rounds, device)

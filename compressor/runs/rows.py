@@ -3,94 +3,105 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressor import cost, files, saving
 from compressor.files import file_name
 from compressor.progress import Progress
+from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
 from compressor.report.limitations import limitations
-from compressor.runs.inputs import Inputs, one_shot
-from compressor.runs.judge import Judge
-from compressor.training.engine import LEFT_DENSE, Result
+from compressor.runs.inputs import Inputs
+from compressor.runs.judge import Judge, Variant
+from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
+from compressor.runs.saved import Finished
 from compressor.training.pruner import Pruner, settings_of
+from compressor.weights import weights_sha256
 
 
-def build_report(inputs: Inputs, out: Path) -> Iterator[Progress]:
-    """Evaluate and measure every row's very weights, and write the report."""
-    recipe, adapter, settings = inputs.recipe, inputs.adapter, inputs.recipe.evaluate
+def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> Generator[Progress, None, Finished]:
+    """Evaluate and measure every row's very weights, and write the report.
+
+    `final` is the finished model, which is in `out` already; it is loaded from there where it is not given.
+    """
     run = files.read_json(out / "run.json")
     yield Progress("one-shot", 0, 1)
-    bare = one_shot(inputs)
-    final = saving.load(out / "model", copy.deepcopy(inputs.model))
-    models = {"dense": inputs.model, "one-shot": bare.model, inputs.method: final}
+    bare = one_shot(inputs, out / FOLDER)
+    config = saving.read_config(out / "model")
+    if final is None:
+        final = saving.load(out / "model", copy.deepcopy(inputs.model))
     judge = Judge(inputs)
-    models = {name: model.to(judge.device).eval() for name, model in models.items()}
-    trained = {"steps": run["train"]["steps"], "seconds": round(run["train"]["seconds"], 3)}
-    patterns = saving.read_config(out / "model").patterns
-    one_shot_patterns = {name: str(mask.pattern) for name, mask in bare.masks.items()}
-    rows = []
-    for name, model in models.items():
-        pruned = {"dense": {}, "one-shot": one_shot_patterns}.get(name, patterns)
-        train = trained if name == inputs.method else {"steps": 0, "seconds": 0.0}
-        rows.append(judge.costs(name, model, pruned, train))
+    for model in (inputs.model, bare.model, final):
+        model.to(judge.device).eval()
+    trained = TrainSummary(steps=run["train"]["steps"], seconds=round(run["train"]["seconds"], 3))
+    variants = (
+        Variant(DENSE, inputs.model, inputs.weights_sha256),
+        Variant(ONE_SHOT, bare.model, weights_sha256(bare.model), bare.patterns),
+        Variant(inputs.method, final, config.weights_sha256, config.patterns, trained),
+    )
+    rows = yield from _judged(judge, variants, out / "samples")
+    layers = layer_rows(bare.layers, config.patterns, final, run["train"]["flipped"])
+    report = _report(inputs, run, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)
+    files.write_json(out / "report.json", report.as_json())
+    return Finished(
+        out, inputs.adapter, inputs.model, final, judge.device, report, inputs.recipe.evaluate.latency_batch
+    )
+
+
+def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Generator[Progress, None, tuple[Row, ...]]:
+    """The rows of `variants`, the first of which is the dense one; the others are held against it."""
+    settings = judge.inputs.recipe.evaluate
     yield from judge.look()
-    for row, model in zip(rows, models.values(), strict=True):
-        yield from judge.judge(row, model, out / "samples" / f"{file_name(row['name'])}.png")
+    rows, dense = [], None
+    for variant in variants:
+        seen = yield from judge.seen(variant)
+        rows.append((yield from judge.row(variant, seen, dense, samples / f"{file_name(variant.name)}.png")))
+        dense = dense or seen
     if settings.latency_rounds:
         yield Progress("latency", 0, 1)
-        timed = cost.latencies(list(models.values()), adapter, settings.latency_batch, settings.latency_rounds)
-        for row, entry in zip(rows, timed, strict=True):
-            row["latency"] = [entry]
-    report = {
-        "schema_version": 1,
-        "method": inputs.method,
-        "model": recipe.model,
-        "pattern": ", ".join(sorted(set(patterns.values()))) or None,
-        "seed": recipe.train.seed,
-        "settings": method_settings(inputs.pruner),
-        "weights_sha256": run["weights_sha256"],
-        "data": {
-            "name": inputs.data.name,
-            "sha256": run["data_sha256"],
-            "samples": len(inputs.data),
-            "skipped": inputs.data.skipped,
-        },
-        "sampler": adapter.sampler,
-        "metric": None
-        if inputs.metric is None or judge.floor is None
-        else {"name": inputs.metric.name, "extractor_sha256": inputs.metric.sha256, "floor": judge.floor},
-        "rows": rows,
-        "layers": layer_rows(bare, patterns, final, run["train"]["flipped"]),
-        "environment": {key: run[key] for key in ("versions", "hardware", "platform")},
-        "recipe": recipe.model_dump(mode="json"),
-        "repeat": "compressor run --config recipe.yaml --out DIR",
-        "lowering": None,
-        "limitations": limitations(rows, settings.samples, len(inputs.data), None),
-    }
-    files.write_json(out / "report.json", report)
+        models = {variant.name: variant.model for variant in variants}
+        times = cost.latencies(models, judge.inputs.adapter, settings.latency_batch, settings.latency_rounds)
+        rows = [row.model_copy(update={"latency": (times[row.name],)}) for row in rows]
+    return tuple(rows)
 
 
-def layer_rows(
-    result: Result, patterns: Mapping[str, str], final: nn.Module, flipped: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """The report's lines on each layer of `result`: shape, pattern, density of the `final` weights, flips, and why it is dense."""
-    weights = dict(final.named_parameters())
-    return [
-        {
-            "name": layer.name,
-            "shape": list(layer.weight.shape),
-            "pattern": patterns.get(layer.name),
-            "density": int(torch.count_nonzero(weights.get(layer.name, layer.weight))) / max(1, layer.weight.numel()),
-            "flips_per_weight": flipped.get(layer.name),
-            "reason": layer.reason or (None if layer.name in patterns else LEFT_DENSE),
-        }
-        for layer in result.layers
-    ]
+def _report(
+    inputs: Inputs,
+    run: dict[str, Any],
+    judge: Judge,
+    rows: tuple[Row, ...],
+    layers: tuple[Layer, ...],
+    patterns: str | None,
+) -> Report:
+    recipe = inputs.recipe
+    report = Report(
+        schema_version=1,
+        method=inputs.method,
+        model=recipe.model,
+        pattern=patterns,
+        seed=recipe.train.seed,
+        settings=method_settings(inputs.pruner),
+        weights_sha256=run["weights_sha256"],
+        data=DataFacts(
+            name=inputs.data.name,
+            sha256=run["data_sha256"],
+            samples=len(inputs.data),
+            skipped=inputs.data.skipped,
+        ),
+        sampler=inputs.adapter.sampler,
+        metric=judge.metric,
+        rows=rows,
+        layers=layers,
+        environment=Environment(versions=run["versions"], hardware=run["hardware"], platform=run["platform"]),
+        recipe=recipe.model_dump(mode="json"),
+        repeat="compressor run --config recipe.yaml --out DIR",
+        lowering=None,
+        limitations=(),
+    )
+    return report.model_copy(update={"limitations": limitations(report)})
 
 
 def method_settings(pruner: Pruner) -> dict[str, Any]:

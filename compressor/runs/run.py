@@ -11,10 +11,12 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from compressor import files, saving
 from compressor import recipe as recipes
@@ -23,10 +25,12 @@ from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError
 from compressor.progress import Progress
 from compressor.report import render
+from compressor.runs import one_shot
 from compressor.runs.directory import clear, locked, refuse_used_directory
 from compressor.runs.inputs import Inputs
+from compressor.runs.pace import paced
 from compressor.runs.rows import build_report
-from compressor.runs.speed import bench, finished
+from compressor.runs.speed import measured
 from compressor.training.engine import FineTuning, Result, Step, steps
 
 
@@ -40,20 +44,29 @@ class Interrupted(Exception):
 
 def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
+    yield from paced(inputs, _executed(inputs, out, resume, overwrite))
+
+
+def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, None]:
     with locked(out):
-        yield from train(inputs, out, resume=resume, overwrite=overwrite)
-        yield from build_report(inputs, out)
+        final = yield from train(inputs, out, resume=resume, overwrite=overwrite)
+        finished = yield from build_report(inputs, out, final)
         if inputs.recipe.lower:
-            run = finished(out)
-            yield from bench(run, [run.batch], inputs.recipe.train.dtype)
+            yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
         render(out)
         yield Progress("report", 1, 1)
-        for folder in out.glob("checkpoint-*"):
+        for folder in (*out.glob("checkpoint-*"), out / one_shot.FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def train(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
-    """The first part of `execute`: up to a whole `model/`. The caller holds the directory (`locked`)."""
+def train(
+    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False, keep_one_shot: bool = True
+) -> Generator[Progress, None, nn.Module | None]:
+    """The first part of `execute`: up to a whole `model/`. The caller holds the directory (`locked`).
+
+    Returns the model that was trained; None where `model/` was whole already. With `keep_one_shot` the model before the first
+    step stays in the directory, for the report.
+    """
     if resume:
         _check_identity(inputs, out)
         for leftover in out.glob(".partial-*"):  # of a process that died while saving
@@ -68,28 +81,23 @@ def train(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = 
         }
         files.write_json(out / "run.json", identity)
         files.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
-    if not _is_whole(out / "model"):
-        if (out / "model").exists():
-            yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
-        yield from _fine_tune(inputs, out)
+    if _is_whole(out / "model"):
+        return None
+    if (out / "model").exists():
+        yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
+    return (yield from _fine_tune(inputs, out, keep_one_shot))
 
 
-def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
+def _fine_tune(inputs: Inputs, out: Path, keep_one_shot: bool) -> Generator[Progress, None, nn.Module]:
     """Train from the newest whole checkpoint, or from the start, and commit `model/`."""
     settings = inputs.recipe.train
     previous, skipped = _newest_checkpoint(out)
     for note in skipped:
         yield Progress("fine-tune", 0, settings.steps, note)
-    run = FineTuning(
-        inputs.model,
-        inputs.pruner,
-        adapter=inputs.adapter,
-        data=inputs.batches,
-        training=settings,
-        targets=inputs.recipe.targets,
-        ignore=inputs.recipe.ignore,
-        previous=previous["run"] if previous else None,
-    )
+    yield Progress("prepare", 0, 1)
+    run = inputs.fine_tuning(previous["run"] if previous else None)
+    if keep_one_shot and not run.done:
+        one_shot.keep(run.one_shot(), out / one_shot.FOLDER)
     seconds = float(previous["seconds"]) if previous else 0.0
     _keep_first_lines(out / "metrics.jsonl", run.done)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -109,6 +117,7 @@ def _fine_tune(inputs: Inputs, out: Path) -> Iterator[Progress]:
         seconds += time.perf_counter() - began
     result = run.finish()
     _commit_model(inputs, out, result, run.done, seconds)
+    return result.model
 
 
 def _line(record: Step) -> str:

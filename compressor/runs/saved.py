@@ -1,15 +1,70 @@
-"""The model of a run, or of a saved model's folder, with its adapter."""
+"""What a run left: the model of its directory (or of a saved model's folder) with its adapter, and the finished run as a whole."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter
+from compressor.environment import resolve_device
+from compressor.errors import CompressorError
+from compressor.report import read_report
+from compressor.report.content import Report, Row
 from compressor.runs.inputs import adapter_of, resolve
+from compressor.weights import weights_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A finished run: its dense and its sparse model, on `device` and in eval mode, and the report that speaks of them."""
+
+    out: Path
+    adapter: Adapter
+    dense: nn.Module
+    sparse: nn.Module
+    device: torch.device
+    report: Report
+    batch: int
+
+    @property
+    def dense_row(self) -> Row:
+        """The row of `dense`: in a report that lacks one, that of the finished model."""
+        return self.report.dense or self.report.final
+
+    def reported(self, report: Report) -> Finished:
+        """This run with another report."""
+        return replace(self, report=report)
+
+
+def finished(out: Path) -> Finished:
+    """The finished run in `out`. Raises CompressorError where it has no report, or its files belong to other weights."""
+    if not (out / "report.json").is_file():
+        raise CompressorError(
+            f"{out}: no report.json", "Give the directory of a finished run; `compressor resume` finishes one."
+        )
+    report = read_report(out / "report.json")
+    settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
+    adapter = adapter_of(settings)
+    device = resolve_device(settings.train.device)
+    dense = adapter.load(settings.weights).eval()
+    sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
+    dense = dense.to(device)
+    hashes = {report.final.name: saving.read_config(out / "model").weights_sha256}
+    if report.dense is not None:
+        hashes[report.dense.name] = weights_sha256(dense)
+    for row in report.rows:
+        if hashes.get(row.name, row.weights_sha256) != row.weights_sha256:
+            raise CompressorError(
+                f"{out}: the report's row {row.name!r} is of other weights than those found now",
+                "The weights file changed since the run; run again.",
+            )
+    return Finished(out, adapter, dense, sparse, device, report, settings.evaluate.latency_batch)
 
 
 def saved_adapter(path: Path) -> Adapter:

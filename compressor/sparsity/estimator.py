@@ -35,6 +35,26 @@ class StraightThrough(Estimator):
 
 
 @dataclass(frozen=True)
+class SRSTE(Estimator):
+    """Sparse-refined straight-through: pruned weights are also pulled towards zero, which calms mask changes.
+
+    `decay` is λ. As a term of the gradient it passes through the optimizer's moments, as published; `decoupled`
+    applies it to the weight after the step instead, scaled by the learning rate.
+    Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", eq. 9.
+    """
+
+    decay: float = 2e-4
+    decoupled: bool = False
+
+    def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
+        """g + λ (1 - m) ⊙ w"""
+        return grad if self.decoupled else grad + self.decay * mask.rest(dense)
+
+    def shrink(self, dense: Tensor, mask: Mask, lr: float) -> Tensor:
+        return dense.sub(mask.rest(dense), alpha=lr * self.decay) if self.decoupled else dense
+
+
+@dataclass(frozen=True)
 class Exact(Estimator):
     """The true gradient under a constant mask: pruned weights receive none, and so a frozen mask stays put."""
 

@@ -193,15 +193,32 @@ class Unstructured(Pattern):
         return _no_matrix(shape)
 
     def survivors(self, score: Tensor) -> Tensor:
-        order = score.flatten().argsort(descending=True, stable=True)
-        keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-        return keep.index_fill_(0, order[: self._count(score)], True).view(score.shape)
+        return largest(score, self._count(score))
+
+    def mask_by_row(self, score: Tensor) -> Mask:
+        """As `mask`, but scores compete within their output row, `score[i]`, alone (ties to the first of the row).
+
+        As many entries are kept as by `mask`; where the rows cannot share them evenly, some keep one more than others.
+        """
+        self.check(score)
+        rows, total = len(score), self._count(score)
+        quota = [total * (row + 1) // rows - total * row // rows for row in range(rows)]
+        order = score.flatten(1).argsort(dim=1, descending=True, stable=True)
+        keep = order.argsort(dim=1) < torch.tensor(quota, device=score.device)[:, None]
+        return Mask(keep.view(score.shape), self)
 
     def violations(self, keep: Tensor) -> int:
         return int(int(keep.sum()) > self._count(keep))
 
     def _count(self, tensor: Tensor) -> int:
         return max(1, round(self.density * tensor.numel()))
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """A bool tensor shaped like `score` that keeps exactly `count` entries: the largest, of equals the first in memory order."""
+    order = score.flatten().argsort(descending=True, stable=True)
+    keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    return keep.index_fill_(0, order[:count], True).view(score.shape)
 
 
 def _no_matrix(shape: tuple[int, ...]) -> str | None:

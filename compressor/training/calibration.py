@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data.batches import Batches
+from compressor.errors import UsageError, one_of
 from compressor.seeds import generator
 
 
@@ -25,18 +26,43 @@ class Visit:
     weight: float
 
 
-def visits(adapter: Adapter, batches: Batches, timesteps: int, last_weight: float = 1.0) -> Iterator[Visit]:
+Falls = Literal["early", "late"]
+"""Where the weights of times fall most: after the first steps of sampling, or before the last."""
+
+
+def visits(
+    adapter: Adapter, batches: Batches, timesteps: int, last_weight: float = 1.0, falls: Falls = "early"
+) -> Iterator[Visit]:
     """A batch at each of `timesteps` evenly spaced times, in the order of sampling: most noise first.
 
-    Their weights fall from 1 to `last_weight` with the logarithm of the position, since errors of early steps go through all
-    later ones. Source: Zhu et al. 2025, "OBS-Diff" (the logarithmic decrease; the constants are not given here).
+    Their weights fall from 1 to `last_weight` with a logarithm, since errors of early steps go through all later ones:
+    that of the position from the start where it `falls` early, that of the position from the end where late.
+    Source: Zhu et al. 2025, "OBS-Diff", which falls late, from 1.2 to 0.8 (`last_weight` 2/3: only ratios count), and looks at
+    what its sampler draws, not at noised data.
     """
     for index in range(timesteps):
         inputs, _ = adapter.noised_at(
             batches.batch(index), 1 - (index + 0.5) / timesteps, generator("calibration", index)
         )
-        fall = math.log1p(index) / math.log(timesteps) if timesteps > 1 else 0.0
-        yield Visit(inputs, 1 - (1 - last_weight) * fall)
+        yield Visit(inputs, 1 - (1 - last_weight) * _fallen(index, timesteps, falls))
+
+
+def _fallen(index: int, timesteps: int, falls: Falls) -> float:
+    """How much of the way down the weight of time `index` is, 0 for the first and 1 for the last."""
+    if timesteps == 1:
+        return 0.0
+    if falls == "early":
+        return math.log1p(index) / math.log(timesteps)
+    return 1 - math.log(timesteps - index) / math.log(timesteps)
+
+
+def check_calibration(method: str, timesteps: int, last_weight: float, falls: Falls = "early") -> None:
+    """Refuse settings of `visits` that mean nothing. Raises UsageError that names the `method`."""
+    if not isinstance(timesteps, int) or timesteps < 1:
+        raise UsageError(f"{method}: timesteps must be at least 1, got {timesteps}")
+    if not 0 < last_weight <= 1:
+        raise UsageError(f"{method}: last_weight must be above 0 and at most 1, got {last_weight!r}")
+    one_of(f"{method}: falls", falls, ("early", "late"))
 
 
 @torch.no_grad()

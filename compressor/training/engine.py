@@ -141,6 +141,27 @@ class FineTuning:
             "nonfinite": self._nonfinite,
         }
 
+    @torch.no_grad()
+    def one_shot(self) -> Result:
+        """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
+        if self.done:
+            raise ValueError(f"{self.done} steps are done")
+        dense = self.shadow.dense
+        masks = checked_masks(self.pruner.masks(dense, 1.0, {}), dense)
+        _verify(masks)
+        model = copy.deepcopy(self.student).eval()
+        own = dict(model.named_parameters())
+        for name, weight in dense.items():
+            own[name].copy_(masks[name].apply(weight) if name in masks else weight)
+        return Result(model, masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery)
+
+    def _layers(self, masks: Mapping[str, Mask]) -> list[Layer]:
+        """Every layer, with the reason where it has none of `masks`."""
+        return [
+            replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
+            for layer in self.layers
+        ]
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
@@ -205,11 +226,7 @@ class FineTuning:
                 parameter.grad = None
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
-        layers = [
-            replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
-            for layer in self.layers
-        ]
-        return Result(self.student.eval(), masks, layers, (), flipped, self.surgery)
+        return Result(self.student.eval(), masks, self._layers(masks), (), flipped, self.surgery)
 
     def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
         """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
@@ -321,6 +338,17 @@ def choose_layers(
         adapter.targets if targets is None else targets,
         adapter.ignore if ignore is None else ignore,
     )
+
+
+def chosen(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[Layer]:
+    """The layers that get a mask: `choose_layers` without those that have a reason for none."""
+    return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
 
 
 def _refuse_untrainable(model: nn.Module) -> None:

@@ -99,7 +99,7 @@ def digits() -> DiffusersAdapter:
         defaults={
             "data": "digits",
             "train": {"steps": 1800, "lr": 5e-4, "betas": [0.9, 0.99], "warmup": 50},
-            "evaluate": {"metric": "fd-digits", "samples": 1797},
+            "evaluate": {"metric": "fd-digits"},
         },
         about={
             "size": "0.7M",

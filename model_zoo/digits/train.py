@@ -14,15 +14,15 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
-from compressor.model_zoo.digits.classifier import DigitsClassifier
-from compressor.model_zoo.digits.dataset import images
-from compressor.model_zoo.uvit.sizes import digits as uvit_digits
 from safetensors.torch import save_file
 from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import load
+from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
+from compressor.model_zoo.digits.classifier import DigitsClassifier
+from compressor.model_zoo.digits.dataset import images
+from compressor.model_zoo.uvit.sizes import digits as uvit_digits
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, steps
 from compressor.training.settings import Training

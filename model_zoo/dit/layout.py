@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from compressor.model_zoo.generic.adapter import Layout
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
+from compressor.model_zoo.generic.adapter import Layout
+from compressor.weights import plain_state
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for the sizes S, B, L and XL. Source: Peebles & Xie 2023, table 1."""
@@ -33,20 +34,53 @@ _BLOCK = {
 }
 
 
+AUTHORS: dict[str, Any] = {"norm_eps": 1e-6, "downscale_freq_shift": 0}
+"""Where the authors' network is another than diffusers' by default. The second is no setting of diffusers' class: it spaces
+the frequencies of the time by 1/127 of their range, the authors by 1/128. Source: `models.py` of the authors' repository."""
+
+
 class Authors(Layout):
     """The layout of the DiT authors."""
+
+    own = ("downscale_freq_shift",)
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         return "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state
 
-    def configuration(self, state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-        return configuration(state, given.get("num_attention_heads"))
+    def configuration(
+        self, state: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if config and not self.recognises(state):  # by diffusers' names, and so for its network
+            return {name: value for name, value in config.items() if name not in AUTHORS}
+        return {**(config or configuration(state, given.get("num_attention_heads"))), **AUTHORS}
 
     def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return translated(state)
 
-    def prepare(self, model: nn.Module, trained: bool) -> None:
+    def prepare(self, model: nn.Module, config: Mapping[str, Any], trained: bool) -> None:
         share_embedders(model, trained)
+        blocks: Any = model.transformer_blocks
+        blocks[0].norm1.emb.time_proj.downscale_freq_shift = _shift(config)
+
+    def is_plain(self, config: Mapping[str, Any]) -> bool:
+        return _shift(config) == _DIFFUSERS_SHIFT
+
+    def original(self, model: nn.Module) -> dict[str, Tensor]:
+        positions: Any = model.pos_embed
+        return original(plain_state(model), positions.pos_embed.detach().cpu())
+
+
+_DIFFUSERS_SHIFT = 1
+
+
+def _shift(config: Mapping[str, Any]) -> int:
+    """By how much fewer than the frequencies their spacing is. Raises UsageError for what is neither network's."""
+    shift = config.get("downscale_freq_shift", _DIFFUSERS_SHIFT)
+    if shift not in (0, 1):
+        raise UsageError(
+            f"downscale_freq_shift is {str(shift)[:60]}", "Allowed: 0, as the authors have it, or 1, as diffusers."
+        )
+    return int(shift)
 
 
 def configuration(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.model_zoo.dit.layout import Authors
-from compressor.model_zoo.generic import DiffusersAdapter
-
 from compressor.adapter import Sampling
+from compressor.model_zoo.dit.layout import AUTHORS, Authors
+from compressor.model_zoo.generic import DiffusersAdapter
 
 # As facebook/DiT-XL-2-256 has it: the linear schedule of DDPM on latents, which have no bounds.
 SCHEDULER: dict[str, Any] = {
@@ -36,6 +35,7 @@ def _xl2(size: int) -> dict[str, Any]:
         "sample_size": size,
         "patch_size": 2,
         "num_embeds_ada_norm": 1000,
+        **AUTHORS,
     }
 
 

@@ -11,36 +11,52 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter, Sampling
+from compressor.errors import CompressorError
 from compressor.model_zoo.generic import pretrained
 from compressor.model_zoo.generic.arguments import example, noisy_name
 from compressor.model_zoo.generic.noise import Noise
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
-from torch import Tensor, nn
-
-from compressor.adapter import Adapter, Sampling
-from compressor.errors import CompressorError
-from compressor.weights import load_strictly, read_weights
+from compressor.weights import load_strictly, read_outline, read_weights
 
 
 class Layout(ABC):
     """What a family has of its own beside diffusers: weight files by other names, and what its models need once built."""
+
+    own: tuple[str, ...] = ()
+    """Settings that a configuration of the family may have, and diffusers' class has not; `prepare` carries them out."""
 
     @abstractmethod
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         """Whether `state` has the family's own names."""
 
     @abstractmethod
-    def configuration(self, state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-        """diffusers' configuration of the model that `state` is of; what it does not tell is in `given`."""
+    def configuration(
+        self, state: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The configuration of the model that `state` is of; only its names and shapes are looked at.
+
+        `config` is what is known without the file, empty where nothing is; `given` has the user's own settings.
+        """
 
     @abstractmethod
     def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`state` by diffusers' names."""
 
     @abstractmethod
-    def prepare(self, model: nn.Module, trained: bool) -> None:
+    def prepare(self, model: nn.Module, config: Mapping[str, Any], trained: bool) -> None:
         """Change a model in place before it is used: one with weights from a folder (`trained`), or a newly built one."""
+
+    @abstractmethod
+    def is_plain(self, config: Mapping[str, Any]) -> bool:
+        """Whether diffusers' class of `config` is the very network, without `prepare`."""
+
+    @abstractmethod
+    def original(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state of `model` by the family's own names, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class DiffusersAdapter(Adapter):
     about: Mapping[str, str] = field(default_factory=dict)
     how: Sampling = Sampling("ddim", "quadratic")
     layout: Layout | None = None
+    file: Path | None = None  # the file of weights that `config` is of
     writes_pipeline: bool = True
     family: str = ""
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
@@ -72,13 +89,17 @@ class DiffusersAdapter(Adapter):
     def opened(self, source: str | None, architecture: Mapping[str, Any] = MappingProxyType({})) -> DiffusersAdapter:
         opened = self
         if source is not None and Path(source).is_file():
-            if not self.config and self.layout is not None:  # a file of weights alone, which tell their shapes
-                config = self.layout.configuration(read_weights(source), architecture)
-                opened = replace(self, config=config)
+            if self.layout is not None:  # the names and shapes in the file tell what it is of
+                config = self.layout.configuration(read_outline(source), self.config, architecture)
+                opened = replace(self, config=config, file=Path(source))
         elif source is not None:
             found = pretrained.find(source)
             opened = replace(self, config=found.config, scheduler=found.scheduler or self.scheduler, source=found)
-        return replace(opened, config={**opened.config, **architecture})
+        if architecture:
+            opened = replace(opened, config={**opened.config, **architecture})
+            own = () if self.layout is None else self.layout.own
+            pretrained.check_settings(opened.config, [name for name in architecture if name not in own])
+        return opened
 
     @property
     def architecture(self) -> Mapping[str, Any]:
@@ -96,26 +117,38 @@ class DiffusersAdapter(Adapter):
     def build(self) -> nn.Module:
         if not self.config:
             raise CompressorError(f"{self.name} names no model by itself", self._hint)
-        return self._prepared(pretrained.build(self.config), trained=False)
+        return self._prepared(pretrained.build(self._plain_config), trained=False)
 
     def load(self, source: str | None) -> nn.Module:
         if source is not None and not Path(source).is_file():
-            return self._prepared(pretrained.load(self.source or pretrained.find(source)), trained=True)
+            found = self.source or pretrained.find(source)
+            settings = self._plain_config if self.source is not None else found.config
+            return self._prepared(pretrained.load(found, settings), trained=True)
         path = Path(source) if source is not None else self.weights
         if path is None or not self.config:
             raise CompressorError(f"{self.name} comes without weights", self._hint)
         state, model = read_weights(path), self.build()
-        if self.layout is not None and self.layout.recognises(state):
-            state = self.layout.translated(state)
-        load_strictly(model, state, path)
+        if self.layout is not None:
+            if self.file != path and self.layout.configuration(state, self.config, {}) != dict(self.config):
+                raise CompressorError(
+                    f"{path} is of another configuration than that of {self.name}",
+                    "Let the adapter look at it first: adapter = adapter.opened(path); model = adapter.load(path).",
+                )
+            if self.layout.recognises(state):
+                state = self.layout.translated(state)
+        load_strictly(model, pretrained.modern_names(model, state), path)
         return model.eval()
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
         import diffusers
 
+        if self.layout is not None and not self.layout.is_plain(self.config):
+            # diffusers would build another network from its folder, so that the file is the authors', for their own code
+            torch.save(self.layout.original(module), folder / f"{self.name}.pt")
+            return
         library: Any = diffusers  # it has few annotations
         # A model of its own: the given one may share tensors between names, which diffusers does not save.
-        plain: Any = pretrained.build(self.config)
+        plain: Any = pretrained.build(self._plain_config)
         plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
         source = self.source
         if source is not None and source.pipeline is not None:
@@ -141,8 +174,14 @@ class DiffusersAdapter(Adapter):
             if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0  # labels are dropped in `noised`, for teacher and student alike
         if self.layout is not None:
-            self.layout.prepare(model, trained)
+            self.layout.prepare(model, self.config, trained)
         return model.eval()
+
+    @property
+    def _plain_config(self) -> dict[str, Any]:
+        """The settings that diffusers' class has."""
+        own = () if self.layout is None else self.layout.own
+        return {name: value for name, value in self.config.items() if name not in own}
 
     @property
     def _hint(self) -> str:
@@ -181,6 +220,7 @@ class DiffusersAdapter(Adapter):
         return {**given, name: noised, "timestep": time}, target
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""
         out: Tensor = module(**inputs, return_dict=False)[0]
         channels = inputs[noisy_name(self.config)].shape[1]
         return (

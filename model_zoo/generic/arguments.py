@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from compressor.model_zoo.generic.pretrained import model_class
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.model_zoo.generic.pretrained import model_class
 
 _TEXT_TOKENS = 77
 _Config = Mapping[str, Any]

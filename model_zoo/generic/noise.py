@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressor.model_zoo.sampling import Process
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.model_zoo.sampling import Process
 
 _FLOW = "FlowMatch"
 _TARGETS = ("epsilon", "v_prediction", "sample")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from compressor.errors import CompressorError, first_line
+from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
+_RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""The classes, by norm_type, that models of the class Transformer2DModel have since become; diffusers loads them so."""
 _DENOISERS = ("unet", "transformer", "prior")
 
 
@@ -64,6 +68,16 @@ def model_class(config: Mapping[str, Any]) -> Any:
     return found
 
 
+def check_settings(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise UsageError unless `names` are settings of the class in `config`, which would leave out others in silence."""
+    known = set(inspect.signature(model_class(config).__init__).parameters) - {"self"} | {"_class_name"}
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"architecture: {config['_class_name']} has no setting {name!r}", did_you_mean(name, known)
+            )
+
+
 def build(config: Mapping[str, Any]) -> nn.Module:
     """A model of this configuration with random weights. Raises CompressorError where diffusers refuses it."""
     made = model_class(config)
@@ -78,12 +92,18 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def load(found: Pretrained) -> nn.Module:
-    """The model with its weights, strictly: a weight that is missing or left over is an error that names it."""
+def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
+    """The model with its weights, strictly: a weight that is missing or left over is an error that names it.
+
+    Where `settings`, of the same class, differ from the folder's own configuration, they are taken.
+    """
     made = model_class(found.config)
+    changed = {name: value for name, value in settings.items() if found.config.get(name, found) != value}
     try:
         with _quiet():
-            model, report = made.from_pretrained(found.folder, output_loading_info=True, local_files_only=True)
+            model, report = made.from_pretrained(
+                found.folder, output_loading_info=True, local_files_only=True, **changed
+            )
     except Exception as error:  # a dozen types, from missing files to damaged ones
         reason = first_line(error)
         raise CompressorError(
@@ -102,6 +122,17 @@ def load(found: Pretrained) -> nn.Module:
         )
     result: nn.Module = model.eval()
     return result
+
+
+def modern_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` by today's names where it has those that attention of diffusers had until 2022, as its folders are read."""
+    found = dict(state)
+    for name in model.state_dict():
+        for new, old in _RENAMED.items():
+            module, dot, kind = name.rpartition(f".{new}.")
+            if dot and name not in found and f"{module}.{old}.{kind}" in found:
+                found[name] = found.pop(f"{module}.{old}.{kind}")
+    return found
 
 
 def _folder(source: str) -> Path:
@@ -136,6 +167,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
+    if config.get("_class_name") == "Transformer2DModel":
+        config["_class_name"] = _OLDER.get(str(config.get("norm_type")), "Transformer2DModel")
     model_class(config)
     return {key: value for key, value in config.items() if key != "_name_or_path"}
 

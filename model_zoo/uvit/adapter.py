@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
-from compressor.model_zoo.uvit.network import UViT
-from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, diffuse, process, times
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Sampling
 from compressor.errors import CompressorError
-from compressor.weights import load_strictly, read_weights
-
-_DROPPED = 0.15
-"""The share of labels that training leaves out where there is an empty class. Source: U-ViT's released settings."""
+from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
+from compressor.model_zoo.uvit.architecture import checked, found_in
+from compressor.model_zoo.uvit.network import UViT
+from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, ContinuousTimes, Times
+from compressor.weights import load_strictly, read_outline, read_weights
 
 
 @dataclass(frozen=True)
 class UViTAdapter(Adapter):
-    """U-ViT with the constructor arguments in `config`; `weights` is the bundled file, None where there is none."""
+    """U-ViT with the constructor arguments in `config`; `weights` is the bundled file, None where there is none.
+
+    `changed` are those of the arguments that are not as the name says, but as a file or the user does. `times` is what it was
+    trained with. Of the labels, training leaves out the share `unlabelled` where there is an empty class (`null_class`).
+    """
 
     config: Mapping[str, Any]
     name: str = "uvit"
@@ -35,13 +38,34 @@ class UViTAdapter(Adapter):
     ignore: tuple[str, ...] = ()
 
     null_class: bool = False  # whether the last class is the empty one of classifier-free guidance
+    unlabelled: float = 0.15
     how: Sampling = Sampling("dpm-solver++")
+    times: Times = ContinuousTimes()
+    changed: Mapping[str, Any] = field(default_factory=dict)
     family: str = "U-ViT"
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         return max(0, int(self.config.get("num_classes", -1)) - self.null_class)
+
+    def opened(self, source: str | None, architecture: Mapping[str, Any] = MappingProxyType({})) -> UViTAdapter:
+        own = found_in(read_outline(source), self.config) if source is not None and Path(source).is_file() else {}
+        return self._with({**own, **architecture})
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        return dict(self.changed)
+
+    def rebuilt(self, architecture: Mapping[str, Any]) -> UViTAdapter:
+        return self._with(architecture)
+
+    def _with(self, settings: Mapping[str, Any]) -> UViTAdapter:
+        """This adapter with other constructor arguments. Raises UsageError for what no U-ViT has."""
+        if not settings:
+            return self
+        config = checked(self.config, settings)
+        return replace(self, config=config, changed={**self.changed, **settings})
 
     def small(self) -> UViTAdapter | None:
         return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
@@ -67,13 +91,14 @@ class UViTAdapter(Adapter):
 
     def _noised(self, batch: Any, time: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        t = torch.rand(len(images), generator=rng) if time is None else torch.full((len(images),), time)
+        n = len(images)
+        times = self.times.drawn(n, rng) if time is None else torch.full((n,), self.times.at(time))
         noise = torch.randn(images.shape, generator=rng)
         if not self.num_classes:
             labels = None
         elif self.null_label is not None:
-            labels = dropped(labels, self.null_label, _DROPPED, rng)
-        return (diffuse(images, noise, t), 999 * t, labels), noise
+            labels = dropped(labels, self.null_label, self.unlabelled, rng)
+        return (self.times.diffuse(images, noise, times), self.times.told(times), labels), noise
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         out: Tensor = module(*inputs)
@@ -94,7 +119,7 @@ class UViTAdapter(Adapter):
         noise = torch.randn(n, *self.image_shape, generator=rng).to(device)
         classes = self.num_classes
         labels = torch.randint(classes, (n,), generator=rng).to(device) if classes else None
-        grid = (999 * times()).float().to(device)
+        grid = self.times.told(self.times.grid()).float().to(device)
 
         def predict(images: Tensor, index: int) -> Tensor:
             guidance = self.how.guidance or 1.0
@@ -115,7 +140,7 @@ class UViTAdapter(Adapter):
 
     @property
     def _process(self) -> Process:
-        return process(clip=not self.latent)
+        return self.times.process(clip=not self.latent)
 
     def example_inputs(self, batch_size: int) -> Any:
         labels = torch.zeros(batch_size, dtype=torch.int64) if self.num_classes else None

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor.model_zoo.uvit.adapter import UViTAdapter
-
 from compressor.adapter import Sampling
+from compressor.model_zoo.uvit.adapter import UViTAdapter
+from compressor.model_zoo.uvit.noise import DiscreteTimes
 
 _SMALL = {"embed_dim": 512, "depth": 12, "num_heads": 8}
 _MEDIUM = {"embed_dim": 768, "depth": 16, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 20, "num_heads": 16}
 _HUGE = {"embed_dim": 1152, "depth": 28, "num_heads": 16}
 _PARAMETERS = {512: "44M", 768: "131M", 1024: "287M", 1152: "501M"}
-_LATENT = {"in_chans": 4, "conv": False, "num_classes": 1001}  # 1,000 classes and the empty one of guidance
+_LATENT = {"in_chans": 4, "num_classes": 1001}  # 1,000 classes and the empty one of guidance
+# The two huge ones have no last convolution, and were trained by another script, in discrete time, with more of the labels.
+_HUGE_LATENT = {**_LATENT, "conv": False}
+_HUGE_TRAINING: dict[str, Any] = {"times": DiscreteTimes(), "unlabelled": 0.1}
 
 DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 4}
 
 
-def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UViTAdapter:
+def _published(name: str, data: str, size: dict[str, int], guidance: float | None = None, **config: Any) -> UViTAdapter:
+    """Source: `configs/` of the authors' repository; its `sample.scale` s is the guidance 1 + s here."""
     about = {
         "size": _PARAMETERS[size["embed_dim"]],
         "source": "Bao et al. 2023, All are Worth Words",
@@ -29,14 +34,13 @@ def _published(name: str, data: str, size: dict[str, int], **config: Any) -> UVi
     }
     # Learning rate, warm-up and the rest of the released SparseDM code, which trains up to 500,000 steps.
     defaults = {"train": {"steps": 100_000, "lr": 2e-4, "warmup": 2500}, "checkpoint_every": 2500}
-    guided = config.get("num_classes") == 1001
     return UViTAdapter(
         {"in_chans": 3, **config, **size},
         name,
         defaults=defaults,
         about=about,
-        null_class=guided,
-        how=Sampling("dpm-solver++", guidance=1.4 if guided else None),
+        null_class=guidance is not None,
+        how=Sampling("dpm-solver++", guidance=guidance),
     )
 
 
@@ -62,22 +66,28 @@ def imagenet64_l() -> UViTAdapter:
 
 def imagenet256_l() -> UViTAdapter:
     """U-ViT-L/2 for ImageNet at 256x256, in the 4x32x32 latent space, class-conditional."""
-    return _published("uvit-imagenet256-l", "ImageNet, latents 4x32x32", _LARGE, img_size=32, patch_size=2, **_LATENT)
+    shape = {"img_size": 32, "patch_size": 2, **_LATENT}
+    return _published("uvit-imagenet256-l", "ImageNet, latents 4x32x32", _LARGE, 1.4, **shape)
 
 
 def imagenet256_h() -> UViTAdapter:
     """U-ViT-H/2 for ImageNet at 256x256, in the 4x32x32 latent space, class-conditional."""
-    return _published("uvit-imagenet256-h", "ImageNet, latents 4x32x32", _HUGE, img_size=32, patch_size=2, **_LATENT)
+    shape = {"img_size": 32, "patch_size": 2, **_HUGE_LATENT}
+    adapter = _published("uvit-imagenet256-h", "ImageNet, latents 4x32x32", _HUGE, 1.4, **shape)
+    return replace(adapter, **_HUGE_TRAINING)
 
 
 def imagenet512_l() -> UViTAdapter:
     """U-ViT-L/4 for ImageNet at 512x512, in the 4x64x64 latent space, class-conditional."""
-    return _published("uvit-imagenet512-l", "ImageNet, latents 4x64x64", _LARGE, img_size=64, patch_size=4, **_LATENT)
+    shape = {"img_size": 64, "patch_size": 4, **_LATENT}
+    return _published("uvit-imagenet512-l", "ImageNet, latents 4x64x64", _LARGE, 1.7, **shape)
 
 
 def imagenet512_h() -> UViTAdapter:
     """U-ViT-H/4 for ImageNet at 512x512, in the 4x64x64 latent space, class-conditional."""
-    return _published("uvit-imagenet512-h", "ImageNet, latents 4x64x64", _HUGE, img_size=64, patch_size=4, **_LATENT)
+    shape = {"img_size": 64, "patch_size": 4, **_HUGE_LATENT}
+    adapter = _published("uvit-imagenet512-h", "ImageNet, latents 4x64x64", _HUGE, 1.7, **shape)
+    return replace(adapter, **_HUGE_TRAINING)
 
 
 def digits() -> UViTAdapter:
@@ -91,7 +101,7 @@ def digits() -> UViTAdapter:
             "data": "digits",
             # A short budget wants quicker moments than the 0.99 and 0.999 that suit 100,000 steps.
             "train": {"steps": 1200, "lr": 1e-3, "betas": [0.9, 0.99], "warmup": 50},
-            "evaluate": {"metric": "fd-digits", "samples": 1797},
+            "evaluate": {"metric": "fd-digits"},
         },
         about={
             "size": "0.6M",

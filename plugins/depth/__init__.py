@@ -27,8 +27,8 @@ from compressor.weights import twin
 class Depth(Pruner):
     """Removes whole blocks until about the share `macs` of the multiply-accumulates is left.
 
-    A block is a module of a class of which the model has a list (`nn.ModuleList`), that answers in the shape of its first
-    argument, and of which nothing is read elsewhere. `score`: `error` removes next whatever adds least to the mean square
+    A block: a module whose class appears in an `nn.ModuleList`, whose output has the shape of its first argument, and whose
+    parts no other code reads. `score`: `error` removes next whatever adds least to the mean square
     difference from the dense model's predictions, for each multiply-accumulate that it saves; `random` draws. `timesteps`:
     batches that are looked at, one per time. `teacher`: the weight of the dense model's prediction in fine-tuning, beside the
     noise; `teacher_only`: learn from it alone. A block stays where the run's rules leave out all of its layers.
@@ -157,6 +157,6 @@ def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, int]:
     if not found:
         raise CompressorError(
             "depth: this model has no block that could be removed",
-            "A block is a module of a class that the model has a list of, and answers in the shape of its first argument.",
+            "A block: a module whose class appears in an nn.ModuleList, whose output has the shape of its first argument.",
         )
     return found

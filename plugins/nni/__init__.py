@@ -16,7 +16,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import Mask, Unstructured
-from compressor.training.engine import choose_layers
+from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
 _PRUNERS = {"level": "LevelPruner", "l1-norm": "L1NormPruner", "l2-norm": "L2NormPruner", "fpgm": "FPGMPruner"}
@@ -39,13 +39,12 @@ class NNI(Pruner):
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         algorithm = getattr(_nni(), _PRUNERS[self.algorithm])
-        layers = [layer for layer in choose_layers(model, self, adapter, None, None) if layer.reason is None]
+        layers = chosen(model, self, adapter)
         settings = [{"op_names": [layer.module_name for layer in layers], "sparse_ratio": 1 - self.pattern.density}]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, masks = algorithm(copy.deepcopy(model), settings).compress()  # it wraps modules: of a copy
-        chosen = {layer.name: masks[layer.module_name]["weight"] for layer in layers}
-        return replace(self, chosen=chosen)
+        return replace(self, chosen={layer.name: masks[layer.module_name]["weight"] for layer in layers})
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if previous:

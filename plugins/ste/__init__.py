@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compressor.errors import UsageError
-from compressor.sparsity.estimator import Estimator
+from compressor.sparsity.estimator import SRSTE, Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.pruner import Pruner
-
-from ..sparsedm import SRSTE
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Cost, Pruner, found
 from compressor.weights import twin
 
-from .groups import Group, find_groups, removal
+from .groups import find_groups
+from .removal import Group, removal
 from .scores import channel_scores, entry_scores
 
 _TRIALS = 16
+_SCORES = ("magnitude", "random", "taylor", "diff-pruning", "diff-pruning-released")
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Structured(Pruner):
     """Removes the channels and heads of least score, in every group of layers that share them.
 
     `macs`: the share of the model's multiply-accumulates that stays; `density`: where given, the share of the channels
-    of every group instead. `score`: `magnitude` (sum of squares), `random`, `taylor` (|w ∂L/∂w|), or `diff-pruning`
-    (the same, summed over the timesteps from the least noise on, up to the first whose loss is below `threshold` times the
-    largest yet). `timesteps`: batches that the two latter look at. `multiple`: widths stay multiples of it where they were.
+    of every group instead. `score`: `magnitude` (sum of squares), `random`, `taylor` (|w ∂L/∂w|, L over all times),
+    `diff-pruning` (Σ_t |w ∂L_t/∂w| over the times from the least noise on, up to the first whose loss is below `threshold`
+    times the largest yet), or `diff-pruning-released` (|w Σ_t ∂L_t/∂w| over the same times, as the authors' scripts have it).
+    `timesteps`: batches that all but the first two look at. `multiple`: widths stay multiples of it where they were.
     The outputs of layers that the run's rules leave out stay, and those of frozen layers.
 
     Sources: Fang et al. 2023, "DepGraph" (groups, by torch-pruning) and "Structural Pruning for Diffusion Models" (score).
@@ -38,7 +41,7 @@ class Structured(Pruner):
 
     macs: float = 0.5
     density: float | None = None
-    score: Literal["magnitude", "random", "taylor", "diff-pruning"] = "diff-pruning"
+    score: Literal["magnitude", "random", "taylor", "diff-pruning", "diff-pruning-released"] = "diff-pruning"
     threshold: float = 0.05
     timesteps: int = 32
     multiple: int = 8
@@ -47,7 +50,7 @@ class Structured(Pruner):
     compared = True
 
     def __post_init__(self) -> None:
-        one_of("structured: score", self.score, ("magnitude", "random", "taylor", "diff-pruning"))
+        one_of("structured: score", self.score, _SCORES)
         for name, value in (("macs", self.macs), ("density", self.density)):
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"structured: {name} must be above 0 and at most 1, got {value!r}")

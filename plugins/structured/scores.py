@@ -14,7 +14,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 
-from .groups import Group
+from .removal import Group
 
 
 def channel_scores(group: Group, entries: Mapping[str, Tensor] | None, seed: int) -> Tensor:
@@ -23,13 +23,11 @@ def channel_scores(group: Group, entries: Mapping[str, Tensor] | None, seed: int
         return torch.rand(group.width, generator=generator(seed, "channels", group.members[0].name))
     scores = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:
-        for key in ("weight", "bias"):
-            score = entries.get(f"{member.name}.{key}")
-            if score is None or (key == "bias" and not member.out):
-                continue
-            by_channel = score.transpose(0, 1) if not member.out else score
-            sums = by_channel.reshape(by_channel.shape[0], -1).double().sum(1).cpu()
-            scores.index_add_(0, member.root, sums[member.own])
+        for name, dim in member.tensors.items():
+            if name in entries:
+                by_channel = entries[name].transpose(0, dim)
+                sums = by_channel.reshape(by_channel.shape[0], -1).double().sum(1).cpu()
+                scores.index_add_(0, member.root, sums[member.own])
     return scores
 
 
@@ -37,7 +35,7 @@ def entry_scores(
     model: nn.Module,
     adapter: Adapter,
     batches: Batches,
-    kind: Literal["magnitude", "taylor", "diff-pruning"],
+    kind: Literal["magnitude", "taylor", "diff-pruning", "diff-pruning-released"],
     timesteps: int,
     threshold: float,
 ) -> dict[str, Tensor]:
@@ -50,7 +48,8 @@ def entry_scores(
         elif kind == "taylor":
             found = taylor(model, adapter, batches, timesteps)
         else:
-            found = diff_pruning(model, adapter, batches, timesteps, threshold)
+            summed = kind == "diff-pruning-released"
+            found = diff_pruning(model, adapter, batches, timesteps, threshold, summed=summed)
     finally:
         model.train(was_training)
     for name, score in found.items():
@@ -70,12 +69,15 @@ def taylor(model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int)
 
 
 def diff_pruning(
-    model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int, threshold: float
+    model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int, threshold: float, *, summed: bool = False
 ) -> dict[str, Tensor]:
-    """Σ_t |w ∂L_t/∂w| over the times, from the least noise on, whose loss is at least `threshold` times the largest yet.
+    """Σ_t |w ∂L_t/∂w|; or, where `summed`, |w Σ_t ∂L_t/∂w|, in which times that pull a weight to and fro cancel out.
 
-    It stops at the first that is below: what is mostly noise is easy to predict, and its gradients say little.
-    Source: Fang, Ma, Wang 2023, "Structural Pruning for Diffusion Models", eq. 8 and algorithm 1.
+    t goes over the times, from the least noise on, whose loss is at least `threshold` times the largest yet, and stops at the
+    first that is below: what is mostly noise is easy to predict, and its gradients say little.
+    Source: Fang, Ma, Wang 2023, "Structural Pruning for Diffusion Models" (|w ∂L_t/∂w| for each time, and which times count).
+    Both of its released scripts, `ddpm_prune.py` and `ldm_exp/prune_ldm.py`, add the gradients of all times up before they take
+    the absolute value: that is `summed`. The first of them also adds those of the time at which it stops.
     """
     weights = dict(model.named_parameters())
     total = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -86,8 +88,9 @@ def diff_pruning(
         if loss < threshold * largest:
             break
         for name, gradient in gradients.items():
-            total[name] += (weights[name].detach() * gradient).abs()
-    return total
+            change = weights[name].detach() * gradient
+            total[name] += change if summed else change.abs()
+    return {name: value.abs() for name, value in total.items()}
 
 
 def _gradients(
@@ -98,8 +101,9 @@ def _gradients(
     device = next(iter(weights.values())).device
     inputs, target = adapter.noised_at(batches.batch(index), (index + 0.5) / timesteps, generator("structured", index))
     with torch.enable_grad():
-        prediction = adapter.predict(model, to_device(inputs, device)).float()
-        loss = F.mse_loss(prediction, target.to(device).float())
+        prediction = adapter.predict(model, to_device(inputs, device))
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        loss = F.mse_loss(prediction.to(dtype), target.to(device, dtype))
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     found = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
     return float(loss.detach()), found

@@ -1,0 +1,65 @@
+"""The commands as one group, and the console script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from compressor import __version__
+from compressor.cli.check_plugin import check_plugin
+from compressor.cli.compare import compare
+from compressor.cli.export import export
+from compressor.cli.inspect import inspect
+from compressor.cli.list import list_plugins
+from compressor.cli.lower import bench, lower
+from compressor.cli.plan import plan
+from compressor.cli.report import report
+from compressor.cli.run import resume, run
+from compressor.cli.sample import sample
+from compressor.cli.terminal import complain, say
+from compressor.errors import CompressorError, UsageError, did_you_mean
+
+
+class _Group(click.Group):
+    """A group that suggests what a mistyped command may have meant."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            raise UsageError(f"no command {args[0]!r}", did_you_mean(args[0], self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="compressor")
+def app() -> None:
+    """Make diffusion models sparse, keep their quality, and see what it cost.
+
+    Start with: compressor run --method sparsedm
+    """
+
+
+for _command in (run, plan, check_plugin, compare, resume, report, lower, bench, export, sample, list_plugins, inspect):
+    app.add_command(_command)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    code = 0
+    try:
+        code = app.main(prog_name="compressor", standalone_mode=False) or 0  # the code of an Exit is returned
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        code = 130
+    except CompressorError as error:
+        code = complain(error)
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "compressor"
+        say(f"error: {error.format_message()}", err=True)
+        say(f"See {where} --help", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -1,0 +1,45 @@
+"""What all commands share: --json, --quiet and --debug, one way to fail, and recipe settings in one dictionary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from compressor.cli.terminal import Output, errors
+
+
+class Setting(click.Option):
+    """An option whose name is that of a recipe's setting. Commands get those that were given as `settings`."""
+
+
+class Command(click.Command):
+    """A command that takes --json, --quiet and --debug, and whose errors end up in one line.
+
+    Its function is called with `output`, an `Output`; with `settings`, where it has options of the class `Setting`; and with
+    its other options by their names.
+    """
+
+    def __init__(self, name: str | None, *, params: list[click.Parameter] | None = None, **attributes: Any) -> None:
+        shared = [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
+            click.Option(["--quiet", "-q"], is_flag=True, help="No progress."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+        super().__init__(name, params=[*(params or []), *shared], **attributes)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command's function."""
+        values = ctx.params
+        debug = values.pop("debug")
+        values["output"] = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
+        if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
+            values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
+        with errors(debug):
+            return super().invoke(ctx)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given: those of several values as lists."""
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

@@ -1,0 +1,40 @@
+"""`compressor inspect`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from compressor.cli.command import Command
+from compressor.cli.options import model_options
+from compressor.cli.terminal import Output, print_json, print_table, warn_of_idle_rules
+
+
+@click.command(cls=Command)
+@click.argument("model", metavar="MODEL")
+@click.option("--weights", metavar="FILE", help="Check that this file fits the model.")
+@model_options
+def inspect(output: Output, model: str, weights: str | None, settings: dict[str, Any]) -> None:
+    """Show every layer of MODEL: its shape, its share of the MACs, and whether the pattern fits, or why not."""
+    from compressor.runs.inspection import inspect_model
+
+    ignore = settings.get("ignore")
+    facts = inspect_model(model, weights, settings.get("pattern") or "2:4", settings.get("targets"), ignore)
+    warn_of_idle_rules(facts.pop("module"), ignore)
+    if output.as_json:
+        print_json(facts)
+        return
+    from compressor.cli.tables import plain_table
+
+    layers, pattern = facts["layers"], facts["pattern"]
+    lines = [
+        (layer["name"], str(tuple(layer["shape"])), f"{layer['macs_share']:.1%}", layer["reason"] or pattern)
+        for layer in layers
+    ]
+    print_table(plain_table(("weight", "shape", "MACs", "pattern"), lines))
+    click.echo(
+        f"{facts['model']}: {facts['params']:,} parameters, {facts['macs_dense']:,} MACs per sample; {pattern} on "
+        f"{sum(layer['reason'] is None for layer in layers)} of {len(layers)} layers leaves "
+        f"{facts['macs_effective'] / facts['macs_dense']:.1%} of the MACs effective"
+    )

@@ -1,0 +1,91 @@
+"""`compressor lower` and `compressor bench`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressor.cli.command import Command
+from compressor.cli.options import options, run_argument, speed_options
+from compressor.cli.terminal import Output, print_json, print_table, say, watch
+from compressor.errors import CompressorError, UsageError
+
+if TYPE_CHECKING:
+    from compressor.runs.speed import Benched
+
+
+@click.command(cls=Command)
+@options(
+    run_argument,
+    click.option(
+        "--batch", type=click.IntRange(1), help="Batch size to tune for. Default: the run's evaluate.latency_batch."
+    ),
+    click.option("--compiled", is_flag=True, help="Also try forms under torch.compile; takes minutes."),
+    speed_options,
+)
+def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> None:
+    """Choose the fastest kernel of this machine for every layer of a finished run, and time the whole model.
+
+    The plan is saved as lowering.json, and the times in the run's report. Never slower than dense: where sparse kernels do
+    not pay, the plan keeps the best dense form and says so.
+    """
+    plan = _timed(output, directory, [batch] if batch else [], **flags).plan
+    if output.as_json:
+        print_json(plan.model_dump(mode="json"))
+        return
+    from compressor.cli.tables import plan_tables
+
+    for table in plan_tables(plan):
+        print_table(table)
+    say(f"{plan.choice}: {plan.reason}")
+    for note in plan.notes:
+        say(f"note: {note}", err=True)
+    say(f"report: {directory / 'report.html'}")
+
+
+@click.command(cls=Command)
+@options(
+    run_argument,
+    click.option("--batches", default="1,4,16", show_default=True, metavar="N,N,…", help="Batch sizes."),
+    click.option(
+        "--compiled/--no-compiled", default=True, show_default=True, help="Forms under torch.compile; take minutes."
+    ),
+    click.option("--onnx/--no-onnx", default=None, help="ONNX Runtime. Default: where it is installed."),
+    speed_options,
+)
+def bench(output: Output, directory: Path, batches: str, onnx: bool | None, **flags: Any) -> None:
+    """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime."""
+    if not all(part.strip().isdecimal() for part in batches.split(",")):
+        raise UsageError(f"--batches {batches!r}", "Write sizes with commas between them: 1,4,16")
+    sizes = [int(part) for part in batches.split(",")]
+    if onnx is None:
+        onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
+    benched = _timed(output, directory, sizes, onnx=onnx, **flags)
+    if output.as_json:
+        print_json(benched.as_json())
+        return
+    from compressor.cli.tables import plain_table
+    from compressor.report.words import speeds
+
+    for setting, lines in speeds(benched.report):
+        print_table(plain_table((setting, "form", "median", "over eager dense", "over the best dense form"), lines))
+    say(f"report: {directory / 'report.html'}")
+
+
+def _timed(
+    output: Output, directory: Path, batches: list[int], *, dtype: str, compiled: bool, fresh: bool, onnx: bool = False
+) -> Benched:
+    """Lower and time a run's model."""
+    from compressor.runs import speed
+    from compressor.runs.directory import locked
+
+    if not directory.is_dir():
+        raise CompressorError(f"{directory}: no such directory", "Give the directory of a finished run.")
+    with locked(directory):
+        run = speed.finished(directory)
+        events = speed.bench(run, batches or [run.batch], dtype, compiled, onnx, cache=not fresh)
+        benched: Benched = watch(events, output.quiet)
+    return benched

@@ -1,0 +1,130 @@
+"""The options that several commands share, and what they mean together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from compressor.cli.command import Setting
+from compressor.errors import UsageError
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Number = TypeVar("_Number", int, float)
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
+    """One decorator of several options, shown in their order."""
+
+    def decorate(function: _Function) -> _Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+setting = partial(click.option, cls=Setting)
+"""An option that is a setting of the recipe: see `Command`."""
+
+run_argument = click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+
+model_options = options(
+    setting("--pattern", metavar="PATTERN", help="2:4, 4:2:4, unstructured:0.5, …"),
+    setting(
+        "--targets",
+        multiple=True,
+        metavar="RULE",
+        help="Prune only these layers: a name, a class, a shell pattern, or re:REGEX. May be repeated.",
+    ),
+    setting("--ignore", multiple=True, metavar="RULE", help="Leave these layers dense. May be repeated."),
+)
+"""Which layers get which pattern."""
+
+input_options = options(
+    setting(
+        "--model", metavar="NAME", help="The model (`compressor list models`), or FILE.py:NAME, an adapter of your own."
+    ),
+    setting(
+        "--weights", metavar="FILE|DIR|OWNER/NAME", help="Pretrained: .safetensors, .pth, a diffusers folder, the hub."
+    ),
+    setting("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures."),
+    setting(
+        "--data",
+        metavar="PATH|NAME",
+        help="A folder of pictures, CIFAR, .npz, .npy, hf:OWNER/NAME, … (docs/data.md), or a bundled set. "
+        "Default: the model's.",
+    ),
+    setting(
+        "--inception-weights", metavar="FILE", help="Measure FID with these weights of Inception (docs/metrics.md)."
+    ),
+)
+"""Model, weights and data."""
+
+training_options = options(
+    setting("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning."),
+    setting("--seed", type=int, help="Seed of everything random."),
+    setting("--device", help="auto, cpu, cuda, cuda:1, …"),
+    setting("--dtype", help="auto, float32 or bfloat16 (autocast)."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4."),
+)
+"""Training, and any other setting."""
+
+budget_options = options(
+    setting(
+        "--quick", "budget", flag_value="quick", help="A look: few samples, the metric alone, few rounds of timing."
+    ),
+    setting(
+        "--full",
+        "budget",
+        flag_value="full",
+        help="For publication: as many samples as real images, whatever it costs.",
+    ),
+)
+"""How much is spent on evaluation."""
+
+recipe_options = options(
+    click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML)."),
+    setting("--method", metavar="NAME", help="The pruning method; `compressor list pruners` shows all."),
+    setting("--pruner", metavar="FILE.py:CLASS", help="A pruner of your own, instead of --method."),
+    input_options,
+    model_options,
+    training_options,
+    budget_options,
+)
+"""The options that make a recipe."""
+
+speed_options = options(
+    click.option("--dtype", default="auto", metavar="DTYPE", help="auto (the model's own), float32 or bfloat16."),
+    click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
+)
+"""How a finished run is timed."""
+
+
+def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
+    """The recipe of `recipe_options`: the file's settings, then the options', then those of --set."""
+    from compressor import recipe as recipes
+    from compressor.runs.inputs import resolve
+
+    if settings.get("pruner") and settings.get("method"):
+        raise UsageError("--method and --pruner name two methods", "Give one of them.")
+    file = recipes.read(config) if config is not None else {}
+    merged = recipes.merged(file, settings, *map(recipes.assignment, assignments))
+    return resolve(merged, str(config) if config is not None else "recipe")
+
+
+def numbers(text: str | None, kind: type[_Number], example: str) -> tuple[_Number, ...]:
+    """The numbers above zero in `text`, with commas between them."""
+    try:
+        values = tuple(kind(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        values = (kind(0),)
+    if not all(0 < number < float("inf") for number in values):
+        raise UsageError(f"{text!r} are not numbers above zero", f"Write it like {example}")
+    return values

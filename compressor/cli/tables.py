@@ -1,0 +1,202 @@
+"""What the terminal shows: progress, tables, numbers for people. It builds; the commands print."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from compressor.progress import duration
+
+if TYPE_CHECKING:
+    from compressor.lower.plan import LayerPlan, Plan
+    from compressor.progress import Progress
+    from compressor.report.content import Latency, Report
+
+
+_EVERY = 5.0  # seconds between lines of progress
+
+
+class Ticker:
+    """Shows a run's progress on `console`: bars with the time left on a terminal, else a line every few seconds, whether or not
+    there is news: a thread sees to it."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._began: dict[str, tuple[float, int]] = {}  # of each stage: when it was first seen, and how much was done
+        self._last = 0.0
+        self._shown: Progress | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Ticker:
+        if not self._quiet:
+            (self._bars if self._console.is_terminal else self._heart).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._heart.is_alive():
+            self._heart.join()
+        if self._bars.live.is_started:
+            self._bars.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Take note of one event."""
+        if self._quiet or progress == self._shown:
+            return
+        if self._console.is_terminal:
+            self._shown = progress
+            stage, note = printable(progress.stage), printable(progress.note)
+            if progress.seconds is not None and progress.done == 0:
+                note = f"{note} about {duration(progress.seconds)}".strip()
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=progress.total, note=note)
+            self._bars.update(self._tasks[stage], completed=progress.done, total=progress.total, note=note)
+            return
+        with self._lock:
+            self._shown = progress
+            now = time.monotonic()
+            self._began.setdefault(progress.stage, (now, progress.done))
+            if now - self._last >= _EVERY or progress.done in (0, progress.total):
+                self._print(progress, now)
+
+    def _beat(self) -> None:
+        """Say every few seconds that work goes on, and for how long."""
+        while not self._ended.wait(_EVERY / 5):
+            with self._lock:
+                now = time.monotonic()
+                if self._shown is not None and now - self._last >= _EVERY:
+                    self._print(self._shown, now)
+
+    def _print(self, progress: Progress, now: float) -> None:
+        self._last = now
+        stage, note = printable(progress.stage), printable(progress.note)
+        if progress.stage == "estimate":
+            line = note
+        else:
+            line = f"{stage} {progress.done}/{progress.total}{self._left(progress, now)}  {note}"
+        self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, progress: Progress, now: float) -> str:
+        """How long the stage will still take; where nobody knows, how long it has taken."""
+        if progress.done >= progress.total:
+            return ""
+        began, first = self._began[progress.stage]
+        gone = now - began
+        if progress.done > first:
+            total = gone / (progress.done - first) * (progress.total - first)
+        elif progress.seconds is not None:
+            total = progress.seconds * (1 - first / progress.total)
+        else:
+            return f", {duration(gone)} so far" if gone >= 1 else ""
+        return (
+            f", {duration(total - gone)} left" if total > gone else f", {duration(gone - total)} longer than expected"
+        )
+
+
+def rows_table(report: Report) -> Table:
+    """The report's rows: quality, drift, cost, latency."""
+    metric = report.metric.name if report.metric else None
+    columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
+    title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
+    table = Table(*columns, "latency", "fine-tuning", title=title)
+    for row in report.rows:
+        cells = [escape(printable(row.name))]
+        if metric:
+            entry = row.quality[0] if row.quality else None
+            cells.append(f"{entry.value:.2f}" if entry else "—")
+            cells.append("{:.2f} – {:.2f}".format(*entry.ci95) if entry and entry.ci95 else "—")
+        error = row.drift_by("prediction_error")
+        cells.append(f"{error.value:.2%}" if error else "—")
+        cells.append(f"{row.nonzero_params / row.params:.1%}")
+        cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / row.macs_dense:.0%})")
+        cells.append(_latency(row.standing) if row.standing else "—")
+        cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
+        table.add_row(*cells)
+    return table
+
+
+def _latency(entry: Latency) -> str:
+    gain = f", {entry.speedup_vs_dense:.2f}x over {entry.against}" if entry.backend == "lowered" else ""
+    return f"{entry.median_ms:.1f} ms{gain}"
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
+    backends = [candidate.backend for candidate in plan.layers[0].candidates] if plan.layers else []
+    groups: dict[str, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        groups.setdefault(f"{layer.shapes} {layer.patterns} {layer.kind} {layer.choice}", []).append(layer)
+    lines = []
+    for group in groups.values():
+        first = group[0]
+        shape = ", ".join("x".join(map(str, shape)) for shape in first.shapes)
+        pattern = ", ".join(sorted({text or "dense" for text in first.patterns}))
+        times = {c.backend: c.median_ms for c in first.candidates}
+        cells = [f"{time:.3f}" if (time := times.get(name)) else "—" for name in backends]
+        name = first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more"
+        lines.append((name, shape, pattern, *cells, first.choice, first.reason))
+    layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
+    forms = [
+        (f.name, f"{f.median_ms:.2f} ms", f"{f.speedup:.2f}x", "" if f.error is None else f"{f.error:.1e}")
+        for f in plan.forms
+    ]
+    return [layers, plain_table(("whole model", "median", "over the best dense form", "error"), forms)]
+
+
+def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """A table of text."""
+    table = Table(*columns)
+    for line in lines:
+        table.add_row(*[escape(printable(cell)) for cell in line])
+    return table
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, so that a name cannot steer the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
+
+
+def planning_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The sentences of `compressor plan`."""
+    from compressor.report.words import count, size
+
+    before, after = facts["before"], facts["after"]
+    lines = [
+        f"parameters: {count(before['params'])}, of which {count(after['nonzero_params'])} stay nonzero",
+        f"file: {size(before['size_bytes'])} dense, {size(after['size_bytes'])} packed "
+        f"({after['size_bytes'] / before['size_bytes']:.0%})",
+        f"multiply-accumulates per sample: {count(before['macs_dense'])} dense, {count(after['macs_effective'])} effective "
+        f"({after['macs_effective'] / before['macs_dense']:.0%})",
+    ]
+    if (lowering := facts["lowering"]) is not None:
+        lines.append(
+            f"speed on {lowering['hardware']}, batch {lowering['batch']}: {lowering['speedup_vs_dense']:.2f}x as fast as the best "
+            f"dense form; {lowering['choice']}: {lowering['reason']}"
+        )
+    if (training := facts["fine_tuning"]) is not None:
+        lines.append(
+            f"fine-tuning: {training['steps']:,} steps at {1000 * training['seconds_per_step']:.0f} ms, about "
+            f"{training['seconds'] / 60:.1f} minutes, without evaluation"
+        )
+    return lines

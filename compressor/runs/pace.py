@@ -1,0 +1,132 @@
+"""How long a run will take: a short probe of its phases, before and at the start of fine-tuning, and what is left of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import nn
+
+from compressor.adapter import Adapter, to_device
+from compressor.environment import resolve_device
+from compressor.errors import CompressorError
+from compressor.progress import Progress, duration
+from compressor.quality.evaluate import can_sample
+from compressor.quality.settings import Evaluation
+from compressor.runs.inputs import Inputs
+from compressor.seeds import generator
+
+ROWS = 3
+"""Dense, one-shot, fine-tuned."""
+_FIRST, _LAST = 2, 8  # the steps of fine-tuning that are timed: the first ones are slower
+_LONG = 2.0  # seconds; a probe that would take longer is made smaller, and its time scaled
+_SMALL = 4  # samples
+_WARM_UP = 3  # rounds before the timed ones
+_SILENT = 1.0  # seconds; shorter phases are not named
+
+
+def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Iterator[Progress]:
+    """`events` of a run, each with the seconds that its stage is expected to take; after the first steps of fine-tuning, one
+    that says what the whole will take. What the caller throws in goes on to `events`."""
+    expected: dict[str, float] = {}
+    yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
+    expected.update(_evaluation_seconds(inputs))
+    told = False
+    began, steps = time.perf_counter(), Clock()
+    for event in events:
+        if event.stage == "fine-tune":
+            steps.tick(event.done)
+            if (each := steps.seconds) is not None:
+                expected["fine-tune"] = each * event.total
+        if not told and (steps.seconds is not None or event.stage not in ("fine-tune", "prepare", "one-shot")):
+            told = True
+            yield Progress("estimate", 1, 1, _sentence(inputs, expected, time.perf_counter() - began))
+        try:
+            yield replace(event, seconds=expected.get(event.stage))
+        except BaseException as thrown:
+            events.throw(thrown)
+
+
+class Clock:
+    """The median time of a step, from when each was done: known once a few have been."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, float] = {}
+        self._first: int | None = None
+        self.seconds: float | None = None
+
+    def tick(self, done: int) -> None:
+        """Step number `done` has just ended."""
+        if self.seconds is not None:
+            return
+        self._first = done if self._first is None else self._first
+        self._times[done - self._first] = time.perf_counter()
+        if len(self._times) > _LAST:
+            self.seconds = median(self._times[n + 1] - self._times[n] for n in range(_FIRST, _LAST))
+
+
+def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
+    """The expected seconds of each stage of evaluation, by the stage's name."""
+    recipe, adapter = inputs.recipe, inputs.adapter
+    settings = recipe.evaluate
+    device = resolve_device(recipe.train.device)
+    model = inputs.model.to(device).eval()
+    names = ("dense", "one-shot", inputs.method)
+    seconds: dict[str, float] = {}
+    if can_sample(adapter) and settings.drawn:
+        row = sampling_seconds(adapter, model, settings)
+        seconds |= {f"sample {name}": row for name in names}
+    if settings.latency_rounds:
+        with suppress(CompressorError), torch.no_grad():  # no example inputs: nothing will be timed
+            example = to_device(adapter.example_inputs(settings.latency_batch), device)
+            adapter.predict(model, example)
+            forward = _timed(lambda: adapter.predict(model, example), device)
+            seconds["latency"] = ROWS * (settings.latency_rounds + _WARM_UP) * forward
+    return seconds
+
+
+def sampling_seconds(adapter: Adapter, model: nn.Module, settings: Evaluation) -> float:
+    """How long a row's samples will take: two and four sampler steps are timed, and the rest is counted on from there."""
+    device = next(model.parameters()).device
+
+    def draw(count: int, steps: int) -> float:
+        return _timed(lambda: adapter.sample(model, count, generator(settings.seed, "probe"), steps), device)
+
+    batch = min(settings.batch_size, settings.drawn)
+    small = min(_SMALL, batch)
+    draw(small, 2)
+    if draw(small, 2) * batch / small > _LONG:
+        scale, count = batch / small, small
+    else:
+        scale, count = 1.0, batch
+    two, four = draw(count, 2), draw(count, 4)
+    each = max((four - two) / 2, two / 8)
+    whole = scale * (max(two - 2 * each, 0.0) + settings.sampler_steps * each)
+    return whole * settings.drawn / batch
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
+    """What the run will take, in all and by phase, and what was chosen for it."""
+    settings = inputs.recipe.evaluate
+    sampling = sum(value for stage, value in expected.items() if stage.startswith("sample "))
+    phases = {
+        "so far": gone,
+        f"fine-tuning ({inputs.recipe.train.steps:,} steps)": expected.get("fine-tune", 0.0),
+        f"sampling ({ROWS} rows of {settings.drawn:,} in {settings.sampler_steps} steps)": sampling,
+        "latency": expected.get("latency", 0.0),
+    }
+    parts = [f"{name} {duration(value)}" for name, value in phases.items() if value >= _SILENT]
+    total = duration(sum(phases.values()))
+    return f"about {total} in all: {', '.join(parts)}" if parts else f"about {total} in all"

@@ -1,0 +1,79 @@
+"""What users can name stays: the package's names, its entry points, and every command with its help.
+
+`public.json` is what version 0.1.0 offered before its modules moved into folders, written by that code; help is as click
+prints it at 1,000 columns. What came later is listed here. Nothing is taken away from either without a word in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compressor
+from compressor.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read_text(encoding="utf-8"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+NEW_NAMES = {"Surgery", "choose_layers"}
+NEW_ENTRY_POINTS: dict[str, set[str]] = {}
+"""By group."""
+NEW_HELP: dict[str, list[str]] = {}
+"""The lines that a command's help has gained, such as "compressor run": ["--option TEXT What it does."]."""
+
+
+def lines(text: str | list[str]) -> list[str]:
+    """Lines that say something, however wide their columns are."""
+    return [" ".join(line.split()) for line in (text.splitlines() if isinstance(text, str) else text) if line.strip()]
+
+
+def help_of(command: str) -> list[str]:
+    _, *arguments = command.split()
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        app.main([*arguments, "--help"], prog_name="compressor", standalone_mode=False, terminal_width=1000)
+    return lines(shown.getvalue())
+
+
+def test_the_package_offers_the_names_that_it_did() -> None:
+    assert set(compressor.__all__) == set(BEFORE["names"]) | NEW_NAMES
+    assert [name for name in compressor.__all__ if not hasattr(compressor, name)] == []
+
+
+def test_entry_points_are_those_that_were() -> None:
+    names = {group: set(entries) for group, entries in PROJECT["entry-points"].items()}
+    before = {group: set(entries) for group, entries in BEFORE["entry_points"].items()}
+    groups = before.keys() | NEW_ENTRY_POINTS.keys()
+    assert names == {group: before.get(group, set()) | NEW_ENTRY_POINTS.get(group, set()) for group in groups}
+
+
+def test_the_console_script_is_the_one_that_was() -> None:
+    assert PROJECT["scripts"] == BEFORE["scripts"]
+
+
+@pytest.mark.parametrize("command", ["compressor", *(f"compressor {name}" for name in sorted(app.commands))])
+def test_help_says_what_it_said(command: str) -> None:
+    shown, new = help_of(command), NEW_HELP.get(command, [])
+    assert [line for line in new if line not in shown] == []
+    assert [line for line in shown if line not in new] == lines(BEFORE["help"].get(command, []))
+
+
+def test_no_command_is_gone() -> None:
+    assert BEFORE["help"].keys() <= {"compressor", *(f"compressor {name}" for name in app.commands)}
+
+
+@pytest.mark.parametrize("module", ["compressor", "compressor.cli"])
+def test_the_module_is_the_command_line_under_its_own_name(module: str) -> None:
+    command = [sys.executable, "-m", module, "resume"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["error: Missing argument 'RUN'.", "See compressor resume --help"]
