@@ -16,9 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from imitated import Library
 from torch import Tensor, nn
 
 from compressor import Adapter
+from compressor.lower import cusparselt
+from compressor.lower.cusparselt_tuning import Algorithm, Tuned
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
@@ -198,3 +201,28 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield installed
     for name in modules:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """cuSPARSELt, imitated, on a GPU that is imitated too."""
+    made = Library()
+    monkeypatch.setattr(torch, "_cslt_compress", made.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", made.sparse_mm)
+    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(Algorithm(3, 2, 1)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return made
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`machine((9, 0), 801)`: a GPU of that compute capability, and torch with that cuSPARSELt (None: without)."""
+
+    def made(capability: tuple[int, int], version: int | None, current: int = 0, hip: str | None = None) -> None:
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: version is not None)
+        monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return made

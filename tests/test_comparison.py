@@ -22,7 +22,7 @@ from compressor import CompressorError, comparison, files
 from compressor.comparison import words
 from compressor.comparison.jobs import refuse_used
 from compressor.comparison.page import render
-from compressor.comparison.presets import PRESETS
+from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
 from compressor.quality.similarity import ssim
@@ -364,7 +364,7 @@ def test_other_folders_are_left_alone(tmp_path):
 
 
 def test_every_preset_can_be_planned():
-    for name, preset in PRESETS.items():
+    for name, preset in presets().items():
         wanted = comparison.planned([], [], name, {"train": {"steps": 1}}, seeds=2)
         assert list(wanted.recipes) == list(preset.entries)
         assert len(wanted.cells({})) == 2 * len(preset.entries)

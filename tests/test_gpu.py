@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from imitated import BF16, error, normal, sparse_, unit
+from torch import Tensor, nn
 
 import compressor
+from compressor import NM
+from compressor.lower.cusparselt import CuSparseLt, fp8, int8
+from compressor.lower.cusparselt_tuning import Product, tuned
+from compressor.lower.graphs import Graphed
 from compressor.registry import build_pruner, pruner_class
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -27,3 +36,72 @@ def test_a_result_from_a_gpu_loads_on_a_cpu(model, adapter, samples, tmp_path):
     compressor.save(tmp_path / "saved", result.model, result.masks)
     loaded = compressor.load(tmp_path / "saved", model=model)
     assert next(loaded.parameters()).device.type == "cpu"
+
+
+# --- 2:4, with the real library. ---
+
+
+def on_gpu(module: nn.Module, dtype: torch.dtype = BF16) -> nn.Module:
+    reason = CuSparseLt().unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    return module.to("cuda", dtype)
+
+
+class TestOnGpu:
+    """With the real library."""
+
+    @pytest.mark.parametrize("rows", [8, 5, 257, 2056])
+    @pytest.mark.parametrize(("out", "inner"), [(512, 2048), (2048, 512), (16, 16), (1152, 4608)])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_a_linear_is_the_dense_one(self, rows, out, inner, bias):
+        layer: Any = on_gpu(sparse_(nn.Linear(inner, out, bias=bias)))
+        lowered = CuSparseLt().build(unit(layer, (rows, inner)))
+        for tokens in (rows, rows + 3):
+            x = normal(tokens, inner, dtype=BF16).cuda()
+            wanted = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+            assert error(lowered(x), wanted) < 1e-2
+
+    @pytest.mark.parametrize(("backend", "allowed"), [(int8(), 2e-2), (fp8(), 6e-2)], ids=["int8", "fp8"])
+    def test_8_bits_are_near_the_dense_layer(self, backend, allowed):
+        if reason := backend.unavailable(torch.device("cuda")):
+            pytest.skip(reason)
+        layer: Any = on_gpu(sparse_(nn.Linear(512, 2048)))
+        lowered = backend.build(unit(layer, (1028, 512)))
+        x = normal(1028, 512, dtype=BF16).cuda()
+        assert error(lowered(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < allowed
+
+    def test_the_search_finds_a_right_algorithm_and_no_fault(self, monkeypatch, tmp_path):
+        on_gpu(nn.Linear(16, 16))
+        monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path))
+        tuned.cache_clear()
+        found = tuned(Product(2056, 2048, 512, "bfloat16", True), 0)
+        assert found.median_ms is not None and found.note is None
+
+    def test_a_lowered_layer_replays_in_a_graph_and_compiles(self):
+        layer: Any = on_gpu(sparse_(nn.Linear(512, 2048)))
+        lowered = CuSparseLt().build(unit(layer, (2, 257, 512)))
+        compiled: Any = torch.compile(lowered, fullgraph=True)
+        wrapped = Graphed(lowered)
+        with torch.no_grad():
+            for seed in range(3):
+                x = normal(2, 257, 512, dtype=BF16, seed=seed).cuda()
+                assert torch.equal(wrapped(x), lowered(x)) and torch.equal(compiled(x), lowered(x))
+        assert len(wrapped._recordings) == 1
+        torch.compiler.reset()
+
+    def test_a_model_lowered_on_a_gpu_keeps_its_numbers(self):
+        adapter = compressor.registry.adapter("uvit-cifar10")
+        torch.manual_seed(0)
+        model = on_gpu(adapter.build().eval(), torch.float32)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name):
+                with torch.no_grad():
+                    module.weight.copy_(NM(2, 4).mask(module.weight.abs()).apply(module.weight))
+        inputs = tuple(x.cuda() if isinstance(x, Tensor) else x for x in adapter.example_inputs(16))
+        result = compressor.lower(model, inputs, ["eager", "cusparselt"], BF16, adapter=adapter, cache=False)
+        measured = [layer.candidate("cusparselt") for layer in result.plan.layers if "2:4" in layer.patterns]
+        assert measured and all(c is not None and c.median_ms is not None for c in measured)
+        x = (torch.randn(16, 3, 32, 32, device="cuda"), *inputs[1:])
+        with torch.no_grad():
+            assert error(adapter.predict(result.model, x), adapter.predict(model, x)) < 0.1

@@ -28,6 +28,7 @@ from compressor import NM, CompressorError, registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
 from compressor.lower import lower, units
+from compressor.lower.chooser import relative
 from compressor.lower.cusparselt import CuSparseLt
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
 from compressor.lower.graphs import captured
@@ -131,12 +132,7 @@ def sparse_names(model: nn.Module, subject: Subject) -> list[str]:
 
 def plain(model: nn.Module) -> Callable[..., Tensor]:
     """The model's call with a tensor in place of diffusers' output."""
-
-    def call(*inputs: Any) -> Tensor:
-        leaves = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
-        return leaves[0]
-
-    return call
+    return lambda *inputs: next(leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor))
 
 
 # --- What to expect, without a GPU. ---
@@ -237,11 +233,6 @@ def replayed(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], object]:
     return captured(lambda given: model(*given), inputs).replay
 
 
-def deviation(out: Tensor, wanted: Tensor) -> float:
-    """The root mean square difference, relative."""
-    return float((out.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 @dataclass(frozen=True)
 class Session:
     """Where a cell is measured, with what, and until when."""
@@ -272,7 +263,7 @@ def forms(
     def added(name: str, form: Any) -> Iterator[tuple[str, Callable[[], object], float]]:
         """A form as it is, and as a graph."""
         out = form(*inputs)
-        error = deviation(out[::step], wanted)
+        error = relative(out[::step], wanted.double())
         del out
         if not error < 0.2:
             notes.append(f"{name}: its output differs by {error:.1e}: left out")
@@ -350,11 +341,6 @@ def cell(subject: Subject, batch: int, session: Session) -> dict[str, Any]:
     }
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers, as in 1,16."""
-    return [int(part) for part in text.split(",")]
-
-
 @click.command()
 @click.option("--models", default=",".join(SUBJECTS), show_default=True)
 @click.option("--batches", default="1,16,64,256", show_default=True)
@@ -364,7 +350,7 @@ def numbers(text: str) -> list[int]:
 @click.option("--dry-run", "dry", is_flag=True, help="Print what qualifies. Needs no GPU.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(models: str, batches: str, backends: str, search_seconds: int, seconds: float, dry: bool, out: Path) -> None:
-    names, sizes, chosen = models.split(","), numbers(batches), backends.split(",")
+    names, sizes, chosen = models.split(","), [int(part) for part in batches.split(",")], backends.split(",")
     if unknown := (set(names) - set(SUBJECTS)) | (set(chosen) - set(TOLERANCES)):
         there = ", ".join([*SUBJECTS, *TOLERANCES])
         raise click.UsageError(f"unknown {', '.join(sorted(unknown))}; there are {there}")

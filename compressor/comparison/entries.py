@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from compressor.recipe import Recipe
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
 from compressor.training.engine import chosen
-from compressor.training.pruner import Cost, Preset, Pruner, settings_of
+from compressor.training.pruner import Cost, Preset, Pruner, setting_names, settings_of
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
@@ -102,23 +101,10 @@ def planned(
     """
     if match not in MATCHES:
         raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
-    known_presets = {} if preset is None else presets()
-    if preset is not None and preset not in known_presets:
-        raise UsageError(f"--preset {preset!r}", did_you_mean(preset, list(known_presets)))
-    chosen_preset = None if preset is None else known_presets[preset]
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
-    entries: dict[str, dict[str, Any]] = {}
-    folders = {"dense": "dense, the given model"}
-    for label, settings in _named(methods, configs, chosen_preset, common):
-        if label in entries:
-            raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
-        other = folders.setdefault(file_name(label).casefold(), label)
-        if other != label:
-            raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
-        entries[label] = settings
-    if not entries:
-        entries = dict(_named(compared_by_default(), (), None, common))
+    chosen_preset = None if preset is None else _preset(preset)
+    entries = _entries(methods, configs, chosen_preset, common)
     if sampler_steps == () and chosen_preset is not None:
         sampler_steps = chosen_preset.sampler_steps
     found = {
@@ -145,6 +131,29 @@ def planned(
     )
 
 
+def _preset(name: str) -> Preset:
+    known = presets()
+    if name not in known:
+        raise UsageError(f"--preset {name!r}", did_you_mean(name, list(known)))
+    return known[name]
+
+
+def _entries(
+    methods: Sequence[str], configs: Sequence[Path], preset: Preset | None, common: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The settings of every entry by its label; of all methods that are compared by default, where the user names none."""
+    entries: dict[str, dict[str, Any]] = {}
+    folders = {"dense": "dense, the given model"}
+    for label, settings in _named(methods, configs, preset, common):
+        if label in entries:
+            raise UsageError(f"{label!r} is compared twice", "Give each method, and each recipe's file name, once.")
+        other = folders.setdefault(file_name(label).casefold(), label)
+        if other != label:
+            raise UsageError(f"{label!r} cannot be told from {other!r}", "Rename the recipe's file.")
+        entries[label] = settings
+    return entries or dict(_named(compared_by_default(), (), None, common))
+
+
 def _named(
     methods: Sequence[str], configs: Sequence[Path], preset: Preset | None, common: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,10 +168,11 @@ def _named(
 
 def _fitting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` without a pattern where the method has none."""
-    method = settings.get("method", Recipe().method)
-    if "pattern" not in settings or settings.get("pruner") is not None or not isinstance(method, str):
+    method, file = settings.get("method", Recipe().method), settings.get("pruner")
+    if "pattern" not in settings or not isinstance(method, str) or not isinstance(file, str | None):
         return dict(settings)
-    names = inspect.signature(registry.pruner_class(method)).parameters
+    cls = registry.pruner_class(method) if file is None else registry.pruner_class_from_file(file)
+    names = setting_names(cls)
     return {key: value for key, value in settings.items() if key != "pattern" or "pattern" in names}
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compressor.adapter import Adapter
+from compressor.discovery import load
 from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
 from compressor.model_zoo.digits.classifier import DigitsClassifier
 from compressor.model_zoo.digits.dataset import images
 from compressor.model_zoo.uvit.sizes import digits as uvit_digits
-from compressor.plugins.dense import DenseContinued
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, steps
 from compressor.training.settings import Training
@@ -99,7 +99,8 @@ def _dense(adapter: Adapter, out: Path, seed: int, count: int, lr: float) -> Non
         steps=count, lr=lr, warmup=500, ema=0.999, clip=1.0, betas=(0.9, 0.99), weight_decay=0.01, seed=seed
     )
     data = images()
-    run = FineTuning(adapter.build(), DenseContinued(), adapter=adapter, data=data, training=training)
+    untouched = load("pruners", "dense-continued")()
+    run = FineTuning(adapter.build(), untouched, adapter=adapter, data=data, training=training)
     losses = []
     for record in steps(run):
         losses.append(record.loss)

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from torch import Tensor, nn
 
-from compressor import registry
+from compressor import discovery
 from compressor.adapter import Adapter
 from compressor.data.batches import Batches
 from compressor.errors import UsageError, one_of
@@ -85,7 +85,7 @@ class SparseDM(Pruner):
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         if self.starts_from == "obs":
-            method: Callable[..., Pruner] = registry.pruner_class("obs")
+            method: Callable[..., Pruner] = discovery.load("pruners", "obs")
             method(pattern=self.pattern).prepare(model, adapter, batches)
         return self
 

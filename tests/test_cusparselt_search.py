@@ -1,0 +1,283 @@
+"""The search for the algorithm of a 2:4 product: in another process, which may die, and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor import CompressorError
+from compressor.errors import UsageError
+from compressor.lower import cusparselt_tuning
+from compressor.lower import cusparselt_worker as worker
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, candidates, searched, split_arguments, tuned
+
+# --- Algorithms. ---
+
+TORCH_2_5 = frozenset({"alg_id"})
+TORCH_2_6 = frozenset({"alg_id", "split_k", "split_k_one_kernel"})
+TORCH_2_13 = frozenset({"alg_id", "split_k", "split_k_mode"})
+
+
+def test_the_operator_of_this_torch_has_the_arguments_that_are_given():
+    assert {"bias", "out_dtype", "transpose_result", "alg_id"} <= cusparselt_tuning.operator_arguments()
+    assert cusparselt_tuning.operator_arguments() & {"split_k_mode", "split_k_one_kernel"}
+    assert [a.name for a in torch.ops.aten._cslt_compress.default._schema.arguments] == ["input"]
+
+
+@pytest.mark.parametrize(
+    ("names", "algorithm", "wanted"),
+    [
+        (TORCH_2_5, Algorithm(7), {}),
+        (TORCH_2_6, Algorithm(7, 2, 1), {"split_k": 2, "split_k_one_kernel": True}),
+        (TORCH_2_6, Algorithm(7, 4, 2), {"split_k": 4, "split_k_one_kernel": False}),
+        (TORCH_2_13, Algorithm(7), {}),
+        (TORCH_2_13, Algorithm(7, 4, 2), {"split_k": 4, "split_k_mode": 2}),
+        (TORCH_2_13, Algorithm(7, -1, -1), {"split_k": -1, "split_k_mode": -1}),
+    ],
+)
+def test_splits_are_told_as_the_version_wants_them(names, algorithm, wanted):
+    assert split_arguments(algorithm, names) == wanted
+
+
+def test_splits_that_a_version_does_not_know_are_refused():
+    with pytest.raises(CompressorError, match="cannot split"):
+        split_arguments(Algorithm(7, 2, 1), TORCH_2_5)
+    with pytest.raises(CompressorError, match="cannot split"):
+        split_arguments(Algorithm(7, -1, -1), TORCH_2_6)
+
+
+@pytest.mark.parametrize(("names", "count"), [(TORCH_2_5, 5), (TORCH_2_6, 35), (TORCH_2_13, 40)])
+def test_candidates_are_all_different_and_begin_with_the_default(names, count):
+    found = candidates(5, names)
+    assert found[0] == Algorithm() and len(set(found)) == len(found) == count
+    assert all(split_arguments(algorithm, names) is not None for algorithm in found)
+    assert all(Algorithm.parse(str(algorithm)) == algorithm for algorithm in found)
+    assert [a.split_k for a in found[:5]] == [1] * 5
+
+
+# --- The search in another process. ---
+
+PRODUCT = Product(24, 32, 64, "bfloat16", True)
+A, B, C = "0,1,-1,1", "1,1,-1,1", "2,2,1,1"
+
+
+@pytest.fixture
+def act(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`act(script)`: workers run `script`, in which `say` writes an event, `request` is what was asked, `runs` how often before."""
+    tuned.cache_clear()
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cusparselt_tuning, "_START", 5.0)
+    setting = cusparselt_tuning.Setting(device="cuda", hardware="a GPU", threads=1, versions={"torch": "2.13.0"})
+    monkeypatch.setattr(cusparselt_tuning, "_setting", lambda index: setting)
+    log = tmp_path / "log"
+
+    def acted(script: str) -> Path:
+        log.write_text("")
+        head = (
+            "import json, os, sys, time\n"
+            "request = json.load(sys.stdin)\n"
+            f"runs = len(open({str(log)!r}).readlines())\n"
+            f"open({str(log)!r}, 'a').write(json.dumps(request) + '\\n')\n"
+            "def say(event, algorithm, **more): print(json.dumps(dict(event=event, algorithm=algorithm, **more)), flush=True)\n"
+            "def right(algorithm, ms): say('trying', algorithm); say('timed', algorithm, ms=ms)\n"
+        )
+        monkeypatch.setattr(cusparselt_tuning, "_command", lambda: [sys.executable, "-c", head + script])
+        return log
+
+    yield acted
+    tuned.cache_clear()
+
+
+def requests(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_the_fastest_right_algorithm_is_taken_and_kept_on_disk(act):
+    log = act(f"right({A!r}, 2.0); right({B!r}, 1.0); say('trying', {C!r}); say('failed', {C!r}, why='wrong')")
+    found = tuned(PRODUCT, 0)
+    assert found == Tuned(Algorithm(1), Algorithm(), 1.0)
+    (request,) = requests(log)
+    assert Product(**request["product"]) == PRODUCT and request["skip"] == [] and request["device"] == 0
+    tuned.cache_clear()
+    assert tuned(PRODUCT, 0) == found and len(requests(log)) == 1
+    assert tuned(Product(32, 32, 64, "bfloat16", True), 0) == found and len(requests(log)) == 2
+
+
+def test_the_last_timing_side_by_side_counts(act):
+    act(f"right({A!r}, 2.0); right({B!r}, 1.0); say('final', {B!r}, ms=3.0); say('final', {A!r}, ms=2.5)")
+    assert tuned(PRODUCT, 0) == Tuned(Algorithm(), Algorithm(), 2.5)
+
+
+def test_what_an_earlier_worker_timed_counts_too(act):
+    act(
+        f"if runs == 0: right({A!r}, 1.0); say('trying', {B!r}); sys.exit(3)\nright({C!r}, 2.0); say('final', {C!r}, ms=2.0)"
+    )
+    assert tuned(PRODUCT, 0).algorithm == Algorithm()
+
+
+def test_a_default_that_is_wrong_runs_for_no_tokens(act):
+    act(f"say('trying', {A!r}); say('failed', {A!r}, why='wrong'); right({B!r}, 1.0)")
+    assert tuned(PRODUCT, 0) == Tuned(Algorithm(1), Algorithm(1), 1.0)
+
+
+def test_what_else_is_printed_does_not_count(act):
+    act(
+        "print('loading...'); print('[1, 2]'); print('{\"event\": ')\n"
+        f"right({A!r}, 2.0); right('; rm', 0.1); right('1,2', 0.1)\n"
+        f"say('timed', {B!r}, ms=float('nan')); say('timed', {B!r}, ms=-1.0); say('timed', {B!r}, ms='fast')\n"
+        f'say(\'timed\', 7, ms=0.1); sys.stdout.write(\'{{"event": "timed", "algorithm"\')'
+    )
+    assert searched(PRODUCT, 0) == ({A: 2.0}, None)
+
+
+def test_an_algorithm_that_kills_the_worker_is_stepped_over(act):
+    log = act(
+        f"if runs == 0: right({A!r}, 2.0); say('trying', {B!r}); sys.exit('illegal instruction')\nright({C!r}, 1.0)"
+    )
+    times, note = searched(PRODUCT, 0)
+    assert times == {A: 2.0, C: 1.0}
+    assert note is not None and B in note and "illegal instruction" in note
+    first, second = requests(log)
+    assert (first["skip"], first["found"]) == ([], False) and (second["skip"], second["found"]) == ([A, B], True)
+
+
+def test_a_worker_killed_by_a_signal_names_its_algorithm(act):
+    act(f"if runs == 0: say('trying', {A!r}); os.kill(os.getpid(), 9)\nright({B!r}, 1.0)")
+    found = tuned(PRODUCT, 0)
+    assert found.algorithm == found.otherwise == Algorithm(1) and "code -9" in str(found.note)
+
+
+def test_workers_that_always_die_end_the_search(act):
+    log = act("say('trying', f'{runs},1,-1,1'); sys.exit(3)")
+    with pytest.raises(
+        CompressorError, match=r"no algorithm of cuSPARSELt gives \(24, 64\) x \(64, 32\) in bfloat16 right"
+    ):
+        tuned(PRODUCT, 0)
+    assert len(requests(log)) == cusparselt_tuning._WORKERS
+
+
+def test_nothing_right_is_an_error_that_says_why(act):
+    act(f"say('trying', {A!r}); say('failed', {A!r}, why='ArithmeticError: its error is 0.5')")
+    with pytest.raises(CompressorError, match=r"its error is 0\.5"):
+        tuned(PRODUCT, 0)
+
+
+def test_a_search_that_does_not_start_leaves_the_default_and_a_note(act, monkeypatch):
+    log = act("sys.exit('no CUDA-capable device is detected')")
+    found = tuned(PRODUCT, 0)
+    assert found.algorithm == Algorithm() and found.median_ms is None
+    assert "not tuned" in str(found.note) and "no CUDA-capable device" in str(found.note)
+    assert [request["ask"] for request in requests(log)] == [True, False]
+    monkeypatch.setattr(cusparselt_tuning, "_command", lambda: ["/nowhere/python"])
+    tuned.cache_clear()
+    assert "could not be started" in str(tuned(PRODUCT, 0).note)  # and nothing was kept on disk
+
+
+def test_a_worker_that_hangs_is_ended_and_what_it_said_counts(act, monkeypatch):
+    monkeypatch.setattr(cusparselt_tuning, "_START", 1.5)
+    monkeypatch.setenv(cusparselt_tuning.SECONDS_VARIABLE, "0.5")
+    log = act(f"right({A!r}, 2.0); say('trying', {B!r}); time.sleep(60)")
+    times, note = searched(PRODUCT, 0)
+    assert times == {A: 2.0} and note is not None and "took more than" in note and len(requests(log)) == 1
+
+
+def test_a_damaged_file_is_searched_again(act, tmp_path):
+    log = act(f"right({A!r}, 2.0)")
+    tuned(PRODUCT, 0)
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    for text in ("{", json.dumps({**json.loads(file.read_text()), "median_ms": {"fastest": 1.0}})):
+        file.write_text(text)
+        tuned.cache_clear()
+        assert tuned(PRODUCT, 0).algorithm == Algorithm()
+    assert len(requests(log)) == 3
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0", "inf"])
+def test_seconds_are_a_number(act, monkeypatch, text):
+    monkeypatch.setenv(cusparselt_tuning.SECONDS_VARIABLE, text)
+    with pytest.raises(UsageError, match="COMPRESSOR_SEARCH_SECONDS"):
+        searched(PRODUCT, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_real_worker_starts_and_says_that_there_is_no_gpu():
+    request = {"product": vars(PRODUCT), "device": 0, "seconds": 1.0, "skip": [], "found": False, "ask": True}
+    lines, ended = cusparselt_tuning._worker(request, 120.0)
+    assert lines == [] and ended is not None and "no CUDA GPU" in ended
+
+
+class Trial:
+    """A trial in which algorithm 1 is wrong, 2 is fastest, and `deadly` kills the GPU."""
+
+    def __init__(self, deadly: int | None = None, transposed: bool = True) -> None:
+        self.deadly, self.transposed, self.alive = deadly, transposed, True
+
+    def milliseconds(self, algorithms: list[Algorithm], replays: int) -> list[float]:
+        for algorithm in algorithms:
+            if algorithm.alg_id == self.deadly:
+                self.alive = False
+                raise RuntimeError("CUDA error: an illegal instruction was encountered")
+            if algorithm.alg_id == 1 or (algorithm.transposed and not self.transposed):
+                raise ArithmeticError("its error is 0.5\nmore")
+        return [float(algorithm.split_k + 4 - algorithm.alg_id) for algorithm in algorithms]
+
+    def still_alive(self) -> None:
+        if not self.alive:
+            raise worker.Poisoned("gone")
+
+
+def events(trial: Any, **more: Any) -> list[tuple[Any, Any]]:
+    given = {"seconds": 60.0, "limit": 3, "skip": [], "found": False, **more}
+    return [(line["event"], line["algorithm"]) for line in worker.search(trial, **given)]
+
+
+def test_the_worker_announces_tries_and_times_the_best_again(monkeypatch):
+    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+    assert events(Trial()) == [
+        *[("trying", "0,1,-1,1"), ("timed", "0,1,-1,1")],
+        *[("trying", "1,1,-1,1"), ("failed", "1,1,-1,1")],
+        *[("trying", "2,1,-1,1"), ("timed", "2,1,-1,1")],
+        *[("final", "2,1,-1,1"), ("final", "0,1,-1,1")],
+    ]
+    assert events(Trial(), skip=["0,1,-1,1", "2,1,-1,1"], found=True) == [
+        ("trying", "1,1,-1,1"),
+        ("failed", "1,1,-1,1"),
+    ]
+    assert events(Trial(), seconds=-1.0) == []
+
+
+def test_the_worker_copies_results_only_where_nothing_else_is_right(monkeypatch):
+    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+    said = events(Trial(transposed=False))
+    assert [algorithm for event, algorithm in said if event == "timed"] == ["0,1,-1,0", "2,1,-1,0"]
+
+
+def test_the_worker_dies_with_the_culprit_as_its_last_word(monkeypatch):
+    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+    search = worker.search(Trial(deadly=2), 60.0, 3, [], False)  # type: ignore[arg-type]
+    said = [next(search) for _ in range(5)]
+    with pytest.raises(worker.Poisoned):
+        next(search)
+    assert said[-1] == {"event": "trying", "algorithm": "2,1,-1,1"}
+
+
+def test_the_trial_finds_wrong_results_and_stale_memory(library):
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    trial.check(Algorithm())
+    for fault in (lambda out: out * 1.02, lambda out: out.index_fill(0, torch.tensor([5]), torch.nan)):
+        library.fault = fault
+        with pytest.raises(ArithmeticError, match="its error is"):
+            trial.check(Algorithm())
+
+
+@pytest.mark.parametrize(("dtype", "sides"), [("bfloat16", 16), ("int8", 32), ("float8_e4m3fn", 32)])
+def test_the_trial_is_right_for_every_dtype(library, dtype, sides):
+    product = Product(16, sides, 2 * sides, dtype, dtype == "bfloat16")
+    worker.Trial(product, torch.device("cpu")).check(Algorithm(transposed=False))
