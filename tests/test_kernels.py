@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from compressor import CompressorError
 from compressor.lower import Unit
-from compressor.lower.vnm import VNM, Packed, VNMConv, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm import VNM, VNMConv, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm_weight import KernelWeight
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
@@ -79,7 +80,7 @@ def test_this_machine_runs_more_than_the_portable_kernels_where_it_can() -> None
 def test_linear_equals_dense_arithmetic(level: str, threads: int, v: int, tokens: int, inner: int, out: int) -> None:
     pattern = NM(2, 4, v)
     weight, bias, x = sparse((out, inner), pattern), normal(out), normal(tokens, inner)
-    lowered = VNMLinear(Packed(weight, bias, pattern, block=16))
+    lowered = VNMLinear(KernelWeight(weight, bias, pattern, block=16))
     assert error(lowered(x), F.linear(x.double(), weight.double(), bias.double())) < EXACT
 
 
@@ -145,8 +146,8 @@ def test_gelu_is_accurate_everywhere(level: str, approximate: str) -> None:
     eye[0, 0] = 1
     one = NM(1, 4, 2)
     pair = VNMPair(
-        Packed(torch.cat([eye, torch.zeros(2, 4)]), None, NM(2, 4, 2), block=8),
-        Packed(eye, None, one, block=8),
+        KernelWeight(torch.cat([eye, torch.zeros(2, 4)]), None, NM(2, 4, 2), block=8),
+        KernelWeight(eye, None, one, block=8),
         approximate == "tanh",
     )
     out = pair(F.pad(x[:, None], (0, 3)))[:, 0]
@@ -176,7 +177,7 @@ def test_convolution_equals_dense_arithmetic(
     pattern = NM(2, 4, v)
     weight, bias = sparse((40, 12, side, side), pattern), normal(40)
     x = normal(batch, 12, height, width)
-    lowered = VNMConv(Packed(weight, bias, pattern, block=8), side)
+    lowered = VNMConv(KernelWeight(weight, bias, pattern, block=8), side)
     wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=side // 2)
     assert error(lowered(x), wanted) < EXACT
     half = lowered(x.bfloat16())
@@ -188,14 +189,14 @@ def test_nothing_is_read_or_written_outside(level: str) -> None:
     """Inputs and outputs end at the end of a page, where one entry too many is a fault; NaN around them must not leak in."""
     pattern = NM(2, 4, 4)
     weight = sparse((20, 12), pattern)
-    lowered = VNMLinear(Packed(weight, None, pattern, block=8))
+    lowered = VNMLinear(KernelWeight(weight, None, pattern, block=8))
     around = torch.full((64, 12), torch.nan)
     around[20:51] = normal(31, 12)
     assert error(lowered(around[20:51]), F.linear(around[20:51].double(), weight.double())) < EXACT
     taps = sparse((20, 12, 3, 3), pattern)
     images = torch.full((3, 12, 6, 6), torch.nan)
     images[1] = normal(12, 6, 6)
-    out = VNMConv(Packed(taps, None, pattern, block=8), 3)(images[1:2])
+    out = VNMConv(KernelWeight(taps, None, pattern, block=8), 3)(images[1:2])
     assert error(out, F.conv2d(images[1:2].double(), taps.double(), padding=1)) < EXACT
 
 
@@ -211,19 +212,19 @@ def test_not_a_number_goes_through(level: str) -> None:
 def test_inputs_of_other_layouts_and_sizes_work(level: str) -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 8), pattern)
-    lowered = VNMLinear(Packed(weight, None, pattern, block=8))
+    lowered = VNMLinear(KernelWeight(weight, None, pattern, block=8))
     x = normal(8, 5).t()
     assert error(lowered(x), F.linear(x.double(), weight.double())) < EXACT
     assert lowered(torch.empty(0, 8)).shape == (0, 16)
     taps = sparse((16, 8, 3, 3), pattern)
     images = normal(2, 8, 5, 5).to(memory_format=torch.channels_last)
-    out = VNMConv(Packed(taps, None, pattern, block=8), 3)(images)
+    out = VNMConv(KernelWeight(taps, None, pattern, block=8), 3)(images)
     assert error(out, F.conv2d(images.double(), taps.double(), padding=1)) < EXACT
 
 
 def test_what_does_not_fit_is_refused_before_it_reaches_the_kernel() -> None:
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(Packed(sparse((16, 8), pattern), normal(16), pattern, block=8))
+    lowered = VNMLinear(KernelWeight(sparse((16, 8), pattern), normal(16), pattern, block=8))
     with pytest.raises(CompressorError, match="takes float32 or bfloat16 with 8 channels"):
         lowered(normal(3, 12))
     with pytest.raises(CompressorError, match=r"torch\.float64"):
@@ -248,13 +249,13 @@ def test_clustered_rows_with_zeros_of_their_own_are_right_at_every_level(level: 
 
 def test_a_weight_that_does_not_obey_its_pattern_is_not_packed() -> None:
     with pytest.raises(CompressorError, match="does not obey 4:2:4"):
-        Packed(torch.ones(8, 8), None, NM(2, 4, 4), block=8)
+        KernelWeight(torch.ones(8, 8), None, NM(2, 4, 4), block=8)
 
 
 def test_tanh_gelu_of_very_negative_numbers_is_zero(level: str) -> None:
     eye = torch.eye(8)
     pattern = NM(4, 4, 1)
-    pair = VNMPair(Packed(eye, None, pattern, block=8), Packed(eye, None, pattern, block=8), True)
+    pair = VNMPair(KernelWeight(eye, None, pattern, block=8), KernelWeight(eye, None, pattern, block=8), True)
     x = torch.tensor([[-1e36, -3e38, -31.0, -29.0, -5.0, 0.0, 5.0, 3e38]])
     torch.testing.assert_close(pair(x), F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
 
@@ -262,7 +263,7 @@ def test_tanh_gelu_of_very_negative_numbers_is_zero(level: str) -> None:
 def test_a_state_of_another_packing_is_refused() -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 64), pattern)
-    one, other = (Packed(weight, None, pattern, block=block) for block in (32, 64))
+    one, other = (KernelWeight(weight, None, pattern, block=block) for block in (32, 64))
     with pytest.raises(CompressorError, match="lowered otherwise"):
         other.load_state_dict(one.state_dict())
     other.load_state_dict(other.state_dict())
@@ -282,7 +283,7 @@ def test_a_state_of_another_packing_is_refused() -> None:
 )
 def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> None:
     pattern = NM(2, 4, 4)
-    w = Packed(sparse((16, 8), pattern), None, pattern, block=8)
+    w = KernelWeight(sparse((16, 8), pattern), None, pattern, block=8)
     numbers = list(w.numbers)
     for place, value in change.get("numbers", {}).items():
         numbers[place] = value
@@ -298,7 +299,7 @@ def test_scratch_is_given_back_when_its_thread_ends() -> None:
     import threading
 
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(Packed(sparse((256, 2048), pattern), None, pattern, block=2048))
+    lowered = VNMLinear(KernelWeight(sparse((256, 2048), pattern), None, pattern, block=2048))
     x = normal(64, 2048)
 
     def work() -> None:
@@ -317,7 +318,7 @@ def test_scratch_is_given_back_when_its_thread_ends() -> None:
 
 def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(Packed(sparse((64, 64), pattern), None, pattern, block=64))
+    lowered = VNMLinear(KernelWeight(sparse((64, 64), pattern), None, pattern, block=64))
     x = normal(300, 64)
     before = torch.get_num_threads()
     outs = []
@@ -331,9 +332,9 @@ def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
 def test_operators_work_under_compile_and_export() -> None:
     pattern = NM(2, 4, 4)
     model = nn.Sequential(
-        VNMLinear(Packed(sparse((32, 16), pattern), normal(32), pattern, block=16)),
+        VNMLinear(KernelWeight(sparse((32, 16), pattern), normal(32), pattern, block=16)),
         nn.SiLU(),
-        VNMLinear(Packed(sparse((16, 32), pattern), None, pattern, block=16)),
+        VNMLinear(KernelWeight(sparse((16, 32), pattern), None, pattern, block=16)),
     )
     x = normal(6, 16)
     with torch.no_grad():
@@ -342,7 +343,7 @@ def test_operators_work_under_compile_and_export() -> None:
         assert torch.allclose(compiled(x), wanted)
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
         assert torch.allclose(exported.module()(normal(9, 16)), model(normal(9, 16)))
-    for module in (model[0], VNMConv(Packed(sparse((8, 4, 3, 3), pattern), None, pattern, block=8), 3)):
+    for module in (model[0], VNMConv(KernelWeight(sparse((8, 4, 3, 3), pattern), None, pattern, block=8), 3)):
         w: Any = module.weight
         arguments = (w.values, w.index, w.bias, w.order, w.numbers)
         if isinstance(module, VNMLinear):

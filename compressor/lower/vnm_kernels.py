@@ -1,0 +1,63 @@
+"""The compiled CPU kernels (`_vnm.c`): an optional extension, run on the threads that torch has already.
+
+It is built at installation where there is a C compiler. Without it the backend `vnm` says so, and the gathered form remains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from compressor.errors import CompressorError
+
+_LEVEL_VARIABLE = "COMPRESSOR_CPU_LEVEL"
+
+
+@cache
+def kernels() -> tuple[ModuleType | None, str | None]:
+    """The extension, ready to run on torch's own threads, and what there is to say about it: why it is missing, or slow."""
+    try:
+        _vnm = import_module("compressor.lower._vnm")
+    except ImportError as error:
+        return None, (
+            f"the compiled CPU kernels are not installed ({error}); install GCC and reinstall with "
+            "`pip install --force-reinstall --no-deps diffusion-compressor`"
+        )
+    if level := os.environ.get(_LEVEL_VARIABLE):
+        try:
+            _vnm.set_level(level)
+        except ValueError as error:
+            raise CompressorError(f"{_LEVEL_VARIABLE}: {error}", f"It has {', '.join(_vnm.levels())}.") from error
+    address, note = _threads()
+    _vnm.set_parallel(address)
+    return _vnm, note
+
+
+def _threads() -> tuple[int, str | None]:
+    """The address of GOMP_parallel in the one OpenMP runtime that is loaded; 0, and the reason, where that is not clear.
+
+    A second runtime would bring threads of its own, and the two sets would fight for the cores.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0, "the loaded OpenMP runtime cannot be found on this system: the kernels run on one thread"
+    mapped = {line.split(maxsplit=5)[-1] for line in lines if ".so" in line}
+    runtimes = sorted(p for p in mapped if Path(p).name.startswith(("libgomp", "libomp", "libiomp")))
+    if len(runtimes) != 1:
+        found = "none" if not runtimes else ", ".join(runtimes)
+        return 0, f"torch's OpenMP runtime is not the only one in this process ({found}): the kernels run on one thread"
+    entry = getattr(ctypes.CDLL(runtimes[0]), "GOMP_parallel", None)
+    if entry is None:
+        return 0, f"{runtimes[0]} has no GOMP_parallel: the kernels run on one thread"
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0, None
+
+
+def level() -> str:
+    """The instruction set that the kernels use; `portable` where they are not installed."""
+    extension, _ = kernels()
+    return "portable" if extension is None else str(extension.level())

@@ -1,0 +1,198 @@
+"""The compiled CPU kernels as operators of torch, which torch.compile and export accept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError
+from compressor.lower.vnm_kernels import kernels
+from compressor.lower.vnm_weight import Layout
+
+_torch_library: Any = torch.library  # it has no annotations
+_library = _torch_library.Library("compressor", "DEF")
+_MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, int[] numbers{0}"
+_library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
+_library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
+_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side, int tile) -> Tensor")
+
+HALF = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes of activations, as the kernels number them."""
+
+
+class _Work(IntEnum):
+    """What the kernels do, as they number it."""
+
+    LINEAR = 0
+    PAIR = 1
+    CONVOLUTION = 2
+
+
+class _Job(NamedTuple):
+    """What the kernels must know of a call, in their order. `count` is tokens, or images of a convolution."""
+
+    work: _Work
+    x: int
+    y: int
+    half: int
+    count: int
+    tile: int
+    threads: int
+    tanh: int = 0
+    side: int = 1
+    height: int = 1
+    width: int = 1
+
+    def numbers(self) -> tuple[int, ...]:
+        """The job as the extension takes it."""
+        shape = (self.tanh, self.side, self.height, self.width)
+        return (self.work, self.x, self.y, self.half, *shape, self.count, self.tile, self.threads)
+
+
+def _check(x: Tensor, inner: int, dim: int) -> Tensor:
+    if x.dtype not in HALF or x.shape[dim] != inner:
+        raise CompressorError(
+            f"a lowered layer got {x.dtype} of shape {tuple(x.shape)}; it takes float32 or bfloat16 with {inner} channels",
+            "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
+        )
+    return x.contiguous()
+
+
+def _matrix(
+    values: Tensor, index: Tensor, bias: Tensor | None, order: Tensor | None, numbers: Sequence[int]
+) -> list[int]:
+    """A weight as the extension takes it: its layout, and where its buffers lie."""
+    if bias is not None and bias.dtype != torch.float32:
+        raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+    layout = Layout(*numbers)
+    groups = layout.out // max(1, layout.v) * (layout.channels // max(1, layout.group))
+    steps = groups * layout.steps * layout.taps
+    whole = values.numel() == steps * layout.v and index.numel() == steps and index.dtype == torch.uint16
+    lengths = {layout.out} | {tensor.numel() for tensor in (bias, order) if tensor is not None}
+    if not whole or values.element_size() != 4 or len(lengths) != 1 or not values.is_cpu:
+        raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
+    return [
+        *numbers,
+        values.data_ptr(),
+        index.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if order is None else order.data_ptr(),
+    ]
+
+
+def _run(job: _Job, *matrices: Sequence[int]) -> None:
+    extension, why = kernels()
+    if extension is None:
+        raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
+    extension.run(*job.numbers(), *(number for matrix in matrices for number in matrix))
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    numbers: Sequence[int],
+    tile: int,
+) -> Tensor:
+    layout = Layout(*numbers)
+    x = _check(x, layout.channels, -1)
+    y = x.new_empty((*x.shape[:-1], layout.out))
+    tokens = x.numel() // layout.channels
+    if tokens:
+        job = _Job(_Work.LINEAR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
+        _run(job, _matrix(values, index, bias, order, numbers))
+    return y
+
+
+def _pair(
+    x: Tensor,
+    values1: Tensor,
+    index1: Tensor,
+    bias1: Tensor | None,
+    order1: Tensor | None,
+    numbers1: Sequence[int],
+    values2: Tensor,
+    index2: Tensor,
+    bias2: Tensor | None,
+    order2: Tensor | None,
+    numbers2: Sequence[int],
+    tanh: bool,
+    tile: int,
+) -> Tensor:
+    first, second = Layout(*numbers1), Layout(*numbers2)
+    x = _check(x, first.channels, -1)
+    y = x.new_empty((*x.shape[:-1], second.out))
+    tokens = x.numel() // first.channels
+    if tokens:
+        job = _Job(_Work.PAIR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
+        matrices = (
+            _matrix(values1, index1, bias1, order1, numbers1),
+            _matrix(values2, index2, bias2, order2, numbers2),
+        )
+        _run(job._replace(tanh=int(tanh)), *matrices)
+    return y
+
+
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    numbers: Sequence[int],
+    side: int,
+    tile: int,
+) -> Tensor:
+    layout = Layout(*numbers)
+    x = _check(x, layout.channels, 1)
+    batch, _, height, width = x.shape
+    y = x.new_empty((batch, layout.out, height, width))
+    if y.numel():
+        job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
+        _run(job._replace(side=side, height=height, width=width), _matrix(values, index, bias, order, numbers))
+    return y
+
+
+def _fake_linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, numbers: Sequence[int], tile: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], Layout(*numbers).out))
+
+
+def _fake_pair(
+    x: Tensor,
+    values1: Tensor,
+    index1: Tensor,
+    bias1: Any,
+    order1: Any,
+    numbers1: Sequence[int],
+    values2: Tensor,
+    index2: Tensor,
+    bias2: Any,
+    order2: Any,
+    numbers2: Sequence[int],
+    tanh: bool,
+    tile: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], Layout(*numbers2).out))
+
+
+def _fake_conv(
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, numbers: Sequence[int], side: int, tile: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], Layout(*numbers).out, *x.shape[2:]))
+
+
+for _name, _real, _fake in (
+    ("vnm_linear", _linear, _fake_linear),
+    ("vnm_pair", _pair, _fake_pair),
+    ("vnm_conv", _conv, _fake_conv),
+):
+    _library.impl(_name, _real, "CPU")
+    _torch_library.register_fake(f"compressor::{_name}", _fake, lib=_library)
