@@ -143,7 +143,8 @@ def test_the_spacing_of_the_frequencies_survives_saving_and_is_written_for_the_a
         assert torch.equal(again(**inputs).sample, model(**inputs).sample)
     (tmp_path / "pipeline").mkdir()
     adapter.write_pipeline(model, tmp_path / "pipeline")
-    assert [path.name for path in (tmp_path / "pipeline").iterdir()] == [f"{adapter.name}.pt"]
+    assert {path.name for path in (tmp_path / "pipeline").iterdir()} == {f"{adapter.name}.pt", "README.txt"}
+    assert "1/128" in (tmp_path / "pipeline" / "README.txt").read_text()
     written = torch.load(tmp_path / "pipeline" / f"{adapter.name}.pt", weights_only=True)
     assert written.keys() == state.keys()
     assert all(torch.allclose(written[name], value, atol=1e-6) for name, value in state.items())
@@ -204,7 +205,11 @@ def test_a_folder_of_diffusers_takes_the_authors_spacing_where_it_is_asked_for(o
     inputs = {"hidden_states": latents, "timestep": time, "class_labels": labels}
     folder = str(tmp_path / "folder")
     with torch.no_grad():
-        usual = registry.adapter(adapter.name).opened(folder)
+        unopened = registry.adapter(adapter.name)
+        if unopened.config:
+            with pytest.raises(CompressorError, match=r"another configuration.*\n.*opened"):
+                unopened.load(folder)
+        usual = unopened.opened(folder)
         expected = plain.eval()(**inputs).sample
         torch.testing.assert_close(usual.load(folder)(**inputs).sample, expected, rtol=0, atol=1e-5)
         asked = registry.adapter(adapter.name).opened(folder, {"downscale_freq_shift": 0, "norm_eps": 1e-6})

@@ -196,7 +196,9 @@ def test_a_dit_has_the_tensors_of_the_authors_file(name):
     with torch.device("meta"):
         model = adapter.rebuilt({"config": config}).build()
     assert shapes_of(untied_state(model)) == shapes_of(translated(state))
-    attention = model.transformer_blocks[0].attn1
+    block = model.transformer_blocks[0]
+    assert block.norm1.norm.eps == block.norm3.eps == model.norm_out.eps == 1e-6  # as `models.py` has all of its norms
+    attention = block.attn1
     assert (attention.heads, attention.scale) == (
         network["num_heads"],
         (network["hidden_size"] // network["num_heads"]) ** -0.5,

@@ -63,9 +63,7 @@ class VNMConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
         w = self.weight
-        out: Tensor = torch.ops.compressor.vnm_conv(
-            x, w.values, w.index, w.bias, w.order, w.numbers, self.side, w.tile
-        )
+        out: Tensor = torch.ops.compressor.vnm_conv(x, w.values, w.index, w.bias, w.order, w.numbers, self.side, w.tile)
         return out
 
 

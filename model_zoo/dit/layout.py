@@ -43,6 +43,11 @@ class Authors(Layout):
     """The layout of the DiT authors."""
 
     own = ("downscale_freq_shift",)
+    why_not_plain = (
+        "The model is here as one file with the tensor names of DiT's authors, for their code.\n"
+        "It is no folder for diffusers: its DiTTransformer2DModel spaces the frequencies of the time embedding by 1/127,\n"
+        "has no setting for the 1/128 of this network, and would give wrong answers without any error.\n"
+    )
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
         return "x_embedder.proj.weight" in state and "final_layer.linear.weight" in state

@@ -54,6 +54,9 @@ class Layout(ABC):
     def is_plain(self, config: Mapping[str, Any]) -> bool:
         """Whether diffusers' class of `config` is the very network, without `prepare`."""
 
+    why_not_plain: str = ""
+    """What users are told beside the file that is written where it is not."""
+
     @abstractmethod
     def original(self, model: nn.Module) -> dict[str, Tensor]:
         """The state of `model` by the family's own names, on the CPU."""
@@ -123,17 +126,16 @@ class DiffusersAdapter(Adapter):
         if source is not None and not Path(source).is_file():
             found = self.source or pretrained.find(source)
             settings = self._plain_config if self.source is not None else found.config
+            if self.layout is not None and self.config and self.source is None:
+                self._refuse_unless(self.layout.is_plain(self.config), source)
             return self._prepared(pretrained.load(found, settings), trained=True)
         path = Path(source) if source is not None else self.weights
         if path is None or not self.config:
             raise CompressorError(f"{self.name} comes without weights", self._hint)
         state, model = read_weights(path), self.build()
         if self.layout is not None:
-            if self.file != path and self.layout.configuration(state, self.config, {}) != dict(self.config):
-                raise CompressorError(
-                    f"{path} is of another configuration than that of {self.name}",
-                    "Let the adapter look at it first: adapter = adapter.opened(path); model = adapter.load(path).",
-                )
+            seen = self.file == path
+            self._refuse_unless(seen or self.layout.configuration(state, self.config, {}) == dict(self.config), path)
             if self.layout.recognises(state):
                 state = self.layout.translated(state)
         load_strictly(model, pretrained.modern_names(model, state), path)
@@ -145,6 +147,7 @@ class DiffusersAdapter(Adapter):
         if self.layout is not None and not self.layout.is_plain(self.config):
             # diffusers would build another network from its folder, so that the file is the authors', for their own code
             torch.save(self.layout.original(module), folder / f"{self.name}.pt")
+            (folder / "README.txt").write_text(self.layout.why_not_plain, encoding="utf-8")
             return
         library: Any = diffusers  # it has few annotations
         # A model of its own: the given one may share tensors between names, which diffusers does not save.
@@ -176,6 +179,13 @@ class DiffusersAdapter(Adapter):
         if self.layout is not None:
             self.layout.prepare(model, self.config, trained)
         return model.eval()
+
+    def _refuse_unless(self, same: bool, source: str | Path) -> None:
+        if not same:
+            raise CompressorError(
+                f"{source} is of another configuration than that of {self.name}",
+                "Let the adapter look at it first: adapter = adapter.opened(path); model = adapter.load(path).",
+            )
 
     @property
     def _plain_config(self) -> dict[str, Any]:

@@ -95,10 +95,11 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
     """The model with its weights, strictly: a weight that is missing or left over is an error that names it.
 
-    Where `settings`, of the same class, differ from the folder's own configuration, they are taken.
+    Where `settings`, which name the class, differ from the folder's own configuration, they are taken.
     """
-    made = model_class(found.config)
+    made = model_class(settings)
     changed = {name: value for name, value in settings.items() if found.config.get(name, found) != value}
+    changed.pop("_class_name", None)
     try:
         with _quiet():
             model, report = made.from_pretrained(
