@@ -585,3 +585,21 @@ def test_a_pruned_model_of_every_kind_of_layer_is_trained_saved_and_loaded(adapt
     state = kept.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     assert torch.equal(loaded.eval()(samples[:4]), kept.eval()(samples[:4]))
+
+
+class Picky(nn.Module):
+    """It takes zeros alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        if bool(x.any()):
+            raise ValueError("zeros, please")
+        return self.last(self.first(x))
+
+
+def test_a_model_that_cannot_be_tried_is_refused():
+    with pytest.raises(CompressorError, match="with random weights the model does not run: .*zeros, please"):
+        find_groups(built(Picky), example(VECTOR), 1)

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, to_device
+from compressor.errors import CompressorError, first_line
 from compressor.seeds import generator
 from compressor.sparsity.surgery import Surgery
 from compressor.weights import twin
@@ -25,7 +26,10 @@ HALF = 0.5
 
 
 class Trial:
-    """A copy of `model` with random weights, in which no part is silent as in models that start at zero."""
+    """A copy of `model` with random weights, in which no part is silent as in models that start at zero.
+
+    Raises CompressorError where that copy does not run.
+    """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -46,8 +50,14 @@ class Trial:
             adapter.example_inputs(2),
         )
         self.inputs = to_device(example, next(self.probe.parameters()).device)
-        with torch.no_grad():
-            self.whole = adapter.predict(self.probe, self.inputs)
+        try:
+            with torch.no_grad():
+                self.whole = adapter.predict(self.probe, self.inputs)
+        except Exception as error:  # whatever the user's model raises
+            raise CompressorError(
+                f"structured: with random weights the model does not run: {first_line(error)}",
+                "What can be removed is tried on a copy with random weights, on the adapter's example inputs and noise.",
+            ) from error
 
     @torch.no_grad()
     def check(self, groups: Sequence[Group], density: float) -> None:
