@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test lint schema test-nni
+.PHONY: demo test lint schema test-levels test-nni
 
 demo: $(STAMP)
-	$(BIN)/compressor run --method sparsedm --out runs/demo --overwrite
+	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -25,6 +25,10 @@ lint: $(STAMP)
 schema: $(STAMP)
 	$(BIN)/python -c "from compressor.report.compared import schema_text; print(schema_text(), end='')" > .schema.json
 	mv .schema.json compressor/report/schema.json
+
+# At every instruction set of this machine, and AVX-512 emulated.
+test-levels: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/levels.py -q
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:

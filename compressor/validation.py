@@ -40,10 +40,14 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
 
 
 def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
-    """The JSON file at `path` as a `model`. Raises CompressorError, with the field at fault, where it is not `what` it should be."""
-    values = files.read_json(path)
+    """The JSON file at `path` as a `model`. Raises CompressorError, with the field at fault, where it is not `what` it should be.
+
+    `hint` says what to do then.
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(files.read_json(path))
+    except CompressorError as error:
+        raise CompressorError(error.message, hint) from error
     except ValidationError as error:
         first = error.errors()[0]
         found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:80]}"

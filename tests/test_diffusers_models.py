@@ -42,15 +42,18 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+SMALL_UNET = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
 def small_unet():
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    return diffusers.UNet2DModel(**SMALL_UNET)
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +396,35 @@ def test_a_batch_without_images_is_refused_with_what_it_has(tmp_path):
     adapter = DiffusersAdapter(config={"_class_name": "UNet2DConditionModel"})
     with pytest.raises(CompressorError, match=r"\['encoder_hidden_states'\].*'sample' nor 'target'"):
         adapter.noised({"encoder_hidden_states": torch.zeros(1, 7, 16)}, rng())
+
+
+def old_names(state):
+    """Names as diffusers wrote them until 2022 for attention, and google/ddpm-cifar10-32 still has them."""
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for today, then in new.items():
+        state = {name.replace(f".{today}.", f".{then}."): value for name, value in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_attention_names_of_2022_load_from_a_file_as_from_a_folder(ending, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = small_unet().eval()
+    model.save_pretrained(tmp_path / "unet")
+    state = old_names(model.state_dict())
+    assert any(".proj_attn." in name for name in state) and not any(".to_q." in name for name in state)
+    file = tmp_path / f"diffusion_pytorch_model.{ending}"
+    save_file(state, file) if ending == "safetensors" else torch.save(state, file)
+    found = registry.adapter("ddpm-cifar10").opened(str(file), SMALL_UNET).load(str(file))
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+    shutil.copy(file, tmp_path / "unet")  # and the folder of the same file
+    if ending == "bin":
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    folder = str(tmp_path / "unet")
+    again = registry.adapter("diffusers").opened(folder).load(folder)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 # --- What is refused. ---

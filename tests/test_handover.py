@@ -111,6 +111,7 @@ def test_a_resumed_run_finds_its_one_shot_and_without_it_prepares_anew(
     from compressor.runs.run import train
 
     found = inputs.load_inputs(recipe)
+    (tmp_path / "run").mkdir()
     for _ in train(found, tmp_path / "run"):
         pass
     prepared = counted(monkeypatch, Magnitude, "prepare", lambda *_: "prepare")
@@ -121,3 +122,11 @@ def test_a_resumed_run_finds_its_one_shot_and_without_it_prepares_anew(
     assert prepared == {"prepare": 1}
     assert weights.weights_sha256(kept.model) == weights.weights_sha256(anew.model)
     assert kept.patterns == anew.patterns and list(kept.layers) == list(anew.layers)
+
+
+def test_a_method_cannot_take_the_name_of_another_row(cli: Any, tmp_path: Path) -> None:
+    source = "from compressor.plugins.magnitude import Magnitude\n\n\nclass dense(Magnitude):\n    pass\n"
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    outcome = cli.trial(tmp_path / "run", "--pruner", f"{tmp_path / 'mine.py'}:dense")
+    assert outcome.code == 2 and "cannot be called" in outcome.err
+    assert not (tmp_path / "run").exists()

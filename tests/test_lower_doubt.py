@@ -15,7 +15,7 @@ import compressor
 from compressor import NM, Backend, CompressorError, registry
 from compressor.files import cache_folder
 from compressor.lower import Unit
-from compressor.lower.chooser import relative
+from compressor.lower.chooser import _few_rows, relative
 from compressor.lower.forms import _deviation
 from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units
@@ -85,6 +85,27 @@ def test_errors_are_infinite_where_shapes_kinds_or_numbers_differ() -> None:
     assert _deviation(ones.double(), ones) == math.inf
     assert _deviation((ones,), (ones, ones)) == math.inf
     assert _deviation({"a": ones, "b": 2}, {"a": ones, "b": 2}) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_dim", "samples"),
+    [
+        ((100, 64), -1, 40),  # a Linear on vectors: 1 row each
+        ((10, 16, 64), -1, 3),  # on tokens: 16 rows each
+        ((2, 16, 64), -1, 2),
+        ((9, 3, 32, 32), -3, 1),  # a convolution: 1024 pixels each, whatever its channels and its width
+        ((9, 3, 4, 5), -3, 2),
+        ((9, 640, 4, 5), -3, 2),
+        ((3, 32, 32), -3, 3),  # a picture without a batch
+        ((64,), -1, 64),
+        ((0, 64), -1, 0),
+    ],
+)
+def test_errors_are_measured_on_forty_rows_or_just_more(
+    shape: tuple[int, ...], channels_dim: int, samples: int
+) -> None:
+    x = torch.randn(shape)
+    assert torch.equal(_few_rows(x, channels_dim, 40), x[:samples])
 
 
 @dataclass

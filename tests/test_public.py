@@ -24,10 +24,14 @@ ROOT = Path(__file__).parent.parent
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-NEW_NAMES = {"Surgery", "choose_layers"}
+NEW_NAMES = {"Preset", "Surgery", "choose_layers", "found"}
 NEW_ENTRY_POINTS: dict[str, set[str]] = {}
 """By group."""
-NEW_HELP: dict[str, list[str]] = {}
+_BUDGETS = [
+    "--quick A look: few samples, the metric alone, few rounds of timing.",
+    "--full For publication: as many samples as real images, whatever it costs.",
+]
+NEW_HELP: dict[str, list[str]] = {f"compressor {name}": _BUDGETS for name in ("run", "plan", "compare")}
 """The lines that a command's help has gained, such as "compressor run": ["--option TEXT What it does."]."""
 
 

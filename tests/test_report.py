@@ -17,9 +17,10 @@ from pydantic import ValidationError
 import compressor.report as report_package
 from compressor.errors import CompressorError
 from compressor.files import file_name
+from compressor.lower.chooser import best
 from compressor.report import charts, render, schema, words
 from compressor.report.compared import schema_text
-from compressor.report.content import Report
+from compressor.report.content import Report, gains
 from compressor.report.further import direction, further
 
 HASH = "0123456789abcdef" * 4
@@ -197,6 +198,13 @@ def test_a_speed_up_is_claimed_only_from_three_per_cent():
     report["rows"][2]["macs_lowered"] = report["rows"][2]["macs_dense"]
     report["rows"][2]["latency"][0]["speedup_vs_dense"] = 1.2
     assert words.columns(typed(report))[-2][2][2] == "1.20x, the same kernels: noise"
+
+
+def test_what_counts_as_a_gain_is_the_same_for_a_layer_and_for_a_report():
+    for dense_ms, counts in ((1.031, True), (1.029, False)):
+        choice, _ = best({"eager": dense_ms, "sparse": 1.0}, {"sparse"})
+        entry = typed(example()).final.latency[0].model_copy(update={"speedup_vs_dense": dense_ms})
+        assert (choice == "sparse") is entry.is_gain is gains(dense_ms) is counts
 
 
 def lowered_example() -> dict[str, Any]:

@@ -201,6 +201,17 @@ class Flat(nn.Module):
         return self.last(torch.relu(self.first(x)).flatten(1))
 
 
+class Switched(nn.Module):
+    """A branch that the example inputs, all of label 0, leave out: nothing tells whether its channels went rightly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.other = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return self.other(x) + (y > 5)[:, None] * self.last(torch.tanh(self.first(x)).sort(1).values)
+
+
 class Unflat(nn.Module):
     """A vector becomes an image, whose places are channels and positions of one layer."""
 
@@ -354,6 +365,7 @@ PRUNED: dict[str, tuple[Any, tuple[int, ...], dict[str, int]]] = {
     "parts, by share": (Parts, VECTOR, {"make": 16}),
     "parts, by share, tokens": (Parts, TOKENS, {"make": 16}),
     "flattened": (Flat, IMAGE, {"first": 8}),
+    "a vector that becomes an image": (Unflat, VECTOR, {"first": 24, "last": 2}),
     "attention, three projections": (Separate, TOKENS, {"to_q": 16, "to_k": 16, "to_v": 16}),
     "attention, one projection": (lambda: Attention(True), TOKENS, {"qkv": 48}),
     "transformer": (Transformer, TOKENS, {"embed": 16, "up": 16}),
@@ -400,6 +412,11 @@ LEFT: dict[str, tuple[Any, tuple[int, ...], str]] = {
         "0: of its 16 channels none can go",
     ),
     "answers at every scale": (Scales, IMAGE, "they reach the model's answer"),
+    "a branch that is not used": (
+        Switched,
+        (8, -3),
+        "first: on the example inputs the model's answer hardly depends on them",
+    ),
     "one layer": (lambda: nn.Linear(8, 8), VECTOR, "shape"),
     "LSTM": (lambda: First(nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 8)), TOKENS, "no inner width"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import CompressorError
+import compressor
+from compressor import CompressorError, registry
 from compressor.model_zoo.uvit import UViT, UViTAdapter, sizes
 from compressor.model_zoo.uvit.noise import ContinuousTimes
 
@@ -241,6 +243,97 @@ def test_published_sizes_have_the_published_number_of_parameters(
     with torch.device("meta"):
         model = size().build()
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+# What files of others have
+
+
+PUBLISHED: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED["uvit"])
+def test_a_file_of_the_authors_answers_as_their_network(name: str, tmp_path: Path) -> None:
+    """Scaled down: the flags of the network, the noise and the time are the registered model's."""
+    published = PUBLISHED["uvit"][name]
+    network = {**published["network"], "embed_dim": 16, "depth": 4, "num_heads": 2, "img_size": 8}
+    with torch.random.fork_rng():
+        model = build(**network)
+    torch.save(model.state_dict(), tmp_path / "authors.pth")
+    small = {key: network[key] for key in ("embed_dim", "depth", "num_heads", "img_size")}
+    adapter = registry.adapter(name).opened(str(tmp_path / "authors.pth"), small)
+    loaded = adapter.load(str(tmp_path / "authors.pth"))
+    rng = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(2, network["in_chans"], 8, 8, generator=rng), torch.tensor([3, 998])
+    weights = {key: value.double() for key, value in model.state_dict().items()}
+    for share, told, left in PUBLISHED["processes"][published["process"]]:
+        inputs, noise = adapter.noised_at((images, labels), share, rng)
+        noised = left**0.5 * images + (1 - left) ** 0.5 * noise
+        time = torch.full((2,), told, dtype=torch.float64)
+        with torch.no_grad():
+            expected = reference(weights, network, noised.double(), time, inputs[2])
+            torch.testing.assert_close(adapter.predict(loaded, inputs).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_of_sparsedm_loads_with_its_biases_and_is_saved_with_them(tmp_path: Path) -> None:
+    """Its sparse layers ignore `bias=False`; its files hold the dense weights. Source: `libs/sparse_ops_mask.py`."""
+    small = {"embed_dim": 16, "depth": 2, "num_heads": 4, "img_size": 8}
+    model = build(qkv_bias=True)
+    torch.save(model.state_dict(), tmp_path / "nnet_ema.pth")
+    source = str(tmp_path / "nnet_ema.pth")
+    adapter = registry.adapter("uvit-cifar10").opened(source, small)
+    loaded = adapter.load(source)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert adapter.architecture == {"qkv_bias": True, **small}
+    compressor.save(tmp_path / "model", loaded, {}, "uvit-cifar10", architecture=adapter.architecture)
+    again = compressor.load(tmp_path / "model")
+    inputs = adapter.example_inputs(2)
+    with torch.no_grad():
+        assert torch.equal(adapter.predict(again, inputs), adapter.predict(loaded, inputs))
+    without = registry.adapter("uvit-cifar10").opened(source, {**small, "qkv_bias": False})
+    with pytest.raises(CompressorError, match=r"unexpected in_blocks\.0\.attn\.qkv\.bias"):
+        without.load(source)
+
+
+@pytest.mark.parametrize("changes", [{"conv": True}, {"mlp_time_embed": True}, {"qkv_bias": True, "conv": True}])
+def test_what_a_file_has_beyond_the_name_is_built(changes: dict[str, bool], tmp_path: Path) -> None:
+    config = {**SMALL, "conv": False}
+    model = build(**{**config, **changes})
+    torch.save({"ema": model.state_dict()}, tmp_path / "more.pth")
+    adapter = UViTAdapter(config).opened(str(tmp_path / "more.pth"))
+    assert adapter.architecture == changes
+    loaded = adapter.load(str(tmp_path / "more.pth"))
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_what_a_file_lacks_is_missing(tmp_path: Path) -> None:
+    torch.save(build(conv=False).state_dict(), tmp_path / "less.pth")
+    with pytest.raises(CompressorError, match=r"missing final_layer\.weight"):
+        UViTAdapter(SMALL).opened(str(tmp_path / "less.pth")).load(str(tmp_path / "less.pth"))
+    adapter = UViTAdapter(SMALL).opened(str(tmp_path / "less.pth"), {"conv": False})
+    assert adapter.load(str(tmp_path / "less.pth")).training is False
+
+
+def test_a_model_as_its_name_says_is_saved_by_its_name_alone() -> None:
+    assert registry.adapter("uvit-digits").opened(None).architecture == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"qkv": True}, "has no 'qkv'\nDid you mean 'qkv_bias'"),
+        ({"qkv_bias": 1}, "qkv_bias is 1\nAllowed: true or false"),
+        ({"depth": True}, "depth is True\nAllowed: whole numbers"),
+        ({"depth": 10**9}, "depth is 1000000000"),
+        ({"embed_dim": -8}, "embed_dim is -8"),
+        ({"mlp_ratio": "4"}, "mlp_ratio is 4"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio is nan"),
+        ({"depth": 3}, "must be divisible"),
+    ],
+)
+def test_an_architecture_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    for make in (lambda: UViTAdapter(SMALL).opened(None, settings), lambda: UViTAdapter(SMALL).rebuilt(settings)):
+        with pytest.raises(CompressorError, match=message):
+            make()
 
 
 # The noise process

@@ -27,6 +27,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, tor
 """The largest relative error of a layer: rounding, in the order in which a kernel adds."""
 
 _ROUNDS = 25
+_CHECKED_ROWS = 4096  # on which a candidate's error is measured
 _MEMBERS = 4  # layers of one shape that take turns, so that weights come from memory as they do in the model
 
 
@@ -53,9 +54,7 @@ def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cac
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
     calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
-    sample = x
-    if x.dim() > (3 if isinstance(unit.module, nn.Conv2d) else 1):  # dim 0 is the batch
-        sample = x[: max(1, min(len(x), -(-4096 * len(x) // max(1, x.numel() // max(1, x.shape[-1])))))]
+    sample = _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS)
     wanted = _reference(unit, sample)
     for backend in able:
         try:
@@ -104,6 +103,15 @@ def _calls(modules: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
         return captured(lambda given: [module(given) for module in modules], x).replay
     turn = itertools.cycle(modules)
     return lambda: next(turn)(x)
+
+
+def _few_rows(x: Tensor, channels_dim: int, most: int) -> Tensor:
+    """The first samples of x, so many that they have `most` rows or just more; a row is what has one number per channel, which
+    `channels_dim`, counted from the last, tells. All of x where it has no batch."""
+    if x.dim() <= -channels_dim or not x.numel():
+        return x
+    rows = x.numel() // x.shape[channels_dim] // len(x)
+    return x[: -(-most // rows)]
 
 
 def _finite(error: float | None) -> float | None:

@@ -76,18 +76,7 @@ def guarded(
     forms = {name: form for name, form in forms.items() if name in errors}
     times = side_by_side({name: lambda f=form: forward(f) for name, form in forms.items()}, _ROUNDS, device)  # type: ignore[misc]
     medians = {name: own.median_ms for name, own in times.items()}
-    dense = {name: time for name, time in medians.items() if not name.startswith("lowered")}
-    opponent = min(dense, key=dense.__getitem__)
-    sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
-    fastest = min(sparse, key=sparse.__getitem__) if sparse else None
-    choice = opponent
-    if fastest is None:
-        reason = "no layer gains from a sparse kernel here"
-    elif sparse[fastest] < dense[opponent]:
-        choice = fastest
-        reason = f"{dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}, the best dense form"
-    else:
-        reason = f"the lowered model has {dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}: not taken"
+    choice, opponent, reason = _chosen(medians)
     plan = Plan(
         weights_sha256=weights,
         dtype=layers[0].dtype if layers else _dtype_of(base),
@@ -98,10 +87,10 @@ def guarded(
         forms=tuple(
             Form(
                 name=name,
-                dense=name in dense,
+                dense=not name.startswith("lowered"),
                 median_ms=medians[name],
                 iqr_ms=times[name].iqr_ms,
-                speedup=dense[opponent] / medians[name],
+                speedup=medians[opponent] / medians[name],
                 error=errors[name],
             )
             for name in forms
@@ -140,6 +129,20 @@ def _right(job: Job, forms: Mapping[str, nn.Module], allowed: float) -> tuple[di
         else:
             refused.append(f"{name}: its output differs by {error:.1e}, above {allowed:.0e}: not taken")
     return errors, refused
+
+
+def _chosen(medians: dict[str, float]) -> tuple[str, str, str]:
+    """The form to take, the best dense form that it was held against, and why, from each form's time."""
+    dense = {name: time for name, time in medians.items() if not name.startswith("lowered")}
+    opponent = min(dense, key=dense.__getitem__)
+    sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
+    fastest = min(sparse, key=sparse.__getitem__) if sparse else None
+    if fastest is None:
+        return opponent, opponent, "no layer gains from a sparse kernel here"
+    ratio = f"{dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}"
+    if sparse[fastest] < dense[opponent]:
+        return fastest, opponent, f"{ratio}, the best dense form"
+    return opponent, opponent, f"the lowered model has {ratio}: not taken"
 
 
 def _dtype_of(model: nn.Module) -> str:

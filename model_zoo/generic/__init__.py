@@ -1,6 +1,7 @@
 """Any denoising model of diffusers: read from a folder or the hub, noised, called, sampled, and written back."""
 
 from compressor.model_zoo.generic.adapter import DiffusersAdapter
+from compressor.model_zoo.generic.layers import BLOCK_LAYERS
 
 
 def diffusers() -> DiffusersAdapter:
@@ -13,6 +14,7 @@ def diffusers() -> DiffusersAdapter:
             "weights": "Give --weights: a diffusers folder, or a name on the hub (owner/name).",
             "licence": "that of the weights",
         },
+        targets=(BLOCK_LAYERS,),
         defaults={"evaluate": {"samples": 0}},  # conditions to sample with are the pipeline's to make
     )
 

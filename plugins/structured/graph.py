@@ -159,8 +159,8 @@ def _new(arriving: Iterable[_Index], reached: dict[int, int], tied: list[int]) -
 
 def _parts(nodes: Iterable[Any]) -> int:
     """Into how many parts the operations among `nodes` split their channels, at most."""
-    outputs = [len(node.outputs) for node in nodes if node.type.name in ("SPLIT", "UNBIND")]
-    return max([1, *outputs, sum(node.type.name == "SLICE" for node in nodes)])
+    kinds = [(str(node.type.name), len(node.outputs)) for node in nodes]
+    return max([1, *(n for kind, n in kinds if kind in ("SPLIT", "UNBIND")), sum(kind == "SLICE" for kind, _ in kinds)])
 
 
 def _first(tied: list[int], channel: int) -> int:

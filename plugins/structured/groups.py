@@ -14,7 +14,7 @@ from compressor.errors import CompressorError
 from compressor.sparsity.layers import Layer, reached
 from compressor.weights import ties
 
-from .checks import Trial
+from .checks import HALF, Trial
 from .graph import Channels, Member, Refused, Together
 from .removal import Group, least
 
@@ -81,7 +81,7 @@ def _working(together: Together, model: nn.Module, multiple: int, trial: Trial) 
     for parts in sorted({1, together.parts}):
         try:
             group = _group(together, model, multiple, parts)
-            for density in (0.5, 1 - group.step / group.parts.shape[1]):
+            for density in (HALF, 1 - group.step / group.parts.shape[1]):
                 trial.check([group], density)
             return group
         except Refused as refused:
@@ -93,12 +93,12 @@ def _fitting(groups: Sequence[Group], trial: Trial, left: dict[str, str]) -> lis
     """The `groups` that can be made narrower all at once; why others cannot is noted in `left`."""
     kept: list[Group] = []
     try:
-        trial.check(groups, 0.5)
+        trial.check(groups, HALF)
         return list(groups)
     except Refused:
         for group in groups:
             try:
-                trial.check([*kept, group], 0.5)
+                trial.check([*kept, group], HALF)
                 kept.append(group)
             except Refused as refused:
                 left[group.members[0].name] = f"together with other layers, {refused}"
@@ -138,14 +138,15 @@ def _group(together: Together, model: nn.Module, multiple: int, parts: int) -> G
         if not torch.equal(head, head[first]):
             raise Refused(f"{owner or 'the model'} mixes its heads")
         return Group(width, members, by_head, 1, owner)
-    names, counts = first.unique(return_counts=True)
-    if int(counts.min()) != int(counts.max()):
+    counts = first.bincount()
+    firsts = counts.nonzero().flatten()
+    if len(counts[firsts].unique()) > 1:  # type: ignore[no-untyped-call]
         raise Refused("some of its channels only go with others, and some go alone")
     pieces = math.lcm(parts, *(m.module.num_groups for m in members if isinstance(m.module, nn.GroupNorm)))
-    if len(names) % pieces or len(names) == pieces:
-        raise Refused(f"of its {len(names)} channels none can go, as the model splits them into {pieces}")
-    items = len(names) // pieces
-    step = multiple // math.gcd(multiple, pieces) if len(names) % multiple == 0 else 1
+    if len(firsts) % pieces or len(firsts) == pieces:
+        raise Refused(f"of its {len(firsts)} channels none can go, as the model splits them into {pieces}")
+    items = len(firsts) // pieces
+    step = multiple // math.gcd(multiple, pieces) if len(firsts) % multiple == 0 else 1
     if items % step or items == step:
         step = 1
     group = Group(width, members, first.argsort(stable=True).view(pieces, items, -1), step, None)

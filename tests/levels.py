@@ -1,0 +1,113 @@
+"""The tests that the instruction set touches, at every level of this machine, and at those that it lacks as far as they can
+be emulated.
+
+    python tests/levels.py [pytest's options]
+
+A machine's own levels are chosen by COMPRESSOR_CPU_LEVEL; the lowest also keeps PyTorch and oneDNN to what every x86-64 has.
+The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the two
+instructions for bfloat16 written out: their arithmetic, tails and layouts are tested, but not the instructions themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "compressor" / "lower"
+KERNELS = ["tests/test_kernels.py"]
+TOUCHED = [
+    *KERNELS,
+    *(f"tests/test_{name}.py" for name in ("lower", "lower_doubt", "gathered", "export", "speed", "planning")),
+]
+LOWEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+
+BFLOAT16 = """
+typedef float f512 __attribute__((vector_size(64)));
+typedef unsigned u512 __attribute__((vector_size(64)));
+typedef unsigned short u256 __attribute__((vector_size(32)));
+static inline u256 emulated_cvtneps_pbh(f512 x) { /* to nearest even, NaN kept quiet */
+    u512 bits = (u512)x;
+    u512 nan = (u512)(x != x);
+    return __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)), u256);
+}
+static inline u512 emulated_cvtepu16_epi32(u256 x) { return __builtin_convertvector(x, u512); }
+static inline f512 emulated_dpbf16_ps(f512 sum, u512 a, u512 b) { /* the odd lanes first */
+    sum += (f512)(a & 0xffff0000u) * (f512)(b & 0xffff0000u);
+    return sum + (f512)(a << 16) * (f512)(b << 16);
+}
+#define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh
+#define _mm512_dpbf16_ps emulated_dpbf16_ps
+#define __m512 f512
+#define __m512bh u512
+#define __m256i u256
+"""
+
+
+def emulated(folder: Path) -> Path:
+    """Compile the kernels with every level of x86 made of AVX2, and the best one chosen."""
+    code = (SOURCES / "_vnm.c").read_text(encoding="utf-8")
+    code = re.sub(r'target\("avx512[^"]*"\)', 'target("avx2,fma")', code)
+    code = re.sub(r'__builtin_cpu_supports\("avx512\w*"\)', "1", code)
+    code = code.replace("#define INLINE", BFLOAT16 + "#define INLINE", 1)
+    (folder / "_vnm.c").write_text(code, encoding="utf-8")
+    made = folder / "_vnm.abi3.so"
+    subprocess.run(
+        [
+            *("gcc", "-O1", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared"),
+            *(f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}", str(folder / "_vnm.c"), "-o", str(made)),
+        ],
+        check=True,
+    )
+    return made
+
+
+def with_kernels(file: Path, options: list[str]) -> int:
+    """Run pytest in this process, with the kernels of `file` in place of those that are installed."""
+    import pytest
+
+    name = "compressor.lower._vnm"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    print("emulated:", ", ".join(module.levels()), flush=True)
+    return int(pytest.main([*KERNELS, "-n", "0", *options]))
+
+
+def main(options: list[str]) -> int:
+    from compressor.lower.vnm import kernels
+
+    os.chdir(ROOT)
+    extension, why = kernels()
+    if extension is None:
+        sys.exit(f"nothing to test: {why}")
+    failed = []
+    levels = list(extension.levels())
+    for level in levels:
+        lowest = LOWEST if level == levels[-1] else {}
+        environment = {**os.environ, **lowest, "COMPRESSOR_CPU_LEVEL": level, "HF_HUB_OFFLINE": "1"}
+        print(f"--- {level}", *(f"{k}={v}" for k, v in lowest.items()), flush=True)
+        run = subprocess.run([sys.executable, "-m", "pytest", *TOUCHED, *options], env=environment, check=False)
+        failed += [level] if run.returncode else []
+    if "avx2" in levels:
+        with tempfile.TemporaryDirectory() as name:
+            failed += ["emulated"] if with_kernels(emulated(Path(name)), options) else []
+    else:
+        print("--- emulated: needs AVX2")
+    print(
+        f"failed at: {', '.join(failed)}" if failed else f"all levels pass: {', '.join(levels)}, emulated", flush=True
+    )
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
