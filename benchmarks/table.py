@@ -98,7 +98,7 @@ def clustering(result: dict[str, Any], compared: dict[str, Any]) -> str:
     tuned = {entry["pattern"]: entry for entry in compared["entries"] if entry["settings"] == {}}
     for pattern, kept in result["energy_kept"].items():
         found = tuned[pattern]["quality"] if pattern in tuned else None
-        value = "—" if found is None else f"{found.mean:.2f} [{_range(found.ci95)}]"
+        value = "—" if found is None else f"{found['mean']:.2f} [{_range(found['ci95'])}]"
         gaussian = result["energy_kept_gaussian_2048x512"][pattern]
         lines.append(f"| {pattern} | {kept:.3f} | {gaussian:.3f} | {value} | {found['n'] if found else '—'} |")
     steps, machine = compared["entries"][0]["recipe_train"]["steps"], compared["environment"]

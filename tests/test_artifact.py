@@ -530,3 +530,21 @@ def test_a_folder_that_is_no_saved_model_is_not_replaced(tmp_path, model):
     with pytest.raises(CompressorError, match="not a saved model"):
         compressor.save(tmp_path / "thesis", model, {})
     assert (tmp_path / "thesis" / "text.txt").read_text() == "mine"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "facts.txt"
+    path.write_text("old", encoding="utf-8")
+
+    def break_off() -> None:
+        with files.replacing(path) as partial:
+            partial.write_text("ne", encoding="utf-8")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        break_off()
+    assert path.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [path]
+    with files.replacing(path) as partial:
+        partial.write_text("new", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "old"
+    assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]

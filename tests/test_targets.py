@@ -8,7 +8,7 @@ from torch import nn
 
 from compressor import NM, Unstructured
 from compressor.errors import UsageError
-from compressor.sparsity.layers import fitting, matches, select, survey, unmatched
+from compressor.sparsity.layers import fitting, matches, select, survey, unmatched, weighted
 
 PATTERN = NM(2, 4)
 
@@ -191,3 +191,12 @@ def test_unstructured_fits_what_n_m_does_not() -> None:
     assert [
         layer.reason for layer in survey(nn.Sequential(nn.Linear(7, 3), nn.Conv2d(3, 5, 3)), Unstructured(0.5))
     ] == [None, None]
+
+
+def test_weighted_layers_have_their_parameters_names_also_where_they_share_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv1d(4, 4, 1), nn.Linear(4, 4), nn.ConvTranspose1d(4, 4, 1))
+    model[3].weight = model[0].weight
+    found = [(layer.name, layer.module_name) for layer in weighted(model)]
+    assert found == [("0.weight", "0"), ("2.weight", "2"), ("0.weight", "3")]
+    assert all(layer.weight is layer.module.weight for layer in weighted(model))
+    assert [layer.name for layer in weighted(nn.Linear(4, 4))] == ["weight"]

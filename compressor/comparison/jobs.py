@@ -154,7 +154,10 @@ def _folder(wanted: Comparison, cell: Cell, out: Path) -> Path:
 
 
 def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
-    """Leave `job` in `folder`. What was done there with another recipe is refused; with other wishes, judged again."""
+    """Leave `job` in `folder`. What was trained there with another recipe is refused.
+
+    Where only something else differs, such as the numbers of sampler steps, what was trained stays and is judged again.
+    """
     _refuse_other(folder, job, identity)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / JOB).is_file():

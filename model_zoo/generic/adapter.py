@@ -233,9 +233,8 @@ class DiffusersAdapter(Adapter):
         """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""
         out: Tensor = module(**inputs, return_dict=False)[0]
         channels = inputs[noisy_name(self.config)].shape[1]
-        return (
-            out[:, :channels] if out.dim() == 4 and out.shape[1] == 2 * channels else out
-        )  # a learned variance beside
+        has_variance = out.dim() == 4 and out.shape[1] == 2 * channels
+        return out[:, :channels] if has_variance else out
 
     def example_inputs(self, batch_size: int) -> Any:
         return example(self.config, batch_size)

@@ -46,9 +46,8 @@ class Noise:
         `at` is the time of all of them, from 0 to 1, where they shall not be drawn.
         """
         n, shape = len(clean), (-1, *[1] * (clean.dim() - 1))
-        if (
-            self.log_alpha_bars is None
-        ):  # Liu et al. 2022, rectified flow: x_s = (1 - s) x + s noise, velocity noise - x
+        if self.log_alpha_bars is None:
+            # Liu et al. 2022, rectified flow: x_s = (1 - s) x + s noise, velocity noise - x
             share = torch.rand(n, generator=rng) if at is None else torch.full((n,), at)
             noise = torch.randn(clean.shape, generator=rng)
             mixed = (1 - share.view(shape)) * clean + share.view(shape) * noise

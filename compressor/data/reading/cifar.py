@@ -16,7 +16,8 @@ from compressor.data.sets import Images
 from compressor.errors import CompressorError
 
 _PIXELS = 3 * 32 * 32
-_SETS = {  # what gives a folder away, and the files that make up its training set
+# What gives a folder away, and the files that make up its training set.
+_SETS = {
     "data_batch_*.bin": [f"data_batch_{number}.bin" for number in range(1, 6)],
     "data_batch_?": [f"data_batch_{number}" for number in range(1, 6)],
     "train.bin": ["train.bin"],
