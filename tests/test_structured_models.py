@@ -601,5 +601,5 @@ class Picky(nn.Module):
 
 
 def test_a_model_that_cannot_be_tried_is_refused():
-    with pytest.raises(CompressorError, match="with random weights the model does not run: .*zeros, please"):
+    with pytest.raises(CompressorError, match=r"with random weights the model does not run: .*zeros, please"):
         find_groups(built(Picky), example(VECTOR), 1)
