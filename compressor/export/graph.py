@@ -95,8 +95,10 @@ class _Flat(nn.Module):
 
 
 def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[str]) -> onnx.ModelProto:
-    """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`. Dim 0 of each is the batch,
-    but for those of which the example has another number than of the first."""
+    """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`.
+
+    Dim 0 of an input is the batch where the example has as many entries there as in its first input.
+    """
     flat, tensors = _Flat(module, adapter, example).eval(), tuple(tensors_of(example))
     batch, samples = torch.export.Dim("batch"), tensors[0].shape[:1]
     try:
@@ -320,3 +322,14 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def describe(graph: onnx.ModelProto, **facts: str) -> None:
+    """Write `facts` into `graph`, each under `compressor.` and its name."""
+    for key, value in facts.items():
+        graph.metadata_props.add(key=f"compressor.{key}", value=value)
+
+
+def input_shapes(graph: onnx.ModelProto) -> dict[str, tuple[str | int, ...]]:
+    """The shape of each input by its name; the batch has a name instead of a number."""
+    return {i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input}

@@ -27,8 +27,10 @@ from compressor.export.graph import (
     OPSET,
     PACKAGES,
     OnnxRunner,
+    describe,
     graph_of,
     input_names_of,
+    input_shapes,
     integer_errors,
     quantize,
     require_packages,
@@ -183,16 +185,12 @@ def export_onnx(
         graph = graph_of(forward.module, adapter, example, names)
         if form == "dense":
             _verify_patterns(graph, model, adapter, example, patterns)
-        for key, value in {"form": form, "weights_sha256": digest, "version": version("diffusion-compressor")}.items():
-            graph.metadata_props.add(key=f"compressor.{key}", value=value)
+        describe(graph, form=form, weights_sha256=digest, version=version("diffusion-compressor"))
         file = folder / path.name
         write(graph, file, f"{path.stem}-{form}-{digest[:12]}.data")
         if int8:
             quantize(graph, file)
         parity = _parity(model, adapter, file, int8)
-        shapes = {
-            i.name: tuple(d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.graph.input
-        }
         files = sorted(folder.iterdir())
         sizes, sha256 = sum(f.stat().st_size for f in files), file_sha256(file)
     data = [path.parent / f.name for f in files if f.name != path.name]
@@ -206,7 +204,7 @@ def export_onnx(
         size_bytes=sizes,
         dense_size_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         parity=parity,
-        inputs=shapes,
+        inputs=input_shapes(graph),
         opset=OPSET,
         sha256=sha256,
         weights_sha256=digest,
