@@ -108,7 +108,9 @@ class NM(Pattern):
     """Keep `n` of every `m` consecutive input channels; `v` output rows share one choice (the vector form, V:N:M).
 
     Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
-    Source: Zhou et al. 2021 (N:M); Castro et al. 2023, "VENOM" (V:N:M).
+    VENOM (Castro et al. 2023) calls another format V:N:M: there V rows share 4 of every M columns, and each row keeps N of these
+    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here.
+    Source: Zhou et al. 2021 (N:M).
     """
 
     n: int
@@ -244,7 +246,8 @@ def parse(text: str) -> Pattern:
         return Unstructured(float(found[1]))
     raise UsageError(
         f"pattern {text!r} is not one that exists",
-        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5).",
+        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5). "
+        "In V:N:M, V rows share one choice of N in M: VENOM's format of that name is another, and not offered.",
     )
 
 

@@ -63,7 +63,7 @@ class Pruner(ABC):
 
         What it learns goes into the copy that it returns, and into that copy's `state`. Structure that it wants removed
         goes into the copy's `surgery`, which checkpoints hold anyway; `masks` then gets the weights that are left.
-        `adapter.targets` and `adapter.ignore` are the rules of this run (`compressor.engine.choose_layers` applies them).
+        `adapter.targets` and `adapter.ignore` are the rules of this run (`compressor.engine.chosen` applies them).
         """
         return self
 
