@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import compressor
-from compressor import NM, Adapter, CompressorError, FineTuning, Mask, Pruner, Training
+from compressor import NM, Adapter, CompressorError, FineTuning, Mask, Objective, Pruner, Training
 from compressor.errors import UsageError
 from compressor.plugins.dense import DenseContinued
 from compressor.plugins.magnitude import Magnitude
@@ -341,6 +341,26 @@ def test_settings_of_sparsedm_that_mean_nothing_are_refused() -> None:
     for settings in ({"progressive": True, "fixed": True}, {"start": "OBS"}, {"preset": "Best"}):
         with pytest.raises(CompressorError, match="sparsedm: "):
             SparseDM(**settings)  # type: ignore[arg-type]
+
+
+def test_what_is_set_wins_over_a_preset_of_sparsedm() -> None:
+    alone, both = Objective(noise=0.0, teacher=1.0), Objective(noise=1.0, teacher=0.1)
+    for settings, starts_from, objective in (
+        ({}, "pretrained", both),
+        ({"preset": "best"}, "obs", alone),
+        ({"preset": "best", "start": "pretrained"}, "pretrained", alone),
+        ({"preset": "best", "teacher_only": False}, "obs", both),
+        ({"preset": "best", "teacher_only": False, "teacher": 0.3}, "obs", Objective(teacher=0.3)),
+        ({"start": "obs"}, "obs", both),
+        ({"teacher_only": True}, "pretrained", alone),
+    ):
+        found = SparseDM(**settings)  # type: ignore[arg-type]
+        assert (found.starts_from, found.objective) == (starts_from, objective), settings
+
+
+def test_a_teacher_beside_the_noise_contradicts_the_preset_best() -> None:
+    with pytest.raises(CompressorError, match="preset best learns from the teacher alone"):
+        SparseDM(preset="best", teacher=0.3)
 
 
 def test_progressive_schedule_reaches_every_pattern_in_equal_phases(run: Callable[..., FineTuning]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
+PLUGINS = Path(__file__).parent.parent / "plugins"
 KEPT_OUT = [
     "compressor.plugins",
     "compressor.model_zoo",
@@ -82,3 +86,45 @@ def test_the_check_can_fail(code: str, expected: list[str], tmp_path: Path) -> N
 
 def test_the_check_for_torch_can_fail() -> None:
     assert loaded("import compressor; compressor.NM", ["torch"]) == ["torch"]
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """The modules, by full name, that the Python `source` of a module in `package` imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def others(source: str, plugin: str) -> set[str]:
+    """The other plugins whose folders the `source` of a module of `plugin` imports."""
+    found = [name.split(".") for name in imported(source, f"compressor.plugins.{plugin}")]
+    return {parts[2] for parts in found if parts[:2] == ["compressor", "plugins"] and len(parts) > 2} - {plugin}
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in PLUGINS.glob("*/__init__.py")))
+def test_no_plugin_imports_another(folder: str) -> None:
+    """What two share is in the core; what one wants of another, it asks the registry for by name."""
+    assert {
+        p.name: found for p in (PLUGINS / folder).rglob("*.py") if (found := others(p.read_text("utf-8"), folder))
+    } == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..obs import OBS",
+        "from .. import obs",
+        "def f():\n    from ..obs import OBS",
+        "import compressor.plugins.obs",
+        "from compressor.plugins.obs import OBS",
+        "from compressor.plugins import obs",
+    ],
+)
+def test_the_check_for_plugins_can_fail(source: str) -> None:
+    assert others(source, "wanda") == {"obs"}
+    assert others(source, "obs") == set()
+    assert others("from . import scores\nfrom .groups import x\nfrom compressor import registry", "structured") == set()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -14,10 +17,11 @@ from compressor import CompressorError, registry
 from compressor.data.batches import as_batches
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.obs import OBS, packages, prune_layer
+from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.wanda import Wanda
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.notation import parse
-from compressor.sparsity.pattern import NM
+from compressor.sparsity.pattern import NM, Pattern, Unstructured
 from compressor.training.calibration import columns, from_matrix, matrix, visits
 
 PATTERNS = ("2:4", "1:4", "4:2:4", "4c:2:4", "unstructured:0.4")
@@ -64,11 +68,49 @@ def test_wanda_is_its_formula(model, adapter, samples):
         assert torch.equal(mask.keep, parse("2:4").mask(expected).keep)
 
 
-def test_visits_go_from_noise_to_image_and_fall_with_the_logarithm(samples, adapter):
-    found = [visit.weight for visit in visits(adapter, as_batches(samples, 8, 0), 5, 0.2)]
+def weights_of_times(adapter, samples, timesteps, *curve):
+    return [visit.weight for visit in visits(adapter, as_batches(samples, 8, 0), timesteps, *curve)]
+
+
+@pytest.mark.parametrize("falls", ["early", "late"])
+def test_visits_go_from_noise_to_image_and_fall_with_the_logarithm(samples, adapter, falls):
+    found = weights_of_times(adapter, samples, 5, 0.2, falls)
     assert found[0] == 1 and found[-1] == pytest.approx(0.2)
     drops = [a - b for a, b in pairwise(found)]
-    assert drops == sorted(drops, reverse=True) and min(drops) > 0
+    assert drops == sorted(drops, reverse=falls == "early") and min(drops) > 0
+    assert weights_of_times(adapter, samples, 1, 0.2, falls) == [1]
+
+
+def test_late_to_two_thirds_is_the_curve_of_obs_diff(samples, adapter):
+    """Their main.py, `log_decrease`: from 1.2 to 0.8, by ln(1 + k) for the k-th position counted from the end."""
+    theirs = [0.8 + (1.2 - 0.8) / math.log(25) * math.log(1 + k) for k in reversed(range(25))]
+    ours = weights_of_times(adapter, samples, 25, 2 / 3, "late")
+    assert ours == pytest.approx([weight / theirs[0] for weight in theirs])
+
+
+@pytest.mark.parametrize("density", [0.5, 0.37])
+def test_wanda_compares_unstructured_scores_within_rows(density, adapter, samples):
+    """Rows of unlike scale: none may lose more than its share to another. For a convolution a row is an output channel."""
+    rng = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(6, 10, generator=rng), "conv": torch.randn(6, 4, 3, 3, generator=rng)}
+    weights = {n: w * 10.0 ** torch.arange(6).view(-1, *[1] * (w.dim() - 1)) for n, w in weights.items()}
+    pattern = Unstructured(density)
+    for name, mask in Wanda(pattern).masks(weights, 0.0, {}).items():
+        mask.verify()
+        kept = mask.keep.flatten(1).sum(1)
+        assert mask.keep.sum() == round(density * mask.keep.numel()) and kept.max() - kept.min() <= 1
+        for row, count in enumerate(kept.tolist()):
+            size = weights[name][row].abs().flatten()
+            assert set(mask.keep[row].flatten().nonzero().flatten().tolist()) == set(size.topk(count).indices.tolist())
+    by_layer = Wanda(pattern, within="layer").masks(weights, 0.0, {})
+    assert all(torch.equal(m.keep, pattern.mask(weights[n].abs()).keep) for n, m in by_layer.items())
+    assert by_layer["a"].keep.sum(1).min() == 0
+
+
+def test_wanda_goes_by_magnitude_where_a_layer_saw_only_zeros(model):
+    weight = model.get_parameter("0.weight").detach()
+    blind = Wanda(norms={"0.weight": torch.zeros(weight.shape[1])})
+    assert torch.equal(blind.masks({"0.weight": weight}, 0.0, {})["0.weight"].keep, NM(2, 4).mask(weight.abs()).keep)
 
 
 def error(weight, inputs, pruned):
@@ -113,7 +155,152 @@ def test_obs_update_is_the_least_squares_one():
         assert torch.equal(updated[row, :at], weight[row, :at])
 
 
-def test_inputs_that_are_always_zero_do_no_harm():
+def correlated(rows, width, seed):
+    """`rows` inputs (rows, width) with correlations, in float64."""
+    rng = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=rng, dtype=torch.float64) / width**0.5 + torch.eye(width)
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ mix
+
+
+def eliminated(weight, hessian, choose, damping=0.01):
+    """(weight, keep) after optimal brain surgery column by column, with the inverse of what is left computed anew for each.
+
+    `choose(column, scores)` is asked at every column, `scores` (out, columns from there on) being w² / [H⁻¹]_jj, each with H
+    from its own column on; it gives the keep of as many columns as it wants, or nothing.
+    """
+    weight, keep, width = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.bool), weight.shape[1]
+    dead = hessian.diagonal() == 0
+    weight[:, dead] = 0
+    mean = hessian.diagonal()[~dead].mean()
+    hessian = hessian + torch.diag(torch.where(dead, mean, damping * mean))
+    inverses = [torch.linalg.inv(hessian[at:, at:]) for at in range(width)]
+    for at in range(width):
+        scores = torch.stack([weight[:, j] ** 2 / inverses[j][0, 0] for j in range(at, width)], 1)
+        if (some := choose(at, scores)) is not None:
+            keep[:, at : at + some.shape[1]] = some
+        for row in range(len(weight)):
+            if not keep[row, at]:
+                weight[row, at + 1 :] -= weight[row, at] / inverses[at][0, 0] * inverses[at][0, 1:]
+                weight[row, at] = 0
+    return weight, keep
+
+
+def best(scores, count):
+    """Keeps the `count` largest of `scores`, in plain Python; of equals the first."""
+    flat = scores.flatten().tolist()
+    kept = set(sorted(range(len(flat)), key=lambda i: -flat[i])[:count])
+    return torch.tensor([i in kept for i in range(len(flat))]).view(scores.shape)
+
+
+def by_rule(text, weight):
+    """What `obs` chooses, by its documentation, one group or column after the other."""
+    pattern, known = parse(text), {}
+    columns = matrix(weight).shape[1]
+
+    def nm(at, scores, rows=None):
+        if at % 4:
+            return None
+        shared = {"2:4": 1, "1:4": 1, "4:2:4": 4, "4c:2:4": 4}[text]
+        order = range(len(scores)) if rows is None else rows
+        keep = torch.zeros(len(scores), 4, dtype=torch.bool)
+        for first in range(0, len(scores), shared):
+            together = [order[first + i] for i in range(shared)]
+            keep[together] = best(scores[together, :4].sum(0), pattern.n)
+        return keep
+
+    def clustered(at, scores):
+        if at == 0:
+            known["rows"] = pattern.order(pattern.mask(from_matrix(scores, weight.shape)).keep).tolist()
+        return nm(at, scores, known["rows"])
+
+    def unstructured(at, scores):
+        if at == 0:  # of equals the first in the weight's own memory order
+            share = best(from_matrix(scores, weight.shape), round(pattern.density * weight.numel()))
+            known["counts"] = matrix(share).sum(0).tolist()
+            assert len(known["counts"]) == columns
+        return best(scores[:, :1], known["counts"][at])
+
+    return unstructured if text.startswith("u") else clustered if "c" in text else nm
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("shape", [(8, 140), (8, 12, 3, 3)])
+def test_obs_is_column_by_column_elimination(text, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = correlated(600, matrix(weight).shape[1], 3)
+    inputs[:, 17] = 0
+    hessian = 2 * inputs.T @ inputs
+    expected, keep = eliminated(matrix(weight), hessian, by_rule(text, weight))
+    updated, mask = prune_layer(weight, hessian, parse(text), 0.01)
+    assert torch.equal(matrix(mask.keep), keep)
+    torch.testing.assert_close(matrix(updated), expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.3])
+def test_obs_leaves_less_error_than_sparsegpt_where_nothing_is_grouped(density):
+    """SparseGPT: the same share of each 128 columns, chosen when they come up. Both on inputs that neither has seen.
+
+    The inputs are like those of real layers: few directions carry most of what they do.
+    """
+    weight = torch.randn(12, 256, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    few = correlated(24, 256, 9)
+    inputs, unseen = (
+        correlated(3000, 256, seed)[:, :24] @ few + 0.3 * correlated(3000, 256, seed + 9) for seed in (5, 6)
+    )
+    hessian = 2 * inputs.T @ inputs
+
+    def sparsegpt(at, scores):
+        return None if at % 128 else best(scores[:, :128], round(density * 128 * 12))
+
+    theirs, keep = eliminated(weight, hessian, sparsegpt)
+    updated, mask = prune_layer(weight, hessian, Unstructured(density), 0.01)
+    assert mask.keep.sum() == keep.sum() == round(density * weight.numel())
+    assert error(weight, unseen, updated) < 0.9 * error(weight, unseen, theirs)
+
+
+def test_inputs_that_are_always_zero_take_their_weights_along_and_change_no_other():
+    """As SparseGPT: columns that were never seen become zero. What stays is as if they had not been there."""
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    inputs = correlated(400, 24, 8)
+    inputs[:, 8:12] = 0
+    living = torch.tensor([i for i in range(24) if not 8 <= i < 12])
+    updated, _ = prune_layer(weight, 2 * inputs.T @ inputs, NM(2, 4), 0.01)
+    alone, _ = prune_layer(weight[:, living], 2 * inputs[:, living].T @ inputs[:, living], NM(2, 4), 0.01)
+    assert not updated[:, 8:12].any()
+    torch.testing.assert_close(updated[:, living], alone)
+
+
+@dataclass(frozen=True)
+class Left(Pattern):
+    """Keeps the left half: a pattern that `obs` knows nothing of."""
+
+    density = 0.5
+
+    def misfit(self, shape):
+        return None
+
+    def survivors(self, score):
+        return (torch.arange(score.shape[1]) < score.shape[1] // 2).expand(score.shape).clone()
+
+    def violations(self, keep):
+        return int(keep[:, keep.shape[1] // 2 :].any())
+
+
+def test_obs_takes_patterns_of_other_kinds():
+    weight, inputs = torch.randn(8, 24, dtype=torch.float64), correlated(400, 24, 8)
+    updated, mask = prune_layer(weight, 2 * inputs.T @ inputs, Left(), 0.01)
+    mask.verify()
+    assert mask.keep.sum() == weight.numel() // 2 and not updated[:, 12:].any()
+
+
+def test_sparsedm_starts_from_what_obs_has_updated(model, adapter, samples):
+    batches, other = as_batches(samples, 16, 0), copy.deepcopy(model)
+    SparseDM(parse("4:2:4"), start="obs").prepare(model, adapter, batches)
+    OBS(parse("4:2:4")).prepare(other, adapter, batches)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_where_all_inputs_are_always_zero_magnitude_chooses():
     weight = torch.randn(8, 8)
     hessian = torch.zeros(8, 8, dtype=torch.float64)
     updated, mask = prune_layer(weight, hessian, NM(2, 4), 0.01)
@@ -173,6 +360,10 @@ def test_layers_of_unknown_kind_fall_back_to_magnitude(adapter):
         (OBS, {"last_weight": 2.0}),
         (OBS, {"damping": 0.0}),
         (OBS, {"memory_mb": 0}),
+        (OBS, {"falls": "never"}),
+        (Wanda, {"falls": "never"}),
+        (Wanda, {"within": "column", "pattern": Unstructured(0.5)}),
+        (Wanda, {"within": "layer"}),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(cls, bad):

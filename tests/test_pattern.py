@@ -145,6 +145,29 @@ def test_unstructured_ties_go_to_the_first_in_memory_order() -> None:
     assert Unstructured(0.5).mask(torch.ones(2, 3)).keep.tolist() == [[True, True, True], [False, False, False]]
 
 
+@given(
+    st.integers(1, 7), st.integers(1, 9), st.floats(0, 1, exclude_min=True), st.integers(2, 50), st.integers(0, 2**32)
+)
+def test_by_row_keeps_the_same_number_in_each_and_in_all(
+    rows: int, columns: int, density: float, values: int, seed: int
+) -> None:
+    pattern = Unstructured(density)
+    score = torch.randint(0, values, (rows, columns, 2), generator=torch.Generator().manual_seed(seed)).float()
+    mask = pattern.mask_by_row(score)
+    mask.verify()
+    kept = mask.keep.flatten(1).sum(1).tolist()
+    assert sum(kept) == pattern.mask(score).keep.sum() and max(kept) - min(kept) <= 1
+    for row, count in enumerate(kept):
+        flat = score[row].flatten().tolist()
+        best = sorted(range(len(flat)), key=lambda i: -flat[i])[:count]  # stable: of equals the first
+        assert mask.keep[row].flatten().nonzero().flatten().tolist() == sorted(best)
+
+
+def test_by_row_refuses_what_a_mask_refuses() -> None:
+    with pytest.raises(CompressorError, match="NaN"):
+        Unstructured(0.5).mask_by_row(torch.full((2, 2), math.nan))
+
+
 def test_2_4_equals_torch_weight_norm_sparsifier() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -31,5 +31,6 @@ def parse(text: str) -> Pattern:
         return Unstructured(float(found[1]))
     raise UsageError(
         f"pattern {text!r} is not one that exists",
-        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5).",
+        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5). "
+        "In V:N:M, V rows share one choice of N in M: VENOM's format of that name is another, and not offered.",
     )

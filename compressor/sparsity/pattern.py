@@ -107,7 +107,9 @@ class NM(Pattern):
     """Keep `n` of every `m` consecutive input channels; `v` output rows share one choice (the vector form, V:N:M).
 
     Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
-    Source: Zhou et al. 2021 (N:M); Castro et al. 2023, "VENOM" (V:N:M).
+    VENOM (Castro et al. 2023) calls another format V:N:M: there V rows share 4 of every M columns, and each row keeps N of these
+    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here.
+    Source: Zhou et al. 2021 (N:M).
     """
 
     n: int

@@ -16,6 +16,8 @@ from compressor.training.pruner import Pruner
 class Magnitude(Pruner):
     """Keeps the largest |w| of the pretrained weights, once; fine-tuning then moves only what was kept.
 
+    Unstructured patterns compare within each layer as a whole.
+
     Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks", section 4.
     """
 

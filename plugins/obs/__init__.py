@@ -142,7 +142,7 @@ def rule(pattern: Pattern, first: Tensor, shape: torch.Size) -> tuple[int, Choos
     `first` (out, columns) has the scores before any update, of a weight of `shape`. N:M and V:N:M choose in each group as it
     comes up. With clustered rows, `first` says which rows share, once. Unstructured: `first` says how many stay of each column,
     and the scores now say which. SparseGPT keeps the same share of every 128 columns, although the columns that come first
-    have more left to make up for them, and so lose more; it left 2 to 4 times the error on inputs held out
+    have more left to make up for them, and so can lose more; it left 1.5 to 3.5 times the error on inputs held out
     (plugins/obs/README.md). A pattern of another kind is chosen by `first` alone.
     """
     if isinstance(pattern, NM):
