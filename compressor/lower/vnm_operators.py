@@ -33,13 +33,13 @@ class _Work(IntEnum):
 
 
 class _Job(NamedTuple):
-    """What the kernels must know of a call, in their order. `count` is tokens, or images of a convolution."""
+    """What the kernels must know of a call, in their order. `units` are tokens, or images of a convolution."""
 
     work: _Work
     x: int
     y: int
     half: int
-    count: int
+    units: int
     tile: int
     threads: int
     tanh: int = 0
@@ -50,7 +50,7 @@ class _Job(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """The job as the extension takes it."""
         shape = (self.tanh, self.side, self.height, self.width)
-        return (self.work, self.x, self.y, self.half, *shape, self.count, self.tile, self.threads)
+        return (self.work, self.x, self.y, self.half, *shape, self.units, self.tile, self.threads)
 
 
 def _check(x: Tensor, inner: int, dim: int) -> Tensor:

@@ -25,4 +25,4 @@ _CONVOLUTIONS = (
 _INSIDE = "|".join((_ATTENTION, _ATTENTION_OF_UNETS, _FEED_FORWARD, _WITHOUT_A_MODULE, _FUSED, _CONVOLUTIONS))
 
 BLOCK_LAYERS = rf"re:^(?!.*({_OUTSIDE}))(.*\.)?({_INSIDE})$"
-"""A rule of `compressor.targets` for those layers."""
+"""A rule of `compressor.sparsity.layers` for those layers."""
