@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,6 +48,32 @@ def read_outline(path: str | Path) -> dict[str, Tensor]:
     return {name: value.to("meta") for name, value in _tensors(Path(path), mapped=True).items()}
 
 
+_HEADER_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file says it holds: tensors on the meta device. Names of numbers that torch lacks are read as uint8."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(part.get_shape(), dtype=_HEADER_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            for name, part in slices.items()
+        }
+
+
 def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     """The tensors in a file by their names without prefixes; `mapped`: their values stay on the disk where that can be."""
     if not path.is_file():
@@ -55,7 +81,7 @@ def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     state: Any
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)  # which maps the file
+            state = _header(path) if mapped else load_file(path)
         else:
             # the format before torch 1.6, which is no zip file, cannot be mapped
             mapped = mapped and zipfile.is_zipfile(path)

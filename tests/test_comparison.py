@@ -190,10 +190,8 @@ def test_interrupted_it_goes_on_with_the_rest_only(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first = tmp_path / "out" / "cells" / "magnitude-seed-0" / "row.json"
     second = tmp_path / "out" / "cells" / "sparsedm-seed-0" / "run" / "metrics.jsonl"
-    for _ in range(600):
-        if first.is_file() and second.is_file():
-            break
-        time.sleep(0.1)
+    while process.poll() is None and not (first.is_file() and second.is_file()):
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors

@@ -124,7 +124,9 @@ def test_other_precisions_work(dtype):
     layer = sparse(nn.Linear(16, 32), pattern)
     built = Gathered().build(unit(layer, (3, 16), pattern, dtype=dtype))
     x = torch.randn(3, 16, generator=rng()).to(dtype)
-    torch.testing.assert_close(built(x), layer(x))
+    # a sum of products is rounded in another order: by a few steps of the precision, of numbers of order one
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(built(x), layer(x), rtol=4 * eps, atol=4 * eps)
 
 
 def conv(*arguments: int, **options: object) -> nn.Module:

@@ -298,7 +298,7 @@ def test_a_shape_that_pictures_cannot_have_is_refused(shape: tuple[int, ...] | N
 
 
 def test_a_worker_that_dies_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.data.sets.reading.decoded.decode", lambda content, shape: os._exit(9))
+    monkeypatch.setattr("compressor.data.reading.decoded.decode", lambda content, shape: os._exit(9))
     with pytest.raises(CompressorError, match=r"a process that decodes pictures ended.*\n.*loading.workers"):
         read_data(folder, RGB, workers=1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +82,7 @@ def clear(out: Path) -> None:
         if name in OWN_FILES:
             (out / name).unlink()
         elif name in OWN_FOLDERS or re.fullmatch(r"checkpoint-\d+|\.(partial|old)-.*", name):
-            shutil.rmtree(out / name, ignore_errors=True)
+            files.remove(out / name)
 
 
 def contents(out: Path) -> list[str]:

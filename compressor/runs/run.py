@@ -70,7 +70,7 @@ def train(
     if resume:
         _check_identity(inputs, out)
         for leftover in out.glob(".partial-*"):  # of a process that died while saving
-            shutil.rmtree(leftover, ignore_errors=True)
+            files.remove(leftover)
     else:
         refuse_used_directory(out, overwrite)
         clear(out)
