@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+from compressor.adapter import Adapter
 from compressor.cli.tables import Ticker
+from compressor.errors import CompressorError
 from compressor.progress import Progress, duration
-from compressor.quality.settings import CPU_MACS, FEWEST, PUBLISHED, of_budget, samples_for
+from compressor.quality.settings import CPU_MACS, FEWEST, PUBLISHED, Evaluation, of_budget, samples_for
 from compressor.runs import pace
 from compressor.runs.inputs import load_inputs, resolve
 from compressor.runs.run import Interrupted
@@ -112,6 +116,28 @@ def test_what_stops_a_run_reaches_it() -> None:
     with pytest.raises(Interrupted):
         paced.throw(Interrupted(143))  # type: ignore[attr-defined]
     assert reached == [143]
+
+
+class Choosy(Adapter):
+    """Samples in ten steps or more."""
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, torch.Tensor]:
+        return batch, batch
+
+    def predict(self, module: nn.Module, inputs: Any) -> torch.Tensor:
+        return inputs
+
+    def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> torch.Tensor:
+        if steps < 10:
+            raise CompressorError(f"{steps} steps are too few", "Take ten.")
+        return torch.zeros(n, 1, 2, 2)
+
+
+def test_a_sampler_that_wants_more_steps_is_tried_with_those_of_the_run() -> None:
+    settings = Evaluation(samples=8, sampler_steps=12)
+    assert pace.sampling_seconds(Choosy(), nn.Linear(1, 1), settings) > 0
+    with pytest.raises(CompressorError, match="7 steps are too few"):
+        pace.sampling_seconds(Choosy(), nn.Linear(1, 1), settings.model_copy(update={"sampler_steps": 7}))
 
 
 @pytest.mark.parametrize(
