@@ -17,8 +17,8 @@ import compressor
 from compressor import NM, Adapter, CompressorError, registry
 from compressor.errors import GateError, UsageError
 from compressor.export import graph as onnx_graph
+from compressor.export import onnx as exports
 from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
-from compressor.export.onnx import onnx as exports
 from compressor.lower.units import pattern_of
 from compressor.weights import state_sha256, weights_sha256
 

@@ -33,22 +33,30 @@ def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Iterator[P
     """`events` of a run, each with the seconds that its stage is expected to take; after the first steps of fine-tuning, one
     that says what the whole will take. What the caller throws in goes on to `events`."""
     expected: dict[str, float] = {}
-    yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
-    expected.update(_evaluation_seconds(inputs))
-    told = False
+    probed = told = False
     began, steps = time.perf_counter(), Clock()
     for event in events:
+        if not probed:  # the run holds its directory by now, so that what is stopped here can be resumed
+            probed = True
+            yield from _handed(Progress("probe", 0, 1, "how long a sample and a forward pass take"), events)
+            expected.update(_evaluation_seconds(inputs))
         if event.stage == "fine-tune":
             steps.tick(event.done)
             if (each := steps.seconds) is not None:
                 expected["fine-tune"] = each * event.total
         if not told and (steps.seconds is not None or event.stage not in ("fine-tune", "prepare", "one-shot")):
             told = True
-            yield Progress("estimate", 1, 1, _sentence(inputs, expected, time.perf_counter() - began))
-        try:
-            yield replace(event, seconds=expected.get(event.stage))
-        except BaseException as thrown:
-            events.throw(thrown)
+            sentence = _sentence(inputs, expected, time.perf_counter() - began)
+            yield from _handed(Progress("estimate", 1, 1, sentence), events)
+        yield from _handed(replace(event, seconds=expected.get(event.stage)), events)
+
+
+def _handed(event: Progress, events: Generator[Progress, None, None]) -> Iterator[Progress]:
+    """`event`; what the caller throws in at it is thrown into `events`."""
+    try:
+        yield event
+    except BaseException as thrown:
+        events.throw(thrown)
 
 
 class Clock:
