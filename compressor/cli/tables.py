@@ -14,11 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from compressor.progress import duration
+from compressor.progress import Progress, duration
 
 if TYPE_CHECKING:
     from compressor.lower.plan import LayerPlan, Plan
-    from compressor.progress import Progress
     from compressor.report.content import Latency, Report
 
 

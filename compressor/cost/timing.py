@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 
 _Key = TypeVar("_Key")
+WARM_UP = 3
+"""Rounds before those that count."""
 _SHORT = 0.002  # seconds; shorter calls are repeated within a turn, so that the clock and its own cost do not count
 
 
@@ -29,7 +31,7 @@ def side_by_side(calls: Mapping[_Key, Callable[[], object]], rounds: int, device
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 3
+    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, warm_up: int = WARM_UP
 ) -> list[list[float]]:
     """Seconds per call of each of `calls`, one number per round. The order of turns alternates from round to round."""
     repeats = [1] * len(calls)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter, to_device
+from compressor.cost.timing import WARM_UP
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.progress import Progress, duration
@@ -25,7 +26,6 @@ ROWS = 3
 _FIRST, _LAST = 2, 8  # the steps of fine-tuning that are timed: the first ones are slower
 _LONG = 2.0  # seconds; a probe that would take longer is made smaller, and its time scaled
 _SMALL = 4  # samples
-_WARM_UP = 3  # rounds before the timed ones
 _SILENT = 1.0  # seconds; shorter phases are not named
 
 
@@ -94,7 +94,7 @@ def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
             example = to_device(adapter.example_inputs(settings.latency_batch), device)
             adapter.predict(model, example)
             forward = _timed(lambda: adapter.predict(model, example), device)
-            seconds["latency"] = ROWS * (settings.latency_rounds + _WARM_UP) * forward
+            seconds["latency"] = ROWS * (settings.latency_rounds + WARM_UP) * forward
     inputs.model.to(home)  # training needs the memory of the device for itself
     return seconds
 
