@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,10 @@ def sketch(model: nn.Module) -> nn.Module:
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` with the very same tensors: its structure can be changed, and the model's stays."""
-    return copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+    memo: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # a module has ten dicts of hooks, nearly all empty, and deepcopy is slow at them
+        memo.update((id(held), OrderedDict()) for held in vars(module).values() if type(held) is OrderedDict and not held)
+    return copy.deepcopy(model, memo)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
