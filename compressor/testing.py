@@ -125,6 +125,19 @@ class _Trial:
         self.data = [_rows(batch, slice(8 * i, 8 * i + 8)) for i in range(3)]
         self.training = Training(steps=_STEPS, batch_size=8, lr=1e-3, device="cpu")
         self.result: Result | None = None
+        self._prepared: dict[int, tuple[Pruner, nn.Module]] = {}
+
+    def prepared(self, seed: int) -> tuple[Pruner, nn.Module]:
+        """The prepared pruner and the model that it left, in a process whose own random numbers start at `seed`; made once."""
+        if seed not in self._prepared:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = copy.deepcopy(self.model)
+                self._prepared[seed] = (
+                    self.pruner.prepare(model, self.adapter, as_batches(self.data, 8, 0)),
+                    model,
+                )
+        return self._prepared[seed]
 
     def pruned(self) -> Result:
         """The result of a short run; made once."""
@@ -202,13 +215,11 @@ def _ranks(trial: _Trial) -> None:
     """Every rank gets the same masks: they do not depend on a process's random numbers."""
     weights, found = trial.weights(), []
     for seed in (1, 2):
+        prepared, model = trial.prepared(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = copy.deepcopy(trial.model)
-            prepared = trial.pruner.prepare(model, trial.adapter, as_batches(trial.data, 8, 0))
-            found.append(
-                (prepared.masks(weights, 0.5, {}) if prepared.surgery is None else {}, prepared.surgery, model)
-            )
+            masks = prepared.masks(weights, 0.5, {}) if prepared.surgery is None else {}
+        found.append((masks, prepared.surgery, model))
     _hold(_same_masks(found[0][0], found[1][0]), "other masks where torch's own generator has another seed")
     _hold(found[0][1] == found[1][1], "another surgery where torch's own generator has another seed")
     _hold(_same(found[0][2].state_dict(), found[1][2].state_dict()), "prepare() leaves other weights with another seed")
@@ -216,7 +227,7 @@ def _ranks(trial: _Trial) -> None:
 
 def _settings(trial: _Trial) -> None:
     """prepare() leaves the settings as they are."""
-    prepared = trial.pruner.prepare(copy.deepcopy(trial.model), trial.adapter, as_batches(trial.data, 8, 0))
+    prepared, _ = trial.prepared(1)
     before, after = settings_of(trial.pruner), settings_of(prepared)
     for name, value in before.items():
         same = after.get(name) is value

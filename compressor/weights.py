@@ -179,7 +179,9 @@ def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` with the very same tensors: its structure can be changed, and the model's stays."""
     memo: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
     for module in model.modules():  # a module has ten dicts of hooks, nearly all empty, and deepcopy is slow at them
-        memo.update((id(held), OrderedDict()) for held in vars(module).values() if type(held) is OrderedDict and not held)
+        memo.update(
+            (id(held), OrderedDict()) for held in vars(module).values() if type(held) is OrderedDict and not held
+        )
     return copy.deepcopy(model, memo)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -30,7 +31,9 @@ from compressor.report import schema
 from compressor.report.compared import ComparisonReport, Summary
 from compressor.runs.directory import locked
 
+FEW = str(Path(__file__).with_name("few_digits.npz"))
 TINY = (
+    *("--data", FEW),
     *("--steps", "3", "--set", "train.batch_size=8", "--set", "train.warmup=0", "--set", "evaluate.samples=32"),
     *("--set", "evaluate.sampler_steps=2", "--set", "evaluate.bootstrap=5", "--set", "evaluate.latency_rounds=2"),
 )
@@ -144,25 +147,32 @@ def test_cells_of_other_settings_are_refused(compared, cli):
     assert "was made with another train.steps" in outcome.err and "--overwrite" in outcome.err
 
 
-def test_one_failing_cell_does_not_lose_the_others(cli, tmp_path):
+def test_failing_cells_and_a_process_that_dies_do_not_lose_the_others(cli, tmp_path):
     (tmp_path / "bad.py").write_text(
-        "from dataclasses import dataclass\nfrom compressor import NM, Pattern, Pruner\n\n"
+        "import os\nfrom dataclasses import dataclass\nfrom compressor import NM, Pattern, Pruner\n\n"
         "@dataclass(frozen=True)\nclass Bad(Pruner):\n    pattern: Pattern = NM(2, 4)\n\n"
         "    def masks(self, weights, progress, previous):\n"
         "        if previous:\n            raise RuntimeError('out of luck')\n"
+        "        return self.pattern.masks(weights)\n\n"
+        "@dataclass(frozen=True)\nclass Deadly(Bad):\n"
+        "    def masks(self, weights, progress, previous):\n"
+        "        if previous:\n            os.write(2, b'no memory left'), os._exit(9)\n"
         "        return self.pattern.masks(weights)\n",
         encoding="utf-8",
     )
-    recipe = tmp_path / "unlucky.yaml"
-    recipe.write_text(f"pruner: {tmp_path / 'bad.py'}:Bad\n", encoding="utf-8")
+    recipes = {"dying": "Deadly", "unlucky": "Bad"}
+    for name, method in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(f"pruner: {tmp_path / 'bad.py'}:{method}\n", encoding="utf-8")
+    configs = [part for name in recipes for part in ("--config", tmp_path / f"{name}.yaml")]
     out = tmp_path / "out"
-    outcome = cli("compare", "--methods", "magnitude", "--config", recipe, "--seeds", "1", "--out", out, *TINY)
+    outcome = cli("compare", "--methods", "magnitude", *configs, "--seeds", "1", "--out", out, *TINY)
     assert outcome.code == 1
+    assert "failed: dying-seed-0: no memory left" in outcome.err
     assert "failed: unlucky-seed-0: RuntimeError: out of luck" in outcome.err
     report = report_of(out)
     assert [entry["label"] for entry in report["entries"]] == ["magnitude"]
     assert report["limitations"][0].startswith(
-        "1 cell failed and is missing: unlucky-seed-0 (RuntimeError: out of luck)"
+        "2 cells failed and are missing: dying-seed-0 (no memory left); unlucky-seed-0 (RuntimeError: out of luck)"
     )
     assert "out of luck" in (out / "report.html").read_text(encoding="utf-8")
 

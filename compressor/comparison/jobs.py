@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import queue
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +14,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor import files, saving
+from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.page import Outcome, written
-from compressor.comparison.worker import JOB, ROW, RUN, SEEN, read_row
+from compressor.comparison.worker import JOB, ROW, RUN, read_row
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
@@ -80,24 +76,24 @@ def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = F
         _refuse_others(wanted, out)
         if wanted.match == "latency":
             files.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
-        devices = _devices(wanted, workers)
         _prepare(wanted, out)
-        yield from _carry_out([out / "dense"], devices)
-        if not (out / "dense" / ROW).is_file():
-            raise CompressorError(f"the dense model cannot be judged: {_reason(out / 'dense')}", "")
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
-        if trials := wanted.trials():
-            folders = [_folder(wanted, cell, out) for cell in trials]
-            yield from _carry_out(folders, devices)
-            rates = _best_rates(trials, folders)
-            failed = _failed(trials, folders)
-            files.write_json(out / "rates.json", rates)
-        cells = wanted.cells(rates)
-        folders = [_folder(wanted, cell, out) for cell in cells]
-        yield from _carry_out(folders, devices)
+        with Crew(_devices(wanted, workers)) as crew:
+            yield from crew.carry_out([out / "dense"])
+            if not (out / "dense" / ROW).is_file():
+                raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")
+            if trials := wanted.trials():
+                folders = [_folder(wanted, cell, out) for cell in trials]
+                yield from crew.carry_out(folders)
+                rates = _best_rates(trials, folders)
+                failed = _failed(trials, folders)
+                files.write_json(out / "rates.json", rates)
+            cells = wanted.cells(rates)
+            folders = [_folder(wanted, cell, out) for cell in cells]
+            yield from crew.carry_out(folders)
         if not any((folder / ROW).is_file() for folder in folders):
-            raise CompressorError(f"every cell failed; the first: {_reason(folders[0])}", "See error.txt in each cell.")
+            raise CompressorError(f"every cell failed; the first: {reason(folders[0])}", "See error.txt in each cell.")
         times = yield from _latencies(wanted, cells, folders, out)
         failed |= _failed(cells, folders)
         facts = Environment(**environment(resolve_device(wanted.inputs.recipe.train.device)))
@@ -128,7 +124,7 @@ def _refuse_others(wanted: Comparison, out: Path) -> None:
 
 def _failed(cells: Sequence[Cell], folders: Sequence[Path]) -> dict[str, str]:
     """Why there is no result, by the name of the cell."""
-    return {cell.name: _reason(f) for cell, f in zip(cells, folders, strict=True) if not (f / ROW).is_file()}
+    return {cell.name: reason(f) for cell, f in zip(cells, folders, strict=True) if not (f / ROW).is_file()}
 
 
 def _place(cell: Cell, out: Path) -> Path:
@@ -212,101 +208,6 @@ def _devices(wanted: Comparison, workers: int) -> list[str | None]:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = seen.split(",") if seen else [str(index) for index in range(count)]
     return [names[index % count] for index in range(workers or count)]
-
-
-def _carry_out(folders: Sequence[Path], devices: Sequence[str | None]) -> Iterator[Progress]:
-    """Run the jobs of `folders` that are not done, on as many processes as there are `devices`."""
-    waiting = [folder for folder in folders if not _is_done(folder)]
-    total, free = len(waiting), list(devices)
-    running: dict[subprocess.Popen[str], tuple[Path, str | None]] = {}
-    events: queue.Queue[tuple[subprocess.Popen[str], str | None]] = queue.Queue()
-    done = 0
-    try:
-        while waiting or running:
-            while waiting and free:
-                folder, device = waiting.pop(0), free.pop(0)
-                process = _start(folder, device, len(devices))
-                running[process] = (folder, device)
-                threading.Thread(target=_listen, args=(process, events), daemon=True).start()
-            try:
-                process, line = events.get(timeout=1)
-            except queue.Empty:
-                yield Progress("cells", done, total)  # so that the caller can stop this at any time
-                continue
-            folder, device = running[process]
-            if line is not None:
-                with_name = _event(folder, line)
-                if with_name is not None:
-                    yield with_name
-                continue
-            _ended(process)
-            del running[process]
-            free.append(device)
-            done += 1
-            note = "" if (folder / ROW).is_file() else f"failed: {_reason(folder)}"
-            yield Progress("cells", done, total, f"{folder.name} {note}".strip())
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            _ended(process)
-
-
-def _is_done(folder: Path) -> bool:
-    if not (folder / ROW).is_file():
-        return False
-    return folder.name != "dense" or (folder / SEEN).is_file()
-
-
-def _start(folder: Path, device: str | None, workers: int) -> subprocess.Popen[str]:
-    surroundings = dict(os.environ)
-    if device is not None:
-        surroundings["CUDA_VISIBLE_DEVICES"] = device
-    elif workers > 1:
-        surroundings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    with (folder / "error.txt").open("w", encoding="utf-8") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-m", "compressor.comparison.worker", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=surroundings,
-            start_new_session=True,  # Ctrl-C is for this process, which stops the others in order
-        )
-
-
-def _ended(process: subprocess.Popen[str]) -> None:
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
-
-
-def _listen(process: subprocess.Popen[str], events: queue.Queue[tuple[subprocess.Popen[str], str | None]]) -> None:
-    if process.stdout is not None:
-        for line in process.stdout:
-            events.put((process, line))
-    events.put((process, None))
-
-
-def _event(folder: Path, line: str) -> Progress | None:
-    try:
-        found = json.loads(line)
-        return Progress(f"{folder.name}: {found['stage']}", found["done"], found["total"], found["note"])
-    except (ValueError, LookupError, TypeError):  # something that a plugin printed
-        return None
-
-
-def _reason(folder: Path) -> str:
-    path = folder / "error.txt"
-    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    lines = text.splitlines() or ["the process ended without a word (killed, or out of memory)"]
-    return lines[0][:200]
 
 
 def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, float]:

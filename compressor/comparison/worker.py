@@ -1,7 +1,7 @@
-"""One job of a comparison, in a process of its own: `python -m compressor.comparison.worker FOLDER`.
+"""Jobs of a comparison, in a process of their own: `python -m compressor.comparison`, with folders on stdin, a line each.
 
-The folder has `job.json`. Progress goes to stdout, a JSON object a line; what is to be said of a failure to `error.txt`.
-The process stops after a checkpoint on SIGTERM, and when its stdin ends: then the one that started it is gone.
+Such a folder has `job.json`. Progress goes to stdout, a JSON object a line, and `ENDED` after each job; what is to be said of a
+failure to `error.txt`. The process stops after a checkpoint on SIGTERM, and when its stdin ends: then the one that started it is gone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import queue
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,13 +35,14 @@ from compressor.report.compared import Judged
 from compressor.report.content import DENSE, Drift, Quality, Row, TrainSummary
 from compressor.runs import directory
 from compressor.runs import run as runs
-from compressor.runs.inputs import Inputs, load_inputs
+from compressor.runs.inputs import Inputs, adapter_of, load_inputs, same_source, sharing
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
 from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
 JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"
+ENDED = "ended"
 TIMES = tuple((index + 0.5) / 10 for index in range(10))
 _LOOKED_AT = 128
 _AGAIN = "Remove {path}: what is missing is judged again."
@@ -151,37 +153,49 @@ def _sensitivity(judge: Judge, bare: nn.Module, names: list[str]) -> Generator[P
     return found
 
 
-def main(folder: Path) -> int:
-    """Do the job; the exit code is 0, 1 for a failure, or 143 when it was stopped."""
+def main(given: TextIO) -> int:
+    """Do the jobs of the folders whose names `given` has, a line each; the exit code is 0, or 143 where one was stopped."""
     stopped = threading.Event()
+    folders: queue.Queue[Path | None] = queue.Queue()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        sys.stdin.read()
+        for line in given:
+            folders.put(Path(line.rstrip("\n")))
         stopped.set()
+        folders.put(None)
 
     threading.Thread(target=watch, daemon=True).start()
-    try:
-        (folder / "error.txt").unlink(missing_ok=True)
-        job = files.read_json(folder / JOB)
-        found = load_inputs(validation.validated(Recipe, job["recipe"], str(folder / JOB)))
-        events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)
-        for event in events:
-            print(json.dumps(asdict(event)), flush=True)
-            if stopped.is_set():
-                events.throw(runs.Interrupted(143))  # type: ignore[attr-defined]
-    except runs.Interrupted as interrupted:
-        return interrupted.exit_code
-    except Exception as error:  # whatever a model, a plugin or the machine raises: the others shall go on
-        kind = "" if isinstance(error, CompressorError) else f"{type(error).__name__}: "
-        text = f"{kind}{first_line(error)}\n\n{traceback.format_exc()}"
-        (folder / "error.txt").write_text(text, encoding="utf-8")
-        return 1
+    loaded: Inputs | None = None
+    while (folder := folders.get()) is not None:
+        with (folder / "error.txt").open("w", encoding="utf-8") as errors:
+            os.dup2(errors.fileno(), 2)  # what libraries say of their end is kept with the job
+        try:
+            loaded = _done(folder, loaded, stopped)
+        except runs.Interrupted as interrupted:
+            return interrupted.exit_code
+        except Exception as error:  # whatever a model, a plugin or the machine raises: the others shall go on
+            kind = "" if isinstance(error, CompressorError) else f"{type(error).__name__}: "
+            text = f"{kind}{first_line(error)}\n\n{traceback.format_exc()}"
+            (folder / "error.txt").write_text(text, encoding="utf-8")
+        else:
+            (folder / "error.txt").unlink(missing_ok=True)
+        print(ENDED, flush=True)
     return 0
 
 
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(code)  # a thread may still wait for stdin
+def _done(folder: Path, loaded: Inputs | None, stopped: threading.Event) -> Inputs:
+    """Do the job of `folder`, with the model and the data of the one before (`loaded`) where they are the same."""
+    job = files.read_json(folder / JOB)
+    recipe = validation.validated(Recipe, job["recipe"], str(folder / JOB))
+    if loaded is not None and same_source(recipe, loaded.recipe):
+        found = sharing(recipe, loaded, adapter_of(recipe))
+    else:
+        found = load_inputs(recipe)
+    events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)
+    for event in events:
+        print(json.dumps(asdict(event)), flush=True)
+        if stopped.is_set():
+            events.throw(runs.Interrupted(143))  # type: ignore[attr-defined]
+    return found
