@@ -12,7 +12,6 @@ import os
 import queue
 import shutil
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping
