@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,10 @@ from compressor.errors import CompressorError, UsageError
 def to_device(inputs: Any, device: torch.device) -> Any:
     """An adapter's `inputs` with every tensor on `device`."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+
+
+def _rows(n: int, part: slice, tensor: Tensor) -> Tensor:
+    return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,19 @@ class Adapter(ABC):
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """What `module` answers to `inputs`, shaped like `target`."""
 
+    answered: bool = False
+    """Whether `target` is what the dense model itself answered: then no teacher is asked, and both losses are one."""
+
+    def pieces(self, inputs: Any, target: Tensor, count: int) -> Iterator[tuple[Any, Tensor, float]]:
+        """A batch in about `count` pieces, for gradients that are added up: (inputs, target, share of the batch) of each.
+
+        Default: by rows; tensors without a row for every sample are in every piece.
+        """
+        n = target.shape[0]
+        for rows in torch.arange(n).tensor_split(min(count, n)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield tree_map_only(Tensor, partial(_rows, n, part), inputs), target[part], len(rows) / n
+
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         """`n` images (n, channels, height, width) in [-1, 1], from noise drawn from `rng`, in `steps` sampler steps."""
         raise CompressorError(f"{type(self).__name__} cannot sample", "Give the adapter a `sample` method.")
@@ -117,6 +135,9 @@ class Adapter(ABC):
         if architecture:
             raise CompressorError(f"{self.name} takes no architecture", "The saved model is another adapter's.")
         return self
+
+    of_pipelines: bool = False
+    """Whether this family reads the models of any pipeline of diffusers: its rules for layers are then taken for their parts."""
 
     writes_pipeline: bool = False
     """Whether `write_pipeline` is there."""

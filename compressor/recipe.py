@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML, events
 from ruamel.yaml.error import YAMLError
 
-from compressor.data.settings import Loading
+from compressor.data.settings import Loading, Record
 from compressor.errors import UsageError
 from compressor.quality.settings import Evaluation
 from compressor.training.settings import Training
@@ -35,6 +35,10 @@ class Recipe(BaseModel):
     architecture: dict[str, Any] = Field(default_factory=dict)
     data: str | None = None
     vae: str | None = None
+    pipeline: str | None = None
+    part: str | None = None
+    prompts: str | None = None
+    records: str | None = None
     method: str = "sparsedm"
     pruner: str | None = None
     pattern: str | None = None
@@ -44,6 +48,7 @@ class Recipe(BaseModel):
     train: Training = Training()
     evaluate: Evaluation = Evaluation()
     loading: Loading = Loading()
+    record: Record = Record()
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     lower: bool = False
 
@@ -57,7 +62,12 @@ class Recipe(BaseModel):
         return values
 
 
-SECTIONS: Mapping[str, type[BaseModel]] = {"train": Training, "evaluate": Evaluation, "loading": Loading}
+SECTIONS: Mapping[str, type[BaseModel]] = {
+    "train": Training,
+    "evaluate": Evaluation,
+    "loading": Loading,
+    "record": Record,
+}
 
 
 def read(path: str | Path) -> dict[str, Any]:

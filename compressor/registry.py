@@ -130,6 +130,14 @@ def adapter(name: str) -> Adapter:
     return made("models", name, Adapter)
 
 
+def of_pipelines() -> tuple[str, Adapter]:
+    """The name and the adapter of the registered family that reads the models of pipelines. Raises CompressorError where none does."""
+    for name in names("models"):
+        if (found := adapter(name)).of_pipelines:
+            return name, found
+    raise CompressorError("no registered model reads pipelines", "Install the toolkit whole.")
+
+
 def images(name: str) -> SampleSet:
     """The bundled or registered data set called `name`."""
     from compressor.data.sets import SampleSet

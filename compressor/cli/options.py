@@ -62,6 +62,20 @@ input_options = options(
         "Default: the model's.",
     ),
     setting(
+        "--pipeline",
+        metavar="DIR|OWNER/NAME",
+        help="A whole pipeline of diffusers, instead of --model: it is run with --prompts, and its calls are learned from.",
+    ),
+    setting(
+        "--prompts", metavar="FILE", help="Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl)."
+    ),
+    setting(
+        "--part",
+        metavar="NAME",
+        help="The part of the pipeline: unet, transformer, vae.decoder, … Default: what denoises.",
+    ),
+    setting("--records", metavar="DIR", help="Where its recorded calls are kept. Default: the user's cache folder."),
+    setting(
         "--inception-weights", metavar="FILE", help="Measure FID with these weights of Inception (docs/metrics.md)."
     ),
 )

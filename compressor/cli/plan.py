@@ -24,9 +24,9 @@ def plan(
     lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
     """
     from compressor.runs.estimate import planned_run
-    from compressor.runs.inputs import load_inputs
+    from compressor.runs.inputs import prepared
 
-    inputs = load_inputs(resolved_recipe(config, settings, assignments))
+    inputs = watch(prepared(resolved_recipe(config, settings, assignments)), output.quiet)
     warn_of_idle_rules(inputs.model, inputs.recipe.ignore)
     facts = watch(planned_run(inputs, lower), output.quiet)
     if output.as_json:

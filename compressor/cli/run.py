@@ -10,10 +10,11 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting
 from compressor.cli.report import show_report
-from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules
+from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
 from compressor.errors import UsageError
 
 if TYPE_CHECKING:
+    from compressor.recipe import Recipe
     from compressor.runs.inputs import Inputs
 
 
@@ -46,15 +47,15 @@ def run(
         _continue(out, output)
         return
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
-    from compressor.runs.inputs import load_inputs
+    from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
 
     recipe = resolved_recipe(config, settings, assignments)
     method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
-    out = out if out is not None else free_directory(Path("runs") / f"{recipe.model}-{method}")
+    out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{method}")
     refuse_busy_directory(out)
     refuse_used_directory(out, overwrite)
-    inputs = load_inputs(recipe)
+    inputs = watch(prepared(recipe), output.quiet)
     _name_extractor(inputs)
     warn_of_idle_rules(inputs.model, recipe.ignore)
     if inputs.data.skipped:
@@ -72,14 +73,14 @@ def resume(output: Output, directory: Path) -> None:
 
 def _continue(out: Path, output: Output) -> None:
     from compressor import recipe as recipes
-    from compressor.runs.inputs import load_inputs, resolve
+    from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
 
     if (out / "report.json").is_file() and (out / "report.html").is_file():
         if not output.quiet:
             say(f"{out} is finished", err=True)
     else:
-        inputs = load_inputs(resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml")))
+        inputs = watch(prepared(resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)
     show_report(out, output.as_json)
@@ -90,6 +91,11 @@ def _name_extractor(inputs: Inputs) -> None:
     evaluation, metric = inputs.recipe.evaluate, inputs.metric
     if metric is not None and evaluation.inception_weights is not None and evaluation.samples:
         say(f"{metric.name}: {evaluation.inception_weights}, sha256 {metric.sha256}", err=True)
+
+
+def _source(recipe: Recipe) -> str:
+    """What a run is of, in its directory's name."""
+    return Path(recipe.pipeline).name if recipe.pipeline is not None else recipe.model
 
 
 def free_directory(base: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ class Batches(ABC):
     @abstractmethod
     def batch(self, step: int) -> Any:
         """The batch of `step`."""
+
+    def at(self, index: int, time: float) -> Any:
+        """A batch to look at for `time`, from 0 (no noise) to 1, the one number `index`. Default: any, which will be noised."""
+        return self.batch(index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,13 @@ class Samples(Batches):
         if isinstance(self.samples, Tensor):
             return self.samples[indices]
         return default_collate([self.samples[i] for i in indices.tolist()])
+
+    def at(self, index: int, time: float) -> Any:
+        near = self.samples.near(time) if isinstance(self.samples, SampleSet) else None
+        if near is None:
+            return self.batch(index)
+        order = near[torch.randperm(len(near), generator=generator(self.seed, "near", index))]
+        return self.samples.take(order.repeat(math.ceil(self.batch_size / len(order)))[: self.batch_size])
 
     def _mirrored(self, batch: Any, step: int) -> Any:
         images, *labels = batch if isinstance(batch, tuple) else (batch,)

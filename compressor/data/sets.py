@@ -36,6 +36,15 @@ class SampleSet(ABC):
         """`take` of each indices of `order`, in that order; a set that has to work for it may work ahead."""
         return map(self.take, order)
 
+    def near(self, time: float) -> Tensor | None:
+        """The indices of the samples of about this `time` of denoising, from 0 (no noise) to 1, where samples have one; else None."""
+        return None
+
+    @property
+    def unseen(self) -> SampleSet:
+        """The samples that are held out from fine-tuning, where there are such; else all."""
+        return self
+
     @property
     @abstractmethod
     def sha256(self) -> str:

@@ -1,8 +1,8 @@
-"""How data is read: the recipe's section `loading`."""
+"""How data is read, and how calls of a pipeline are recorded: the recipe's sections `loading` and `record`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,3 +20,17 @@ class Loading(BaseModel):
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     skip_damaged: bool = False
     cache_mb: Annotated[int, Field(ge=0)] = 4096
+
+
+class Record(BaseModel):
+    """What is recorded of a pipeline: the calls of `n` pictures to learn from, and of `unseen` others to be judged on, each in
+    `steps` sampler steps (None: the pipeline's own number). `seed` chooses prompts and noise; `arguments` are the pipeline's own,
+    for every picture (`height`, `guidance_scale`, …)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    n: Annotated[int, Field(ge=1, le=100_000)] = 16
+    unseen: Annotated[int, Field(ge=1, le=10_000)] = 4
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    arguments: dict[str, Any] = Field(default_factory=dict)

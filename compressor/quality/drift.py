@@ -23,7 +23,7 @@ def predictions(
     adapter: Adapter, module: nn.Module, data: SampleSet, settings: Evaluation, device: torch.device
 ) -> Tensor:
     """What `module` predicts on up to 512 real images, noised at random timesteps: the same inputs for every model."""
-    found = []
+    found, data = [], data.unseen
     for first in range(0, min(512, len(data)), settings.batch_size):
         batch = data.take(torch.arange(first, min(first + settings.batch_size, 512, len(data))))
         inputs, _ = adapter.noised(batch, generator(settings.seed, "drift", first))

@@ -58,7 +58,7 @@ class Quality(Value):
 class Drift(Value):
     """A difference from the dense row, paired: same initial noise, same noised images."""
 
-    metric: Literal["sample_rmse", "prediction_error", "ssim"]
+    metric: Literal["sample_rmse", "prediction_error", "ssim", "latent_error"]
     value: float
     samples: int
     by_time: List[Pair] | None = Field(default=None, description="(time, value); time 0 is the image, 1 the noise")

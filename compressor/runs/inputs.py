@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,22 +27,28 @@ from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.progress import Progress
 from compressor.quality.evaluate import can_sample
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
 from compressor.report.content import DENSE, ONE_SHOT
+from compressor.runs import piped as piping
+from compressor.runs.piped import Piped
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.pruner import Pruner
 from compressor.weights import weights_sha256
+
+_OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """What a recipe names, found and loaded: model, data, method.
 
-    `pictures` is what samples are compared with: the data, or the pictures that `autoencoder` made latents of.
+    `pictures` is what samples are compared with: the data, or the pictures that `autoencoder` made latents of. `piped` is the
+    pipeline that the model is a part of, where the recipe names one.
     """
 
     recipe: Recipe
@@ -54,6 +60,7 @@ class Inputs:
     metric: Metric | None
     pictures: SampleSet
     autoencoder: Autoencoder | None
+    piped: Piped | None = None
 
     @property
     def method(self) -> str:
@@ -112,8 +119,12 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
         paths["data"] = early.data
     if registry.is_file_reference(early.model):
         paths["model"] = early.model
+    for key in ("pipeline", "prompts", "records"):
+        given = getattr(early, key)
+        paths[key] = None if given is None or (key == "pipeline" and _on_the_hub(given)) else given
+    _refuse_mixed(early)
     absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
-    defaults = [registry.adapter(early.model).defaults]
+    defaults = [registry.adapter(early.model).defaults if early.pipeline is None else piping.DEFAULTS]
     own = defaults[0].get("evaluate", {})
     defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
     if takers := _taking(early.evaluate):
@@ -128,8 +139,42 @@ def adapter_of(recipe: Recipe) -> Adapter:
     return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
 
 
+def _refuse_mixed(recipe: Recipe) -> None:
+    """Raise UsageError where a recipe names a pipeline and, beside it, a model or data of its own; or prompts and no pipeline."""
+    own = {"weights": recipe.weights, "data": recipe.data, "vae": recipe.vae, "architecture": recipe.architecture}
+    if recipe.pipeline is not None and (given := [name for name, value in own.items() if value]):
+        raise UsageError(
+            f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
+        )
+    alone = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
+    if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
+        raise UsageError(f"{given[0]} without a pipeline", "Give --pipeline DIR.")
+
+
+def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
+    """As `load_inputs`, with its progress: the calls of a pipeline may have to be recorded first."""
+    if recipe.pipeline is None:
+        return load_inputs(recipe)
+    pruner = _pruner(recipe)
+    found = yield from piping.piped(recipe)
+    data = found.records
+    settings = recipe.evaluate.model_copy(update={"samples": recipe.record.unseen})
+    recipe = recipe.model_copy(update={"model": found.adapter.name, "evaluate": settings})
+    inputs = Inputs(recipe, found.adapter, found.module, data, _batches(recipe, data), pruner, None, data, None, found)
+    inputs.check()
+    return inputs
+
+
 def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
+    if recipe.pipeline is not None:
+        events = prepared(recipe)
+        while True:
+            try:
+                next(events)
+            except StopIteration as finished:
+                loaded: Inputs = finished.value
+                return loaded
     adapter = adapter_of(recipe)
     pruner = _pruner(recipe)
     if recipe.data is None:
@@ -161,7 +206,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
 
 def same_source(recipe: Recipe, other: Recipe) -> bool:
     """Whether both name the same model, weights and data, and are judged alike."""
-    names = ("model", "weights", "architecture", "data", "vae", "loading", "evaluate")
+    names = ("model", "weights", "architecture", "data", "vae", "loading", "evaluate", *_OF_PIPELINES)
     return all(getattr(recipe, name) == getattr(other, name) for name in names)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from compressor import files
@@ -25,6 +26,28 @@ def save_grid(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial:
         picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
+
+
+def save_side_by_side(columns: Mapping[str, Tensor], path: Path, most: int = 16) -> None:
+    """A PNG of pictures (n, channels, h, w) in [-1, 1] side by side: a column per name, a line per picture, at most `most` lines.
+
+    Small pictures are enlarged by a whole factor, to at least 128 pixels.
+    """
+    n, _, height, width = next(iter(columns.values())).shape
+    factor = max(1, -(-128 // max(height, width)))
+    height, width, head, gap = height * factor, width * factor, 24, 4
+    lines = min(n, most)
+    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, head + lines * (height + gap)), "white")
+    writer = ImageDraw.Draw(sheet)
+    for column, (name, images) in enumerate(columns.items()):
+        left = gap + column * (width + gap)
+        writer.text((left + 2, 6), name, fill="black", font=ImageFont.load_default(13))
+        for line in range(lines):
+            picture = _picture(images[line]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, head + line * (height + gap)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def save_image(image: Tensor, path: Path) -> None:

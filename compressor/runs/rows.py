@@ -17,6 +17,7 @@ from compressor.report.limitations import limitations
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
+from compressor.runs.paired import PairedJudge
 from compressor.runs.saved import Finished
 from compressor.training.pruner import Pruner, settings_of
 from compressor.weights import weights_sha256
@@ -33,7 +34,7 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
     config = saving.read_config(out / "model")
     if final is None:
         final = saving.load(out / "model", copy.deepcopy(inputs.model))
-    judge = Judge(inputs)
+    judge = Judge(inputs) if inputs.piped is None else PairedJudge(inputs, inputs.piped)
     for model in (inputs.model, bare.model, final):
         model.to(judge.device).eval()
     trained = TrainSummary(steps=run["train"]["steps"], seconds=round(run["train"]["seconds"], 3))

@@ -41,9 +41,8 @@ def visits(
     what its sampler draws, not at noised data.
     """
     for index in range(timesteps):
-        inputs, _ = adapter.noised_at(
-            batches.batch(index), 1 - (index + 0.5) / timesteps, generator("calibration", index)
-        )
+        time = 1 - (index + 0.5) / timesteps
+        inputs, _ = adapter.noised_at(batches.at(index, time), time, generator("calibration", index))
         yield Visit(inputs, 1 - (1 - last_weight) * _fallen(index, timesteps, falls))
 
 

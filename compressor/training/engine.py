@@ -7,15 +7,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter, with_rules
+from compressor.adapter import Adapter, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
@@ -87,7 +85,7 @@ class FineTuning:
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
         self.student = copy.deepcopy(model).to(self.device).train()
         self.teacher = None
-        if pruner.objective.teacher > 0 and training.steps > 0:
+        if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         if previous is None:
             pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
@@ -189,7 +187,8 @@ class FineTuning:
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
-        loss = objective.noise * noise_loss + objective.teacher * (teacher_loss or 0.0)
+        answered = noise_loss if self.adapter.answered else teacher_loss or 0.0
+        loss = objective.noise * noise_loss + objective.teacher * answered
         grad_norm = float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._nonfinite = 0
@@ -234,16 +233,15 @@ class FineTuning:
         Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
         inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
-        n, pieces, objective = target.shape[0], self.training.accumulate, self.pruner.objective
+        objective = self.pruner.objective
+        noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
         noise_sum, teacher_sum = 0.0, 0.0
-        for rows in torch.arange(n).tensor_split(min(pieces, n)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            piece = tree_map_only(Tensor, partial(self._rows, n, part), inputs)
-            share = len(rows) / n
+        for piece, wanted, share in self.adapter.pieces(inputs, target, self.training.accumulate):
+            piece = to_device(piece, self.device)
             with self._autocast():
                 prediction = self.adapter.predict(self.student, piece).float()
-                noise_loss = F.mse_loss(prediction, target[part].to(self.device).float())
-                loss = objective.noise * noise_loss
+                noise_loss = F.mse_loss(prediction, wanted.to(self.device).float())
+                loss = noise * noise_loss
                 if self.teacher is not None:
                     with torch.no_grad():
                         expected = self.adapter.predict(self.teacher, piece).float()
@@ -253,10 +251,6 @@ class FineTuning:
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
         return noise_sum, teacher_sum if self.teacher is not None else None
-
-    def _rows(self, n: int, part: slice, tensor: Tensor) -> Tensor:
-        split = tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
-        return split.to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.

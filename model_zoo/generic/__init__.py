@@ -15,6 +15,7 @@ def diffusers() -> DiffusersAdapter:
             "licence": "that of the weights",
         },
         targets=(BLOCK_LAYERS,),
+        of_pipelines=True,
         defaults={"evaluate": {"samples": 0}},  # conditions to sample with are the pipeline's to make
     )
 

@@ -84,6 +84,7 @@ class DiffusersAdapter(Adapter):
     layout: Layout | None = None
     file: Path | None = None  # the file of weights that `config` is of
     writes_pipeline: bool = True
+    of_pipelines: bool = False
     family: str = ""
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 

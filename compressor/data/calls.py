@@ -1,0 +1,315 @@
+"""Recorded calls: what a part of a pipeline was called with and what it answered, in safetensors files that hold each tensor once.
+
+A folder of records has `index.json`, what was recorded of which model, and a file per picture, `picture-00000.safetensors`. The
+tensors in it are called by the SHA-256 of their kind, shape and bytes, and stand in the file of the first picture that has them. The
+file's metadata says, as JSON, which calls were made of them: nested arguments keep their nesting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor import files, validation
+from compressor.data.sets import SampleSet
+from compressor.errors import CompressorError
+
+INDEX = "index.json"
+_AGAIN = "Record again: remove this file and repeat the command; the other pictures are kept."
+
+
+class Picture(BaseModel):
+    """One picture of a recording: the pipeline's own arguments, the seed of its noise, and whether fine-tuning leaves it out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    arguments: dict[str, Any]
+    seed: int
+    unseen: bool = False
+
+
+class Index(BaseModel):
+    """What a recording is of. `weights_sha256` is of the part that was called; `dtype` is that of its weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1] = 1
+    pipeline: str
+    part: str
+    module: str
+    weights_sha256: str
+    dtype: str
+    steps: int | None
+    pictures: list[Picture] = Field(min_length=1)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as PyTorch has it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call: its arguments, the answer (batch, …), and where in sampling it was: `step` of `steps`, 0 being the first."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def time(self) -> float:
+        """From 1, the start of sampling, where there is nothing but noise, to 0."""
+        return 1 - (self.step + 0.5) / max(self.steps, 1)
+
+
+def answer(output: Any) -> Tensor:
+    """The tensor that a model's `output` comes to: it, the first value of a tuple or mapping, or a list of samples, stacked.
+
+    Raises CompressorError where that is none.
+    """
+    found = output
+    if isinstance(found, Mapping):
+        found = next(iter(found.values()), None)
+    elif isinstance(found, tuple):
+        found = found[0] if found else None
+    if isinstance(found, list) and found and all(isinstance(one, Tensor) for one in found):
+        if len({one.shape for one in found}) > 1:
+            raise CompressorError("the model answers samples of unlike shapes", "Record pictures of one size.")
+        found = torch.stack(found)
+    if not isinstance(found, Tensor):
+        raise CompressorError(f"the model answers a {type(found).__name__}, not a tensor", "Record another part.")
+    return found
+
+
+def write(path: Path, calls: Sequence[Call], known: set[str]) -> None:
+    """Write the calls of a picture to `path`, without the tensors in `known`, which gets their hashes.
+
+    Raises CompressorError for an argument of a kind that cannot be kept, and where the disk does not take the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    own: set[str] = set()
+
+    def keep(tensor: Tensor) -> str:
+        value = tensor.detach().cpu().contiguous()
+        digest = _hash(value)
+        if digest not in known and digest not in own:
+            tensors[digest] = value.clone()
+            own.add(digest)
+        return digest
+
+    listed = [
+        {
+            "args": _plain(list(call.args), keep, "argument"),
+            "kwargs": _plain(dict(call.kwargs), keep, "argument"),
+            "output": keep(call.output),
+            "step": call.step,
+            "steps": call.steps,
+        }
+        for call in calls
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as partial:
+            save_file(tensors, partial, metadata={"format": "pt", "calls": json.dumps(listed)})
+            partial.chmod(0o644)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise CompressorError(
+            f"{path}: cannot be written: {getattr(error, 'strerror', None) or error} ({size:,} bytes)",
+            "Free some space or choose another folder; what was recorded before is kept, and the same command goes on.",
+        ) from error
+    known |= own
+
+
+@dataclass(frozen=True, eq=False)
+class Recording(SampleSet):
+    """The calls in a folder of records: those that are fine-tuned on, or with `of_unseen` those that are held out.
+
+    A batch is a list of `Call`. Raises CompressorError where a picture is missing or damaged.
+    """
+
+    folder: Path
+    index: Index
+    of_unseen: bool = False
+    _listed: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    _homes: dict[str, Path] = field(default_factory=dict, repr=False)
+    _whole: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def opened(cls, folder: str | Path) -> Recording:
+        """The recording in `folder`. No tensor is read yet."""
+        folder = Path(folder)
+        found = cls(folder, read_index(folder))
+        for number, picture in enumerate(found.index.pictures):
+            path = shard(folder, number)
+            listed, names = outline(path)
+            found._homes.update((name, path) for name in names)
+            found._listed.extend({**call, "unseen": picture.unseen} for call in listed)
+        lost = next((ref for call in found._listed for ref in _references(call) if ref not in found._homes), None)
+        if lost is not None:
+            raise CompressorError(f"{folder}: a tensor of its calls is in none of its files", _AGAIN)
+        return found.part_of(unseen=False)
+
+    def part_of(self, unseen: bool) -> Recording:
+        """The calls of the pictures that fine-tuning leaves out, or of the others."""
+        return replace(self, of_unseen=unseen)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"records of {self.index.part}"
+
+    @property
+    def unseen(self) -> Recording:
+        held = self.part_of(unseen=True)
+        return held if len(held) else self
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def _calls(self) -> list[dict[str, Any]]:
+        return [call for call in self._listed if call["unseen"] == self.of_unseen]
+
+    def take(self, indices: Tensor) -> list[Call]:
+        """The calls at `indices` (k,)."""
+        calls = self._calls
+        return [self._read(calls[index]) for index in indices.tolist()]
+
+    def near(self, time: float) -> Tensor:
+        """The indices of the calls of the step whose time is nearest to `time`, from 0 (no noise) to 1."""
+        times = torch.tensor([1 - (call["step"] + 0.5) / max(call["steps"], 1) for call in self._calls])
+        distance = (times - time).abs()
+        return (distance <= distance.min() + 1e-6).nonzero().flatten()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all calls, by the hashes of their tensors; of the whole recording."""
+        text = json.dumps([self.index.model_dump(exclude={"pipeline"}), self._listed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _read(self, call: Mapping[str, Any]) -> Call:
+        made = _made(call["args"], self._tensor), _made(call["kwargs"], self._tensor)
+        return Call(tuple(made[0]), made[1], self._tensor(call["output"]), call["step"], call["steps"])
+
+    def _tensor(self, digest: str) -> Tensor:
+        path = self._homes[digest]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(digest)
+        except (SafetensorError, OSError) as error:
+            raise CompressorError(f"{path}: {error}", _AGAIN) from error
+        if digest not in self._whole:
+            if _hash(tensor) != digest:
+                raise CompressorError(f"{path}: its bytes are not those that were recorded", _AGAIN)
+            self._whole.add(digest)
+        return tensor
+
+
+def read_index(folder: Path) -> Index:
+    """What the recording in `folder` is of."""
+    return validation.from_file(
+        Index, folder / INDEX, "an index of recorded calls", "Record again into another folder."
+    )
+
+
+def shard(folder: Path, number: int) -> Path:
+    """The file of the calls of the picture `number`."""
+    return folder / f"picture-{number:05d}.safetensors"
+
+
+def outline(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the calls, as they are written; the names of the tensors) in a picture's file. Raises CompressorError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            calls = json.loads((file.metadata() or {})["calls"])
+            names = list(file.keys())
+        whole = isinstance(calls, list) and all(
+            isinstance(call, dict) and {"args", "kwargs", "output", "step", "steps"} <= set(call) for call in calls
+        )
+        if not whole:
+            raise ValueError("its calls are not what this toolkit writes")
+    except FileNotFoundError as error:
+        raise CompressorError(
+            f"{path}: missing: the recording is not finished", "Repeat the command that records: it goes on from here."
+        ) from error
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
+        raise CompressorError(f"{path}: {error}", _AGAIN) from error
+    return calls, names
+
+
+def joined(calls: Sequence[Call]) -> Tensor:
+    """The answers of `calls`, one after another along dim 0, in float32."""
+    return torch.cat([call.output.float() for call in calls])
+
+
+def _hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _plain(value: Any, keep: Any, where: str) -> Any:
+    """`value` as JSON, a mark on everything that JSON does not have; tensors are handed to `keep`, which gives their hash."""
+    if isinstance(value, Tensor):
+        return {"tensor": keep(value)}
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return {"value": value} if not isinstance(value, float) or math.isfinite(value) else {"number": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _plain(one, keep, f"{where}.{key}") for key, one in value.items()}}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_plain(one, keep, f"{where}.{at}") for at, one in enumerate(value)]}
+    raise CompressorError(
+        f"{where}: a {type(value).__name__} cannot be kept",
+        "Tensors, numbers, text, and lists and mappings of them can. Record the pipeline without it.",
+    )
+
+
+def _made(value: Any, take: Any) -> Any:
+    """The inverse of `_plain`."""
+    ((kind, held),) = value.items()
+    match kind:
+        case "tensor":
+            return take(held)
+        case "value":
+            return held
+        case "number":
+            return float(held)
+        case "dtype":
+            return getattr(torch, held)
+        case "dict":
+            return {key: _made(one, take) for key, one in held.items()}
+        case "list":
+            return [_made(one, take) for one in held]
+        case "tuple":
+            return tuple(_made(one, take) for one in held)
+    raise CompressorError(f"a recorded argument is a {kind}", "The records are of a newer version, or damaged.")
+
+
+def _references(call: Mapping[str, Any]) -> Iterator[str]:
+    """The hashes of all tensors of a call as it is written."""
+    waiting: list[Any] = [call["args"], call["kwargs"], {"tensor": call["output"]}]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and set(value) == {"tensor"} and isinstance(value["tensor"], str):
+            yield value["tensor"]
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)

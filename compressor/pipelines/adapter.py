@@ -1,0 +1,97 @@
+"""The adapter of recorded calls: fine-tuning and calibration on what a pipeline really asked its model, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from compressor.adapter import Adapter
+from compressor.data.calls import Call, Recording, answer, joined
+from compressor.errors import CompressorError
+from compressor.pipelines.opened import Opened
+
+
+@dataclass(frozen=True, eq=False)
+class CallsAdapter(Adapter):
+    """Connects the part of `opened` whose calls are in `records` to the engine. A batch is a list of `Call`.
+
+    The model is asked call by call, each as the pipeline asked it: no two are joined, as nothing is known of their arguments. Its
+    inputs are pairs (args, kwargs). What the dense model answered is in the records, so that no teacher is needed.
+    `targets`, `ignore`: rules for layers. `base`: the architecture by which a saved model is built again, where there is one.
+    """
+
+    opened_pipeline: Opened
+    records: Recording
+    targets: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    base: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "pipeline"
+    answered: bool = True
+    writes_pipeline: bool = True
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        """The calls as they were; nothing is drawn."""
+        calls: list[Call] = batch
+        return [(call.args, dict(call.kwargs)) for call in calls], joined(calls)
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        """The answers to all calls, one after another along dim 0."""
+        stored = self.records.index.torch_dtype
+        own = next((value.dtype for value in module.parameters() if value.is_floating_point()), stored)
+
+        def here(tensor: Tensor) -> Tensor:  # trained in float32, a model takes half-precision records in float32
+            return tensor.to(own) if tensor.dtype == stored != own else tensor
+
+        given = tree_map_only(Tensor, here, inputs)
+        return torch.cat([answer(module(*args, **kwargs)) for args, kwargs in given])
+
+    def pieces(self, inputs: Any, target: Tensor, count: int) -> Iterator[tuple[Any, Tensor, float]]:
+        """Call by call, whatever the `count`: that takes the least memory, and gives the same numbers."""
+        rows = len(target) // len(inputs)
+        for number, one in enumerate(inputs):
+            yield [one], target[number * rows : (number + 1) * rows], 1 / len(inputs)
+
+    def example_inputs(self, batch_size: int) -> Any:
+        """The first recorded call, as it is: how many samples a call has is the pipeline's to say."""
+        inputs, _ = self.noised(self.records.take(torch.arange(1)), torch.Generator())
+        return inputs
+
+    @property
+    def architecture(self) -> Mapping[str, Any]:
+        return self.base
+
+    def write_pipeline(self, module: nn.Module, folder: Path) -> None:
+        """Write the pipeline as it came, with `module` in the place of the part, into `folder`."""
+        opened = self.opened_pipeline
+        name = opened.component
+        with opened.having(module) as pipe:
+            component: Any = getattr(pipe, name)
+            if not callable(getattr(component, "save_pretrained", None)):
+                raise CompressorError(
+                    f"{opened.name}: its {name} is a {type(component).__name__}, which cannot be saved by diffusers",
+                    "Use compressor.save(..., packed=False).",
+                )
+            if opened.source is None:
+                pipe.save_pretrained(folder)
+                return
+            own = opened.source / name
+            shutil.copytree(
+                opened.source, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else []
+            )
+            component.save_pretrained(folder / name, **_variant_of(own))
+
+
+def _variant_of(folder: Path) -> dict[str, str]:
+    """The argument that keeps the variant (`fp16`) that a component is stored as."""
+    for path in folder.glob("*.safetensors"):
+        _, dot, tail = path.name.removesuffix(".safetensors").partition(".")
+        if dot:
+            return {"variant": tail.partition("-")[0]}
+    return {}

@@ -1,0 +1,210 @@
+"""A pipeline of diffusers and the part of it that is worked on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
+from compressor.files import read_json
+
+DENOISERS = ("unet", "transformer", "prior")
+"""What pipelines call the model that denoises."""
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A pipeline in memory, the part of it that is worked on (`unet`, `transformer`, `vae.decoder`), and the folder that it is of."""
+
+    pipe: Any
+    part: str
+    source: Path | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The part itself."""
+        return part_of(self.pipe, self.part)
+
+    @property
+    def component(self) -> str:
+        """The name of the pipeline's component that has the part."""
+        return self.part.partition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The pipeline's class."""
+        return type(self.pipe).__name__
+
+    @contextmanager
+    def having(self, module: nn.Module) -> Iterator[Any]:
+        """The pipeline, with `module` in the place of the part until the block ends."""
+        before = self.module
+        put(self.pipe, self.part, module)
+        try:
+            yield self.pipe
+        finally:
+            put(self.pipe, self.part, before)
+
+
+def open_pipeline(source: str | Path, part: str | None = None, device: torch.device | str = "cpu") -> Opened:
+    """The pipeline in the folder `source`, or of that name on the hub; each component in the precision that it is stored in.
+
+    `part` is a component, or a module inside one by its path; None is the model that denoises. Raises CompressorError where
+    there is no pipeline, or nothing of that name in it.
+    """
+    import diffusers
+
+    library: Any = diffusers  # it has few annotations
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or len(Path(source).parts) != 2:
+            raise UsageError(
+                f"{source}: no such folder", "Give the folder of a pipeline (with model_index.json), or OWNER/NAME."
+            )
+        try:
+            folder = Path(library.DiffusionPipeline.download(str(source)))
+        except Exception as error:  # offline, not found, not allowed: a type each
+            raise UsageError(
+                f"{source}: no such folder, and not to be had from the hub: {type(error).__name__}", "Give a folder."
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(
+            f"{folder}: no model_index.json", "Give the folder of a whole pipeline, as save_pretrained writes it."
+        )
+    index = read_json(folder / "model_index.json")
+    components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    part = part if part is not None else next((name for name in DENOISERS if name in components), None)
+    if part is None or part.partition(".")[0] not in components:
+        raise _no_part(part, components, str(folder))
+    dtypes = {name: dtype for name in components if (dtype := _stored_dtype(folder / name)) is not None}
+    given: dict[str, Any] = {}
+    if dtypes:  # the argument's name changed in 0.42
+        name = "dtype" if _version(library.__version__) >= (0, 42) else "torch_dtype"
+        given[name] = {**dtypes, "default": torch.float32}
+    if (variant := _variant(folder)) is not None:
+        given["variant"] = variant
+    try:
+        with _quiet():
+            pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **given)
+    except Exception as error:  # a dozen types, from missing files and packages to damaged ones
+        raise CompressorError(
+            f"{folder}: {index.get('_class_name')} cannot be opened: {first_line(error)[:300]}",
+            "The folder is incomplete or damaged, or a package that it needs is not installed: "
+            'pip install "diffusion-compressor[pipelines]".',
+        ) from error
+    return opened(pipe.to(device), part, folder)
+
+
+def opened(pipe: Any, part: str | None = None, source: Path | None = None) -> Opened:
+    """The pipeline `pipe` of diffusers, in memory. Raises UsageError where it is none, or has no such part."""
+    if not is_pipeline(pipe):
+        raise UsageError(f"a {type(pipe).__name__} is no pipeline of diffusers", "Give a DiffusionPipeline.")
+    names = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
+    part = part if part is not None else next((name for name in DENOISERS if name in names), None)
+    if part is None or part.partition(".")[0] not in names:
+        raise _no_part(part, names, type(pipe).__name__)
+    part_of(pipe, part)
+    return Opened(pipe, part, source)
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether `value` is a pipeline, by what pipelines have: it is called, and has components."""
+    return (
+        callable(value)
+        and not isinstance(value, (nn.Module, type))
+        and isinstance(getattr(value, "components", None), Mapping)
+    )
+
+
+def part_of(pipe: Any, part: str) -> nn.Module:
+    """The module of that name in `pipe`. Raises UsageError."""
+    component, _, path = part.partition(".")
+    found = getattr(pipe, component, None)
+    try:
+        if isinstance(found, nn.Module):
+            return found.get_submodule(path)
+    except AttributeError as error:
+        inner = [name for name, _ in found.named_children()]
+        raise UsageError(f"{component} has no part {path!r}", did_you_mean(path, inner)) from error
+    raise _no_part(part, list(pipe.components), type(pipe).__name__)
+
+
+def put(pipe: Any, part: str, module: nn.Module) -> None:
+    """Put `module` into the place of `part`, in place."""
+    component, _, path = part.partition(".")
+    if path:
+        getattr(pipe, component).set_submodule(path, module)
+    else:
+        setattr(pipe, component, module)
+
+
+def takes(pipe: Any) -> frozenset[str]:
+    """The names of the arguments that the pipeline is called with."""
+    return frozenset(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and the remarks of the libraries that load components; what fails raises anyway."""
+    from diffusers.utils import logging as own
+
+    others: list[Any] = [own]
+    with suppress(ImportError):
+        from transformers.utils import logging as theirs
+
+        others.append(theirs)
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in others]
+    for one in others:
+        one.set_verbosity_error()
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one, verbosity, bars in before:
+            one.set_verbosity(verbosity)
+            if bars:
+                one.enable_progress_bar()
+
+
+def _no_part(part: str | None, names: list[str], where: str) -> UsageError:
+    if part is None:
+        return UsageError(f"{where}: no {' or '.join(DENOISERS)} among {', '.join(names)}", "Name a part with --part.")
+    return UsageError(f"{where}: no part {part!r}", did_you_mean(part, names))
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The floating-point type that most tensors of a component's safetensors files have; None where it has no such file."""
+    counts: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    kind = file.get_slice(name).get_dtype()
+                    counts[kind] = counts.get(kind, 0) + 1
+        except (SafetensorError, OSError):
+            continue  # diffusers will say what is wrong with it
+    known = {kind: count for kind, count in counts.items() if kind in _DTYPES}
+    return _DTYPES[max(known, key=lambda kind: known[kind])] if known else None
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant (`fp16`) that every component's weights are stored as, where none is stored plainly; else None."""
+    found: set[str | None] = set()
+    for path in folder.glob("*/*.safetensors"):
+        stem = path.name.removesuffix(".safetensors")
+        head, dot, tail = stem.partition(".")
+        found.add(tail.partition("-")[0] if dot and head in ("diffusion_pytorch_model", "model") else None)
+    return next(iter(found)) if len(found) == 1 else None

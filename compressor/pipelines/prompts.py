@@ -1,0 +1,93 @@
+"""What a pipeline is called with: a file of prompts, one a line, or of JSON objects with the pipeline's own arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.data.calls import Picture
+from compressor.errors import UsageError
+from compressor.seeds import generator
+
+_MOST_BYTES = 16 * 2**20
+_MOST_CHARACTERS = 4000
+_FORM = "Write a prompt per line (.txt), or a JSON object of the pipeline's arguments per line (.jsonl)."
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """The arguments of each line of `path`: `{"prompt": line}`, or in a `.jsonl` file what the line holds. Empty lines are left out.
+
+    Raises UsageError, with the line, where the file is empty, too large, no text, or has a line that no prompt can be.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", _FORM) from error
+    if len(content) > _MOST_BYTES:
+        raise UsageError(
+            f"{path}: larger than {_MOST_BYTES // 2**20} MiB", "Give fewer prompts; a few hundred are many."
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a text file in UTF-8", _FORM) from error
+    if "\0" in text:
+        raise UsageError(f"{path}: not a text file", _FORM)
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UsageError(f"{path}: no prompt in it", _FORM)
+    return [_line(line, f"{path}:{number}", path.suffix.lower() == ".jsonl") for number, line in lines]
+
+
+def as_calls(prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """`prompts`, texts or mappings of the pipeline's arguments, as mappings. Raises UsageError for anything else."""
+    if isinstance(prompts, str) or not prompts:
+        raise UsageError("no prompts", "Give a list of texts, or of mappings of the pipeline's arguments.")
+    found = []
+    for number, one in enumerate(prompts):
+        if not isinstance(one, (str, Mapping)):
+            raise UsageError(
+                f"prompt {number} is a {type(one).__name__}", "Allowed: a text, or a mapping of arguments."
+            )
+        found.append({"prompt": one} if isinstance(one, str) else dict(one))
+    return found
+
+
+def pictures(lines: Sequence[Mapping[str, Any]], n: int, unseen: int, seed: int) -> list[Picture]:
+    """`n` pictures to record and `unseen` ones to hold out, each with a line of its own kind and a seed for its noise.
+
+    At most a fifth of the lines is held out, and never all: held-out pictures of one line alone have unseen noise only. Which
+    lines, and in which order, `seed` decides; where they are fewer than the pictures, they are taken again with other noise.
+    """
+    order = torch.randperm(len(lines), generator=generator(seed, "prompts")).tolist()
+    held = order[: min(unseen, max(1, len(lines) // 5))] if len(lines) > 1 else []
+    rest = order[len(held) :]
+
+    def made(kind: str, number: int, own: Sequence[int]) -> Picture:
+        noise = int(torch.randint(2**31, (), generator=generator(seed, kind, number)))
+        return Picture(arguments=dict(lines[own[number % len(own)]]), seed=noise, unseen=kind == "unseen")
+
+    return [made("seen", i, rest) for i in range(n)] + [made("unseen", i, held or rest) for i in range(unseen)]
+
+
+def _line(line: str, where: str, is_json: bool) -> dict[str, Any]:
+    if len(line) > _MOST_CHARACTERS:
+        raise UsageError(
+            f"{where}: a line of {len(line):,} characters",
+            f"Allowed: up to {_MOST_CHARACTERS:,}; encoders read 77 to 512 tokens.",
+        )
+    if not is_json:
+        return {"prompt": line}
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}", _FORM) from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{where}: not a JSON object", _FORM)
+    return found

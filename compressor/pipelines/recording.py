@@ -1,0 +1,247 @@
+"""Recording: a pipeline is run as its user runs it, and every call of one of its parts is kept, whatever it is called with.
+
+So what a model is told (time, noise, guidance, conditions, by whatever names) need not be known here to be right.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from compressor import files
+from compressor.data import calls as storage
+from compressor.data.calls import Call, Index, Picture, Recording, answer
+from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
+from compressor.pipelines.opened import Opened, takes
+from compressor.progress import Progress
+from compressor.report.words import size
+from compressor.weights import weights_sha256
+
+STAGE = "record"
+_SPARE = 64 * 2**20  # bytes that are left free on the disk
+
+
+@dataclass(eq=False)
+class Sampled:
+    """What one run of a pipeline gave: its `images` (n, channels, height, width) in [-1, 1], the latents after each step of the
+    scheduler, and the calls of the part, where they were asked for."""
+
+    images: Tensor | None = None
+    latents: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = False) -> Sampled:
+    """Run the pipeline for one `picture`, with noise of its seed alone. With `keep`, every call of the part is kept.
+
+    Raises UsageError for arguments that the pipeline does not take, and CompressorError where it fails.
+    """
+    pipe, known = opened.pipe, takes(opened.pipe)
+    for name in picture.arguments:
+        if name not in known:
+            raise UsageError(f"{opened.name} takes no {name!r}", did_you_mean(name, known))
+    given = dict(picture.arguments)
+    if steps is not None:
+        if "num_inference_steps" not in known:
+            raise UsageError(f"{opened.name} takes no number of steps", "Leave --steps out.")
+        given["num_inference_steps"] = steps
+    if "output_type" in known:
+        given.setdefault("output_type", "np")
+    if "generator" in known:
+        given["generator"] = torch.Generator().manual_seed(picture.seed)
+    found = Sampled()
+    with _quiet(pipe), _steps(pipe, found), _kept(opened.module, found, keep), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(picture.seed)  # for pipelines that draw some of their noise without the generator
+        try:
+            output = pipe(**given)
+        except CompressorError:
+            raise
+        except Exception as error:  # whatever a pipeline raises
+            raise CompressorError(
+                f"{opened.name} fails: {type(error).__name__}: {first_line(error)[:300]}",
+                "Run it in plain diffusers with the same arguments first.",
+            ) from error
+    found.images = _images(output)
+    total = max(len(found.latents), 1)
+    found.calls = [Call(c.args, c.kwargs, c.output, min(c.step, total - 1), total) for c in found.calls]
+    return found
+
+
+def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None) -> Index:
+    """What records of the part of `opened` for these `pictures` are of; `steps` of None is the pipeline's own number."""
+    module = opened.module
+    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    return Index(
+        pipeline=opened.name,
+        part=opened.part,
+        module=type(module).__name__,
+        weights_sha256=weights_sha256(module),
+        dtype=str(dtype).removeprefix("torch."),
+        steps=steps,
+        pictures=list(pictures),
+    )
+
+
+def recording(opened: Opened, index: Index, folder: Path) -> Generator[Progress, None, Recording]:
+    """Run the pipeline for all pictures of `index` and keep the calls of its part in `folder`. What is there already stays.
+
+    After the first picture, the disk space that all will take is told, and an error where there is less. Raises CompressorError
+    where `folder` has the records of another model, other pictures or another number of steps.
+    """
+    begin(folder, index)
+    known: set[str] = set()
+    told = False
+    for number, picture in enumerate(index.pictures):
+        path = storage.shard(folder, number)
+        yield Progress(STAGE, number, len(index.pictures), f"picture {number + 1}")
+        with suppress(CompressorError):  # not there, or damaged: it is made now
+            _, names = storage.outline(path)
+            known.update(names)
+            continue
+        found = sample(opened, picture, index.steps, keep=True)
+        if not found.calls:
+            raise CompressorError(
+                f"{opened.name} never called {opened.part}", "Name the part that is called with --part."
+            )
+        storage.write(path, found.calls, known)
+        if not told:
+            told = True
+            yield Progress(
+                STAGE, number + 1, len(index.pictures), _told(folder, path, len(index.pictures) - number - 1)
+            )
+    yield Progress(STAGE, len(index.pictures), len(index.pictures))
+    return Recording.opened(folder)
+
+
+def begin(folder: Path, index: Index) -> None:
+    """Make `folder` one of records of `index`. Raises CompressorError where it has others, or anything else."""
+    if (folder / storage.INDEX).is_file():
+        refuse_other(folder, index)
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already, and has no records", "Choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / storage.INDEX, index.model_dump(mode="json"))
+    except (OSError, TypeError, ValueError) as error:
+        raise CompressorError(
+            f"{folder}: {getattr(error, 'strerror', None) or error}", "Choose another folder."
+        ) from error
+
+
+def refuse_other(folder: Path, index: Index) -> None:
+    """Raise CompressorError where the records in `folder` are not those of `index`."""
+    there = storage.read_index(folder)
+    for name in ("part", "module", "weights_sha256", "steps", "pictures"):
+        found, wanted = getattr(there, name), getattr(index, name)
+        if found != wanted:
+            what = (
+                "prompts, their number or their seed"
+                if name == "pictures"
+                else f"{name} {str(found)[:40]}, not {str(wanted)[:40]}"
+            )
+            raise CompressorError(
+                f"{folder} has records of other {what}" if name == "pictures" else f"{folder} has records of {what}",
+                "Choose another folder, or remove this one.",
+            )
+
+
+def _told(folder: Path, first: Path, more: int) -> str:
+    """What the rest will take on the disk. Raises CompressorError where there is less."""
+    each = first.stat().st_size
+    free = shutil.disk_usage(folder).free
+    if each * more + _SPARE > free:
+        raise CompressorError(
+            f"{folder}: the records would take {size(each * (more + 1))}, and {size(free)} are free",
+            "Record fewer pictures or steps, or choose another folder; the first picture is kept.",
+        )
+    return f"the records take about {size(each * (more + 1))} on the disk"
+
+
+def _images(output: Any) -> Tensor | None:
+    """The pictures (n, channels, height, width) in [-1, 1] of a pipeline's output, videos frame by frame; or None."""
+    found = getattr(output, "images", None)
+    found = getattr(output, "frames", None) if found is None else found
+    if isinstance(found, Tensor):
+        found = found.float().cpu().numpy().transpose(*range(found.dim() - 3), -2, -1, -3)
+    elif isinstance(found, list) and found:
+        found = np.stack([np.asarray(one) for one in found])
+    if not isinstance(found, np.ndarray) or found.ndim < 4:
+        return None
+    if found.dtype == np.uint8:
+        found = found / 255
+    pixels = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32)).flatten(0, -4)
+    return pixels.permute(0, 3, 1, 2) * 2 - 1
+
+
+@contextmanager
+def _kept(module: nn.Module, found: Sampled, keep: bool) -> Iterator[None]:
+    """Every call of `module` goes into `found.calls`, as it was before the call changed anything."""
+    if not keep:
+        yield
+        return
+    given: list[tuple[Any, Any]] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(_copied((args, kwargs)))
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        own_args, own_kwargs = given.pop()
+        found.calls.append(Call(own_args, own_kwargs, _copied(answer(output)), len(found.latents), 0))
+
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), value)
+
+
+@contextmanager
+def _steps(pipe: Any, found: Sampled) -> Iterator[None]:
+    """The latents after each step of the pipeline's scheduler go into `found.latents`."""
+    scheduler = getattr(pipe, "scheduler", None)
+    own: Callable[..., Any] | None = getattr(scheduler, "step", None)
+    if own is None:
+        yield
+        return
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        latents = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
+        found.latents.append(latents.detach().float().cpu().clone() if isinstance(latents, Tensor) else torch.zeros(0))
+        return output
+
+    scheduler.step = step  # on the instance, over the class's
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own bar: progress is the caller's to show."""
+    before: Mapping[str, Any] | None = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = dict(before or {})
