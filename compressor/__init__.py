@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from compressor import testing as testing
     from compressor.adapter import Adapter
     from compressor.data.batches import Samples
+    from compressor.data.calls import Recording
     from compressor.data.reading import read_data
     from compressor.data.sets import Images, ImageSet, Records, SampleSet
     from compressor.errors import CompressorError
     from compressor.lower import Backend, Lowered, Plan
+    from compressor.runs.placed import apply, prune, record
     from compressor.saving.model import load, save
     from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
     from compressor.sparsity.notation import parse
     from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
     from compressor.sparsity.surgery import Surgery
-    from compressor.training.engine import FineTuning, Result, Step, choose_layers, prune, steps
+    from compressor.training.engine import FineTuning, Result, Step, choose_layers, steps
     from compressor.training.pruner import Objective, Preset, Pruner, found
     from compressor.training.settings import Training
     from compressor.training.shadow import Shadow
@@ -34,16 +36,18 @@ _MODULES = ("lower", "testing")
 _HOMES = {
     "adapter": ("Adapter",),
     "data.batches": ("Samples",),
+    "data.calls": ("Recording",),
     "data.reading": ("read_data",),
     "data.sets": ("ImageSet", "Images", "Records", "SampleSet"),
     "errors": ("CompressorError",),
     "lower": ("Backend", "Lowered", "Plan"),
+    "runs.placed": ("apply", "prune", "record"),
     "saving.model": ("load", "save"),
     "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
     "sparsity.notation": ("parse",),
     "sparsity.pattern": ("NM", "Mask", "Pattern", "Unstructured"),
     "sparsity.surgery": ("Surgery",),
-    "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "prune", "steps"),
+    "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "steps"),
     "training.pruner": ("Objective", "Preset", "Pruner", "found"),
     "training.settings": ("Training",),
     "training.shadow": ("Shadow",),
@@ -67,6 +71,7 @@ __all__ = [
     "Plan",
     "Preset",
     "Pruner",
+    "Recording",
     "Records",
     "Result",
     "SampleSet",
@@ -77,6 +82,7 @@ __all__ = [
     "Surgery",
     "Training",
     "Unstructured",
+    "apply",
     "choose_layers",
     "found",
     "load",
@@ -84,6 +90,7 @@ __all__ = [
     "parse",
     "prune",
     "read_data",
+    "record",
     "save",
     "steps",
     "testing",

@@ -135,6 +135,14 @@ def _unplain(text: str) -> Iterator[tuple[int, str]]:
             yield line, f"more than {_MAX_VALUES} keys and values"
 
 
+def plain_assignment(text: str) -> dict[str, Any]:
+    """`KEY=VALUE` as {KEY: value}, whatever the key; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{text!r}: not KEY=VALUE", "Write it like guidance_scale=3")
+    return {key.strip(): parse_yaml(f"value: {value}" if value.strip() else "value: ''", key.strip())["value"]}
+
+
 def assignment(text: str) -> dict[str, Any]:
     """`section.key=value` as nested settings; the value is read as YAML (`1e-4`, `true`, `2:4`, `[a, b]`)."""
     key, equals, value = text.partition("=")

@@ -16,6 +16,7 @@ from compressor.cli.inspect import inspect
 from compressor.cli.list import list_plugins
 from compressor.cli.lower import bench, lower
 from compressor.cli.plan import plan
+from compressor.cli.record import record
 from compressor.cli.report import report
 from compressor.cli.run import resume, run
 from compressor.cli.sample import sample
@@ -41,7 +42,21 @@ def app() -> None:
     """
 
 
-for _command in (run, plan, check_plugin, compare, resume, report, lower, bench, export, sample, list_plugins, inspect):
+for _command in (
+    run,
+    record,
+    plan,
+    check_plugin,
+    compare,
+    resume,
+    report,
+    lower,
+    bench,
+    export,
+    sample,
+    list_plugins,
+    inspect,
+):
     app.add_command(_command)
 
 

@@ -128,7 +128,7 @@ def is_pipeline(value: Any) -> bool:
 def part_of(pipe: Any, part: str) -> nn.Module:
     """The module of that name in `pipe`. Raises UsageError."""
     component, _, path = part.partition(".")
-    found = getattr(pipe, component, None)
+    found: Any = getattr(pipe, component, None)
     try:
         if isinstance(found, nn.Module):
             return found.get_submodule(path)

@@ -217,7 +217,7 @@ def _copied(value: Any) -> Any:
 @contextmanager
 def _steps(pipe: Any, found: Sampled) -> Iterator[None]:
     """The latents after each step of the pipeline's scheduler go into `found.latents`."""
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     own: Callable[..., Any] | None = getattr(scheduler, "step", None)
     if own is None:
         yield

@@ -35,7 +35,8 @@ class PairedJudge(Judge):
 
     def seen(self, variant: Variant) -> Generator[Progress, None, Seen]:
         inputs, steps = self.inputs, self.inputs.recipe.record.steps
-        images, latents = [], []
+        images: list[Tensor] = []
+        latents: list[Sequence[Tensor]] = []
         with self.piped.opened.having(variant.model):
             for number, picture in enumerate(self.pictures):
                 yield Progress(f"sample {variant.name}", number, len(self.pictures))

@@ -47,6 +47,13 @@ class Piped:
 
 def piped(recipe: Recipe) -> Generator[Progress, None, Piped]:
     """Open the pipeline of `recipe` and record it, where that was not done before. Raises CompressorError."""
+    opened, records = yield from recorded(recipe)
+    _check(opened, records)
+    return Piped(opened, records, adapter_of_calls(opened, records))
+
+
+def recorded(recipe: Recipe) -> Generator[Progress, None, tuple[Opened, Recording]]:
+    """The pipeline of `recipe` and the records of it, made where they were not there."""
     if recipe.prompts is None:
         raise UsageError("--pipeline needs prompts", "Give --prompts FILE: one a line, or JSON objects (.jsonl).")
     lines = [{**recipe.record.arguments, **line} for line in read_prompts(recipe.prompts)]
@@ -57,8 +64,7 @@ def piped(recipe: Recipe) -> Generator[Progress, None, Piped]:
     opened.module.requires_grad_(True).eval()
     index = index_of(opened, wanted, recipe.record.steps)
     records = yield from recording(opened, index, records_folder(recipe, index))
-    _check(opened, records)
-    return Piped(opened, records, adapter_of_calls(opened, records))
+    return opened, records
 
 
 def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:
