@@ -64,6 +64,11 @@ class CallsAdapter(Adapter):
         return inputs
 
     @property
+    def sampler(self) -> str:
+        """The class of the pipeline's scheduler."""
+        return type(getattr(self.opened_pipeline.pipe, "scheduler", None)).__name__
+
+    @property
     def architecture(self) -> Mapping[str, Any]:
         return self.base
 

@@ -18,6 +18,9 @@ from compressor.report.compared import ComparisonReport
 from compressor.report.content import Report
 from compressor.report.further import direction, further
 
+SIDE_BY_SIDE = "side-by-side.png"
+"""In a run's `samples/`, where its variants drew the same pictures."""
+
 __all__ = ["read_comparison", "read_report", "render", "schema"]
 
 
@@ -69,12 +72,27 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
         "pruned": [layer for layer in report.layers if layer.reason is None],
         "skipped": [layer for layer in report.layers if layer.reason is not None],
     }
+    facts["sampler_line"] = words.sampler_line(report)
+    sheet = run / "samples" / SIDE_BY_SIDE
+    errors = [(row.name, entry.by_time) for row in report.rows if (entry := row.drift_by("latent_error")) is not None]
+    lines = [
+        (name, [1 - left for left, _ in by_time], [error for _, error in by_time])
+        for name, by_time in errors
+        if by_time
+    ]
+    latent = charts.curve_chart(lines, "share of the steps that is done", "latent error") if lines else None
     page = environment_of(html=True).from_string(resource("template.html"))
     data = {name: data_uri(run / "samples" / file) for name, file in pictures.items()}
     curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
     text = environment_of(html=False).from_string(resource("template.md"))
-    html = page.render(**facts, pictures=data, curves=curves, css=Markup(resource("style.css")))
-    return html + "\n", text.render(**facts, pictures=pictures) + "\n"
+    paired = {
+        "side_by_side": data_uri(sheet) if sheet.is_file() else None,
+        "latent_curve": Markup(latent) if latent is not None else None,
+    }
+    html = page.render(**facts, **paired, pictures=data, curves=curves, css=Markup(resource("style.css")))
+    return html + "\n", text.render(
+        **facts, pictures=pictures, side_by_side=SIDE_BY_SIDE if sheet.is_file() else None
+    ) + "\n"
 
 
 def environment_of(html: bool) -> Environment:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 DENSE, ONE_SHOT = "dense", "one-shot"
 """The names of the rows that every run has besides its method's."""
 
-LOWERED, EAGER = "lowered", "eager"
-"""Backends of a latency that mean something to the report: the plan's choice, and the model as it is."""
+LOWERED, EAGER, PIPELINE = "lowered", "eager", "pipeline"
+"""Backends of a latency that mean something to the report: the plan's choice, the model as it is, and a whole pipeline with it."""
 
 GAIN = 1.03
 """A measured speed-up counts from here on: two timings of one thing differ by less."""
@@ -125,6 +125,11 @@ class Row(Costs, _Named):
         return next((entry for entry in self.drift if entry.metric == metric), None)
 
     @property
+    def of_pipeline(self) -> Latency | None:
+        """The time of the whole pipeline with these weights."""
+        return next((entry for entry in self.latency if entry.backend == PIPELINE), None)
+
+    @property
     def standing(self) -> Latency | None:
         """The latency that stands for the row: that of the plan where it was lowered, else the first."""
         planned = [entry for entry in self.latency if entry.of_plan]
@@ -165,6 +170,7 @@ class DataFacts(Value):
     name: str
     sha256: Sha256
     samples: Annotated[int, Field(ge=1)]
+    kind: Literal["images", "calls"] = "images"
     skipped: Count = Field(default=0, description="damaged pictures that were left out")
 
 

@@ -27,6 +27,12 @@ def headline(report: Report) -> str:
     if report.pattern:
         what = f"{final.name} at {report.pattern} on {report.model}"
     if not final.quality:
+        error, alike = final.drift_by("prediction_error"), final.drift_by("ssim")
+        if alike is not None and error is not None:  # paired: held against the dense model, picture by picture
+            return (
+                f"{what}: {percent(error.value)} prediction error on calls that it did not see, and pictures with SSIM "
+                f"{number(alike.value)} to the dense model's from the same noise.{_gain(final)}"
+            )
         return f"{what}: quality was not measured.{_gain(final)}"
     others = [
         f"{number(row.quality[0].value)} {name}"
@@ -65,6 +71,15 @@ def columns(report: Report) -> list[tuple[str, str, list[str]]]:
             lambda r: _drift(r, "prediction_error", percent),
         ),
         ("sample RMSE", "from dense, same noise; pixels in [-1, 1]", lambda r: _drift(r, "sample_rmse", number)),
+    ]
+    further: dict[str, tuple[str, str, Callable[[float], str]]] = {
+        "ssim": ("SSIM", "with dense's pictures, same noise; 1 is the same", number),
+        "latent_error": ("latent error", "after the last step, same noise; relative to dense", percent),
+    }
+    for metric, (title, about, text) in further.items():
+        if any(row.drift_by(metric) for row in report.rows):
+            table.append((title, about, lambda r, m=metric, t=text: _drift(r, m, t)))  # type: ignore[misc]
+    table += [
         ("density", "kept share of the pruned weights", lambda r: percent(r.density)),
         ("parameters", "nonzero of all", lambda r: f"{count(r.nonzero_params)} of {count(r.params)}"),
         ("file", "saved weights", lambda r: size(r.size_bytes)),
@@ -73,8 +88,10 @@ def columns(report: Report) -> list[tuple[str, str, list[str]]]:
         ("MACs, lowered", "without what a kernel really skips", lambda r: count(r.macs_lowered)),
         ("latency", "median; IQR: interquartile range", _latency),
         ("speed-up", "measured against dense, same run", _speedup),
-        ("fine-tuning", "steps, seconds", lambda r: _training(r.train)),
     ]
+    if any(row.of_pipeline for row in report.rows):
+        table.append(("whole pipeline", "one picture; median, and against dense", _pipeline))
+    table.append(("fine-tuning", "steps, seconds", lambda r: _training(r.train)))
     return [(title, about, [text(row) for row in report.rows]) for title, about, text in table]
 
 
@@ -124,6 +141,30 @@ def _latency(row: Row) -> str:
         return NONE
     setting = f"{entry.backend}, {entry.dtype}, batch {entry.batch}"
     return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}; {setting})"
+
+
+def _pipeline(row: Row) -> str:
+    if (entry := row.of_pipeline) is None:
+        return NONE
+    over = "" if row.name == DENSE else f"; {entry.speedup_vs_dense:.2f}x" + ("" if entry.is_gain else ", no gain")
+    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}){over}"
+
+
+def sampler_line(report: Report) -> str:
+    """How samples were drawn."""
+    recipe = report.recipe
+    if recipe.get("pipeline"):
+        record = recipe["record"]
+        steps = f"{record['steps']} steps" if record["steps"] else "its own number of steps"
+        return (
+            f"{report.sampler}, {steps}, {record['unseen']} pictures that were not learned from, seed {record['seed']}"
+        )
+    if "evaluate" not in recipe:
+        return report.sampler
+    settings = recipe["evaluate"]
+    return (
+        f"{report.sampler}, {settings['sampler_steps']} steps, {settings['samples']} samples, seed {settings['seed']}"
+    )
 
 
 def _training(train: TrainSummary) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.features import compared_with
 from compressor.quality.fidelity import Reference
-from compressor.report.content import Drift, MetricFacts, Quality, Row, TrainSummary
+from compressor.report.content import Drift, Latency, MetricFacts, Quality, Row, TrainSummary
 from compressor.runs.inputs import Inputs
 from compressor.runs.pictures import save_grid
 
@@ -97,6 +97,11 @@ class Judge:
             latency=(),
             train=variant.train,
         )
+
+    def whole(self, variants: Sequence[Variant]) -> Generator[Progress, None, dict[str, Latency]]:
+        """The time of what the models of `variants` are parts of, by the names of their rows. Here: of nothing."""
+        yield from ()
+        return {}
 
     def drawn(self, name: str, model: nn.Module, steps: int | None = None) -> Generator[Progress, None, Tensor]:
         """The images that `model` draws, in `steps` sampler steps where they are not the recipe's."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from compressor.cost.latency import latency
+from compressor.cost.timing import Times, interleaved, iqr_ms, median_ms
 from compressor.errors import CompressorError
 from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
 from compressor.quality.similarity import ssim
-from compressor.report.content import Drift, Row
+from compressor.report import SIDE_BY_SIDE
+from compressor.report.content import DENSE, PIPELINE, Drift, Latency, Row
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.pictures import save_side_by_side
 from compressor.runs.piped import Piped
-
-SHEET = "side-by-side.png"
 
 
 class PairedJudge(Judge):
@@ -56,7 +58,7 @@ class PairedJudge(Judge):
     ) -> Generator[Progress, None, Row]:
         row = yield from super().row(variant, seen, dense, sheet)
         if sheet is not None and len(self.drawn_by) > 1:
-            save_side_by_side(self.drawn_by, sheet.with_name(SHEET))
+            save_side_by_side(self.drawn_by, sheet.with_name(SIDE_BY_SIDE))
         if dense is None:
             return row
         drifts = list(row.drift)
@@ -70,6 +72,24 @@ class PairedJudge(Judge):
                 Drift(metric="latent_error", value=by_step[-1][1], samples=len(self.pictures), by_time=tuple(by_step))
             )
         return row.model_copy(update={"drift": tuple(drifts)})
+
+    def whole(self, variants: Sequence[Variant]) -> Generator[Progress, None, dict[str, Latency]]:
+        """The time of the pipeline for one held-out picture, with each variant in it; they take turns."""
+        opened, settings = self.piped.opened, self.inputs.recipe.evaluate
+
+        def run(model: nn.Module) -> None:
+            with opened.having(model):
+                sample(opened, self.pictures[0], self.inputs.recipe.record.steps)
+
+        calls: dict[str, Callable[[], None]] = {v.name: partial(run, v.model) for v in variants}
+        rounds = max(3, settings.latency_rounds // 3)
+        yield Progress("latency of the pipeline", 0, 1)
+        seconds = interleaved(list(calls.values()), rounds, self.device, warm_up=1)
+        times = dict(zip(calls, (Times(median_ms(own), iqr_ms(own)) for own in seconds), strict=True))
+        dtype = self.piped.records.index.dtype
+        return {
+            name: latency(PIPELINE, self.device, dtype, 1, own, PIPELINE, times[DENSE]) for name, own in times.items()
+        }
 
 
 def latent_errors(

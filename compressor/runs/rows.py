@@ -65,7 +65,9 @@ def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Gener
         yield Progress("latency", 0, 1)
         models = {variant.name: variant.model for variant in variants}
         times = cost.latencies(models, judge.inputs.adapter, settings.latency_batch, settings.latency_rounds)
-        rows = [row.model_copy(update={"latency": (times[row.name],)}) for row in rows]
+        whole = yield from judge.whole(variants)
+        own = {name: (time, *([whole[name]] if name in whole else [])) for name, time in times.items()}
+        rows = [row.model_copy(update={"latency": own[row.name]}) for row in rows]
     return tuple(rows)
 
 
@@ -81,7 +83,7 @@ def _report(
     report = Report(
         schema_version=1,
         method=inputs.method,
-        model=recipe.model,
+        model=recipe.model if inputs.piped is None else f"{inputs.piped.opened.name}, {inputs.piped.opened.part}",
         pattern=patterns,
         seed=recipe.train.seed,
         settings=method_settings(inputs.pruner),
@@ -90,6 +92,7 @@ def _report(
             name=inputs.data.name,
             sha256=run["data_sha256"],
             samples=len(inputs.data),
+            kind="images" if inputs.piped is None else "calls",
             skipped=inputs.data.skipped,
         ),
         sampler=inputs.adapter.sampler,

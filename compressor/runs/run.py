@@ -139,6 +139,8 @@ def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds:
         files.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
     # a model of the user's own file has no name to load it by: a saved model never says what to run
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
+    if inputs.piped is not None and not adapter.architecture:  # a part that no registered model stands for
+        name = None
     saving.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
 
 

@@ -14,9 +14,10 @@ from compressor import saving
 from compressor.adapter import Adapter
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
+from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
-from compressor.runs.inputs import adapter_of, resolve
+from compressor.runs.inputs import adapter_of, load_inputs, resolve
 from compressor.weights import weights_sha256
 
 
@@ -50,9 +51,8 @@ def finished(out: Path) -> Finished:
         )
     report = read_report(out / "report.json")
     settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
-    adapter = adapter_of(settings)
+    adapter, dense = source(settings)
     device = resolve_device(settings.train.device)
-    dense = adapter.load(settings.weights).eval()
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     dense = dense.to(device)
     hashes = {report.final.name: saving.read_config(out / "model").weights_sha256}
@@ -67,15 +67,34 @@ def finished(out: Path) -> Finished:
     return Finished(out, adapter, dense, sparse, device, report, settings.evaluate.latency_batch)
 
 
+def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
+    """The adapter and the dense model that `recipe` names, in eval mode."""
+    if recipe.pipeline is not None:
+        inputs = load_inputs(recipe)
+        return inputs.adapter, inputs.model.eval()
+    adapter = adapter_of(recipe)
+    return adapter, adapter.load(recipe.weights).eval()
+
+
 def saved_adapter(path: Path) -> Adapter:
     """The adapter of the model of a run, or of a saved model's folder."""
     folder = saving.model_folder(path)
-    if saving.read_config(folder).model is None and (path / "recipe.yaml").is_file():
-        return adapter_of(resolve(recipes.read(path / "recipe.yaml"), str(path / "recipe.yaml")))
+    if (recipe := _recipe(path)) is not None and saving.read_config(folder).model is None:
+        return source(recipe)[0] if recipe.pipeline is not None else adapter_of(recipe)
     return saving.adapter_at(folder)
 
 
 def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
-    """The model of a run, or of a saved model's folder, with its adapter."""
+    """The model of a run, or of a saved model's folder, with its adapter. Of a pipeline's run, the adapter knows its calls."""
+    recipe = _recipe(path)
+    if recipe is not None and recipe.pipeline is not None:
+        adapter, dense = source(recipe)
+        return adapter, saving.load(path, dense)
     adapter, named = saved_adapter(path), saving.read_config(saving.model_folder(path)).model is not None
     return adapter, saving.load(path, None if named else adapter.build())
+
+
+def _recipe(path: Path) -> Recipe | None:
+    """The recipe of the run in `path`; None for a saved model's folder alone."""
+    file = path / "recipe.yaml"
+    return resolve(recipes.read(file), str(file)) if file.is_file() else None
