@@ -95,6 +95,25 @@ def answer(output: Any) -> Tensor:
     return found
 
 
+def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's arguments as JSON has them, for an index: a tensor by its hash. Raises CompressorError for what has none."""
+    return {name: _described(value, name) for name, value in arguments.items()}
+
+
+def _described(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return f"tensor {_hash(value.detach().cpu().contiguous())}"
+    if isinstance(value, Mapping):
+        return {str(key): _described(one, f"{where}.{key}") for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(one, f"{where}.{at}") for at, one in enumerate(value)]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    raise CompressorError(
+        f"argument {where}: a {type(value).__name__} cannot be kept in records", "Tensors, numbers and text can."
+    )
+
+
 def write(path: Path, calls: Sequence[Call], known: set[str]) -> None:
     """Write the calls of a picture to `path`, without the tensors in `known`, which gets their hashes.
 
@@ -124,7 +143,8 @@ def write(path: Path, calls: Sequence[Call], known: set[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as partial:
-            save_file(tensors, partial, metadata={"format": "pt", "calls": json.dumps(listed)})
+            # one key alone: safetensors leaves the order of several to chance, and the same calls shall give the same bytes
+            save_file(tensors, partial, metadata={"calls": json.dumps(listed)})
             partial.chmod(0o644)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())

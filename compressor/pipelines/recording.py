@@ -88,12 +88,16 @@ def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None) -> 
         weights_sha256=weights_sha256(module),
         dtype=str(dtype).removeprefix("torch."),
         steps=steps,
-        pictures=list(pictures),
+        pictures=[p.model_copy(update={"arguments": storage.described(p.arguments)}) for p in pictures],
     )
 
 
-def recording(opened: Opened, index: Index, folder: Path) -> Generator[Progress, None, Recording]:
+def recording(
+    opened: Opened, index: Index, folder: Path, pictures: Sequence[Picture] | None = None
+) -> Generator[Progress, None, Recording]:
     """Run the pipeline for all pictures of `index` and keep the calls of its part in `folder`. What is there already stays.
+
+    `pictures` are those of `index` with their very arguments, where some are no JSON.
 
     After the first picture, the disk space that all will take is told, and an error where there is less. Raises CompressorError
     where `folder` has the records of another model, other pictures or another number of steps.
@@ -101,7 +105,7 @@ def recording(opened: Opened, index: Index, folder: Path) -> Generator[Progress,
     begin(folder, index)
     known: set[str] = set()
     told = False
-    for number, picture in enumerate(index.pictures):
+    for number, picture in enumerate(index.pictures if pictures is None else pictures):
         path = storage.shard(folder, number)
         yield Progress(STAGE, number, len(index.pictures), f"picture {number + 1}")
         with suppress(CompressorError):  # not there, or damaged: it is made now

@@ -46,7 +46,7 @@ def record(
     """
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
     wanted = pictures([{**arguments, **line} for line in as_calls(prompts)], n, unseen, seed)
-    events = recording(found, index_of(found, wanted, steps), Path(out))
+    events = recording(found, index_of(found, wanted, steps), Path(out), wanted)
     while True:
         try:
             next(events)

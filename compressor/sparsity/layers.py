@@ -96,7 +96,7 @@ def select(
     layers = survey(model, pattern)
     if lost := unmatched(layers, targets):
         raise UsageError(
-            f"target {lost[0]!r} matches no layer", did_you_mean(lost[0], [layer.module_name for layer in layers])
+            f"target {shown(lost[0])} matches no layer", did_you_mean(lost[0], [layer.module_name for layer in layers])
         )
     chosen = []
     for layer in layers:
@@ -121,6 +121,11 @@ def fitting(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
     _some_fit(layers, pattern)
     parameters = dict(model.named_parameters())
     return {layer.name: parameters[layer.name] for layer in layers if layer.reason is None}
+
+
+def shown(rule: str) -> str:
+    """A rule in quotes, as much of it as a line takes."""
+    return repr(rule if len(rule) <= 80 else f"{rule[:60]}…")
 
 
 def unmatched(layers: Sequence[Layer], rules: Sequence[str]) -> list[str]:

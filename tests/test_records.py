@@ -1,0 +1,401 @@
+"""Recorded calls: kept as they were, each tensor once, resumable, and refused where they are of something else."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import namedtuple
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import compressor
+from compressor import CompressorError, Recording
+from compressor.data import calls as storage
+from compressor.data.calls import Call
+from compressor.pipelines import recording as recorder
+from compressor.pipelines.adapter import CallsAdapter
+from compressor.pipelines.opened import opened
+from compressor.pipelines.prompts import pictures, read_prompts
+from compressor.plugins.obs import OBS
+from compressor.plugins.sparsedm import SparseDM
+from compressor.training.calibration import visits
+
+STEPS = 4
+
+
+class Net(nn.Module):
+    """A denoiser whose arguments have names and nestings of no convention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ff_in, self.ff_out = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, *, when, extra, flag=None, return_dict=True):
+        hidden = torch.tanh(
+            self.ff_in(x) + extra["text"]["embedding"].mean() + when[0] * extra["ids"][0].float().mean()
+        )
+        found = self.ff_out(hidden)
+        return (found,) if not return_dict else {"sample": found}
+
+
+class Scheduler:
+    def step(self, answer, latents):
+        return (latents - 0.3 * answer,)
+
+
+class Pipe:
+    """What a pipeline of diffusers looks like from outside."""
+
+    def __init__(self) -> None:
+        self.net, self.scheduler = Net(), Scheduler()
+        self._progress_bar_config = {}
+
+    @property
+    def components(self):
+        return {"transformer": self.net, "scheduler": self.scheduler}
+
+    @property
+    def transformer(self):
+        return self.net
+
+    @transformer.setter
+    def transformer(self, module):
+        self.net = module
+
+    def set_progress_bar_config(self, **config):
+        self._progress_bar_config = config
+
+    def __call__(self, prompt, num_inference_steps=STEPS, generator=None, scale=1.0, weird=None):
+        latents = torch.randn(1, 8, generator=generator)
+        embedding = torch.full((3,), len(prompt) / 20)
+        for index in range(num_inference_steps):
+            time = torch.tensor([1 - index / num_inference_steps]) * scale
+            extra = {"text": {"embedding": embedding}, "ids": [torch.arange(5), (None, 2)], "weird": weird}
+            extra = {key: value for key, value in extra.items() if key != "weird" or value is not None}
+            answer = self.net(torch.cat([latents, latents]), when=(time,), extra=extra, return_dict=False)[0]
+            (latents,) = self.scheduler.step(answer[:1], latents)
+        return SimpleNamespace(images=np.tile(latents.numpy().reshape(1, 2, 4, 1) * 0.1 + 0.5, (1, 1, 1, 3)))
+
+
+PROMPTS = ["one", "two two", "three three three", "four", "five five"]
+
+
+@pytest.fixture
+def pipe():
+    return Pipe()
+
+
+def made(pipe, folder, **more):
+    return compressor.record(pipe, PROMPTS, folder, **{"n": 3, "unseen": 2, **more})
+
+
+def test_calls_are_kept_as_they_were(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    assert len(records) == 3 * STEPS and len(records.unseen) == 2 * STEPS
+    for call in records.take(torch.arange(len(records))):
+        assert call.args[0].shape == (2, 8) and isinstance(call.kwargs["when"], tuple)
+        assert call.kwargs["extra"]["ids"][1] == (None, 2) and call.kwargs["extra"]["ids"][0].dtype == torch.int64
+        assert call.kwargs["return_dict"] is False and "flag" not in call.kwargs
+        with torch.no_grad():
+            again = pipe.net(*call.args, **call.kwargs)[0]
+        assert torch.allclose(again, call.output, atol=1e-6)
+
+
+def test_calls_know_their_step(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    calls = records.take(torch.arange(len(records)))
+    assert [call.step for call in calls] == [0, 1, 2, 3] * 3 and {call.steps for call in calls} == {STEPS}
+    assert [round(call.time, 3) for call in calls[:STEPS]] == [0.875, 0.625, 0.375, 0.125]
+    near = records.near(0.6)
+    assert near.tolist() == [1, 5, 9]
+
+
+def test_what_repeats_is_stored_once(pipe, tmp_path):
+    made(pipe, tmp_path / "records")
+    names = []
+    for path in sorted((tmp_path / "records").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    assert len(names) == len(set(names))
+    # per call: inputs, answer; in all: times of four steps, the ids, the embeddings of the prompts
+    pictures = storage.read_index(tmp_path / "records").pictures
+    lengths = {len(picture.arguments["prompt"]) for picture in pictures}
+    assert len(names) == 5 * STEPS * 2 + STEPS + 1 + len(lengths)
+
+
+def test_prompts_that_are_judged_on_are_not_learned_from():
+    lines = [{"prompt": str(number)} for number in range(20)]
+    found = pictures(lines, 40, 4, 0)
+    seen = {p.arguments["prompt"] for p in found if not p.unseen}
+    held = {p.arguments["prompt"] for p in found if p.unseen}
+    assert len(held) == 4 and not seen & held and len(seen) == 16
+    assert len({p.seed for p in found}) == 44 and found == pictures(lines, 40, 4, 0) != pictures(lines, 40, 4, 1)
+    alone = pictures(lines[:1], 2, 2, 0)
+    assert [p.unseen for p in alone] == [False, False, True, True] and len({p.seed for p in alone}) == 4
+
+
+def test_an_interrupted_recording_goes_on_to_the_same(pipe, tmp_path, monkeypatch):
+    whole = made(pipe, tmp_path / "whole")
+    ran, own = [], recorder.sample
+
+    def stops(*arguments, **named):
+        ran.append(1)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(recorder, "sample", stops)
+    with suppress(KeyboardInterrupt):
+        made(pipe, tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 2
+    with pytest.raises(CompressorError, match=r"picture-00002.*not finished"):
+        Recording.opened(tmp_path / "parts")
+    again = made(pipe, tmp_path / "parts")
+    assert len(ran) == 3 + 3 and again.sha256 == whole.sha256
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 100, -1])
+def test_a_damaged_picture_is_named_and_made_again(pipe, tmp_path, cut):
+    records = made(pipe, tmp_path / "records")
+    path = tmp_path / "records" / "picture-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CompressorError, match="picture-00001"):
+        Recording.opened(tmp_path / "records")
+    assert made(pipe, tmp_path / "records").sha256 == records.sha256
+
+
+def test_a_flipped_bit_is_found_when_it_is_read(pipe, tmp_path):
+    made(pipe, tmp_path / "records")
+    path = tmp_path / "records" / "picture-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(bytes(content))
+    records = Recording.opened(tmp_path / "records")
+    with pytest.raises(CompressorError, match=r"picture-00000\.safetensors: its bytes are not those"):
+        records.take(torch.arange(len(records)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "other prompts, their number or their seed"),
+        ({"n": 4}, "other prompts, their number or their seed"),
+        ({"scale": 2.0}, "other prompts, their number or their seed"),
+        ({"steps": 3}, "steps None, not 3"),
+    ],
+)
+def test_other_records_are_refused(pipe, tmp_path, change, said):
+    made(pipe, tmp_path / "records")
+    with pytest.raises(CompressorError, match=said):
+        made(pipe, tmp_path / "records", **change)
+
+
+def test_records_of_other_weights_are_refused(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    with torch.no_grad():
+        pipe.net.ff_out.bias += 1
+    with pytest.raises(CompressorError, match="weights_sha256"):
+        made(pipe, tmp_path / "records")
+    with pytest.raises(CompressorError, match="other weights than this pipeline's"):
+        compressor.prune(pipe, SparseDM(), data=records, steps=0)
+
+
+def test_a_folder_of_something_else_is_left_alone(pipe, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CompressorError, match="has no records"):
+        made(pipe, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_keeps_what_is_there(pipe, tmp_path, monkeypatch):
+    own, left = storage.save_file, [2]
+
+    def full(tensors, path, **named):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        own(tensors, path, **named)
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(CompressorError, match=r"picture-00002.*No space left") as caught:
+        made(pipe, tmp_path / "records")
+    assert "the same command goes on" in caught.value.hint
+    kept = sorted(path.name for path in (tmp_path / "records").iterdir())
+    assert kept == ["index.json", "picture-00000.safetensors", "picture-00001.safetensors"]
+    monkeypatch.setattr(storage, "save_file", own)
+    assert len(made(pipe, tmp_path / "records")) == 3 * STEPS
+
+
+def test_too_small_a_disk_is_told_after_the_first_picture(pipe, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(recorder.shutil, "disk_usage", lambda path: usage(0, 0, 70 * 2**20))
+    monkeypatch.setattr(recorder, "_SPARE", 70 * 2**20)
+    with pytest.raises(CompressorError, match=r"would take [\d.]+ kB, and 73\.4 MB are free"):
+        made(pipe, tmp_path / "records")
+
+
+def test_what_cannot_be_kept_is_named(pipe, tmp_path):
+    with pytest.raises(CompressorError, match="argument weird: a object cannot be kept"):
+        made(pipe, tmp_path / "records", weird=object())
+
+
+def test_a_call_with_what_cannot_be_kept_is_named(tmp_path):
+    with pytest.raises(CompressorError, match=r"argument\.extra\.0: a object cannot be kept"):
+        storage.write(tmp_path / "x.safetensors", [Call((), {"extra": [object()]}, torch.zeros(1))], set())
+
+
+def test_tensors_among_the_arguments_of_pictures_are_told_apart(pipe, tmp_path):
+    made(pipe, tmp_path / "records", weird=torch.ones(3))
+    assert len(made(pipe, tmp_path / "records", weird=torch.ones(3))) == 3 * STEPS
+    with pytest.raises(CompressorError, match="other prompts"):
+        made(pipe, tmp_path / "records", weird=torch.zeros(3))
+
+
+def test_nothing_of_the_pipeline_is_changed_by_recording(pipe, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    made(pipe, tmp_path / "records")
+    assert torch.equal(torch.rand(3), expected)
+    assert not pipe.net._forward_hooks and not pipe.net._forward_pre_hooks and "step" not in vars(pipe.scheduler)
+    assert pipe._progress_bar_config == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"colour": 3}, "takes no 'colour'"),
+        ({"part": "transfomer"}, "Did you mean 'transformer'"),
+        ({"part": "transformer.ff_im"}, "Did you mean 'ff_in'"),
+    ],
+)
+def test_what_the_pipeline_does_not_have_is_named(pipe, tmp_path, arguments, said):
+    with pytest.raises(CompressorError) as caught:
+        made(pipe, tmp_path / "records", **arguments)
+    assert said in str(caught.value)
+
+
+def test_a_part_that_is_never_called_is_named(pipe, tmp_path):
+    pipe.net.idle = nn.Linear(2, 2)
+    with pytest.raises(CompressorError, match=r"never called transformer\.idle"):
+        made(pipe, tmp_path / "records", part="transformer.idle")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"", "no prompt in it"),
+        ("p.txt", b"\n  \n", "no prompt in it"),
+        ("p.txt", b"\xff\xfe\x00\x01", "not a text file"),
+        ("p.txt", b"a\0b", "not a text file"),
+        ("p.txt", b"short\n" + b"x" * 10_000, "p.txt:2: a line of 10,000 characters"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "p.jsonl:2: not JSON"),
+        ("p.jsonl", b"[1]", "p.jsonl:1: not a JSON object"),
+        ("p.txt", None, "No such file"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CompressorError) as caught:
+        read_prompts(tmp_path / name)
+    assert said in caught.value.message
+
+
+def test_prompts_are_lines_or_arguments(tmp_path):
+    (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\n  a dog \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "class_labels": [3]}))
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a", "class_labels": [3]}]
+
+
+def adapter_of(pipe, records):
+    return CallsAdapter(opened(pipe), records)
+
+
+def test_fine_tuning_holds_no_teacher_and_follows_the_records(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    adapter = adapter_of(pipe, records)
+    run = compressor.FineTuning(
+        pipe.net,
+        SparseDM(),
+        adapter=adapter,
+        data=records,
+        training=compressor.Training(steps=40, batch_size=4, lr=1e-2),
+    )
+    assert run.teacher is None
+    batch = run.batches.batch(0)
+    with torch.no_grad():
+        expected = torch.stack([(run.student(*c.args, **c.kwargs)[0] - c.output).square().mean() for c in batch]).mean()
+    first, *_, last = list(compressor.steps(run))
+    assert first.noise_loss == pytest.approx(float(expected), rel=1e-5)
+    assert first.loss == pytest.approx(1.1 * first.noise_loss, rel=1e-5)  # 1 for the noise and 0.1 for the teacher
+    assert last.noise_loss < 0.7 * first.noise_loss
+
+
+def test_calibration_sees_every_step_in_turn(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    batches = compressor.Samples(records, 2, 0)
+    seen = list(visits(adapter_of(pipe, records), batches, STEPS))
+    times = [[float(kwargs["when"][0]) for _, kwargs in visit.inputs] for visit in seen]
+    assert times == [[1.0] * 2, [0.75] * 2, [0.5] * 2, [0.25] * 2]
+
+
+def test_obs_beats_magnitude_on_calls_that_it_did_not_see(pipe, tmp_path):
+    from compressor.plugins.magnitude import Magnitude
+
+    records = made(pipe, tmp_path / "records", n=8)
+    errors = {}
+    for pruner in (OBS(), Magnitude()):
+        result = compressor.prune(pipe, pruner, data=records, steps=0)
+        calls = records.unseen.take(torch.arange(len(records.unseen)))
+        with torch.no_grad():
+            errors[type(pruner)] = sum(
+                float((result.model(*c.args, **c.kwargs)[0] - c.output).square().mean()) for c in calls
+            )
+    assert errors[OBS] < 0.8 * errors[Magnitude]
+
+
+def test_the_result_is_put_into_the_pipeline_and_taken_out(pipe, tmp_path):
+    dense = pipe.net
+    result = compressor.prune(pipe, SparseDM(), prompts=PROMPTS, steps=2, record={"n": 2, "unseen": 1})
+    assert pipe.net is dense
+    with compressor.apply(pipe, result) as same:
+        assert same is pipe and pipe.net is result.model
+    assert pipe.net is dense
+    placed = compressor.apply(pipe, result.model)
+    assert pipe.net is result.model
+    placed.remove()
+    placed.remove()
+    assert pipe.net is dense
+
+
+def test_an_answer_of_a_list_is_stacked_and_others_are_refused():
+    assert storage.answer([torch.zeros(2), torch.ones(2)]).shape == (2, 2)
+    with pytest.raises(CompressorError, match="not a tensor"):
+        storage.answer({"sample": None})
+    with pytest.raises(CompressorError, match="unlike shapes"):
+        storage.answer([torch.zeros(2), torch.ones(3)])
+
+
+def test_half_precision_and_scalars_are_kept(tmp_path):
+    given = (torch.ones(2, dtype=torch.bfloat16), torch.tensor(3.5), torch.tensor([True]), float("inf"), torch.float16)
+    call = Call(given, {"none": None}, torch.zeros(1))
+    storage.write(tmp_path / "x.safetensors", [call], set())
+    listed, _ = storage.outline(tmp_path / "x.safetensors")
+    assert [next(iter(value)) for value in listed[0]["args"]["list"]] == [
+        "tensor",
+        "tensor",
+        "tensor",
+        "number",
+        "dtype",
+    ]
