@@ -22,6 +22,14 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
 
 
+def as_taken(inputs: Any, module: nn.Module) -> Any:
+    """An adapter's `inputs` as a `module` in half precision takes them: what has two or more dims in its dtype, as pipelines do it."""
+    dtype = next((value.dtype for value in module.parameters() if value.dim() > 1), torch.float32)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return inputs
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample, where the adapter's own way is not wanted: None keeps its own.

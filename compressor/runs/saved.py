@@ -17,7 +17,7 @@ from compressor.errors import CompressorError
 from compressor.report import read_report
 from compressor.report.content import Report, Row
 from compressor.runs.inputs import adapter_of, resolve
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def finished(out: Path) -> Finished:
     settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
     adapter = adapter_of(settings)
     device = resolve_device(settings.train.device)
-    dense = adapter.load(settings.weights).eval()
+    dense = bare(adapter.load(settings.weights)).eval()
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     dense = dense.to(device)
     hashes = {report.final.name: saving.read_config(out / "model").weights_sha256}

@@ -23,10 +23,12 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
+from compressor.training.given import Given, student_of
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
 from compressor.validation import validated
+from compressor.weights import bare
 
 _TOLERATED_NONFINITE = 2
 LEFT_DENSE = "left dense by the method"
@@ -81,14 +83,14 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
-        _refuse_untrainable(model)
+        self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
-        self.student = copy.deepcopy(model).to(self.device).train()
+        self.student = student_of(model, training.steps).to(self.device).train()
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0:
-            self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         if previous is None:
             pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
@@ -153,7 +155,9 @@ class FineTuning:
         own = dict(model.named_parameters())
         for name, weight in dense.items():
             own[name].copy_(masks[name].apply(weight) if name in masks else weight)
-        return Result(model, masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery)
+        return Result(
+            self.given.returned(model), masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery
+        )
 
     def _layers(self, masks: Mapping[str, Mask]) -> list[Layer]:
         """Every layer, with the reason where it has none of `masks`."""
@@ -226,7 +230,7 @@ class FineTuning:
                 parameter.grad = None
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
-        return Result(self.student.eval(), masks, self._layers(masks), (), flipped, self.surgery)
+        return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
     def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
         """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
@@ -331,6 +335,7 @@ def choose_layers(
     ignore: Sequence[str] | None,
 ) -> list[Layer]:
     """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    model = bare(model)
     return select(
         model,
         pruner.pattern,
@@ -349,19 +354,6 @@ def chosen(
 ) -> list[Layer]:
     """The layers that get a mask: `choose_layers` without those that have a reason for none."""
     return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
-
-
-def _refuse_untrainable(model: nn.Module) -> None:
-    """Raise CompressorError where `model` has no values, or trained weights of another type than float32."""
-    if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
-        raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
-    for name, value in model.named_parameters():
-        if value.requires_grad and value.dtype != torch.float32:
-            why = "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
-            raise CompressorError(
-                f"{name} is {value.dtype}: {why}",
-                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
-            )
 
 
 def _verify(masks: Mapping[str, Mask]) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, Sampling
+from compressor.adapter import Adapter, Sampling, as_taken
 from compressor.errors import CompressorError
 from compressor.model_zoo.generic import pretrained
 from compressor.model_zoo.generic.arguments import example, noisy_name
 from compressor.model_zoo.generic.noise import Noise
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
-from compressor.weights import load_strictly, read_outline, read_weights
+from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights
 
 
 class Layout(ABC):
@@ -138,7 +138,8 @@ class DiffusersAdapter(Adapter):
             self._refuse_unless(seen or self.layout.configuration(state, self.config, {}) == dict(self.config), path)
             if self.layout.recognises(state):
                 state = self.layout.translated(state)
-        load_strictly(model, pretrained.modern_names(model, state), path)
+        state = pretrained.modern_names(model, state)
+        load_strictly(as_stored_(model, state), state, path)
         return model.eval()
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
@@ -152,6 +153,7 @@ class DiffusersAdapter(Adapter):
         library: Any = diffusers  # it has few annotations
         # A model of its own: the given one may share tensors between names, which diffusers does not save.
         plain: Any = pretrained.build(self._plain_config)
+        cast_(plain, dtypes_of(module))
         plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
         source = self.source
         if source is not None and source.pipeline is not None:
@@ -231,7 +233,7 @@ class DiffusersAdapter(Adapter):
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""
-        out: Tensor = module(**inputs, return_dict=False)[0]
+        out: Tensor = module(**as_taken(inputs, module), return_dict=False)[0]
         channels = inputs[noisy_name(self.config)].shape[1]
         has_variance = out.dim() == 4 and out.shape[1] == 2 * channels
         return out[:, :channels] if has_variance else out
