@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +12,13 @@ from conftest import tiny_model
 from torch import nn
 
 import compressor
-from compressor import CompressorError, saving
+from compressor import CompressorError, discovery, saving
+from compressor.lower import Backend, dense_operators
+from compressor.lower.graphs import Graphed
+from compressor.lower.units import find_units, put
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.structured import Structured
+from compressor.sparsity.notation import parse
 from compressor.weights import bare, read_outline, weights_sha256
 
 
@@ -104,3 +110,86 @@ def test_a_compiled_model_is_lowered_as_the_plain_one(wrapped):
     lowered = compressor.lower(wrapped, x, backends=["onednn"], cache=False)
     assert [layer.name for layer in lowered.plan.layers] == ["0", "2"]
     torch.testing.assert_close(lowered.model(x), tiny_model()(x), rtol=1e-4, atol=1e-5)
+
+
+class Mixture(nn.Module):
+    """A convolution of each kind, a feed-forward pair and a Linear, all of them `pattern`."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 3, padding=1)
+        self.stride = nn.Conv2d(32, 32, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.ff = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.out = nn.Linear(32, 32)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.weight.data.copy_(parse(pattern).mask(layer.weight.detach().abs()).apply(layer.weight.detach()))
+
+    def forward(self, x):
+        x = self.stride(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.out(x + self.ff(x))
+
+
+@torch.no_grad()
+def with_backend(model, backend, x):
+    """`model` with every unit that `backend` takes in its form, and how many those are."""
+    form, taken = copy.deepcopy(model), 0
+    for one in find_units(form, partial(form, x))[0]:
+        if backend.refusal(one.unit) is None:
+            form, taken = put(form, one.at, backend.build(one.unit)), taken + 1
+    return form, taken
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "least"),
+    [("vnm", "4:2:4", 3), ("vnm", "4c:2:4", 3), ("gathered", "16:2:4", 2), ("onednn", "2:4", 4)],
+)
+def test_lowered_layers_are_one_graph_that_answers_as_they_do(name, pattern, least):
+    torch.manual_seed(0)
+    backend = discovery.made("backends", name, Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    model, x = Mixture(pattern).eval(), torch.randn(2, 16, 8, 8)
+    form, taken = with_backend(model, backend, x)
+    assert taken >= least
+    torch._dynamo.reset()
+    compiled = torch.compile(form, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for inputs in (x, torch.randn(3, 16, 6, 10)):
+            torch.testing.assert_close(compiled(inputs), form(inputs), rtol=0, atol=0)
+            torch.testing.assert_close(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_lowered_model_is_one_graph(dtype):
+    torch.manual_seed(0)
+    model, x = Mixture("4:2:4").eval(), torch.randn(2, 16, 8, 8)
+    lowered = compressor.lower(model, x, dtype=dtype, cache=False).model
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(lowered, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, lowered(x))
+    assert found.dtype == torch.float32
+
+
+def test_a_model_that_records_its_calls_leaves_that_to_the_compiler():
+    model = tiny_model()
+    torch._dynamo.reset()
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(Graphed(model), fullgraph=True, backend="eager")(x), model(x))
+
+
+def test_a_packed_weight_goes_when_its_last_module_does():
+    backend = discovery.made("backends", "onednn", Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    form, _ = with_backend(Mixture("2:4"), backend, torch.randn(2, 16, 8, 8))
+    number = form.out.number
+    second = copy.deepcopy(form)
+    del form
+    gc.collect()
+    assert second.out.number == number and number in dense_operators._held
+    del second
+    gc.collect()
+    assert number not in dense_operators._held
