@@ -128,6 +128,8 @@ class Adapter(ABC):
 
     writes_pipeline: bool = False
     """Whether `write_pipeline` is there."""
+    writes_reshaped: bool = False
+    """Whether it takes models whose structure was made smaller, and raises ReshapedError where the other library has none such."""
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
         """Write `module` into the empty `folder` as other libraries know its family, with the rest of its pipeline."""
