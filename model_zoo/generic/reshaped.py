@@ -1,7 +1,8 @@
 """Models of diffusers whose structure was made smaller, as the configuration of diffusers that gives the very same network.
 
-Blocks that went are fewer layers, and channels that went from everywhere alike are narrower blocks. Whether a configuration
-is the right one is tried: it must give every tensor its shape, and the network it builds must answer the same.
+Blocks that went are fewer layers. Whether a configuration is the right one is tried: it must give every tensor its shape, and
+the network it builds must answer the same. Channels and heads that went have no such one: in diffusers, streams, heads and
+the waves of the time follow from the same numbers, and `structured` leaves the first and the last as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def as_configured(model: nn.Module, config: Mapping[str, Any], adapter: Adapter)
     """
     surgery = surgery_of(model)
     assert surgery is not None
+    name = config.get("_class_name")
+    if surgery.kept or surgery.numbers:
+        raise ReshapedError(f"diffusers has no setting for the inner widths that this {name} has now", _HINT)
     state = _renumbered(model, surgery)
     full = {**defaults(pretrained.model_class(config)), **config}
     for changed in _candidates(model, surgery, full):
@@ -47,10 +51,7 @@ def as_configured(model: nn.Module, config: Mapping[str, Any], adapter: Adapter)
             made.load_state_dict(state)
             if _same(made, model, adapter):
                 return made
-    kind = "blocks" if surgery.removed and not surgery.kept else "channels"
-    raise ReshapedError(
-        f"without these {kind} it is no {config.get('_class_name')} that a configuration of diffusers gives", _HINT
-    )
+    raise ReshapedError(f"without these blocks it is no {name} that a configuration of diffusers gives", _HINT)
 
 
 def _renumbered(model: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
@@ -81,13 +82,12 @@ def _moved(index: int, gone: set[int]) -> int:
 
 
 def _candidates(model: nn.Module, surgery: Surgery, full: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Settings that may be those of `model`: fewer layers, and widths as they are."""
+    """Settings that may be those of `model`: fewer layers, whichever setting counts them."""
     lists = _lists(surgery)
     lengths = {name: len(list(model.get_submodule(name).children())) for name in lists}
     keys = [[key for key, value in full.items() if type(value) is int and value == n] for n in lengths.values()]
-    widths = _widths(model, full) if surgery.kept else {}
     for chosen in product(*keys):
-        changed = dict(widths)
+        changed: dict[str, Any] = {}
         for key, (name, gone) in zip(chosen, lists.items(), strict=True):
             changed[key] = lengths[name] - len(gone)
             changed |= {k: v for k, v in _places(full, lengths[name], gone).items() if len(lists) == 1}
@@ -103,14 +103,6 @@ def _places(full: Mapping[str, Any], length: int, gone: set[int]) -> dict[str, A
         if listed and all(type(one) is int and 0 <= one < length for one in value):
             found[key] = tuple(_moved(one, gone) for one in value if one not in gone)
     return found
-
-
-def _widths(model: nn.Module, full: Mapping[str, Any]) -> dict[str, Any]:
-    """The widths of a UNet's blocks, as its convolutions have them."""
-    if not isinstance(full.get("block_out_channels"), (list, tuple)):
-        return {}
-    blocks = model.get_submodule("down_blocks").children()
-    return {"block_out_channels": tuple([*block.parameters()][-1].shape[0] for block in blocks)}
 
 
 @torch.no_grad()
