@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compressor.data.sets import Images, ImageSet, Records, SampleSet
     from compressor.errors import CompressorError
     from compressor.lower import Backend, Lowered, Plan
+    from compressor.runs.lora import Merged, merge_lora
     from compressor.saving.model import load, save
     from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
     from compressor.sparsity.notation import parse
@@ -38,6 +39,7 @@ _HOMES = {
     "data.sets": ("ImageSet", "Images", "Records", "SampleSet"),
     "errors": ("CompressorError",),
     "lower": ("Backend", "Lowered", "Plan"),
+    "runs.lora": ("Merged", "merge_lora"),
     "saving.model": ("load", "save"),
     "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
     "sparsity.notation": ("parse",),
@@ -62,6 +64,7 @@ __all__ = [
     "Images",
     "Lowered",
     "Mask",
+    "Merged",
     "Objective",
     "Pattern",
     "Plan",
@@ -81,6 +84,7 @@ __all__ = [
     "found",
     "load",
     "lower",
+    "merge_lora",
     "parse",
     "prune",
     "read_data",

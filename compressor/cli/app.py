@@ -15,6 +15,7 @@ from compressor.cli.export import export
 from compressor.cli.inspect import inspect
 from compressor.cli.list import list_plugins
 from compressor.cli.lower import bench, lower
+from compressor.cli.merge_lora import merge_lora
 from compressor.cli.plan import plan
 from compressor.cli.report import report
 from compressor.cli.run import resume, run
@@ -43,6 +44,7 @@ def app() -> None:
 
 for _command in (run, plan, check_plugin, compare, resume, report, lower, bench, export, sample, list_plugins, inspect):
     app.add_command(_command)
+app.add_command(merge_lora)
 
 
 def main() -> NoReturn:

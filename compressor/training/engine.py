@@ -24,6 +24,7 @@ from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.given import Given, student_of
+from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
@@ -107,21 +108,43 @@ class FineTuning:
             raise CompressorError(
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
             )
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
-        )
-        self.shadow = Shadow(
-            {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None},
-            pruner,
-            self.optimizer,
-            progress=0.0 if training.steps else 1.0,
-        )
+        self.shadow = self._sparse()
         _verify(self.shadow.masks)
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
         if previous is not None:
             self._restore(previous)
+
+    def _sparse(self) -> Shadow | Adapters:
+        """What keeps the weights sparse while `self.optimizer`, made here, trains them, or adapters of them alone."""
+        weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
+        lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
+        if not lora:
+            self.optimizer = self._optimizer(self.parameters)
+            return Shadow(weights, self.pruner, self.optimizer, progress)
+        started = {name: weight.detach() for name, weight in weights.items()}
+        masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
+        for name, mask in masks.items():
+            weights[name].data.copy_(mask.apply(started[name]))
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in masks)
+        adapters = Adapters(weights, masks, self.training.lora, self.training.seed)
+        self.optimizer = self._optimizer(adapters.matrices)
+        adapters.attach(self.optimizer)
+        return adapters
+
+    def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        settings = self.training
+        return torch.optim.AdamW(
+            list(trained.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
+        """The masks of the finished weights, which are `dense` before them."""
+        if isinstance(self.shadow, Adapters):
+            return self.shadow.masks
+        return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
@@ -149,7 +172,7 @@ class FineTuning:
         if self.done:
             raise ValueError(f"{self.done} steps are done")
         dense = self.shadow.dense
-        masks = checked_masks(self.pruner.masks(dense, 1.0, {}), dense)
+        masks = self._masks(dense, {})
         _verify(masks)
         model = copy.deepcopy(self.student).eval()
         own = dict(model.named_parameters())
@@ -184,7 +207,8 @@ class FineTuning:
         lr = settings.lr_at(t)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         batch = self.batches.batch(t)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
@@ -222,7 +246,7 @@ class FineTuning:
         dense = {name: final[name] for name in self.shadow.dense}
         masks = self.shadow.masks
         if steps:
-            masks = checked_masks(self.pruner.masks(dense, 1.0, dict(masks)), dense)
+            masks = self._masks(dense, dict(masks))
         _verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -16,15 +16,15 @@ from compressor.weights import HALF, cast_, dtypes_of, float32_, sketch
 
 @dataclass(frozen=True)
 class Given:
-    """How the given model was: the dtype of each floating-point tensor by name, and whether all of it was frozen."""
+    """How the given model was: the dtype of each floating-point tensor by name, and which parameters took gradients."""
 
     dtypes: Mapping[str, torch.dtype]
-    frozen: bool
+    trained: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """How `model` is."""
-        return cls(dtypes_of(model), _frozen(model))
+        return cls(dtypes_of(model), frozenset(n for n, value in model.named_parameters() if value.requires_grad))
 
     def returned(self, model: nn.Module) -> nn.Module:
         """`model`, in place, as the given one was, and in eval mode. Zeros stay zeros in every dtype.
@@ -32,7 +32,9 @@ class Given:
         Raises CompressorError where a weight is too large for its dtype.
         """
         cast_(model, self.dtypes)
-        return (model.requires_grad_(False) if self.frozen else model).eval()
+        for name, value in model.named_parameters():
+            value.requires_grad_(name in self.trained)
+        return model.eval()
 
 
 def student_of(model: nn.Module, steps: int) -> nn.Module:
