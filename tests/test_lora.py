@@ -20,8 +20,10 @@ from compressor.errors import UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.structured import Structured
+from compressor.seeds import generator
 from compressor.sparsity.notation import parse
 from compressor.training.engine import FineTuning, steps
+from compressor.training.pruner import Objective
 from compressor.training.settings import Lora, Training
 from compressor.weights import dtypes_of, weights_sha256
 
@@ -31,6 +33,12 @@ TEACHER = SparseDM(preset="best")
 
 
 # --- Recovery. ---
+
+
+class Taught(Magnitude):
+    """The largest weights as they are, and the dense model's predictions to learn from."""
+
+    objective = Objective(noise=0.0, teacher=1.0)
 
 
 class Masked(nn.Module):
@@ -57,7 +65,7 @@ def lora_run(model, adapter, data, pruner=TEACHER, **training):
 
 
 def test_training_is_that_of_autograd_through_the_masked_product(adapter, samples):
-    run = lora_run(tiny_model(), adapter, samples, ema=0.0, clip=0.0)
+    run = lora_run(tiny_model(), adapter, samples, Taught(), ema=0.0, clip=0.0)
     oracle, teacher = tiny_model(), tiny_model().eval()
     for name, mask in run.shadow.masks.items():
         layer = oracle.get_submodule(name.removesuffix(".weight"))
@@ -69,8 +77,6 @@ def test_training_is_that_of_autograd_through_the_masked_product(adapter, sample
     settings = run.training
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     batches = as_batches(samples, settings.batch_size, settings.seed)
-    from compressor.seeds import generator
-
     for t in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr_at(t)
