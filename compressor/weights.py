@@ -211,7 +211,8 @@ def _refuse_adapters(model: nn.Module) -> None:
     import peft
     from peft.utils import other
 
-    kinds = (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper, peft.PeftModel)
+    beside = getattr(other, "AuxiliaryTrainingWrapper", other.ModulesToSaveWrapper)  # the first from peft 0.15 on
+    kinds = (tuners.BaseTunerLayer, beside, peft.PeftModel)
     found = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

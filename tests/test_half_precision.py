@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -21,6 +22,7 @@ from compressor.plugins.obs import OBS
 from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.structured import Structured
 from compressor.plugins.wanda import Wanda
+from compressor.runs.speed import _precision
 from compressor.weights import dtypes_of, weights_sha256
 
 HALF = (torch.float16, torch.bfloat16)
@@ -166,7 +168,16 @@ def half_run(tmp_path_factory, cli):
     images = draw((12, 4, 8, 8), dtype=np.float32)
     np.savez(folder / "data.npz", hidden_states=images, encoder_hidden_states=captions)
     command = ("--model", "diffusers", "--weights", folder / "source", "--data", folder / "data.npz")
-    outcome = cli.run(folder / "run", *command, "--set", "evaluate.samples=0", "--method", "magnitude")
+    outcome = cli.run(
+        folder / "run",
+        *command,
+        "--set",
+        "evaluate.samples=0",
+        "--set",
+        "evaluate.latency_batch=1",
+        "--method",
+        "magnitude",
+    )
     assert outcome.code == 0, outcome.err
     return folder
 
@@ -188,9 +199,33 @@ def test_the_report_compares_with_the_file_that_was_given(half_run):
     assert [row["latency"][0]["dtype"] for row in report["rows"]] == ["float32"] * 3
 
 
-def test_a_run_of_float16_is_lowered_and_benched(half_run, cli):
-    outcome = cli("lower", half_run / "run", "--json")
-    assert outcome.code == 0, outcome.err
+@pytest.mark.parametrize(
+    ("own", "device", "asked", "expected"),
+    [
+        (torch.float32, "cpu", "auto", None),
+        (torch.float32, "cpu", "bfloat16", torch.bfloat16),
+        (torch.bfloat16, "cpu", "auto", torch.bfloat16),
+        (torch.float16, "cuda", "auto", torch.float16),
+        (torch.float16, "cpu", "auto", torch.float32),  # CPUs have no kernels for it
+        (torch.float16, "cpu", "float32", torch.float32),
+        (torch.float16, "cpu", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_run_is_timed_in_its_models_own_dtype(own, device, asked, expected):
+    run = SimpleNamespace(sparse=tiny_model().to(own), device=torch.device(device))
+    assert _precision(run, asked) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_half_model_is_lowered_with_the_adapters_own_examples(dtype):
+    adapter = registry.adapter("uvit-digits").small()
+    torch.manual_seed(0)
+    model, inputs = adapter.build().eval().half(), adapter.example_inputs(2)
+    lowered = compressor.lower(model, inputs, ["eager"], dtype=dtype, adapter=adapter, cache=False)
+    with torch.no_grad():
+        expected = adapter.predict(copy.deepcopy(model).float(), inputs)
+        found = adapter.predict(lowered.model, inputs).float()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
 class Plain(Adapter):

@@ -149,7 +149,7 @@ def test_a_method_without_masks_has_nothing_to_recover(adapter, samples):
 
 
 def test_the_option_and_its_settings_reach_the_run(cli, tmp_path):
-    options = ("--train", "lora", "--set", "lora.rank=3", "--set", "lora.alpha=6.0")
+    options = ("--steps", "1", "--train", "lora", "--set", "lora.rank=3", "--set", "lora.alpha=6.0")
     outcome = cli.trial(tmp_path / "run", *options)
     assert outcome.code == 0, outcome.err
     recipe = json.loads((tmp_path / "run" / "report.json").read_text())["recipe"]["train"]
@@ -184,6 +184,12 @@ def sd3():
     return diffusers.SD3Transformer2DModel(**SD3, num_layers=2)
 
 
+def flux():
+    torch.manual_seed(0)
+    sizes = {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8)}
+    return diffusers.FluxTransformer2DModel(**SMALL, **sizes)
+
+
 def unet():
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(**UNET)
@@ -215,11 +221,11 @@ def own_lora(model, targets=("to_q", "to_k", "to_v"), alpha=4, rank=2):
 def by_diffusers(kind, file):
     """The file as diffusers' pipelines save it, with its configuration in the header."""
     model = own_lora(kind())
-    mixin, part = (
-        (diffusers.loaders.SD3LoraLoaderMixin, "transformer")
-        if kind is sd3
-        else (diffusers.loaders.StableDiffusionLoraLoaderMixin, "unet")
-    )
+    mixin, part = {
+        "sd3": (diffusers.loaders.SD3LoraLoaderMixin, "transformer"),
+        "flux": (diffusers.loaders.FluxLoraLoaderMixin, "transformer"),
+        "unet": (diffusers.loaders.StableDiffusionLoraLoaderMixin, "unet"),
+    }[kind.__name__]
     layers = peft.get_peft_model_state_dict(model)
     config = {f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict()}
     mixin.save_lora_weights(file.parent, **{f"{part}_lora_layers": layers}, weight_name=file.name, **config)
@@ -234,12 +240,7 @@ def changes(kind):
     }
 
 
-@pytest.fixture(params=[sd3, unet], ids=["sd3", "unet"])
-def kind(request):
-    return request.param
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kind", "dtype"), [(sd3, torch.float32), (flux, torch.bfloat16), (unet, torch.float16)])
 def test_a_lora_is_merged_under_the_masks(kind, dtype, tmp_path):
     run, result = saved_run(kind(), tmp_path, dtype)
     by_diffusers(kind, tmp_path / "own.safetensors")

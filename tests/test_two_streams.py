@@ -16,6 +16,8 @@ from compressor.model_zoo.generic import DiffusersAdapter
 from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.plugins.depth import Depth, survey_blocks, without
 from compressor.plugins.structured import Structured
+from compressor.runs.directory import NO_PIPELINE, clear
+from compressor.runs.run import commit_pipeline
 from compressor.sparsity.surgery import Surgery, surgery_of
 from compressor.weights import twin, weights_sha256
 
@@ -173,3 +175,23 @@ def test_a_surgery_passes_on_arguments_that_the_module_has():
         Surgery(passed={"transformer_blocks.0": ("hidden_states",)}).apply(model)
     kept = Surgery(removed=("a.0",), passed={"a.0": (None, "x")})
     assert Surgery.from_json(kept.to_json(), "test") == kept
+
+
+def test_a_run_says_why_there_is_no_pipeline(tmp_path):
+    model, adapter = sd3()
+    blocks = survey_blocks(model, adapter)
+    without(("transformer_blocks.1",), blocks).apply(fewer := twin(model))
+    commit_pipeline(adapter, fewer, tmp_path)
+    assert (tmp_path / "pipeline" / "config.json").is_file() and not (tmp_path / NO_PIPELINE).exists()
+    clear(tmp_path)
+    without(("transformer_blocks.2",), blocks).apply(last := twin(model))
+    commit_pipeline(adapter, last, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [NO_PIPELINE]
+    said = (tmp_path / NO_PIPELINE).read_text()
+    assert said.startswith("There is no pipeline/ here: without these blocks it is no SD3Transformer2DModel")
+    plain = copy.copy(adapter)
+    object.__setattr__(plain, "writes_reshaped", False)  # as an adapter that knows nothing of removed structure
+    commit_pipeline(plain, fewer, tmp_path)
+    assert "original shape" in (tmp_path / NO_PIPELINE).read_text() and not (tmp_path / "pipeline").exists()
+    clear(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -140,10 +140,10 @@ def _changes(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str,
         ) from error
     from peft.tuners.lora import LoraLayer
 
+    layers: dict[str, Any] = {name: part for name, part in carrier.named_modules() if isinstance(part, LoraLayer)}
     changes = {
         f"{name}.weight": layer.get_delta_weight(layer.active_adapters[0]).detach().float()
-        for name, layer in carrier.named_modules()
-        if isinstance(layer, LoraLayer)
+        for name, layer in layers.items()
     }
     if len(changes) * 2 != len(own):
         raise UsageError(
@@ -155,11 +155,15 @@ def _changes(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str,
 def _read(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """The tensors of a LoRA file in diffusers' layout, its alphas, and what its metadata say of its configuration."""
     try:
+        import diffusers
         import peft  # noqa: F401
-        from diffusers import loaders
         from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
     except ImportError as error:
-        raise CompressorError("merging a LoRA needs peft", 'pip install "diffusion-compressor[lora]"') from error
+        raise CompressorError(
+            f"merging a LoRA needs peft, and diffusers 0.34 or later: {error}",
+            'pip install -U "diffusion-compressor[lora]" diffusers',
+        ) from error
+    loaders: Any = diffusers.loaders  # it has few annotations
     if not isinstance(model, loaders.PeftAdapterMixin):
         raise UsageError(
             f"diffusers reads no LoRA for {type(model).__name__}",
@@ -170,7 +174,7 @@ def _read(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
     alphas: dict[str, Any] = {}
     layout = getattr(loaders, _LAYOUTS.get(type(model).__name__, ""), None)
     if layout is not None:
-        extra = {"return_alphas": True} if "Flux" in layout.__name__ else {}
+        extra: dict[str, Any] = {"return_alphas": True} if "Flux" in layout.__name__ else {}
         extra |= {"unet_config": model.config} if layout is loaders.StableDiffusionLoraLoaderMixin else {}
         try:
             found = layout.lora_state_dict(dict(state), **extra)
@@ -185,11 +189,10 @@ def _read(file: Path, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` by peft's names of the matrices, where it has those of diffusers before peft."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
+    from diffusers.utils import state_dict_utils
 
-    return (
-        dict(state) if any("lora_A" in name for name in state) else dict(convert_unet_state_dict_to_peft(dict(state)))
-    )
+    convert: Any = state_dict_utils.convert_unet_state_dict_to_peft
+    return dict(state) if any("lora_A" in name for name in state) else dict(convert(dict(state)))
 
 
 def _refuse_misfit(file: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
