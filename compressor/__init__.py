@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compressor.data.sets import Images, ImageSet, Records, SampleSet
     from compressor.errors import CompressorError
     from compressor.lower import Backend, Lowered, Plan
+    from compressor.runs.lora import Merged, merge_lora
     from compressor.runs.placed import apply, prune, record
     from compressor.saving.model import load, save
     from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
@@ -42,6 +43,7 @@ _HOMES = {
     "errors": ("CompressorError",),
     "lower": ("Backend", "Lowered", "Plan"),
     "runs.placed": ("apply", "prune", "record"),
+    "runs.lora": ("Merged", "merge_lora"),
     "saving.model": ("load", "save"),
     "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
     "sparsity.notation": ("parse",),
@@ -66,6 +68,7 @@ __all__ = [
     "Images",
     "Lowered",
     "Mask",
+    "Merged",
     "Objective",
     "Pattern",
     "Plan",
@@ -87,6 +90,7 @@ __all__ = [
     "found",
     "load",
     "lower",
+    "merge_lora",
     "parse",
     "prune",
     "read_data",

@@ -27,6 +27,14 @@ def _rows(n: int, part: slice, tensor: Tensor) -> Tensor:
     return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
 
 
+def as_taken(inputs: Any, module: nn.Module) -> Any:
+    """An adapter's `inputs` as a `module` in half precision takes them: what has two or more dims in its dtype, as pipelines do it."""
+    dtype = next((value.dtype for value in module.parameters() if value.dim() > 1), torch.float32)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return inputs
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample, where the adapter's own way is not wanted: None keeps its own.
@@ -141,6 +149,8 @@ class Adapter(ABC):
 
     writes_pipeline: bool = False
     """Whether `write_pipeline` is there."""
+    writes_reshaped: bool = False
+    """Whether it takes models whose structure was made smaller, and raises ReshapedError where the other library has none such."""
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
         """Write `module` into the empty `folder` as other libraries know its family, with the rest of its pipeline."""

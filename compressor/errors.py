@@ -24,6 +24,10 @@ class CompressorError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class ReshapedError(CompressorError):
+    """A model whose structure was made smaller is no model that another library knows; it is whole as it is."""
+
+
 class UsageError(CompressorError):
     """A name, flag or recipe that cannot be meant."""
 

@@ -164,8 +164,15 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for key, value in placed(layer).items():
             old = result.get(key)
-            result[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            result[key] = _laid(old, value)
     return result
+
+
+def _laid(below: Any, above: Any) -> Any:
+    """`above` over `below`: key by key where both are sections, and so on inside of them."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: _laid(below.get(key), value) for key, value in above.items()}}
 
 
 def placed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError, first_line
+from compressor.errors import CompressorError, UsageError, first_line
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -165,6 +166,119 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """`model` as its class made it: without what torch.compile or DataParallel put around it, or around modules inside of it.
+
+    Its parameters are those of `model`; where nothing is around anything, it is `model` itself. Every function that takes a
+    model of the user's asks for it first, so that `_orig_mod.` and `module.` are in no name. Raises UsageError where the model
+    holds adapters of peft, which hide the weights that they are added to.
+    """
+    around = _wrappers()
+    while isinstance(model, around):
+        model = _inside(model)
+    _refuse_adapters(model)
+    wrapped = [module for module in model.modules() if isinstance(module, around)]
+    if not wrapped:
+        return model
+    memo = _tensors_of(model)
+    for wrapper in reversed(wrapped):  # inner ones come last
+        inner = _inside(wrapper)
+        memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
+    return copy.deepcopy(model, memo)
+
+
+def bare_name(name: str) -> str:
+    """`name` of a parameter or a module without what torch.compile adds."""
+    return name.replace(_PREFIXES[0], "")
+
+
+def _wrappers() -> tuple[type[nn.Module], ...]:
+    """The classes of modules that only hold another; torch.compile's is known once it was used."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    plain = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return plain if dynamo is None else (*plain, dynamo.OptimizedModule)
+
+
+def _inside(wrapper: nn.Module) -> nn.Module:
+    return next(wrapper.children())
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise UsageError for adapters of peft: their matrices are no weights of the model, whose own lie under other names."""
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:  # without peft there are none
+        return
+    import peft
+    from peft.utils import other
+
+    beside = getattr(other, "AuxiliaryTrainingWrapper", other.ModulesToSaveWrapper)  # the first from peft 0.15 on
+    kinds = (tuners.BaseTunerLayer, beside, peft.PeftModel)
+    found = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        shown = ", ".join(name or type(model).__name__ for name in found[:3])
+        raise UsageError(
+            f"{type(model).__name__} holds adapters of peft: {shown}{more}",
+            "Merge them into the weights (diffusers: model.fuse_lora(), then model.unload_lora(); peft: "
+            "model = model.merge_and_unload()), or take them out (pipeline.unload_lora_weights(), model.unload()); then "
+            "model.requires_grad_(True), as peft freezes the others.",
+        )
+
+
+def _tensors_of(model: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` by which a copy has the very tensors of `model`."""
+    return {id(value): value for value in (*model.parameters(), *model.buffers())}
+
+
+HALF = (torch.float16, torch.bfloat16)
+"""What models are stored in to be small, and computed and trained in float32 behind it."""
+
+
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every floating-point parameter and buffer, by its first name."""
+    return {name: value.dtype for name, value in _named(model).items() if value.is_floating_point()}
+
+
+def cast_(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """`model` with its floating-point tensors in the `dtypes` of their names, in place; those of no name there stay as they are.
+
+    Raises CompressorError where a number is too large for its new dtype.
+    """
+    for name, value in _named(model).items():
+        dtype = dtypes.get(name, value.dtype)
+        if dtype == value.dtype or not (value.is_floating_point() and dtype.is_floating_point):
+            continue
+        new = value.detach().to(dtype)
+        if not value.is_meta and not bool(new.isfinite().all()) and bool(value.isfinite().all()):
+            largest = float(value.detach().abs().max())
+            raise CompressorError(
+                f"{name}: {largest:.6g} is too large for {dtype}, the dtype that it came in",
+                "Load the model in bfloat16 or float32 (model.bfloat16()) and prune it again.",
+            )
+        value.grad = None
+        value.data = new
+    return model
+
+
+def float32_(model: nn.Module) -> nn.Module:
+    """`model` with all that is in half precision in float32, in place. The numbers are the very same: float32 holds all of `HALF`."""
+    return cast_(model, {name: torch.float32 for name, dtype in dtypes_of(model).items() if dtype in HALF})
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """`model` itself; where some of it is in half precision, a copy in float32, which runs anywhere and on inputs in float32."""
+    return float32_(copy.deepcopy(model)) if set(dtypes_of(model).values()) & set(HALF) else model
+
+
+def as_stored_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """`model` with all that `state`, of which only the dtypes are looked at, has in half precision in that, in place."""
+    return cast_(model, {name: value.dtype for name, value in state.items() if value.dtype in HALF})
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def sketch(model: nn.Module) -> nn.Module:
     """A copy of `model` without values, on the meta device: what its shapes allow can be tried on it, for no memory."""
     held = {id(value): value for value in (*model.parameters(), *model.buffers())}
@@ -177,7 +291,7 @@ def sketch(model: nn.Module) -> nn.Module:
 
 def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` with the very same tensors: its structure can be changed, and the model's stays."""
-    memo: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    memo = _tensors_of(model)
     for module in model.modules():  # a module has ten dicts of hooks, nearly all empty, and deepcopy is slow at them
         memo.update(
             (id(held), OrderedDict()) for held in vars(module).values() if type(held) is OrderedDict and not held

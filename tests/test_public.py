@@ -24,14 +24,29 @@ ROOT = Path(__file__).parent.parent
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-NEW_NAMES = {"Preset", "Surgery", "choose_layers", "found"}
+NEW_NAMES = {"Merged", "merge_lora", "Preset", "Surgery", "choose_layers", "found"}
 NEW_ENTRY_POINTS: dict[str, set[str]] = {}
 """By group."""
 _BUDGETS = [
     "--quick A look: few samples, the metric alone, few rounds of timing.",
     "--full For publication: as many samples as real images, whatever it costs.",
 ]
-NEW_HELP: dict[str, list[str]] = {f"compressor {name}": _BUDGETS for name in ("run", "plan", "compare")}
+_TRAIN = ["--train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha)."]
+_MERGE_LORA = """
+Usage: compressor merge-lora [OPTIONS] RUN LORA
+Merge a LoRA of your own into the sparse model of a run, under its masks.
+LORA is a .safetensors file in a layout that diffusers reads. Every zero stays; said is how much of the LoRA the masks removed. DIR gets model/ and pipeline/, as a run's directory has them.
+Options:
+-o, --out DIR Default: RUN-LORA, beside RUN.
+--scale FLOAT How strong the LoRA is. [default: 1.0]
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+"""  # noqa: E501
+NEW_HELP: dict[str, list[str]] = {f"compressor {name}": _BUDGETS + _TRAIN for name in ("run", "plan", "compare")}
+NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
+NEW_HELP["compressor"] = ["merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks."]
 """The lines that a command's help has gained, such as "compressor run": ["--option TEXT What it does."]."""
 
 

@@ -15,6 +15,7 @@ from compressor.cli.export import export
 from compressor.cli.inspect import inspect
 from compressor.cli.list import list_plugins
 from compressor.cli.lower import bench, lower
+from compressor.cli.merge_lora import merge_lora
 from compressor.cli.plan import plan
 from compressor.cli.record import record
 from compressor.cli.report import report
@@ -58,6 +59,7 @@ for _command in (
     inspect,
 ):
     app.add_command(_command)
+app.add_command(merge_lora)
 
 
 def main() -> NoReturn:

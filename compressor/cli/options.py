@@ -86,6 +86,9 @@ training_options = options(
     setting("--seed", type=int, help="Seed of everything random."),
     setting("--device", help="auto, cpu, cuda, cuda:1, …"),
     setting("--dtype", help="auto, float32 or bfloat16 (autocast)."),
+    setting(
+        "--train", "mode", metavar="full|lora", help="Train all, or adapters under the masks (lora.rank, lora.alpha)."
+    ),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4."),
 )
 """Training, and any other setting."""

@@ -12,6 +12,7 @@ from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.lower import lower
 from compressor.runs.inputs import Inputs
+from compressor.weights import in_float32
 
 _ROUNDS = 21
 _SEARCH = 6
@@ -24,7 +25,7 @@ def macs_of_equal_latency(masked: Inputs, other: Inputs) -> float:
     example = to_device(masked.adapter.example_inputs(batch), device)
 
     def fast(found: Inputs) -> nn.Module:
-        return lower(found.one_shot().model.to(device), example, adapter=found.adapter).model
+        return lower(in_float32(found.one_shot().model).to(device), example, adapter=found.adapter).model
 
     goal = fast(masked)
     low, high = 0.05, 1.0

@@ -108,7 +108,7 @@ def _row(judge: Judge, variant: Variant, dense: Seen, sheet: Path | None) -> Gen
         value = float(ssim(seen.images, dense.images).mean())
         drifts.append(Drift(metric="ssim", value=value, samples=len(seen.images)))
     yield Progress(f"times of {variant.name}", 0, 1)
-    by_time = {"by_time": tuple((time, _error_at(judge, variant.model, time)) for time in TIMES)}
+    by_time = {"by_time": tuple((time, _error_at(judge, variant.working, time)) for time in TIMES)}
     drifts = [d.model_copy(update=by_time) if d.metric == "prediction_error" else d for d in drifts]
     return row.model_copy(update={"drift": tuple(drifts)})
 
@@ -120,7 +120,7 @@ def _error_at(judge: Judge, model: nn.Module, time: float) -> float:
     batch = found.data.take(torch.arange(min(_LOOKED_AT, len(found.data))))
     given, _ = found.adapter.noised_at(batch, time, generator(found.recipe.evaluate.seed, "time", round(1000 * time)))
     given = to_device(given, judge.device)
-    expected = found.adapter.predict(found.model.to(judge.device).eval(), given).float()
+    expected = found.adapter.predict(found.working.to(judge.device).eval(), given).float()
     return drift.prediction_error(found.adapter.predict(model, given).float(), expected).value
 
 
@@ -129,7 +129,7 @@ def _by_steps(judge: Judge, variant: Variant, steps: list[int]) -> Generator[Pro
     found, entries = judge.inputs, {}
     if found.metric is not None and judge.reference is not None:
         for count in steps:
-            images = yield from judge.drawn(f"{variant.name} in {count} steps", variant.model, count)
+            images = yield from judge.drawn(f"{variant.name} in {count} steps", variant.working, count)
             settings = found.recipe.evaluate.model_copy(update={"sampler_steps": count})
             entries[str(count)] = evaluate.quality(found.metric, images, judge.reference.gaussian, settings)
     return entries
@@ -138,7 +138,7 @@ def _by_steps(judge: Judge, variant: Variant, steps: list[int]) -> Generator[Pro
 @torch.no_grad()
 def _sensitivity(judge: Judge, bare: nn.Module, names: list[str]) -> Generator[Progress, None, dict[str, float]]:
     """For each weight, the prediction error where it alone is as the method leaves it without fine-tuning."""
-    model = copy.deepcopy(judge.inputs.model).to(judge.device).eval()
+    model = copy.deepcopy(judge.inputs.working).to(judge.device).eval()
     own, pruned = dict(model.named_parameters()), dict(bare.named_parameters())
     found = {}
     for done, name in enumerate(names):

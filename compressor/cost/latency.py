@@ -11,6 +11,7 @@ from torch import nn
 from compressor.adapter import Adapter, to_device
 from compressor.cost.timing import Times, side_by_side
 from compressor.report.content import DENSE, EAGER, Latency
+from compressor.weights import in_float32
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def predictions(
 
 
 def latencies(models: Mapping[str, nn.Module], adapter: Adapter, batch_size: int, rounds: int) -> dict[str, Latency]:
-    """The latency of each model as it is, by the name of its row. The speed-ups are over the model called `dense`."""
+    """The latency of each model as it is, in float32, by the name of its row. The speed-ups are over the model called `dense`."""
+    models = {name: in_float32(model) for name, model in models.items()}
     first = next(models[DENSE].parameters())
     example = to_device(adapter.example_inputs(batch_size), first.device)
     dtype = str(first.dtype).removeprefix("torch.")

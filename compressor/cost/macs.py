@@ -14,7 +14,7 @@ from compressor.adapter import Adapter, to_device
 from compressor.report.content import Costs
 from compressor.saving import packing
 from compressor.sparsity.layers import Weighted, weighted
-from compressor.weights import FILE_METADATA, plain_state
+from compressor.weights import FILE_METADATA, in_float32, plain_state
 
 
 def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
@@ -23,6 +23,7 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     Attention products count in the total. A weight that is used twice counts twice.
     """
     by_weight: dict[str, int] = {}
+    model = in_float32(model)
 
     def counter_of(layer: Weighted) -> Callable[[nn.Module, Any, Tensor], None]:
         def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -53,8 +54,8 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
 def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> Costs:
     """The cost fields of a report row; `pruned` holds the pattern of each masked weight by its name.
 
-    `size_bytes` is that of the weights' file as `compressor.save` writes it, packed. `macs_effective` leaves out
-    multiplications by a zero of a masked weight.
+    `size_bytes` is that of the weights' file as `compressor.save` writes it, packed, in `model`'s dtypes. `macs_effective`
+    leaves out multiplications by a zero of a masked weight.
 
     `macs_lowered` equals `macs_dense`: no kernel here skips zeros until the model is lowered.
     """

@@ -44,7 +44,7 @@ from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM, Pattern
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 if TYPE_CHECKING:
     import onnx
@@ -174,7 +174,7 @@ def export_onnx(
     """
     path = Path(path)
     refuse(path, form, int8, overwrite)
-    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
     example = to_device(adapter.example_inputs(2), torch.device("cpu"))
     if patterns is None:
         patterns = {name: p for name, layer in _layers(model).items() if (p := pattern_of(layer.weight)) is not None}

@@ -7,22 +7,14 @@ layer can be twice as fast. A speed-up over the first alone would be no speed-up
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-
-_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
-
-
-def _opaque(forward: _Forward) -> _Forward:
-    """A forward that torch.compile goes around: it cannot look into a packed weight."""
-    disabled: _Forward = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
-    return disabled
+from compressor.lower.dense_operators import PackedWeight
 
 
 class Eager(Backend):
@@ -77,7 +69,7 @@ class OneDNN(Backend):
 class _Immutable(nn.Module):
     """Holds a weight that torch can neither copy nor move, and that nothing changes: copies of a model share it."""
 
-    weight: Tensor
+    weight: PackedWeight
     bias: Tensor | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Immutable:
@@ -98,7 +90,8 @@ class PrepackedLinear(_Immutable):
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, epilogue: str = "none") -> None:
         super().__init__()
         # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), tokens)
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), tokens)
+        self.weight, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.attribute, self.algorithm = {
             "none": ("none", ""),
@@ -106,10 +99,13 @@ class PrepackedLinear(_Immutable):
             "gelutanh": ("gelu", "tanh"),
         }[epilogue]
 
-    @_opaque
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
+        attribute, algorithm = self.attribute, self.algorithm
+        if torch.compiler.is_compiling():
+            known: Tensor = torch.ops.compressor.packed_linear(x, self.bias, self.number, attribute, algorithm)
+            return known
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight.tensor, self.bias, attribute, [], algorithm)
         return out
 
 
@@ -120,16 +116,17 @@ class PrepackedConv(_Immutable):
         super().__init__()
         padding, stride, dilation = (list(map(int, pair)) for pair in (layer.padding, layer.stride, layer.dilation))
         self.where = (padding, stride, dilation, layer.groups)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
             layer.weight.detach().clone(), padding, stride, dilation, layer.groups, list(input_shape)
         )
+        self.weight, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
-    @_opaque
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        padding, stride, dilation, groups = self.where
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
-        )
+        if torch.compiler.is_compiling():
+            known: Tensor = torch.ops.compressor.packed_conv(x, self.bias, self.number, *self.where)
+            return known
+        weight = self.weight.tensor
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, "none", [], "")
         return out

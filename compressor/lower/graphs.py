@@ -81,6 +81,8 @@ class Graphed(nn.Module):
         self._recordings: dict[Any, Captured | None] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.module(*args, **kwargs)
         key = self._key(args, kwargs)
         if key is None:
             return self.module(*args, **kwargs)
@@ -102,7 +104,7 @@ class Graphed(nn.Module):
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = _device(tensors)
-        if device is None or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+        if device is None or torch.is_autocast_enabled("cuda"):
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return None

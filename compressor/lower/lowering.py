@@ -16,7 +16,7 @@ from compressor.lower.forms import guarded, planned
 from compressor.lower.job import prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan
 from compressor.progress import Progress
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 _WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
 
@@ -94,6 +94,7 @@ def lowering(
 
     `digest` is the model's `weights_sha256`, where it is known already.
     """
+    model = bare(model)
     job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
     loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
     allowed = _WHOLE * (tolerance or loosest)

@@ -14,11 +14,14 @@ from filelock import FileLock, Timeout
 from compressor import files
 from compressor.errors import CompressorError, LockedError, UsageError
 
+NO_PIPELINE = "pipeline.txt"
+"""Why there is no `pipeline/`, where a model of the family has one."""
 OWN_FILES = (
     "recipe.yaml",
     "run.json",
     "metrics.jsonl",
     "lowering.json",
+    NO_PIPELINE,
     "model.onnx",
     "report.json",
     "report.md",

@@ -25,6 +25,7 @@ from compressor.progress import Progress
 from compressor.runs.pictures import save_grid, save_image
 from compressor.runs.saved import saved_adapter, saved_model
 from compressor.seeds import generator
+from compressor.weights import in_float32
 
 FILE = "samples.json"
 
@@ -133,7 +134,7 @@ class _Worker:
         device = resolve_device(wanted.device)
         if device.type == "cuda" and wanted.device in ("auto", "cuda"):
             device = torch.device("cuda", rank % torch.cuda.device_count())
-        self.model = model.to(device)
+        self.model = in_float32(model).to(device)
         self.autoencoder = Autoencoder(wanted.vae, device) if wanted.vae is not None else None
 
     def __call__(self, first: int) -> Tensor:

@@ -17,6 +17,7 @@ from compressor.runs.inputs import Inputs
 from compressor.runs.latency import timed
 from compressor.runs.one_shot import OneShot, layer_rows
 from compressor.training.engine import FineTuning, Result
+from compressor.weights import in_float32
 
 WARM_UP, PROBE = 2, 5
 
@@ -59,7 +60,7 @@ def _lowered(found: Inputs, result: Result) -> Generator[Progress, None, dict[st
     recipe = found.recipe
     device = resolve_device(recipe.train.device)
     example = to_device(found.adapter.example_inputs(recipe.evaluate.latency_batch), device)
-    lowered = yield from lowering(result.model.to(device), example, adapter=found.adapter)
+    lowered = yield from lowering(in_float32(result.model).to(device), example, adapter=found.adapter)
     form = lowered.plan.form(lowered.plan.choice)
     facts: dict[str, Any] = {
         "choice": lowered.plan.choice,

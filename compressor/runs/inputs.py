@@ -37,8 +37,9 @@ from compressor.runs import piped as piping
 from compressor.runs.piped import Piped
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, Result, choose_layers
+from compressor.training.given import surveyed
 from compressor.training.pruner import Pruner
-from compressor.weights import weights_sha256
+from compressor.weights import bare, in_float32, weights_sha256
 
 _OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
 
@@ -71,9 +72,15 @@ class Inputs:
         """The hash of the model, computed once: nothing trains `model` itself."""
         return weights_sha256(self.model)
 
+    @cached_property
+    def working(self) -> nn.Module:
+        """The model in float32: itself, or a copy where it is in half precision."""
+        return in_float32(self.model)
+
     def check(self) -> None:
         """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""
-        choose_layers(self.model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
+        model = surveyed(self.model, self.recipe.train.steps)
+        choose_layers(model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
 
     def fine_tuning(self, previous: Mapping[str, Any] | None = None) -> FineTuning:
         """The recipe's method on the recipe's data, not yet trained; or as it was when `previous` was its state."""
@@ -183,7 +190,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         )
     metric = _metric(recipe.evaluate)
     resolve_device(recipe.train.device)
-    model = adapter.load(recipe.weights)
+    model = bare(adapter.load(recipe.weights))
     autoencoder = Autoencoder(recipe.vae, resolve_device(recipe.train.device)) if recipe.vae is not None else None
     pictures = (
         registry.images(recipe.data)
@@ -195,7 +202,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         data = autoencoder.encoded(pictures)
     _check_shapes(adapter, data, recipe.loading.size)
     if isinstance(data, Records):
-        _check_records(adapter, model, data)
+        _check_records(adapter, in_float32(model), data)
     recipe = _proportioned(recipe, adapter, model, pictures)
     if metric is not None and recipe.evaluate.samples:
         _check_metric(metric, recipe, pictures, len(data))

@@ -11,6 +11,7 @@ from compressor import registry
 from compressor.cost.macs import layer_macs
 from compressor.sparsity.layers import select, survey
 from compressor.sparsity.notation import parse
+from compressor.weights import bare
 
 
 def inspect_model(
@@ -23,7 +24,7 @@ def inspect_model(
     """
     adapter, rule = registry.adapter(name).opened(weights), parse(pattern)
     if weights is not None:
-        model = adapter.load(weights)
+        model = bare(adapter.load(weights))
     else:
         with torch.device("meta"):
             model = adapter.build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from compressor.quality.fidelity import Reference
 from compressor.report.content import Drift, Latency, MetricFacts, Quality, Row, TrainSummary
 from compressor.runs.inputs import Inputs
 from compressor.runs.pictures import save_grid
+from compressor.weights import in_float32
 
 UNTRAINED = TrainSummary(steps=0, seconds=0.0)
 
@@ -40,6 +42,11 @@ class Variant:
     weights_sha256: str
     patterns: Mapping[str, str] = field(default_factory=dict)
     train: TrainSummary = UNTRAINED
+
+    @cached_property
+    def working(self) -> nn.Module:
+        """The model as it is asked: in float32, so that half precision's own rounding is in no figure, on any machine."""
+        return in_float32(self.model)
 
 
 class Judge:
@@ -65,9 +72,9 @@ class Judge:
         inputs, settings = self.inputs, self.inputs.recipe.evaluate
         images = None
         if evaluate.can_sample(inputs.adapter) and settings.samples:
-            images = yield from self.drawn(variant.name, variant.model)
+            images = yield from self.drawn(variant.name, variant.working)
         yield Progress(f"drift of {variant.name}", 0, 1)
-        return Seen(images, drift.predictions(inputs.adapter, variant.model, inputs.data, settings, self.device))
+        return Seen(images, drift.predictions(inputs.adapter, variant.working, inputs.data, settings, self.device))
 
     def row(
         self, variant: Variant, seen: Seen, dense: Seen | None, sheet: Path | None

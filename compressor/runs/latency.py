@@ -13,6 +13,7 @@ from compressor.lower import lowering
 from compressor.progress import Progress
 from compressor.report.content import DENSE, LOWERED, Latency
 from compressor.runs.inputs import Inputs
+from compressor.weights import in_float32
 
 
 def timed(
@@ -24,7 +25,7 @@ def timed(
     """
     settings = found.recipe.evaluate
     device = resolve_device(found.recipe.train.device)
-    on = {name: model.to(device).eval() for name, model in models.items()}
+    on = {name: in_float32(model).to(device).eval() for name, model in models.items()}
     if not settings.latency_rounds:
         return {name: [] for name in models}
     yield Progress("latency", 0, 1, "eager")

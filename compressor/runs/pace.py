@@ -20,6 +20,7 @@ from compressor.quality.evaluate import can_sample
 from compressor.quality.settings import Evaluation
 from compressor.runs.inputs import Inputs
 from compressor.seeds import generator
+from compressor.weights import in_float32
 
 ROWS = 3
 """Dense, one-shot, fine-tuned."""
@@ -83,7 +84,7 @@ def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
     settings = recipe.evaluate
     device = resolve_device(recipe.train.device)
     home = next(inputs.model.parameters()).device
-    model = inputs.model.to(device).eval()
+    model = in_float32(inputs.model).to(device).eval()
     names = ("dense", "one-shot", inputs.method)
     seconds: dict[str, float] = {}
     if can_sample(adapter) and settings.drawn:

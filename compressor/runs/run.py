@@ -20,17 +20,19 @@ from torch import nn
 
 from compressor import files, saving
 from compressor import recipe as recipes
+from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
 from compressor.environment import environment, resolve_device
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, ReshapedError
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.runs import one_shot
-from compressor.runs.directory import clear, locked, refuse_used_directory
+from compressor.runs.directory import NO_PIPELINE, clear, locked, refuse_used_directory
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
 from compressor.runs.rows import build_report
 from compressor.runs.speed import measured
+from compressor.sparsity.surgery import surgery_of
 from compressor.training.engine import FineTuning, Result, Step, steps
 
 
@@ -135,13 +137,26 @@ def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds:
     summary = {"steps": done, "seconds": seconds, "flipped": dict(result.flipped)}
     files.write_json(out / "run.json", {**files.read_json(out / "run.json"), "train": summary})
     adapter = inputs.adapter
-    if adapter.writes_pipeline and result.surgery is None:  # diffusers knows the original shape alone
-        files.commit(out / "pipeline", lambda folder: adapter.write_pipeline(result.model, folder))
+    commit_pipeline(adapter, result.model, out)
     # a model of the user's own file has no name to load it by: a saved model never says what to run
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
     if inputs.piped is not None and not adapter.architecture:  # a part that no registered model stands for
         name = None
     saving.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
+
+
+def commit_pipeline(adapter: Adapter, model: nn.Module, out: Path) -> None:
+    """Write `pipeline/` into `out`, where models of the family have one; `pipeline.txt`, which says why, where this one has none."""
+    if not adapter.writes_pipeline:
+        return
+    try:
+        if surgery_of(model) is not None and not adapter.writes_reshaped:
+            raise ReshapedError(
+                f"{adapter.name} writes models of their original shape", "Load it with compressor.load."
+            )
+        files.commit(out / "pipeline", lambda folder: adapter.write_pipeline(model, folder))
+    except ReshapedError as error:
+        files.write_text(out / NO_PIPELINE, f"There is no pipeline/ here: {error.message}.\n{error.hint}\n")
 
 
 def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:

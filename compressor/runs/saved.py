@@ -18,7 +18,7 @@ from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
 from compressor.runs.inputs import adapter_of, load_inputs, resolve
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
         inputs = load_inputs(recipe)
         return inputs.adapter, inputs.model.eval()
     adapter = adapter_of(recipe)
-    return adapter, adapter.load(recipe.weights).eval()
+    return adapter, bare(adapter.load(recipe.weights)).eval()
 
 
 def saved_adapter(path: Path) -> Adapter:

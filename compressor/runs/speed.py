@@ -26,6 +26,7 @@ from compressor.report.content import EAGER, LOWERED, Latency, Lowering, Report
 from compressor.report.limitations import limitations
 from compressor.runs.saved import Finished, finished
 from compressor.sparsity.notation import parse
+from compressor.weights import HALF, dtypes_of
 
 __all__ = ["Benched", "Finished", "bench", "finished", "measured"]
 
@@ -78,6 +79,7 @@ def measured(
         raise UsageError(f"--dtype {dtype!r}", f"Allowed: {', '.join(DTYPES)}.")
     if not batches or min(batches) < 1:
         raise UsageError(f"batches {list(batches)}", "Give sizes of at least 1.")
+    precision = _precision(run, dtype)
     entries: list[tuple[str, Latency]] = []
     plan: Plan | None = None
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +89,14 @@ def measured(
             lowered: Lowered = yield from lowering(
                 run.sparse,
                 example,
-                dtype=DTYPES[dtype],
+                dtype=precision,
                 adapter=run.adapter,
                 compiled=compiled,
                 cache=cache,
                 digest=run.report.final.weights_sha256,
             )
             yield Progress("time", done, len(batches), f"batch {batch}")
-            entries += _timed(run, example, lowered, DTYPES[dtype], batch, graphs, of_plan=plan is None)
+            entries += _timed(run, example, lowered, precision, batch, graphs, of_plan=plan is None)
             plan = plan or lowered.plan
     assert plan is not None  # there is a batch
     plan.save(run.out / FILE)
@@ -102,6 +104,16 @@ def measured(
     report = _added(run.report, plan, left, entries)
     files.write_json(run.out / "report.json", report.as_json())
     return Benched(report, plan, entries)
+
+
+def _precision(run: Finished, dtype: str) -> torch.dtype | None:
+    """The dtype that the run's models are cast to; None where they are in it. CPUs have no kernels for float16: float32 there."""
+    own = set(dtypes_of(run.sparse).values()) & set(HALF)
+    if dtype == "auto" and own:
+        return (
+            torch.bfloat16 if own == {torch.bfloat16} else torch.float16 if run.device.type == "cuda" else torch.float32
+        )
+    return torch.float32 if dtype == "float32" and own else DTYPES[dtype]
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ from compressor.sparsity.surgery import Surgery, surgery_of
 from compressor.validation import validated
 from compressor.weights import (
     FILE_METADATA,
+    as_stored_,
+    bare,
+    bare_name,
     load_strictly,
     plain_state,
     refuse_misfit,
@@ -74,8 +77,9 @@ def save(
     path = Path(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
+    model = bare(model)
     state = plain_state(model)
-    patterns = {key: str(mask.pattern) for key, mask in masks.items()}
+    patterns = {bare_name(key): str(mask.pattern) for key, mask in masks.items()}
     _check(state, patterns, path)
     tensors, names = packing.packed_state(state, patterns) if packed else (state, [])
     config = ModelConfig(
@@ -100,8 +104,8 @@ def save(
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
 
-    `model` is filled and returned where given (with its original shape, whatever the method removed of it); else the
-    registered model named in the file is built. Every hash and
+    `model` is filled and returned where given (with its original shape, whatever the method removed of it), and keeps its
+    dtypes; else the registered model named in the file is built, in the dtypes of the file. Every hash and
     every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
     them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
@@ -110,14 +114,21 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     config = read_config(folder)
     surgery = _read_surgery(folder)
 
-    def build() -> nn.Module:
-        return model if model is not None else adapter_at(folder).build()
+    given = None if model is None else bare(model)
+    if surgery is not None and model is not None and all(part is not given for part in model.modules()):
+        raise CompressorError(
+            f"{folder}: structure was removed of it, and parts of the given model are compiled",
+            "Give the model as it was before torch.compile.",
+        )
 
-    if model is None:
+    def build() -> nn.Module:
+        return given if given is not None else adapter_at(folder).build()
+
+    if given is None:
         with torch.device("meta"):
             tried = build()
     else:
-        tried = model if surgery is None else sketch(model)
+        tried = given if surgery is None else sketch(given)
     if surgery is not None and surgery_of(tried) != surgery:
         surgery.apply(tried)
     state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
@@ -127,8 +138,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     loaded = build()
     if surgery is not None and surgery_of(loaded) != surgery:
         surgery.apply(loaded)
+    if model is None:
+        as_stored_(loaded, state)
     load_strictly(loaded, state, folder)
-    return loaded.eval()
+    return (loaded if model is None else model).eval()
 
 
 def model_folder(path: Path) -> Path:

@@ -6,7 +6,8 @@ loading carries it out again on a model of the original shape. It can only make 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -30,11 +31,14 @@ class Surgery:
     `numbers`: for each module, by name, the whole numbers (or tuples of them) that it remembers about its shape, as they
     are afterwards: `{"conv1": {"out_channels": 24}}`.
     `removed`: modules, by name, each of which becomes a `Bypass`; nothing inside them is kept or numbered.
+    `passed`: for those that answer several tensors, the names of the arguments that are answered instead, in order; None
+    where the answer had none: `{"blocks.3": ("text", "image")}`.
     """
 
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    passed: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> None:
         """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
@@ -56,7 +60,7 @@ class Surgery:
             for attribute, number in numbers.items():
                 setattr(modules[name], attribute, number)
         for name in self.removed:
-            model.set_submodule(name, Bypass())
+            model.set_submodule(name, Bypass(_parameters(modules[name]), self.passed.get(name, ())))
         before = surgery_of(model)
         vars(model)[_MEMORY] = self if before is None else self._after(before)
 
@@ -74,7 +78,8 @@ class Surgery:
         return Surgery(
             {name: dims for name, dims in kept.items() if not _inside(name, gone)},
             {name: own for name, own in numbers.items() if not _inside(name, gone)},
-            tuple(name for name in gone if not _inside(name, set(gone) - {name})),
+            (left := tuple(name for name in gone if not _inside(name, set(gone) - {name}))),
+            {name: names for name, names in {**first.passed, **self.passed}.items() if name in left},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +89,9 @@ class Surgery:
             name: {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
             for name, own in self.numbers.items()
         }
-        removed = {"removed": list(self.removed)} if self.removed else {}
+        removed: dict[str, Any] = {"removed": list(self.removed)} if self.removed else {}
+        if self.passed:
+            removed["passed"] = {name: list(names) for name, names in self.passed.items()}
         return {"schema_version": 1, "kept": kept, "numbers": numbers, **removed}
 
     @classmethod
@@ -96,7 +103,8 @@ class Surgery:
             name: {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
             for name, own in found.numbers.items()
         }
-        return cls(kept, numbers, tuple(found.removed))
+        passed = {name: tuple(names) for name, names in found.passed.items()}
+        return cls(kept, numbers, tuple(found.removed), passed)
 
     def _check(self, model: nn.Module) -> None:
         state, tied, modules = model.state_dict(keep_vars=True), ties(model), dict(model.named_modules())
@@ -114,6 +122,10 @@ class Surgery:
             gone = name not in modules or isinstance(modules[name], Bypass) or self.removed.count(name) > 1
             if not name or gone:
                 raise CompressorError(f"surgery: the model has no module {name!r} to remove", _HINT)
+        for name, names in self.passed.items():
+            known = _parameters(modules[name]) if name in self.removed else ()
+            if not names or any(one is not None and one not in known for one in names):
+                raise CompressorError(f"surgery: {name} cannot pass on {_shown(names)}", _HINT)
         for name in (*self.kept, *self.numbers, *self.removed):
             if _inside(name, set(self.removed) - {name}):
                 raise CompressorError(f"surgery: {name} is inside of what is removed", _HINT)
@@ -127,10 +139,18 @@ class Surgery:
 
 
 class Bypass(nn.Module):
-    """What is left of a removed module: its first argument, whatever else it is given."""
+    """What is left of a removed module: its first argument, whatever else it is given; or where names are `passed`, a tuple
+    of the arguments of these names. `parameters`: what the module called its arguments, in order."""
+
+    def __init__(self, parameters: Sequence[str] = (), passed: Sequence[str | None] = ()) -> None:
+        super().__init__()
+        self.parameters_in_order, self.passed = tuple(parameters), tuple(passed)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        return inputs[0] if inputs else next(iter(named.values()))
+        if not self.passed:
+            return inputs[0] if inputs else next(iter(named.values()))
+        given = {**dict(zip(self.parameters_in_order, inputs, strict=False)), **named}
+        return tuple(None if name is None else given[name] for name in self.passed)
 
 
 def surgery_of(model: nn.Module) -> Surgery | None:
@@ -150,6 +170,7 @@ class _File(BaseModel):
     kept: dict[str, dict[Literal["0", "1", "2", "3", "4"], list[int]]]
     numbers: dict[str, dict[str, int | list[int]]]
     removed: list[str] = []
+    passed: dict[str, list[str | None]] = {}
 
 
 def _inside(name: str, modules: Collection[str]) -> bool:
@@ -165,5 +186,11 @@ def _lowers(old: Any, new: int | tuple[int, ...]) -> bool:
     return all(type(a) is int and type(b) is int and 1 <= b <= a for a, b in zip(before, after, strict=True))
 
 
-def _shown(numbers: tuple[int, ...]) -> str:
-    return f"{len(numbers)} entries" if len(numbers) > 6 else str(list(numbers))
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """What the forward of `module` calls its arguments, in order."""
+    found = inspect.signature(module.forward).parameters.values()
+    return tuple(one.name for one in found if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY))
+
+
+def _shown(entries: tuple[int | str | None, ...]) -> str:
+    return f"{len(entries)} entries" if len(entries) > 6 else str(list(entries))

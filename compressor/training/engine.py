@@ -21,10 +21,13 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
+from compressor.training.given import Given, student_of
+from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
 from compressor.validation import validated
+from compressor.weights import bare
 
 _TOLERATED_NONFINITE = 2
 LEFT_DENSE = "left dense by the method"
@@ -79,14 +82,14 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
-        _refuse_untrainable(model)
+        self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
-        self.student = copy.deepcopy(model).to(self.device).train()
+        self.student = student_of(model, training.steps).to(self.device).train()
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
-            self.teacher = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
+            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         if previous is None:
             pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
@@ -103,21 +106,43 @@ class FineTuning:
             raise CompressorError(
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
             )
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay
-        )
-        self.shadow = Shadow(
-            {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None},
-            pruner,
-            self.optimizer,
-            progress=0.0 if training.steps else 1.0,
-        )
+        self.shadow = self._sparse()
         _verify(self.shadow.masks)
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
         if previous is not None:
             self._restore(previous)
+
+    def _sparse(self) -> Shadow | Adapters:
+        """What keeps the weights sparse while `self.optimizer`, made here, trains them, or adapters of them alone."""
+        weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
+        lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
+        if not lora:
+            self.optimizer = self._optimizer(self.parameters)
+            return Shadow(weights, self.pruner, self.optimizer, progress)
+        started = {name: weight.detach() for name, weight in weights.items()}
+        masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
+        for name, mask in masks.items():
+            weights[name].data.copy_(mask.apply(started[name]))
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in masks)
+        adapters = Adapters(weights, masks, self.training.lora, self.training.seed)
+        self.optimizer = self._optimizer(adapters.matrices)
+        adapters.attach(self.optimizer)
+        return adapters
+
+    def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        settings = self.training
+        return torch.optim.AdamW(
+            list(trained.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
+        """The masks of the finished weights, which are `dense` before them."""
+        if isinstance(self.shadow, Adapters):
+            return self.shadow.masks
+        return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
@@ -145,13 +170,15 @@ class FineTuning:
         if self.done:
             raise ValueError(f"{self.done} steps are done")
         dense = self.shadow.dense
-        masks = checked_masks(self.pruner.masks(dense, 1.0, {}), dense)
+        masks = self._masks(dense, {})
         _verify(masks)
         model = copy.deepcopy(self.student).eval()
         own = dict(model.named_parameters())
         for name, weight in dense.items():
             own[name].copy_(masks[name].apply(weight) if name in masks else weight)
-        return Result(model, masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery)
+        return Result(
+            self.given.returned(model), masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery
+        )
 
     def _layers(self, masks: Mapping[str, Mask]) -> list[Layer]:
         """Every layer, with the reason where it has none of `masks`."""
@@ -178,7 +205,8 @@ class FineTuning:
         lr = settings.lr_at(t)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         batch = self.batches.batch(t)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
@@ -217,7 +245,7 @@ class FineTuning:
         dense = {name: final[name] for name in self.shadow.dense}
         masks = self.shadow.masks
         if steps:
-            masks = checked_masks(self.pruner.masks(dense, 1.0, dict(masks)), dense)
+            masks = self._masks(dense, dict(masks))
         _verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -225,7 +253,7 @@ class FineTuning:
                 parameter.grad = None
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
-        return Result(self.student.eval(), masks, self._layers(masks), (), flipped, self.surgery)
+        return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
     def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
         """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
@@ -325,6 +353,7 @@ def choose_layers(
     ignore: Sequence[str] | None,
 ) -> list[Layer]:
     """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    model = bare(model)
     return select(
         model,
         pruner.pattern,
@@ -343,19 +372,6 @@ def chosen(
 ) -> list[Layer]:
     """The layers that get a mask: `choose_layers` without those that have a reason for none."""
     return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
-
-
-def _refuse_untrainable(model: nn.Module) -> None:
-    """Raise CompressorError where `model` has no values, or trained weights of another type than float32."""
-    if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
-        raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
-    for name, value in model.named_parameters():
-        if value.requires_grad and value.dtype != torch.float32:
-            why = "small updates would be lost in training" if value.dtype.itemsize < 4 else "only float32 is trained"
-            raise CompressorError(
-                f"{name} is {value.dtype}: {why}",
-                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
-            )
 
 
 def _verify(masks: Mapping[str, Mask]) -> None:

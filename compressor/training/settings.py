@@ -11,8 +11,26 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 _NotNegative = Annotated[float, Field(ge=0)]
 
 
+class Lora(BaseModel):
+    """The adapters of `Training.mode` lora: products of `rank`, scaled by `alpha` / `rank`; None makes that 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    rank: Annotated[int, Field(ge=1, le=100_000)] = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class Training(BaseModel):
-    """How to fine-tune. `batch_size` is samples per optimizer step; `accumulate` splits each into that many pieces."""
+    """How to fine-tune. `batch_size` is samples per optimizer step; `accumulate` splits each into that many pieces.
+
+    `mode`: `full` trains every weight; `lora` trains adapters of the masked weights alone, under their masks, which stay as
+    they were at the start.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -31,6 +49,8 @@ class Training(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
+    mode: Literal["full", "lora"] = "full"
+    lora: Lora = Lora()
 
     def lr_at(self, step: int) -> float:
         """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.

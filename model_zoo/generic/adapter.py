@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, Sampling
-from compressor.errors import CompressorError
+from compressor.adapter import Adapter, Sampling, as_taken
+from compressor.errors import CompressorError, ReshapedError
 from compressor.model_zoo.generic import pretrained
 from compressor.model_zoo.generic.arguments import example, noisy_name
 from compressor.model_zoo.generic.noise import Noise
 from compressor.model_zoo.generic.pretrained import Pretrained
+from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
-from compressor.weights import load_strictly, read_outline, read_weights
+from compressor.sparsity.surgery import surgery_of
+from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights
 
 
 class Layout(ABC):
@@ -85,6 +87,7 @@ class DiffusersAdapter(Adapter):
     file: Path | None = None  # the file of weights that `config` is of
     writes_pipeline: bool = True
     of_pipelines: bool = False
+    writes_reshaped: bool = True
     family: str = ""
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
@@ -139,21 +142,23 @@ class DiffusersAdapter(Adapter):
             self._refuse_unless(seen or self.layout.configuration(state, self.config, {}) == dict(self.config), path)
             if self.layout.recognises(state):
                 state = self.layout.translated(state)
-        load_strictly(model, pretrained.modern_names(model, state), path)
+        state = pretrained.modern_names(model, state)
+        load_strictly(as_stored_(model, state), state, path)
         return model.eval()
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
         import diffusers
 
+        reshaped = surgery_of(module) is not None
         if self.layout is not None and not self.layout.is_plain(self.config):
+            if reshaped:
+                raise ReshapedError("the authors' files are of the original shape", "Load it with compressor.load.")
             # diffusers would build another network from its folder, so that the file is the authors', for their own code
             torch.save(self.layout.original(module), folder / f"{self.name}.pt")
             (folder / "README.txt").write_text(self.layout.why_not_plain, encoding="utf-8")
             return
         library: Any = diffusers  # it has few annotations
-        # A model of its own: the given one may share tensors between names, which diffusers does not save.
-        plain: Any = pretrained.build(self._plain_config)
-        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+        plain: Any = as_configured(module, self._plain_config, self) if reshaped else self._copied(module)
         source = self.source
         if source is not None and source.pipeline is not None:
             own = source.folder
@@ -170,6 +175,12 @@ class DiffusersAdapter(Adapter):
             library.DDPMPipeline(plain, scheduler).save_pretrained(folder)
         else:
             plain.save_pretrained(folder)
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        """A model of its own: the given one may share tensors between names, which diffusers does not save."""
+        plain = cast_(pretrained.build(self._plain_config), dtypes_of(module))
+        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+        return plain
 
     def _prepared(self, model: nn.Module, trained: bool) -> nn.Module:
         from diffusers.models.embeddings import LabelEmbedding
@@ -232,7 +243,7 @@ class DiffusersAdapter(Adapter):
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""
-        out: Tensor = module(**inputs, return_dict=False)[0]
+        out: Tensor = module(**as_taken(inputs, module), return_dict=False)[0]
         channels = inputs[noisy_name(self.config)].shape[1]
         has_variance = out.dim() == 4 and out.shape[1] == 2 * channels
         return out[:, :channels] if has_variance else out

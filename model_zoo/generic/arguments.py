@@ -25,7 +25,7 @@ def noisy_name(config: _Config) -> str:
 def example(config: _Config, batch: int) -> dict[str, Any]:
     """Arguments for a model of `config`, by name. Raises CompressorError for a class whose needs are not known here."""
     made = model_class(config)
-    full = {**_defaults(made), **config}
+    full = {**defaults(made), **config}
     make = _EXAMPLES.get(made.__name__)
     if make is None:
         raise CompressorError(
@@ -35,7 +35,8 @@ def example(config: _Config, batch: int) -> dict[str, Any]:
     return make(full, batch)
 
 
-def _defaults(made: Any) -> dict[str, Any]:
+def defaults(made: Any) -> dict[str, Any]:
+    """What a class of models takes where its configuration says nothing."""
     parameters = inspect.signature(made.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
+from compressor.weights import as_stored_, read_outline
 
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -121,8 +122,20 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
             f"{found.folder} does not fit {made.__name__}: {'; '.join(wrong[:4])}{more}",
             "The weights are of another configuration than config.json says.",
         )
-    result: nn.Module = model.eval()
+    result: nn.Module = as_stored_(model, _outline(found.folder, model)).eval()
     return result
+
+
+def _outline(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What a folder's files hold, without the values, by the names of `model`: diffusers reads all of it as float32."""
+    for ending in ("*.safetensors", "*.bin"):
+        files = sorted(folder.glob(ending))
+        if (
+            files := [file for file in files if "." not in file.stem] or files
+        ):  # x.fp16.safetensors stands behind x.safetensors
+            state = {name: value for file in files for name, value in read_outline(file).items()}
+            return modern_names(model, state)
+    return {}
 
 
 def modern_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

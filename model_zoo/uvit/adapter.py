@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, Sampling
+from compressor.adapter import Adapter, Sampling, as_taken
 from compressor.errors import CompressorError
 from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
 from compressor.model_zoo.uvit.architecture import checked, found_in
 from compressor.model_zoo.uvit.network import UViT
 from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, ContinuousTimes, Times
-from compressor.weights import load_strictly, read_outline, read_weights
+from compressor.weights import as_stored_, load_strictly, read_outline, read_weights
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class UViTAdapter(Adapter):
             raise CompressorError(
                 f"{self.name} comes without weights", f"Give --weights FILE. {self.about.get('weights', '')}".strip()
             )
-        model = self.build()
-        load_strictly(model, read_weights(path), path)
+        model, state = self.build(), read_weights(path)
+        load_strictly(as_stored_(model, state), state, path)
         return model.eval()
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
@@ -101,7 +101,7 @@ class UViTAdapter(Adapter):
         return (self.times.diffuse(images, noise, times), self.times.told(times), labels), noise
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
-        out: Tensor = module(*inputs)
+        out: Tensor = module(*as_taken(inputs, module))
         return out
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,11 +28,12 @@ from compressor.weights import twin
 class Depth(Pruner):
     """Removes whole blocks until about the share `macs` of the multiply-accumulates is left.
 
-    A block: a module whose class appears in an `nn.ModuleList`, whose output has the shape of its first argument, and whose
-    parts no other code reads. `score`: `error` removes next whatever adds least to the mean square
-    difference from the dense model's predictions, for each multiply-accumulate that it saves; `random` draws. `timesteps`:
-    batches that are looked at, one per time. `teacher`: the weight of the dense model's prediction in fine-tuning, beside the
-    noise; `teacher_only`: learn from it alone. A block stays where the run's rules leave out all of its layers.
+    A block: a module whose class appears in an `nn.ModuleList`, whose output has the shape of its first argument (or, where it
+    has two streams, each of its outputs that of one argument), and whose parts no other code reads. `score`: `error` removes
+    next whatever adds least to the mean square difference from the dense model's predictions, for each multiply-accumulate
+    that it saves; `random` draws. `timesteps`: batches that are looked at, one per time. `teacher`: the weight of the dense
+    model's prediction in fine-tuning, beside the noise; `teacher_only`: learn from it alone. A block stays where the run's
+    rules leave out all of its layers.
 
     Sources: Song et al. 2024, "SLEB" (one block after the other, by the whole model's answer); Kim et al. 2024, "BK-SDM" (blocks
     of a diffusion model, then distillation).
@@ -71,17 +73,18 @@ class Depth(Pruner):
         was_training = model.training
         model.eval()
         try:
-            return replace(self, surgery=Surgery(removed=self._removed(model, adapter, batches)))
+            return replace(self, surgery=self._removed(model, adapter, batches))
         finally:
             model.train(was_training)
 
-    def _removed(self, model: nn.Module, adapter: Adapter, batches: Batches) -> tuple[str, ...]:
+    def _removed(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Surgery:
         whole = layer_macs(model, adapter)[0]
-        saved = find_blocks(model, adapter)
+        blocks = survey_blocks(model, adapter)
+        saved = {name: block.saves for name, block in blocks.items()}
         too_many = (1 - self.macs) * whole
         rng = generator("depth", self.seed)
         gone: tuple[str, ...] = ()
-        error = _Error(model, adapter, batches, self.timesteps) if self.score == "error" else None
+        error = _Error(model, adapter, batches, self.timesteps, blocks) if self.score == "error" else None
         while left := [name for name in saved if name not in gone]:
             if error is None:
                 chosen = left[int(torch.randint(len(left), (1,), generator=rng))]
@@ -96,14 +99,16 @@ class Depth(Pruner):
                 f"depth: {self.macs:.0%} of the multiply-accumulates cannot be reached, only {self.macs + too_many / whole:.0%}",
                 "What is no block stays as it is. Choose a larger macs.",
             )
-        return gone
+        return without(gone, blocks)
 
 
 class _Error:
     """The mean square difference from the dense model's predictions, over the denoising times, without some blocks."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int) -> None:
-        self.model, self.adapter = model, adapter
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int, blocks: Mapping[str, Block]
+    ) -> None:
+        self.model, self.adapter, self.blocks = model, adapter, blocks
         device = next(model.parameters()).device
         self.inputs = [to_device(visit.inputs, device) for visit in visits(adapter, batches, timesteps)]
         self.dense: list[Tensor] = []
@@ -115,30 +120,41 @@ class _Error:
 
     @torch.no_grad()
     def _predictions(self, gone: Collection[str]) -> list[Tensor]:
-        found = without(twin(self.model), gone)
+        without(gone, self.blocks).apply(found := twin(self.model))
         return [self.adapter.predict(found, inputs).float() for inputs in self.inputs]
 
 
-def without(model: nn.Module, blocks: Collection[str]) -> nn.Module:
-    """`model`, whose `blocks` are replaced in place."""
-    Surgery(removed=tuple(blocks)).apply(model)
-    return model
+@dataclass(frozen=True)
+class Block:
+    """A block that can be removed: the multiply-accumulates of one sample that it `saves`, and which of its arguments are passed
+    on instead of its outputs, where it has several (`Surgery.passed`)."""
+
+    saves: int
+    passed: tuple[str | None, ...] = ()
+
+
+def without(blocks: Collection[str], found: Mapping[str, Block]) -> Surgery:
+    """The surgery that removes `blocks`, which are of those `found`."""
+    return Surgery(removed=tuple(blocks), passed={name: found[name].passed for name in blocks if found[name].passed})
 
 
 def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, int]:
-    """The blocks that can be removed, outermost ones only, in the order of the model: their names, and the
-    multiply-accumulates of one sample that each saves.
+    """The names of the blocks of `survey_blocks`, and what each saves."""
+    return {name: block.saves for name, block in survey_blocks(model, adapter).items()}
+
+
+def survey_blocks(model: nn.Module, adapter: Adapter) -> dict[str, Block]:
+    """The blocks that can be removed, outermost ones only, by name, in the order of the model.
 
     Raises CompressorError where there is none.
     """
     listed = {type(part) for parts in model.modules() if isinstance(parts, nn.ModuleList) for part in parts}
     layers = survey(model, NM(2, 4))
-    alike: set[str] = set()
+    alike: dict[str, tuple[str | None, ...]] = {}
 
     def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape:
-            alike.add(name)
+        if (passed := _passed(module, args, kwargs, output)) is not None:
+            alike[name] = passed
 
     tried = twin(model)
     for name, module in tried.named_modules():
@@ -147,16 +163,43 @@ def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, int]:
         if type(module) in listed and len(inside) > 1 and free:
             module.register_forward_hook(partial(note, name), with_kwargs=True)
     whole = layer_macs(tried, adapter)[0]
-    found: dict[str, int] = {}
+    found: dict[str, Block] = {}
     for name, _ in model.named_modules():
         if name in alike and not any(name.startswith(f"{other}.") for other in found):
             try:
-                found[name] = whole - layer_macs(without(twin(model), (name,)), adapter)[0]
+                smaller = twin(model)
+                without((name,), {name: Block(0, alike[name])}).apply(smaller)
+                found[name] = Block(whole - layer_macs(smaller, adapter)[0], alike[name])
             except Exception:  # whatever a model raises that reads a part of this block elsewhere
                 continue
     if not found:
         raise CompressorError(
             "depth: this model has no block that could be removed",
-            "A block: a module whose class appears in an nn.ModuleList, whose output has the shape of its first argument.",
+            "A block: a module whose class appears in an nn.ModuleList, whose output has the shape of its first argument, or "
+            "each of whose outputs has the shape of one of its arguments alone.",
         )
     return found
+
+
+def _passed(module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[str | None, ...] | None:
+    """Which arguments of a call could stand for its `output`: () for the first one, names where there are several outputs.
+
+    None where it is not clear which: an output has no argument's shape, or that of several.
+    """
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(output, Tensor):
+        return () if isinstance(first, Tensor) and first.shape == output.shape else None
+    if not isinstance(output, tuple) or not any(isinstance(one, Tensor) for one in output):
+        return None
+    try:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    shapes = {name: value.shape for name, value in given.items() if isinstance(value, Tensor)}
+    passed: list[str | None] = []
+    for one in output:
+        alike = [name for name, shape in shapes.items() if isinstance(one, Tensor) and shape == one.shape]
+        if one is not None and len(alike) != 1:
+            return None
+        passed.append(alike[0] if alike else None)
+    return tuple(passed)

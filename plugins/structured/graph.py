@@ -101,12 +101,8 @@ class Channels:
                 raise Refused("operations between layers move its channels to places that no layer has")
             new = _new(arriving, reached[key], tied)
             for dependency in node.dependencies if new else ():
-                if dependency.is_triggered_by(handler):
-                    found = new
-                    for mapping in dependency.index_mapping:
-                        found = found if mapping is None else mapping(found)
-                    if found:
-                        pending.append((dependency.target, dependency.handler, found))
+                if dependency.is_triggered_by(handler) and (found := _mapped(new, dependency.index_mapping)):
+                    pending.append((dependency.target, dependency.handler, found))
         members = [self._member(node, handler, reached[id(node), handler]) for node, handler in nodes]
         first = torch.tensor([_first(tied, channel) for channel in tied])
         return Together(
@@ -142,6 +138,20 @@ class Channels:
         if int(own.max()) >= member.width:
             raise Refused(f"what is done before {name} changes how many there are")
         return member
+
+
+def _mapped(channels: list[_Index], mappings: Iterable[Any]) -> list[_Index]:
+    """Where `channels` are after what the `mappings`, operations as torch-pruning has them, do to their places.
+
+    Raises Refused where it cannot say: it knows the parts of joins and splits of channels, and not those of other dims.
+    """
+    found = channels
+    for mapping in mappings:
+        try:
+            found = found if mapping is None else mapping(found)
+        except (IndexError, TypeError) as error:
+            raise Refused("operations between layers join or split them in a way that cannot be followed") from error
+    return found
 
 
 def _new(arriving: Iterable[_Index], reached: dict[int, int], tied: list[int]) -> list[_Index]:

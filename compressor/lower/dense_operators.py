@@ -1,0 +1,77 @@
+"""oneDNN's products with packed weights as operators of torch that torch.compile accepts.
+
+A packed weight is opaque: a compiler can neither look into it nor make one up. So these operators take its number, and
+weights are found by that for as long as a module holds them. Only compiled models call them: torch's own take the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+_torch_library: Any = torch.library  # it has no annotations
+_library = _torch_library.Library("compressor", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor? bias, int weight, str attribute, str algorithm) -> Tensor")
+_library.define(
+    "packed_conv(Tensor x, Tensor? bias, int weight, int[] padding, int[] stride, int[] dilation, int groups) -> Tensor"
+)
+_numbers = count()
+
+
+class PackedWeight:
+    """A weight (out, in, *kernel) as oneDNN has packed it, with its plain `shape`, and the number that operators know it by."""
+
+    def __init__(self, tensor: Tensor, shape: Sequence[int]) -> None:
+        self.tensor, self.shape, self.number = tensor, tuple(shape), next(_numbers)
+        _held[self.number] = self
+
+
+_held: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+
+
+def _linear(x: Tensor, bias: Tensor | None, weight: int, attribute: str, algorithm: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, _held[weight].tensor, bias, attribute, [], algorithm)
+    return out.contiguous()
+
+
+def _fake_linear(x: Tensor, bias: Tensor | None, weight: int, attribute: str, algorithm: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _held[weight].shape[0]))
+
+
+def _conv(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: int,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    where = (list(padding), list(stride), list(dilation), groups)
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, _held[weight].tensor, bias, *where, "none", [], "")
+    return out.contiguous()
+
+
+def _fake_conv(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: int,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    out, _, *kernel = _held[weight].shape
+    sides = zip(x.shape[-len(kernel) :], kernel, padding, stride, dilation, strict=True)
+    after = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, p, s, d in sides]
+    return x.new_empty((*x.shape[: -len(kernel) - 1], out, *after))
+
+
+for _name, _real, _fake in (("packed_linear", _linear, _fake_linear), ("packed_conv", _conv, _fake_conv)):
+    _library.impl(_name, _real, "CPU")
+    _torch_library.register_fake(f"compressor::{_name}", _fake, lib=_library)

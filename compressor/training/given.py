@@ -1,0 +1,71 @@
+"""The model that a run is given, and the copy that it works on: in float32, and as the given one was again at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+
+from compressor.errors import CompressorError
+from compressor.weights import HALF, cast_, dtypes_of, float32_, sketch
+
+
+@dataclass(frozen=True)
+class Given:
+    """How the given model was: the dtype of each floating-point tensor by name, and which parameters took gradients."""
+
+    dtypes: Mapping[str, torch.dtype]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """How `model` is."""
+        return cls(dtypes_of(model), frozenset(n for n, value in model.named_parameters() if value.requires_grad))
+
+    def returned(self, model: nn.Module) -> nn.Module:
+        """`model`, in place, as the given one was, and in eval mode. Zeros stay zeros in every dtype.
+
+        Raises CompressorError where a weight is too large for its dtype.
+        """
+        cast_(model, self.dtypes)
+        for name, value in model.named_parameters():
+            value.requires_grad_(name in self.trained)
+        return model.eval()
+
+
+def student_of(model: nn.Module, steps: int) -> nn.Module:
+    """The copy of `model` that a run of so many `steps` prunes and trains: what is in half precision is in float32.
+
+    Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises CompressorError
+    where `model` has no values, or shall be trained and has weights of another dtype than these.
+    """
+    if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
+        raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
+    for name, value in model.named_parameters() if steps else ():
+        if value.requires_grad and value.dtype not in (torch.float32, *HALF):
+            raise CompressorError(
+                f"{name} is {value.dtype}: only float32 is trained, and float16 and bfloat16 through it",
+                'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
+            )
+    student = float32_(copy.deepcopy(model))
+    return student if steps else _unfrozen(student)
+
+
+def surveyed(model: nn.Module, steps: int) -> nn.Module:
+    """What a run of so many `steps` finds layers in, for no memory: `model`, or where a student of it is not frozen, a sketch."""
+    return model if steps or not _frozen(model) else _unfrozen(sketch(model))
+
+
+def _frozen(model: nn.Module) -> bool:
+    return not any(value.requires_grad for value in model.parameters())
+
+
+def _unfrozen(model: nn.Module) -> nn.Module:
+    """`model`, whose parameters take gradients if none did."""
+    for value in model.parameters() if _frozen(model) else ():
+        value.requires_grad_(value.is_floating_point())
+    return model

@@ -1,0 +1,196 @@
+"""Models that torch.compile or DataParallel put something around: no name of theirs is in a mask, a layer or a file."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from functools import partial
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+import compressor
+from compressor import CompressorError, discovery, saving
+from compressor.lower import Backend, dense_operators
+from compressor.lower.graphs import Graphed
+from compressor.lower.units import find_units, put
+from compressor.plugins.magnitude import Magnitude
+from compressor.plugins.structured import Structured
+from compressor.sparsity.notation import parse
+from compressor.weights import bare, read_outline, weights_sha256
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def inside(model):
+    model[0] = compiled(model[0])
+    return model
+
+
+def twice(model):
+    return compiled(inside(model))
+
+
+WAYS = [compiled, in_place, inside, twice, nn.DataParallel]
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
+def wrapped(request):
+    return request.param(tiny_model())
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_wrapped_model_is_pruned_saved_and_loaded_by_its_plain_names(wrapped, steps, adapter, samples, tmp_path):
+    settings = {"adapter": adapter, "data": samples, "steps": steps, "batch_size": 8, "device": "cpu"}
+    settings |= {"targets": ["0"]}
+    names = list(wrapped.state_dict())
+    result = compressor.prune(wrapped, Magnitude(), **settings)
+    expected = compressor.prune(tiny_model(), Magnitude(), **settings)
+    assert list(wrapped.state_dict()) == names  # the given model is as it was
+    assert type(result.model) is nn.Sequential and list(result.model.state_dict()) == list(tiny_model().state_dict())
+    assert weights_sha256(result.model) == weights_sha256(expected.model)
+    assert list(result.masks) == ["0.weight"]
+    assert [layer.module_name for layer in result.layers] == ["0", "2"]
+    compressor.save(tmp_path / "saved", result.model, result.masks)
+    assert weights_sha256(compressor.load(tmp_path / "saved", tiny_model(1))) == weights_sha256(result.model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_wrapped_after_pruning_is_saved_and_filled_by_its_plain_names(way, adapter, samples, tmp_path):
+    settings = {"adapter": adapter, "data": samples, "steps": 0, "device": "cpu"}
+    result = compressor.prune(tiny_model(), Magnitude(), **settings)
+    expected = weights_sha256(result.model)
+    model = way(copy.deepcopy(result.model))
+    named = {name: result.masks[name.replace("_orig_mod.", "")] for name in result.masks}
+    compressor.save(tmp_path / "saved", model, {f"_orig_mod.{name}": mask for name, mask in named.items()})
+    text = (tmp_path / "saved" / "config.json").read_text() + str(
+        list(read_outline(tmp_path / "saved/model.safetensors"))
+    )
+    assert "_orig_mod" not in text and "module." not in text
+    assert sorted(saving.read_config(tmp_path / "saved").patterns) == ["0.weight", "2.weight"]
+    given = way(tiny_model(1))
+    loaded = compressor.load(tmp_path / "saved", given)
+    assert loaded is given and not loaded.training
+    assert weights_sha256(bare(loaded)) == expected
+
+
+def test_a_part_that_is_used_twice_stays_one_part():
+    model = tiny_model()
+    shared = compiled(nn.Linear(4, 4))
+    tree = nn.ModuleDict({"one": shared, "two": shared, "three": shared._orig_mod, "rest": model})
+    found = bare(tree)
+    assert found["one"] is found["two"] and found["one"] is found["three"] and type(found["one"]) is nn.Linear
+    assert found["one"].weight is shared._orig_mod.weight
+    assert bare(model) is model
+
+
+def test_removed_structure_is_not_loaded_into_a_model_with_compiled_parts(adapter, samples, tmp_path):
+    settings = {"adapter": adapter, "data": samples, "steps": 0, "device": "cpu"}
+    result = compressor.prune(compiled(tiny_model()), Structured(macs=0.5, multiple=1), **settings)
+    compressor.save(tmp_path / "saved", compiled(result.model), {})
+    loaded = compressor.load(tmp_path / "saved", compiled(tiny_model(1)))
+    assert weights_sha256(bare(loaded)) == weights_sha256(result.model)
+    before = weights_sha256(given := inside(tiny_model(1)))
+    with pytest.raises(CompressorError, match="parts of the given model are compiled"):
+        compressor.load(tmp_path / "saved", given)
+    assert weights_sha256(given) == before
+
+
+def test_a_compiled_model_is_lowered_as_the_plain_one(wrapped):
+    x = torch.randn(4, 16)
+    lowered = compressor.lower(wrapped, x, backends=["onednn"], cache=False)
+    assert [layer.name for layer in lowered.plan.layers] == ["0", "2"]
+    torch.testing.assert_close(lowered.model(x), tiny_model()(x), rtol=1e-4, atol=1e-5)
+
+
+class Mixture(nn.Module):
+    """A convolution of each kind, a feed-forward pair and a Linear, all of them `pattern`."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 3, padding=1)
+        self.stride = nn.Conv2d(32, 32, 3, stride=2, padding=2, dilation=2, bias=False)
+        self.ff = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.out = nn.Linear(32, 32)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.weight.data.copy_(parse(pattern).mask(layer.weight.detach().abs()).apply(layer.weight.detach()))
+
+    def forward(self, x):
+        x = self.stride(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.out(x + self.ff(x))
+
+
+@torch.no_grad()
+def with_backend(model, backend, x):
+    """`model` with every unit that `backend` takes in its form, and how many those are."""
+    form, taken = copy.deepcopy(model), 0
+    for one in find_units(form, partial(form, x))[0]:
+        if backend.refusal(one.unit) is None:
+            form, taken = put(form, one.at, backend.build(one.unit)), taken + 1
+    return form, taken
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "least"),
+    [("vnm", "4:2:4", 3), ("vnm", "4c:2:4", 3), ("gathered", "16:2:4", 2), ("onednn", "2:4", 4)],
+)
+def test_lowered_layers_are_one_graph_that_answers_as_they_do(name, pattern, least):
+    torch.manual_seed(0)
+    backend = discovery.made("backends", name, Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    model, x = Mixture(pattern).eval(), torch.randn(2, 16, 8, 8)
+    form, taken = with_backend(model, backend, x)
+    assert taken >= least
+    torch._dynamo.reset()
+    compiled = torch.compile(form, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        others = (torch.randn(3, 16, 6, 10),) if name == "onednn" else ()
+        for inputs in (x, *others):
+            torch.testing.assert_close(compiled(inputs), form(inputs), rtol=0, atol=0)
+            torch.testing.assert_close(compiled(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_lowered_model_is_one_graph(dtype):
+    torch.manual_seed(0)
+    model, x = Mixture("4:2:4").eval(), torch.randn(2, 16, 8, 8)
+    lowered = compressor.lower(model, x, dtype=dtype, cache=False).model
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(lowered, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, lowered(x))
+    assert found.dtype == torch.float32
+
+
+def test_a_model_that_records_its_calls_leaves_that_to_the_compiler():
+    model = tiny_model()
+    torch._dynamo.reset()
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(Graphed(model), fullgraph=True, backend="eager")(x), model(x))
+
+
+def test_a_packed_weight_goes_when_its_last_module_does():
+    backend = discovery.made("backends", "onednn", Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    form, _ = with_backend(Mixture("2:4"), backend, torch.randn(2, 16, 8, 8))
+    number = form.out.number
+    second = copy.deepcopy(form)
+    del form
+    gc.collect()
+    assert second.out.number == number and number in dense_operators._held
+    del second
+    gc.collect()
+    assert number not in dense_operators._held
