@@ -74,6 +74,18 @@ def test_the_diffusers_model_of_the_page_is_pruned(tmp_path, monkeypatch):
     assert len(names["result"].masks) > 10
 
 
+def test_the_page_on_pipelines_runs(tmp_path, monkeypatch):
+    import tiny_pipelines
+
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny_pipelines.made("sd", tmp_path / "files")
+    pipe.set_progress_bar_config(disable=True)
+    (block,) = python_blocks(ROOT / "docs" / "pipelines.md")
+    names: dict[str, object] = {"pipe": pipe, "prompts": tiny_pipelines.PROMPTS}
+    exec(compile(block, "pipelines.md", "exec"), names)
+    assert len(names["result"].masks) > 10 and names["picture"].size == (16, 16)
+
+
 def test_the_pruner_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch):
     block = next(
         b for b in python_blocks(ROOT / "docs" / "writing_a_pruner.md") if b.startswith("# file: my_pruner.py")

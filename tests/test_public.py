@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-NEW_NAMES = {"Merged", "merge_lora", "Preset", "Surgery", "choose_layers", "found"}
+NEW_NAMES = {"Merged", "Recording", "apply", "merge_lora", "record", "Preset", "Surgery", "choose_layers", "found"}
 NEW_ENTRY_POINTS: dict[str, set[str]] = {}
 """By group."""
 _BUDGETS = [
@@ -32,6 +32,31 @@ _BUDGETS = [
     "--full For publication: as many samples as real images, whatever it costs.",
 ]
 _TRAIN = ["--train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha)."]
+_PIPELINES = """
+--pipeline DIR|OWNER/NAME A whole pipeline of diffusers, instead of --model: it is run with --prompts, and its calls are learned from.
+--prompts FILE Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl).
+--part NAME The part of the pipeline: unet, transformer, vae.decoder, … Default: what denoises.
+--records DIR Where its recorded calls are kept. Default: the user's cache folder.
+"""  # noqa: E501
+_RECORD = """
+Usage: compressor record [OPTIONS] PIPELINE
+Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.
+`compressor run --pipeline PIPELINE --records DIR` learns from them. Interrupted, the same command goes on.
+Options:
+--prompts FILE One a line, or JSON objects of arguments (.jsonl). [required]
+--n INTEGER RANGE Pictures to learn from. [default: 16; x>=1]
+--unseen INTEGER RANGE Pictures to be judged on. [default: 4; x>=1]
+--steps INTEGER RANGE Sampler steps. Default: the pipeline's own number. [x>=1]
+--seed INTEGER RANGE Chooses prompts and noise. [default: 0; x>=0]
+--part NAME unet, transformer, vae.decoder, … Default: what denoises.
+--device TEXT auto, cpu, cuda, cuda:1, … [default: auto]
+--argument KEY=VALUE The pipeline's own, e.g. guidance_scale=3.
+-o, --out DIR The records. [required]
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+"""  # noqa: E501
 _MERGE_LORA = """
 Usage: compressor merge-lora [OPTIONS] RUN LORA
 Merge a LoRA of your own into the sparse model of a run, under its masks.
@@ -44,9 +69,15 @@ Options:
 --debug Show the traceback of an error.
 -h, --help Show this message and exit.
 """  # noqa: E501
-NEW_HELP: dict[str, list[str]] = {f"compressor {name}": _BUDGETS + _TRAIN for name in ("run", "plan", "compare")}
+NEW_HELP: dict[str, list[str]] = {
+    f"compressor {name}": _BUDGETS + _TRAIN + _PIPELINES.strip().splitlines() for name in ("run", "plan", "compare")
+}
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
-NEW_HELP["compressor"] = ["merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks."]
+NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
+NEW_HELP["compressor"] = [
+    "record Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.",
+    "merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks.",
+]
 """The lines that a command's help has gained, such as "compressor run": ["--option TEXT What it does."]."""
 
 

@@ -1,0 +1,235 @@
+"""Whole pipelines: recorded, pruned, judged on what was not learned from, and written back for plain diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+
+import compressor
+from compressor import CompressorError, files, parse
+from compressor.pipelines.opened import open_pipeline
+from compressor.pipelines.recording import sample
+
+QUICK = (
+    *("--set", "record.n=3", "--set", "record.unseen=2", "--set", "record.steps=3", "--set", "train.batch_size=2"),
+    *("--set", "evaluate.latency_rounds=1", "--set", "settings.timesteps=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function that gives the folder of a tiny pipeline by its name, made once."""
+    base = tmp_path_factory.mktemp("pipelines")
+
+    def folder(name: str) -> Path:
+        target = base / name
+        if not target.is_dir():
+            tiny_pipelines.made(name, base / f"{name}-files").save_pretrained(target)
+            lines = [json.dumps({"prompt": p, **tiny_pipelines.arguments(name)}) for p in tiny_pipelines.PROMPTS]
+            (base / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return target
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path_factory.getbasetemp() / "records-cache"))
+
+
+def command(folder: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("run", "--pipeline", folder, "--prompts", folder.with_suffix(".jsonl"), "--out", out, *QUICK, *more)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+def test_a_run_ends_with_a_pipeline_that_plain_diffusers_runs(name, folders, cli, tmp_path):
+    folder = folders(name)
+    outcome = cli(*command(folder, tmp_path / "run", "--method", "obs", "--steps", "2"))
+    assert outcome.code == 0, outcome.err
+    report = files.read_json(tmp_path / "run" / "report.json")
+    dense, bare, final = report["rows"]
+    assert [row["name"] for row in report["rows"]] == ["dense", "one-shot", "obs"]
+    metrics = {"prediction_error", "sample_rmse", "ssim", "latent_error"}
+    assert dense["drift"] == [] and all({d["metric"] for d in row["drift"]} == metrics for row in (bare, final))
+    assert len(next(d for d in final["drift"] if d["metric"] == "latent_error")["by_time"]) == 3
+    assert [entry["backend"] for entry in final["latency"]] == ["eager", "pipeline"]
+    assert final["macs_effective"] < 0.9 * dense["macs_dense"] and final["size_bytes"] < dense["size_bytes"]
+    assert report["data"]["kind"] == "calls"
+    assert report["model"].startswith(type(tiny_pipelines.made(name, tmp_path / "files")).__name__)
+
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline", local_files_only=True)
+    part = "unet" if hasattr(plain, "unet") else "transformer"
+    weights = dict(getattr(plain, part).named_parameters())
+    masked = {layer["name"]: layer["pattern"] for layer in report["layers"] if layer["pattern"]}
+    assert masked
+    for weight, pattern in masked.items():
+        parse(pattern).verify(weights[weight])
+    plain.set_progress_bar_config(disable=True)
+    lines = [json.loads(line) for line in folder.with_suffix(".jsonl").read_text().splitlines()]
+    picture = plain(**lines[0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert isinstance(picture, Image.Image)
+
+    with Image.open(tmp_path / "run" / "samples" / "side-by-side.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 2 * 128
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Side by side" in page and "Latent error by step" in page and "whole pipeline" in page
+
+
+def test_the_same_run_gives_the_same_bytes(folders, cli, tmp_path):
+    hashes = []
+    for name in ("one", "two"):
+        outcome = cli(*command(folders("sd3"), tmp_path / name, "--method", "sparsedm", "--steps", "3", *NO_TIMES))
+        assert outcome.code == 0, outcome.err
+        root = tmp_path / name
+        hashes.append(
+            {p.relative_to(root): files.file_sha256(p) for p in sorted((root / "pipeline").rglob("*")) if p.is_file()}
+        )
+    assert hashes[0] == hashes[1] and len(hashes[0]) > 5
+
+
+NO_TIMES = ("--set", "evaluate.latency_rounds=0", "--set", "settings={}")
+
+
+def test_one_shot_obs_beats_magnitude_on_prompts_that_it_did_not_see(tmp_path):
+    from compressor.plugins.magnitude import Magnitude
+    from compressor.plugins.obs import OBS
+
+    for name in ("sd3", "pixart"):
+        pipe = tiny_pipelines.made(name, tmp_path / name)
+        own = tiny_pipelines.arguments(name)
+        records = compressor.record(
+            pipe, tiny_pipelines.PROMPTS, tmp_path / f"{name}-records", n=8, unseen=4, steps=4, **own
+        )
+        calls = records.unseen.take(torch.arange(len(records.unseen)))
+        errors = {}
+        for pruner in (OBS(timesteps=16), Magnitude()):
+            model = compressor.prune(pipe, pruner, data=records, steps=0).model
+            with torch.no_grad():
+                found = [(model(*c.args, **c.kwargs)[0] - c.output).square().mean() for c in calls]
+            errors[type(pruner)] = float(sum(found))
+        assert errors[OBS] < 0.6 * errors[Magnitude], name
+
+
+def test_a_decoder_is_pruned_like_a_denoiser(folders, cli, tmp_path):
+    folder = folders("sd")
+    outcome = cli(*command(folder, tmp_path / "run", "--part", "vae.decoder", "--method", "obs", "--steps", "2"))
+    assert outcome.code == 0, outcome.err
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline", local_files_only=True)
+    report = files.read_json(tmp_path / "run" / "report.json")
+    weights = dict(plain.vae.decoder.named_parameters())
+    for layer in report["layers"]:
+        if layer["pattern"]:
+            parse(layer["pattern"]).verify(weights[layer["name"]])
+    source = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.vae.encoder.parameters(), source.vae.encoder.parameters(), strict=True)
+    )
+    with compressor.apply(source, tmp_path / "run") as pipe:
+        assert (
+            all(torch.equal(a, b) for a, b in zip(pipe.vae.decoder.parameters(), weights.values(), strict=True))
+            is not True
+        )
+    # without a registered name, a decoder is loaded into the module it is of
+    with pytest.raises(CompressorError, match="saved without a model name"):
+        compressor.load(tmp_path / "run")
+
+
+def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
+    folder = folders("sd3")
+    assert cli(*command(folder, tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES)).code == 0
+    opened = open_pipeline(folder)
+    written = open_pipeline(tmp_path / "run" / "pipeline")
+    picture = files.read_json(next((Path(tmp_path) / "run").glob("recipe.yaml")).with_name("report.json"))["recipe"][
+        "record"
+    ]
+    assert picture["n"] == 3
+    line = json.loads(folder.with_suffix(".jsonl").read_text().splitlines()[0])
+    from compressor.data.calls import Picture
+
+    wanted = Picture(arguments=line, seed=7)
+    before = sample(opened, wanted, 2).images
+    expected = sample(written, wanted, 2).images
+    with compressor.apply(opened.pipe, tmp_path / "run"):
+        inside = sample(opened, wanted, 2).images
+    after = sample(opened, wanted, 2).images
+    assert torch.allclose(inside, expected, atol=1e-4) and not torch.allclose(inside, before, atol=1e-3)
+    assert torch.allclose(after, before, atol=1e-6)
+    loaded = compressor.load(tmp_path / "run")
+    assert type(loaded).__name__ == "SD3Transformer2DModel"
+
+
+def test_what_was_recorded_before_is_used_again(folders, cli, tmp_path, monkeypatch):
+    folder, records = folders("sd3"), tmp_path / "records"
+    lines = folder.with_suffix(".jsonl")
+    given = ("--n", "3", "--unseen", "2", "--steps", "3")
+    outcome = cli("record", folder, "--prompts", lines, "--out", records, *given, "--json")
+    assert outcome.code == 0, outcome.err
+    facts = json.loads(outcome.out)
+    assert facts["calls"] == 9 and facts["unseen_calls"] == 6 and facts["part"] == "transformer"
+    before = {path.name: path.stat().st_mtime_ns for path in records.iterdir()}
+    outcome = cli(*command(folder, tmp_path / "run", "--records", records, "--method", "magnitude", "--steps", "0"))
+    assert outcome.code == 0, outcome.err
+    assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "uvit-digits", "--weights", "x", "--prompts", "p"), "prompts without a pipeline"),
+        (("--pipeline", "FOLDER"), "--pipeline needs prompts"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--data", "digits"), "pipeline and data: two sources"),
+        (("--pipeline", "nowhere/at/all", "--prompts", "LINES"), "no such folder"),
+        (("--pipeline", "FOLDER/transformer", "--prompts", "LINES"), "no model_index.json"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--part", "unet"), "no part 'unet'"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--part", "transformer.nothing"), "no part 'nothing'"),
+        (("--pipeline", "FOLDER", "--prompts", "EMPTY"), "no prompt in it"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--method", "obss"), "obs"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--set", "record.arguments.colour=3"), "takes no 'colour'"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_line(folders, cli, tmp_path, arguments, said):
+    folder = folders("sd3")
+    (tmp_path / "empty.txt").write_text("")
+    names = {"LINES": folder.with_suffix(".jsonl"), "EMPTY": tmp_path / "empty.txt", "FOLDER": folder}
+    given = [names.get(text, str(text).replace("FOLDER", str(folder))) for text in arguments]
+    outcome = cli("run", "--out", tmp_path / "run", *given)
+    assert outcome.code in (1, 2) and said in outcome.err, outcome.err
+    assert outcome.err.startswith("error: ") or "\nerror: " in outcome.err
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_that_was_stopped_is_resumed(folders, cli, tmp_path):
+    from compressor.runs.inputs import prepared, resolve
+    from compressor.runs.run import Interrupted, execute
+
+    folder = folders("sd3")
+    settings = {
+        "pipeline": str(folder), "prompts": str(folder.with_suffix(".jsonl")), "method": "sparsedm",
+        "record": {"n": 3, "unseen": 2, "steps": 3}, "train": {"steps": 6, "batch_size": 2}, "evaluate": {"latency_rounds": 0},
+    }  # fmt: skip
+    recipe = resolve(settings, "test")
+
+    def inputs():
+        events = prepared(recipe)
+        while True:
+            try:
+                next(events)
+            except StopIteration as finished:
+                return finished.value
+
+    list(execute(inputs(), tmp_path / "whole"))
+    events = execute(inputs(), tmp_path / "parts")
+    while (event := next(events)).stage != "fine-tune" or event.done < 3:
+        pass
+    with pytest.raises(Interrupted):
+        events.throw(Interrupted(143))
+    assert (tmp_path / "parts" / "checkpoint-3").is_dir()
+    assert cli("resume", tmp_path / "parts").code == 0
+    one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts"))
+    assert one.read_bytes() == two.read_bytes()
