@@ -193,6 +193,26 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+_LATER: Mapping[str, tuple[str, ...]] = {
+    "": ("pipeline", "part", "prompts", "records", "record"),
+    "train": ("mode", "lora"),
+}
+"""Settings that came after the first recipes were hashed, by section."""
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that make a run what it is, as JSON. Settings of later versions are left out where they have their default, so
+    that the runs of earlier ones are still known; so is the budget, which has done its work: it is in the number of samples."""
+    found = recipe.model_dump(mode="json", exclude={"evaluate": {"budget"}})
+    default = Recipe().model_dump(mode="json")
+    for section, names in _LATER.items():
+        own, usual = (found, default) if not section else (found[section], default[section])
+        for name in names:
+            if own[name] == usual[name]:
+                del own[name]
+    return found
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `read` gives the same settings back."""
     writer = YAML()

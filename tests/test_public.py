@@ -37,7 +37,7 @@ _PIPELINES = """
 --prompts FILE Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl).
 --part NAME The part of the pipeline: unet, transformer, vae.decoder, … Default: what denoises.
 --records DIR Where its recorded calls are kept. Default: the user's cache folder.
-"""  # noqa: E501
+"""
 _RECORD = """
 Usage: compressor record [OPTIONS] PIPELINE
 Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.
@@ -56,7 +56,7 @@ Options:
 -q, --quiet No progress.
 --debug Show the traceback of an error.
 -h, --help Show this message and exit.
-"""  # noqa: E501
+"""
 _MERGE_LORA = """
 Usage: compressor merge-lora [OPTIONS] RUN LORA
 Merge a LoRA of your own into the sparse model of a run, under its masks.

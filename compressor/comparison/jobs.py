@@ -172,6 +172,7 @@ def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str])
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
     defaults = Recipe().model_dump(mode="json")  # of settings that are newer than the job
     for key in identity:
+        before.setdefault(key, defaults[key])
         if isinstance(defaults[key], dict) and isinstance(before.get(key), dict):
             before[key] = {**defaults[key], **before[key]}
         if differences := _differences(key, before.get(key), job["recipe"][key]):

@@ -102,8 +102,7 @@ class Inputs:
 
     def identity(self) -> dict[str, str]:
         """The hashes that a resumed run must find again."""
-        # the budget has done its work: it is in the number of samples and the other settings
-        text = json.dumps(self.recipe.model_dump(mode="json", exclude={"evaluate": {"budget"}}), sort_keys=True)
+        text = json.dumps(recipes.identity(self.recipe), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
         source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
         return {
