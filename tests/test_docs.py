@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from compressor import registry
 
@@ -133,6 +134,7 @@ def test_every_setting_is_documented_with_its_default():
             line = re.search(rf"^\| `{name}`[^|]*\|([^|]*)\|", text, re.MULTILINE)
             assert line, name
             default = list(field.default) if isinstance(field.default, tuple) else field.default
+            default = default.model_dump() if isinstance(default, BaseModel) else default
             assert default is None or parse_yaml(f"it: {line[1]}", name)["it"] == default, name
 
 

@@ -96,7 +96,10 @@ class Inputs:
     def identity(self) -> dict[str, str]:
         """The hashes that a resumed run must find again."""
         # the budget has done its work: it is in the number of samples and the other settings
-        text = json.dumps(self.recipe.model_dump(mode="json", exclude={"evaluate": {"budget"}}), sort_keys=True)
+        without: dict[str, set[str]] = {"evaluate": {"budget"}}
+        if self.recipe.train.mode == "full":  # as before there was another: runs of then go on
+            without["train"] = {"mode", "lora"}
+        text = json.dumps(self.recipe.model_dump(mode="json", exclude=without), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
         source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
         return {
