@@ -4,22 +4,62 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor.errors import CompressorError, UsageError
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A tensor among the inputs of a model that all samples of a batch share, as it is: it has no dim for the batch."""
+
+    tensor: Tensor
+
+
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """An adapter's `inputs` with every tensor on `device`."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    """An adapter's `inputs` with every tensor on `device`, shared ones too, as `predict` takes them."""
+    return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device), inputs)
+
+
+def plain(leaf: Tensor | Shared) -> Tensor:
+    """The tensor of a leaf of inputs."""
+    return leaf.tensor if isinstance(leaf, Shared) else leaf
+
+
+def samples_in(inputs: Any) -> int:
+    """How many samples an adapter's `inputs` hold: the first dim that most of their tensors have.
+
+    Raises CompressorError where none has a dim.
+    """
+    sizes = Counter(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0)
+    if not sizes:
+        raise CompressorError(
+            "the inputs hold no tensor with a dim for the batch", "Give `noised` inputs that have one."
+        )
+    return sizes.most_common(1)[0][0]
+
+
+def with_samples(inputs: Any, batch_size: int) -> Any:
+    """An adapter's `inputs` with `batch_size` samples: those that they hold, repeated or cut; shared tensors as they are."""
+    n = samples_in(inputs)
+    rows = torch.arange(batch_size) % n
+
+    def taken(leaf: Tensor | Shared) -> Tensor:
+        if isinstance(leaf, Shared) or leaf.dim() == 0 or len(leaf) != n:
+            return plain(leaf)
+        return leaf[rows.to(leaf.device)]
+
+    return tree_map_only((Tensor, Shared), taken, inputs)
 
 
 @dataclass(frozen=True)
@@ -68,7 +108,8 @@ class Adapter(ABC):
         """(inputs, target) for one batch of data, on the CPU. All randomness comes from `rng`, a CPU generator.
 
         `inputs` is any nesting of tuples, lists and dicts; its tensors, like `target`, have the batch as dim 0, so that
-        the engine can split a batch. Student and teacher both see these very inputs.
+        the engine can split a batch; one that has not, and is the same for all samples, is given as `Shared(tensor)`: it is
+        never split, and `predict` sees the tensor. Student and teacher both see these very inputs.
         """
 
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
@@ -89,6 +130,15 @@ class Adapter(ABC):
     def example_inputs(self, batch_size: int) -> Any:
         """Inputs for `predict`, for counting and timing; values do not matter."""
         raise CompressorError(f"{type(self).__name__} has no example inputs", "Give it an `example_inputs` method.")
+
+    def exampled(self, inputs: Any) -> Adapter:
+        """A copy of this adapter whose `example_inputs` are these `inputs` of `noised`, repeated to the batch size asked for.
+
+        For adapters that cannot make examples of themselves; the inputs are those of a batch of data.
+        """
+        changed = copy.copy(self)
+        object.__setattr__(changed, "example_inputs", partial(with_samples, inputs))  # adapters may be frozen
+        return changed
 
     def build(self) -> nn.Module:
         """A new model of this configuration, with random weights."""
@@ -130,6 +180,11 @@ class Adapter(ABC):
         if settings != Sampling():
             raise UsageError(f"{self.name} has one sampler of its own", "Leave out sampler, spacing and guidance.")
         return self
+
+    @property
+    def unsampled(self) -> str:
+        """Why this model cannot be sampled here, though the adapter has a `sample` method; empty where it can."""
+        return ""
 
     num_classes: int = 0
     """How many labels the data must have; 0 where the model takes none."""

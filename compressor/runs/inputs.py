@@ -18,7 +18,7 @@ from torch import nn
 
 from compressor import recipe as recipes
 from compressor import registry, validation
-from compressor.adapter import Adapter, Sampling
+from compressor.adapter import Adapter, Sampling, to_device
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
@@ -149,8 +149,12 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
         data = autoencoder.encoded(pictures)
     _check_shapes(adapter, data, recipe.loading.size)
-    if isinstance(data, Records):
-        _check_records(adapter, model, data)
+    adapter = _asked(adapter, model, data)
+    if recipe.evaluate.samples and adapter.unsampled:
+        raise UsageError(
+            adapter.unsampled,
+            "Sample with the pipeline that the run writes, and draw nothing here: --set evaluate.samples=0",
+        )
     recipe = _proportioned(recipe, adapter, model, pictures)
     if metric is not None and recipe.evaluate.samples:
         _check_metric(metric, recipe, pictures, len(data))
@@ -273,23 +277,38 @@ def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoenco
 
 
 @torch.no_grad()
-def _check_records(adapter: Adapter, model: nn.Module, data: Records) -> None:
-    """Refuse records that the model cannot take, by asking it: only the adapter knows what they mean."""
-    arrays = ", ".join(f"{name} {tuple(array.shape[1:])}" for name, array in data.arrays.items())
+def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
+    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where it has none of its own.
+
+    Data that the model cannot take is refused by asking it: only the adapter knows what it means.
+    """
     try:
-        inputs, target = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
-        found = tuple(adapter.predict(model, inputs).shape)
+        batch = data.take(torch.arange(min(2, len(data))))
+        inputs, target = adapter.noised(batch, generator("check"))
+        given = to_device(inputs, next(model.parameters()).device)
+        found = tuple(adapter.predict(model, given).shape)
+    except UsageError:
+        raise  # of what the user said, not of the data
     except Exception as error:  # whatever an adapter or a model raises
         reason = first_line(error)
         raise UsageError(
-            f"{data.name}: {adapter.name} cannot take its arrays ({arrays}): {reason}",
+            f"{data.name}: {adapter.name} cannot take {_held(data)}: {reason}",
             "Arrays are called as the model's arguments; see docs/adapters.md.",
         ) from error
     if found != tuple(target.shape):
         raise UsageError(
-            f"{data.name}: {adapter.name} answers {found} to its arrays ({arrays}), the target is {tuple(target.shape)}",
+            f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
             "The target has the shape of what the model predicts.",
         )
+    try:
+        adapter.example_inputs(1)
+    except CompressorError:
+        return adapter.exampled(inputs)
+    return adapter
+
+
+def _held(data: SampleSet) -> str:
+    return f"its arrays ({data.describe()})" if isinstance(data, Records) else f"its images {data.shape}"
 
 
 def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:

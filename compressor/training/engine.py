@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter, with_rules
+from compressor.adapter import Adapter, Shared, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
@@ -238,7 +238,7 @@ class FineTuning:
         noise_sum, teacher_sum = 0.0, 0.0
         for rows in torch.arange(n).tensor_split(min(pieces, n)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            piece = tree_map_only(Tensor, partial(self._rows, n, part), inputs)
+            piece = tree_map_only((Tensor, Shared), partial(self._rows, n, part), inputs)
             share = len(rows) / n
             with self._autocast():
                 prediction = self.adapter.predict(self.student, piece).float()
@@ -254,8 +254,10 @@ class FineTuning:
             (loss * share).backward()  # type: ignore[no-untyped-call]
         return noise_sum, teacher_sum if self.teacher is not None else None
 
-    def _rows(self, n: int, part: slice, tensor: Tensor) -> Tensor:
-        split = tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
+    def _rows(self, n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
+        if isinstance(leaf, Shared):
+            return leaf.tensor.to(self.device)
+        split = leaf[part] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
         return split.to(self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
