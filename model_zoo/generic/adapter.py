@@ -355,7 +355,7 @@ class DiffusersAdapter(Adapter):
         if not self.config:  # nothing is opened yet
             return ""
         try:
-            self._noise.process()
+            check(self.how, self._noise.process())
         except CompressorError as error:
             return error.message
         return ""

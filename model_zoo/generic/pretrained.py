@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -78,9 +79,20 @@ def _has_part(root: Path, name: str) -> bool:
 def _part(root: Path, component: str) -> Pretrained:
     """The model `component` of the pipeline in `root`."""
     index, scheduler = read_json(root / "model_index.json"), root / "scheduler" / "scheduler_config.json"
-    noise = read_json(scheduler) if scheduler.is_file() else None
+    noise = _scheduler(scheduler) if scheduler.is_file() else None
     shares = index.get("boundary_ratio") is not None
     return Pretrained(root / component, _config(root / component), root, noise, shares)
+
+
+def _scheduler(path: Path) -> dict[str, Any]:
+    """A scheduler's configuration. Those of DPM-Solver clip at minus infinity, their default, which JSON cannot say."""
+    found = read_json(path, infinite=True)
+    if found.get("lambda_min_clipped") == -math.inf:
+        del found["lambda_min_clipped"]
+    for key, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CompressorError(f"{path}: {key} is {value}", "The file is damaged; use another copy.")
+    return found
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
