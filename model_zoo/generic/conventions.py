@@ -28,7 +28,8 @@ class Convention:
     negative of what the scheduler takes. `noisy`, `time`: the names of those arguments. `scale_setting`: a setting of the
     model that multiplies the time. `shared`: arguments without a dim for the batch. `listed`: arguments that are lists of one
     tensor per sample, like the answer; the noisy one of images has a dim of one frame. `sizes`: arguments of whole numbers,
-    nested in lists. `unless`: settings that make it another kind of model. `source`: the line in diffusers 0.42.1.
+    nested in lists. `whole`: whether whole timesteps stay so, or become numbers like those of the images. `unless`: settings
+    that make it another kind of model. `source`: the line in diffusers 0.42.1.
     """
 
     source: str
@@ -42,12 +43,13 @@ class Convention:
     shared: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
+    whole: bool = True
     unless: tuple[str, ...] = ()
 
     def told(self, timestep: Tensor, config: Mapping[str, Any]) -> Tensor:
         """What the model of `config` is told for the scheduler's `timestep` (n,)."""
         if self.scale == 1 and self.offset == 0 and self.scale_setting is None:
-            return timestep
+            return timestep if self.whole else timestep.float()
         factor = float(config.get(self.scale_setting, 1.0)) if self.scale_setting is not None else 1.0
         return self.offset + self.scale * factor * timestep
 
@@ -65,7 +67,7 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
         ),
         "DiTTransformer2DModel": Convention("pipelines/dit/pipeline_dit.py:202"),
         "PixArtTransformer2DModel": Convention("pipelines/pixart_alpha/pipeline_pixart_alpha.py:932"),
-        "HunyuanDiT2DModel": Convention("pipelines/hunyuandit/pipeline_hunyuandit.py:845", shared=_ROTARY),
+        "HunyuanDiT2DModel": Convention("pipelines/hunyuandit/pipeline_hunyuandit.py:840", shared=_ROTARY, whole=False),
         "CogVideoXTransformer3DModel": Convention("pipelines/cogvideo/pipeline_cogvideox.py:731", shared=_ROTARY),
         "SD3Transformer2DModel": Convention(
             "pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py:1074", process="flow"
