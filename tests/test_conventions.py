@@ -153,7 +153,10 @@ def test_names_of_arguments_are_those_of_the_class(name):
     assert noisy_name({"_class_name": name}) == told.noisy
     assert {told.noisy, told.time, *told.shared, *told.listed, *told.sizes} <= set(parameters)
     settings = inspect.signature(getattr(diffusers, name).__init__).parameters
-    assert {*told.unless, *([told.scale_setting] if told.scale_setting else [])} <= set(settings)
+    assert {
+        *(setting.partition("=")[0] for setting in told.unless),
+        *([told.scale_setting] if told.scale_setting else []),
+    } <= set(settings)
 
 
 # --- What is not known is refused. ---
@@ -176,6 +179,11 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
             adapter_of("SanaTransformer2DModel", FLOW, guidance_embeds=True),
             "SanaTransformer2DModel with guidance_embeds",
         ),
+        (
+            adapter_of("UNet2DConditionModel", {"_class_name": "LCMScheduler"}, time_cond_proj_dim=8),
+            "time_cond_proj_dim",
+        ),
+        (adapter_of("UNet2DConditionModel", {"beta_end": 0.01}, time_embedding_type="fourier"), "fourier"),
         (adapter_of("SD3Transformer2DModel", {"_class_name": "DDPMScheduler"}), "DDPMScheduler is of another process"),
         (adapter_of("FluxTransformer2DModel", {**FLOW, "num_train_timesteps": 500}), "counts 1000"),
         (adapter_of("UNet2DConditionModel"), "without a scheduler"),

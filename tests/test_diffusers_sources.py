@@ -326,6 +326,14 @@ def test_arrays_whose_samples_are_not_clear_are_refused(arrays, message, tmp_pat
         read(tmp_path, **arrays)
 
 
+def test_an_array_of_two_entries_does_not_pass_for_a_shared_one(cli, tmp_path):
+    folder = pipeline("sd", tmp_path / "pipe")
+    np.savez(folder / "data.npz", **{**ARRAYS["sd"], "encoder_hidden_states": normal(2, 7, 16)})
+    outcome = cli.run(tmp_path / "run", *command(folder, *NO_SAMPLES))
+    assert outcome.code == 2 and "encoder_hidden_states (2, 7, 16) shared by all samples" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 class Seeing(Adapter):
     """A linear layer that looks at what it is given."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
     Data that the model cannot take is refused by asking it: only the adapter knows what it means.
     """
     try:
-        batch = data.take(torch.arange(min(2, len(data))))
+        batch = data.take(torch.arange(_unmistakable(data)) % len(data))
         inputs, target = adapter.noised(batch, generator("check"))
         given = to_device(inputs, next(model.parameters()).device)
         found = tuple(adapter.predict(model, given).shape)
@@ -305,6 +306,16 @@ def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
     except CompressorError:
         return adapter.exampled(inputs)
     return adapter
+
+
+def _unmistakable(data: SampleSet) -> int:
+    """How many samples to ask with, so that no array of `data` passes for samples that all of them share."""
+    shared = (
+        {len(data.arrays[name]) for name in data.shared if data.arrays[name].dim()}
+        if isinstance(data, Records)
+        else set()
+    )
+    return next(size for size in count(2) if size not in shared)
 
 
 def _held(data: SampleSet) -> str:

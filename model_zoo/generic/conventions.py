@@ -29,7 +29,7 @@ class Convention:
     model that multiplies the time. `shared`: arguments without a dim for the batch. `listed`: arguments that are lists of one
     tensor per sample, like the answer; the noisy one of images has a dim of one frame. `sizes`: arguments of whole numbers,
     nested in lists. `whole`: whether whole timesteps stay so, or become numbers like those of the images. `unless`: settings
-    that make it another kind of model. `source`: the line in diffusers 0.42.1.
+    (`name`, or `name=value`) that make it another kind of model. `source`: the line in diffusers 0.42.1.
     """
 
     source: str
@@ -64,6 +64,7 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
             "pipelines/stable_diffusion/pipeline_stable_diffusion.py:1042, "
             "pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py:1214",
             noisy="sample",
+            unless=("time_embedding_type=fourier", "time_cond_proj_dim"),  # the latent upscaler's; distilled ones (LCM)
         ),
         "DiTTransformer2DModel": Convention("pipelines/dit/pipeline_dit.py:202"),
         "PixArtTransformer2DModel": Convention("pipelines/pixart_alpha/pipeline_pixart_alpha.py:932"),
@@ -118,6 +119,11 @@ def convention(config: Mapping[str, Any]) -> Convention:
     found = CONVENTIONS.get(name)
     if found is None:
         raise UsageError(f"what time {name} is told, and what it answers, is not known here", HOW_TO_RECORD)
-    if others := [setting for setting in found.unless if config.get(setting)]:
+    if others := [setting for setting in found.unless if _is_set(config, setting)]:
         raise UsageError(f"what time a {name} with {others[0]} is told is not known here", HOW_TO_RECORD)
     return found
+
+
+def _is_set(config: Mapping[str, Any], setting: str) -> bool:
+    name, _, value = setting.partition("=")
+    return str(config.get(name)) == value if value else bool(config.get(name))
