@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +14,58 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor.errors import CompressorError, UsageError
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A tensor among the inputs of a model that all samples of a batch share, as it is: it has no dim for the batch."""
+
+    tensor: Tensor
+
+
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """An adapter's `inputs` with every tensor on `device`."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
+    """An adapter's `inputs` with every tensor on `device`, shared ones too, as `predict` takes them."""
+    return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device), inputs)
 
 
-def _rows(n: int, part: slice, tensor: Tensor) -> Tensor:
-    return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == n else tensor
+def plain(leaf: Tensor | Shared) -> Tensor:
+    """The tensor of a leaf of inputs."""
+    return leaf.tensor if isinstance(leaf, Shared) else leaf
+
+
+def samples_in(inputs: Any) -> int:
+    """How many samples an adapter's `inputs` hold: the first dim that most of their tensors have.
+
+    Raises CompressorError where none has a dim.
+    """
+    sizes = Counter(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0)
+    if not sizes:
+        raise CompressorError(
+            "the inputs hold no tensor with a dim for the batch", "Give `noised` inputs that have one."
+        )
+    return sizes.most_common(1)[0][0]
+
+
+def with_samples(inputs: Any, batch_size: int) -> Any:
+    """An adapter's `inputs` with `batch_size` samples: those that they hold, repeated or cut; shared tensors as they are."""
+    n = samples_in(inputs)
+    rows = torch.arange(batch_size) % n
+
+    def taken(leaf: Tensor | Shared) -> Tensor:
+        if isinstance(leaf, Shared) or leaf.dim() == 0 or len(leaf) != n:
+            return plain(leaf)
+        return leaf[rows.to(leaf.device)]
+
+    return tree_map_only((Tensor, Shared), taken, inputs)
+
+
+def _rows(n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
+    if isinstance(leaf, Shared):
+        return leaf.tensor
+    return leaf[part] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
 
 
 def as_taken(inputs: Any, module: nn.Module) -> Any:
@@ -81,7 +122,8 @@ class Adapter(ABC):
         """(inputs, target) for one batch of data, on the CPU. All randomness comes from `rng`, a CPU generator.
 
         `inputs` is any nesting of tuples, lists and dicts; its tensors, like `target`, have the batch as dim 0, so that
-        the engine can split a batch. Student and teacher both see these very inputs.
+        the engine can split a batch; one that has not, and is the same for all samples, is given as `Shared(tensor)`: it is
+        never split, and `predict` sees the tensor. Student and teacher both see these very inputs.
         """
 
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
@@ -101,12 +143,12 @@ class Adapter(ABC):
     def pieces(self, inputs: Any, target: Tensor, count: int) -> Iterator[tuple[Any, Tensor, float]]:
         """A batch in about `count` pieces, for gradients that are added up: (inputs, target, share of the batch) of each.
 
-        Default: by rows; tensors without a row for every sample are in every piece.
+        Default: by rows; tensors that are `Shared`, or have no row for every sample, are in every piece.
         """
         n = target.shape[0]
         for rows in torch.arange(n).tensor_split(min(count, n)):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            yield tree_map_only(Tensor, partial(_rows, n, part), inputs), target[part], len(rows) / n
+            yield tree_map_only((Tensor, Shared), partial(_rows, n, part), inputs), target[part], len(rows) / n
 
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         """`n` images (n, channels, height, width) in [-1, 1], from noise drawn from `rng`, in `steps` sampler steps."""
@@ -115,6 +157,15 @@ class Adapter(ABC):
     def example_inputs(self, batch_size: int) -> Any:
         """Inputs for `predict`, for counting and timing; values do not matter."""
         raise CompressorError(f"{type(self).__name__} has no example inputs", "Give it an `example_inputs` method.")
+
+    def exampled(self, inputs: Any) -> Adapter:
+        """A copy of this adapter whose `example_inputs` are these `inputs` of `noised`, repeated to the batch size asked for.
+
+        For adapters that cannot make examples of themselves; the inputs are those of a batch of data.
+        """
+        changed = copy.copy(self)
+        object.__setattr__(changed, "example_inputs", partial(with_samples, inputs))  # adapters may be frozen
+        return changed
 
     def build(self) -> nn.Module:
         """A new model of this configuration, with random weights."""
@@ -161,6 +212,11 @@ class Adapter(ABC):
         if settings != Sampling():
             raise UsageError(f"{self.name} has one sampler of its own", "Leave out sampler, spacing and guidance.")
         return self
+
+    @property
+    def unsampled(self) -> str:
+        """Why this model cannot be sampled here, though the adapter has a `sample` method; empty where it can."""
+        return ""
 
     num_classes: int = 0
     """How many labels the data must have; 0 where the model takes none."""

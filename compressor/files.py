@@ -102,14 +102,18 @@ def verify(folder: Path, needs: Sequence[str] = ()) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CompressorError where it is missing, too large, not JSON, or not an object."""
+def read_json(path: Path, infinite: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`; CompressorError where it is missing, too large, not JSON, or not an object.
+
+    NaN and infinity, which are no JSON, are allowed where it may be `infinite`: other libraries write them.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CompressorError(
                 f"{path}: larger than {_MAX_JSON_BYTES:,} bytes", "This is not a file of this toolkit."
             )
-        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        constant = float if infinite else _no_constant
+        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except OSError as error:
         raise CompressorError(f"{path}: {error.strerror}", "Give the folder of a run, or its model/ folder.") from error
     except (ValueError, RecursionError) as error:

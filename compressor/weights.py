@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import sys
 import zipfile
 from collections import OrderedDict
@@ -48,6 +49,15 @@ def read_outline(path: str | Path) -> dict[str, Tensor]:
     For looking at what a file is of before it is read. Raises CompressorError as `read_weights` does.
     """
     return {name: value.to("meta") for name, value in _tensors(Path(path), mapped=True).items()}
+
+
+_DIFFUSERS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$")
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant (`fp16`) of the weights in a folder of diffusers, where they are there as that alone; else None."""
+    found = {match[1] for path in folder.glob("diffusion_pytorch_model*") if (match := _DIFFUSERS.match(path.name))}
+    return found.pop() if len(found) == 1 else None  # beside plain ones, those are taken, as others do
 
 
 _HEADER_DTYPES = {

@@ -54,6 +54,11 @@ class Process:
         return math.exp(float(self.log_alpha_bars[index])) if index >= 0 else 1.0
 
     @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing is left of the image at the last time: zero terminal SNR. Source: Lin et al. 2024, section 3.1."""
+        return self.alpha_bar(len(self) - 1) == 0
+
+    @property
     def betas(self) -> list[float]:
         """The variances that each step of the grid adds."""
         zero = torch.zeros(1, dtype=torch.float64)
@@ -73,6 +78,11 @@ def check(settings: Sampling, process: Process) -> None:
     if name == "euler-maruyama" and not process.continuous:
         raise UsageError(
             "euler-maruyama needs a model trained in continuous time", "Choose ddim, ddpm, dpm-solver++ or unipc."
+        )
+    if process.prediction == "epsilon" and process.ends_in_noise:
+        raise UsageError(
+            "a model that predicts noise says nothing of the image where nothing is left of it (zero terminal SNR)",
+            "Its scheduler should say v_prediction or sample, or leave rescale_betas_zero_snr out.",
         )
 
 
@@ -192,6 +202,8 @@ def _scheduler(name: str, process: Process) -> Any:
         "num_train_timesteps": len(process),
         "trained_betas": process.betas,
         "prediction_type": process.prediction,
+        # betas that end in noise stay as they are by this, and the solvers, which divide by the signal, stop just short of 0
+        "rescale_betas_zero_snr": process.ends_in_noise,
     }
     make: Any  # they have no annotations
     match name:

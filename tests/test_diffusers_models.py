@@ -330,11 +330,14 @@ def test_other_models_are_exported(make, tmp_path):
     assert export_onnx(model, adapter, tmp_path / "model.onnx").parity.max_error < 1e-4
 
 
+SCALED = {"scheduler": {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}}
+
+
 @pytest.mark.parametrize("with_target", [False, True])
 def test_a_conditioned_unet_is_fine_tuned_with_the_users_batches_and_written_back(with_target, tmp_path):
     torch.manual_seed(0)
     conditioned_unet().save_pretrained(tmp_path / "unet")
-    adapter = registry.adapter("diffusers").opened(str(tmp_path / "unet"))
+    adapter = registry.adapter("diffusers").opened(str(tmp_path / "unet"), SCALED)
     model = adapter.load(str(tmp_path / "unet"))
     text, latents = torch.randn(4, 7, 16, generator=rng()), torch.randn(4, 4, 8, 8, generator=rng(1))
     batch = {"sample": latents, "encoder_hidden_states": text}
@@ -349,6 +352,9 @@ def test_a_conditioned_unet_is_fine_tuned_with_the_users_batches_and_written_bac
         assert torch.equal(plain.eval()(latents, 5, text).sample, expected)
     for name in result.masks:
         parse("2:4").verify(plain.get_parameter(name).detach())
+
+
+NOISE = ("--set", "architecture.scheduler.beta_schedule=scaled_linear")
 
 
 @pytest.fixture
@@ -367,7 +373,7 @@ def records(tmp_path):
 def test_a_conditioned_unet_goes_through_the_command_line_with_the_users_arrays(records, cli):
     folder, arrays = records
     np.savez(folder / "batches.npz", **arrays)
-    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz")
+    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz", *NOISE)
     outcome = cli.run(folder / "run", *command, "--set", "evaluate.samples=0")
     assert outcome.code == 0, outcome.err
     plain = diffusers.UNet2DConditionModel.from_pretrained(folder / "run" / "pipeline").state_dict()
@@ -385,7 +391,7 @@ def test_a_conditioned_unet_goes_through_the_command_line_with_the_users_arrays(
 def test_arrays_that_the_model_cannot_take_are_refused_before_training(records, cli, change, part):
     folder, arrays = records
     np.savez(folder / "batches.npz", **arrays | change)
-    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz")
+    command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz", *NOISE)
     outcome = cli.run(folder / "run", *command)
     assert outcome.code == 2
     assert re.search(part, outcome.err), outcome.err

@@ -62,6 +62,9 @@ def test_the_diffusers_model_of_the_page_is_pruned(tmp_path, monkeypatch):
 
     _, block = python_blocks(ROOT / "docs" / "adapters.md")
     monkeypatch.chdir(tmp_path)
+    pipeline = Path("path/to/pipeline")
+    diffusers.DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(pipeline / "scheduler")
+    (pipeline / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
@@ -70,7 +73,7 @@ def test_the_diffusers_model_of_the_page_is_pruned(tmp_path, monkeypatch):
         norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
-    ).save_pretrained("path/to/pipeline")
+    ).save_pretrained(pipeline / "unet")
     names: dict[str, object] = {"latents": torch.zeros(2, 4, 8, 8), "text": torch.zeros(2, 7, 16)}
     exec(compile(block.replace("steps=1000", "steps=2"), "adapters.md", "exec"), names)
     assert len(names["result"].masks) > 10

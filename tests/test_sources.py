@@ -42,6 +42,8 @@ def small(name):
         settings |= {"_class_name": "DiTTransformer2DModel", "in_channels": 4, "num_embeds_ada_norm": 10}
     if name == "ddpm-digits":
         settings["in_channels"] = 1
+    if name == "diffusers":  # which takes no noise for granted
+        settings["scheduler"] = {"_class_name": "DDPMScheduler"}
     return registry.adapter(name).opened(None, settings)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.data.sets import Images, ImageSet
 from compressor.errors import CompressorError, first_line
+from compressor.weights import variant_of
 
 _BATCH = 8
 
@@ -26,7 +27,7 @@ class Autoencoder:
         if not (path / "config.json").is_file():
             raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
         try:
-            model = made.from_pretrained(path, local_files_only=True)
+            model = made.from_pretrained(path, local_files_only=True, variant=variant_of(path))
         except Exception as error:  # a dozen types, from missing files to damaged ones
             reason = first_line(error)
             raise CompressorError(

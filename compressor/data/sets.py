@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.adapter import Shared
+from compressor.data.naming import nested
 from compressor.weights import state_sha256
+
+SHARED = "[shared]"
+"""What the name of an array in a file ends in where all samples share it."""
 
 
 class SampleSet(ABC):
@@ -128,17 +133,33 @@ class Images(ImageSet):
 
 @dataclass(frozen=True, eq=False)
 class Records(SampleSet):
-    """Samples of several named tensors with one dim 0, for adapters of one's own; a batch is a dict of tensors."""
+    """Samples of several named tensors with one dim 0, for adapters of one's own; a batch is a dict of tensors.
+
+    A name with dots is a place in nested dicts: `a.b` is `{"a": {"b": …}}`. Those that are in `shared` belong to all samples
+    alike, and are in each batch whole, as `Shared`.
+    """
 
     name: str
     arrays: Mapping[str, Tensor]
+    shared: Collection[str] = ()
 
     def __len__(self) -> int:
-        return len(next(iter(self.arrays.values())))
+        return next(len(array) for name, array in self.arrays.items() if name not in self.shared)
 
-    def take(self, indices: Tensor) -> dict[str, Tensor]:
-        return {name: array[indices] for name, array in self.arrays.items()}
+    def take(self, indices: Tensor) -> dict[str, Any]:
+        return nested(
+            {name: Shared(array) if name in self.shared else array[indices] for name, array in self.arrays.items()}
+        )
+
+    def describe(self) -> str:
+        """The names and shapes of its arrays, without the samples' dim, for messages."""
+        return ", ".join(
+            f"{name} {tuple(array.shape)} shared by all samples"
+            if name in self.shared
+            else f"{name} {tuple(array.shape[1:])}"
+            for name, array in self.arrays.items()
+        )
 
     @property
     def sha256(self) -> str:
-        return state_sha256(self.arrays)
+        return state_sha256({name + SHARED * (name in self.shared): array for name, array in self.arrays.items()})

@@ -17,8 +17,8 @@ from compressor.seeds import generator
 
 
 def can_sample(adapter: Adapter) -> bool:
-    """Whether the adapter has a `sample` method of its own."""
-    return type(adapter).sample is not Adapter.sample
+    """Whether the adapter has a `sample` method of its own, and its model can be sampled by it."""
+    return type(adapter).sample is not Adapter.sample and not adapter.unsampled
 
 
 def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterator[Tensor]:

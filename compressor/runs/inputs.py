@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from compressor import recipe as recipes
 from compressor import registry, validation
-from compressor.adapter import Adapter, Sampling
+from compressor.adapter import Adapter, Sampling, to_device
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
@@ -200,8 +201,12 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
         data = autoencoder.encoded(pictures)
     _check_shapes(adapter, data, recipe.loading.size)
-    if isinstance(data, Records):
-        _check_records(adapter, in_float32(model), data)
+    adapter = _asked(adapter, in_float32(model), data)
+    if recipe.evaluate.samples and adapter.unsampled:
+        raise UsageError(
+            adapter.unsampled,
+            "Sample with the pipeline that the run writes, and draw nothing here: --set evaluate.samples=0",
+        )
     recipe = _proportioned(recipe, adapter, model, pictures)
     if metric is not None and recipe.evaluate.samples:
         _check_metric(metric, recipe, pictures, len(data))
@@ -324,23 +329,48 @@ def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoenco
 
 
 @torch.no_grad()
-def _check_records(adapter: Adapter, model: nn.Module, data: Records) -> None:
-    """Refuse records that the model cannot take, by asking it: only the adapter knows what they mean."""
-    arrays = ", ".join(f"{name} {tuple(array.shape[1:])}" for name, array in data.arrays.items())
+def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
+    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where it has none of its own.
+
+    Data that the model cannot take is refused by asking it: only the adapter knows what it means.
+    """
     try:
-        inputs, target = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
-        found = tuple(adapter.predict(model, inputs).shape)
+        batch = data.take(torch.arange(_unmistakable(data)) % len(data))
+        inputs, target = adapter.noised(batch, generator("check"))
+        given = to_device(inputs, next(model.parameters()).device)
+        found = tuple(adapter.predict(model, given).shape)
+    except UsageError:
+        raise  # of what the user said, not of the data
     except Exception as error:  # whatever an adapter or a model raises
         reason = first_line(error)
         raise UsageError(
-            f"{data.name}: {adapter.name} cannot take its arrays ({arrays}): {reason}",
+            f"{data.name}: {adapter.name} cannot take {_held(data)}: {reason}",
             "Arrays are called as the model's arguments; see docs/adapters.md.",
         ) from error
     if found != tuple(target.shape):
         raise UsageError(
-            f"{data.name}: {adapter.name} answers {found} to its arrays ({arrays}), the target is {tuple(target.shape)}",
+            f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
             "The target has the shape of what the model predicts.",
         )
+    try:
+        adapter.example_inputs(1)
+    except CompressorError:
+        return adapter.exampled(inputs)
+    return adapter
+
+
+def _unmistakable(data: SampleSet) -> int:
+    """How many samples to ask with, so that no array of `data` passes for samples that all of them share."""
+    shared = (
+        {len(data.arrays[name]) for name in data.shared if data.arrays[name].dim()}
+        if isinstance(data, Records)
+        else set()
+    )
+    return next(size for size in count(2) if size not in shared)
+
+
+def _held(data: SampleSet) -> str:
+    return f"its arrays ({data.describe()})" if isinstance(data, Records) else f"its images {data.shape}"
 
 
 def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:

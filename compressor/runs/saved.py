@@ -55,7 +55,10 @@ def finished(out: Path) -> Finished:
     device = resolve_device(settings.train.device)
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     dense = dense.to(device)
-    hashes = {report.final.name: saving.read_config(out / "model").weights_sha256}
+    saved = saving.read_config(out / "model")
+    if saved.model is not None:  # what is known of the model since the run, such as its examples
+        adapter = adapter.rebuilt(saved.architecture)
+    hashes = {report.final.name: saved.weights_sha256}
     if report.dense is not None:
         hashes[report.dense.name] = weights_sha256(dense)
     for row in report.rows:

@@ -6,6 +6,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, Sampling, as_taken
-from compressor.errors import CompressorError, ReshapedError
-from compressor.model_zoo.generic import pretrained
-from compressor.model_zoo.generic.arguments import example, noisy_name
-from compressor.model_zoo.generic.noise import Noise
+from compressor.adapter import Adapter, Sampling, as_taken, plain
+from compressor.errors import CompressorError, ReshapedError, UsageError
+from compressor.model_zoo.generic import pretrained, shapes
+from compressor.model_zoo.generic.arguments import called, example, marked, noisy_name
+from compressor.model_zoo.generic.conventions import CONVENTIONS, HOW_TO_RECORD, Convention, convention
+from compressor.model_zoo.generic.noise import Noise, flow
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
 from compressor.sparsity.surgery import surgery_of
-from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights
+from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights, variant_of
 
 
 class Layout(ABC):
@@ -90,33 +92,53 @@ class DiffusersAdapter(Adapter):
     writes_reshaped: bool = True
     family: str = ""
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
+    example: Mapping[str, Any] | None = None  # what inputs look like (`shapes.of`), where a batch has told it
 
     # --- The model. ---
 
     def opened(self, source: str | None, architecture: Mapping[str, Any] = MappingProxyType({})) -> DiffusersAdapter:
-        opened = self
+        """As in Adapter; `architecture` may also hold `scheduler`, settings of the scheduler that the model was trained with."""
+        opened, source = self, pretrained.whole(source)
         if source is not None and Path(source).is_file():
             if self.layout is not None:  # the names and shapes in the file tell what it is of
                 config = self.layout.configuration(read_outline(source), self.config, architecture)
                 opened = replace(self, config=config, file=Path(source))
+            elif not self.config and (beside := pretrained.find_beside(Path(source))) is not None:
+                opened = self._of(beside)
         elif source is not None:
-            found = pretrained.find(source)
-            opened = replace(self, config=found.config, scheduler=found.scheduler or self.scheduler, source=found)
-        if architecture:
-            opened = replace(opened, config={**opened.config, **architecture})
+            opened = self._of(pretrained.find(source))
+        given = dict(architecture)
+        if (scheduler := given.pop("scheduler", None)) is not None:
+            if not isinstance(scheduler, Mapping):
+                raise UsageError(
+                    f"architecture.scheduler {scheduler!r}", "Set its keys, such as architecture.scheduler.beta_end."
+                )
+            opened = replace(opened, scheduler={**opened.scheduler, **scheduler})
+            Noise.of(opened.scheduler)  # raises now where it means nothing
+        if given:
+            opened = replace(opened, config={**opened.config, **given})
             own = () if self.layout is None else self.layout.own
-            pretrained.check_settings(opened.config, [name for name in architecture if name not in own])
+            pretrained.check_settings(opened.config, [name for name in given if name not in own])
         return opened
+
+    def _of(self, found: Pretrained) -> DiffusersAdapter:
+        return replace(self, config=found.config, scheduler=found.scheduler or self.scheduler, source=found)
 
     @property
     def architecture(self) -> Mapping[str, Any]:
-        return {"config": dict(self.config), "scheduler": dict(self.scheduler)}
+        found: dict[str, Any] = {"config": dict(self.config), "scheduler": dict(self.scheduler)}
+        return found if self.example is None else {**found, "example": dict(self.example)}
 
     def rebuilt(self, architecture: Mapping[str, Any]) -> DiffusersAdapter:
         config, scheduler = architecture.get("config", self.config), architecture.get("scheduler", self.scheduler)
-        if not isinstance(config, Mapping) or not isinstance(scheduler, Mapping):
+        example = architecture.get("example")
+        if (
+            not isinstance(config, Mapping)
+            or not isinstance(scheduler, Mapping)
+            or not (example is None or shapes.is_sound(example))
+        ):
             raise CompressorError(f"{self.name}: its saved architecture is damaged", "Use another copy.")
-        return replace(self, config=config, scheduler=scheduler)
+        return replace(self, config=config, scheduler=scheduler, example=example)
 
     def small(self) -> DiffusersAdapter | None:
         return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
@@ -127,6 +149,7 @@ class DiffusersAdapter(Adapter):
         return self._prepared(pretrained.build(self._plain_config), trained=False)
 
     def load(self, source: str | None) -> nn.Module:
+        source = pretrained.whole(source)
         if source is not None and not Path(source).is_file():
             found = self.source or pretrained.find(source)
             settings = self._plain_config if self.source is not None else found.config
@@ -158,7 +181,7 @@ class DiffusersAdapter(Adapter):
             (folder / "README.txt").write_text(self.layout.why_not_plain, encoding="utf-8")
             return
         library: Any = diffusers  # it has few annotations
-        plain: Any = as_configured(module, self._plain_config, self) if reshaped else self._copied(module)
+        own_model: Any = as_configured(module, self._plain_config, self) if reshaped else self._copied(module)
         source = self.source
         if source is not None and source.pipeline is not None:
             own = source.folder
@@ -169,12 +192,12 @@ class DiffusersAdapter(Adapter):
                 dirs_exist_ok=True,
                 ignore=lambda at, names: names if Path(at) == own else [],
             )
-            plain.save_pretrained(folder / own.name)
+            own_model.save_pretrained(folder / own.name, variant=variant_of(own))  # its other parts may have no other
         elif self.config.get("_class_name") == "UNet2DModel" and self.scheduler:
             scheduler = library.DDPMScheduler.from_config(dict(self.scheduler))
-            library.DDPMPipeline(plain, scheduler).save_pretrained(folder)
+            library.DDPMPipeline(own_model, scheduler).save_pretrained(folder)
         else:
-            plain.save_pretrained(folder)
+            own_model.save_pretrained(folder)
 
     def _copied(self, module: nn.Module) -> nn.Module:
         """A model of its own: the given one may share tensors between names, which diffusers does not save."""
@@ -218,12 +241,12 @@ class DiffusersAdapter(Adapter):
         return self._noised(batch, time, rng)
 
     def _noised(self, batch: Any, at: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
-        name = noisy_name(self.config)
+        if isinstance(batch, Mapping) and "target" in batch:
+            given = {name: value for name, value in batch.items() if name != "target"}
+            return marked(self._convention, given), plain(batch["target"])
+        told, name = convention(self.config), noisy_name(self.config)
         if isinstance(batch, Mapping):
             given = dict(batch)
-            if "target" in given:
-                target = given.pop("target")
-                return given, target
             if name not in given:
                 raise CompressorError(
                     f"a batch has {sorted(given)}, and neither {name!r} nor 'target'",
@@ -234,22 +257,60 @@ class DiffusersAdapter(Adapter):
             given = {name: images}
             if self.num_classes and labels is not None:
                 given["class_labels"] = labels
-        time, noised, target = Noise.of(self.scheduler).noised(given[name], rng, at)
-        if str(self.config.get("_class_name")).startswith("Flux"):
-            time = time / 1000  # the one family that is told the time from 0 to 1
+        timestep, noised, target = self._noise.noised(given[name], rng, at)
         if "class_labels" in given:
             given["class_labels"] = dropped(given["class_labels"], self.null_label, 0.1, rng)
-        return {**given, name: noised, "timestep": time}, target
+        given |= {name: noised, told.time: told.told(timestep, self.config)}
+        return marked(told, given), -target if told.negated else target
+
+    @property
+    def _convention(self) -> Convention | None:
+        return CONVENTIONS.get(str(self.config.get("_class_name")))
+
+    @cached_property
+    def _noise(self) -> Noise:
+        """The process that the model was trained with. Raises UsageError where it is not known."""
+        told, name = convention(self.config), self.config.get("_class_name")
+        if not self.scheduler and told.process != "flow":
+            raise UsageError(
+                f"a {name} without a scheduler: with what noise it was trained is not known",
+                "Give the folder of its pipeline, or say it: --set architecture.scheduler._class_name=DDIMScheduler "
+                f"--set architecture.scheduler.beta_schedule=scaled_linear and so on. Or: {HOW_TO_RECORD}",
+            )
+        noise = Noise.of(self.scheduler) if self.scheduler else flow()
+        if told.process == "flow" and not noise.is_flow:
+            raise UsageError(
+                f"{name} is a model of rectified flow, and {self.scheduler.get('_class_name')} is of another process",
+                "Give the scheduler that it was trained with.",
+            )
+        if self.source is not None and self.source.shares_times:
+            raise UsageError(
+                f"{self.source.pipeline}: of its two models each was trained for some of the times only", HOW_TO_RECORD
+            )
+        if told.scale != 1 and noise.timesteps != 1000:
+            raise UsageError(
+                f"num_train_timesteps {noise.timesteps}: the pipeline of {name} counts 1000", HOW_TO_RECORD
+            )
+        return noise
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""
-        out: Tensor = module(**as_taken(inputs, module), return_dict=False)[0]
-        channels = inputs[noisy_name(self.config)].shape[1]
-        has_variance = out.dim() == 4 and out.shape[1] == 2 * channels
-        return out[:, :channels] if has_variance else out
+        out: Any = module(**called(self._convention, as_taken(inputs, module)), return_dict=False)[0]
+        noisy = inputs[noisy_name(self.config)]
+        answer: Tensor = out if isinstance(out, Tensor) else torch.stack(list(out))
+        if not isinstance(noisy, Tensor):
+            return answer
+        if noisy.dim() == 4 and answer.dim() == 5:  # the frame that `called` put in
+            answer = answer.squeeze(2)
+        has_variance = answer.dim() == 4 and answer.shape[1] == 2 * noisy.shape[1]
+        return answer[:, : noisy.shape[1]] if has_variance else answer
 
     def example_inputs(self, batch_size: int) -> Any:
-        return example(self.config, batch_size)
+        return example(self.config, batch_size) if self.example is None else shapes.made(self.example, batch_size)
+
+    def exampled(self, inputs: Any) -> DiffusersAdapter:
+        """As in Adapter; what the inputs look like is saved with the model, so that it is known without the data."""
+        return replace(self, example=shapes.of(inputs))
 
     @property
     def null_label(self) -> int | None:
@@ -281,22 +342,47 @@ class DiffusersAdapter(Adapter):
         return describe(self.how)
 
     def sampling(self, settings: Sampling) -> DiffusersAdapter:
+        if reason := self._not_drawn:
+            if settings != Sampling():
+                raise UsageError(reason, "Leave out sampler, spacing and guidance.")
+            return self
         how = merged(self.how, settings, self.null_label is not None)
-        check(how, Noise.of(self.scheduler).process())
+        check(how, self._noise.process())
         return replace(self, how=how)
+
+    @property
+    def unsampled(self) -> str:
+        name = self.config.get("_class_name")
+        try:
+            conditions = set(example(self.config, 1)) - {noisy_name(self.config), "timestep", "class_labels"}
+        except CompressorError:  # nothing is known of what it is called with
+            conditions = {"unknown"}
+        if conditions or self.image_shape is None:
+            return f"{name} needs conditions that only its pipeline makes"
+        return self._not_drawn
+
+    @property
+    def _not_drawn(self) -> str:
+        """Why no sampler here goes with the noise that the model was trained with; empty where one does."""
+        if not self.config:  # nothing is opened yet
+            return ""
+        try:
+            check(self.how, self._noise.process())
+        except CompressorError as error:
+            return error.message
+        return ""
 
     @torch.no_grad()
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         shape = self.image_shape
-        if shape is None or set(example(self.config, 1)) - {noisy_name(self.config), "timestep", "class_labels"}:
+        if self.unsampled or shape is None:
             raise CompressorError(
-                f"{self.config.get('_class_name')} needs conditions that only its pipeline makes",
-                "Sample with the pipeline that the run writes, or set evaluate.samples to 0.",
+                self.unsampled, "Sample with the pipeline that the run writes, or set evaluate.samples to 0."
             )
         device = next(module.parameters()).device
         start = torch.randn(n, *shape, generator=rng).to(device)
         labels = torch.randint(self.num_classes, (n,), generator=rng).to(device) if self.num_classes else None
-        process = Noise.of(self.scheduler).process()
+        process = self._noise.process()
 
         def ask(images: Tensor, time: Tensor, classes: Tensor | None) -> Tensor:
             given = {noisy_name(self.config): images, "timestep": time}

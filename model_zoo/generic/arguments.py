@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from compressor.adapter import Shared
 from compressor.errors import CompressorError
+from compressor.model_zoo.generic.conventions import Convention
 from compressor.model_zoo.generic.pretrained import model_class
 
 _TEXT_TOKENS = 77
@@ -22,6 +25,30 @@ def noisy_name(config: _Config) -> str:
     return parameters[1]
 
 
+def called(told: Convention | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` in the form in which the class takes them: lists of samples, and nested lists of sizes."""
+    given = dict(inputs)
+    if told is None:
+        return given
+    for name in told.listed:
+        if isinstance(value := given.get(name), Tensor):
+            given[name] = list(value.unsqueeze(2) if name == told.noisy and value.dim() == 4 else value)
+    for name in told.sizes:
+        if isinstance(value := given.get(name), Tensor):
+            rows = value.tolist() if value.dim() == 3 else value.unsqueeze(1).tolist()
+            given[name] = [[tuple(size) for size in row] for row in rows]
+    return given
+
+
+def marked(told: Convention | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with those marked as shared that the class takes without a dim for the batch."""
+    given = dict(inputs)
+    for name in () if told is None else told.shared:
+        if name in given:  # places have two dims; with three they have one for the batch, as older files do
+            given[name] = tree_map_only(Tensor, lambda leaf: Shared(leaf) if leaf.dim() == 2 else leaf, given[name])
+    return given
+
+
 def example(config: _Config, batch: int) -> dict[str, Any]:
     """Arguments for a model of `config`, by name. Raises CompressorError for a class whose needs are not known here."""
     made = model_class(config)
@@ -30,7 +57,7 @@ def example(config: _Config, batch: int) -> dict[str, Any]:
     if make is None:
         raise CompressorError(
             f"what {made.__name__} is called with is not known here",
-            f"Known: {', '.join(sorted(_EXAMPLES))}. Write an adapter with `example_inputs`; docs/adapters.md has one.",
+            f"Known: {', '.join(sorted(_EXAMPLES))}. For others, give the adapter a batch: adapter.exampled(inputs).",
         )
     return make(full, batch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.weights import as_stored_, read_outline
+from compressor.weights import as_stored_, read_outline, variant_of
 
 _LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -33,14 +34,19 @@ class Pretrained:
     config: Mapping[str, Any]
     pipeline: Path | None = None
     scheduler: Mapping[str, Any] | None = None
+    shares_times: bool = False
+    """Whether it is one of two models, each of which was trained for some of the times (Wan 2.2)."""
 
 
 def find(source: str) -> Pretrained:
     """The denoising model of a model's or a pipeline's folder, or of a name on the Hugging Face hub (`owner/name`).
 
-    Raises CompressorError where nothing is there, or nothing that diffusers can build.
+    A model's folder that lies in its pipeline's is taken as that pipeline's. Raises CompressorError where nothing is there, or
+    nothing that diffusers can build.
     """
     root = _folder(source)
+    if root.name and _has_part(root.resolve().parent, root.resolve().name):
+        return _part(root.resolve().parent, root.resolve().name)
     if (root / "model_index.json").is_file():
         index = read_json(root / "model_index.json")
         component = next((name for name in _DENOISERS if isinstance(index.get(name), list)), None)
@@ -49,10 +55,44 @@ def find(source: str) -> Pretrained:
                 f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if k[0] != '_']}",
                 "Give the folder of the denoising model itself.",
             )
-        scheduler = root / "scheduler" / "scheduler_config.json"
-        noise = read_json(scheduler) if scheduler.is_file() else None
-        return Pretrained(root / component, _config(root / component), root, noise)
+        return _part(root, component)
     return Pretrained(root, _config(root))
+
+
+def find_beside(file: Path) -> Pretrained | None:
+    """The model that a file of weights is of, where its `config.json` lies beside it; else None."""
+    return find(str(file.parent)) if (file.parent / "config.json").is_file() else None
+
+
+def whole(source: str | None) -> str | None:
+    """`source`, or the folder around it where it is one of the several files that make a model."""
+    shard = source is not None and re.search(r"-\d{5}-of-\d{5}\.\w+$", source) and Path(source).is_file()
+    return str(Path(source).parent) if source is not None and shard else source
+
+
+def _has_part(root: Path, name: str) -> bool:
+    """Whether `root` is a pipeline's folder, and `name` one of its parts that diffusers loads."""
+    index = root / "model_index.json"
+    return index.is_file() and isinstance(read_json(index).get(name), list) and (root / name / "config.json").is_file()
+
+
+def _part(root: Path, component: str) -> Pretrained:
+    """The model `component` of the pipeline in `root`."""
+    index, scheduler = read_json(root / "model_index.json"), root / "scheduler" / "scheduler_config.json"
+    noise = _scheduler(scheduler) if scheduler.is_file() else None
+    shares = index.get("boundary_ratio") is not None
+    return Pretrained(root / component, _config(root / component), root, noise, shares)
+
+
+def _scheduler(path: Path) -> dict[str, Any]:
+    """A scheduler's configuration. Those of DPM-Solver clip at minus infinity, their default, which JSON cannot say."""
+    found = read_json(path, infinite=True)
+    if found.get("lambda_min_clipped") == -math.inf:
+        del found["lambda_min_clipped"]
+    for key, value in found.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CompressorError(f"{path}: {key} is {value}", "The file is damaged; use another copy.")
+    return found
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
@@ -84,7 +124,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     made = model_class(config)
     _check_sizes(config)
     try:
-        with _quiet():
+        with quiet():
             model: nn.Module = made.from_config(dict(config))
     except Exception as error:  # diffusers raises whatever its constructors meet
         raise CompressorError(
@@ -102,9 +142,13 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
     changed = {name: value for name, value in settings.items() if found.config.get(name, found) != value}
     changed.pop("_class_name", None)
     try:
-        with _quiet():
+        with quiet():
             model, report = made.from_pretrained(
-                found.folder, output_loading_info=True, local_files_only=True, **changed
+                found.folder,
+                output_loading_info=True,
+                local_files_only=True,
+                variant=variant_of(found.folder),
+                **changed,
             )
     except Exception as error:  # a dozen types, from missing files to damaged ones
         reason = first_line(error)
@@ -188,7 +232,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """diffusers warns of keys that it does not know; those that matter are errors here."""
     logger = logging.getLogger("diffusers")
     before, logger.level = logger.level, logging.ERROR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from compressor.data.sets import Images, Records, SampleSet
+from compressor.data.naming import nested
+from compressor.data.sets import SHARED, Images, Records, SampleSet
 from compressor.errors import CompressorError
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
+_NOISY = ("sample", "hidden_states")  # what diffusers calls what is noised
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -21,7 +24,8 @@ def read(path: Path) -> SampleSet:
     """The arrays at `path`; nothing in the file is executed.
 
     With an array `images`, or a plain `.npy` file: Images, with `labels` where there is one. Images are (n, h, w),
-    (n, h, w, c) or (n, c, h, w): uint8 pixels, or float latents. Otherwise Records: all arrays, with one dim 0.
+    (n, h, w, c) or (n, c, h, w): uint8 pixels, or float latents. Otherwise Records: all arrays, with one dim 0, or shared by
+    all samples: those with another, and those whose name ends in `[shared]`.
     Raises CompressorError with the path and what was found.
     """
     try:
@@ -67,17 +71,38 @@ def _images(path: Path, images: _Array, labels: _Array | None) -> Images:
 def _records(path: Path, arrays: Mapping[str, _Array]) -> Records:
     shapes = {name: f"{array.dtype} {array.shape}" for name, array in sorted(arrays.items())}
     found = ", ".join(f"{name}: {shape}" for name, shape in shapes.items()) or "none"
-    if not arrays or any(array.ndim == 0 or array.dtype.kind not in "fiub" for array in arrays.values()):
+    bare = {name for name, array in arrays.items() if array.ndim == 0 and not name.endswith(SHARED)}
+    if not arrays or bare or any(array.dtype.kind not in "fiub" for array in arrays.values()):
         raise CompressorError(
             f"{path}: arrays are {found}",
             "Save images with np.savez(images=...), or numeric arrays that have one entry per sample along dim 0.",
         )
-    if len({len(array) for array in arrays.values()}) > 1 or 0 in next(iter(arrays.values())).shape[:1]:
+    named = {name.removesuffix(SHARED): _tensor(array) for name, array in sorted(arrays.items())}
+    if len(named) < len(arrays):
+        raise CompressorError(f"{path}: an array is there with and without {SHARED}: {found}", "Save it once.")
+    said = {name.removesuffix(SHARED) for name in arrays if name.endswith(SHARED)}
+    count = _samples(path, {name: len(array) for name, array in named.items() if name not in said}, found)
+    shared = said | {name for name, array in named.items() if name not in said and len(array) != count}
+    nested(dict.fromkeys(named))  # raises now where names contradict each other
+    return Records(path.stem, named, frozenset(shared))
+
+
+def _samples(path: Path, sizes: Mapping[str, int], found: str) -> int:
+    """The number of samples, from the first dims of the arrays: that of the model's noisy input or its target, where one has
+    the name, else that of most. What has another is shared by all samples. Raises CompressorError where it is not clear."""
+    known = {sizes[name] for name in ("target", *_NOISY) if name in sizes}
+    (most, times), *others = Counter(sizes.values()).most_common(2) or [(0, 0)]
+    clear = (
+        len(known) == 1 or (not known and times > 1 and all(times > other for _, other in others)) or len(sizes) == 1
+    )
+    count = known.pop() if len(known) == 1 else most
+    if not clear or not count:
         raise CompressorError(
             f"{path}: no array named 'images', and the arrays are no records: {found}",
-            "Records have the same dim 0, the number of samples, in every array.",
+            "Records have the same dim 0, the number of samples, in every array; what all samples share has a name that ends in "
+            f"{SHARED}.",
         )
-    return Records(path.stem, {name: _tensor(array) for name, array in sorted(arrays.items())})
+    return count
 
 
 def _tensor(array: _Array) -> torch.Tensor:
