@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
     from compressor.sparsity.surgery import Surgery
     from compressor.training.engine import FineTuning, Result, Step, choose_layers, steps
+    from compressor.training.in_place import prune_
     from compressor.training.pruner import Objective, Preset, Pruner, found
     from compressor.training.settings import Training
     from compressor.training.shadow import Shadow
@@ -50,6 +51,7 @@ _HOMES = {
     "sparsity.pattern": ("NM", "Mask", "Pattern", "Unstructured"),
     "sparsity.surgery": ("Surgery",),
     "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "steps"),
+    "training.in_place": ("prune_",),
     "training.pruner": ("Objective", "Preset", "Pruner", "found"),
     "training.settings": ("Training",),
     "training.shadow": ("Shadow",),
@@ -93,6 +95,7 @@ __all__ = [
     "merge_lora",
     "parse",
     "prune",
+    "prune_",
     "read_data",
     "record",
     "save",

@@ -24,7 +24,18 @@ ROOT = Path(__file__).parent.parent
 BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-NEW_NAMES = {"Merged", "Recording", "apply", "merge_lora", "record", "Preset", "Surgery", "choose_layers", "found"}
+NEW_NAMES = {
+    "Merged",
+    "Recording",
+    "apply",
+    "merge_lora",
+    "prune_",
+    "record",
+    "Preset",
+    "Surgery",
+    "choose_layers",
+    "found",
+}
 NEW_ENTRY_POINTS: dict[str, set[str]] = {}
 """By group."""
 _BUDGETS = [

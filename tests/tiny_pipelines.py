@@ -190,10 +190,10 @@ def arguments(name: str) -> dict[str, Any]:
     return own
 
 
-def made(name: str, folder: Path) -> Any:
-    """The tiny pipeline `name`, random weights of a fixed seed; `folder` takes the files that tokenizers need."""
+def made(name: str, folder: Path, seed: int = 0) -> Any:
+    """The tiny pipeline `name`, with random weights of `seed`; `folder` takes the files that tokenizers need."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         pipe = MAKERS[name](folder)
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):

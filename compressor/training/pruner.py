@@ -70,6 +70,8 @@ class Pruner(ABC):
     """What fine-tuning minimises."""
     surgery: Surgery | None = None
     """What `prepare` found that can be removed of the model's structure. The engine removes it, before training."""
+    separable: ClassVar[bool] = False
+    """Whether `masks` decides on each weight by itself, so that one-shot pruning in place may ask for one after another."""
     compared: ClassVar[bool] = False
     """Whether `compressor compare` has this method as an entry where the user names none."""
     presets: ClassVar[Mapping[str, Preset]] = {}

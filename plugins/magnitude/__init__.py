@@ -24,6 +24,7 @@ class Magnitude(Pruner):
     pattern: Pattern = NM(2, 4)
     estimator: Estimator = Exact()
     compared = True
+    separable = True
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         return previous or self.pattern.masks({name: weight.abs() for name, weight in weights.items()})

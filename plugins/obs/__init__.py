@@ -15,6 +15,7 @@ from compressor.errors import UsageError
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.layers import Layer
+from compressor.sparsity.packed import PackedMasks
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured, largest
 from compressor.training.calibration import Falls, check_calibration, from_matrix, matrix, observable, observe, visits
 from compressor.training.engine import chosen
@@ -45,6 +46,7 @@ class OBS(Pruner):
     estimator: Estimator = Exact()
     chosen: Mapping[str, Mask] = found(dict)
     compared = True
+    separable = True
 
     def __post_init__(self) -> None:
         check_calibration("obs", self.timesteps, self.last_weight, self.falls)
@@ -56,7 +58,7 @@ class OBS(Pruner):
     @torch.no_grad()
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         layers = [layer for layer in chosen(model, self, adapter) if observable(layer.module)]
-        masks: dict[str, Mask] = {}
+        masks = PackedMasks()
         for package in packages(layers, self.memory_mb * 2**20):
             found: dict[str, Tensor] = {}
 
@@ -78,8 +80,9 @@ class OBS(Pruner):
         if previous:
             return previous
         rest = {name: weight.abs() for name, weight in weights.items() if name not in self.chosen}
+        found = {name: self.chosen[name] for name in weights if name in self.chosen}
         return {
-            **{n: Mask(m.keep.to(weights[n].device), m.pattern) for n, m in self.chosen.items()},
+            **{name: Mask(mask.keep.to(weights[name].device), mask.pattern) for name, mask in found.items()},
             **self.pattern.masks(rest),
         }
 

@@ -38,6 +38,7 @@ class Wanda(Pruner):
     estimator: Estimator = Exact()
     norms: Mapping[str, Tensor] = found(dict)
     compared = True
+    separable = True
 
     def __post_init__(self) -> None:
         check_calibration("wanda", self.timesteps, self.last_weight, self.falls)

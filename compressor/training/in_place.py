@@ -1,0 +1,71 @@
+"""One-shot pruning of a model itself, for models of which no second copy fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.adapter import Adapter, with_rules
+from compressor.data.batches import as_batches
+from compressor.errors import UsageError
+from compressor.sparsity.packed import PackedMasks
+from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
+from compressor.training.pruner import Pruner
+from compressor.training.settings import Training
+from compressor.training.shadow import checked_masks
+from compressor.validation import validated
+from compressor.weights import bare
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    pruner: Pruner,
+    *,
+    adapter: Adapter,
+    data: Any,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    **training: Any,
+) -> Result:
+    """Prune `model` itself, in one shot: as `prune` with steps=0, but in place, in the model's own dtype, and without a copy.
+
+    Above the model, memory goes to what the method keeps of its calibration, to one layer at a time where the method is
+    `separable`, and to a bit per masked entry. The arguments are those of `prune`; of the `training` only the batches are used
+    (`batch_size`, `seed`). In half precision calibration runs in it, so that scores are not to the last bit those of `prune`.
+    Raises CompressorError as `prune` does; a model that a method had begun to change is then not what it was.
+    """
+    settings = validated(Training, {**training, "steps": 0}, "prune_()")
+    model = bare(model).eval()
+    frozen = [value for value in model.parameters() if not value.requires_grad]
+    for value in frozen:  # nothing is trained, so that what is frozen is pruned like the rest
+        value.requires_grad_(True)
+    try:
+        rules = with_rules(adapter, targets, ignore)
+        choose_layers(model, pruner, adapter, targets, ignore)  # raises before anything is changed
+        pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
+        if pruner.surgery is not None:
+            raise UsageError(
+                f"prune_: {type(pruner).__name__} removes structure", "Use compressor.prune, which works on a copy."
+            )
+        masks = PackedMasks()
+        layers = chosen(model, pruner, adapter, targets, ignore)
+        for group in [[layer] for layer in layers] if pruner.separable else [layers]:
+            weights = {layer.name: layer.weight.detach() for layer in group}
+            dense = {name: weight.float() for name, weight in weights.items()}
+            for name, mask in checked_masks(pruner.masks(dense, 1.0, {}), dense).items():
+                mask.verify()
+                weights[name].copy_(mask.apply(weights[name]))
+                masks[name] = mask
+        every = [
+            replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
+            for layer in choose_layers(model, pruner, adapter, targets, ignore)
+        ]
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
+    return Result(model, masks, every, (), dict.fromkeys(masks, 0.0), None)
