@@ -4,8 +4,8 @@
 
 Three rows each, at 2:4 and over several seeds: magnitude and OBS in one shot, and OBS fine-tuned towards the dense model's recorded
 answers. A seed chooses weights, prompts and noise. The error is the mean square difference from the dense model's answer to calls
-of held-out prompts, relative to its mean square. The pipelines are those of the tests: real classes, text encoders and autoencoders, random
-weights. So this says that the way works for every class, and nothing about pictures.
+of held-out prompts, relative to its mean square. The pipelines are those of the tests: real classes, text encoders and autoencoders,
+random weights. So this says that the way works for every class, and nothing about pictures.
 """
 
 from __future__ import annotations

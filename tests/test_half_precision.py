@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TinyAdapter, tiny_model
 from torch import nn
 
 import compressor
@@ -248,3 +248,29 @@ def test_half_models_are_counted_as_float32_ones(samples):
     full, half = (costs(tiny_model().to(dtype), Plain(), {}) for dtype in (torch.float32, torch.float16))
     assert full.macs_dense == half.macs_dense and full.params == half.params
     assert half.size_bytes < 0.7 * full.size_bytes
+
+
+def test_gradient_checkpointing_gives_the_same_weights_and_is_refused_where_there_is_none():
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=8, norm_type="ada_norm_zero",
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    config = {**model.config, "_class_name": "DiTTransformer2DModel"}
+    adapter = registry.adapter("dit").rebuilt({"config": config, "scheduler": {}})
+    data = [(torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    given = {"adapter": adapter, "data": data, "steps": 2, "batch_size": 4}
+    plain = compressor.prune(model, Magnitude(), **given).model
+    again = compressor.prune(model, Magnitude(), **given, gradient_checkpointing=True).model
+    assert not again.is_gradient_checkpointing and not model.is_gradient_checkpointing
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(value, again.state_dict()[name], atol=1e-6), name
+    with pytest.raises(CompressorError, match="Sequential has no gradient checkpointing"):
+        compressor.prune(
+            tiny_model(),
+            Magnitude(),
+            adapter=TinyAdapter(),
+            data=torch.randn(8, 16),
+            steps=1,
+            gradient_checkpointing=True,
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, Latency, Report, Row, TrainSummary
+from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, PIPELINE, Latency, Report, Row, TrainSummary
 
 NONE = "—"
 
@@ -147,7 +147,8 @@ def _pipeline(row: Row) -> str:
     if (entry := row.of_pipeline) is None:
         return NONE
     over = "" if row.name == DENSE else f"; {entry.speedup_vs_dense:.2f}x" + ("" if entry.is_gain else ", no gain")
-    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}){over}"
+    how = "" if entry.backend == PIPELINE else "; lowered"
+    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}{how}){over}"
 
 
 def sampler_line(report: Report) -> str:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from compressor import files
+from compressor.adapter import to_device
 from compressor.cost.latency import latency
 from compressor.cost.timing import Times, interleaved, iqr_ms, median_ms
 from compressor.errors import CompressorError
+from compressor.lower import Plan, lower
 from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
 from compressor.quality.similarity import ssim
 from compressor.report import SIDE_BY_SIDE
-from compressor.report.content import DENSE, PIPELINE, Drift, Latency, Row
+from compressor.report.content import DENSE, LOWERED, PIPELINE, PIPELINE_LOWERED, Drift, Latency, Row
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.pictures import save_side_by_side
 from compressor.runs.piped import Piped
+from compressor.runs.saved import Finished
 
 
 class PairedJudge(Judge):
@@ -74,22 +78,38 @@ class PairedJudge(Judge):
         return row.model_copy(update={"drift": tuple(drifts)})
 
     def whole(self, variants: Sequence[Variant]) -> Generator[Progress, None, dict[str, Latency]]:
-        """The time of the pipeline for one held-out picture, with each variant in it; they take turns."""
-        opened, settings = self.piped.opened, self.inputs.recipe.evaluate
+        """The time of the pipeline with each variant in it."""
+        yield Progress("latency of the pipeline", 0, 1)
+        times = self.times({variant.name: variant.model for variant in variants})
+        return {name: self._entry(PIPELINE, own, times[DENSE]) for name, own in times.items()}
+
+    def whole_lowered(self, run: Finished, plan: Plan) -> Generator[Progress, None, Finished]:
+        """`run` with the time of the pipeline with its lowered model, beside that with the dense one; its report is written again."""
+        yield Progress("latency of the lowered pipeline", 0, 1)
+        example = to_device(run.adapter.example_inputs(1), run.device)
+        lowered = lower(run.sparse, example, adapter=run.adapter, plan=plan).model
+        times = self.times({DENSE: run.dense, LOWERED: lowered})
+        entry = self._entry(PIPELINE_LOWERED, times[LOWERED], times[DENSE])
+        final = run.report.final
+        report = run.report.with_rows(final.model_copy(update={"latency": (*final.latency, entry)}))
+        files.write_json(run.out / "report.json", report.as_json())
+        return run.reported(report)
+
+    def times(self, models: Mapping[str, nn.Module]) -> dict[str, Times]:
+        """The times of the pipeline for one held-out picture, with each of `models` in it; they take turns."""
+        opened, steps = self.piped.opened, self.inputs.recipe.record.steps
 
         def run(model: nn.Module) -> None:
             with opened.having(model):
-                sample(opened, self.pictures[0], self.inputs.recipe.record.steps)
+                sample(opened, self.pictures[0], steps)
 
-        calls: dict[str, Callable[[], None]] = {v.name: partial(run, v.model) for v in variants}
-        rounds = max(3, settings.latency_rounds // 3)
-        yield Progress("latency of the pipeline", 0, 1)
-        seconds = interleaved(list(calls.values()), rounds, self.device, warm_up=1)
-        times = dict(zip(calls, (Times(median_ms(own), iqr_ms(own)) for own in seconds), strict=True))
-        dtype = self.piped.records.index.dtype
-        return {
-            name: latency(PIPELINE, self.device, dtype, 1, own, PIPELINE, times[DENSE]) for name, own in times.items()
-        }
+        calls = [partial(run, model) for model in models.values()]
+        rounds = max(3, self.inputs.recipe.evaluate.latency_rounds // 3)
+        seconds = interleaved(calls, rounds, self.device, warm_up=1)
+        return {name: Times(median_ms(own), iqr_ms(own)) for name, own in zip(models, seconds, strict=True)}
+
+    def _entry(self, backend: str, own: Times, dense: Times) -> Latency:
+        return latency(backend, self.device, self.piped.records.index.dtype, 1, own, PIPELINE, dense)
 
 
 def latent_errors(

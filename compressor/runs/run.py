@@ -30,6 +30,7 @@ from compressor.runs import one_shot
 from compressor.runs.directory import NO_PIPELINE, clear, locked, refuse_used_directory
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
+from compressor.runs.paired import PairedJudge
 from compressor.runs.rows import build_report
 from compressor.runs.speed import measured
 from compressor.sparsity.surgery import surgery_of
@@ -54,7 +55,10 @@ def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Gener
         final = yield from train(inputs, out, resume=resume, overwrite=overwrite)
         finished = yield from build_report(inputs, out, final)
         if inputs.recipe.lower:
-            yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
+            benched = yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
+            if inputs.piped is not None and inputs.recipe.evaluate.latency_rounds:
+                judge = PairedJudge(inputs, inputs.piped)
+                yield from judge.whole_lowered(finished.reported(benched.report), benched.plan)
         render(out)
         yield Progress("report", 1, 1)
         for folder in (*out.glob("checkpoint-*"), out / one_shot.FOLDER):

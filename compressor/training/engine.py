@@ -21,7 +21,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Given, student_of
+from compressor.training.given import Given, checkpointed_, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
@@ -87,6 +87,8 @@ class FineTuning:
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
         self.student = student_of(model, training.steps).to(self.device).train()
+        if training.gradient_checkpointing and training.steps:
+            checkpointed_(self.student)
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)

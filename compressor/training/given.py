@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 from compressor.weights import HALF, cast_, dtypes_of, float32_, sketch
 
 
@@ -31,6 +31,9 @@ class Given:
 
         Raises CompressorError where a weight is too large for its dtype.
         """
+        off: Any = getattr(model, "disable_gradient_checkpointing", None)  # models of diffusers
+        if callable(off) and getattr(model, "is_gradient_checkpointing", False):
+            off()
         cast_(model, self.dtypes)
         for name, value in model.named_parameters():
             value.requires_grad_(name in self.trained)
@@ -53,6 +56,24 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
             )
     student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
+
+
+def checkpointed_(model: nn.Module) -> nn.Module:
+    """`model`, in place, that computes its blocks a second time in the backward pass instead of keeping what they need.
+
+    Raises UsageError where it cannot: it is models of diffusers that can.
+    """
+    on: Any = getattr(model, "enable_gradient_checkpointing", None)
+    try:
+        if callable(on):
+            on()
+            return model
+    except ValueError:  # diffusers' word for a class without it
+        pass
+    raise UsageError(
+        f"{type(model).__name__} has no gradient checkpointing",
+        "Leave train.gradient_checkpointing false; train.accumulate saves memory too.",
+    )
 
 
 def surveyed(model: nn.Module, steps: int) -> nn.Module:

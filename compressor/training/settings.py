@@ -49,6 +49,8 @@ class Training(BaseModel):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass, which saves memory for time; for models of diffusers."""
     mode: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
 
