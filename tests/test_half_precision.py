@@ -257,7 +257,7 @@ def test_gradient_checkpointing_gives_the_same_weights_and_is_refused_where_ther
         num_embeds_ada_norm=10,
     )  # fmt: skip
     config = {**model.config, "_class_name": "DiTTransformer2DModel"}
-    adapter = registry.adapter("dit").rebuilt({"config": config, "scheduler": {}})
+    adapter = registry.adapter("dit").rebuilt({"config": config, "scheduler": {"_class_name": "DDPMScheduler"}})
     data = [(torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.int64))]
     given = {"adapter": adapter, "data": data, "steps": 2, "batch_size": 4}
     plain = compressor.prune(model, Magnitude(), **given).model
