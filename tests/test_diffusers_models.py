@@ -321,7 +321,15 @@ def test_other_models_get_masks_cost_and_lowering(make, tmp_path):
         )
 
 
-@pytest.mark.parametrize("make", [conditioned_unet, sd3])
+def smaller_unet():
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16,), cross_attention_dim=16, norm_num_groups=8,
+        attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [smaller_unet, sd3])
 def test_other_models_are_exported(make, tmp_path):
     torch.manual_seed(0)
     model = make()

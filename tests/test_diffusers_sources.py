@@ -220,10 +220,12 @@ def test_a_folder_with_the_half_precision_variant_alone_is_read_and_written_back
     as_variant(folder / "unet")
     adapter = registry.adapter("diffusers").opened(str(folder))
     model = adapter.load(str(folder))
-    same(model.state_dict(), {name: value.half().float() for name, value in expected.items()})
+    same(model.state_dict(), {name: value.half() for name, value in expected.items()})
     (tmp_path / "back").mkdir()
     adapter.write_pipeline(model, tmp_path / "back")
-    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "back" / "unet", variant="fp16")
+    again = diffusers.UNet2DConditionModel.from_pretrained(
+        tmp_path / "back" / "unet", variant="fp16", torch_dtype=torch.float16
+    )
     same(again.state_dict(), model.state_dict())
 
 

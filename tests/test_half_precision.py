@@ -167,7 +167,8 @@ def half_run(tmp_path_factory, cli):
     captions = draw((12, 5, 32), dtype=np.float32)
     images = draw((12, 4, 8, 8), dtype=np.float32)
     np.savez(folder / "data.npz", hidden_states=images, encoder_hidden_states=captions)
-    command = ("--model", "diffusers", "--weights", folder / "source", "--data", folder / "data.npz")
+    noise = ("--set", "architecture.scheduler._class_name=DDPMScheduler")
+    command = ("--model", "diffusers", "--weights", folder / "source", "--data", folder / "data.npz", *noise)
     outcome = cli.run(
         folder / "run",
         *command,

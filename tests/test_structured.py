@@ -47,7 +47,7 @@ def tiny_dit():
         "norm_type": "ada_norm_zero",
     }
     torch.manual_seed(0)
-    adapter = DiffusersAdapter(config=config)
+    adapter = DiffusersAdapter(config=config, scheduler={"_class_name": "DDPMScheduler"})
     return adapter, adapter.build()
 
 

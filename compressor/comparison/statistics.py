@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import mean, stdev
 
 from compressor.report.compared import Difference, Summary
 
 
+@cache
 def t_quantile(probability: float, freedom: int) -> float:
     """The t at which Student's distribution with `freedom` degrees has the cumulative `probability`, above 0.5 and below 1.
 
