@@ -25,8 +25,10 @@ MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
-def commit(target: Path, write: Callable[[Path], None]) -> None:
+def commit(target: Path, write: Callable[[Path], None], listed: bool = True) -> None:
     """Let `write` fill a folder, and make it `target` in one step. A folder that was there before is replaced.
+
+    Where it is not `listed`, it has no manifest: what is in it is for other libraries, and nothing here reads it.
 
     Raises CompressorError where the disk is full or not writable; what was at `target` is then still there.
     """
@@ -45,9 +47,10 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
             path.chmod(0o644)  # safetensors writes 0600
             sync(path)
             entries[path.relative_to(partial).as_posix()] = {"sha256": file_sha256(path), "size": path.stat().st_size}
-        manifest = partial / MANIFEST
-        manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
-        sync(manifest)
+        if listed:
+            manifest = partial / MANIFEST
+            manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
+            sync(manifest)
         sync(partial)
         if target.exists():
             target.rename(old)

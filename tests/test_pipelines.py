@@ -10,6 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import compressor
 from compressor import CompressorError, files, parse
@@ -229,3 +230,36 @@ def test_a_run_that_was_stopped_is_resumed(folders, cli, tmp_path):
     assert cli("resume", tmp_path / "parts").code == 0
     one, two = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_half_precision_comes_back_no_larger(folders, cli, tmp_path):
+    pipe = tiny_pipelines.made("sd3", tmp_path / "files")
+    for variant in (None, "fp16"):
+        folder = tmp_path / f"source-{variant}"
+        pipe.to(torch.float16).save_pretrained(folder, variant=variant)
+        folder.with_suffix(".jsonl").write_text(folders("sd3").with_suffix(".jsonl").read_text())
+        out = tmp_path / f"run-{variant}"
+        outcome = cli(
+            *command(folder, out, "--method", "magnitude", "--steps", "1", "--targets", "re:attn|ff", *NO_TIMES)
+        )
+        assert outcome.code == 0, outcome.err
+        source, written = (
+            {path.relative_to(root): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+            for root in (folder, out / "pipeline")
+        )
+        assert written == source
+        weights = load_file(next((out / "pipeline" / "transformer").glob("*.safetensors")))
+        assert {value.dtype for value in weights.values()} == {torch.float16}
+        assert (out / "model" / "model.safetensors").stat().st_size < 0.9 * sum(
+            value.nbytes for value in weights.values()
+        )
+
+
+def test_fewer_blocks_are_written_back_or_a_word_says_why_not(folders, cli, tmp_path):
+    outcome = cli(*command(folders("sd3"), tmp_path / "run", "--method", "depth", "--steps", "1", *NO_TIMES))
+    assert outcome.code == 0, outcome.err
+    if (tmp_path / "run" / "pipeline").is_dir():
+        plain = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "run" / "pipeline"), local_files_only=True)
+        assert plain.transformer.config.num_layers == 1
+    else:
+        assert "There is no pipeline/ here" in (tmp_path / "run" / "pipeline.txt").read_text(encoding="utf-8")

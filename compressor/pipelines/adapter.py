@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from compressor.adapter import Adapter
 from compressor.data.calls import Call, Recording, answer, joined
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
+from compressor.sparsity.surgery import surgery_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,15 @@ class CallsAdapter(Adapter):
 
     The model is asked call by call, each as the pipeline asked it: no two are joined, as nothing is known of their arguments. Its
     inputs are pairs (args, kwargs). What the dense model answered is in the records, so that no teacher is needed.
-    `targets`, `ignore`: rules for layers. `base`: the architecture by which a saved model is built again, where there is one.
+    `targets`, `ignore`: rules for layers. `registered`: the adapter by which a saved model is built again, and written
+    where its structure became smaller; None for parts that no registered model stands for.
     """
 
     opened_pipeline: Opened
     records: Recording
     targets: Sequence[str] = ()
     ignore: Sequence[str] = ()
-    base: Mapping[str, Any] = field(default_factory=dict)
+    registered: Adapter | None = None
     name: str = "pipeline"
     answered: bool = True
     writes_pipeline: bool = True
@@ -70,12 +72,20 @@ class CallsAdapter(Adapter):
 
     @property
     def architecture(self) -> Mapping[str, Any]:
-        return self.base
+        return {} if self.registered is None else self.registered.architecture
+
+    @property
+    def writes_reshaped(self) -> bool:  # type: ignore[override]
+        return self.registered is not None and self.registered.writes_reshaped
 
     def write_pipeline(self, module: nn.Module, folder: Path) -> None:
         """Write the pipeline as it came, with `module` in the place of the part, into `folder`."""
         opened = self.opened_pipeline
         name = opened.component
+        reshaped = surgery_of(module) is not None
+        if reshaped and self.registered is not None:
+            self.registered.write_pipeline(module, folder)
+            return
         with opened.having(module) as pipe:
             component: Any = getattr(pipe, name)
             if not callable(getattr(component, "save_pretrained", None)):
@@ -91,6 +101,8 @@ class CallsAdapter(Adapter):
                 opened.source, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else []
             )
             component.save_pretrained(folder / name, **_variant_of(own))
+            if (own / "config.json").is_file():  # the very settings, without the path that they were read from
+                shutil.copyfile(own / "config.json", folder / name / "config.json")
 
 
 def _variant_of(folder: Path) -> dict[str, str]:

@@ -71,10 +71,10 @@ def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:
     """The adapter of the part of `opened`, with the rules for layers of the family that reads pipelines; its name and the
     architecture too, where the part denoises."""
     name, family = registry.of_pipelines()
-    if opened.part in DENOISERS and opened.source is not None:
-        architecture = family.opened(str(opened.source / opened.part)).architecture
-        return CallsAdapter(opened, records, family.targets, family.ignore, architecture, name)
-    return CallsAdapter(opened, records, family.targets, family.ignore)
+    if opened.part not in DENOISERS or opened.source is None:
+        return CallsAdapter(opened, records, family.targets, family.ignore)
+    own = family.opened(str(opened.source / opened.part))
+    return CallsAdapter(opened, records, family.targets, family.ignore, own, name)
 
 
 def records_folder(recipe: Recipe, index: Index) -> Path:

@@ -158,7 +158,7 @@ def commit_pipeline(adapter: Adapter, model: nn.Module, out: Path) -> None:
             raise ReshapedError(
                 f"{adapter.name} writes models of their original shape", "Load it with compressor.load."
             )
-        files.commit(out / "pipeline", lambda folder: adapter.write_pipeline(model, folder))
+        files.commit(out / "pipeline", lambda folder: adapter.write_pipeline(model, folder), listed=False)
     except ReshapedError as error:
         files.write_text(out / NO_PIPELINE, f"There is no pipeline/ here: {error.message}.\n{error.hint}\n")
 
