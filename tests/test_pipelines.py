@@ -16,6 +16,7 @@ import compressor
 from compressor import CompressorError, files, parse
 from compressor.pipelines.opened import open_pipeline
 from compressor.pipelines.recording import sample
+from compressor.report import read_report
 
 QUICK = (
     *("--set", "record.n=3", "--set", "record.unseen=2", "--set", "record.steps=3", "--set", "train.batch_size=2"),
@@ -263,3 +264,17 @@ def test_fewer_blocks_are_written_back_or_a_word_says_why_not(folders, cli, tmp_
         assert plain.transformer.config.num_layers == 1
     else:
         assert "There is no pipeline/ here" in (tmp_path / "run" / "pipeline.txt").read_text(encoding="utf-8")
+
+
+def test_the_time_of_the_model_and_that_of_the_pipeline_are_told_apart(folders, cli, tmp_path):
+    outcome = cli(
+        *command(folders("flux"), tmp_path / "run", "--method", "magnitude", "--pattern", "4:2:4", "--steps", "0"),
+        "--lower",
+    )
+    assert outcome.code == 0, outcome.err
+    report = read_report(tmp_path / "run" / "report.json")
+    assert report.dense.standing.backend == "eager" and report.dense.of_pipeline.backend == "pipeline"
+    assert report.final.standing.of_plan and report.final.of_pipeline.backend == "pipeline, lowered"
+    assert report.final.of_pipeline.against == "pipeline"
+    again = cli("bench", tmp_path / "run", "--batches", "1")
+    assert again.code == 0, again.err

@@ -133,9 +133,10 @@ class Row(Costs, _Named):
     @property
     def standing(self) -> Latency | None:
         """The latency that stands for the row: that of the plan where it was lowered, else the first."""
-        planned = [entry for entry in self.latency if entry.of_plan]
-        older = [entry for entry in self.latency if entry.backend == LOWERED]  # files from before `of_plan`
-        return next(iter((*planned, *older, *self.latency)), None)
+        own = [entry for entry in self.latency if entry.backend not in (PIPELINE, PIPELINE_LOWERED)]
+        planned = [entry for entry in own if entry.of_plan]
+        older = [entry for entry in own if entry.backend == LOWERED]  # files from before `of_plan`
+        return next(iter((*planned, *older, *own)), None)
 
 
 class Layer(Value):

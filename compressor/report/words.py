@@ -146,7 +146,7 @@ def _latency(row: Row) -> str:
 def _pipeline(row: Row) -> str:
     if (entry := row.of_pipeline) is None:
         return NONE
-    over = "" if row.name == DENSE else f"; {entry.speedup_vs_dense:.2f}x" + ("" if entry.is_gain else ", no gain")
+    over = "" if row.name == DENSE else f"; {entry.speedup_vs_dense:.2f}x" + _verdict(row, entry)
     how = "" if entry.backend == PIPELINE else "; lowered"
     return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}{how}){over}"
 
