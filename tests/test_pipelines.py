@@ -278,3 +278,24 @@ def test_the_time_of_the_model_and_that_of_the_pipeline_are_told_apart(folders, 
     assert report.final.of_pipeline.against == "pipeline"
     again = cli("bench", tmp_path / "run", "--batches", "1")
     assert again.code == 0, again.err
+
+
+def test_methods_are_compared_on_the_records_of_one_pipeline(folders, cli, tmp_path):
+    folder = folders("flux")
+    outcome = cli(
+        *("compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--pipeline", folder, "--steps", "2"),
+        *(
+            "--prompts",
+            folder.with_suffix(".jsonl"),
+            "--out",
+            tmp_path / "out",
+            *QUICK,
+            *NO_TIMES,
+            "--set",
+            "evaluate.bootstrap=2",
+        ),
+    )
+    assert outcome.code == 0, outcome.err
+    report = files.read_json(tmp_path / "out" / "report.json")
+    assert report["compared_by"] == "prediction_error"
+    assert [(entry["label"], len(entry["cells"])) for entry in report["entries"]] == [("magnitude", 1), ("sparsedm", 1)]

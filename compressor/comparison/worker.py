@@ -34,7 +34,7 @@ from compressor.report.compared import Judged
 from compressor.report.content import DENSE, Drift, Quality, Row, TrainSummary
 from compressor.runs import directory
 from compressor.runs import run as runs
-from compressor.runs.inputs import Inputs, adapter_of, load_inputs, same_source, sharing
+from compressor.runs.inputs import Inputs, load_inputs, same_source, sharing
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
 from compressor.seeds import generator
@@ -189,7 +189,7 @@ def _done(folder: Path, loaded: Inputs | None, stopped: threading.Event) -> Inpu
     job = files.read_json(folder / JOB)
     recipe = validation.validated(Recipe, job["recipe"], str(folder / JOB))
     if loaded is not None and same_source(recipe, loaded.recipe):
-        found = sharing(recipe, loaded, adapter_of(recipe))
+        found = sharing(recipe, loaded, loaded.adapter)
     else:
         found = load_inputs(recipe)
     events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)

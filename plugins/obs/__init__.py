@@ -169,7 +169,10 @@ def _inverse(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     mean = float(hessian.diagonal()[~dead].mean())
     for power in range(6):
         added = torch.full_like(hessian.diagonal(), mean * damping * 10**power).masked_fill(dead, mean)
-        factor, failed = torch.linalg.cholesky_ex(hessian + added.diag())
+        damped = hessian.clone()
+        damped.diagonal().add_(added)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of a wide layer, each of these takes hundreds of megabytes
         if not int(failed):
             return torch.cholesky_inverse(factor)
     raise UsageError(
