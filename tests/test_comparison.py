@@ -177,6 +177,7 @@ def test_failing_cells_and_a_process_that_dies_do_not_lose_the_others(cli, tmp_p
     assert "out of luck" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_learning_rates_are_searched_for_every_method_on_a_seed_of_its_own(cli, tmp_path):
     out = tmp_path / "out"
     outcome = cli(
@@ -192,6 +193,7 @@ def test_learning_rates_are_searched_for_every_method_on_a_seed_of_its_own(cli, 
     assert trial["train"]["seed"] == 1_000_000 and trial["evaluate"]["seed"] == 1235
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_with_the_rest_only(tmp_path):
     command = [
         *(sys.executable, "-m", "compressor.cli", "compare", "--methods", "magnitude,sparsedm", "--seeds", "1"),
@@ -213,6 +215,7 @@ def test_interrupted_it_goes_on_with_the_rest_only(tmp_path):
     assert len((second).read_text(encoding="utf-8").splitlines()) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "getpgid"), reason="POSIX")
 def test_workers_stop_when_the_one_that_started_them_is_killed(tmp_path):
     command = [
@@ -240,6 +243,7 @@ def test_workers_stop_when_the_one_that_started_them_is_killed(tmp_path):
         pytest.fail("the worker went on")
 
 
+@pytest.mark.slow
 def test_two_workers_and_a_comparison_without_a_metric(cli, tmp_path):
     out = tmp_path / "out"
     outcome = cli(
@@ -253,6 +257,7 @@ def test_two_workers_and_a_comparison_without_a_metric(cli, tmp_path):
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 3  # no quality to trade off
 
 
+@pytest.mark.slow
 def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"

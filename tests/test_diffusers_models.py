@@ -329,6 +329,7 @@ def smaller_unet():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [smaller_unet, sd3])
 def test_other_models_are_exported(make, tmp_path):
     torch.manual_seed(0)

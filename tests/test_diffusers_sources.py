@@ -117,6 +117,7 @@ def source(request, tmp_path_factory):
     return request.param, folder
 
 
+@pytest.mark.slow
 def test_a_pipeline_runs_to_its_end_and_is_lowered(source, cli, tmp_path):
     name, folder = source
     outcome = cli.run(tmp_path / "run", *command(folder, "--steps", "2", "--method", "magnitude", *NO_SAMPLES))

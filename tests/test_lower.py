@@ -473,6 +473,7 @@ def test_without_the_compiled_kernels_the_gathered_form_is_left_and_the_plan_say
     assert gathered is not None and gathered.refused is None and gathered.median_ms is not None
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_lowerings() -> None:
     import gc
 

@@ -158,6 +158,9 @@ def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     after = sample(opened, wanted, 2).images
     assert torch.allclose(inside, expected, atol=1e-4) and not torch.allclose(inside, before, atol=1e-3)
     assert torch.allclose(after, before, atol=1e-6)
+    with compressor.apply(opened.pipe, tmp_path / "run", lowered=True):
+        fast = sample(opened, wanted, 2).images
+    assert torch.allclose(fast, expected, atol=1e-3)
     loaded = compressor.load(tmp_path / "run")
     assert type(loaded).__name__ == "SD3Transformer2DModel"
 
@@ -280,6 +283,7 @@ def test_the_time_of_the_model_and_that_of_the_pipeline_are_told_apart(folders, 
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_the_records_of_one_pipeline(folders, cli, tmp_path):
     folder = folders("flux")
     outcome = cli(

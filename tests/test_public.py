@@ -58,6 +58,7 @@ Options:
 --n INTEGER RANGE Pictures to learn from. [default: 16; x>=1]
 --unseen INTEGER RANGE Pictures to be judged on. [default: 4; x>=1]
 --steps INTEGER RANGE Sampler steps. Default: the pipeline's own number. [x>=1]
+--keep INTEGER RANGE Calls of each picture to keep, by chance. Default: all. [x>=1]
 --seed INTEGER RANGE Chooses prompts and noise. [default: 0; x>=0]
 --part NAME unet, transformer, vae.decoder, … Default: what denoises.
 --device TEXT auto, cpu, cuda, cuda:1, … [default: auto]

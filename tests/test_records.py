@@ -117,6 +117,17 @@ def test_calls_know_their_step(pipe, tmp_path):
     assert near.tolist() == [1, 5, 9]
 
 
+def test_some_calls_of_each_picture_are_kept_by_chance_that_the_seed_gives(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records", keep=2, n=6)
+    steps = [call.step for call in records.take(torch.arange(len(records)))]
+    pairs = [tuple(steps[at : at + 2]) for at in range(0, 12, 2)]
+    assert len(records) == 12 and len(records.unseen) == 4 and all(a < b for a, b in pairs) and len(set(pairs)) > 1
+    assert {call.steps for call in records.take(torch.arange(12))} == {STEPS}
+    assert made(pipe, tmp_path / "again", keep=2, n=6).sha256 == records.sha256
+    with pytest.raises(CompressorError, match="keep 2, not None"):
+        made(pipe, tmp_path / "records", n=6)
+
+
 def test_what_repeats_is_stored_once(pipe, tmp_path):
     made(pipe, tmp_path / "records")
     names = []

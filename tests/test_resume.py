@@ -138,6 +138,7 @@ def killed(tmp_path_factory):
 # --- Killed. ---
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(killed, uninterrupted_long, tmp_path, cli):
     shutil.copytree(killed, tmp_path / "run")
     outcome = cli("resume", tmp_path / "run")
@@ -246,6 +247,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
 # --- Stopped. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_has_a_checkpoint_and_says_how_to_go_on(tmp_path, cli, uninterrupted_long, number, code):
     out = tmp_path / "run"

@@ -19,6 +19,7 @@ from compressor.cli.terminal import Output, print_json, say, watch
     click.option("--n", type=click.IntRange(1), default=16, show_default=True, help="Pictures to learn from."),
     click.option("--unseen", type=click.IntRange(1), default=4, show_default=True, help="Pictures to be judged on."),
     click.option("--steps", type=click.IntRange(1), help="Sampler steps. Default: the pipeline's own number."),
+    click.option("--keep", type=click.IntRange(1), help="Calls of each picture to keep, by chance. Default: all."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses prompts and noise."),
     click.option("--part", metavar="NAME", help="unet, transformer, vae.decoder, … Default: what denoises."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
@@ -34,6 +35,7 @@ def record(
     n: int,
     unseen: int,
     steps: int | None,
+    keep: int | None,
     seed: int,
     part: str | None,
     device: str,
@@ -50,7 +52,7 @@ def record(
     from compressor.validation import validated
 
     own: dict[str, Any] = {k: v for text in arguments for k, v in recipes.plain_assignment(text).items()}
-    settings = {"n": n, "unseen": unseen, "steps": steps, "seed": seed, "arguments": own}
+    settings = {"n": n, "unseen": unseen, "steps": steps, "keep": keep, "seed": seed, "arguments": own}
     wanted = validated(Record, settings, "record")
     recipe = recipes.Recipe(pipeline=pipeline, part=part, prompts=prompts, records=str(out), record=wanted)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})

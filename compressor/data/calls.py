@@ -40,7 +40,8 @@ class Picture(BaseModel):
 
 
 class Index(BaseModel):
-    """What a recording is of. `weights_sha256` is of the part that was called; `dtype` is that of its weights."""
+    """What a recording is of. `weights_sha256` is of the part that was called; `dtype` is that of its weights. `keep` is how many
+    calls of each picture are kept, None for all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -51,6 +52,7 @@ class Index(BaseModel):
     weights_sha256: str
     dtype: str
     steps: int | None
+    keep: int | None = None
     pictures: list[Picture] = Field(min_length=1)
 
     @property

@@ -24,7 +24,8 @@ class Loading(BaseModel):
 
 class Record(BaseModel):
     """What is recorded of a pipeline: the calls of `n` pictures to learn from, and of `unseen` others to be judged on, each in
-    `steps` sampler steps (None: the pipeline's own number). `seed` chooses prompts and noise; `arguments` are the pipeline's own,
+    `steps` sampler steps (None: the pipeline's own number). Of each picture `keep` calls are kept, by chance (None: all). `seed`
+    chooses prompts and noise; `arguments` are the pipeline's own,
     for every picture (`height`, `guidance_scale`, …)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -32,5 +33,6 @@ class Record(BaseModel):
     n: Annotated[int, Field(ge=1, le=100_000)] = 16
     unseen: Annotated[int, Field(ge=1, le=10_000)] = 4
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    keep: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     arguments: dict[str, Any] = Field(default_factory=dict)

@@ -24,6 +24,7 @@ from compressor.errors import CompressorError, UsageError, did_you_mean, first_l
 from compressor.pipelines.opened import Opened, takes
 from compressor.progress import Progress
 from compressor.report.words import size
+from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
 STAGE = "record"
@@ -77,8 +78,9 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
     return found
 
 
-def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None) -> Index:
-    """What records of the part of `opened` for these `pictures` are of; `steps` of None is the pipeline's own number."""
+def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, keep: int | None = None) -> Index:
+    """What records of the part of `opened` for these `pictures` are of; `steps` of None is the pipeline's own number, and `keep` of
+    None keeps every call of a picture."""
     module = opened.module
     dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
     return Index(
@@ -88,6 +90,7 @@ def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None) -> 
         weights_sha256=weights_sha256(module),
         dtype=str(dtype).removeprefix("torch."),
         steps=steps,
+        keep=keep,
         pictures=[p.model_copy(update={"arguments": storage.described(p.arguments)}) for p in pictures],
     )
 
@@ -117,7 +120,7 @@ def recording(
             raise CompressorError(
                 f"{opened.name} never called {opened.part}", "Name the part that is called with --part."
             )
-        storage.write(path, found.calls, known)
+        storage.write(path, _some(found.calls, index.keep, picture.seed), known)
         if not told:
             told = True
             yield Progress(
@@ -125,6 +128,14 @@ def recording(
             )
     yield Progress(STAGE, len(index.pictures), len(index.pictures))
     return Recording.opened(folder)
+
+
+def _some(calls: Sequence[Call], keep: int | None, seed: int) -> Sequence[Call]:
+    """`keep` of the `calls`, in their order; which, `seed` decides. All where they are no more, or where it is None."""
+    if keep is None or keep >= len(calls):
+        return calls
+    chosen = torch.randperm(len(calls), generator=generator(seed, "calls"))[:keep].sort().values
+    return [calls[number] for number in chosen.tolist()]
 
 
 def begin(folder: Path, index: Index) -> None:
@@ -146,7 +157,7 @@ def begin(folder: Path, index: Index) -> None:
 def refuse_other(folder: Path, index: Index) -> None:
     """Raise CompressorError where the records in `folder` are not those of `index`."""
     there = storage.read_index(folder)
-    for name in ("part", "module", "weights_sha256", "steps", "pictures"):
+    for name in ("part", "module", "weights_sha256", "steps", "keep", "pictures"):
         found, wanted = getattr(there, name), getattr(index, name)
         if found != wanted:
             what = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,28 @@ def piped(recipe: Recipe) -> Generator[Progress, None, Piped]:
 
 def recorded(recipe: Recipe) -> Generator[Progress, None, tuple[Opened, Recording]]:
     """The pipeline of `recipe` and the records of it, made where they were not there."""
-    if recipe.prompts is None:
-        raise UsageError("--pipeline needs prompts", "Give --prompts FILE: one a line, or JSON objects (.jsonl).")
-    lines = [{**recipe.record.arguments, **line} for line in read_prompts(recipe.prompts)]
-    wanted = pictures(lines, recipe.record.n, recipe.record.unseen, recipe.record.seed)
+    lines = _lines(recipe)  # what is wrong with them is said before anything is opened
     assert recipe.pipeline is not None  # the caller looked
     yield Progress("open", 0, 1, recipe.pipeline)
     opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
     opened.module.requires_grad_(True).eval()
-    index = index_of(opened, wanted, recipe.record.steps)
+    index = index_for(recipe, opened, lines)
     records = yield from recording(opened, index, records_folder(recipe, index))
     return opened, records
+
+
+def index_for(recipe: Recipe, opened: Opened, lines: Sequence[Mapping[str, Any]] | None = None) -> Index:
+    """What the records of `opened` that `recipe` wants are of."""
+    record = recipe.record
+    wanted = pictures(_lines(recipe) if lines is None else lines, record.n, record.unseen, record.seed)
+    return index_of(opened, wanted, record.steps, record.keep)
+
+
+def _lines(recipe: Recipe) -> list[dict[str, Any]]:
+    """The arguments of each prompt of `recipe`."""
+    if recipe.prompts is None:
+        raise UsageError("--pipeline needs prompts", "Give --prompts FILE: one a line, or JSON objects (.jsonl).")
+    return [{**recipe.record.arguments, **line} for line in read_prompts(recipe.prompts)]
 
 
 def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:

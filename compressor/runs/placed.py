@@ -20,10 +20,11 @@ from compressor.lower import Lowered, lower
 from compressor.pipelines.opened import is_pipeline, open_pipeline, opened, put
 from compressor.pipelines.prompts import as_calls, pictures
 from compressor.pipelines.recording import index_of, recording
-from compressor.runs.piped import DEFAULTS, adapter_of_calls
+from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine
 from compressor.training.engine import Result
 from compressor.training.pruner import Pruner
+from compressor.validation import validated
 
 
 def record(
@@ -34,6 +35,7 @@ def record(
     n: int = 16,
     unseen: int = 4,
     steps: int | None = None,
+    keep: int | None = None,
     seed: int = 0,
     part: str | None = None,
     **arguments: Any,
@@ -41,12 +43,13 @@ def record(
     """Run the pipeline `pipe` (of diffusers, or the folder of one) and keep every call of its `part` in the folder `out`.
 
     `prompts`: texts, or mappings of the pipeline's own arguments; `n` pictures are made of them to learn from, and `unseen` of
-    others to be judged on, each in `steps` sampler steps (None: the pipeline's own number), from noise that `seed` gives.
+    others to be judged on, each in `steps` sampler steps (None: the pipeline's own number), from noise that `seed` gives; `keep`
+    calls of each are kept, chosen by chance (None: all).
     `arguments` are the pipeline's, for every picture. What is in `out` already is kept. Raises CompressorError.
     """
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
     wanted = pictures([{**arguments, **line} for line in as_calls(prompts)], n, unseen, seed)
-    events = recording(found, index_of(found, wanted, steps), Path(out), wanted)
+    events = recording(found, index_of(found, wanted, steps, keep), Path(out), wanted)
     while True:
         try:
             next(events)
@@ -154,12 +157,13 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
     if not isinstance(pruned, Lowered):
         module = module.to(first.device)
     if lowered:
-        records = settings.get("records")
-        if records is None:
+        if not settings.get("prompts"):
             raise UsageError(
-                "apply: lowered needs the records of the run", "Lower it yourself: compressor.lower(module, example)."
+                "apply: lowered needs the directory of a pipeline's run",
+                "Lower it yourself: compressor.lower(module, example).",
             )
-        calls = Recording.opened(records)
+        recipe = validated(recipes.Recipe, settings, str(folder))
+        calls = Recording.opened(records_folder(recipe, index_for(recipe, found)))
         adapter = adapter_of_calls(found, calls)
         module = lower(module, adapter.example_inputs(1), adapter=adapter).model
     return Applied(pipe, found.part, module)
