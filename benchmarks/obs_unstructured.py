@@ -75,7 +75,7 @@ def main(out: Path) -> None:
             ratios = []
             for layer, (weight, hessian) in known.items():
                 flat, unseen = matrix(weight).double(), held_out[layer][1]
-                ours = matrix(prune_layer(weight, hessian, Unstructured(density), 0.01)[0]).double()
+                ours = matrix(prune_layer(weight, hessian.clone(), Unstructured(density), 0.01)[0]).double()
                 theirs = sparsegpt(flat, hessian, density)
                 ratios.append(error(flat, ours, unseen) / error(flat, theirs, unseen))
             results.append(

@@ -198,6 +198,9 @@ class Adapter(ABC):
     of_pipelines: bool = False
     """Whether this family reads the models of any pipeline of diffusers: its rules for layers are then taken for their parts."""
 
+    fixed_batch: bool = False
+    """Whether `example_inputs` has a batch size of its own, whatever is asked for."""
+
     writes_pipeline: bool = False
     """Whether `write_pipeline` is there."""
     writes_reshaped: bool = False

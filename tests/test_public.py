@@ -84,6 +84,11 @@ Options:
 NEW_HELP: dict[str, list[str]] = {
     f"compressor {name}": _BUDGETS + _TRAIN + _PIPELINES.strip().splitlines() for name in ("run", "plan", "compare")
 }
+NEW_HELP["compressor bench"] = """
+A pipeline's run can also be drawn with caches and fewer steps, dense and sparse, from the same noise: its report then shows the time of each against what the pictures lose.
+--cache NAME[:KEY=VALUE]… Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.
+--steps N,N,… Of a pipeline's run: also with these numbers of sampler steps.
+""".strip().splitlines()  # noqa: E501
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
 NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
 NEW_HELP["compressor"] = [

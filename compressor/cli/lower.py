@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from compressor.cli.command import Command
-from compressor.cli.options import options, run_argument, speed_options
+from compressor.cli.options import numbers, options, run_argument, speed_options
 from compressor.cli.terminal import Output, print_json, print_table, say, watch
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
     from compressor.runs.speed import Benched
@@ -32,7 +34,7 @@ def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> N
     The plan is saved as lowering.json, and the times in the run's report. Never slower than dense: where sparse kernels do
     not pay, the plan keeps the best dense form and says so.
     """
-    plan = _timed(output, directory, [batch] if batch else [], **flags).plan
+    plan = _timed(output, directory, (batch,) if batch else (), batch is not None, **flags).plan
     if output.as_json:
         print_json(plan.model_dump(mode="json"))
         return
@@ -54,31 +56,55 @@ def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> N
         "--compiled/--no-compiled", default=True, show_default=True, help="Forms under torch.compile; take minutes."
     ),
     click.option("--onnx/--no-onnx", default=None, help="ONNX Runtime. Default: where it is installed."),
+    click.option(
+        "--cache",
+        "caches",
+        multiple=True,
+        metavar="NAME[:KEY=VALUE]…",
+        help="Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.",
+    ),
+    click.option("--steps", metavar="N,N,…", help="Of a pipeline's run: also with these numbers of sampler steps."),
     speed_options,
 )
-def bench(output: Output, directory: Path, batches: str, onnx: bool | None, **flags: Any) -> None:
-    """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime."""
-    if not all(part.strip().isdecimal() for part in batches.split(",")):
-        raise UsageError(f"--batches {batches!r}", "Write sizes with commas between them: 1,4,16")
-    sizes = [int(part) for part in batches.split(",")]
+@click.pass_context
+def bench(
+    context: click.Context,
+    output: Output,
+    directory: Path,
+    batches: str,
+    onnx: bool | None,
+    caches: tuple[str, ...],
+    steps: str | None,
+    **flags: Any,
+) -> None:
+    """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime.
+
+    A pipeline's run can also be drawn with caches and fewer steps, dense and sparse, from the same noise: its report then shows
+    the time of each against what the pictures lose.
+    """
+    given = context.get_parameter_source("batches") is not ParameterSource.DEFAULT
+    sizes = numbers(batches, int, "--batches 1,4,16")
     if onnx is None:
         onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
-    benched = _timed(output, directory, sizes, onnx=onnx, **flags)
+    counts = numbers(steps, int, "--steps 14,7")
+    benched = _timed(output, directory, sizes, given, onnx=onnx, caches=caches, steps=counts, **flags)
     if output.as_json:
         print_json(benched.as_json())
         return
     from compressor.cli.tables import plain_table
-    from compressor.report.words import speeds
+    from compressor.report.words import TRADE_OFFS, speeds, trade_offs
 
     for setting, lines in speeds(benched.report):
         print_table(plain_table((setting, "form", "median", "over eager dense", "over the best dense form"), lines))
+    if benched.report.trade_offs:
+        print_table(plain_table(TRADE_OFFS, trade_offs(benched.report)))
     say(f"report: {directory / 'report.html'}")
 
 
 def _timed(
-    output: Output, directory: Path, batches: list[int], *, dtype: str, compiled: bool, fresh: bool, onnx: bool = False
+    output: Output, directory: Path, batches: Sequence[int], insisted: bool, *, fresh: bool, **more: Any
 ) -> Benched:
-    """Lower and time a run's model."""
+    """Lower and time a run's model for these batch sizes, which the user `insisted` on or not."""
     from compressor.runs import speed
     from compressor.runs.directory import locked
 
@@ -86,6 +112,7 @@ def _timed(
         raise CompressorError(f"{directory}: no such directory", "Give the directory of a finished run.")
     with locked(directory):
         run = speed.finished(directory)
-        events = speed.bench(run, batches or [run.batch], dtype, compiled, onnx, cache=not fresh)
+        own = not batches or (run.adapter.fixed_batch and not insisted)
+        events = speed.bench(run, [run.batch] if own else batches, cache=not fresh, **more)
         benched: Benched = watch(events, output.quiet)
     return benched

@@ -24,9 +24,11 @@ class Times:
     iqr_ms: float
 
 
-def side_by_side(calls: Mapping[_Key, Callable[[], object]], rounds: int, device: torch.device) -> dict[_Key, Times]:
+def side_by_side(
+    calls: Mapping[_Key, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = WARM_UP
+) -> dict[_Key, Times]:
     """The times of each of `calls`, which take turns (`interleaved`)."""
-    seconds = interleaved(list(calls.values()), rounds, device)
+    seconds = interleaved(list(calls.values()), rounds, device, warm_up)
     return {key: Times(median_ms(own), iqr_ms(own)) for key, own in zip(calls, seconds, strict=True)}
 
 

@@ -37,6 +37,7 @@ class CallsAdapter(Adapter):
     name: str = "pipeline"
     answered: bool = True
     writes_pipeline: bool = True
+    fixed_batch: bool = True
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         """The calls as they were; nothing is drawn."""

@@ -68,6 +68,8 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
         "lowering": report.lowering,
         "lowering_sentence": words.lowering_sentence(report),
         "speeds": words.speeds(report),
+        "trade_offs": words.trade_offs(report),
+        "trade_off_columns": words.TRADE_OFFS,
         "layer_speeds": words.layer_speeds(report),
         "pruned": [layer for layer in report.layers if layer.reason is None],
         "skipped": [layer for layer in report.layers if layer.reason is not None],
@@ -81,6 +83,8 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
         if by_time
     ]
     latent = charts.curve_chart(lines, "share of the steps that is done", "latent error") if lines else None
+    points = words.trade_off_points(report)
+    traded = charts.scatter_chart(points, "time of one picture, ms", "RMSE from the first") if points else None
     page = environment_of(html=True).from_string(resource("template.html"))
     data = {name: data_uri(run / "samples" / file) for name, file in pictures.items()}
     curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
@@ -88,6 +92,7 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
     paired = {
         "side_by_side": data_uri(sheet) if sheet.is_file() else None,
         "latent_curve": Markup(latent) if latent is not None else None,
+        "trade_off_chart": Markup(traded) if traded is not None else None,
     }
     html = page.render(**facts, **paired, pictures=data, curves=curves, css=Markup(resource("style.css")))
     return html + "\n", text.render(

@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 DENSE, ONE_SHOT = "dense", "one-shot"
 """The names of the rows that every run has besides its method's."""
 
-LOWERED, EAGER, PIPELINE, PIPELINE_LOWERED = "lowered", "eager", "pipeline", "pipeline, lowered"
-"""Backends of a latency that mean something to the report: the plan's choice, the model as it is, and a whole pipeline with either."""
+LOWERED, EAGER, PREPACKED = "lowered", "eager", "prepacked"
+PIPELINE, PIPELINE_LOWERED = "pipeline", "pipeline, lowered"
+"""Backends of a latency that mean something to the report: the plan's choice, the model as it is or with its weights laid out for
+their products, and a whole pipeline with the model lowered or not."""
 
 GAIN = 1.03
 """A measured speed-up counts from here on: two timings of one thing differ by less."""
@@ -236,6 +238,21 @@ class Lowering(_Part):
     setting: LoweredOn
 
 
+class TradeOff(Value):
+    """A whole pipeline with weights of a row in a form, a cache of diffusers, and a number of sampler steps: the time of one picture,
+    and how far its pictures are from those of the first entry, from the same noise."""
+
+    row: str
+    form: str
+    cache: str | None
+    steps: int | None = Field(description="null for the pipeline's own number")
+    median_ms: float
+    iqr_ms: float
+    sample_rmse: float
+    ssim: float
+    samples: int
+
+
 class Report(Value):
     """The report of a run: a row for the dense model, one for the method without fine-tuning, one for its result."""
 
@@ -255,6 +272,10 @@ class Report(Value):
     recipe: dict[str, Any]
     repeat: str = Field(description="the command that repeats the run")
     lowering: Lowering | None = Field(default=None, description="null where the model was not lowered")
+    trade_offs: List[TradeOff] = Field(
+        default=(),
+        description="weights, caches and steps of a pipeline, timed in turns; the first is what all are held against",
+    )
     limitations: List[str]
 
     @model_validator(mode="after")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, PIPELINE, Latency, Report, Row, TrainSummary
+from compressor.report.content import (
+    DENSE,
+    EAGER,
+    LOWERED,
+    ONE_SHOT,
+    PIPELINE,
+    PIPELINE_LOWERED,
+    Latency,
+    Report,
+    Row,
+    TrainSummary,
+)
 
 NONE = "—"
 
@@ -221,12 +232,47 @@ def speeds(report: Report) -> list[tuple[str, list[tuple[str, str, str, str, str
         base = next((e for row, e in entries if row.name == DENSE and e.backend == EAGER), None)
         lines = []
         for row, entry in entries:
-            over_eager = f"{base.median_ms / entry.median_ms:.2f}x" if base else NONE
+            whole = entry.backend in (PIPELINE, PIPELINE_LOWERED)
+            over_eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and not whole else NONE
             over = f"{entry.speedup_vs_dense:.2f}x over {entry.against}"
             time = f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})"
             lines.append((row.name, entry.backend, time, over_eager, over))
         found.append((f"batch {batch}, {dtype}, {device}", lines))
     return found
+
+
+TRADE_OFFS = ("weights", "form", "cache", "steps", "median", "speed-up", "RMSE", "SSIM")
+"""The columns of `trade_offs`."""
+
+
+def trade_offs(report: Report) -> list[tuple[str, ...]]:
+    """The lines of a pipeline's trade-offs, as in `TRADE_OFFS`; the speed-up is over the first, which all are held against."""
+    return [
+        (
+            entry.row,
+            entry.form,
+            entry.cache or NONE,
+            NONE if entry.steps is None else str(entry.steps),
+            f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})",
+            f"{report.trade_offs[0].median_ms / entry.median_ms:.2f}x",
+            number(entry.sample_rmse),
+            number(entry.ssim),
+        )
+        for entry in report.trade_offs
+    ]
+
+
+def trade_off_points(report: Report) -> list[tuple[str, float, float, None]]:
+    """The trade-offs as points of a chart: the name, the time in milliseconds, the RMSE."""
+    return [
+        (
+            ", ".join(part for part in (entry.row, entry.cache, entry.steps and f"{entry.steps} steps") if part),
+            entry.median_ms,
+            entry.sample_rmse,
+            None,
+        )
+        for entry in report.trade_offs
+    ]
 
 
 def layer_speeds(report: Report) -> list[dict[str, Any]]:

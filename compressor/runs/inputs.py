@@ -165,6 +165,8 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     pruner = _pruner(recipe)
     found = yield from piping.piped(recipe)
     data = found.records
+    if recipe.evaluate.latency_batch != 1:
+        raise UsageError("evaluate.latency_batch: a pipeline's model is timed on a call as recorded", "Leave it out.")
     settings = recipe.evaluate.model_copy(update={"samples": recipe.record.unseen})
     recipe = recipe.model_copy(update={"model": found.adapter.name, "evaluate": settings})
     inputs = Inputs(recipe, found.adapter, found.module, data, _batches(recipe, data), pruner, None, data, None, found)

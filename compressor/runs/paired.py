@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compressor import files
 from compressor.adapter import to_device
 from compressor.cost.latency import latency
-from compressor.cost.timing import Times, interleaved, iqr_ms, median_ms
+from compressor.cost.timing import Times, side_by_side
 from compressor.errors import CompressorError
 from compressor.lower import Plan, lower
 from compressor.pipelines.recording import sample
@@ -103,10 +103,9 @@ class PairedJudge(Judge):
             with opened.having(model):
                 sample(opened, self.pictures[0], steps)
 
-        calls = [partial(run, model) for model in models.values()]
+        calls = {name: partial(run, model) for name, model in models.items()}
         rounds = max(3, self.inputs.recipe.evaluate.latency_rounds // 3)
-        seconds = interleaved(calls, rounds, self.device, warm_up=1)
-        return {name: Times(median_ms(own), iqr_ms(own)) for name, own in zip(models, seconds, strict=True)}
+        return side_by_side(calls, rounds, self.device, warm_up=1)
 
     def _entry(self, backend: str, own: Times, dense: Times) -> Latency:
         return latency(backend, self.device, self.piped.records.index.dtype, 1, own, PIPELINE, dense)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from compressor.progress import Progress
 from compressor.report import render
 from compressor.report.content import EAGER, LOWERED, Latency, Lowering, Report
 from compressor.report.limitations import limitations
+from compressor.runs import trade_offs
 from compressor.runs.saved import Finished, finished
 from compressor.sparsity.notation import parse
 from compressor.weights import HALF, dtypes_of
@@ -44,9 +45,11 @@ class Benched:
     plan: Plan
     entries: Sequence[tuple[str, Latency]]
 
-    def as_json(self) -> list[dict[str, Any]]:
-        """The entries."""
-        return [{"row": row, **entry.as_json()} for row, entry in self.entries]
+    def as_json(self) -> Any:
+        """The entries; with the report's trade-offs where it has some."""
+        entries = [{"row": row, **entry.as_json()} for row, entry in self.entries]
+        trades = [entry.as_json() for entry in self.report.trade_offs]
+        return {"latency": entries, "trade_offs": trades} if trades else entries
 
 
 def bench(
@@ -56,9 +59,15 @@ def bench(
     compiled: bool = False,
     onnx: bool = False,
     cache: bool = True,
+    caches: Sequence[str] = (),
+    steps: Sequence[int] = (),
 ) -> Generator[Progress, None, Benched]:
-    """As `measured`, and write the report's pages."""
+    """As `measured`, and write the report's pages. With `caches` or `steps`, the trade-offs of the run's pipeline too."""
+    wanted = trade_offs.checked(run, caches, steps) if caches or steps else None
     found = yield from measured(run, batches, dtype, compiled, onnx, cache)
+    if wanted is not None:
+        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps)
+        found = replace(found, report=report)
     render(run.out)
     return found
 
@@ -79,6 +88,10 @@ def measured(
         raise UsageError(f"--dtype {dtype!r}", f"Allowed: {', '.join(DTYPES)}.")
     if not batches or min(batches) < 1:
         raise UsageError(f"batches {list(batches)}", "Give sizes of at least 1.")
+    if run.adapter.fixed_batch and list(batches) != [run.batch]:
+        raise UsageError(
+            f"batches {list(batches)}: a pipeline's model is timed on a call as it was recorded", "Leave the size out."
+        )
     precision = _precision(run, dtype)
     entries: list[tuple[str, Latency]] = []
     plan: Plan | None = None
@@ -156,7 +169,7 @@ def _timed(
     return entries
 
 
-_NAMES = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+_NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled"}
 """How a dense form is called in a report's latency."""
 
 

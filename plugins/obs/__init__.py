@@ -63,8 +63,9 @@ class OBS(Pruner):
             found: dict[str, Tensor] = {}
 
             def take(name: str, columns: Tensor, weight: float, found: dict[str, Tensor] = found) -> None:
-                product = (columns.T @ columns).double().mul_(2 * weight)
-                found[name] = found[name].add_(product) if name in found else product
+                if name not in found:
+                    found[name] = columns.new_zeros((columns.shape[1],) * 2, dtype=torch.float64)
+                found[name].add_(columns.T @ columns, alpha=2 * weight)
 
             seen = visits(adapter, batches, self.timesteps, self.last_weight, self.falls)
             observe(model, adapter, seen, {layer.name: layer.module for layer in package}, take)
@@ -105,6 +106,7 @@ def packages(layers: list[Layer], limit: int) -> Iterator[list[Layer]]:
 def prune_layer(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float) -> tuple[Tensor, Mask]:
     """(the updated weight, its mask) for `weight` (out, in, *kernel) and the Hessian (columns, columns) of its inputs.
 
+    `hessian`, in float64, is used up: its memory is worked in, since that of a wide layer is hundreds of megabytes.
     The survivors of a few columns are chosen when these come up, by w² / U_jj² on the weights as updated so far, U being the
     Cholesky factor of the inverse Hessian (`rule`). Columns whose inputs were always zero become zero, and have no part in the
     damping; where all of them were, nothing is known, and |w| chooses.
@@ -115,7 +117,9 @@ def prune_layer(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: floa
         mask = pattern.mask(weight.abs())
         return mask.apply(weight), mask
     flat = matrix(weight).double().masked_fill(dead, 0.0)
-    factor = torch.linalg.cholesky(_inverse(hessian, dead, damping), upper=True)
+    _invert(hessian, dead, damping)
+    factor = torch.linalg.cholesky(hessian, upper=True)
+    del hessian
     spread = factor.diagonal().square()
     span, choose = rule(pattern, flat.square() / spread, weight.shape)
     keep = torch.zeros_like(flat, dtype=torch.bool)
@@ -161,20 +165,20 @@ def rule(pattern: Pattern, first: Tensor, shape: torch.Size) -> tuple[int, Choos
     return 1, lambda column, score: once[:, column : column + 1]
 
 
-def _inverse(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The inverse of the damped Hessian; more damping where numbers leave it indefinite.
+def _invert(hessian: Tensor, dead: Tensor, damping: float) -> None:
+    """Put the inverse of the damped Hessian into its place; more damping where numbers leave it indefinite.
 
     `dead` columns (bool) touch no other, so what stands on their diagonal only has to be invertible.
     """
-    mean = float(hessian.diagonal()[~dead].mean())
+    diagonal = hessian.diagonal().clone()
+    mean = float(diagonal[~dead].mean())
     for power in range(6):
-        added = torch.full_like(hessian.diagonal(), mean * damping * 10**power).masked_fill(dead, mean)
-        damped = hessian.clone()
-        damped.diagonal().add_(added)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # of a wide layer, each of these takes hundreds of megabytes
+        added = torch.full_like(diagonal, mean * damping * 10**power).masked_fill(dead, mean)
+        hessian.diagonal().copy_(diagonal + added)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            return torch.cholesky_inverse(factor)
+            torch.cholesky_inverse(factor, out=hessian.mT)  # symmetric; in the order of memory that it is computed in
+            return
     raise UsageError(
         "obs: the inputs' second moments cannot be inverted", "Check that the data are finite, or raise damping."
     )

@@ -1,0 +1,133 @@
+"""Sparsity, caching and fewer steps, one beside the other: the time of a run's whole pipeline, and what its pictures lose."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from compressor import files
+from compressor.adapter import to_device
+from compressor.cost.timing import Times, side_by_side
+from compressor.errors import CompressorError, UsageError
+from compressor.lower import lowering
+from compressor.lower.forms import dense_forms
+from compressor.pipelines.adapter import CallsAdapter
+from compressor.pipelines.caching import Cache, cached
+from compressor.pipelines.recording import sample
+from compressor.progress import Progress
+from compressor.quality import drift
+from compressor.quality.similarity import ssim
+from compressor.report.content import EAGER, PREPACKED, Report, TradeOff
+from compressor.runs.saved import Finished
+
+_ROUNDS = 3
+FORMS = {"eager": EAGER, "dense": PREPACKED}
+"""How the dense forms of a plan that caches can be put on are called in a report."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """A way to draw pictures: the weights of a row in a form, a cache, a number of steps."""
+
+    row: str
+    form: str
+    model: nn.Module
+    cache: Cache | None
+    steps: int | None
+
+    @property
+    def described(self) -> str:
+        """In the words of progress."""
+        return f"{self.row}, {self.cache.text if self.cache else 'no cache'}, {self.steps or 'all'} steps"
+
+
+def calls_of(run: Finished) -> CallsAdapter:
+    """The adapter of a pipeline's run. Raises UsageError where `run` is of a model alone."""
+    if isinstance(run.adapter, CallsAdapter):
+        return run.adapter
+    raise UsageError(
+        f"{run.out} is not the run of a pipeline", "Caches and steps are measured on pipelines: leave both out."
+    )
+
+
+def checked(run: Finished, caches: Sequence[str], steps: Sequence[int]) -> list[Cache]:
+    """The caches of these names. Raises UsageError for what cannot be measured, before anything is."""
+    found = [Cache.parse(text) for text in caches]
+    adapter = calls_of(run)
+    opened = adapter.opened_pipeline
+    for cache in found:
+        with cached(opened, opened.module, cache):
+            pass
+    recorded = adapter.records.index.steps
+    if recorded is None and steps:
+        raise UsageError("steps: the run is of the pipeline's own number of steps", "Run with --set record.steps=N.")
+    return found
+
+
+def traded(run: Finished, caches: Sequence[Cache], steps: Sequence[int]) -> Generator[Progress, None, Report]:
+    """The run's report with a `TradeOff` for every pair of weights (dense, and the run's), each cache and none, and each of `steps`
+    and the recorded number; it is written.
+
+    All draw the held-out pictures from the same noise, and their pipelines are timed in turns. The weights run as `lower` has them
+    without torch.compile, which the hooks of caches break up.
+    """
+    adapter = calls_of(run)
+    opened, index = adapter.opened_pipeline, adapter.records.index
+    pictures = [picture for picture in index.pictures if picture.unseen]
+    if not pictures:
+        raise CompressorError(f"{run.out}: no picture was held out", "Run with record.unseen of at least 1.")
+    models = yield from _models(run)
+    ways = product(dict.fromkeys([index.steps, *steps]), [None, *caches], models.items())
+    cells = [_Cell(row, form, model, cache, count) for count, cache, ((row, form), model) in ways]
+
+    def draw(cell: _Cell, number: int) -> Tensor:
+        with cached(opened, cell.model, cell.cache):
+            images = sample(opened, pictures[number], cell.steps).images
+        if images is None:
+            raise CompressorError(f"{opened.name} gives no pictures", "Caches and steps cannot be compared.")
+        return images
+
+    drawn: list[Tensor] = []
+    for done, cell in enumerate(cells):
+        yield Progress("pictures", done, len(cells), cell.described)
+        drawn.append(torch.cat([draw(cell, number) for number in range(len(pictures))]))
+    yield Progress("latency of the pipelines", 0, 1)
+    turns = {at: partial(draw, cell, 0) for at, cell in enumerate(cells)}
+    times = side_by_side(turns, _ROUNDS, run.device, warm_up=0)  # each has drawn pictures already
+    found = tuple(_entry(cell, drawn[at], drawn[0], times[at]) for at, cell in enumerate(cells))
+    report = run.report.model_copy(update={"trade_offs": found})
+    files.write_json(run.out / "report.json", report.as_json())
+    return report
+
+
+def _models(run: Finished) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
+    """The dense weights and the run's, by row and form."""
+    example = to_device(run.adapter.example_inputs(1), run.device)
+    digest = run.report.final.weights_sha256
+    lowered = yield from lowering(run.sparse, example, adapter=run.adapter, digest=digest)
+    known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS}
+    best = min(known, key=lambda name: known[name])
+    dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter)[best]
+    models = {(run.dense_row.name, FORMS[best]): dense}
+    if run.report.final.name != run.dense_row.name:
+        models[run.report.final.name, FORMS.get(lowered.plan.choice, lowered.plan.choice)] = lowered.model
+    return models
+
+
+def _entry(cell: _Cell, images: Tensor, first: Tensor, times: Times) -> TradeOff:
+    return TradeOff(
+        row=cell.row,
+        form=cell.form,
+        cache=None if cell.cache is None else cell.cache.text,
+        steps=cell.steps,
+        median_ms=times.median_ms,
+        iqr_ms=times.iqr_ms,
+        sample_rmse=drift.sample_rmse(images, first).value,
+        ssim=float(ssim(images, first).mean()),
+        samples=len(images),
+    )
