@@ -1,8 +1,12 @@
-"""Progress events, as `run.execute` yields them."""
+"""Progress events, as `run.execute` and other generators yield them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,18 @@ class Progress:
     total: int
     note: str = ""
     seconds: float | None = None
+
+
+def result_of(
+    events: Generator[Progress, None, _Result], show: Callable[[Progress], object] = lambda event: None
+) -> _Result:
+    """What the generator `events` returns; each of its events goes to `show`."""
+    while True:
+        try:
+            show(next(events))
+        except StopIteration as finished:
+            result: _Result = finished.value
+            return result
 
 
 def duration(seconds: float) -> str:

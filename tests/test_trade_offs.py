@@ -11,10 +11,11 @@ import torch
 from compressor import files
 from compressor.data.calls import Picture
 from compressor.errors import UsageError
-from compressor.pipelines.caching import CACHES, Cache, cached
+from compressor.pipelines.caching import CACHES, cached
 from compressor.pipelines.opened import opened
 from compressor.pipelines.recording import sample
 from compressor.report import read_report
+from compressor.runs.trade_offs import cache_of
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,10 @@ def test_a_cache_leaves_work_out_and_nothing_behind(pipe, text):
     handle = block.register_forward_hook(count)
     plain = sample(found, line(0), 6).images
     whole, calls = calls, 0
-    with cached(found, found.module, Cache.parse(text)):
+    with cached(found, found.module, cache_of(text)):
         first = sample(found, line(0), 6).images
     fewer = calls
-    with cached(found, found.module, Cache.parse(text)):  # a new picture begins with an empty cache
+    with cached(found, found.module, cache_of(text)):  # a new picture begins with an empty cache
         again = sample(found, line(0), 6).images
     handle.remove()
     assert fewer < whole or text == "first-block"
@@ -66,27 +67,27 @@ def test_a_cache_leaves_work_out_and_nothing_behind(pipe, text):
 
 def test_every_cache_is_one_of_diffusers():
     for name in CACHES:
-        Cache.parse(name)
+        cache_of(name)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("frist-block", "no cache 'frist-block'\nAvailable: faster, first-block, pyramid, taylor"),
-        ("first-block:thresold=1", "no setting 'thresold'\nWrite first-block:NAME=VALUE; threshold"),
-        ("first-block:threshold", "no setting 'threshold'"),
-        ("first-block:threshold=[", "is no value"),
+        ("first-block:thresold=1", "cache first-block: no setting 'thresold'\nDid you mean 'threshold'"),
+        ("first-block:threshold", "'threshold': not KEY=VALUE\nWrite it like"),
+        ("first-block:threshold=[", "threshold"),
     ],
 )
 def test_a_cache_that_is_none_is_told_in_a_line(text, said):
     with pytest.raises(UsageError, match=said.partition("\n")[0]) as caught:
-        Cache.parse(text)
+        cache_of(text)
     assert said.partition("\n")[2] in str(caught.value)
 
 
 def test_a_model_without_caches_is_refused(tmp_path):
     found = opened(tiny_pipelines.made("sd", tmp_path))
-    wanted = cached(found, found.module, Cache.parse("first-block"))
+    wanted = cached(found, found.module, cache_of("first-block"))
     with pytest.raises(UsageError, match="UNet2DConditionModel: diffusers has no caches for it"), wanted:
         pass
 

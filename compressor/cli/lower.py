@@ -69,6 +69,7 @@ def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> N
 @click.pass_context
 def bench(
     context: click.Context,
+    /,
     output: Output,
     directory: Path,
     batches: str,
@@ -114,5 +115,4 @@ def _timed(
         run = speed.finished(directory)
         own = not batches or (run.adapter.fixed_batch and not insisted)
         events = speed.bench(run, [run.batch] if own else batches, cache=not fresh, **more)
-        benched: Benched = watch(events, output.quiet)
-    return benched
+        return watch(events, output.quiet)

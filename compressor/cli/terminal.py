@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compressor.progress import Progress
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,13 @@ def drive(events: Iterator[Progress], out: Path, quiet: bool, again: str | None 
             signal.signal(number, handler)
 
 
-def watch(events: Iterator[Progress], quiet: bool) -> Any:
+def watch(events: Generator[Progress, None, _Result], quiet: bool) -> _Result:
     """Show the progress of `events`, and give what it returns."""
     from compressor.cli.tables import Ticker
+    from compressor.progress import result_of
 
     with Ticker(console(stderr=True), quiet) as ticker:
-        while True:
-            try:
-                ticker.show(next(events))
-            except StopIteration as finished:
-                return finished.value
+        return result_of(events, ticker.show)
 
 
 def print_json(value: Any) -> None:

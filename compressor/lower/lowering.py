@@ -15,7 +15,7 @@ from compressor.lower.chooser import TOLERANCE, choose, groups
 from compressor.lower.forms import guarded, planned
 from compressor.lower.job import prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan
-from compressor.progress import Progress
+from compressor.progress import Progress, result_of
 from compressor.weights import bare, weights_sha256
 
 _WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
@@ -68,12 +68,7 @@ def lower(
         tolerance=tolerance,
         cache=cache,
     )
-    while True:
-        try:
-            next(steps)
-        except StopIteration as finished:
-            result: Lowered = finished.value
-            return result
+    return result_of(steps)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import yaml
 from torch import nn
 
 from compressor.errors import UsageError, did_you_mean, first_line
@@ -27,34 +26,27 @@ _NOW = "current_timestep_callback"
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A cache by its `name` (a key of `CACHES`) and settings (fields of its class in diffusers); `text` is as it was written."""
+    """A cache by its `name` (a key of `CACHES`) and settings, the fields of its class in diffusers; `text` is what people call it.
 
-    text: str
+    Raises UsageError where there is no such cache, or setting.
+    """
+
     name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: str = ""
 
-    @classmethod
-    def parse(cls, text: str) -> Cache:
-        """`first-block:threshold=0.1`; settings have colons between them, and values are YAML. Raises UsageError."""
-        name, *pairs = text.split(":")
-        if name not in CACHES:
-            raise UsageError(f"no cache {name!r}", did_you_mean(name, list(CACHES)))
-        config = _class(name)
-        known = [f.name for f in dataclasses.fields(config) if f.name != _NOW and not f.name.startswith("_")]
-        settings = {}
-        for pair in pairs:
-            key, equals, value = pair.partition("=")
-            if not equals or key not in known:
-                raise UsageError(f"cache {text!r}: no setting {key!r}", f"Write {name}:NAME=VALUE; {', '.join(known)}.")
-            try:
-                settings[key] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise UsageError(f"cache {text!r}: {value!r} is no value", "Write a number, or [1, 2].") from error
+    def __post_init__(self) -> None:
+        if self.name not in CACHES:
+            raise UsageError(f"no cache {self.name!r}", did_you_mean(self.name, list(CACHES)))
+        config = _class(self.name)
+        known = [field.name for field in dataclasses.fields(config) if field.name != _NOW and field.name[0] != "_"]
+        for key in self.settings:
+            if key not in known:
+                raise UsageError(f"cache {self.name}: no setting {key!r}", did_you_mean(key, known))
         try:
-            config(**settings)
+            config(**self.settings)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"cache {text!r}: {first_line(error)}", f"Settings: {', '.join(known)}.") from error
-        return cls(text, name, settings)
+            raise UsageError(f"cache {self.name}: {first_line(error)}", f"Settings: {', '.join(known)}.") from error
 
     def config(self, pipe: Any) -> Any:
         """The object that diffusers takes, for the model of `pipe`."""
@@ -82,7 +74,7 @@ def cached(opened: Opened, module: nn.Module, cache: Cache | None) -> Iterator[A
         try:
             model.enable_cache(cache.config(pipe))
         except Exception as error:  # whatever diffusers raises where a cache does not fit the model's blocks
-            raise UsageError(f"cache {cache.text!r}: {first_line(error)}", "Try another cache.") from error
+            raise UsageError(f"cache {cache.text or cache.name}: {first_line(error)}", "Try another cache.") from error
         try:
             yield pipe
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -47,7 +47,7 @@ class Draw:
     vae: str | None = None
 
 
-def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -> Iterator[Progress]:
+def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -> Generator[Progress, None, None]:
     """Write `out`: NNNNNN.png for each image, or `latents.npz` where the model gives latents and no autoencoder is named;
     `sheet.png`, and `samples.json`. Yields progress.
 

@@ -28,7 +28,7 @@ from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.progress import Progress
+from compressor.progress import Progress, result_of
 from compressor.quality.evaluate import can_sample
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation, of_budget, samples_for
@@ -177,13 +177,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
 def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     if recipe.pipeline is not None:
-        events = prepared(recipe)
-        while True:
-            try:
-                next(events)
-            except StopIteration as finished:
-                loaded: Inputs = finished.value
-                return loaded
+        return result_of(prepared(recipe))
     adapter = adapter_of(recipe)
     pruner = _pruner(recipe)
     if recipe.data is None:

@@ -20,6 +20,7 @@ from compressor.lower import Lowered, lower
 from compressor.pipelines.opened import is_pipeline, open_pipeline, opened, put
 from compressor.pipelines.prompts import as_calls, pictures
 from compressor.pipelines.recording import index_of, recording
+from compressor.progress import result_of
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine
 from compressor.training.engine import Result
@@ -50,12 +51,7 @@ def record(
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
     wanted = pictures([{**arguments, **line} for line in as_calls(prompts)], n, unseen, seed)
     events = recording(found, index_of(found, wanted, steps, keep), Path(out), wanted)
-    while True:
-        try:
-            next(events)
-        except StopIteration as finished:
-            made: Recording = finished.value
-            return made
+    return result_of(events)
 
 
 def prune(

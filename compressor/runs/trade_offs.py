@@ -22,6 +22,7 @@ from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
 from compressor.quality.similarity import ssim
+from compressor.recipe import plain_assignment
 from compressor.report.content import EAGER, PREPACKED, Report, TradeOff
 from compressor.runs.saved import Finished
 
@@ -55,9 +56,15 @@ def calls_of(run: Finished) -> CallsAdapter:
     )
 
 
+def cache_of(text: str) -> Cache:
+    """The cache that `NAME[:KEY=VALUE]…` means; values are YAML. Raises UsageError."""
+    name, *pairs = text.split(":")
+    return Cache(name, {key: value for pair in pairs for key, value in plain_assignment(pair).items()}, text)
+
+
 def checked(run: Finished, caches: Sequence[str], steps: Sequence[int]) -> list[Cache]:
     """The caches of these names. Raises UsageError for what cannot be measured, before anything is."""
-    found = [Cache.parse(text) for text in caches]
+    found = [cache_of(text) for text in caches]
     adapter = calls_of(run)
     opened = adapter.opened_pipeline
     for cache in found:
