@@ -13,7 +13,14 @@ from compressor.errors import CompressorError, UsageError, did_you_mean
 _T = TypeVar("_T")
 
 KINDS = ("pruners", "models", "data", "metrics", "backends")
-SINGULAR = {"pruners": "method", "models": "model", "data": "data set", "metrics": "metric", "backends": "backend"}
+SINGULAR = {
+    "pruners": "method",
+    "models": "model",
+    "data": "data set",
+    "metrics": "metric",
+    "backends": "backend",
+    "scores": "score",
+}
 
 
 def names(kind: str) -> list[str]:

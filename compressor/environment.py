@@ -1,8 +1,10 @@
-"""What a number depends on besides its recipe: versions and hardware; and where numbers are kept between runs."""
+"""What a number depends on besides its recipe: versions and hardware; and other libraries, kept quiet."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,26 @@ def resolve_device(name: str) -> torch.device:
         reason = first_line(error)
         raise CompressorError(f"device {name!r} cannot be used: {reason}", "Use auto, cpu, cuda or cuda:0.") from error
     return device
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the bars and the remarks of diffusers and transformers while they load; what fails raises anyway."""
+    from diffusers.utils import logging as own
+
+    others: list[Any] = [own]
+    with suppress(ImportError):
+        from transformers.utils import logging as theirs
+
+        others.append(theirs)
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in others]
+    for one in others:
+        one.set_verbosity_error()
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one, verbosity, bars in before:
+            one.set_verbosity(verbosity)
+            if bars:
+                one.enable_progress_bar()

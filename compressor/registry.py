@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compressor.data.sets import SampleSet
     from compressor.lower.backend import Backend
     from compressor.quality.metric import Metric
+    from compressor.quality.score import Score
     from compressor.training.pruner import Pruner
 
 
@@ -41,6 +42,7 @@ __all__ = [
     "names",
     "pruner_class",
     "pruner_class_from_file",
+    "score",
 ]
 
 
@@ -57,14 +59,15 @@ class Listed:
 
 
 def listing(kind: str) -> list[Listed]:
-    """Every plugin of a kind; those that fail to load carry the error instead of ending the listing."""
+    """Every plugin of a kind; those that fail to load carry the error instead of ending the listing. Scores are among the metrics."""
     found = []
-    for name in names(kind):
+    kinds = (kind, "scores") if kind == "metrics" else (kind,)
+    for own, name in [(group, one) for group in kinds for one in names(group)]:
         try:
-            loaded = load(kind, name)
+            loaded = load(own, name)
             summary = (inspect.getdoc(loaded) or "").strip().split("\n")[0]
-            about = adapter(name).about if kind == "models" else {}
-            found.append(Listed(name, distribution_of(entry_point(kind, name)), summary, None, dict(about)))
+            about = adapter(name).about if own == "models" else {}
+            found.append(Listed(name, distribution_of(entry_point(own, name)), summary, None, dict(about)))
         except CompressorError as error:
             found.append(Listed(name, "", "", error.message))
     return found
@@ -128,6 +131,13 @@ def adapter(name: str) -> Adapter:
     from compressor.adapter import Adapter
 
     return made("models", name, Adapter)
+
+
+def score(name: str) -> Score:
+    """The score of pictures registered as `name`, without its network (`Score.opened`)."""
+    from compressor.quality.score import Score
+
+    return made("scores", name, Score)
 
 
 def of_pipelines() -> tuple[str, Adapter]:

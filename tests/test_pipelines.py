@@ -279,7 +279,7 @@ def test_the_time_of_the_model_and_that_of_the_pipeline_are_told_apart(folders, 
     assert report.dense.standing.backend == "eager" and report.dense.of_pipeline.backend == "pipeline"
     assert report.final.standing.of_plan and report.final.of_pipeline.backend == "pipeline, lowered"
     assert report.final.of_pipeline.against == "pipeline"
-    again = cli("bench", tmp_path / "run", "--batches", "1")
+    again = cli("bench", tmp_path / "run", "--batches", "1", "--no-compiled", "--no-onnx")
     assert again.code == 0, again.err
 
 

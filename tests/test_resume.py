@@ -148,6 +148,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(killed, uninterrupted_long, tmp
     assert names == {path.name for path in uninterrupted_long.iterdir() if not path.name.startswith(".lock")}
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_evaluating_is_not_trained_again(killed, tmp_path, cli):
     shutil.copytree(killed, tmp_path / "run")
     weights = tmp_path / "run" / "model" / "model.safetensors"

@@ -84,7 +84,7 @@ def bench(
     the time of each against what the pictures lose.
     """
     given = context.get_parameter_source("batches") is not ParameterSource.DEFAULT
-    sizes = numbers(batches, int, "--batches 1,4,16")
+    sizes = numbers(batches or "0", int, "--batches 1,4,16")
     if onnx is None:
         onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
     counts = numbers(steps, int, "--steps 14,7")

@@ -143,5 +143,6 @@ def numbers(text: str | None, kind: type[_Number], example: str) -> tuple[_Numbe
     except ValueError:
         values = (kind(0),)
     if not all(0 < number < float("inf") for number in values):
-        raise UsageError(f"{text!r} are not numbers above zero", f"Write it like {example}")
+        whole = "Whole numbers of at least 1: write" if kind is int else "Write"
+        raise UsageError(f"{text!r} are not numbers above zero", f"{whole} it like {example}")
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 
@@ -93,7 +94,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     if (variant := _variant(folder)) is not None:
         given["variant"] = variant
     try:
-        with _quiet():
+        with quiet_libraries():
             pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # a dozen types, from missing files and packages to damaged ones
         raise CompressorError(
@@ -154,29 +155,6 @@ def takes(pipe: Any) -> frozenset[str]:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars and the remarks of the libraries that load components; what fails raises anyway."""
-    from diffusers.utils import logging as own
-
-    others: list[Any] = [own]
-    with suppress(ImportError):
-        from transformers.utils import logging as theirs
-
-        others.append(theirs)
-    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in others]
-    for one in others:
-        one.set_verbosity_error()
-        one.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for one, verbosity, bars in before:
-            one.set_verbosity(verbosity)
-            if bars:
-                one.enable_progress_bar()
 
 
 def _no_part(part: str | None, names: list[str], where: str) -> UsageError:

@@ -22,7 +22,7 @@ class Evaluation(BaseModel):
     """How quality, drift and latency are measured. `samples` images per row, in `sampler_steps` steps each; `sampler`,
     `spacing` and `guidance` are the model's own where None. `measures` are taken besides the metric, in its features.
     `inception_weights` is a file, for a metric whose `weights_setting` it is. `samples` of None are chosen by `budget`, see
-    `samples_for`."""
+    `samples_for`. `scores` are of a pipeline's pictures with their prompts: by name, the file or folder of each one's network."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -30,6 +30,7 @@ class Evaluation(BaseModel):
     metric: str | None = None
     measures: list[Measure] = list(get_args(Measure))
     inception_weights: str | None = None
+    scores: dict[str, str | None] = {}
     samples: Annotated[int, Field(ge=0)] | None = None
     sampler: str | None = None
     spacing: str | None = None

@@ -57,6 +57,16 @@ class Quality(Value):
     seed: int
 
 
+class Scored(Value):
+    """The mean of a score of pictures with their prompts, more being better; 95% interval over the drawing of pictures."""
+
+    name: str
+    value: float
+    ci95: Interval
+    samples: int
+    extractor_sha256: Sha256
+
+
 class Drift(Value):
     """A difference from the dense row, paired: same initial noise, same noised images."""
 
@@ -119,6 +129,7 @@ class Row(Costs, _Named):
         description="first the Fréchet distance, then the further measures in the same features"
     )
     drift: List[Drift]
+    scores: List[Scored] = Field(default=(), description="of pictures with their prompts: rows of pipelines")
     latency: List[Latency]
     train: TrainSummary
 

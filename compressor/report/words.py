@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from compressor.report.content import (
@@ -90,6 +91,8 @@ def columns(report: Report) -> list[tuple[str, str, list[str]]]:
     for metric, (title, about, text) in further.items():
         if any(row.drift_by(metric) for row in report.rows):
             table.append((title, about, lambda r, m=metric, t=text: _drift(r, m, t)))  # type: ignore[misc]
+    for name in dict.fromkeys(entry.name for row in report.rows for entry in row.scores):
+        table.append((name, "pictures with their prompts, higher is better; 95% interval", partial(_score, name=name)))
     table += [
         ("density", "kept share of the pruned weights", lambda r: percent(r.density)),
         ("parameters", "nonzero of all", lambda r: f"{count(r.nonzero_params)} of {count(r.params)}"),
@@ -145,6 +148,11 @@ def with_interval(entry: Measured) -> str:
 def _drift(row: Row, metric: str, text: Callable[[float], str]) -> str:
     entry = row.drift_by(metric)
     return NONE if entry is None else text(entry.value)
+
+
+def _score(row: Row, name: str) -> str:
+    entry = next((entry for entry in row.scores if entry.name == name), None)
+    return NONE if entry is None else with_interval(entry)
 
 
 def _latency(row: Row) -> str:

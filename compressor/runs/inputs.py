@@ -130,7 +130,9 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
         given = getattr(early, key)
         paths[key] = None if given is None or (key == "pipeline" and _on_the_hub(given)) else given
     _refuse_mixed(early)
-    absolute = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
+    absolute: dict[str, Any] = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
+    scores = {name: None if path is None else os.path.abspath(path) for name, path in early.evaluate.scores.items()}
+    absolute["evaluate"] = {"scores": scores} if scores else {}
     defaults = [registry.adapter(early.model).defaults if early.pipeline is None else piping.DEFAULTS]
     own = defaults[0].get("evaluate", {})
     defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
@@ -153,7 +155,8 @@ def _refuse_mixed(recipe: Recipe) -> None:
         raise UsageError(
             f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
         )
-    alone = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
+    alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
+    alone["evaluate.scores"] = recipe.evaluate.scores or None
     if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
         raise UsageError(f"{given[0]} without a pipeline", "Give --pipeline DIR.")
 

@@ -19,6 +19,7 @@ from compressor.lower import Plan, lower
 from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
+from compressor.quality.score import scored
 from compressor.quality.similarity import ssim
 from compressor.report import SIDE_BY_SIDE
 from compressor.report.content import DENSE, LOWERED, PIPELINE, PIPELINE_LOWERED, Drift, Latency, Row
@@ -38,6 +39,7 @@ class PairedJudge(Judge):
         self.pictures = [picture for picture in piped.records.index.pictures if picture.unseen]
         self.latents: dict[str, list[Sequence[Tensor]]] = {}
         self.drawn_by: dict[str, Tensor] = {}
+        self.prompts: list[str] = []
 
     def seen(self, variant: Variant) -> Generator[Progress, None, Seen]:
         inputs, steps = self.inputs, self.inputs.recipe.record.steps
@@ -55,6 +57,8 @@ class PairedJudge(Judge):
         predictions = drift.predictions(inputs.adapter, variant.model, inputs.data, inputs.recipe.evaluate, self.device)
         if images:
             self.drawn_by[variant.name] = torch.cat(images)
+            texts = [str(picture.arguments.get("prompt")) for picture in self.pictures]
+            self.prompts = [text for text, own in zip(texts, images, strict=True) for _ in own]
         return Seen(self.drawn_by.get(variant.name), predictions)
 
     def row(
@@ -63,6 +67,11 @@ class PairedJudge(Judge):
         row = yield from super().row(variant, seen, dense, sheet)
         if sheet is not None and len(self.drawn_by) > 1:
             save_side_by_side(self.drawn_by, sheet.with_name(SIDE_BY_SIDE))
+        if seen.images is not None and self.piped.scores:
+            yield Progress(f"scores of {variant.name}", 0, 1)
+            settings = self.inputs.recipe.evaluate
+            found = [scored(score, seen.images, self.prompts, settings) for score in self.piped.scores]
+            row = row.model_copy(update={"scores": tuple(found)})
         if dense is None:
             return row
         drifts = list(row.drift)

@@ -22,6 +22,7 @@ from compressor.pipelines.opened import DENOISERS, Opened, open_pipeline
 from compressor.pipelines.prompts import pictures, read_prompts
 from compressor.pipelines.recording import index_of, recording
 from compressor.progress import Progress
+from compressor.quality.score import Score
 from compressor.recipe import Recipe
 
 DEFAULTS: Mapping[str, Any] = {
@@ -39,6 +40,7 @@ class Piped:
     opened: Opened
     records: Recording
     adapter: CallsAdapter
+    scores: Sequence[Score] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -47,9 +49,20 @@ class Piped:
 
 def piped(recipe: Recipe) -> Generator[Progress, None, Piped]:
     """Open the pipeline of `recipe` and record it, where that was not done before. Raises CompressorError."""
+    scores = _scores(recipe)
     opened, records = yield from recorded(recipe)
     _check(opened, records)
-    return Piped(opened, records, adapter_of_calls(opened, records))
+    return Piped(opened, records, adapter_of_calls(opened, records), scores)
+
+
+def _scores(recipe: Recipe) -> list[Score]:
+    """The scores that `recipe` names, with their networks."""
+    given = recipe.evaluate.scores
+    if given and (bare := next((line for line in _lines(recipe) if not isinstance(line.get("prompt"), str)), None)):
+        raise UsageError(
+            f"evaluate.scores: a line of prompts has no text: {str(bare)[:60]}", "Scores compare pictures with prompts."
+        )
+    return [registry.score(name).opened(None if path is None else Path(path)) for name, path in given.items()]
 
 
 def recorded(recipe: Recipe) -> Generator[Progress, None, tuple[Opened, Recording]]:

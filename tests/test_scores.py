@@ -1,0 +1,101 @@
+"""Scores of pictures with their prompts: in the report of a pipeline's run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+import transformers
+
+from compressor import files, registry
+from compressor.errors import UsageError
+from compressor.quality.score import scored
+from compressor.quality.settings import Evaluation
+from compressor.report import read_report
+from compressor.weights import weights_sha256
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A tiny CLIP model of random weights with its processor, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={**text, "bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189},
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(images, tiny_pipelines._clip_tokenizer(folder / "tokens")).save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_is_the_cosine_of_clips_own_features(clip):
+    score = registry.score("clip-score").opened(clip)
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    prompts = tiny_pipelines.PROMPTS[:5]
+    found = score.scores(images, prompts)
+    model, processor = transformers.CLIPModel.from_pretrained(clip), transformers.CLIPProcessor.from_pretrained(clip)
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    for at, prompt in enumerate(prompts):  # one by one: padding beside others changes nothing
+        given = processor(text=[prompt], images=[pixels[at]], return_tensors="pt")
+        with torch.no_grad():
+            answer = model(**given)
+        cosine = float(answer.logits_per_image / model.logit_scale.detach().exp())
+        assert float(found[at]) == pytest.approx(max(100 * cosine, 0), abs=1e-3)
+    assert found.abs().max() > 0 and score.sha256 == weights_sha256(model)
+    entry = scored(score, images, prompts, Evaluation(bootstrap=200))
+    assert entry.value == pytest.approx(float(found.mean()), rel=1e-5) and entry.samples == 5
+    assert entry.ci95 is not None and entry.ci95[0] <= entry.value <= entry.ci95[1]
+    assert scored(score, images, prompts, Evaluation(bootstrap=0)).ci95 is None
+
+
+@pytest.mark.parametrize("kind", ["none", "empty", "another"])
+def test_a_folder_that_holds_no_clip_is_told_in_a_line(tmp_path, kind):
+    if kind == "another":
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UsageError, match=r"clip-score: .*\nGive the folder of a CLIP model"):
+        registry.score("clip-score").opened(None if kind == "none" else tmp_path)
+
+
+def test_a_pipelines_report_has_the_scores_of_every_row(clip, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    tiny_pipelines.made("sd", tmp_path / "sd-files").save_pretrained(tmp_path / "sd")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(tiny_pipelines.PROMPTS))
+    own = [f"record.arguments.{key}={value}" for key, value in tiny_pipelines.arguments("sd").items()]
+    short = ("record.n=2", "record.unseen=2", "record.steps=2", "evaluate.latency_rounds=0", *own)
+    sets = [part for one in (*short, f"evaluate.scores.clip-score={clip}") for part in ("--set", one)]
+    command = ("run", "--pipeline", tmp_path / "sd", "--prompts", prompts, "--method", "magnitude", "--steps", "0")
+    outcome = cli(*command, "--out", tmp_path / "run", *sets)
+    assert outcome.code == 0, outcome.err
+    report = read_report(tmp_path / "run" / "report.json")
+    assert [[entry.name for entry in row.scores] for row in report.rows] == [["clip-score"]] * 3
+    assert all(row.scores[0].samples == 2 and len(row.scores[0].extractor_sha256) == 64 for row in report.rows)
+    for page in ("report.html", "report.md"):
+        assert "clip-score" in (tmp_path / "run" / page).read_text(encoding="utf-8")
+    kept = files.read_json(tmp_path / "run" / "report.json")["recipe"]["evaluate"]["scores"]
+    assert kept == {"clip-score": str(clip)}
+
+    refused = cli(*command, "--out", tmp_path / "other", *sets[:-1], "evaluate.scores.clip-score=nowhere")
+    assert refused.code == 2 and "nowhere holds no model" in refused.err and not (tmp_path / "other").exists()
+    refused = cli(*command, "--out", tmp_path / "other", *sets[:-1], "evaluate.scores.clap-score=x")
+    assert refused.code == 2 and "unknown score 'clap-score'" in refused.err
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"prompt_embeds": [1.0]}))
+    refused = cli(*(bare if part is prompts else part for part in command), "--out", tmp_path / "other", *sets)
+    assert refused.code == 2 and "a line of prompts has no text" in refused.err
+    alone = cli("run", "--out", tmp_path / "other", "--set", f"evaluate.scores.clip-score={clip}")
+    assert alone.code == 2 and "evaluate.scores without a pipeline" in alone.err
