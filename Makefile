@@ -43,5 +43,5 @@ test-nni:
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx,datasets,lora,pipelines]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx,datasets,lora,openvino,pipelines]"
 	touch $(STAMP)

@@ -89,14 +89,16 @@ def bench(
         onnx = all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
     counts = numbers(steps, int, "--steps 14,7")
     benched = _timed(output, directory, sizes, given, onnx=onnx, caches=caches, steps=counts, **flags)
+    for name, reason in benched.left_out.items():
+        say(f"note: {name} was left out: {reason}", err=True)
     if output.as_json:
         print_json(benched.as_json())
         return
     from compressor.cli.tables import plain_table
-    from compressor.report.words import TRADE_OFFS, speeds, trade_offs
+    from compressor.report.words import SPEEDS, TRADE_OFFS, speeds, trade_offs
 
     for setting, lines in speeds(benched.report):
-        print_table(plain_table((setting, "form", "median", "over eager dense", "over the best dense form"), lines))
+        print_table(plain_table((setting, *SPEEDS), lines))
     if benched.report.trade_offs:
         print_table(plain_table(TRADE_OFFS, trade_offs(benched.report)))
     say(f"report: {directory / 'report.html'}")

@@ -70,7 +70,7 @@ class OnnxRunner:
 
     def outputs(self, inputs: Any) -> dict[str, Tensor]:
         """Every output of the graph by its name; a graph of this package has one, `prediction`."""
-        feed = dict(zip(self.names, map(_array, tensors_of(inputs)), strict=True))
+        feed = dict(zip(self.names, map(array_of, tensors_of(inputs)), strict=True))
         names = [one.name for one in self.session.get_outputs()]
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, feed)), strict=True))
 
@@ -302,7 +302,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _array(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     tensor = tensor.detach().cpu()
     array: numpy.ndarray[Any, Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array

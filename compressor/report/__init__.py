@@ -68,6 +68,7 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
         "lowering": report.lowering,
         "lowering_sentence": words.lowering_sentence(report),
         "speeds": words.speeds(report),
+        "speed_columns": words.SPEEDS,
         "trade_offs": words.trade_offs(report),
         "trade_off_columns": words.TRADE_OFFS,
         "layer_speeds": words.layer_speeds(report),

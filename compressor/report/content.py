@@ -18,6 +18,9 @@ PIPELINE, PIPELINE_LOWERED = "pipeline", "pipeline, lowered"
 """Backends of a latency that mean something to the report: the plan's choice, the model as it is or with its weights laid out for
 their products, and a whole pipeline with the model lowered or not."""
 
+ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
+"""Engines: backends whose names begin so. After a comma, the precision of what is not in float32."""
+
 GAIN = 1.03
 """A measured speed-up counts from here on: two timings of one thing differ by less."""
 
@@ -87,11 +90,20 @@ class Latency(Value):
     iqr_ms: float
     against: str = Field(description="the backend of the dense row that the speed-up is relative to")
     speedup_vs_dense: float = Field(description="measured on the weights of this row, interleaved with dense")
+    error: float | None = Field(
+        default=None,
+        description="root mean square difference from the same weights in eager float32, in standard deviations of the output",
+    )
     of_plan: bool = Field(default=False, description="whether it is the form of the report's plan of lowering")
 
     @property
     def setting(self) -> tuple[str, str, str, int]:
         return self.backend, self.device, self.dtype, self.batch
+
+    @property
+    def of_engine(self) -> bool:
+        """Whether another engine than PyTorch ran it."""
+        return self.backend.startswith((ONNX, OPENVINO))
 
     @property
     def is_gain(self) -> bool:

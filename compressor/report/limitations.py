@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report.content import DENSE, Report
+from compressor.report.content import DENSE, ONNX, Report
 
 
 def limitations(report: Report) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def limitations(report: Report) -> tuple[str, ...]:
             found.append(
                 "Rows between the first and the last were timed before the model was lowered: compare their ratios, not their times."
             )
-        engine = [entry for entry in final.latency if entry.backend.startswith("ONNX Runtime")]
+        engine = [entry for entry in final.latency if entry.backend.startswith(ONNX)]
         if engine and not any(entry.is_gain for entry in engine):
             found.append(
                 "ONNX Runtime gains nothing from these zeros: it has no sparse kernels, and the gathered form needs rows that "

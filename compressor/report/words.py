@@ -222,10 +222,15 @@ def lowering_sentence(report: Report) -> str:
     )
 
 
-def speeds(report: Report) -> list[tuple[str, list[tuple[str, str, str, str, str]]]]:
-    """Every latency of a lowered run, a setting at a time: (setting, lines of weights, form, time, speed-ups).
+SPEEDS = ("form", "median", "error", "over eager dense", "over the best dense form")
+"""The columns of `speeds`, after the weights."""
 
-    The speed-ups are over the dense model in eager mode, and over its fastest form; ONNX Runtime's over itself, dense.
+
+def speeds(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Every latency of a lowered run, a setting at a time: (setting, lines of weights and `SPEEDS`).
+
+    The speed-ups are over the dense model in eager mode, and over its fastest form that is no less exact. Engines stand with float32,
+    whatever their precision.
     """
     if report.lowering is None:
         return []
@@ -234,17 +239,19 @@ def speeds(report: Report) -> list[tuple[str, list[tuple[str, str, str, str, str
         if row.name not in (DENSE, report.method):  # the others were timed before, at another time
             continue
         for entry in row.latency:
-            settings.setdefault((entry.device, entry.batch, entry.dtype), []).append((row, entry))
+            dtype = "float32" if entry.of_engine else entry.dtype
+            settings.setdefault((entry.device, entry.batch, dtype), []).append((row, entry))
     found = []
     for (device, batch, dtype), entries in sorted(settings.items(), key=lambda item: (item[0][2], item[0][1])):
         base = next((e for row, e in entries if row.name == DENSE and e.backend == EAGER), None)
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for row, entry in entries:
             whole = entry.backend in (PIPELINE, PIPELINE_LOWERED)
             over_eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and not whole else NONE
             over = f"{entry.speedup_vs_dense:.2f}x over {entry.against}"
             time = f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})"
-            lines.append((row.name, entry.backend, time, over_eager, over))
+            error = NONE if entry.error is None else f"{entry.error:.1e}"
+            lines.append((row.name, entry.backend, time, error, over_eager, over))
         found.append((f"batch {batch}, {dtype}, {device}", lines))
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,19 @@ from compressor.lower.job import in_dtype
 from compressor.lower.plan import FILE
 from compressor.progress import Progress
 from compressor.report import render
-from compressor.report.content import EAGER, LOWERED, Latency, Lowering, Report
+from compressor.report.content import EAGER, LOWERED, ONNX, Latency, Lowering, Report
 from compressor.report.limitations import limitations
 from compressor.runs import trade_offs
 from compressor.runs.saved import Finished, finished
 from compressor.sparsity.notation import parse
-from compressor.weights import HALF, dtypes_of
+from compressor.weights import HALF, dtypes_of, in_float32
 
 __all__ = ["Benched", "Finished", "bench", "finished", "measured"]
 
 DTYPES = {"auto": None, "float32": None, "bfloat16": torch.bfloat16}
-ONNX = "ONNX Runtime"
 _ROUNDS = 15
-_Form = tuple[str, str]  # the row of the weights, and the backend
+_ROUNDING = 1e-4
+"""An error up to here is that of float32: no form is more exact than another."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Benched:
     report: Report
     plan: Plan
     entries: Sequence[tuple[str, Latency]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Engines that were not timed, and why."""
 
     def as_json(self) -> Any:
         """The entries; with the report's trade-offs where it has some."""
@@ -96,7 +99,7 @@ def measured(
     entries: list[tuple[str, Latency]] = []
     plan: Plan | None = None
     with tempfile.TemporaryDirectory() as folder:
-        graphs = _onnx_forms(run, Path(folder)) if onnx else {}
+        others, left_out = _engine_forms(run, Path(folder)) if onnx else ([], {})
         for done, batch in enumerate(batches):
             example = to_device(run.adapter.example_inputs(batch), run.device)
             lowered: Lowered = yield from lowering(
@@ -109,14 +112,14 @@ def measured(
                 digest=run.report.final.weights_sha256,
             )
             yield Progress("time", done, len(batches), f"batch {batch}")
-            entries += _timed(run, example, lowered, precision, batch, graphs, of_plan=plan is None)
+            entries += _timed(run, example, lowered, precision, batch, others, of_plan=plan is None)
             plan = plan or lowered.plan
     assert plan is not None  # there is a batch
     plan.save(run.out / FILE)
     left = cost.lowered_macs(run.sparse, run.adapter, _densities(plan))
     report = _added(run.report, plan, left, entries)
     files.write_json(run.out / "report.json", report.as_json())
-    return Benched(report, plan, entries)
+    return Benched(report, plan, entries, left_out)
 
 
 def _precision(run: Finished, dtype: str) -> torch.dtype | None:
@@ -129,6 +132,16 @@ def _precision(run: Finished, dtype: str) -> torch.dtype | None:
     return torch.float32 if dtype == "float32" and own else DTYPES[dtype]
 
 
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """Weights of a row in a backend, with the dtype of its products, and a call on an adapter's inputs."""
+
+    row: str
+    backend: str
+    dtype: str
+    run: Callable[[Any], Tensor]
+
+
 @torch.no_grad()
 def _timed(
     run: Finished,
@@ -136,36 +149,42 @@ def _timed(
     lowered: Lowered,
     dtype: torch.dtype | None,
     batch: int,
-    graphs: Mapping[_Form, Callable[[Any], Tensor]],
+    others: Sequence[_Form],
     of_plan: bool,
 ) -> list[tuple[str, Latency]]:
-    """The forms of the dense and the sparse weights, timed in turns."""
-    first, last = run.dense_row.name, run.report.final.name
-    forms: dict[_Form, Callable[[], object]] = {}
+    """The forms of the dense and the sparse weights, timed in turns, each with its error.
 
-    def torch_form(model: nn.Module) -> Callable[[], object]:
-        return lambda: run.adapter.predict(model, example)
+    A speed-up is over the fastest form of the dense weights that is no less exact; that of sparse weights in another engine, over the
+    dense ones there.
+    """
+    first, last = run.dense_row.name, run.report.final.name
+    kept = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+    def form(row: str, backend: str, model: nn.Module) -> _Form:
+        return _Form(row, backend, kept, partial(run.adapter.predict, model))
 
     found = dense_forms(run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter)
-    dense = {_NAMES.get(name, name): model for name, model in found.items()}
-    for name, model in dense.items():
-        forms[first, name] = torch_form(model)
+    forms = [form(first, _NAMES.get(name, name), model) for name, model in found.items()]
     if last != first:
-        forms[last, EAGER] = torch_form(in_dtype(run.sparse, dtype))
-        forms[last, LOWERED] = torch_form(lowered.model)
-    for key, graph in graphs.items():
-        forms[key] = lambda graph=graph: graph(example)  # type: ignore[misc]
-    times = side_by_side(forms, _ROUNDS, run.device)
-    opponent = min(dense, key=lambda name: times[first, name].median_ms)
-    kept = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+        forms += [form(last, EAGER, in_dtype(run.sparse, dtype)), form(last, LOWERED, lowered.model)]
+    forms += others
+    exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
+    wanted = {row: run.adapter.predict(model, example).double().cpu() for row, model in exact.items()}
+    errors = [_error(one.run(example), wanted[one.row]) for one in forms]
+    times = side_by_side({at: partial(one.run, example) for at, one in enumerate(forms)}, _ROUNDS, run.device)
     entries = []
-    for (row, backend), own in times.items():
-        against = ONNX if backend.startswith(ONNX) else opponent
-        precision = "float32" if backend.startswith(ONNX) else kept
-        entry = latency(backend, run.device, precision, batch, own, against, times[first, against])
-        if backend == LOWERED and of_plan:
-            entry = entry.model_copy(update={"of_plan": True})
-        entries.append((row, entry))
+    for at, one in enumerate(forms):
+        rivals = [
+            other
+            for other, rival in enumerate(forms)
+            if rival.row == first
+            and (rival.dtype == kept or errors[other] <= max(errors[at], _ROUNDING))
+            and (rival.backend == ONNX or not one.backend.startswith(ONNX) or one.row == first)
+        ]
+        best = min(rivals, key=lambda other: times[other].median_ms)
+        entry = latency(one.backend, run.device, one.dtype, batch, times[at], forms[best].backend, times[best])
+        update = {"error": errors[at]} | ({"of_plan": True} if one.backend == LOWERED and of_plan else {})
+        entries.append((one.row, entry.model_copy(update=update)))
     return entries
 
 
@@ -173,17 +192,22 @@ _NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled"}
 """How a dense form is called in a report's latency."""
 
 
-def _onnx_forms(run: Finished, folder: Path) -> dict[_Form, Callable[[Any], Tensor]]:
-    """The dense and the sparse model in ONNX Runtime, the latter with what the gathered form can do for it."""
+def _error(found: Tensor, wanted: Tensor) -> float:
+    difference = found.double().cpu() - wanted
+    return float(difference.square().mean().sqrt()) / (float(wanted.std(correction=0)) or 1.0)
+
+
+def _engine_forms(run: Finished, folder: Path) -> tuple[list[_Form], dict[str, str]]:
+    """The dense model in other engines, and the sparse one in ONNX Runtime with what the gathered form can do for it; and why some
+    were left out."""
+    from compressor.export.engines import engines, has_openvino
     from compressor.export.onnx import OnnxRunner, export_onnx
 
-    export_onnx(run.dense, run.adapter, folder / "dense.onnx")
+    made, left = engines(run.dense, run.adapter, folder, has_openvino())
+    found = [_Form(run.dense_row.name, one.name, one.dtype, one.run) for one in made]
     sparse = export_onnx(run.sparse, run.adapter, folder / "sparse.onnx", form="gathered")
     name = f"{ONNX}, gathered" if sparse.gathered else ONNX
-    return {
-        (run.dense_row.name, ONNX): OnnxRunner(folder / "dense.onnx"),
-        (run.report.final.name, name): OnnxRunner(sparse.path),
-    }
+    return [*found, _Form(run.report.final.name, name, "float32", OnnxRunner(sparse.path))], left
 
 
 def _densities(plan: Plan) -> dict[str, float]:

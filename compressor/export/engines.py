@@ -1,0 +1,117 @@
+"""Other engines that run a model's graph on a CPU, in each precision: what a user would take instead of PyTorch."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter
+from compressor.errors import CompressorError
+from compressor.export.graph import OnnxRunner, array_of, first_line, tensors_of
+from compressor.export.onnx import export_onnx, random_inputs
+from compressor.report.content import ONNX, OPENVINO
+from compressor.seeds import generator
+
+OPENVINO_PACKAGES = ("openvino", "nncf")
+_CALIBRATION = 16
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A model in an engine: its name in a report, the dtype of its products, and a call that takes an adapter's inputs."""
+
+    name: str
+    dtype: str
+    run: Callable[[Any], Tensor]
+
+
+def has_openvino() -> bool:
+    """Whether the extra `openvino` is installed."""
+    return all(find_spec(name) is not None for name in OPENVINO_PACKAGES)
+
+
+def engines(
+    model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False
+) -> tuple[list[Engine], dict[str, str]]:
+    """`model` in ONNX Runtime (float32, int8) and, with `openvino`, in OpenVINO (float32, bfloat16 where the processor has it, int8
+    as NNCF makes it); and why others were left out, by name. Files are written into `folder`.
+
+    Each runs with as many threads as PyTorch has. Raises CompressorError where the float32 graph cannot be exported.
+    """
+    export_onnx(model, adapter, folder / "dense.onnx")
+    found, left = [Engine(ONNX, "float32", OnnxRunner(folder / "dense.onnx"))], {}
+    makers: dict[str, Callable[[], Engine]] = {f"{ONNX}, int8": lambda: _onnx_int8(model, adapter, folder)}
+    if openvino:
+        makers[OPENVINO] = lambda: _openvino(folder / "dense.onnx", "float32")
+        makers[f"{OPENVINO}, bfloat16"] = lambda: _openvino(folder / "dense.onnx", "bfloat16")
+        makers[f"{OPENVINO}, int8"] = lambda: _openvino_int8(folder / "dense.onnx", adapter)
+    for name, make in makers.items():
+        try:
+            found.append(make())
+        except CompressorError as error:
+            left[name] = error.message
+    return found, left
+
+
+def _onnx_int8(model: nn.Module, adapter: Adapter, folder: Path) -> Engine:
+    made = export_onnx(model, adapter, folder / "int8.onnx", int8=True)
+    return Engine(f"{ONNX}, int8", "int8", OnnxRunner(made.path))
+
+
+def _openvino(path: Path, dtype: str) -> Engine:
+    import openvino
+
+    core = openvino.Core()
+    if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise CompressorError("OpenVINO has no bfloat16 products on this processor")
+    name = OPENVINO if dtype == "float32" else f"{OPENVINO}, {dtype}"
+    return Engine(name, dtype, _compiled(core, core.read_model(path), _PRECISIONS[dtype]))
+
+
+def _openvino_int8(path: Path, adapter: Adapter) -> Engine:
+    """As NNCF quantizes: weights per channel, activations by calibration, which here looks at random inputs of the adapter's kind."""
+    os.environ.setdefault("NNCF_CI", "1")  # it would report its use over the network
+    import nncf
+    import openvino
+
+    nncf.set_log_level(40)
+    rng, core = generator(0, "engines"), openvino.Core()
+    draws = [random_inputs(adapter.example_inputs(2), adapter.num_classes, rng) for _ in range(_CALIBRATION)]
+    data = nncf.Dataset([[array_of(tensor) for tensor in tensors_of(draw)] for draw in draws])
+    kind = nncf.ModelType.TRANSFORMER
+    try:
+        with redirect_stdout(io.StringIO()):  # its bars
+            made = nncf.quantize(core.read_model(path), data, model_type=kind, subset_size=_CALIBRATION)
+    except Exception as error:  # whatever NNCF raises for a graph that it does not know
+        raise CompressorError(f"NNCF: {first_line(error)}") from error
+    return Engine(f"{OPENVINO}, int8", "int8", _compiled(core, made, "f32"))
+
+
+def _compiled(core: Any, graph: Any, precision: str) -> Callable[[Any], Tensor]:
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_HYPER_THREADING": False,
+    }
+    try:
+        compiled = core.compile_model(graph, "CPU", settings)
+    except Exception as error:  # openvino's own
+        raise CompressorError(f"OpenVINO: {first_line(error)}") from error
+    request = compiled.create_infer_request()
+
+    def run(inputs: Any) -> Tensor:
+        found: Mapping[Any, Any] = request.infer([array_of(tensor) for tensor in tensors_of(inputs)])
+        return torch.from_numpy(next(iter(found.values())))
+
+    return run
