@@ -33,7 +33,8 @@ _STEPS = 2  # of the sampler, where the pipeline is run to look at it
 _NOT_TOLD = 10  # one sample of so many is told nothing, where guidance asks for that too
 _JUDGED = 32  # predictions at least
 _AT_ONCE = 8
-_TOLERANCE = 0.02
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; half precision rounds more
+_HALF_TOLERANCE = 2e-2
 
 
 @torch.no_grad()
@@ -110,8 +111,8 @@ class _Asking:
     @classmethod
     def of(cls, opened: Opened, adapter: Adapter, given: Mapping[str, Any], size: int | None, caption: str) -> _Asking:
         """Found by running the pipeline for `caption` twice, in a few steps. Raises CompressorError."""
-        autoencoder = _autoencoder(opened)
         guided = _guided(opened, given)
+        autoencoder = _autoencoder(opened)
         guided |= dict(zip(("height", "width"), _size(opened, {**guided, "prompt": caption}, size), strict=True))
         own = {**guided, **_without_guidance(opened)}
         found, plain = _drawn(opened, {**own, "prompt": caption})
@@ -120,7 +121,8 @@ class _Asking:
         adapter.noised({told.name: told.noisy}, generator("captions"))  # raises now where the noise is not known
         _check_answer(opened, adapter, told, call)
         packed = latents.dim() == 3
-        if told.noisy.shape != latents.shape or not _alike(_packed(opened, autoencoder.scaled(plain), packed), latents):
+        ours = _packed(opened, autoencoder.scaled(plain), packed)
+        if told.noisy.shape != latents.shape or not _alike(opened, ours, latents):
             raise UsageError(
                 f"{opened.name}: how it makes latents {tuple(latents.shape)} of what its autoencoder gives is not known here",
                 _RECORD,
@@ -284,14 +286,16 @@ def _check_answer(opened: Opened, adapter: Adapter, told: Conditions, call: Call
     expected = call.output.float()
     if expected.dim() == found.dim() and expected.shape[1] == 2 * found.shape[1]:  # the other half is a variance
         expected = expected[:, : found.shape[1]]
-    if found.numel() != expected.numel() or not _alike(found, expected.reshape(found.shape)):
+    if found.numel() != expected.numel() or not _alike(opened, found, expected.reshape(found.shape)):
         raise UsageError(f"{opened.name}: its {opened.part} does not answer again as it did", _RECORD)
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether both are the same beyond the rounding of half precision."""
+def _alike(opened: Opened, found: Tensor, expected: Tensor) -> bool:
+    """Whether both are the same beyond the rounding of the precision in which the pipeline is stored."""
+    dtypes = {next(part.parameters()).dtype for part in (opened.module, opened.pipe.vae)}
+    limit = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
     scale = float(expected.square().mean().sqrt()) or 1.0
-    return found.shape == expected.shape and float((found - expected).square().mean().sqrt()) <= _TOLERANCE * scale
+    return found.shape == expected.shape and float((found - expected).square().mean().sqrt()) <= limit * scale
 
 
 def _packed(opened: Opened, latents: Tensor, packed: bool) -> Tensor:
