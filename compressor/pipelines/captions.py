@@ -34,7 +34,7 @@ _NOT_TOLD = 10  # one sample of so many is told nothing, where guidance asks for
 _JUDGED = 32  # predictions at least
 _AT_ONCE = 8
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative; half precision rounds more
-_HALF_TOLERANCE = 2e-2
+_HALF_TOLERANCE = 1e-2
 
 
 @torch.no_grad()
@@ -184,9 +184,8 @@ def _size(opened: Opened, arguments: Mapping[str, Any], size: int | None) -> tup
         )
     if said or size is not None:
         return (said[0], said[1]) if said else (size or 0, size or 0)
-    prepare = getattr(opened.pipe, "prepare_latents", None)
-    names = inspect.signature(prepare).parameters if callable(prepare) else {}
-    if not {"height", "width"} <= set(names):
+    prepare: Any = getattr(opened.pipe, "prepare_latents", None)
+    if not callable(prepare) or not {"height", "width"} <= set(inspect.signature(prepare).parameters):
         raise UsageError(f"{opened.name}: in which size it draws is not known here", "Set loading.size.")
     found: list[tuple[int, int]] = []
 
