@@ -11,8 +11,10 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import tiny_denoisers
 import tiny_pipelines
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -106,12 +108,13 @@ def calls_of(module: torch.nn.Module, act) -> list[dict[str, object]]:
     return found
 
 
-def asked_by_the_pipeline(name: str, opened, caption: str, **more: object) -> list[dict[str, object]]:
-    pipe = opened.pipe
+def asked(opened, arguments) -> list[dict[str, object]]:
+    """The calls of the denoiser while the pipeline runs."""
+    pipe, rng = opened.pipe, torch.Generator().manual_seed(0)
     pipe.set_progress_bar_config(disable=True)
-    given = {**tiny_pipelines.arguments(name), **more, "prompt": caption, "output_type": "latent"}
-    rng = torch.Generator().manual_seed(0)
-    return calls_of(opened.module, lambda: pipe(**given, num_inference_steps=2, generator=rng))
+    return calls_of(
+        opened.module, partial(pipe, **arguments, output_type="latent", num_inference_steps=2, generator=rng)
+    )
 
 
 def same(ours: object, theirs: object, where: str) -> None:
@@ -130,35 +133,93 @@ def first_row(count: int, tensor: Tensor) -> Tensor:
     return tensor[:1] if len(tensor) == count else tensor
 
 
+def compare(opened, adapter, data: Records, row: int, other: int, caption: str, arguments) -> None:
+    """What `data` makes the model be called with, for one sample and for two, against the pipeline's own call."""
+    expected, *_ = asked(opened, {**arguments, "prompt": caption})
+    model = opened.module
+    first = next(iter(inspect.signature(model.forward).parameters))
+    for rows in (torch.tensor([row]), torch.tensor([row, other])):
+        inputs, target = adapter.noised(data.take(rows), torch.Generator().manual_seed(0))
+        (found,) = calls_of(model, partial(adapter.predict, model, to_device(inputs, torch.device("cpu"))))
+        assert found.keys() == expected.keys()
+        assert found[first].shape == (len(rows), *expected[first].shape[1:]) == target.shape
+        assert found[first].dtype == expected[first].dtype
+        for argument in expected.keys() - {first, "timestep"}:
+            ours = tree_map_only(Tensor, partial(first_row, len(rows)), found[argument])
+            same(ours, expected[argument], f"{argument} of {caption}")
+
+
 @pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
 def test_the_model_is_told_what_its_pipeline_tells_it(name, folders, photos):
     opened, adapter, data = data_of(name, folders(name), photos)
-    model, told = adapter.load(str(folders(name))), read_captioned(photos).captions
+    told = read_captioned(photos).captions
     order = torch.randperm(7, generator=seeds.generator(0, "captions"))
     seen = order[1:].sort().values.tolist()  # a fifth of seven is held out
-    nothing = 0 if name == "flux" else 1
-    assert len(data) == len(seen) + nothing
-    unguided = UNGUIDED.get(name, {"guidance_scale": 1.0})
+    assert len(data) == len(seen) + (name != "flux")
+    arguments = {**tiny_pipelines.arguments(name), **UNGUIDED.get(name, {"guidance_scale": 1.0})}
     for row, number in enumerate(seen):
-        expected, *_ = asked_by_the_pipeline(name, opened, told[number], **unguided)
-        for rows in (torch.tensor([row]), torch.tensor([row, (row + 1) % len(seen)])):
-            inputs, target = adapter.noised(data.take(rows), torch.Generator().manual_seed(0))
-            (found,) = calls_of(
-                model, lambda inputs=inputs: adapter.predict(model, to_device(inputs, torch.device("cpu")))
-            )
-            assert found.keys() == expected.keys()
-            first = next(iter(inspect.signature(model.forward).parameters))
-            assert found[first].shape == (len(rows), *expected[first].shape[1:]) == target.shape
-            assert found[first].dtype == expected[first].dtype
-            for argument in expected.keys() - {first, "timestep"}:
-                ours = tree_map_only(Tensor, partial(first_row, len(rows)), found[argument])
-                same(ours, expected[argument], f"{argument} of {told[number]}")
+        compare(opened, adapter, data, row, (row + 1) % len(seen), told[number], arguments)
+
+
+def _chroma(case) -> tuple[object, int, int]:
+    tokenizer, encoder = tiny_pipelines._t5()
+    made = diffusers.ChromaPipeline(
+        scheduler=case.pipeline.scheduler, vae=tiny_pipelines._vae(shift_factor=0.1), text_encoder=encoder,
+        tokenizer=tokenizer, transformer=case.pipeline.transformer,
+    )  # fmt: skip
+    return made, 16, 16
+
+
+def _lumina2(case) -> tuple[object, int, int]:
+    tokenizer, encoder = tiny_pipelines._gemma()
+    made = diffusers.Lumina2Pipeline(
+        scheduler=case.pipeline.scheduler, vae=tiny_denoisers.vae(4), text_encoder=encoder, tokenizer=tokenizer,
+        transformer=case.pipeline.transformer,
+    )  # fmt: skip
+    return made, 64, 64
+
+
+def _aura_flow(case) -> tuple[object, int, int]:
+    tokenizer, _ = tiny_pipelines._t5()
+    config = transformers.UMT5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    made = diffusers.AuraFlowPipeline(
+        scheduler=case.pipeline.scheduler, vae=tiny_pipelines._vae(), text_encoder=transformers.UMT5EncoderModel(config),
+        tokenizer=tokenizer, transformer=case.pipeline.transformer,
+    )  # fmt: skip
+    return made, 16, 16
+
+
+OTHERS = {
+    "chroma": (tiny_denoisers.chroma, _chroma),
+    "lumina2": (tiny_denoisers.lumina2, _lumina2),
+    "aura_flow": (tiny_denoisers.aura_flow, _aura_flow),
+}
+"""Pipelines that ask twice for guidance, or count their time otherwise."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_classes_of_the_table_take_the_same_way(name, photos, tmp_path):
+    torch.manual_seed(0)
+    case, make = OTHERS[name]
+    pipe, side, tokens = make(case())
+    pipe.save_pretrained(tmp_path)
+    opened = open_pipeline(tmp_path)
+    adapter = registry.adapter("diffusers").opened(str(tmp_path))
+    record = Record(arguments={"max_sequence_length": tokens}, unseen=1)
+    data = through(captions.encoded(opened, adapter, read_captioned(photos), record, Loading(size=side)))
+    assert len(data) == 6 + 1
+    order = torch.randperm(7, generator=seeds.generator(0, "captions"))
+    number = int(order[1:].min())
+    arguments = {"height": side, "width": side, "max_sequence_length": tokens, "guidance_scale": 1.0}
+    compare(opened, adapter, data, 0, 1, read_captioned(photos).captions[number], arguments)
+    with pytest.raises(AssertionError):  # the last one is told something else
+        compare(opened, adapter, data, 6, 6, read_captioned(photos).captions[number], arguments)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "sana"])
 def test_one_sample_in_ten_is_told_what_guidance_tells_beside_the_caption(name, folders, photos):
     opened, adapter, data = data_of(name, folders(name), photos)
-    call, *_ = asked_by_the_pipeline(name, opened, CAPTIONS[0], guidance_scale=5.0)
+    call, *_ = asked(opened, {**tiny_pipelines.arguments(name), "guidance_scale": 5.0, "prompt": CAPTIONS[0]})
     both = adapter.conditions((), call)
     assert len(both.noisy) == 2  # of which diffusers has the negative one first
     last = data.take(torch.tensor([len(data) - 1]))
@@ -277,7 +338,9 @@ def test_a_run_ends_with_a_pipeline_that_plain_diffusers_runs(name, folders, pho
 
 
 def test_a_finished_run_is_used_again_without_the_captions(folders, photos, cli, tmp_path):
-    """The size is the pipeline's own default, and methods that calibrate see the captions too."""
+    """Here the size is the pipeline's own default, and methods that calibrate see the captions too."""
+    from compressor.runs.saved import finished, saved_model
+
     data = tmp_path / "photos"
     data.mkdir()
     for path in photos.iterdir():
@@ -289,7 +352,11 @@ def test_a_finished_run_is_used_again_without_the_captions(folders, photos, cli,
     assert outcome.code == 0, outcome.err
     for path in data.iterdir():
         path.unlink()
-    assert cli("bench", out, "--batches", "1").code == 0
+    run = finished(out)
+    adapter, sparse = saved_model(out)
+    inputs = adapter.example_inputs(3)
+    assert inputs["hidden_states"].shape == run.adapter.example_inputs(3)["hidden_states"].shape == (3, 4, 16, 16)
+    assert torch.equal(adapter.predict(sparse, inputs), run.adapter.predict(run.sparse, inputs))
     assert type(compressor.load(out)).__name__ == "SD3Transformer2DModel"
     opened = open_pipeline(folder)
     before = opened.module

@@ -45,7 +45,7 @@ def encoded(
 
     `adapter` is that of the denoiser. `record` says how many pictures are held out (`unseen`, `seed`) and the pipeline's own
     `arguments`. Raises UsageError where the pipeline takes no text, or where it is not known how it makes what its denoiser is
-    called with; that is tried on one caption, before anything is encoded.
+    called with; that is tried on one caption, before anything is encoded. The autoencoder in `opened` is left in float32.
     """
     yield Progress("captions", 0, len(captioned.captions), "one is tried")
     asking = _Asking.of(opened, adapter, record.arguments, loading.size, captioned.captions[0])
@@ -95,15 +95,14 @@ def _split(whole: Records, conditions: Conditions, rows: Tensor, asking: _Asking
 
 @dataclass(frozen=True, eq=False)
 class _Asking:
-    """How a pipeline is asked: with which `arguments`, for pictures of which `size` (height, width). `name` is the denoiser's noisy
-    argument; `nothing`, what the denoiser is told for guidance beside the caption, None where there is no such."""
+    """How a pipeline is asked: with which `arguments`, `height` and `width` among them. `name` is the denoiser's noisy argument;
+    `packed`, whether its latents are rows of patches; `nothing`, what the denoiser is told for guidance beside the caption, None
+    where there is no such."""
 
     opened: Opened
     adapter: Adapter
     arguments: Mapping[str, Any]
-    size: tuple[int, int]
     name: str
-    shape: tuple[int, ...]
     packed: bool
     autoencoder: Autoencoder
     nothing: Mapping[str, Tensor] | None
@@ -128,30 +127,37 @@ class _Asking:
                 _RECORD,
             )
         nothing = _nothing(opened, adapter, {**guided, "prompt": caption}, told)
-        size_found = (int(own["height"]), int(own["width"]))
-        shape = tuple(latents.shape[1:])
-        return cls(opened, adapter, own, size_found, told.name, shape, packed, autoencoder, nothing)
+        asking = cls(opened, adapter, own, told.name, packed, autoencoder, nothing)
+        autoencoder.model.float()
+        made = tuple(asking.encode(torch.zeros(1, 3, *asking.size)).shape)
+        if made != tuple(latents.shape):
+            raise UsageError(
+                f"pictures of {asking.size} pixels make latents {made[1:]}, and {opened.name} draws {tuple(latents.shape[1:])}",
+                "Choose another loading.size, such as a multiple of 32.",
+            )
+        return asking
 
     def conditions(self, caption: str) -> Conditions:
         """What the denoiser is told for `caption`."""
         args, kwargs = _first_call(self.opened, {**self.arguments, "prompt": caption})
         return _alone(self.opened, self.adapter.conditions(args, kwargs))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of the pictures."""
+        return int(self.arguments["height"]), int(self.arguments["width"])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The latents of `images` (n, 3, height, width) in [-1, 1], as the denoiser takes them."""
+        return _packed(self.opened, self.autoencoder.encode(images), self.packed)
+
     def latents(self, pictures: ImageSet) -> Generator[Progress, None, Tensor]:
-        """The latents of all `pictures`, as the denoiser takes them, computed in float32."""
-        self.autoencoder.model.float()
+        """The latents of all `pictures`."""
         parts = []
         for rows in torch.split(torch.arange(len(pictures)), _AT_ONCE):
             yield Progress("latents", int(rows[0]), len(pictures))
-            parts.append(_packed(self.opened, self.autoencoder.encode(pictures.images(rows)), self.packed))
-        found = torch.cat(parts)
-        if tuple(found.shape[1:]) != self.shape:
-            raise UsageError(
-                f"pictures of {self.size[0]}x{self.size[1]} make latents {tuple(found.shape[1:])}, and {self.opened.name} draws "
-                f"{self.shape}",
-                "Choose a loading.size that is a multiple of 16 or 32.",
-            )
-        return found
+            parts.append(self.encode(pictures.images(rows)))
+        return torch.cat(parts)
 
 
 def _guided(opened: Opened, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,6 +327,8 @@ def _nothing(
     others: list[dict[str, Tensor]] = []
     for call in (call for call in drawn.calls if call.step == 0):
         both = adapter.conditions(call.args, call.kwargs)
+        if both.constants != told.constants or not _equal(both.shared, told.shared):
+            raise UsageError(f"{opened.name}: guidance changes what all samples share", _RECORD)
         for row in range(len(both.noisy)):
             one = {name: array[row : row + 1] for name, array in both.arrays.items()}
             if not any(_equal(one, known) for known in (told.arrays, *others)):
