@@ -76,6 +76,21 @@ def as_taken(inputs: Any, module: nn.Module) -> Any:
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
 
 
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """A call of a model by its pipeline, taken apart: the noisy input (n, …) and its `name`, the `time`, and all else, which is the
+    condition. That is by names with dots: `arrays` with a row per sample, tensors that all samples share, and `constants`, which are
+    no tensors."""
+
+    name: str
+    noisy: Tensor
+    time_name: str
+    time: Any
+    arrays: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample, where the adapter's own way is not wanted: None keeps its own.
@@ -136,6 +151,13 @@ class Adapter(ABC):
     @abstractmethod
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """What `module` answers to `inputs`, shaped like `target`."""
+
+    def conditions(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Conditions:
+        """What a pipeline that calls the model with these arguments tells it, as data that `noised` takes: for captions.
+
+        Raises CompressorError where it is not known which argument is which.
+        """
+        raise CompressorError(f"{self.name}: what its pipeline tells it is not known", "Record the pipeline's calls.")
 
     answered: bool = False
     """Whether `target` is what the dense model itself answered: then no teacher is asked, and both losses are one."""

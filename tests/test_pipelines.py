@@ -184,7 +184,7 @@ def test_what_was_recorded_before_is_used_again(folders, cli, tmp_path, monkeypa
     [
         (("--model", "uvit-digits", "--weights", "x", "--prompts", "p"), "prompts without a pipeline"),
         (("--pipeline", "FOLDER"), "--pipeline needs prompts"),
-        (("--pipeline", "FOLDER", "--prompts", "LINES", "--data", "digits"), "pipeline and data: two sources"),
+        (("--pipeline", "FOLDER", "--prompts", "LINES", "--data", "digits"), "pipeline and data: digits is no folder"),
         (("--pipeline", "nowhere/at/all", "--prompts", "LINES"), "no such folder"),
         (("--pipeline", "FOLDER/transformer", "--prompts", "LINES"), "no model_index.json"),
         (("--pipeline", "FOLDER", "--prompts", "LINES", "--part", "unet"), "no part 'unet'"),

@@ -44,7 +44,7 @@ _BUDGETS = [
 ]
 _TRAIN = ["--train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha)."]
 _PIPELINES = """
---pipeline DIR|OWNER/NAME A whole pipeline of diffusers, instead of --model: it is run with --prompts, and its calls are learned from.
+--pipeline DIR|OWNER/NAME A pipeline of diffusers, not a --model: learns from its calls (--prompts) or captioned pictures (--data).
 --prompts FILE Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl).
 --part NAME The part of the pipeline: unet, transformer, vae.decoder, … Default: what denoises.
 --records DIR Where its recorded calls are kept. Default: the user's cache folder.

@@ -64,7 +64,7 @@ input_options = options(
     setting(
         "--pipeline",
         metavar="DIR|OWNER/NAME",
-        help="A whole pipeline of diffusers, instead of --model: it is run with --prompts, and its calls are learned from.",
+        help="A pipeline of diffusers, not a --model: learns from its calls (--prompts) or captioned pictures (--data).",
     ),
     setting(
         "--prompts", metavar="FILE", help="Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl)."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.data.sets import Images, ImageSet
 from compressor.errors import CompressorError, first_line
@@ -16,37 +17,35 @@ _BATCH = 8
 
 
 class Autoencoder:
-    """The AutoencoderKL in `folder`, a model's or a pipeline's. Latents are scaled as the pipelines of diffusers do."""
+    """The AutoencoderKL in the folder `source`, a model's or a pipeline's; or `source` itself, an autoencoder of a pipeline in memory.
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        import diffusers
+    Latents are shifted and scaled as the pipelines of diffusers do: by one number each, or by one of each channel.
+    """
 
-        made: Any = diffusers.AutoencoderKL  # it has no annotations
-        path = Path(folder)
-        path = path / "vae" if (path / "vae").is_dir() else path
-        if not (path / "config.json").is_file():
-            raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
-        try:
-            model = made.from_pretrained(path, local_files_only=True, variant=variant_of(path))
-        except Exception as error:  # a dozen types, from missing files to damaged ones
-            reason = first_line(error)
-            raise CompressorError(
-                f"{path}: cannot be loaded: {reason}", "The folder is incomplete or damaged."
-            ) from error
+    def __init__(self, source: str | Path | nn.Module, device: torch.device | str = "cpu") -> None:
+        model: Any = source if isinstance(source, nn.Module) else _read(Path(source))
         self.model = model.to(device).eval()
-        self.scale = float(model.config.scaling_factor or 1.0)
-        self.shift = float(model.config.shift_factor or 0.0)
+        own = model.config
+        mean, deviation = own.get("latents_mean"), own.get("latents_std")
+        self.scale = _number_or_channels(own.get("scaling_factor") or 1.0)
+        self.shift = _number_or_channels(own.get("shift_factor") or 0.0)
+        if mean is not None and deviation is not None:
+            self.scale, self.shift = self.scale / _number_or_channels(deviation), _number_or_channels(mean)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The latents (n, c, h / 8, w / 8), the means of the posterior, of `images` (n, 3, h, w) in [-1, 1]; on the CPU."""
-        parts = [self.model.encode(self._here(part)).latent_dist.mean.cpu() for part in torch.split(images, _BATCH)]
-        return (torch.cat(parts) - self.shift) * self.scale
+        parts = [_mean(self.model.encode(self._here(part))).cpu() for part in torch.split(images, _BATCH)]
+        return self.scaled(torch.cat(parts))
+
+    def scaled(self, plain: Tensor) -> Tensor:
+        """Latents as models take them, of those that the autoencoder itself gives and takes."""
+        return (plain - self.shift.to(plain.device)) * self.scale.to(plain.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The images (n, 3, h, w) in [-1, 1] of `latents`; on the CPU."""
-        plain = latents / self.scale + self.shift
+        plain = latents / self.scale.to(latents.device) + self.shift.to(latents.device)
         return torch.cat(
             [self.model.decode(self._here(part)).sample.cpu() for part in torch.split(plain, _BATCH)]
         ).clamp(-1, 1)
@@ -69,3 +68,30 @@ class Autoencoder:
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, self.model.dtype)
+
+
+def _read(path: Path) -> nn.Module:
+    import diffusers
+
+    made: Any = diffusers.AutoencoderKL  # it has no annotations
+    path = path / "vae" if (path / "vae").is_dir() else path
+    if not (path / "config.json").is_file():
+        raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
+    try:
+        model: nn.Module = made.from_pretrained(path, local_files_only=True, variant=variant_of(path))
+    except Exception as error:  # a dozen types, from missing files to damaged ones
+        reason = first_line(error)
+        raise CompressorError(f"{path}: cannot be loaded: {reason}", "The folder is incomplete or damaged.") from error
+    return model
+
+
+def _number_or_channels(value: float | Sequence[float]) -> Tensor:
+    """`value` as a tensor that goes with latents (n, c, h, w)."""
+    found = torch.tensor(value)
+    return found if found.dim() == 0 else found.view(1, -1, 1, 1)
+
+
+def _mean(output: Any) -> Tensor:
+    """The latents in what an autoencoder's `encode` gives: the mean of a posterior, or the only ones (AutoencoderDC)."""
+    found: Tensor = output.latent_dist.mean if hasattr(output, "latent_dist") else output.latent
+    return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -136,20 +137,29 @@ class Records(SampleSet):
     """Samples of several named tensors with one dim 0, for adapters of one's own; a batch is a dict of tensors.
 
     A name with dots is a place in nested dicts: `a.b` is `{"a": {"b": …}}`. Those that are in `shared` belong to all samples
-    alike, and are in each batch whole, as `Shared`.
+    alike, and are in each batch whole, as `Shared`; so are `constants`, which are no tensors (JSON, by such names too).
+    `held_out` are samples of the same kind that fine-tuning leaves out, where there are such.
     """
 
     name: str
     arrays: Mapping[str, Tensor]
     shared: Collection[str] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Records | None = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         return next(len(array) for name, array in self.arrays.items() if name not in self.shared)
 
+    @property
+    def unseen(self) -> Records:
+        return self if self.held_out is None else self.held_out
+
     def take(self, indices: Tensor) -> dict[str, Any]:
-        return nested(
-            {name: Shared(array) if name in self.shared else array[indices] for name, array in self.arrays.items()}
-        )
+        tensors = {
+            name: Shared(array) if name in self.shared else array[indices] for name, array in self.arrays.items()
+        }
+        return nested({**tensors, **self.constants})
 
     def describe(self) -> str:
         """The names and shapes of its arrays, without the samples' dim, for messages."""
@@ -162,4 +172,9 @@ class Records(SampleSet):
 
     @property
     def sha256(self) -> str:
-        return state_sha256({name + SHARED * (name in self.shared): array for name, array in self.arrays.items()})
+        own = state_sha256({name + SHARED * (name in self.shared): array for name, array in self.arrays.items()})
+        if not self.constants and self.held_out is None:
+            return own
+        rest = json.dumps(dict(self.constants), sort_keys=True)
+        held = "" if self.held_out is None else self.held_out.sha256
+        return hashlib.sha256(f"{own} {rest} {held}".encode()).hexdigest()

@@ -208,11 +208,11 @@ def _kept(module: nn.Module, found: Sampled, keep: bool) -> Iterator[None]:
     given: list[tuple[Any, Any]] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append(_copied((args, kwargs)))
+        given.append(copied((args, kwargs)))
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         own_args, own_kwargs = given.pop()
-        found.calls.append(Call(own_args, own_kwargs, _copied(answer(output)), len(found.latents), 0))
+        found.calls.append(Call(own_args, own_kwargs, copied(answer(output)), len(found.latents), 0))
 
     handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -225,7 +225,8 @@ def _kept(module: nn.Module, found: Sampled, keep: bool) -> Iterator[None]:
             handle.remove()
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """`value` with copies of its tensors, on the CPU."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), value)
 
 

@@ -34,6 +34,7 @@ from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
 from compressor.report.content import DENSE, ONE_SHOT
+from compressor.runs import captioned as captioning
 from compressor.runs import piped as piping
 from compressor.runs.piped import Piped
 from compressor.seeds import generator
@@ -129,11 +130,12 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     for key in ("pipeline", "prompts", "records"):
         given = getattr(early, key)
         paths[key] = None if given is None or (key == "pipeline" and _on_the_hub(given)) else given
-    _refuse_mixed(early)
+    captioning.refuse_mixed(early)
     absolute: dict[str, Any] = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
     scores = {name: None if path is None else os.path.abspath(path) for name, path in early.evaluate.scores.items()}
     absolute["evaluate"] = {"scores": scores} if scores else {}
-    defaults = [registry.adapter(early.model).defaults if early.pipeline is None else piping.DEFAULTS]
+    of_pipeline = captioning.DEFAULTS if captioning.is_captioned(early) else piping.DEFAULTS
+    defaults = [registry.adapter(early.model).defaults if early.pipeline is None else of_pipeline]
     own = defaults[0].get("evaluate", {})
     defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
     if takers := _taking(early.evaluate):
@@ -143,22 +145,10 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
 
 def adapter_of(recipe: Recipe) -> Adapter:
     """The adapter of the very model that `recipe` names, with the sampler that it names."""
+    recipe = captioning.as_model(recipe) if captioning.is_captioned(recipe) else recipe
     settings = recipe.evaluate
     wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
     return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
-
-
-def _refuse_mixed(recipe: Recipe) -> None:
-    """Raise UsageError where a recipe names a pipeline and, beside it, a model or data of its own; or prompts and no pipeline."""
-    own = {"weights": recipe.weights, "data": recipe.data, "vae": recipe.vae, "architecture": recipe.architecture}
-    if recipe.pipeline is not None and (given := [name for name, value in own.items() if value]):
-        raise UsageError(
-            f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
-        )
-    alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
-    alone["evaluate.scores"] = recipe.evaluate.scores or None
-    if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
-        raise UsageError(f"{given[0]} without a pipeline", "Give --pipeline DIR.")
 
 
 def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
@@ -166,10 +156,16 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     if recipe.pipeline is None:
         return load_inputs(recipe)
     pruner = _pruner(recipe)
-    found = yield from piping.piped(recipe)
-    data = found.records
+    if captioning.is_captioned(recipe):
+        adapter, model, told = yield from captioning.captioned(recipe, adapter_of(recipe))
+        recipe = recipe.model_copy(update={"model": adapter.name})
+        inputs = Inputs(recipe, adapter, model, told, _batches(recipe, told), pruner, None, told, None)
+        inputs.check()
+        return inputs
     if recipe.evaluate.latency_batch != 1:
         raise UsageError("evaluate.latency_batch: a pipeline's model is timed on a call as recorded", "Leave it out.")
+    found = yield from piping.piped(recipe)
+    data = found.records
     settings = recipe.evaluate.model_copy(update={"samples": recipe.record.unseen})
     recipe = recipe.model_copy(update={"model": found.adapter.name, "evaluate": settings})
     inputs = Inputs(recipe, found.adapter, found.module, data, _batches(recipe, data), pruner, None, data, None, found)

@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor import recipe as recipes
 from compressor import saving
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, to_device
 from compressor.data.calls import Recording
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import Lowered, lower
@@ -152,7 +152,10 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
     first = next(own.parameters())
     if not isinstance(pruned, Lowered):
         module = module.to(first.device)
-    if lowered:
+    if lowered and folder is not None and settings.get("data"):  # the saved model knows what its inputs look like
+        adapter = saving.adapter_at(saving.model_folder(folder))
+        module = lower(module, to_device(adapter.example_inputs(1), first.device), adapter=adapter).model
+    elif lowered:
         if not settings.get("prompts"):
             raise UsageError(
                 "apply: lowered needs the directory of a pipeline's run",

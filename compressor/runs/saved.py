@@ -17,6 +17,7 @@ from compressor.errors import CompressorError
 from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
+from compressor.runs.captioned import as_model, is_captioned
 from compressor.runs.inputs import adapter_of, load_inputs, resolve
 from compressor.weights import bare, weights_sha256
 
@@ -56,8 +57,8 @@ def finished(out: Path) -> Finished:
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     dense = dense.to(device)
     saved = saving.read_config(out / "model")
-    if (
-        saved.model is not None and settings.pipeline is None
+    if saved.model is not None and not _of_calls(
+        settings
     ):  # what is known of the model since the run, such as its examples
         adapter = adapter.rebuilt(saved.architecture)
     hashes = {report.final.name: saved.weights_sha256}
@@ -74,29 +75,35 @@ def finished(out: Path) -> Finished:
 
 def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
     """The adapter and the dense model that `recipe` names, in eval mode."""
-    if recipe.pipeline is not None:
+    if _of_calls(recipe):
         inputs = load_inputs(recipe)
         return inputs.adapter, inputs.model.eval()
     adapter = adapter_of(recipe)
-    return adapter, bare(adapter.load(recipe.weights)).eval()
+    weights = as_model(recipe).weights if is_captioned(recipe) else recipe.weights
+    return adapter, bare(adapter.load(weights)).eval()
 
 
 def saved_adapter(path: Path) -> Adapter:
     """The adapter of the model of a run, or of a saved model's folder."""
     folder = saving.model_folder(path)
     if (recipe := _recipe(path)) is not None and saving.read_config(folder).model is None:
-        return source(recipe)[0] if recipe.pipeline is not None else adapter_of(recipe)
+        return source(recipe)[0] if _of_calls(recipe) else adapter_of(recipe)
     return saving.adapter_at(folder)
 
 
 def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
     """The model of a run, or of a saved model's folder, with its adapter. Of a pipeline's run, the adapter knows its calls."""
     recipe = _recipe(path)
-    if recipe is not None and recipe.pipeline is not None:
+    if recipe is not None and _of_calls(recipe):
         adapter, dense = source(recipe)
         return adapter, saving.load(path, dense)
     adapter, named = saved_adapter(path), saving.read_config(saving.model_folder(path)).model is not None
     return adapter, saving.load(path, None if named else adapter.build())
+
+
+def _of_calls(recipe: Recipe) -> bool:
+    """Whether the adapter of `recipe` is that of recorded calls, which it has to find again."""
+    return recipe.pipeline is not None and not is_captioned(recipe)
 
 
 def _recipe(path: Path) -> Recipe | None:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, Sampling, as_taken, plain
+from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
 from compressor.errors import CompressorError, ReshapedError, UsageError
 from compressor.model_zoo.generic import pretrained, shapes
 from compressor.model_zoo.generic.arguments import called, example, marked, noisy_name
+from compressor.model_zoo.generic.conditions import conditions
 from compressor.model_zoo.generic.conventions import CONVENTIONS, HOW_TO_RECORD, Convention, convention
 from compressor.model_zoo.generic.noise import Noise, flow
 from compressor.model_zoo.generic.pretrained import Pretrained
@@ -292,6 +293,9 @@ class DiffusersAdapter(Adapter):
                 f"num_train_timesteps {noise.timesteps}: the pipeline of {name} counts 1000", HOW_TO_RECORD
             )
         return noise
+
+    def conditions(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Conditions:
+        return conditions(self.config, args, kwargs)
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """The answer's first half where the model also learned a variance: that half is neither trained nor sampled with."""

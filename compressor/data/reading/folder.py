@@ -45,7 +45,13 @@ def find_files(folder: Path) -> Files:
     Raises CompressorError where there are none, where a link leads back to a folder above it, and where a class is empty.
     """
     root = os.fsencode(folder)  # names are bytes: a file system may hold some that are not UTF-8
-    found = sorted(_walk(root, b"", ()))
+    names, _ = pictures_and_others(folder)
+    return Files(folder.resolve().name, root, names, _labels(folder, root, names))
+
+
+def pictures_and_others(folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """The names, relative to `folder`, of the pictures below it and of all other files, each sorted. Raises as `find_files` does."""
+    found = sorted(_walk(os.fsencode(folder), b"", ()))
     suffixes = tuple(suffix.encode() for suffix in SUFFIXES)
     names = [name for name in found if name.lower().endswith(suffixes)]
     if not names:
@@ -54,7 +60,8 @@ def find_files(folder: Path) -> Files:
         raise CompressorError(
             f"{folder}: no pictures in this folder or below, found {listing}", f"Allowed: {', '.join(SUFFIXES)}."
         )
-    return Files(folder.resolve().name, root, names, _labels(folder, root, names))
+    pictures = set(names)
+    return names, [name for name in found if name not in pictures]
 
 
 def _labels(folder: Path, root: bytes, names: list[bytes]) -> Tensor | None:

@@ -1,0 +1,84 @@
+"""A recipe's pipeline whose denoiser is fine-tuned with noise, on a folder of captioned pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import registry
+from compressor.adapter import Adapter
+from compressor.data.reading.captions import read_captioned
+from compressor.data.sets import Records
+from compressor.environment import resolve_device
+from compressor.errors import UsageError
+from compressor.pipelines.captions import encoded
+from compressor.pipelines.opened import DENOISERS, open_pipeline
+from compressor.progress import Progress
+from compressor.recipe import Recipe
+from compressor.runs import piped
+from compressor.seeds import generator
+from compressor.weights import bare
+
+DEFAULTS = {**piped.DEFAULTS, "evaluate": {**piped.DEFAULTS["evaluate"], "samples": 0}}
+"""Pictures are the pipeline's to draw."""
+_FOLDER = "Beside a pipeline, data is a folder of pictures with captions: docs/pipelines.md. Or leave it out, and give --prompts."
+
+
+def is_captioned(recipe: Recipe) -> bool:
+    """Whether `recipe` fine-tunes a pipeline's denoiser on captioned pictures, not on recorded calls."""
+    return recipe.pipeline is not None and recipe.data is not None
+
+
+def refuse_mixed(recipe: Recipe) -> None:
+    """Raise UsageError where a recipe names a pipeline and, beside it, a model of its own, or data of two kinds; or prompts and no
+    pipeline."""
+    own = {"weights": recipe.weights, "vae": recipe.vae, "architecture": recipe.architecture}
+    if recipe.pipeline is not None and (given := [name for name, value in own.items() if value]):
+        raise UsageError(
+            f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
+        )
+    alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
+    alone["evaluate.scores"] = recipe.evaluate.scores or None
+    if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
+        raise UsageError(f"{given[0]} without a pipeline", "Give --pipeline DIR.")
+    if recipe.pipeline is None or recipe.data is None:
+        return
+    if recipe.data in registry.names("data") or not Path(recipe.data).is_dir():
+        raise UsageError(f"pipeline and data: {recipe.data} is no folder", _FOLDER)
+    if recipe.evaluate.scores:
+        raise UsageError("evaluate.scores: no pictures are drawn of captioned data", "Leave evaluate.scores out.")
+    if recipe.prompts is not None or recipe.records is not None:
+        other = "prompts" if recipe.prompts is not None else "records"
+        raise UsageError(f"data and {other}: two sources", _FOLDER)
+    if recipe.part is not None and recipe.part not in DENOISERS:
+        raise UsageError(f"part {recipe.part}: captioned pictures are for what denoises", "Record it: --prompts FILE.")
+
+
+def as_model(recipe: Recipe) -> Recipe:
+    """`recipe` with the denoiser of its pipeline as its model, by the family that reads pipelines."""
+    assert recipe.pipeline is not None  # the caller looked
+    weights = recipe.pipeline if recipe.part is None else str(Path(recipe.pipeline) / recipe.part)
+    return recipe.model_copy(update={"model": registry.of_pipelines()[0], "weights": weights})
+
+
+def captioned(recipe: Recipe, adapter: Adapter) -> Generator[Progress, None, tuple[Adapter, nn.Module, Records]]:
+    """The adapter of the denoiser, which knows what its inputs look like, the denoiser, and the data of `recipe`."""
+    assert recipe.pipeline is not None and recipe.data is not None  # the caller looked
+    settings = recipe.evaluate
+    if settings.samples or settings.metric is not None:
+        raise UsageError(
+            "evaluate: pictures of a pipeline are the pipeline's to draw",
+            "Leave samples and metric out, and draw with the pipeline that the run writes; or judge by --prompts.",
+        )
+    pictures = read_captioned(Path(recipe.data))  # what is wrong with them is said before anything is opened
+    yield Progress("open", 0, 1, recipe.pipeline)
+    opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
+    data = yield from encoded(opened, adapter, pictures, recipe.record, recipe.loading)
+    del opened  # the encoders are no longer needed
+    model: Any = adapter.load(as_model(recipe).weights)
+    inputs, _ = adapter.noised(data.take(torch.arange(min(2, len(data)))), generator("check"))
+    return adapter.exampled(inputs), bare(model), data
