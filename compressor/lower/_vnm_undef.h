@@ -5,3 +5,4 @@
 #undef R4
 #undef R8
 #undef DOT
+#undef MADD
