@@ -26,6 +26,7 @@
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
 #define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
 #define PLACES 64
+#define RUN 16 /* groups of rows that one call multiplies */
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
 
@@ -61,6 +62,17 @@ typedef struct {
     size_t scratch_bytes;
     int64_t next;
 } job;
+
+/* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
+typedef struct {
+    const uint16_t *index;
+    const lane *weights;
+    int steps, groups, begin; /* begin: with the bias, and not with what `out` holds */
+    float *out;
+    size_t out_stride;
+    const int32_t *order;
+    const float *bias;
+} strip;
 
 #if !defined(__GNUC__) || defined(__clang__)
 #error "these kernels are written with GCC's vector extensions and target pragmas"
@@ -136,9 +148,16 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #include "_vnm_undef.h"
 #pragma GCC pop_options
 
-typedef short shorts __attribute__((vector_size(32)));
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+typedef short shorts __attribute__((vector_size(32), aligned(2), may_alias));
+/* Sums fill the 16 registers but for four: a product takes one, so one of its factors stays in memory, which the compiler
+ * would rather load once for all. */
+INLINE shorts product_at(shorts a, const shorts *p) {
+    shorts product;
+    __asm__("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(a), "m"(*p));
+    return product;
+}
 #define NAME(x) x##_avx2
 #define VW 8
 #define R1 6
@@ -147,6 +166,7 @@ typedef short shorts __attribute__((vector_size(32)));
 #define R8 1
 #define DOT 0
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
+#define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options

@@ -3,6 +3,7 @@
  *   R2 R4 R8 vectors of tokens that a micro-kernel holds for V = 2, 4, 8 rows (R1: also one row)
  *   DOT      1 where _mm512_dpbf16_ps exists
  *   MADD     (sum, a, b): sum + a0 b0 + a1 b1 of lanes of two 16-bit numbers; plain C where it is not defined
+ *   MADD_AT  the same with the address of b, where sums alone may fill the registers
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
@@ -109,48 +110,57 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
     return (vf)((vi)(x / (1.0f + NAME(exp)(-u))) & ~(x < -30.0f));
 }
 
-/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors. `gaps` says where the vectors lie
- * in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is whole numbers. */
-INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, const uint16_t *index,
-                        const float *w, int steps, float *const *out, const float *bias, int begin) {
-    vf acc[8][12];
-    UNROLL for (int v = 0; v < V; v++) {
-        UNROLL for (int r = 0; r < R; r++)
-            acc[v][r] = begin ? NAME(all)(bias && dot != CODES ? bias[v] : 0.0f) : NAME(load)(out[v] + r * VW);
-    }
-    for (int s = 0; s < steps; s++) {
-        const float *row = panel + index[s] * stride;
-        vf x[12];
-        UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
+ * where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is
+ * whole numbers. */
+INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, const strip *p) {
+    const uint16_t *index = p->index;
+    const lane *weights = p->weights;
+    for (int g = 0; g < p->groups; g++) {
+        float *out[V];
+        vf acc[8][12];
         UNROLL for (int v = 0; v < V; v++) {
-            vf b = (vf)(((const lane *)w)[s * V + v] | (vu){0});
-            UNROLL for (int r = 0; r < R; r++) {
-                if (dot == CODES)
-                    acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
-                else
-#if DOT
-                if (dot == HALVES)
-                    acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
-                else
+            out[v] = p->out + (p->order ? p->order[g * V + v] : g * V + v) * p->out_stride;
+            UNROLL for (int r = 0; r < R; r++)
+                acc[v][r] = p->begin ? NAME(all)(p->bias ? p->bias[g * V + v] : 0.0f) : NAME(load)(out[v] + r * VW);
+        }
+        for (int s = 0; s < p->steps; s++, weights += V) {
+            const float *row = panel + *index++ * stride;
+            vf x[12];
+            UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+            UNROLL for (int v = 0; v < V; v++) {
+                vf b = (vf)(weights[v] | (vu){0});
+                UNROLL for (int r = 0; r < R; r++) {
+#ifdef MADD_AT
+                    if (dot == CODES && r == 0 && V * R == 12)
+                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row);
+                    else
 #endif
-                    acc[v][r] += b * x[r];
+                    if (dot == CODES)
+                        acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
+                    else
+#if DOT
+                    if (dot == HALVES)
+                        acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
+                    else
+#endif
+                        acc[v][r] += b * x[r];
+                }
             }
         }
-    }
-    UNROLL for (int v = 0; v < V; v++) {
-        UNROLL for (int r = 0; r < R; r++) NAME(store)(out[v] + r * VW, acc[v][r]);
+        UNROLL for (int v = 0; v < V; v++) {
+            UNROLL for (int r = 0; r < R; r++) NAME(store)(out[v] + r * VW, acc[v][r]);
+        }
     }
 }
 
-typedef void (*NAME(kernel))(const float *, size_t, const int *, const uint16_t *, const float *, int, float *const *,
-                             const float *, int);
+typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 
 /* One function per V, R, arithmetic and layout, so that all of these are constants in the loops above. */
 #define MICRO(V, R, DOTS, GAPS, TAG)                                                                                    \
-    static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const uint16_t *index,   \
-                                           const float *w, int steps, float *const *out, const float *bias, int begin) {\
+    static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const strip *p) {         \
         (void)gaps;                                                                                                        \
-        NAME(micro)(V, R, DOTS, panel, stride, GAPS, index, w, steps, out, bias, begin);                                \
+        NAME(micro)(V, R, DOTS, panel, stride, GAPS, p);                                                                \
     }
 #if DOT
 #define MICROS(V, R)                                                                                                    \
@@ -198,20 +208,20 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
         for (int tap = 0; tap < m->taps; tap++) {
             size_t first = (before + (size_t)tap * steps) * groups;
             const float *rows = panel + tap_at[tap] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
-            for (int g = g0; g < g1; g++) {
-                const uint16_t *index = m->index + first + (size_t)g * steps;
-                const float *w = (const float *)m->values + (first + (size_t)g * steps) * m->v;
-                const float *bias = m->bias ? m->bias + g * m->v : NULL;
+            for (int g = g0; g < g1; g += RUN) {
+                strip p = {.index = m->index + first + (size_t)g * steps,
+                          .weights = (const lane *)m->values + (first + (size_t)g * steps) * m->v,
+                          .steps = steps,
+                          .groups = g1 - g < RUN ? g1 - g : RUN,
+                          .order = m->order ? m->order + g * m->v : NULL,
+                          .out_stride = out_stride,
+                          .bias = m->bias && m->lanes != CODES ? m->bias + g * m->v : NULL,
+                          .begin = b == (m->lanes == CODES ? b0 : 0) && tap == 0};
                 for (int pass = 0; pass < passes; pass++) {
                     int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
-                    float *to[8];
-                    for (int v = 0; v < m->v; v++) {
-                        int at = m->order ? m->order[g * m->v + v] : (g - g0) * m->v + v;
-                        to[v] = out + at * out_stride + r0 * VW;
-                    }
-                    NAME(kernels)[v_log][r1 - r0 - 1][m->lanes][gaps != NULL](
-                        rows + (gaps ? 0 : r0 * VW), stride, gaps ? gaps + r0 : NULL, index, w, steps, to, bias,
-                        b == (m->lanes == CODES ? b0 : 0) && tap == 0);
+                    p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
+                    NAME(kernels)[v_log][r1 - r0 - 1][m->lanes][gaps != NULL](rows + (gaps ? 0 : r0 * VW), stride,
+                                                                              gaps ? gaps + r0 : NULL, &p);
                 }
             }
         }

@@ -6,3 +6,4 @@
 #undef R8
 #undef DOT
 #undef MADD
+#undef MADD_AT
