@@ -113,18 +113,21 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
 /* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
  * where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is
  * whole numbers. */
-INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, const strip *p) {
-    const uint16_t *index = p->index;
-    const lane *weights = p->weights;
-    for (int g = 0; g < p->groups; g++) {
-        float *out[V];
+INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, strip p) {
+    const uint16_t *index = p.index;
+    const lane *weights = p.weights;
+    for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
+        float *out[8];
         vf acc[8][12];
-        UNROLL for (int v = 0; v < V; v++) {
-            out[v] = p->out + (p->order ? p->order[g * V + v] : g * V + v) * p->out_stride;
-            UNROLL for (int r = 0; r < R; r++)
-                acc[v][r] = p->begin ? NAME(all)(p->bias ? p->bias[g * V + v] : 0.0f) : NAME(load)(out[v] + r * VW);
-        }
-        for (int s = 0; s < p->steps; s++, weights += V) {
+        UNROLL for (int v = 0; v < V; v++) out[v] = p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride;
+        if (p.begin && dot == CODES)
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = (vf){0};
+        else if (p.begin)
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
+                acc[v][r] = NAME(all)(p.bias ? p.bias[g * V + v] : 0.0f);
+        else
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = NAME(load)(out[v] + r * VW);
+        for (int s = 0; s < p.steps; s++, weights += V) {
             const float *row = panel + *index++ * stride;
             vf x[12];
             UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
@@ -160,7 +163,7 @@ typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 #define MICRO(V, R, DOTS, GAPS, TAG)                                                                                    \
     static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const strip *p) {         \
         (void)gaps;                                                                                                        \
-        NAME(micro)(V, R, DOTS, panel, stride, GAPS, p);                                                                \
+        NAME(micro)(V, R, DOTS, panel, stride, GAPS, *p);                                                               \
     }
 #if DOT
 #define MICROS(V, R)                                                                                                    \

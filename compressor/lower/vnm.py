@@ -70,7 +70,9 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes) -> tuple[int, int, int
     many channels to a block, and how many vectors of tokens to a tile. Found by measuring."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
-    if not wide:
+    if not wide and lanes == Lanes.CODES:
+        channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
+    elif not wide:
         channels, vectors = {1: (128, 9), 2: (128, 9), 4: (256, 6)}[most]
     elif lanes != Lanes.FLOATS:
         channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
