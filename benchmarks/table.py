@@ -89,6 +89,33 @@ def onnx(result: dict[str, Any]) -> str:
     )
 
 
+def int8(result: dict[str, Any]) -> str:
+    """Layers with weights of 8 bits against float32 and ONNX Runtime."""
+    names = list(result["rows"][0]["median_ms"])
+    lines = [
+        "| layer | pattern | " + ", ms | ".join(names) + ", ms | over float32 sparse | over best dense float32 | over ONNX Runtime int8 |",
+        "|---|---|" + "---:|" * (len(names) + 3),
+    ]
+    for row in result["rows"]:
+        cells = [f"{row['median_ms'][name]:.2f}" + _error(row["error"][name]) for name in names]
+        ratios = [f"{ratio:.2f}x" for ratio in row["int8 sparse over"].values()]
+        lines.append(f"| {row['layer']} | {row['pattern']} | " + " | ".join([*cells, *ratios]) + " |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['rows'][0]['tokens']} tokens, one thread, at `{result['level']}`; in turns, medians of {result['rounds']} rounds, seed "
+            f"{result['seed']}; {result['hardware'].rpartition(',')[0]}, shared with other work; torch {result['versions']['torch']}, ONNX "
+            f"Runtime {result['versions']['onnxruntime']}. In brackets the relative error, where it is more than float32's rounding. "
+            "From `benchmarks/cpu/int8.py`.",
+        ]
+    )
+
+
+def _error(error: float) -> str:
+    return f" ({error:.1%})" if error > 1e-5 else ""
+
+
 def clustering(result: dict[str, Any], compared: dict[str, Any]) -> str:
     """What clustered rows keep, and what is left of the difference after fine-tuning."""
     lines = [
@@ -323,6 +350,7 @@ TABLES = (
     ("README.md", "methods", "comparison_methods-uvit.json", comparison),
     ("README.md", "lowering", "lowering_cpu.json", short_lowering),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
+    ("docs/lowering.md", "int8", "int8_cpu.json", int8),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),

@@ -4,8 +4,9 @@ be emulated.
     python tests/levels.py [pytest's options]
 
 A machine's own levels are chosen by COMPRESSOR_CPU_LEVEL; the lowest also keeps PyTorch and oneDNN to what every x86-64 has.
-The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the two
-instructions for bfloat16 written out: their arithmetic, tails and layouts are tested, but not the instructions themselves.
+The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the
+instructions for pairs, of bfloat16 and of whole numbers, written out: their arithmetic, tails and layouts are tested, but not
+the instructions themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = ["tests/test_kernels.py"]
+KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py"]
 TOUCHED = [
     *KERNELS,
     *(f"tests/test_{name}.py" for name in ("lower", "lower_doubt", "gathered", "export", "speed", "planning")),
@@ -42,6 +43,14 @@ static inline f512 emulated_dpbf16_ps(f512 sum, u512 a, u512 b) { /* the odd lan
     sum += (f512)(a & 0xffff0000u) * (f512)(b & 0xffff0000u);
     return sum + (f512)(a << 16) * (f512)(b << 16);
 }
+typedef int i512 __attribute__((vector_size(64)));
+static inline i512 emulated_madd_epi16(i512 a, i512 b) {
+    return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+static inline i512 emulated_dpwssd_epi32(i512 sum, i512 a, i512 b) { return sum + emulated_madd_epi16(a, b); }
+#define _mm512_madd_epi16 emulated_madd_epi16
+#define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
+#define __m512i i512
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
@@ -56,6 +65,7 @@ def emulated(folder: Path) -> Path:
     code = (SOURCES / "_vnm.c").read_text(encoding="utf-8")
     code = re.sub(r'target\("avx512[^"]*"\)', 'target("avx2,fma")', code)
     code = re.sub(r'__builtin_cpu_supports\("avx512\w*"\)', "1", code)
+    code = code.replace('"+x"', '"+m"')  # vectors of 64 bytes have no register
     code = code.replace("#define INLINE", BFLOAT16 + "#define INLINE", 1)
     (folder / "_vnm.c").write_text(code, encoding="utf-8")
     made = folder / "_vnm.abi3.so"

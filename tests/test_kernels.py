@@ -290,7 +290,7 @@ def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> Non
     values, index = w.values[change.get("values", slice(None))], w.index[change.get("index", slice(None))]
     with pytest.raises((CompressorError, ValueError)):
         torch.ops.compressor.vnm_linear(
-            normal(3, 8), values, index, w.bias, w.order, numbers, change.get("tile", w.tile)
+            normal(3, 8), values, index, w.bias, w.order, w.scale, numbers, change.get("tile", w.tile)
         )
 
 
@@ -345,11 +345,10 @@ def test_operators_work_under_compile_and_export() -> None:
         assert torch.allclose(exported.module()(normal(9, 16)), model(normal(9, 16)))
     for module in (model[0], VNMConv(KernelWeight(sparse((8, 4, 3, 3), pattern), None, pattern, block=8), 3)):
         w: Any = module.weight
-        arguments = (w.values, w.index, w.bias, w.order, w.numbers)
         if isinstance(module, VNMLinear):
-            torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *arguments, 6))
+            torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *w.arguments, 6))
         else:
-            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *arguments, 3, 6))
+            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *w.arguments, 3, 6))
 
 
 def test_only_one_openmp_runtime_is_loaded() -> None:

@@ -1,4 +1,5 @@
-/* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16.
+/* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16; the first two also with
+ * weights of 8 bits.
  *
  * A Python module without Python objects in its hot path: addresses and sizes in, nothing out. compressor/lower/vnm.py packs
  * the weights, checks the arguments and makes operators of these functions; nothing else should call them.
@@ -9,6 +10,8 @@
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <float.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,8 +26,11 @@
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
 #define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
 #define PLACES 64
+#define RUN 16 /* groups of rows that one call multiplies */
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
+
+enum { FLOATS, HALVES, CODES }; /* what a lane of values and panels holds: one fp32, two bf16, two whole numbers of 16 bits */
 
 typedef struct {
     int rows, inner, v, taps;
@@ -32,10 +38,12 @@ typedef struct {
     int group;  /* channels of one group */
     int kept;   /* steps per group */
     int planes; /* panel rows per group */
-    int dot;    /* whether values and panel rows are pairs of bf16 */
+    int lanes;  /* FLOATS, HALVES or CODES */
+    int largest; /* CODES: the largest code of an input; with this one no sum of products leaves 32 bits */
     const void *values;
     const uint16_t *index;
     const float *bias;
+    const float *scale; /* CODES: what a code of each row stands for. It and bias are in the order of the result */
     const int32_t *order; /* where each row of the product goes; NULL: where it is */
 } matrix;
 
@@ -54,6 +62,17 @@ typedef struct {
     size_t scratch_bytes;
     int64_t next;
 } job;
+
+/* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
+typedef struct {
+    const uint16_t *index;
+    const lane *weights;
+    int steps, groups, begin; /* begin: with the bias, and not with what `out` holds */
+    float *out;
+    size_t out_stride;
+    const int32_t *order;
+    const float *bias;
+} strip;
 
 #if !defined(__GNUC__) || defined(__clang__)
 #error "these kernels are written with GCC's vector extensions and target pragmas"
@@ -82,9 +101,27 @@ static float *scratch_of_this_thread(size_t bytes) {
     return buffer;
 }
 
+/* Keeps a product from being fused with a sum: every level shall round alike. */
+#if defined(__x86_64__)
+#define ROUNDED(x) __asm__("" : "+x"(x))
+#else
+#define ROUNDED(x) __asm__("" : "+m"(x))
+#endif
+
+/* The scales of `count` tokens in place of their largest magnitudes, and the inverse: code = x * inverse, to nearest even. */
+static void scales_of(float *scale, float *inverse, int count, int codes) {
+    for (int t = 0; t < count; t++) {
+        float most = scale[t];
+        int finite = most <= FLT_MAX; /* false for NaN: then the whole token is NaN */
+        most = most < 1e-30f ? 1e-30f : most;
+        scale[t] = finite ? most / (float)codes : NAN;
+        inverse[t] = finite ? (float)codes / most : 0.0f;
+    }
+}
+
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,avx2,prefer-vector-width=512")
 #define NAME(x) x##_avx512_bf16
 #define VW 16
 #define R1 12
@@ -92,6 +129,7 @@ static float *scratch_of_this_thread(size_t bytes) {
 #define R4 6
 #define R8 3
 #define DOT 1
+#define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -105,12 +143,21 @@ static float *scratch_of_this_thread(size_t bytes) {
 #define R4 6
 #define R8 3
 #define DOT 0
+#define MADD(sum, a, b) ((sum) + (vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+typedef short shorts __attribute__((vector_size(32), aligned(2), may_alias));
+/* Sums fill the 16 registers but for four: a product takes one, so one of its factors stays in memory, which the compiler
+ * would rather load once for all. */
+INLINE shorts product_at(shorts a, const shorts *p) {
+    shorts product;
+    __asm__("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(a), "m"(*p));
+    return product;
+}
 #define NAME(x) x##_avx2
 #define VW 8
 #define R1 6
@@ -118,6 +165,8 @@ static float *scratch_of_this_thread(size_t bytes) {
 #define R4 3
 #define R8 1
 #define DOT 0
+#define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
+#define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -156,7 +205,7 @@ static int runs_here(const char *name) {
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (strcmp(name, "avx512_bf16") == 0)
-        return avx512 && __builtin_cpu_supports("avx512bf16");
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (strcmp(name, "avx512") == 0)
         return avx512;
     if (strcmp(name, "avx2") == 0)
@@ -188,9 +237,11 @@ static const char *wrong(const matrix *m, const level *how) {
     if (m->group < 1 || m->kept < 1 || m->kept > m->group || m->planes < 1 || m->inner % m->group ||
         m->block < 1 || m->block % m->group)
         return "groups or blocks of these sizes have no kernel";
-    if (m->dot && (m->group != 4 || m->kept != 1 || m->planes != 6))
-        return "bf16 products take groups of four";
-    return m->dot && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
+    if (m->lanes < FLOATS || m->lanes > CODES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
+        return "products of pairs take groups of four";
+    if (m->lanes == CODES && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))
+        return "weights of whole numbers need their scales";
+    return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
 }
 
 /* --- Python. Every argument is an int: an address, a size or a flag. --- */
@@ -199,7 +250,7 @@ static int64_t number(PyObject *const *arguments, int i) { return PyLong_AsLongL
 
 static void *address(PyObject *const *arguments, int i) { return PyLong_AsVoidPtr(arguments[i]); }
 
-enum { MATRIX = 13 };
+enum { MATRIX = 15 };
 
 static matrix matrix_of(PyObject *const *a, int i) {
     return (matrix){.rows = (int)number(a, i),
@@ -210,11 +261,13 @@ static matrix matrix_of(PyObject *const *a, int i) {
                     .group = (int)number(a, i + 5),
                     .kept = (int)number(a, i + 6),
                     .planes = (int)number(a, i + 7),
-                    .dot = (int)number(a, i + 8),
-                    .values = address(a, i + 9),
-                    .index = address(a, i + 10),
-                    .bias = address(a, i + 11),
-                    .order = address(a, i + 12)};
+                    .lanes = (int)number(a, i + 8),
+                    .largest = (int)number(a, i + 9),
+                    .values = address(a, i + 10),
+                    .index = address(a, i + 11),
+                    .bias = address(a, i + 12),
+                    .order = address(a, i + 13),
+                    .scale = address(a, i + 14)};
 }
 
 /* run(kind, x, y, half, tanh_form, side, height, width, tokens, vectors, threads, matrix..., [matrix...]) */
@@ -245,6 +298,8 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
     if (fault == NULL && count > 11 + MATRIX)
         fault = wrong(&j.second, how);
     if (fault == NULL && (j.kind < 0 || j.kind > 2 || (j.kind == 1) != (count > 11 + MATRIX)))
+        fault = "no such job";
+    if (fault == NULL && ((j.kind == 1 && (j.first.lanes == CODES) != (j.second.lanes == CODES)) || (j.kind == 2 && j.first.lanes)))
         fault = "no such job";
     if (fault == NULL && (j.tokens < 1 || j.vectors < 1 || (j.kind == 2 && j.side * j.side != j.first.taps)))
         fault = "a job of these sizes has no kernel";

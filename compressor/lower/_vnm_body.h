@@ -2,10 +2,12 @@
  *   NAME(x)  the set's name for a function        VW      floats in a vector
  *   R2 R4 R8 vectors of tokens that a micro-kernel holds for V = 2, 4, 8 rows (R1: also one row)
  *   DOT      1 where _mm512_dpbf16_ps exists
+ *   MADD     (sum, a, b): sum + a0 b0 + a1 b1 of lanes of two 16-bit numbers; plain C where it is not defined
+ *   MADD_AT  the same with the address of b, where sums alone may fill the registers
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
- * holds pairs: six rows per group of four channels, one for each pair that 2:4 may keep.
+ * holds pairs, of bf16 or of whole numbers: six rows per group of four channels, one for each pair that 2:4 may keep.
  */
 
 typedef float NAME(vf) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
@@ -31,6 +33,26 @@ INLINE vu NAME(round16)(vf x) {
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vi is_nan = x != x;
     return ((vu)is_nan & 0x7fc0) | (~(vu)is_nan & rounded);
+}
+
+#ifndef MADD
+INLINE vi NAME(madd)(vi sum, vi a, vi b) {
+    vi low_a = (vi)((vu)a << 16) >> 16, low_b = (vi)((vu)b << 16) >> 16;
+    return sum + low_a * low_b + (a >> 16) * (b >> 16);
+}
+#define MADD(sum, a, b) NAME(madd)(sum, a, b)
+#endif
+
+/* fp32 -> a whole number of 16 bits in the low half of each lane, to nearest even. 1.5 * 2^23 + x has x in its last bits. */
+INLINE vu NAME(code)(vf x, vf inverse) {
+    vf scaled = x * inverse;
+    ROUNDED(scaled);
+    return (vu)(scaled + 12582912.0f) & 0xffff;
+}
+
+INLINE vf NAME(larger)(vf largest, vf x) { /* of magnitudes, as whole numbers: NaN is the largest of all */
+    vi a = (vi)x & INT32_MAX, above = a > (vi)largest;
+    return (vf)((a & above) | ((vi)largest & ~above));
 }
 
 /* VW x VW entries in place: log2(VW) rounds of exchanging blocks. */
@@ -88,52 +110,70 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
     return (vf)((vi)(x / (1.0f + NAME(exp)(-u))) & ~(x < -30.0f));
 }
 
-/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors. `gaps` says where the vectors lie
- * in a panel row; NULL where they follow each other. With `dot`, w and panel hold pairs of bf16. */
-INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, const uint16_t *index,
-                        const float *w, int steps, float *const *out, const float *bias, int begin) {
-    vf acc[8][12];
-    UNROLL for (int v = 0; v < V; v++) {
-        UNROLL for (int r = 0; r < R; r++)
-            acc[v][r] = begin ? NAME(all)(bias ? bias[v] : 0.0f) : NAME(load)(out[v] + r * VW);
-    }
-    for (int s = 0; s < steps; s++) {
-        const float *row = panel + index[s] * stride;
-        vf x[12];
-        UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
-        UNROLL for (int v = 0; v < V; v++) {
-            vf b = (vf)(((const lane *)w)[s * V + v] | (vu){0});
-            UNROLL for (int r = 0; r < R; r++) {
-#if DOT
-                if (dot)
-                    acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
-                else
+/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
+ * where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is
+ * whole numbers. */
+INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, strip p) {
+    const uint16_t *index = p.index;
+    const lane *weights = p.weights;
+    for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
+        float *out[8];
+        vf acc[8][12];
+        UNROLL for (int v = 0; v < V; v++) out[v] = p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride;
+        if (p.begin && dot == CODES)
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = (vf){0};
+        else if (p.begin)
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
+                acc[v][r] = NAME(all)(p.bias ? p.bias[g * V + v] : 0.0f);
+        else
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = NAME(load)(out[v] + r * VW);
+        for (int s = 0; s < p.steps; s++, weights += V) {
+            const float *row = panel + *index++ * stride;
+            vf x[12];
+            UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+            UNROLL for (int v = 0; v < V; v++) {
+                vf b = (vf)(weights[v] | (vu){0});
+                UNROLL for (int r = 0; r < R; r++) {
+#ifdef MADD_AT
+                    if (dot == CODES && r == 0 && V * R == 12)
+                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row);
+                    else
 #endif
-                    acc[v][r] += b * x[r];
+                    if (dot == CODES)
+                        acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
+                    else
+#if DOT
+                    if (dot == HALVES)
+                        acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
+                    else
+#endif
+                        acc[v][r] += b * x[r];
+                }
             }
         }
-    }
-    UNROLL for (int v = 0; v < V; v++) {
-        UNROLL for (int r = 0; r < R; r++) NAME(store)(out[v] + r * VW, acc[v][r]);
+        UNROLL for (int v = 0; v < V; v++) {
+            UNROLL for (int r = 0; r < R; r++) NAME(store)(out[v] + r * VW, acc[v][r]);
+        }
     }
 }
 
-typedef void (*NAME(kernel))(const float *, size_t, const int *, const uint16_t *, const float *, int, float *const *,
-                             const float *, int);
+typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 
 /* One function per V, R, arithmetic and layout, so that all of these are constants in the loops above. */
 #define MICRO(V, R, DOTS, GAPS, TAG)                                                                                    \
-    static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const uint16_t *index,   \
-                                           const float *w, int steps, float *const *out, const float *bias, int begin) {\
+    static void NAME(micro_##V##_##R##TAG)(const float *panel, size_t stride, const int *gaps, const strip *p) {         \
         (void)gaps;                                                                                                        \
-        NAME(micro)(V, R, DOTS, panel, stride, GAPS, index, w, steps, out, bias, begin);                                \
+        NAME(micro)(V, R, DOTS, panel, stride, GAPS, *p);                                                               \
     }
 #if DOT
-#define MICROS(V, R) MICRO(V, R, 0, NULL, _) MICRO(V, R, 0, gaps, _gaps) MICRO(V, R, 1, NULL, _dot) MICRO(V, R, 1, gaps, _dot_gaps)
-#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NAME(micro_##V##_##R##_dot), NAME(micro_##V##_##R##_dot_gaps)}},
+#define MICROS(V, R)                                                                                                    \
+    MICRO(V, R, FLOATS, NULL, _)                                                                                        \
+    MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, HALVES, NULL, _dot) MICRO(V, R, CODES, NULL, _codes)
+#define ENTRY(V, R)                                                                                                     \
+    {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NAME(micro_##V##_##R##_dot), NULL}, {NAME(micro_##V##_##R##_codes), NULL}},
 #else
-#define MICROS(V, R) MICRO(V, R, 0, NULL, _) MICRO(V, R, 0, gaps, _gaps)
-#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NULL, NULL}},
+#define MICROS(V, R) MICRO(V, R, FLOATS, NULL, _) MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, CODES, NULL, _codes)
+#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NULL, NULL}, {NAME(micro_##V##_##R##_codes), NULL}},
 #endif
 #define UPTO1(M, V) M(V, 1)
 #define UPTO2(M, V) UPTO1(M, V) M(V, 2)
@@ -150,13 +190,14 @@ UPTO(R2)(MICROS, 2)
 UPTO(R4)(MICROS, 4)
 UPTO(R8)(MICROS, 8)
 /* [V as 0..3][R - 1][dot][gaps] */
-static const NAME(kernel) NAME(kernels)[4][12][2][2] = {
+static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
     {UPTO(R1)(ENTRY, 1)}, {UPTO(R2)(ENTRY, 2)}, {UPTO(R4)(ENTRY, 4)}, {UPTO(R8)(ENTRY, 8)}};
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at every tap.
  * `panel` starts at block b0; `tap_at[tap]` is where a tap's rows start; a row of `out` is `out_stride` floats, and the row
- * of group g0 the first, unless the matrix has an order of its own. */
+ * of group g0 the first, unless the matrix has an order of its own. With CODES these rows are whole numbers, see `sum_of`,
+ * and start at block b0; else what `out` holds of the blocks before b0 is added to. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, const int *gaps, float *out, size_t out_stride, int vectors) {
     int v_log = m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3;
@@ -170,20 +211,20 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
         for (int tap = 0; tap < m->taps; tap++) {
             size_t first = (before + (size_t)tap * steps) * groups;
             const float *rows = panel + tap_at[tap] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
-            for (int g = g0; g < g1; g++) {
-                const uint16_t *index = m->index + first + (size_t)g * steps;
-                const float *w = (const float *)m->values + (first + (size_t)g * steps) * m->v;
-                const float *bias = m->bias ? m->bias + g * m->v : NULL;
+            for (int g = g0; g < g1; g += RUN) {
+                strip p = {.index = m->index + first + (size_t)g * steps,
+                          .weights = (const lane *)m->values + (first + (size_t)g * steps) * m->v,
+                          .steps = steps,
+                          .groups = g1 - g < RUN ? g1 - g : RUN,
+                          .order = m->order ? m->order + g * m->v : NULL,
+                          .out_stride = out_stride,
+                          .bias = m->bias && m->lanes != CODES ? m->bias + g * m->v : NULL,
+                          .begin = b == (m->lanes == CODES ? b0 : 0) && tap == 0};
                 for (int pass = 0; pass < passes; pass++) {
                     int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
-                    float *to[8];
-                    for (int v = 0; v < m->v; v++) {
-                        int at = m->order ? m->order[g * m->v + v] : (g - g0) * m->v + v;
-                        to[v] = out + at * out_stride + r0 * VW;
-                    }
-                    NAME(kernels)[v_log][r1 - r0 - 1][m->dot][gaps != NULL](
-                        rows + (gaps ? 0 : r0 * VW), stride, gaps ? gaps + r0 : NULL, index, w, steps, to, bias,
-                        b == 0 && tap == 0);
+                    p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
+                    NAME(kernels)[v_log][r1 - r0 - 1][m->lanes][gaps != NULL](rows + (gaps ? 0 : r0 * VW), stride,
+                                                                              gaps ? gaps + r0 : NULL, &p);
                 }
             }
         }
@@ -212,9 +253,54 @@ INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
     return (vu)NAME(load)((const float *)whole);
 }
 
+/* VW entries of a row of fp32 or (`half`) bf16 of which `left` are left, as fp32, zeros after its end. */
+INLINE vu NAME(entries)(const char *p, int half, int left) {
+    if (!half)
+        return NAME(part)(p, (ptrdiff_t)left * 4);
+    if (left >= VW)
+        return NAME(widen)((const uint16_t *)p) << 16;
+    uint16_t whole[VW] = {0};
+    memcpy(whole, p, left * 2);
+    return NAME(widen)(whole) << 16;
+}
+
+/* The scale and the inverse scale of each token of a tile; zero for the tokens that fill the last vector. */
+static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *scale, float *inverse,
+                                   size_t stride) {
+    int bytes = j->half ? 2 : 4;
+    for (int t = 0; t < count; t++) {
+        const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
+        vf most = {0};
+        for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
+        int32_t largest = 0;
+        for (int i = 0; i < VW; i++) largest = ((vi)most)[i] > largest ? ((vi)most)[i] : largest;
+        memcpy(scale + t, &largest, sizeof largest);
+    }
+    scales_of(scale, inverse, count, m->largest);
+    memset(scale + count, 0, (stride - count) * sizeof *scale);
+    memset(inverse + count, 0, (stride - count) * sizeof *inverse);
+}
+
+/* Four channels of VW tokens as codes, in the six rows of pairs of their group. */
+INLINE void NAME(code_pairs)(const vf x[4], vf inverse, float *plane, size_t stride) {
+    vu c[4];
+    UNROLL for (int i = 0; i < 4; i++) c[i] = NAME(code)(x[i], inverse);
+    NAME(pairs)(c[0] | (c[1] << 16), c[2] | (c[3] << 16), plane, stride);
+}
+
+/* What row n of a product of codes stands for, of VW tokens: (sum * scale of the row) * scale of the token, + bias. */
+INLINE vf NAME(sum_of)(const matrix *m, int n, const float *sums, const float *scale, const float *bias) {
+    vf x = __builtin_convertvector(*(const vi *)sums, vf) * NAME(all)(m->scale[n]) * NAME(load)(scale);
+    ROUNDED(x);
+    if (bias)
+        x = x + NAME(all)(bias[n]);
+    return x;
+}
+
 /* Tokens [t0, t0 + count) of x (tokens, inner) into the panel, zeros for the tokens that fill the last vector. */
-static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride) {
-    int bytes = j->half ? 2 : 4, lanes = m->dot ? 2 * VW : VW; /* channels per transposed block */
+static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride,
+                                const float *inverse) {
+    int bytes = j->half ? 2 : 4, lanes = m->lanes == HALVES ? 2 * VW : VW; /* channels per transposed block */
     const char *x = j->x;
     for (int t = 0; t < count; t += VW) {
         for (int k = 0; k < m->inner; k += lanes) {
@@ -225,19 +311,15 @@ static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int c
                     continue;
                 }
                 const char *p = x + ((t0 + t + i) * m->inner + k) * bytes;
-                if (j->half && !m->dot) {
-                    if (k + VW <= m->inner)
-                        r[i] = NAME(widen)((const uint16_t *)p) << 16;
-                    else {
-                        uint16_t whole[VW] = {0};
-                        memcpy(whole, p, (m->inner - k) * 2);
-                        r[i] = NAME(widen)(whole) << 16;
-                    }
-                } else
-                    r[i] = NAME(part)(p, (ptrdiff_t)(m->inner - k) * bytes);
+                r[i] = m->lanes == HALVES ? NAME(part)(p, (ptrdiff_t)(m->inner - k) * bytes)
+                                        : NAME(entries)(p, j->half, m->inner - k);
             }
             NAME(transpose)(r);
-            if (m->dot) {
+            if (m->lanes == CODES) {
+                for (int i = 0; i < VW && k + i < m->inner; i += 4)
+                    NAME(code_pairs)((const vf *)(r + i), NAME(load)(inverse + t), panel + (size_t)((k + i) / 4 * 6) * stride + t,
+                                     stride);
+            } else if (m->lanes == HALVES) {
                 for (int i = 0; i < VW && k + 2 * i < m->inner; i += 2)
                     NAME(pairs)(r[i], r[i + 1], panel + (size_t)((k + 2 * i) / 4 * 6) * stride + t, stride);
             } else {
@@ -247,9 +329,14 @@ static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int c
     }
 }
 
-/* Rows [n0, n0 + rows) of the output, feature-major in `out`, into y (tokens, columns). */
-static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, int n0, int rows, int columns, int64_t t0,
-                                 int count) {
+/* Row n of the output, VW tokens of it: as it is in `out`, or (`m`) of the sums there. */
+INLINE vu NAME(output)(const matrix *m, const float *out, int n, const float *scale) {
+    return (vu)(m ? NAME(sum_of)(m, n, out, scale, m->bias) : NAME(load)(out));
+}
+
+/* Rows [n0, n0 + rows) of the output, feature-major in `out`, into y (tokens, columns). With `m` they are its sums of codes. */
+INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, const float *out, size_t stride, int n0, int rows,
+                          int columns, int64_t t0, int count) {
     int lanes = j->half ? 2 * VW : VW, bytes = j->half ? 2 : 4;
     char *y = j->y;
     for (int n = 0; n < rows; n += lanes) {
@@ -257,12 +344,13 @@ static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, 
         for (int t = 0; t < count; t += VW) {
             vu r[VW];
             UNROLL for (int i = 0; i < VW; i++) {
+                int first = j->half ? n + 2 * i : n + i, next = first + 1;
+                const float *at = out + first * stride + t;
+                r[i] = first < rows ? NAME(output)(m, at, n0 + first, scale + t) : (vu){0};
                 if (j->half) {
-                    vu low = n + 2 * i < rows ? NAME(round16)(NAME(load)(out + (n + 2 * i) * stride + t)) : (vu){0};
-                    vu high = n + 2 * i + 1 < rows ? NAME(round16)(NAME(load)(out + (n + 2 * i + 1) * stride + t)) : (vu){0};
-                    r[i] = low | (high << 16);
-                } else
-                    r[i] = n + i < rows ? (vu)NAME(load)(out + (n + i) * stride + t) : (vu){0};
+                    vu high = next < rows ? NAME(output)(m, at + stride, n0 + next, scale + t) : (vu){0};
+                    r[i] = NAME(round16)((vf)r[i]) | (NAME(round16)((vf)high) << 16);
+                }
             }
             NAME(transpose)(r);
             int valid = count - t < VW ? count - t : VW;
@@ -279,6 +367,16 @@ static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, 
     }
 }
 
+static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, int n0, int rows, int columns, int64_t t0,
+                                 int count) {
+    NAME(scatter)(j, NULL, NULL, out, stride, n0, rows, columns, t0, count);
+}
+
+static void NAME(scatter_sums)(const job *j, const matrix *m, const float *scale, const float *sums, size_t stride, int n0,
+                               int rows, int64_t t0, int count) {
+    NAME(scatter)(j, m, scale, sums, stride, n0, rows, m->rows, t0, count);
+}
+
 /* A tile of tokens through one matrix. */
 static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *m = &j->first;
@@ -288,11 +386,53 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     float *panel = scratch, *out = panel + (size_t)(m->inner / m->group * m->planes) * stride;
     int blocks = (m->inner + m->block - 1) / m->block;
     int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
-    NAME(gather_tokens)(j, m, t0, count, panel, stride);
+    float *scale = out + (size_t)chunk * stride, *inverse = scale + stride;
+    if (m->lanes == CODES)
+        NAME(scales_of_tokens)(j, m, t0, count, scale, inverse, stride);
+    NAME(gather_tokens)(j, m, t0, count, panel, stride, inverse);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
         NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, NULL, out, stride, vectors);
-        NAME(scatter_tokens)(j, out, stride, n, rows, m->rows, t0, count);
+        if (m->lanes == CODES)
+            NAME(scatter_sums)(j, m, scale, out, stride, n, rows, t0, count);
+        else
+            NAME(scatter_tokens)(j, out, stride, n, rows, m->rows, t0, count);
+    }
+}
+
+/* GELU of `rows` hidden channels, which are sums of codes of `a`, in place; then as codes, in the rows of pairs of `pairs`. Tokens
+ * have a scale for these channels alone, so that no other has to exist. */
+static void NAME(hidden_codes)(const job *j, int n, int rows, const float *scale, float *hidden, float *pairs,
+                               float *hidden_scale, float *inverse, size_t stride) {
+    memset(hidden_scale, 0, stride * sizeof *hidden_scale);
+    for (int i = 0; i < rows; i++) {
+        for (size_t t = 0; t < stride; t += VW) {
+            float *at = hidden + i * stride + t;
+            vf h = NAME(gelu)(NAME(sum_of)(&j->first, n + i, at, scale + t, j->first.bias), j->tanh_form);
+            NAME(store)(at, h);
+            NAME(store)(hidden_scale + t, NAME(larger)(NAME(load)(hidden_scale + t), h));
+        }
+    }
+    scales_of(hidden_scale, inverse, (int)stride, j->second.largest);
+    for (int i = 0; i < rows; i += 4) {
+        for (size_t t = 0; t < stride; t += VW) {
+            vf h[4];
+            UNROLL for (int k = 0; k < 4; k++) h[k] = NAME(load)(hidden + (i + k) * stride + t);
+            NAME(code_pairs)(h, NAME(load)(inverse + t), pairs + (size_t)(i / 4 * 6) * stride + t, stride);
+        }
+    }
+}
+
+/* out (+)= what the sums of codes of a chunk of hidden channels stand for. */
+static void NAME(add_sums)(const matrix *m, const float *sums, const float *scale, float *out, size_t stride, int begin) {
+    for (int n = 0; n < m->rows; n++) {
+        for (size_t t = 0; t < stride; t += VW) {
+            size_t at = n * stride + t;
+            vf x = NAME(sum_of)(m, n, sums + at, scale + t, begin ? m->bias : NULL);
+            if (!begin)
+                x = NAME(load)(out + at) + x;
+            NAME(store)(out + at, x);
+        }
     }
 }
 
@@ -306,13 +446,19 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     float *hidden = panel + (size_t)(a->inner / a->group * a->planes) * stride;
     int chunk = hidden_chunk(b);
     float *pairs = hidden + (size_t)chunk * stride;
-    float *out = pairs + (b->dot ? (size_t)(chunk / 4 * 6) * stride : 0);
-    int blocks = (a->inner + a->block - 1) / a->block;
-    NAME(gather_tokens)(j, a, t0, count, panel, stride);
+    float *out = pairs + (b->lanes ? (size_t)(chunk / 4 * 6) * stride : 0);
+    float *sums = out + (size_t)b->rows * stride; /* from here on for codes alone */
+    float *scale = sums + (size_t)b->rows * stride, *hidden_scale = scale + stride, *inverse = hidden_scale + stride;
+    int blocks = (a->inner + a->block - 1) / a->block, codes = b->lanes == CODES;
+    if (codes)
+        NAME(scales_of_tokens)(j, a, t0, count, scale, inverse, stride);
+    NAME(gather_tokens)(j, a, t0, count, panel, stride, inverse);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
         NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, NULL, hidden, stride, vectors);
-        if (b->dot) {
+        if (codes)
+            NAME(hidden_codes)(j, n, rows, scale, hidden, pairs, hidden_scale, inverse, stride);
+        else if (b->lanes) {
             for (int k = 0; k < rows; k += 4) {
                 for (int t = 0; t < (int)stride; t += VW) {
                     vu h[4];
@@ -325,8 +471,10 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
             for (size_t i = 0; i < rows * stride; i += VW)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
-        NAME(multiply)(b, 0, b->rows / b->v, n / b->block, (n + rows + b->block - 1) / b->block, b->dot ? pairs : hidden,
-                       stride, here, NULL, out, stride, vectors);
+        NAME(multiply)(b, 0, b->rows / b->v, n / b->block, (n + rows + b->block - 1) / b->block, b->lanes ? pairs : hidden,
+                       stride, here, NULL, codes ? sums : out, stride, vectors);
+        if (codes)
+            NAME(add_sums)(b, sums, hidden_scale, out, stride, n == 0);
     }
     NAME(scatter_tokens)(j, out, stride, 0, b->rows, b->rows, t0, count);
 }
@@ -435,9 +583,9 @@ static size_t NAME(plan)(job *j, int threads) {
     if (j->tiles % threads && vectors >= (j->tiles / threads + 1) * threads)
         j->tiles = (j->tiles / threads + 1) * threads;
     size_t stride = (size_t)((vectors + j->tiles - 1) / j->tiles) * VW;
-    size_t rows = inner + a->rows;
+    size_t rows = inner + a->rows + (a->lanes == CODES ? 2 : 0);
     if (j->kind == 1)
-        rows = inner + hidden_chunk(b) + (b->dot ? hidden_chunk(b) / 4 * 6 : 0) + b->rows;
+        rows = inner + hidden_chunk(b) + (b->lanes ? hidden_chunk(b) / 4 * 6 : 0) + b->rows + (b->lanes == CODES ? b->rows + 3 : 0);
     return rows * stride * 4;
 }
 

@@ -5,3 +5,5 @@
 #undef R4
 #undef R8
 #undef DOT
+#undef MADD
+#undef MADD_AT

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
+from compressor.lower.codes import LARGEST, quantised
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
 from compressor.sparsity.pattern import NM
 
@@ -28,8 +29,6 @@ _PATTERN = NM(2, 4)
 _NEEDS = {8: 400, 9: 600}
 """The first cuSPARSELt for a GPU generation: 0.4.0 is 400. NVIDIA's release notes."""
 _NEEDS_LATER = 700
-_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The largest number of each 8-bit type."""
 _CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple of 16
 
 # --- The operator: one argument list for every version of torch, and opaque to compilers. ---
@@ -186,20 +185,6 @@ class SparseConv1x1(nn.Module):
         return out.movedim(-1, -3)
 
 
-def quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes (rows, in) of `dtype` and scales (rows, 1) in float32, so that codes * scale is nearly `rows` (rows, in).
-
-    Zeros stay zeros. The largest of a row gets the largest code.
-    """
-    largest = _CODES[dtype]
-    values = rows.float()
-    scale = values.abs().amax(1, keepdim=True).clamp_min(1e-12) / largest
-    codes = values / scale
-    if not dtype.is_floating_point:
-        codes = codes.round()
-    return codes.clamp(-largest, largest).to(dtype), scale
-
-
 def rescaled(out: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """out (tokens, out) times the scales `rows` (tokens, 1) and `columns` (out,), plus bias (out,), in `dtype`."""
     scaled = out.float() * rows * columns
@@ -286,7 +271,7 @@ class CuSparseLtQuantised(CuSparseLt):
     _multiple = 32
 
     def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in _CODES:
+        if dtype not in LARGEST:
             raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
         self.dtype = dtype
         self.name = "cusparselt-int8" if dtype == torch.int8 else "cusparselt-fp8"

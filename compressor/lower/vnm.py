@@ -16,7 +16,7 @@ from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.vnm_kernels import kernels, level
 from compressor.lower.vnm_operators import HALF
-from compressor.lower.vnm_weight import KernelWeight
+from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
@@ -33,7 +33,7 @@ class VNMLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
         w = self.weight
-        out: Tensor = torch.ops.compressor.vnm_linear(x, w.values, w.index, w.bias, w.order, w.numbers, w.tile)
+        out: Tensor = torch.ops.compressor.vnm_linear(x, *w.arguments, w.tile)
         return out
 
 
@@ -47,9 +47,7 @@ class VNMPair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
         a, b = self.first, self.second
-        first = (a.values, a.index, a.bias, a.order, a.numbers)
-        second = (b.values, b.index, b.bias, b.order, b.numbers)
-        out: Tensor = torch.ops.compressor.vnm_pair(x, *first, *second, self.tanh, b.tile)
+        out: Tensor = torch.ops.compressor.vnm_pair(x, *a.arguments, *b.arguments, self.tanh, b.tile)
         return out
 
 
@@ -63,18 +61,20 @@ class VNMConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
         w = self.weight
-        out: Tensor = torch.ops.compressor.vnm_conv(x, w.values, w.index, w.bias, w.order, w.numbers, self.side, w.tile)
+        out: Tensor = torch.ops.compressor.vnm_conv(x, *w.arguments, self.side, w.tile)
         return out
 
 
-def _shape_of_work(pattern: NM | Clustered, dot: bool) -> tuple[int, int, int]:
+def _shape_of_work(pattern: NM | Clustered, lanes: Lanes) -> tuple[int, int, int]:
     """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
     many channels to a block, and how many vectors of tokens to a tile. Found by measuring."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
-    if not wide:
+    if not wide and lanes == Lanes.CODES:
+        channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
+    elif not wide:
         channels, vectors = {1: (128, 9), 2: (128, 9), 4: (256, 6)}[most]
-    elif dot:
+    elif lanes != Lanes.FLOATS:
         channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
     else:
         channels, vectors = {1: (96, 6), 2: (96, 6), 4: (128, 5), 8: (512, 6)}[most]
@@ -129,13 +129,14 @@ class VNM(Backend):
         patterns = [pattern for pattern in unit.patterns if pattern is not None]
         linear = not any(isinstance(layer, nn.Conv2d) for layer in unit.layers)
         half = linear and unit.dtype == torch.bfloat16 and extension.level() == "avx512_bf16"
-        dot = half and all((p.n, p.m) == (2, 4) for p in patterns)
+        lanes = self._lanes(half and all((p.n, p.m) == (2, 4) for p in patterns))
         weights = []
         for layer, pattern in zip(unit.layers, patterns, strict=True):
-            rows, channels, tile = _shape_of_work(pattern, dot)
+            rows, channels, tile = _shape_of_work(pattern, lanes)
             block = _block(layer.weight.shape[1], pattern, channels)
+            weight = layer.weight.detach()
             weights.append(
-                KernelWeight(layer.weight.detach(), layer.bias, pattern, together=rows, block=block, dot=dot, tile=tile)
+                KernelWeight(weight, layer.bias, pattern, together=rows, block=block, lanes=lanes, tile=tile)
             )
         if isinstance(unit.module, nn.Conv2d):
             return VNMConv(weights[0], unit.module.kernel_size[0])
@@ -145,6 +146,35 @@ class VNM(Backend):
         if weights[0].order is not None:  # its rows find their places only when all of them are there
             return nn.Sequential(VNMLinear(weights[0]), activation, VNMLinear(weights[1]))
         return VNMPair(weights[0], weights[1], activation.approximate == "tanh")
+
+    def _lanes(self, pairs: bool) -> Lanes:
+        """What a lane of a unit's weights holds; `pairs`: whether bf16 products take all of them."""
+        return Lanes.HALVES if pairs else Lanes.FLOATS
+
+
+class VNMInt8(VNM):
+    """V:2:4 weights in 8 bits, per output row, times inputs in whole numbers, per token, summed in 32 bits.
+
+    What that changes is no rounding error of the layer's own precision, so it is for those who ask for it.
+    """
+
+    name = "vnm-int8"
+    quantises = True
+
+    def refusal(self, unit: Unit) -> str | None:
+        if reason := super().refusal(unit):
+            return reason
+        for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
+            if isinstance(layer, nn.Conv2d):
+                return "convolutions have no 8-bit kernels yet"
+            if pattern is not None and (pattern.n, pattern.m) != (2, 4):
+                return f"{pattern}: 8-bit products take pairs of channels, two of four, as in 4:2:4"
+            if layer.weight.shape[1] > LARGEST_INNER:
+                return f"{layer.weight.shape[1]} channels: sums of more than {LARGEST_INNER} could leave 32 bits"
+        return None
+
+    def _lanes(self, pairs: bool) -> Lanes:
+        return Lanes.CODES
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:

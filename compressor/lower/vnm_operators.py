@@ -15,7 +15,7 @@ from compressor.lower.vnm_weight import Layout
 
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "DEF")
-_MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, int[] numbers{0}"
+_MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, int[] numbers{0}"
 _library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
 _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
 _library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side, int tile) -> Tensor")
@@ -63,16 +63,21 @@ def _check(x: Tensor, inner: int, dim: int) -> Tensor:
 
 
 def _matrix(
-    values: Tensor, index: Tensor, bias: Tensor | None, order: Tensor | None, numbers: Sequence[int]
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    scale: Tensor | None,
+    numbers: Sequence[int],
 ) -> list[int]:
     """A weight as the extension takes it: its layout, and where its buffers lie."""
-    if bias is not None and bias.dtype != torch.float32:
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (bias, scale)):
         raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
     layout = Layout(*numbers)
     groups = layout.out // max(1, layout.v) * (layout.channels // max(1, layout.group))
     steps = groups * layout.steps * layout.taps
     whole = values.numel() == steps * layout.v and index.numel() == steps and index.dtype == torch.uint16
-    lengths = {layout.out} | {tensor.numel() for tensor in (bias, order) if tensor is not None}
+    lengths = {layout.out} | {tensor.numel() for tensor in (bias, order, scale) if tensor is not None}
     if not whole or values.element_size() != 4 or len(lengths) != 1 or not values.is_cpu:
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
     return [
@@ -81,6 +86,7 @@ def _matrix(
         index.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if order is None else order.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
     ]
 
 
@@ -97,6 +103,7 @@ def _linear(
     index: Tensor,
     bias: Tensor | None,
     order: Tensor | None,
+    scale: Tensor | None,
     numbers: Sequence[int],
     tile: int,
 ) -> Tensor:
@@ -106,7 +113,7 @@ def _linear(
     tokens = x.numel() // layout.channels
     if tokens:
         job = _Job(_Work.LINEAR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
-        _run(job, _matrix(values, index, bias, order, numbers))
+        _run(job, _matrix(values, index, bias, order, scale, numbers))
     return y
 
 
@@ -116,11 +123,13 @@ def _pair(
     index1: Tensor,
     bias1: Tensor | None,
     order1: Tensor | None,
+    scale1: Tensor | None,
     numbers1: Sequence[int],
     values2: Tensor,
     index2: Tensor,
     bias2: Tensor | None,
     order2: Tensor | None,
+    scale2: Tensor | None,
     numbers2: Sequence[int],
     tanh: bool,
     tile: int,
@@ -132,8 +141,8 @@ def _pair(
     if tokens:
         job = _Job(_Work.PAIR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
         matrices = (
-            _matrix(values1, index1, bias1, order1, numbers1),
-            _matrix(values2, index2, bias2, order2, numbers2),
+            _matrix(values1, index1, bias1, order1, scale1, numbers1),
+            _matrix(values2, index2, bias2, order2, scale2, numbers2),
         )
         _run(job._replace(tanh=int(tanh)), *matrices)
     return y
@@ -145,6 +154,7 @@ def _conv(
     index: Tensor,
     bias: Tensor | None,
     order: Tensor | None,
+    scale: Tensor | None,
     numbers: Sequence[int],
     side: int,
     tile: int,
@@ -155,12 +165,12 @@ def _conv(
     y = x.new_empty((batch, layout.out, height, width))
     if y.numel():
         job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
-        _run(job._replace(side=side, height=height, width=width), _matrix(values, index, bias, order, numbers))
+        _run(job._replace(side=side, height=height, width=width), _matrix(values, index, bias, order, scale, numbers))
     return y
 
 
 def _fake_linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, numbers: Sequence[int], tile: int
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, scale: Any, numbers: Sequence[int], tile: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], Layout(*numbers).out))
 
@@ -171,11 +181,13 @@ def _fake_pair(
     index1: Tensor,
     bias1: Any,
     order1: Any,
+    scale1: Any,
     numbers1: Sequence[int],
     values2: Tensor,
     index2: Tensor,
     bias2: Any,
     order2: Any,
+    scale2: Any,
     numbers2: Sequence[int],
     tanh: bool,
     tile: int,
@@ -184,7 +196,7 @@ def _fake_pair(
 
 
 def _fake_conv(
-    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, numbers: Sequence[int], side: int, tile: int
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, scale: Any, numbers: Sequence[int], side: int, tile: int
 ) -> Tensor:
     return x.new_empty((x.shape[0], Layout(*numbers).out, *x.shape[2:]))
 

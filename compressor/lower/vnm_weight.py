@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.lower.codes import quantised
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
 _PAIRS = torch.tensor([[0, 0, 1, 2], [0, 0, 3, 4], [0, 0, 0, 5], [0, 0, 0, 0]])
 """The row of a pair of channels (i < j of four) among the six that a panel holds."""
+
+
+_LARGEST_SUM = 2**31 - 1
+LARGEST_INNER = _LARGEST_SUM // 127**2 // 2 * 4
+"""Channels of which two of four, in codes of 8 bits on both sides, sum to 32 bits at most."""
+_LARGEST_CODE = 2**15 - 1
+
+
+class Lanes(IntEnum):
+    """What a lane of 32 bits holds, as the kernels number it."""
+
+    FLOATS = 0
+    """One fp32."""
+    HALVES = 1
+    """A pair of bf16."""
+    CODES = 2
+    """A pair of whole numbers of 16 bits: codes of weights (8 bits of them) and of inputs."""
 
 
 class Layout(NamedTuple):
@@ -32,22 +51,29 @@ class Layout(NamedTuple):
     """Steps per group: N, or 1 where a step takes a pair of channels."""
     rows: int
     """Rows of the panel per group: M, or the six pairs of a group of four."""
-    dot: int
-    """1 where a lane holds a pair of bf16, else 0."""
+    lanes: int
+    """What a lane holds: see Lanes."""
+    largest: int
+    """CODES: the largest code of an input, so that no sum leaves 32 bits; else 0."""
 
 
 class KernelWeight(nn.Module):
     """A weight (out, in, *kernel) that obeys `pattern`, as buffers that the kernels read.
 
-    `values` holds 32-bit lanes, one fp32 or a pair of bf16 (`dot`), ordered by block of channels, kernel position, group of
-    V rows, step, row; `index` the panel row of each step. `layout` describes them to the kernel. `together` is how many of
-    the rows that share a choice the kernel takes at a time; None: all.
+    `values` holds 32-bit lanes, ordered by block of channels, kernel position, group of V rows, step, row; `index` the panel
+    row of each step. `layout` describes them to the kernel. `together` is how many of the rows that share a choice the kernel
+    takes at a time; None: all.
+
+    With `lanes` CODES, a Linear's weights are quantised to 8 bits per row (`quantised`). Inputs get codes of up to `largest`,
+    or of fewer where a sum of products could leave 32 bits otherwise.
+    Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
 
     values: Tensor
     index: Tensor
     bias: Tensor | None
     order: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -57,15 +83,26 @@ class KernelWeight(nn.Module):
         *,
         block: int,
         together: int | None = None,
-        dot: bool = False,
+        lanes: Lanes = Lanes.FLOATS,
+        largest: int = _LARGEST_CODE,
         tile: int = 6,
     ) -> None:
         super().__init__()
-        order = None
+        order, scale = None, None
+        codes = weight
+        if lanes == Lanes.CODES:
+            codes, scale = quantised(weight, torch.int8)
+            largest = min(largest, _LARGEST_SUM // max(1, int(codes.abs().sum(1, dtype=torch.int64).max())))
+            if largest < 127:
+                raise CompressorError(
+                    f"sums of {weight.shape[1]} products of 8-bit codes do not fit 32 bits", "Lower in float32."
+                )
         if isinstance(pattern, Clustered):
             # rows that share a choice follow each other here, and go back to their places after
             order = pattern.order(weight)
-            weight, bias, pattern = weight[order], None if bias is None else bias[order], pattern.neighbours
+            weight, codes, pattern = weight[order], codes[order], pattern.neighbours
+            if bias is not None and lanes != Lanes.CODES:  # which has no use of it before rows are in their places
+                bias = bias[order]
         out, channels = weight.shape[:2]
         v, n, m = together or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
         # Exactly n survive of every m, also where a kept weight happens to be zero.
@@ -77,21 +114,30 @@ class KernelWeight(nn.Module):
         keep = survivors[::v].reshape(out // v, channels // m, m, -1)
         at = keep.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
         taps = at.shape[-1]
-        lanes = weight.reshape(out // v, v, channels // m, m, taps)
+        grouped = codes.reshape(out // v, v, channels // m, m, taps)
         # (groups of rows, v, groups of channels, n, taps)
-        kept = lanes.gather(3, at[:, None].expand(-1, v, -1, -1, -1))
-        values, index = _lanes(kept, at, block, m, dot)
+        kept = grouped.gather(3, at[:, None].expand(-1, v, -1, -1, -1))
+        values, index = _lanes(kept, at, block, m, lanes)
         self.register_buffer("values", torch.cat(values))
         self.register_buffer("index", torch.cat(index).to(torch.uint16))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("order", None if order is None else order.to(torch.int32))
-        self.layout = Layout(out, channels, v, taps, block, m, 1 if dot else n, 6 if dot else m, int(dot))
+        self.register_buffer("scale", None if scale is None else scale.flatten())
+        steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6)
+        self.layout = Layout(
+            out, channels, v, taps, block, m, steps, rows, int(lanes), largest if lanes == Lanes.CODES else 0
+        )
         self.tile = tile
 
     @property
     def numbers(self) -> list[int]:
         """The layout as operators take it."""
         return list(self.layout)
+
+    @property
+    def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
+        """The weight as operators take it."""
+        return self.values, self.index, self.bias, self.order, self.scale, self.numbers
 
     def get_extra_state(self) -> Tensor:
         """How the values lie: a state of other numbers is none of this module's, whatever its shapes."""
@@ -102,7 +148,7 @@ class KernelWeight(nn.Module):
             raise CompressorError("a state of a model lowered otherwise", "Lower the dense model again instead.")
 
 
-def _lanes(kept: Tensor, at: Tensor, block: int, m: int, dot: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[list[Tensor], list[Tensor]]:
     """The kept values as 32-bit lanes and their rows of the panel, block of channels by block.
 
     `kept` (groups of rows, v, groups of channels, n, taps); `at` (groups of rows, groups of channels, n, taps): the places of
@@ -114,9 +160,10 @@ def _lanes(kept: Tensor, at: Tensor, block: int, m: int, dot: bool) -> tuple[lis
         some = slice(start, start + groups)
         here = at[:, some]
         group = torch.arange(here.shape[1])[None, :, None]
-        if dot:
+        if lanes != Lanes.FLOATS:
             rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
-            pairs = kept[:, :, some].permute(4, 0, 2, 1, 3).to(torch.bfloat16)
+            pairs = kept[:, :, some].permute(4, 0, 2, 1, 3)
+            pairs = pairs.to(torch.int16 if lanes == Lanes.CODES else torch.bfloat16)
             values.append(pairs.contiguous().flatten().view(torch.int32))
             index.append(rows.permute(2, 0, 1).flatten())
         else:

@@ -1,0 +1,332 @@
+"""The 8-bit CPU kernels against whole-number arithmetic in plain torch, bit for bit, at every instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import compressor
+from compressor import CompressorError
+from compressor.lower import Unit
+from compressor.lower.vnm import VNM, VNMInt8, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
+from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.pattern import NM
+
+extension: Any = kernels()[0]
+pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
+LEVELS = extension.levels() if extension is not None else []
+HIDDEN = 512  # hidden channels of a pair that have a scale of their own, as the kernels' documentation has it
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = extension.level()
+    extension.set_level(request.param)
+    yield request.param
+    extension.set_level(before)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sparse(out: int, inner: int, pattern: NM | Clustered, seed: int = 0) -> Tensor:
+    weight = normal(out, inner, seed=seed) * torch.logspace(-2, 1, out)[:, None]
+    return pattern.mask(weight.abs()).apply(weight)
+
+
+def int8(weight: Tensor, bias: Tensor | None, pattern: NM, **options: Any) -> KernelWeight:
+    return KernelWeight(weight, bias, pattern, lanes=Lanes.CODES, **{"block": 32, **options})
+
+
+def unit(module: nn.Module, *patterns: NM | Clustered | None, dtype: torch.dtype = torch.float32) -> Unit:
+    first = next(m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    shape = (3, first.weight.shape[1], *[6] * (first.weight.dim() - 2))
+    return Unit("layer", module.to(dtype).requires_grad_(False), shape, dtype, torch.device("cpu"), patterns)
+
+
+def dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    return layer
+
+
+# --- The reference. Divisions are of two tensors: torch multiplies by a reciprocal where one side is a number. ---
+
+
+def codes_of(rows: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers and float32 scales (rows, 1): rows * (largest / most), to nearest even; most / largest."""
+    most = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    full = torch.full_like(most, largest)
+    return (rows * (full / most)).round().to(torch.int64), most / full
+
+
+def codes_of_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / torch.full((len(weight), 1), 127.0)
+    return (weight / scale).round().to(torch.int64), scale.flatten()
+
+
+def largest_of(codes: Tensor, asked: int = 32_767) -> int:
+    return min(asked, (2**31 - 1) // max(1, int(codes.abs().sum(1).max())))
+
+
+def product(rows: Tensor, codes: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """(sum * scale of the row of the weight) * scale of the token, each rounded to float32; sums are exact."""
+    inputs, scales = codes_of(rows, largest)
+    sums = inputs @ codes.t()
+    assert int(sums.abs().max()) < 2**31
+    return sums.to(torch.int32).float() * scale * scales
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, asked: int = 32_767) -> Tensor:
+    codes, scale = codes_of_weight(weight.float())
+    out = product(x.float(), codes, scale, largest_of(codes, asked))
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """As the kernels compute it: through fp32 matrices of one, which change nothing."""
+    one = KernelWeight(torch.eye(8), None, NM(4, 4, 1), block=8)
+    return VNMPair(one, one, approximate == "tanh")(x.reshape(-1, 8)).reshape(x.shape)
+
+
+def pair(x: Tensor, first: nn.Linear, second: nn.Linear, approximate: str, chunk: int) -> Tensor:
+    hidden = gelu(linear(x.float(), first.weight, first.bias), approximate)
+    codes, scale = codes_of_weight(second.weight.float())
+    largest = largest_of(codes)
+    out = None
+    for start in range(0, hidden.shape[-1], chunk):
+        some = slice(start, start + chunk)
+        part = product(hidden[..., some], codes[:, some], scale, largest)
+        if out is None:
+            out = part if second.bias is None else part + second.bias.float()
+        else:
+            out = out + part
+    assert out is not None
+    return out.to(x.dtype)
+
+
+# --- Exactness. ---
+
+
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject) -> None:
+    pattern = NM(2, 4, data.draw(st.sampled_from([1, 2, 4, 8])))
+    out, inner = pattern.v * data.draw(st.integers(1, 20)), 4 * data.draw(st.integers(1, 40))
+    tokens, asked = data.draw(st.integers(1, 70)), data.draw(st.sampled_from([127, 1000, 32_767]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    options = {"block": 8 * data.draw(st.integers(1, 8)), "tile": data.draw(st.integers(1, 10)), "largest": asked}
+    weight, bias = sparse(out, inner, pattern), normal(out) if data.draw(st.booleans()) else None
+    x = (normal(tokens, inner, seed=data.draw(st.integers(0, 99))) * torch.logspace(-3, 3, tokens)[:, None]).to(dtype)
+    wanted = linear(x, weight, bias, asked)
+    before, threads = extension.level(), torch.get_num_threads()
+    try:
+        for one in LEVELS:
+            extension.set_level(one)
+            lowered = VNMLinear(int8(weight, bias, pattern, **options))
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(lowered(x), wanted), (one, count)
+    finally:
+        extension.set_level(before)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("v", "inner", "hidden", "out", "tokens"),
+    [(4, 32, 384, 48, 41), (2, 20, 136, 24, 7), (8, 64, 1160, 40, 100), (1, 8, 1024, 9, 3)],
+)
+def test_a_pair_is_the_whole_number_reference_bit_for_bit(
+    level: str, approximate: str, dtype: torch.dtype, v: int, inner: int, hidden: int, out: int, tokens: int
+) -> None:
+    pattern = NM(2, 4, v)
+    layers = [dense(sparse(hidden, inner, pattern), normal(hidden)), dense(sparse(out, hidden, pattern), normal(out))]
+    weights = [int8(layer.weight.detach(), layer.bias, pattern, block=96) for layer in layers]
+    lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
+    x = (2 * normal(2, tokens, inner)).to(dtype)
+    with torch.no_grad():
+        wanted = pair(x, *layers, approximate, HIDDEN // 96 * 96)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(lowered(x), wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4, 2), NM(2, 4, 4), NM(2, 4, 8), Clustered(2, 4, 4)])
+def test_what_the_backend_builds_is_exact_too(level: str, pattern: NM | Clustered) -> None:
+    layer = dense(sparse(72, 640, pattern), normal(72))
+    lowered, x = VNMInt8().build(unit(layer, pattern)), normal(2, 19, 640)
+    assert torch.equal(lowered(x), linear(x, layer.weight, layer.bias))
+    block = nn.Sequential(dense(sparse(96, 64, pattern), None), nn.GELU(), dense(sparse(40, 96, pattern), normal(40)))
+    lowered, x = VNMInt8().build(unit(block, pattern, pattern)), normal(33, 64)
+    assert isinstance(lowered, VNMPair) == isinstance(pattern, NM)
+    if isinstance(pattern, NM):
+        assert torch.equal(lowered(x), pair(x, block[0], block[2], "none", HIDDEN))
+    assert float((lowered(x).double() - block.double()(x.double())).norm() / block(x.double()).norm()) < 1e-2
+
+
+def test_the_largest_sums_that_there_can_be_are_exact(level: str) -> None:
+    """Codes of inputs are as large as 32-bit sums allow, and no larger."""
+    weight = NM(2, 4, 4).mask(torch.ones(8, 8192)).apply(torch.ones(8, 8192))
+    weight[4:] *= -1
+    lowered, x = int8(weight, None, NM(2, 4, 4), block=256), torch.tensor([[1.0], [-3.0]]).expand(2, 8192)
+    assert lowered.layout.largest == (2**31 - 1) // (4096 * 127)
+    out = VNMLinear(lowered)(x)
+    assert torch.equal(out, linear(x, weight, None))
+    torch.testing.assert_close(out, x[:, :1] * torch.tensor([4096.0] * 4 + [-4096.0] * 4))
+
+
+def test_halves_are_rounded_to_even(level: str) -> None:
+    eye = torch.zeros(8, 8)
+    eye[:4, 1], eye[4:, 5] = 1.0, 1.0  # each result is one input
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 3.499, 126.5])[:, None].expand(7, 8).clone()
+    x[:, 0] = 127.0  # the scale is one
+    lowered = VNMLinear(int8(eye, None, NM(2, 4, 4), largest=127))
+    torch.testing.assert_close(lowered(x), torch.tensor([0.0, 2, 2, 0, -2, 3, 126])[:, None].expand(7, 8))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 3e38])
+def test_inputs_of_any_size_are_exact(level: str, size: float) -> None:
+    pattern = NM(2, 4, 4)
+    weight, bias, x = sparse(16, 32, pattern) * 1e-2, normal(16), normal(9, 32).clamp(-1, 1)
+    x[4] *= size
+    out = VNMLinear(int8(weight, bias, pattern))(x)
+    assert bool(out.isfinite().all()) and torch.equal(out, linear(x, weight, bias))
+    assert size > 1e-30 or torch.equal(out[4], bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_a_token_that_is_not_finite_is_nan_and_no_other(level: str, dtype: torch.dtype, bad: float) -> None:
+    pattern = NM(2, 4, 4)
+    x = normal(20, 36).to(dtype)
+    one = VNMLinear(int8(sparse(24, 36, pattern), normal(24), pattern))
+    two = VNMPair(
+        int8(sparse(24, 36, pattern), None, pattern), int8(sparse(8, 24, pattern), normal(8), pattern), False
+    )
+    for lowered in (one, two):
+        whole = lowered(x)
+        spoilt = x.clone()
+        spoilt[5, 35] = bad
+        out = lowered(spoilt)
+        assert bool(out[5].isnan().all())
+        out[5] = whole[5]
+        assert torch.equal(out, whole)
+
+
+def test_nothing_is_read_outside(level: str) -> None:
+    pattern = NM(2, 4, 4)
+    weight = sparse(20, 12, pattern)
+    around = torch.full((64, 12), torch.nan)
+    around[20:51] = normal(31, 12)
+    out = VNMLinear(int8(weight, None, pattern, block=8))(around[20:51])
+    assert torch.equal(out, linear(around[20:51], weight, None))
+
+
+def test_what_8_bits_cost_is_the_rounding_of_weights() -> None:
+    """Inputs have 16 bits here, of which 8 would show."""
+    pattern = NM(2, 4, 4)
+    weight, x = pattern.mask(normal(64, 256).abs()).apply(normal(64, 256)), normal(200, 256)
+    wanted = x.double() @ weight.double().t()
+
+    def error(largest: int) -> float:
+        out = VNMLinear(int8(weight, None, pattern, largest=largest))(x)
+        return float((out.double() - wanted).norm() / wanted.norm())
+
+    codes, scale = codes_of_weight(weight)
+    of_weights = float((x.double() @ (codes * scale[:, None]).double().t() - wanted).norm() / wanted.norm())
+    assert abs(error(32_767) - of_weights) < 0.01 * of_weights
+    assert error(127) > 1.2 * of_weights
+
+
+# --- The backend. ---
+
+
+@pytest.mark.parametrize(
+    ("module", "patterns", "reason"),
+    [
+        (lambda: nn.Conv2d(8, 8, 3, padding=1), [NM(2, 4, 4)], "convolutions have no 8-bit kernels"),
+        (lambda: nn.Linear(8, 8), [NM(4, 8, 4)], "two of four"),
+        (lambda: nn.Linear(8, 8), [NM(1, 4, 4)], "two of four"),
+        (lambda: nn.Linear(8, 8), [NM(2, 4)], "shares no choice"),
+        (lambda: nn.Linear(8, 8), [None], "obeys no N:M pattern"),
+        (lambda: nn.Linear(LARGEST_INNER + 4, 4), [NM(2, 4, 4)], "could leave 32 bits"),
+    ],
+)
+def test_what_it_does_not_take_is_refused(module: Callable[[], nn.Module], patterns: list[Any], reason: str) -> None:
+    assert reason in str(VNMInt8().refusal(unit(module(), *patterns)))
+
+
+def test_as_many_channels_as_32_bits_hold_are_taken() -> None:
+    layer = nn.Linear(LARGEST_INNER, 4, bias=False)
+    layer.weight.data = NM(2, 4, 4).mask(torch.ones(4, LARGEST_INNER)).apply(torch.ones(4, LARGEST_INNER))
+    assert VNMInt8().refusal(unit(layer, NM(2, 4, 4))) is None
+    assert VNMInt8().build(unit(layer, NM(2, 4, 4))).weight.layout.largest == 127
+    with pytest.raises(CompressorError, match="do not fit 32 bits"):
+        int8(torch.ones(4, LARGEST_INNER), None, NM(4, 4, 4))
+
+
+def test_it_is_tried_only_where_a_tolerance_is_given() -> None:
+    layer, x = dense(sparse(64, 64, NM(2, 4, 4)), None), normal(40, 64)
+    assert compressor.lower(layer, x).plan.layers[0].candidate("vnm-int8") is None
+    found = compressor.lower(layer, x, tolerance=0.05).plan.layers[0].candidate("vnm-int8")
+    assert found is not None and found.refused is None and found.median_ms is not None
+    assert found.error is not None and 1e-4 < found.error < 0.05
+    tight = compressor.lower(layer, x, tolerance=1e-4).plan.layers[0].candidate("vnm-int8")
+    assert tight is not None and "above 1e-04" in str(tight.refused)
+
+
+def test_a_weight_lowered_otherwise_is_refused() -> None:
+    pattern = NM(2, 4, 4)
+    layer = dense(sparse(16, 64, pattern), None)
+    whole, floats = VNMInt8().build(unit(layer, pattern)), VNM().build(unit(layer, pattern))
+    with pytest.raises((CompressorError, RuntimeError)):
+        whole.load_state_dict(floats.state_dict())
+    whole.load_state_dict(whole.state_dict())
+    with pytest.raises(CompressorError, match="was cast"):
+        whole.bfloat16()(normal(3, 64))
+
+
+def test_operators_refuse_what_would_lead_outside() -> None:
+    w = int8(sparse(16, 8, NM(2, 4, 4)), None, NM(2, 4, 4))
+    values, index, bias, order, scale, numbers = w.arguments
+    x = normal(3, 8)
+    for wrong in (None, scale[:-1]):
+        with pytest.raises((CompressorError, ValueError)):
+            torch.ops.compressor.vnm_linear(x, values, index, bias, order, wrong, numbers, 3)
+    for place, value in ((8, 3), (8, -1), (9, 0), (9, 32_768), (6, 2), (7, 4)):
+        changed = [*numbers[:place], value, *numbers[place + 1 :]]
+        with pytest.raises((CompressorError, ValueError)):
+            torch.ops.compressor.vnm_linear(x, values, index, bias, order, scale, changed, 3)
+    floats = KernelWeight(sparse(16, 8, NM(2, 4, 4)), None, NM(2, 4, 4), block=8)
+    other = int8(sparse(8, 16, NM(2, 4, 4)), None, NM(2, 4, 4))
+    with pytest.raises(ValueError, match="no such job"):
+        torch.ops.compressor.vnm_pair(x, *floats.arguments, *other.arguments, False, 3)
+
+
+def test_operators_work_under_compile_and_export() -> None:
+    pattern = NM(2, 4, 4)
+    block = nn.Sequential(dense(sparse(32, 16, pattern), None), nn.GELU(), dense(sparse(16, 32, pattern), normal(16)))
+    model, x = nn.Sequential(VNMInt8().build(unit(block, pattern, pattern)), nn.SiLU()), normal(6, 16)
+    with torch.no_grad():
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        assert torch.equal(exported.module()(normal(9, 16)), model(normal(9, 16)))
+    a, b = model[0].first, model[0].second
+    torch.library.opcheck(torch.ops.compressor.vnm_pair, (x, *a.arguments, *b.arguments, False, 3))
+    torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *a.arguments, 3))
