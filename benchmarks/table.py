@@ -93,7 +93,9 @@ def int8(result: dict[str, Any]) -> str:
     """Layers with weights of 8 bits against float32 and ONNX Runtime."""
     names = list(result["rows"][0]["median_ms"])
     lines = [
-        "| layer | pattern | " + ", ms | ".join(names) + ", ms | over float32 sparse | over best dense float32 | over ONNX Runtime int8 |",
+        "| layer | pattern | "
+        + ", ms | ".join(names)
+        + ", ms | over float32 sparse | over best dense float32 | over ONNX Runtime int8 |",
         "|---|---|" + "---:|" * (len(names) + 3),
     ]
     for row in result["rows"]:

@@ -215,9 +215,7 @@ def test_a_token_that_is_not_finite_is_nan_and_no_other(level: str, dtype: torch
     pattern = NM(2, 4, 4)
     x = normal(20, 36).to(dtype)
     one = VNMLinear(int8(sparse(24, 36, pattern), normal(24), pattern))
-    two = VNMPair(
-        int8(sparse(24, 36, pattern), None, pattern), int8(sparse(8, 24, pattern), normal(8), pattern), False
-    )
+    two = VNMPair(int8(sparse(24, 36, pattern), None, pattern), int8(sparse(8, 24, pattern), normal(8), pattern), False)
     for lowered in (one, two):
         whole = lowered(x)
         spoilt = x.clone()
