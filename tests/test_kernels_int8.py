@@ -42,7 +42,7 @@ def sparse(out: int, inner: int, pattern: NM | Clustered, seed: int = 0) -> Tens
     return pattern.mask(weight.abs()).apply(weight)
 
 
-def int8(weight: Tensor, bias: Tensor | None, pattern: NM, **options: Any) -> KernelWeight:
+def int8(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **options: Any) -> KernelWeight:
     return KernelWeight(weight, bias, pattern, lanes=Lanes.CODES, **{"block": 32, **options})
 
 
@@ -215,9 +215,7 @@ def test_a_token_that_is_not_finite_is_nan_and_no_other(level: str, dtype: torch
     pattern = NM(2, 4, 4)
     x = normal(20, 36).to(dtype)
     one = VNMLinear(int8(sparse(24, 36, pattern), normal(24), pattern))
-    two = VNMPair(
-        int8(sparse(24, 36, pattern), None, pattern), int8(sparse(8, 24, pattern), normal(8), pattern), False
-    )
+    two = VNMPair(int8(sparse(24, 36, pattern), None, pattern), int8(sparse(8, 24, pattern), normal(8), pattern), False)
     for lowered in (one, two):
         whole = lowered(x)
         spoilt = x.clone()
@@ -316,6 +314,10 @@ def test_operators_refuse_what_would_lead_outside() -> None:
     other = int8(sparse(8, 16, NM(2, 4, 4)), None, NM(2, 4, 4))
     with pytest.raises(ValueError, match="no such job"):
         torch.ops.compressor.vnm_pair(x, *floats.arguments, *other.arguments, False, 3)
+    narrow = int8(sparse(8, 8, NM(2, 4, 4)), None, NM(2, 4, 4))
+    for first, second in ((w, narrow), (int8(sparse(16, 8, Clustered(2, 4, 4)), None, Clustered(2, 4, 4)), other)):
+        with pytest.raises(ValueError, match="in their order"):
+            torch.ops.compressor.vnm_pair(x, *first.arguments, *second.arguments, False, 3)
 
 
 def test_operators_work_under_compile_and_export() -> None:

@@ -196,7 +196,15 @@ def _fake_pair(
 
 
 def _fake_conv(
-    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, scale: Any, numbers: Sequence[int], side: int, tile: int
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Any,
+    order: Any,
+    scale: Any,
+    numbers: Sequence[int],
+    side: int,
+    tile: int,
 ) -> Tensor:
     return x.new_empty((x.shape[0], Layout(*numbers).out, *x.shape[2:]))
 
