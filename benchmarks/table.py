@@ -109,8 +109,8 @@ def int8(result: dict[str, Any]) -> str:
             f"{result['rows'][0]['tokens']} tokens, one thread, at `{result['level']}`; in turns, medians of "
             f"{result['rounds']} rounds, seed {result['seed']}; {result['hardware'].rpartition(',')[0]}, shared with other "
             f"work; torch {result['versions']['torch']}, ONNX Runtime {result['versions']['onnxruntime']}. In brackets the "
-            "relative error, where it is more than float32's rounding. The best float32 is the fastest of eager, prepacked and "
-            "ONNX Runtime. From `benchmarks/cpu/int8.py`.",
+            "relative error, where it is more than float32's rounding. Ratios are medians of those of single rounds; the best "
+            "float32 is the fastest of eager, prepacked and ONNX Runtime. From `benchmarks/cpu/int8.py`.",
         ]
     )
 
