@@ -42,7 +42,7 @@ def sparse(out: int, inner: int, pattern: NM | Clustered, seed: int = 0) -> Tens
     return pattern.mask(weight.abs()).apply(weight)
 
 
-def int8(weight: Tensor, bias: Tensor | None, pattern: NM, **options: Any) -> KernelWeight:
+def int8(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **options: Any) -> KernelWeight:
     return KernelWeight(weight, bias, pattern, lanes=Lanes.CODES, **{"block": 32, **options})
 
 
@@ -314,6 +314,10 @@ def test_operators_refuse_what_would_lead_outside() -> None:
     other = int8(sparse(8, 16, NM(2, 4, 4)), None, NM(2, 4, 4))
     with pytest.raises(ValueError, match="no such job"):
         torch.ops.compressor.vnm_pair(x, *floats.arguments, *other.arguments, False, 3)
+    narrow = int8(sparse(8, 8, NM(2, 4, 4)), None, NM(2, 4, 4))
+    for first, second in ((w, narrow), (int8(sparse(16, 8, Clustered(2, 4, 4)), None, Clustered(2, 4, 4)), other)):
+        with pytest.raises(ValueError, match="in their order"):
+            torch.ops.compressor.vnm_pair(x, *first.arguments, *second.arguments, False, 3)
 
 
 def test_operators_work_under_compile_and_export() -> None:

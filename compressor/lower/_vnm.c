@@ -301,6 +301,8 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
         fault = "no such job";
     if (fault == NULL && ((j.kind == 1 && (j.first.lanes == CODES) != (j.second.lanes == CODES)) || (j.kind == 2 && j.first.lanes)))
         fault = "no such job";
+    if (fault == NULL && j.kind == 1 && (j.second.inner != j.first.rows || j.first.order != NULL))
+        fault = "the second matrix of a pair takes the rows of the first, in their order";
     if (fault == NULL && (j.tokens < 1 || j.vectors < 1 || (j.kind == 2 && j.side * j.side != j.first.taps)))
         fault = "a job of these sizes has no kernel";
     if (fault != NULL) {
