@@ -86,6 +86,14 @@ def test_lower_prints_the_plan_and_repeats_it_in_json(copied: Path, cli: Any) ->
     assert batches == {2, 4}
 
 
+def test_a_tolerance_lets_8_bit_kernels_be_tried(copied: Path, cli: Any) -> None:
+    for more, tried in (((), False), (("--tolerance", "0.05"), True)):
+        assert cli("lower", copied, *more).code == 0
+        times = [c.median_ms for one in Plan.read(copied).layers for c in one.candidates if c.backend == "vnm-int8"]
+        assert any(time is not None for time in times) == tried
+    assert cli("lower", copied, "--tolerance", "0").code == 2
+
+
 def test_lower_again_replaces_its_own_figures(copied: Path, cli: Any) -> None:
     before = [len(row["latency"]) for row in read(copied)["rows"]]
     assert cli("lower", copied, "--fresh").code == 0

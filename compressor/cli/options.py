@@ -119,6 +119,11 @@ recipe_options = options(
 
 speed_options = options(
     click.option("--dtype", default="auto", metavar="DTYPE", help="auto (the model's own), float32 or bfloat16."),
+    click.option(
+        "--tolerance",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about 0.01 on.",
+    ),
     click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
 )
 """How a finished run is timed."""

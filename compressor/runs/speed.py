@@ -64,10 +64,11 @@ def bench(
     cache: bool = True,
     caches: Sequence[str] = (),
     steps: Sequence[int] = (),
+    tolerance: float | None = None,
 ) -> Generator[Progress, None, Benched]:
     """As `measured`, and write the report's pages. With `caches` or `steps`, the trade-offs of the run's pipeline too."""
     wanted = trade_offs.checked(run, caches, steps) if caches or steps else None
-    found = yield from measured(run, batches, dtype, compiled, onnx, cache)
+    found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance)
     if wanted is not None:
         report = yield from trade_offs.traded(run.reported(found.report), wanted, steps)
         found = replace(found, report=report)
@@ -82,10 +83,11 @@ def measured(
     compiled: bool = False,
     onnx: bool = False,
     cache: bool = True,
+    tolerance: float | None = None,
 ) -> Generator[Progress, None, Benched]:
     """Lower the run's model for each batch size, time all forms side by side, and add them to `report.json`.
 
-    The first batch's plan is saved with the run.
+    The first batch's plan is saved with the run. `tolerance` is that of `compressor.lower`.
     """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r}", f"Allowed: {', '.join(DTYPES)}.")
@@ -108,6 +110,7 @@ def measured(
                 dtype=precision,
                 adapter=run.adapter,
                 compiled=compiled,
+                tolerance=tolerance,
                 cache=cache,
                 digest=run.report.final.weights_sha256,
             )
