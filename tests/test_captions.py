@@ -311,6 +311,7 @@ def command(name: str, folder: Path, data: Path, out: Path, *more: object) -> tu
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
 def test_a_run_ends_with_a_pipeline_that_plain_diffusers_runs(name, folders, photos, cli, tmp_path):
     outcome = cli(*command(name, folders(name), photos, tmp_path / "run", "--method", "sparsedm", "--steps", "3"))
@@ -337,6 +338,7 @@ def test_a_run_ends_with_a_pipeline_that_plain_diffusers_runs(name, folders, pho
     assert isinstance(drawn, Image.Image)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_used_again_without_the_captions(folders, photos, cli, tmp_path):
     """Here the size is the pipeline's own default, and methods that calibrate see the captions too."""
     from compressor.runs.saved import finished, saved_model
@@ -364,6 +366,7 @@ def test_a_finished_run_is_used_again_without_the_captions(folders, photos, cli,
         assert pipe.transformer is not before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_is_resumed(folders, photos, cli, tmp_path):
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import Interrupted, execute

@@ -125,6 +125,7 @@ def test_the_table_of_cells_is_complete(compared):
     assert all(float(line["fd-digits"]) > 0 and line["weights_sha256"] for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_and_more_is_added(compared, cli):
     out, _ = compared
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/row.json")}
@@ -147,6 +148,7 @@ def test_cells_of_other_settings_are_refused(compared, cli):
     assert "was made with another train.steps" in outcome.err and "--overwrite" in outcome.err
 
 
+@pytest.mark.slow
 def test_failing_cells_and_a_process_that_dies_do_not_lose_the_others(cli, tmp_path):
     (tmp_path / "bad.py").write_text(
         "import os\nfrom dataclasses import dataclass\nfrom compressor import NM, Pattern, Pruner\n\n"

@@ -13,8 +13,8 @@ FEWER = {"timesteps": 4}
 """For methods that look at so many times first: the promises are the same, and kept in a third of the time."""
 
 
-LONG = {"structured"}
-"""Every check searches for shares anew: half of the time of all."""
+LONG = {"structured", "depth", "obs"}
+"""Those that look for long before they prune: two thirds of the time of all."""
 METHODS = [
     pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
     for name in registry.names("pruners")

@@ -51,7 +51,12 @@ def command(folder: Path, out: Path, *more: object) -> tuple[object, ...]:
     return ("run", "--pipeline", folder, "--prompts", folder.with_suffix(".jsonl"), "--out", out, *QUICK, *more)
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
+OTHERS = {"sdxl", "sana", "pixart"}
+"""Pipelines that are run as the rest are, where there is time."""
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in OTHERS else ()) for name in tiny_pipelines.MAKERS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_ends_with_a_pipeline_that_plain_diffusers_runs(name, folders, cli, tmp_path):
     folder = folders(name)
     outcome = cli(*command(folder, tmp_path / "run", *OBS_QUICK))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,30 @@ class Engine:
     name: str
     dtype: str
     run: Callable[[Any], Tensor]
+
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Leave the calling thread the signal stack that it has.
+
+    OpenVINO sets one of its own for the thread that compiles or runs a model, and frees it with the model, in whatever thread that
+    happens: then the next signal, such as Ctrl-C, would end the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 def has_openvino() -> bool:
@@ -90,7 +116,7 @@ def _openvino_int8(path: Path, adapter: Adapter) -> Engine:
     data = nncf.Dataset([[array_of(tensor) for tensor in tensors_of(draw)] for draw in draws])
     kind = nncf.ModelType.TRANSFORMER
     try:
-        with redirect_stdout(io.StringIO()):  # its bars
+        with _signal_stack_kept(), redirect_stdout(io.StringIO()):  # its bars
             made = nncf.quantize(core.read_model(path), data, model_type=kind, subset_size=_CALIBRATION)
     except Exception as error:  # whatever NNCF raises for a graph that it does not know
         raise CompressorError(f"NNCF: {first_line(error)}") from error
@@ -105,13 +131,15 @@ def _compiled(core: Any, graph: Any, precision: str) -> Callable[[Any], Tensor]:
         "ENABLE_HYPER_THREADING": False,
     }
     try:
-        compiled = core.compile_model(graph, "CPU", settings)
+        with _signal_stack_kept():
+            compiled = core.compile_model(graph, "CPU", settings)
     except Exception as error:  # openvino's own
         raise CompressorError(f"OpenVINO: {first_line(error)}") from error
     request = compiled.create_infer_request()
 
     def run(inputs: Any) -> Tensor:
-        found: Mapping[Any, Any] = request.infer([array_of(tensor) for tensor in tensors_of(inputs)])
+        with _signal_stack_kept():
+            found: Mapping[Any, Any] = request.infer([array_of(tensor) for tensor in tensors_of(inputs)])
         return torch.from_numpy(next(iter(found.values())))
 
     return run
