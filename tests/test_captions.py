@@ -38,15 +38,7 @@ UNGUIDED = {"flux": {}}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A function that gives the folder of a tiny pipeline by its name, made once."""
-    base = tmp_path_factory.mktemp("pipelines")
-
-    def folder(name: str) -> Path:
-        target = base / name
-        if not target.is_dir():
-            tiny_pipelines.made(name, base / f"{name}-files").save_pretrained(target)
-        return target
-
-    return folder
+    return partial(tiny_pipelines.saved, base=tmp_path_factory.mktemp("pipelines"))
 
 
 def picture(path: Path, seed: int, height: int = 40, width: int = 48) -> None:

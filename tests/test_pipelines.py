@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -29,17 +30,7 @@ NO_TIMES = ("--set", "evaluate.latency_rounds=0")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A function that gives the folder of a tiny pipeline by its name, made once."""
-    base = tmp_path_factory.mktemp("pipelines")
-
-    def folder(name: str) -> Path:
-        target = base / name
-        if not target.is_dir():
-            tiny_pipelines.made(name, base / f"{name}-files").save_pretrained(target)
-            lines = [json.dumps({"prompt": p, **tiny_pipelines.arguments(name)}) for p in tiny_pipelines.PROMPTS]
-            (base / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        return target
-
-    return folder
+    return partial(tiny_pipelines.saved, base=tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(autouse=True)

@@ -92,25 +92,13 @@ def test_a_model_without_caches_is_refused(tmp_path):
         pass
 
 
-def test_a_report_has_weights_caches_and_steps_from_the_same_noise(pipe, cli, tmp_path, monkeypatch):
+def test_a_report_has_weights_caches_and_steps_from_the_same_noise(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
-    pipe.save_pretrained(tmp_path / "flux")
-    own = tiny_pipelines.arguments("flux")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"prompt": p, **own}) for p in tiny_pipelines.PROMPTS))
+    folder = tiny_pipelines.saved("flux", tmp_path)
     short = ("record.n=2", "record.unseen=2", "record.steps=4", "evaluate.latency_rounds=0")
     outcome = cli(
-        *(
-            "run",
-            "--pipeline",
-            tmp_path / "flux",
-            "--prompts",
-            prompts,
-            "--out",
-            tmp_path / "run",
-            "--method",
-            "magnitude",
-        ),
+        *("run", "--pipeline", folder, "--prompts", folder.with_suffix(".jsonl"), "--out", tmp_path / "run"),
+        *("--method", "magnitude"),
         *("--steps", "0", *[part for one in short for part in ("--set", one)]),
     )
     assert outcome.code == 0, outcome.err

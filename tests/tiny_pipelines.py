@@ -201,3 +201,13 @@ def made(name: str, folder: Path, seed: int = 0) -> Any:
                     if not value.detach().any():  # what starts at zero would hide the rest
                         value.data.normal_(0, 0.02)
     return pipe
+
+
+def saved(name: str, base: Path) -> Path:
+    """The folder of a tiny pipeline in `base`, made once; beside it is NAME.jsonl, its prompts."""
+    target = base / name
+    if not target.is_dir():
+        made(name, base / f"{name}-files").save_pretrained(target)
+        lines = [json.dumps({"prompt": prompt, **arguments(name)}) for prompt in PROMPTS]
+        (base / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return target

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.errors import CompressorError
-from compressor.export.graph import OnnxRunner, array_of, first_line, tensors_of
+from compressor.errors import CompressorError, first_line
+from compressor.export.graph import OnnxRunner, array_of, tensors_of
 from compressor.export.onnx import export_onnx, random_inputs
 from compressor.report.content import ONNX, OPENVINO
 from compressor.seeds import generator

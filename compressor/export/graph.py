@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from compressor.adapter import Adapter
-from compressor.errors import CompressorError, GateError, UsageError
+from compressor.errors import CompressorError, GateError, UsageError, first_line
 
 if TYPE_CHECKING:
     import numpy
@@ -296,10 +296,6 @@ def integer_errors(file: Path, inputs: Any) -> dict[str, float]:
 
 def tensors_of(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:

@@ -57,9 +57,8 @@ def finished(out: Path) -> Finished:
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     dense = dense.to(device)
     saved = saving.read_config(out / "model")
-    if saved.model is not None and not _of_calls(
-        settings
-    ):  # what is known of the model since the run, such as its examples
+    if saved.model is not None and not _of_calls(settings):
+        # what is known of the model since the run, such as its examples
         adapter = adapter.rebuilt(saved.architecture)
     hashes = {report.final.name: saved.weights_sha256}
     if report.dense is not None:

@@ -70,7 +70,7 @@ def bench(
     wanted = trade_offs.checked(run, caches, steps) if caches or steps else None
     found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance)
     if wanted is not None:
-        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps)
+        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps, tolerance)
         found = replace(found, report=report)
     render(run.out)
     return found

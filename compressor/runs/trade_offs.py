@@ -76,19 +76,21 @@ def checked(run: Finished, caches: Sequence[str], steps: Sequence[int]) -> list[
     return found
 
 
-def traded(run: Finished, caches: Sequence[Cache], steps: Sequence[int]) -> Generator[Progress, None, Report]:
+def traded(
+    run: Finished, caches: Sequence[Cache], steps: Sequence[int], tolerance: float | None = None
+) -> Generator[Progress, None, Report]:
     """The run's report with a `TradeOff` for every pair of weights (dense, and the run's), each cache and none, and each of `steps`
     and the recorded number; it is written.
 
     All draw the held-out pictures from the same noise, and their pipelines are timed in turns. The weights run as `lower` has them
-    without torch.compile, which the hooks of caches break up.
+    without torch.compile, which the hooks of caches break up; `tolerance` is its.
     """
     adapter = calls_of(run)
     opened, index = adapter.opened_pipeline, adapter.records.index
     pictures = [picture for picture in index.pictures if picture.unseen]
     if not pictures:
         raise CompressorError(f"{run.out}: no picture was held out", "Run with record.unseen of at least 1.")
-    models = yield from _models(run)
+    models = yield from _models(run, tolerance)
     ways = product(dict.fromkeys([index.steps, *steps]), [None, *caches], models.items())
     cells = [_Cell(row, form, model, cache, count) for count, cache, ((row, form), model) in ways]
 
@@ -112,11 +114,11 @@ def traded(run: Finished, caches: Sequence[Cache], steps: Sequence[int]) -> Gene
     return report
 
 
-def _models(run: Finished) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
+def _models(run: Finished, tolerance: float | None) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
     """The dense weights and the run's, by row and form."""
     example = to_device(run.adapter.example_inputs(1), run.device)
     digest = run.report.final.weights_sha256
-    lowered = yield from lowering(run.sparse, example, adapter=run.adapter, digest=digest)
+    lowered = yield from lowering(run.sparse, example, adapter=run.adapter, tolerance=tolerance, digest=digest)
     known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS}
     best = min(known, key=lambda name: known[name])
     dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter)[best]
