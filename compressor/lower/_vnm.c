@@ -22,10 +22,13 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define ALONE __attribute__((noinline)) /* so that it is compiled once */
 #define UNROLL _Pragma("GCC unroll 16")
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
 #define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
 #define PLACES 64
+#define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
+#define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
 #define RUN 16 /* groups of rows that one call multiplies */
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
@@ -62,6 +65,27 @@ typedef struct {
     size_t scratch_bytes;
     int64_t next;
 } job;
+
+/* softmax(q k^T scale) v of every head of every image. `*_at`: how far apart images, heads and tokens lie. */
+typedef struct {
+    const float *q, *k, *v;
+    float *y; /* (images, queries, heads, value_channels) */
+    int64_t q_at[3], k_at[3], v_at[3];
+    int64_t images, heads;
+    int queries, keys, channels, value_channels;
+    int codes; /* whether it multiplies whole numbers of 16 bits */
+    int block, largest; /* keys at a time; with codes an even number, and the largest code of a query and a key */
+    int64_t parts; /* of the queries of a head */
+    float scale;
+    int failed;
+    int64_t next;
+} attention;
+
+/* One head's keys and values as its queries read them. */
+typedef struct {
+    lane *keys, *values;
+    float *key_scale, *value_scale, *value_inverse; /* for codes alone */
+} head;
 
 /* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
 typedef struct {
@@ -129,6 +153,8 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define R4 6
 #define R8 3
 #define DOT 1
+#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
@@ -143,6 +169,8 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define R4 6
 #define R8 3
 #define DOT 0
+#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) ((sum) + (vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
@@ -165,6 +193,8 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #define R4 3
 #define R8 1
 #define DOT 0
+#define MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
 #define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
 #include "_vnm_body.h"
@@ -186,16 +216,17 @@ typedef struct {
     const char *name;
     size_t (*plan)(job *, int);
     void (*work)(void *);
+    void (*attend)(void *);
     int dot;
 } level;
 
 static const level levels[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, 1},
-    {"avx512", plan_avx512, work_avx512, 0},
-    {"avx2", plan_avx2, work_avx2, 0},
+    {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1},
+    {"avx512", plan_avx512, work_avx512, attend_avx512, 0},
+    {"avx2", plan_avx2, work_avx2, attend_avx2, 0},
 #endif
-    {"portable", plan_portable, work_portable, 0},
+    {"portable", plan_portable, work_portable, attend_portable, 0},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
@@ -226,6 +257,18 @@ static int run(job *j, int threads, const level *how) {
     else
         how->work(j);
     return j->failed;
+}
+
+static int attend(attention *a, int threads, const level *how) {
+    threads = threads > 1 && parallel != NULL ? threads : 1;
+    int64_t heads = a->images * a->heads, few = (a->queries + 255) / 256;
+    a->parts = heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads < few ? (4 * threads + heads - 1) / heads : few;
+    a->next = a->failed = 0;
+    if (threads > 1)
+        parallel(how->attend, a, (unsigned)threads, 0);
+    else
+        how->attend(a);
+    return a->failed;
 }
 
 /* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. */
@@ -317,6 +360,44 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
     Py_RETURN_NONE;
 }
 
+enum { ATTENTION = 23 };
+
+/* attend(q, k, v, y, images, heads, queries, keys, channels, value_channels, block, threads, codes, scale, three strides of each of q, k and v) */
+static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t count) {
+    (void)self;
+    if (count != ATTENTION) {
+        PyErr_SetString(PyExc_TypeError, "attend takes the numbers of an attention");
+        return NULL;
+    }
+    attention a = {.q = address(n, 0), .k = address(n, 1), .v = address(n, 2), .y = address(n, 3),
+                   .images = number(n, 4), .heads = number(n, 5), .queries = (int)number(n, 6), .keys = (int)number(n, 7),
+                   .channels = (int)number(n, 8), .value_channels = (int)number(n, 9), .block = (int)number(n, 10)};
+    int threads = (int)number(n, 11), failed;
+    a.codes = (int)number(n, 12);
+    a.scale = (float)PyFloat_AsDouble(n[13]);
+    for (int i = 0; i < 3; i++) {
+        a.q_at[i] = number(n, 14 + i);
+        a.k_at[i] = number(n, 17 + i);
+        a.v_at[i] = number(n, 20 + i);
+    }
+    if (PyErr_Occurred())
+        return NULL;
+    if (a.images < 1 || a.heads < 1 || a.queries < 1 || a.keys < 1 || a.channels < 1 || a.value_channels < 1 ||
+        a.block < 1 || (a.codes && (a.block > 128 || a.block % 2)) || a.channels > 1 << 20) {
+        PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
+        return NULL;
+    }
+    double most = sqrt(2147483647.0 / a.channels);
+    a.largest = most < INT16_MAX ? (int)most : INT16_MAX;
+    const level *how = chosen; /* once: another thread may change it */
+    Py_BEGIN_ALLOW_THREADS;
+    failed = attend(&a, threads, how);
+    Py_END_ALLOW_THREADS;
+    if (failed)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 static PyObject *method_levels(PyObject *self, PyObject *ignored) {
     (void)self, (void)ignored;
     PyObject *names = PyList_New(0);
@@ -365,6 +446,7 @@ static PyObject *method_set_parallel(PyObject *self, PyObject *pointer) {
 
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))method_run, METH_FASTCALL, "Run a job."},
+    {"attend", (PyCFunction)(void (*)(void))method_attend, METH_FASTCALL, "Run an attention."},
     {"levels", method_levels, METH_NOARGS, "The instruction sets that this machine has, the best first."},
     {"level", method_level, METH_NOARGS, "The instruction set in use."},
     {"set_level", method_set_level, METH_O, "Use another instruction set; weights are packed for one."},

@@ -75,10 +75,22 @@ INLINE void NAME(transpose)(vu r[VW]) {
     EXCHANGE(8)
 }
 
-INLINE vf NAME(clamp)(vf x, float low, float high) {
-    vi below = x < low, above = x > high;
-    return (vf)(((vi)x & ~below & ~above) | ((vi)NAME(all)(low) & below) | ((vi)NAME(all)(high) & above));
+/* The larger, the smaller; b where one is NaN. */
+INLINE vf NAME(max)(vf a, vf b) {
+#ifdef MAX
+    return MAX(a, b);
+#endif
+    vi above = a > b;
+    return (vf)(((vi)a & above) | ((vi)b & ~above));
 }
+INLINE vf NAME(min)(vf a, vf b) {
+#ifdef MIN
+    return MIN(a, b);
+#endif
+    vi below = a < b;
+    return (vf)(((vi)a & below) | ((vi)b & ~below));
+}
+INLINE vf NAME(clamp)(vf x, float low, float high) { return NAME(max)(NAME(all)(low), NAME(min)(NAME(all)(high), x)); }
 
 /* erf(x) = x P(x^2) / Q(x^2), a least-squares fit in [-3.92, 3.92]; beyond it erf is +-1 in fp32. Relative error < 2e-7. */
 INLINE vf NAME(erf)(vf x) {
@@ -95,10 +107,10 @@ INLINE vf NAME(erf)(vf x) {
 INLINE vf NAME(exp)(vf x) {
     x = NAME(clamp)(x, -87.0f, 88.0f);
     vf magic = NAME(all)(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
-    vf k = (x * 1.44269504f + magic) - magic;
+    vf shifted = x * 1.44269504f + magic, k = shifted - magic;
     vf f = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     vf e = 1.0f + f * (1.0f + f * (0.5f + f * (1.66666667e-1f + f * (4.16666667e-2f + f * (8.33333333e-3f + f * 1.38888889e-3f)))));
-    vi power = (__builtin_convertvector(k, vi) + 127) << 23;
+    vi power = ((vi)shifted << 23) + 0x3f800000; /* k is in the last bits of `shifted` */
     return e * (vf)power;
 }
 
@@ -129,6 +141,7 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
             UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = NAME(load)(out[v] + r * VW);
         for (int s = 0; s < p.steps; s++, weights += V) {
             const float *row = panel + *index++ * stride;
+            __builtin_prefetch(weights + 512); /* they stream by: further than the processor looks ahead by itself */
             vf x[12];
             UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
             UNROLL for (int v = 0; v < V; v++) {
@@ -339,9 +352,9 @@ INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, con
                           int columns, int64_t t0, int count) {
     int lanes = j->half ? 2 * VW : VW, bytes = j->half ? 2 : 4;
     char *y = j->y;
-    for (int n = 0; n < rows; n += lanes) {
-        int width = (rows - n < lanes ? rows - n : lanes) * bytes;
-        for (int t = 0; t < count; t += VW) {
+    for (int t = 0; t < count; t += VW) { /* few tokens at a time: their rows of y often fall into the same sets of the cache */
+        for (int n = 0; n < rows; n += lanes) {
+            int width = (rows - n < lanes ? rows - n : lanes) * bytes;
             vu r[VW];
             UNROLL for (int i = 0; i < VW; i++) {
                 int first = j->half ? n + 2 * i : n + i, next = first + 1;
@@ -615,6 +628,259 @@ static void NAME(work)(void *argument) {
             NAME(pair_tile)(j, t0, count, scratch);
         else
             NAME(linear_tile)(j, t0, count, scratch);
+    }
+}
+
+/* A vector of a row of which `left` numbers are left: zeros after its end, and nothing written there. */
+INLINE vu NAME(floats)(const float *p, int left) { return NAME(part)((const char *)p, (ptrdiff_t)left * 4); }
+INLINE void NAME(keep)(float *p, vu x, int left) {
+    if (left >= VW)
+        NAME(store)(p, (vf)x);
+    else
+        memcpy(p, &x, left * 4);
+}
+
+/* --- Attention: a tile of queries is the panel, in lanes; keys, and then values, are what it is multiplied by. --- */
+
+/* out[v][r] (+)= sum over s of w[v * across + s * along] * panel[s][r], for V rows and R vectors. With `codes` lanes hold pairs of
+ * whole numbers, as in micro, and so do the sums. */
+INLINE void NAME(dense)(int V, int R, int codes, const lane *w, size_t across, size_t along, int steps, const float *panel,
+                        float *out, int begin) {
+    const size_t stride = R * VW;
+    vf acc[4][6];
+    UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++)
+        acc[v][r] = begin ? (vf){0} : NAME(load)(out + v * stride + r * VW);
+    for (int s = 0; s < steps; s++, w += along, panel += stride) {
+        vf x[6];
+        UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(panel + r * VW);
+        UNROLL for (int v = 0; v < V; v++) {
+            vf b = (vf)(w[v * across] | (vu){0});
+            UNROLL for (int r = 0; r < R; r++) {
+#ifdef MADD_AT
+                if (codes && r == 0 && V * R == 12)
+                    acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, panel);
+                else
+#endif
+                if (codes)
+                    acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
+                else
+                    acc[v][r] += b * x[r];
+            }
+        }
+    }
+    UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) NAME(store)(out + v * stride + r * VW, acc[v][r]);
+}
+
+/* The same for any number of rows, of which four at a time share a load, and R4 vectors. */
+INLINE void NAME(rows_of)(int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel, float *out,
+                          int begin) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4)
+        NAME(dense)(4, R4, codes, w + row * across, across, along, steps, panel, out + row * R4 * VW, begin);
+    for (; row < rows; row++)
+        NAME(dense)(1, R4, codes, w + row * across, across, along, steps, panel, out + row * R4 * VW, begin);
+}
+static ALONE void NAME(product)(int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
+                                float *out, int begin) {
+    if (codes)
+        NAME(rows_of)(1, w, across, along, rows, steps, panel, out, begin);
+    else
+        NAME(rows_of)(0, w, across, along, rows, steps, panel, out, begin);
+}
+
+/* `count` queries, of at most R4 vectors, times `scale`, into the panel, channel by channel. With `codes`, pair of channels by pair,
+ * `steps` of them, and what a code of each query stands for goes to `unit`. */
+static ALONE void NAME(queries)(int codes, const attention *a, const float *q, int count, int steps, float *panel, float *unit) {
+    const int stride = R4 * VW;
+    for (int t = 0; t < stride; t += VW) {
+        vf largest = {0}, inverse;
+        for (int c = 0; c < a->channels; c += VW) {
+            vu r[VW];
+            UNROLL for (int i = 0; i < VW; i++)
+                r[i] = t + i < count ? NAME(floats)(q + (t + i) * a->q_at[2] + c, a->channels - c) : (vu){0};
+            NAME(transpose)(r);
+            for (int i = 0; i < VW && c + i < a->channels; i++) {
+                NAME(store)(panel + (c + i) * stride + t, (vf)r[i] * (codes ? 1.0f : a->scale));
+                largest = NAME(larger)(largest, (vf)r[i]);
+            }
+        }
+        if (!codes)
+            continue;
+        if (a->channels % 2)
+            NAME(store)(panel + a->channels * stride + t, (vf){0});
+        NAME(store)(unit + t, largest);
+        scales_of(unit + t, (float *)&inverse, VW, a->largest);
+        for (int s = 0; s < steps; s++) {
+            vu low = NAME(code)(NAME(load)(panel + 2 * s * stride + t), inverse);
+            vu high = NAME(code)(NAME(load)(panel + (2 * s + 1) * stride + t), inverse);
+            NAME(store)(panel + s * stride + t, (vf)(low | (high << 16)));
+        }
+        NAME(store)(unit + t, NAME(load)(unit + t) * a->scale);
+    }
+}
+
+/* A tile of `count` queries, in R vectors, of one head of one image through all of its keys, block of keys by block: scores become
+ * shares of the largest so far, and what was summed shrinks where a larger one is found. */
+INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const float *q, const head *h, float *y, int count,
+                                 float *scratch) {
+    const int wide = a->value_channels, stride = R * VW, steps = codes ? (a->channels + 1) / 2 : a->channels;
+    float *panel = scratch, *scores = panel + (a->channels + 1) * stride, *out = scores + (a->block + 1) * stride;
+    float *sums = codes ? out + wide * stride : out, *unit = out + 2 * wide * stride;
+    vf most[6], total[6];
+    NAME(queries)(codes, a, q, count, steps, panel, unit);
+    UNROLL for (int r = 0; r < R; r++) most[r] = NAME(all)(-INFINITY), total[r] = (vf){0};
+    for (int k0 = 0; k0 < a->keys; k0 += a->block) {
+        int some = a->keys - k0 < a->block ? a->keys - k0 : a->block;
+        vf less[6];
+        NAME(product)(codes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
+        UNROLL for (int r = 0; r < R; r++) less[r] = most[r];
+        for (int i = 0; i < some; i++) {
+            UNROLL for (int r = 0; r < R; r++) {
+                float *at = scores + i * stride + r * VW;
+                vf x = NAME(load)(at);
+                if (codes) {
+                    x = __builtin_convertvector((vi)x, vf) * h->key_scale[k0 + i] * NAME(load)(unit + r * VW);
+                    NAME(store)(at, x);
+                }
+                most[r] = NAME(max)(most[r], x);
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            less[r] = NAME(exp)(less[r] - most[r]);
+            total[r] *= less[r];
+        }
+        if (codes && some % 2)
+            UNROLL for (int r = 0; r < R; r++) NAME(store)(scores + some * stride + r * VW, NAME(all)(-INFINITY));
+        for (int i = 0; i < some; i += codes ? 2 : 1) {
+            UNROLL for (int r = 0; r < R; r++) {
+                float *at = scores + i * stride + r * VW;
+                vf share = NAME(exp)(NAME(load)(at) - most[r]);
+                if (codes) {
+                    vf other = NAME(exp)(NAME(load)(at + stride) - most[r]);
+                    vu low = NAME(code)(share, NAME(all)(SHARES)), high = NAME(code)(other, NAME(all)(SHARES));
+                    NAME(store)(scores + i / 2 * stride + r * VW, (vf)(low | (high << 16)));
+                    share = __builtin_convertvector((vi)(low + high), vf) + (share - share) + (other - other); /* NaN stays */
+                } else
+                    NAME(store)(at, share);
+                total[r] += share;
+            }
+        }
+        int pairs = codes ? (some + 1) / 2 : some;
+        const lane *values = h->values + (size_t)(codes ? k0 / 2 : k0) * wide;
+        for (int c = 0; k0 && c < wide && !codes; c++) {
+            UNROLL for (int r = 0; r < R; r++) {
+                float *at = out + c * stride + r * VW;
+                NAME(store)(at, NAME(load)(at) * less[r]);
+            }
+        }
+        NAME(product)(codes, values, 1, wide, wide, pairs, scores, sums, codes || k0 == 0);
+        for (int c = 0; codes && c < wide; c++) {
+            UNROLL for (int r = 0; r < R; r++) {
+                float *at = out + c * stride + r * VW;
+                vf x = __builtin_convertvector(*(const vi *)(sums + c * stride + r * VW), vf);
+                if (k0)
+                    x += NAME(load)(at) * less[r];
+                NAME(store)(at, x);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        vf share = 1.0f / total[r];
+        for (int c = 0; c < wide; c += VW) {
+            vu x[VW];
+            UNROLL for (int i = 0; i < VW; i++) {
+                float unit_of_row = codes && c + i < wide ? h->value_scale[c + i] : 1.0f;
+                x[i] = c + i < wide ? (vu)(NAME(load)(out + (c + i) * stride + r * VW) * share * unit_of_row) : (vu){0};
+            }
+            NAME(transpose)(x);
+            UNROLL for (int i = 0; i < VW; i++) {
+                if (r * VW + i < count)
+                    NAME(keep)(y + (size_t)(r * VW + i) * a->heads * wide + c, x[i], wide - c);
+            }
+        }
+    }
+}
+
+/* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs of channels, and of a
+ * channel's pairs of keys, each key and each channel of the values with a scale. */
+static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, const head *h) {
+    const int channels = a->channels, wide = a->value_channels, steps = (channels + 1) / 2;
+    if (!a->codes) {
+        for (int64_t i = 0; i < a->keys; i++) {
+            memcpy(h->keys + i * channels, k + i * a->k_at[2], channels * 4);
+            memcpy(h->values + i * wide, v + i * a->v_at[2], wide * 4);
+        }
+        return;
+    }
+    memset(h->value_scale, 0, wide * 4);
+    for (int64_t i = 0; i < a->keys; i++) {
+        const float *key = k + i * a->k_at[2], *value = v + i * a->v_at[2];
+        vf largest = {0};
+        for (int c = 0; c < channels; c += VW)
+            largest = NAME(larger)(largest, (vf)NAME(floats)(key + c, channels - c));
+        int32_t most = 0;
+        for (int l = 0; l < VW; l++) most = ((vi)largest)[l] > most ? ((vi)largest)[l] : most;
+        memcpy(h->key_scale + i, &most, sizeof most);
+        float inverse;
+        scales_of(h->key_scale + i, &inverse, 1, a->largest);
+        for (int c = 0; c < 2 * steps; c += VW) {
+            vu codes = NAME(code)((vf)NAME(floats)(key + c, channels - c), NAME(all)(inverse));
+            vh narrow = __builtin_convertvector(codes, vh);
+            int left = 2 * steps - c;
+            if (left >= VW)
+                *(vh *)((uint16_t *)(h->keys + i * steps) + c) = narrow;
+            else
+                memcpy((uint16_t *)(h->keys + i * steps) + c, &narrow, left * 2);
+        }
+        for (int c = 0; c < wide; c += VW) {
+            vf largest_of = NAME(larger)((vf)NAME(floats)(h->value_scale + c, wide - c), (vf)NAME(floats)(value + c, wide - c));
+            NAME(keep)(h->value_scale + c, (vu)largest_of, wide - c);
+        }
+    }
+    scales_of(h->value_scale, h->value_inverse, wide, VALUES);
+    for (int64_t i = 0; i < a->keys; i += 2) {
+        const float *value = v + i * a->v_at[2], *next = i + 1 < a->keys ? value + a->v_at[2] : NULL;
+        for (int c = 0; c < wide; c += VW) {
+            vf inverse = (vf)NAME(floats)(h->value_inverse + c, wide - c);
+            vu low = NAME(code)((vf)NAME(floats)(value + c, wide - c), inverse);
+            vu high = next ? NAME(code)((vf)NAME(floats)(next + c, wide - c), inverse) : (vu){0};
+            NAME(keep)((float *)(h->values + i / 2 * wide + c), low | (high << 16), wide - c);
+        }
+    }
+}
+
+/* Parts of the queries of a head. */
+static void NAME(attend)(void *argument) {
+    attention *a = argument;
+    size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 2) + 3 * (size_t)a->value_channels;
+    size_t tile = (size_t)(a->channels + 1 + a->block + 1 + 2 * a->value_channels + 1) * R4 * VW;
+    float *buffer = scratch_of_this_thread((tile + keys) * 4);
+    if (buffer == NULL) {
+        a->failed = 1;
+        return;
+    }
+    head h = {.keys = (lane *)(buffer + tile)};
+    h.values = h.keys + ((size_t)a->keys + 1) * (a->channels + 1);
+    h.key_scale = (float *)(h.values + ((size_t)a->keys + 1) * a->value_channels);
+    h.value_scale = h.key_scale + a->keys;
+    h.value_inverse = h.value_scale + a->value_channels;
+    int64_t vectors = (a->queries + VW - 1) / VW;
+    for (;;) {
+        int64_t next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED), part = next % a->parts, which = next / a->parts % a->heads;
+        int64_t image = next / a->parts / a->heads, from = vectors * part / a->parts * VW, end = vectors * (part + 1) / a->parts * VW;
+        if (image >= a->images)
+            return;
+        end = end < a->queries ? end : a->queries;
+        const float *q = a->q + image * a->q_at[0] + which * a->q_at[1];
+        NAME(keys_and_values)(a, a->k + image * a->k_at[0] + which * a->k_at[1], a->v + image * a->v_at[0] + which * a->v_at[1], &h);
+        for (int64_t t = from; t < end; t += R4 * VW) {
+            int count = (int)(end - t < R4 * VW ? end - t : R4 * VW);
+            float *y = a->y + ((image * a->queries + t) * a->heads + which) * a->value_channels;
+            if (a->codes)
+                NAME(attention_tile)(R4, 1, a, q + t * a->q_at[2], &h, y, count, buffer);
+            else
+                NAME(attention_tile)(R4, 0, a, q + t * a->q_at[2], &h, y, count, buffer);
+        }
     }
 }
 

@@ -7,3 +7,5 @@
 #undef DOT
 #undef MADD
 #undef MADD_AT
+#undef MAX
+#undef MIN

@@ -65,15 +65,15 @@ class VNMConv(nn.Module):
         return out
 
 
-def _shape_of_work(pattern: NM | Clustered, lanes: Lanes) -> tuple[int, int, int]:
+def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple[int, int, int]:
     """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
-    many channels to a block, and how many vectors of tokens to a tile. Found by measuring."""
+    many channels to a block, and how many vectors of tokens (or `pixels`) to a tile. Found by measuring."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
     if not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
     elif not wide:
-        channels, vectors = {1: (128, 9), 2: (128, 9), 4: (256, 6)}[most]
+        channels, vectors = {1: (128, 9), 2: (128, 9), 4: (128, 6) if pixels else (192, 3)}[most]
     elif lanes != Lanes.FLOATS:
         channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
     else:
@@ -132,7 +132,7 @@ class VNM(Backend):
         lanes = self._lanes(half and all((p.n, p.m) == (2, 4) for p in patterns))
         weights = []
         for layer, pattern in zip(unit.layers, patterns, strict=True):
-            rows, channels, tile = _shape_of_work(pattern, lanes)
+            rows, channels, tile = _shape_of_work(pattern, lanes, isinstance(layer, nn.Conv2d))
             block = _block(layer.weight.shape[1], pattern, channels)
             weight = layer.weight.detach()
             weights.append(
