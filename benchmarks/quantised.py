@@ -1,0 +1,157 @@
+"""What 8 bits cost in quality: `best` at 4:2:4 trained in float32 and with `quantise: int8`, each judged in float32 and in 8 bits.
+
+    python benchmarks/quantised.py [--model uvit-digits] [--seeds 5]
+
+Forms that are judged, on the very same weights of a training:
+- `float32`: the trained weights in float32 arithmetic. Those of `quantise: int8` are 8-bit codes times a scale already.
+- `8-bit weights`: every weight under a mask rounded to 8 bits per output row, in float32 arithmetic.
+- `8-bit kernels`: every layer that `vnm-int8` takes run by it (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in float32.
+  It takes no convolution, so that a model without a layer for it has no such form.
+
+Each training and its judgements are a file in runs/quantised/ (trained models beside it), so that what is interrupted goes on. Writes
+benchmarks/results/quantised.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from compressor import files, saving
+from compressor.environment import environment
+from compressor.lower.job import prepared
+from compressor.lower.units import put
+from compressor.progress import result_of
+from compressor.quality import drift, evaluate
+from compressor.runs import inputs as found
+from compressor.runs.inputs import Inputs
+from compressor.runs.judge import Judge
+from compressor.sparsity.codes import fake_quantised
+from compressor.training.engine import steps
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("uvit-digits", "ddpm-digits")
+STEPS, SAMPLES = 300, 1797  # as many samples as real images
+TRAINED = {"float32": "none", "int8": "int8"}
+"""Name of a training: its setting `quantise`."""
+
+
+def recipe(model: str, seed: int, quantise: str) -> dict[str, Any]:
+    """The settings of a training."""
+    return {
+        "model": model,
+        "method": "sparsedm",
+        "pattern": "4:2:4",
+        "settings": {"preset": "best", "quantise": quantise},
+        "train": {"steps": STEPS, "seed": seed},
+        "evaluate": {"samples": SAMPLES, "measures": [], "bootstrap": 0, "latency_rounds": 0},
+    }
+
+
+def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
+    """A copy with every weight of `masked` in 8 bits per output row."""
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in found.named_parameters():
+            if name in masked:
+                weight.copy_(fake_quantised(weight))
+    return found
+
+
+def in_kernels(model: nn.Module, given: Inputs) -> tuple[nn.Module, int]:
+    """A copy in which `vnm-int8` runs every unit that it takes, and how many these are."""
+    job = prepared(model, given.adapter.example_inputs(16), ["vnm-int8"], None, given.adapter)
+    backend, count = job.backend("vnm-int8"), 0
+    form = copy.deepcopy(job.base)
+    for one in job.found:
+        if backend.refusal(one.unit) is None:
+            form, count = put(form, one.at, backend.build(one.unit)), count + 1
+    return form, count
+
+
+@torch.no_grad()
+def judged(judge: Judge, model: nn.Module) -> dict[str, float]:
+    """The distance of what `model` draws, and the prediction error against the given dense model."""
+    given, settings = judge.inputs, judge.inputs.recipe.evaluate
+    images = result_of(judge.drawn("", model))
+    if given.metric is None or judge.reference is None:
+        raise RuntimeError("the model has no metric")
+    first = evaluate.qualities(given.metric, images, judge.reference, settings)[0]
+    predicted = [drift.predictions(given.adapter, m, given.data, settings, judge.device) for m in (model, given.model)]
+    return {first.metric: first.value, "prediction_error": drift.prediction_error(*predicted).value}
+
+
+def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
+    """One training, judged in every form."""
+    given = found.load_inputs(found.resolve(recipe(model, seed, TRAINED[training]), "recipe"))
+    began = time.perf_counter()
+    run = given.fine_tuning()
+    for _ in steps(run):
+        pass
+    result = run.finish()
+    seconds = time.perf_counter() - began
+    saving.save(folder / f"{model}-{training}-seed-{seed}", result.model, result.masks, model)
+    judge = Judge(given)
+    result_of(judge.look())
+    forms = {"float32": judged(judge, result.model)}
+    if training == "float32":
+        forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
+    lowered, units = in_kernels(result.model, given)
+    if units:
+        forms["8-bit kernels"] = judged(judge, lowered)
+    own = {name: value for name, value in result.model.named_parameters() if name in result.masks}
+    return {
+        "model": model,
+        "seed": seed,
+        "training": training,
+        "seconds": seconds,
+        "weights_masked": len(own),
+        "units_in_kernels": units,
+        "codes_hold": all(torch.equal(value, fake_quantised(value)) for value in own.values()),
+        "forms": forms,
+    }
+
+
+def dense(model: str) -> dict[str, Any]:
+    """The given dense model, and with those weights in 8 bits that a 4:2:4 run would mask."""
+    given = found.load_inputs(found.resolve(recipe(model, 0, "none"), "recipe"))
+    judge = Judge(given)
+    result_of(judge.look())
+    masked = given.one_shot().masks
+    forms = {"float32": judged(judge, given.model), "8-bit weights": judged(judge, rounded(given.model, masked))}
+    return {"model": model, "training": "dense, as given", "weights_masked": len(masked), "forms": forms}
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS)
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--from", "folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "quantised")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "quantised.json"
+)
+def main(models: tuple[str, ...], seeds: int, folder: Path, out: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = [(model, seed, training) for model in models for seed in range(seeds) for training in TRAINED]
+    jobs: dict[str, Any] = {f"{m}-{t}-seed-{s}": lambda m=m, s=s, t=t: cell(m, s, t, folder) for m, s, t in cells}
+    jobs |= {f"{model}-dense": lambda m=model: dense(m) for model in models}
+    for name, make in jobs.items():
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            files.write_json(path, make())
+        click.echo(f"{name}: {files.read_json(path)['forms']}")
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    facts = {key: value for key, value in environment().items() if key in ("versions", "hardware", "platform")}
+    text = json.dumps({**facts, "recipe": recipe("MODEL", 0, "none or int8"), "rows": rows}, indent=1) + "\n"
+    out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
