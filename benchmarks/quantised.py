@@ -3,10 +3,10 @@
     python benchmarks/quantised.py [--model uvit-digits] [--seeds 5]
 
 Forms that are judged, on the very same weights of a training:
-- `float32`: the trained weights in float32 arithmetic. Those of `quantise: int8` are 8-bit codes times a scale already.
-- `8-bit weights`: every weight under a mask rounded to 8 bits per output row, in float32 arithmetic.
-- `8-bit kernels`: every layer that `vnm-int8` takes run by it (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in float32.
-  It takes no convolution, so that a model without a layer for it has no such form.
+- `float32`: the weights that were trained in float32, in float32 arithmetic.
+- `8-bit kernels`: every layer with a mask run by `vnm-int8` (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in float32.
+- `8-bit weights`, where the kernels do not take every layer with a mask: each weight under a mask in 8 bits per output row, in float32
+  arithmetic. Weights of `quantise: int8` are so already.
 
 Each training and its judgements are a file in runs/quantised/ (trained models beside it), so that what is interrupted goes on. Writes
 benchmarks/results/quantised.json.
@@ -66,15 +66,16 @@ def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
     return found
 
 
-def in_kernels(model: nn.Module, given: Inputs) -> tuple[nn.Module, int]:
-    """A copy in which `vnm-int8` runs every unit that it takes, and how many these are."""
+def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any]) -> nn.Module | None:
+    """A copy in which `vnm-int8` runs every layer with a mask; None where it does not take one of them."""
     job = prepared(model, given.adapter.example_inputs(16), ["vnm-int8"], None, given.adapter)
-    backend, count = job.backend("vnm-int8"), 0
+    backend, taken = job.backend("vnm-int8"), set()
     form = copy.deepcopy(job.base)
     for one in job.found:
         if backend.refusal(one.unit) is None:
-            form, count = put(form, one.at, backend.build(one.unit)), count + 1
-    return form, count
+            form = put(form, one.at, backend.build(one.unit))
+            taken |= set(one.weights)
+    return form if taken == set(masked) else None
 
 
 @torch.no_grad()
@@ -101,12 +102,12 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
     saving.save(folder / f"{model}-{training}-seed-{seed}", result.model, result.masks, model)
     judge = Judge(given)
     result_of(judge.look())
-    forms = {"float32": judged(judge, result.model)}
-    if training == "float32":
-        forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
-    lowered, units = in_kernels(result.model, given)
-    if units:
+    forms = {"float32": judged(judge, result.model)} if training == "float32" else {}
+    lowered = in_kernels(result.model, given, result.masks)
+    if lowered is not None:
         forms["8-bit kernels"] = judged(judge, lowered)
+    else:
+        forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
     own = {name: value for name, value in result.model.named_parameters() if name in result.masks}
     return {
         "model": model,
@@ -114,7 +115,6 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
         "training": training,
         "seconds": seconds,
         "weights_masked": len(own),
-        "units_in_kernels": units,
         "codes_hold": all(torch.equal(value, fake_quantised(value)) for value in own.values()),
         "forms": forms,
     }
