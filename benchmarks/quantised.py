@@ -4,7 +4,8 @@
 
 Forms that are judged, on the very same weights of a training:
 - `float32`: the weights that were trained in float32, in float32 arithmetic.
-- `8-bit kernels`: every layer with a mask run by `vnm-int8` (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in float32.
+- `8-bit kernels`: every layer with a mask run by `vnm-int8` (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in
+  float32.
 - `8-bit weights`, where the kernels do not take every layer with a mask: each weight under a mask in 8 bits per output row, in float32
   arithmetic. Weights of `quantise: int8` are so already.
 
@@ -134,9 +135,7 @@ def dense(model: str) -> dict[str, Any]:
 @click.option("--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS)
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--from", "folder", type=click.Path(path_type=Path), default=ROOT / "runs" / "quantised")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "quantised.json"
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "quantised.json")
 def main(models: tuple[str, ...], seeds: int, folder: Path, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cells = [(model, seed, training) for model in models for seed in range(seeds) for training in TRAINED]

@@ -89,7 +89,8 @@ _TOLERANCE = (
     "0.01 on. [0<x<=1]"
 )
 _MAX_ERROR = (
-    "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. [0<x<=1]"
+    "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. "
+    "[0<x<=1]"
 )
 NEW_HELP["compressor lower"] = [_TOLERANCE, _MAX_ERROR]
 NEW_HELP["compressor bench"] = f"""

@@ -47,7 +47,10 @@ def _key(unit: Unit) -> str:
 def choose(
     group: Sequence[Found], job: Job, tolerance: float | None, store: Cache, free: bool = False
 ) -> list[LayerPlan]:
-    """Time the backends on the group, and choose for each of its layers: `free`, 8 bits whatever their error, if no `tolerance` is given."""
+    """Time the backends on the group, and choose for each of its layers.
+
+    `free`: 8 bits whatever their error, where no `tolerance` is given.
+    """
     backends, device = job.backends, job.device
     unit = group[0].unit
     allowed = {b.name: _allowed(b, unit, tolerance, free) for b in backends}

@@ -1,4 +1,7 @@
 """The codes of quantising backends: those that training with 8 bits rounds to."""
 
-from compressor.sparsity.codes import LARGEST as LARGEST
-from compressor.sparsity.codes import quantised as quantised
+from __future__ import annotations
+
+from compressor.sparsity.codes import LARGEST, quantised
+
+__all__ = ["LARGEST", "quantised"]

@@ -71,8 +71,8 @@ class Form(_Value):
 class Search(_Value):
     """What was measured while layers were chosen for an error of the whole model (relative, root mean square, on the example).
 
-    `free` with every layer in the form that is fastest for it alone, `error` as planned, `alone` with one layer in 8 bits and all others
-    dense, by layer; empty where every layer fitted in. None where an output was not finite, or the model did not run.
+    `free` with every layer in the form that is fastest for it alone, `error` as planned, `alone` with one layer in 8 bits and all
+    others dense, by layer; empty where every layer fitted in. None where an output was not finite, or the model did not run.
     """
 
     max_error: _Positive

@@ -1,8 +1,8 @@
 """The fastest plan whose whole model stays within an error: which layers stay in 8 bits, and which go back to a float form.
 
-Errors of layers add up in squares, nearly. So each layer is put into 8 bits alone, and the model's output compared; those whose squared
-error is large for the time that they save go back first, until what is left should fit. What really is left is then measured, and more go
-back one by one until it fits.
+Errors of layers add up in squares, nearly. So each layer is put into 8 bits alone, and the model's output compared; those whose
+squared error is large for the time that they save go back first, until what is left should fit. What really is left is then
+measured: more go back one by one until it fits, and those that fit in all the same stay in 8 bits.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def within(
             yield step(0, 1, f"{len(back)} layers back in float")
         for option in back[::-1] if found <= max_error else ():  # errors may make up for each other
             fewer = [other for other in back if other is not option]
-            if alone[option.layer.name] <= max_error:
-                yield step(0, 1, f"{option.layer.name} in 8 bits again")
-                if (less := whole(fewer)) <= max_error:
-                    back, found = fewer, less
+            yield step(0, 1, f"{option.layer.name} in 8 bits again")
+            if (less := whole(fewer)) <= max_error:
+                back, found = fewer, less
     chosen = _with(layers, back, alone)
     return chosen, Search(max_error=max_error, free=_finite(free), error=_finite(found), alone=_all_finite(alone))
 
@@ -82,7 +81,8 @@ def within(
 def _with(
     layers: Sequence[LayerPlan], back: Sequence[_Option], alone: Mapping[str, float] | None = None
 ) -> list[LayerPlan]:
-    """`layers`, of which those in `back` have their float form; with the reason, where the errors that each makes `alone` are given."""
+    """`layers`, of which those in `back` have their float form; with the reason where the errors that each makes `alone` are
+    given."""
     instead = {o.layer.name: o.instead if alone is None else _returned(o, alone[o.layer.name]) for o in back}
     return [instead.get(layer.name, layer) for layer in layers]
 
@@ -103,17 +103,19 @@ def _options(job: Job, layers: Sequence[LayerPlan]) -> list[_Option]:
 
 
 def _order(options: Sequence[_Option], alone: Mapping[str, float], count: int) -> list[_Option]:
-    """Who goes back first: the most squared error per millisecond saved; of equal ones those nearest to the model's ends."""
+    """Who goes back first: the most squared error per millisecond saved; of those equal to three digits, the ones nearest to the
+    model's ends."""
 
     def key(option: _Option) -> tuple[float, int, int]:
         price = alone[option.layer.name] ** 2 / option.saves if option.saves > 0 else math.inf
-        return -price, min(option.place, count - 1 - option.place), option.place
+        return -float(f"{price:.2e}"), min(option.place, count - 1 - option.place), option.place
 
     return sorted(options, key=key)
 
 
 def _predicted(order: Sequence[_Option], alone: Mapping[str, float], max_error: float) -> list[_Option]:
-    """The first of `order`, at least one, without which the squares of the others' errors add up to no more than that of `max_error`."""
+    """The first of `order`, at least one, without which the squares of the others' errors add up to no more than that of
+    `max_error`."""
     squares = [alone[option.layer.name] ** 2 for option in order]
     count = 1
     while sum(squares[count:]) > max_error**2:

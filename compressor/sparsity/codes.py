@@ -32,9 +32,8 @@ def quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def fake_quantised(weight: Tensor) -> Tensor:
     """What `weight` (out, in, *kernel) is in 8 bits: codes * scale of each output row, in the weight's shape and dtype.
 
-    In float32 it gives itself back when it is quantised again, to the last bit: 127 * scale / 127 is the scale for every float32 scale.
-    Cast to bfloat16 the codes are the same (two roundings of 2^-9 move a code of 127 by less than a half), and the scale
-    differs by 2^-9 at most. In float16, rows below 127 * 2^-14 would lose their codes.
+    In float32 it gives itself back when it is quantised again, to the last bit: 127 * scale / 127 is the scale for every float32
+    scale. In half precision it does not: bfloat16 rounds by up to 2^-8, of a code and of the largest one, which is nearly one code.
     """
     codes, scale = quantised(weight.flatten(1), torch.int8)
     return (codes.float() * scale).view_as(weight).to(weight.dtype)

@@ -11,6 +11,7 @@ from compressor.errors import UsageError, one_of
 from compressor.sparsity.codes import QUANTISE, fake_quantised
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
+from compressor.weights import HALF
 
 
 def sparse(weight: Tensor, mask: Mask, pruner: Pruner) -> Tensor:
@@ -26,7 +27,7 @@ def rounded(masked: Tensor, pruner: Pruner) -> Tensor:
 def check_quantise(pruner: Pruner, dtypes: Mapping[str, torch.dtype], mode: str = "full") -> None:
     """Refuse what `quantise` cannot mean: `dtypes` has, by name, that of each weight that may get a mask, as it is saved.
 
-    Raises UsageError for values that do not exist, adapters, and float16, in which codes of small rows would be lost.
+    Raises UsageError for values that do not exist, adapters, and half precision, whose own rounding would change the codes.
     """
     one_of("quantise", pruner.quantise, QUANTISE)
     if pruner.quantise == "none":
@@ -37,8 +38,8 @@ def check_quantise(pruner: Pruner, dtypes: Mapping[str, torch.dtype], mode: str 
             "Set train.mode=full, or quantise=none.",
         )
     for name, dtype in dtypes.items():
-        if dtype == torch.float16:
+        if dtype in HALF:
             raise UsageError(
-                f"quantise int8: {name} is float16, which does not hold the 8-bit codes of rows of small weights",
-                "Give the model in float32 or bfloat16, or quantise=none.",
+                f"quantise int8: {name} is {str(dtype).removeprefix('torch.')}, whose own rounding would change its 8-bit codes",
+                "Give the model in float32 (model.float()), or quantise=none.",
             )
