@@ -27,13 +27,14 @@ import torch
 from torch import nn
 
 from compressor import files, saving
+from compressor.comparison.statistics import summary
 from compressor.environment import environment
 from compressor.lower.job import prepared
 from compressor.lower.units import put
 from compressor.progress import result_of
 from compressor.quality import drift, evaluate
-from compressor.runs import inputs as found
-from compressor.runs.inputs import Inputs
+from compressor.report.compared import Summary
+from compressor.runs.inputs import Inputs, load_inputs, resolve
 from compressor.runs.judge import Judge
 from compressor.sparsity.codes import fake_quantised
 from compressor.training.engine import steps
@@ -93,7 +94,7 @@ def judged(judge: Judge, model: nn.Module) -> dict[str, float]:
 
 def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
     """One training, judged in every form."""
-    given = found.load_inputs(found.resolve(recipe(model, seed, TRAINED[training]), "recipe"))
+    given = load_inputs(resolve(recipe(model, seed, TRAINED[training]), "recipe"))
     began = time.perf_counter()
     run = given.fine_tuning()
     for _ in steps(run):
@@ -123,12 +124,79 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
 
 def dense(model: str) -> dict[str, Any]:
     """The given dense model, and with those weights in 8 bits that a 4:2:4 run would mask."""
-    given = found.load_inputs(found.resolve(recipe(model, 0, "none"), "recipe"))
+    given = load_inputs(resolve(recipe(model, 0, "none"), "recipe"))
     judge = Judge(given)
     result_of(judge.look())
     masked = given.one_shot().masks
     forms = {"float32": judged(judge, given.model), "8-bit weights": judged(judge, rounded(given.model, masked))}
     return {"model": model, "training": "dense, as given", "weights_masked": len(masked), "forms": forms}
+
+
+_FORMS = (("float32", "float32"), ("float32", "8 bits"), ("int8", "8 bits"))
+"""How a model was trained, and what it was judged in: the float32 one first, which the others are held against."""
+
+
+def table(result: dict[str, Any]) -> str:
+    """Distances by seed, and the paired differences from 4:2:4 in float32."""
+    seeds = sorted({row["seed"] for row in result["rows"] if "seed" in row})
+    lines = [
+        "| model | trained in | judged in | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | fd-digits, mean | prediction error |",
+        "|---|---|---|" + "---:|" * (len(seeds) + 2),
+    ]
+    changes = [
+        "| model | 8 bits, against 4:2:4 in float32 | change of fd-digits | of the prediction error | n |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for model in MODELS:
+        rows = [row for row in result["rows"] if row["model"] == model]
+        given = {_judged_as(name): value for row in rows if "seed" not in row for name, value in row["forms"].items()}
+        for judged_in, found in given.items():
+            empty = " | ".join("" for _ in seeds)
+            lines.append(
+                f"| `{model}` | dense, as given | {judged_in} | {empty} | {found['fd-digits']:.2f} | {found['prediction_error']:.3%} |"
+            )
+        cells = {form: [_judged_in(rows, seed, *form) for seed in seeds] for form in _FORMS}
+        for (trained, judged_in), found in cells.items():
+            values = " | ".join(f"{value['fd-digits']:.2f}" for value in found)
+            distance, error = (summary([value[name] for value in found]) for name in ("fd-digits", "prediction_error"))
+            lines.append(
+                f"| `{model}` | {trained} | {judged_in} | {values} | {_with_interval(distance, '.2f')} | {error.mean:.3%} |"
+            )
+        for form, how in zip(_FORMS[1:], ("rounded after training", "trained in 8 bits"), strict=True):
+            pairs = list(zip(cells[form], cells[_FORMS[0]], strict=True))
+            distance, error = (
+                summary([a[name] - b[name] for a, b in pairs]) for name in ("fd-digits", "prediction_error")
+            )
+            changes.append(
+                f"| `{model}` | {how} | {_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')} | {len(seeds)} |"
+            )
+    told = (
+        f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
+        "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In 8 "
+        "bits are the weights that have masks: of `uvit-digits` in the kernels of `vnm-int8`, of `ddpm-digits` (for whose "
+        "convolutions there were none) rounded, and multiplied in float32; of dense models the same ones, rounded. "
+        f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
+    )
+    return "\n".join([*lines, "", *changes, "", told])
+
+
+def _judged_as(form: str) -> str:
+    return "float32" if form == "float32" else "8 bits"
+
+
+def _judged_in(rows: list[dict[str, Any]], seed: int, trained: str, judged_in: str) -> dict[str, float]:
+    (row,) = (row for row in rows if row.get("seed") == seed and row["training"] == trained)
+    forms = row["forms"]
+    found: dict[str, float] = (
+        forms["float32"] if judged_in == "float32" else forms.get("8-bit kernels", forms.get("8-bit weights"))
+    )
+    return found
+
+
+def _with_interval(found: Summary, form: str) -> str:
+    return f"{found.mean:{form}}" + ("" if found.ci95 is None else f" [{found.ci95[0]:{form}}, {found.ci95[1]:{form}}]")
 
 
 @click.command()
