@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
+from quantised import table as in_8_bits
 
 from compressor.comparison.statistics import summary
 from compressor.report.compared import Summary
@@ -369,6 +370,7 @@ TABLES = (
     ("docs/results.md", "equal-latency", "comparison_latency-uvit.json", equal_latency),
     ("docs/results.md", "as-fast", "comparison_cpu-uvit.json", as_fast),
     ("docs/results.md", "structured", "structured.json", structured),
+    ("docs/results.md", "8-bits", "quantised.json", in_8_bits),
     ("docs/results.md", "trials", "sparsedm_trials.json", trials),
 )
 """Page, marker, files of results, and how the table is written."""

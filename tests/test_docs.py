@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def test_every_setting_is_documented_with_its_default():
 
 
 def load_tables():
+    if (folder := str(ROOT / "benchmarks")) not in sys.path:  # as for a script
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)

@@ -16,7 +16,7 @@ from compressor import NM, Backend, CompressorError, registry
 from compressor.files import cache_folder
 from compressor.lower import Unit
 from compressor.lower.chooser import _few_rows, relative
-from compressor.lower.forms import _deviation
+from compressor.lower.forms import deviation
 from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units
 
@@ -80,11 +80,11 @@ def test_a_layer_that_answers_otherwise_is_refused(change: Any) -> None:
 def test_errors_are_infinite_where_shapes_kinds_or_numbers_differ() -> None:
     ones, nan = torch.ones(2, 3), torch.full((2, 3), math.nan)
     assert relative(ones[None], ones.double()) == math.inf
-    assert _deviation((ones, nan), (ones, ones)) == math.inf
-    assert _deviation((nan, ones), (ones, ones)) == math.inf
-    assert _deviation(ones.double(), ones) == math.inf
-    assert _deviation((ones,), (ones, ones)) == math.inf
-    assert _deviation({"a": ones, "b": 2}, {"a": ones, "b": 2}) == 0
+    assert deviation((ones, nan), (ones, ones)) == math.inf
+    assert deviation((nan, ones), (ones, ones)) == math.inf
+    assert deviation(ones.double(), ones) == math.inf
+    assert deviation((ones,), (ones, ones)) == math.inf
+    assert deviation({"a": ones, "b": 2}, {"a": ones, "b": 2}) == 0
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ class Out:
 
 
 def test_outputs_in_a_dataclass_are_compared() -> None:
-    assert _deviation(Out(torch.zeros(2)), Out(torch.ones(2))) == 1
-    assert _deviation({"out": Out(torch.ones(2))}, {"out": Out(torch.ones(2))}) == 0
+    assert deviation(Out(torch.zeros(2)), Out(torch.ones(2))) == 1
+    assert deviation({"out": Out(torch.ones(2))}, {"out": Out(torch.ones(2))}) == 0
 
 
 def test_an_output_without_a_tensor_is_refused() -> None:

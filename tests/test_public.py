@@ -88,9 +88,14 @@ _TOLERANCE = (
     "--tolerance FLOAT RANGE How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about "
     "0.01 on. [0<x<=1]"
 )
-NEW_HELP["compressor lower"] = [_TOLERANCE]
+_MAX_ERROR = (
+    "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. "
+    "[0<x<=1]"
+)
+NEW_HELP["compressor lower"] = [_TOLERANCE, _MAX_ERROR]
 NEW_HELP["compressor bench"] = f"""
 {_TOLERANCE}
+{_MAX_ERROR}
 A pipeline's run can also be drawn with caches and fewer steps, dense and sparse, from the same noise: its report then shows the time of each against what the pictures lose.
 --cache NAME[:KEY=VALUE]… Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.
 --steps N,N,… Of a pipeline's run: also with these numbers of sampler steps.

@@ -94,6 +94,16 @@ def test_a_tolerance_lets_8_bit_kernels_be_tried(copied: Path, cli: Any) -> None
     assert cli("lower", copied, "--tolerance", "0").code == 2
 
 
+def test_an_error_of_the_whole_model_lets_8_bit_kernels_be_tried(copied: Path, cli: Any) -> None:
+    outcome = cli("lower", copied, "--max-error", "0.05")
+    assert outcome.code == 0 and "error of the whole model" in outcome.err, outcome.err
+    plan = Plan.read(copied)
+    assert plan.search is not None and plan.search.max_error == 0.05
+    assert all(form.error is not None and form.error <= 0.05 for form in plan.forms)
+    assert any(c.backend == "vnm-int8" for one in plan.layers for c in one.candidates)
+    assert cli("bench", copied, "--max-error", "2").code == 2
+
+
 def test_lower_again_replaces_its_own_figures(copied: Path, cli: Any) -> None:
     before = [len(row["latency"]) for row in read(copied)["rows"]]
     assert cli("lower", copied, "--fresh").code == 0

@@ -124,6 +124,11 @@ speed_options = options(
         type=click.FloatRange(0, 1, min_open=True),
         help="How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about 0.01 on.",
     ),
+    click.option(
+        "--max-error",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit.",
+    ),
     click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
 )
 """How a finished run is timed."""

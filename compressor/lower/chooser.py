@@ -26,6 +26,7 @@ from compressor.report.content import GAIN, gains
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """The largest relative error of a layer: rounding, in the order in which a kernel adds."""
 
+_NOTHING = 1.0  # the error of an answer of zeros: from there on a layer is not rounded, but wrong
 _ROUNDS = 25
 _CHECKED_ROWS = 4096  # on which a candidate's error is measured
 _MEMBERS = 4  # layers of one shape that take turns, so that weights come from memory as they do in the model
@@ -43,11 +44,16 @@ def _key(unit: Unit) -> str:
     return f"{unit.module!r} {unit.input_shape} {unit.dtype} {[str(p) for p in unit.patterns]}"
 
 
-def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cache) -> list[LayerPlan]:
-    """Time the backends on the group, and choose for each of its layers."""
+def choose(
+    group: Sequence[Found], job: Job, tolerance: float | None, store: Cache, free: bool = False
+) -> list[LayerPlan]:
+    """Time the backends on the group, and choose for each of its layers.
+
+    `free`: 8 bits whatever their error, where no `tolerance` is given.
+    """
     backends, device = job.backends, job.device
     unit = group[0].unit
-    allowed = TOLERANCE.get(unit.dtype, 1e-5) if tolerance is None else tolerance
+    allowed = {b.name: _allowed(b, unit, tolerance, free) for b in backends}
     refused = {b.name: reason for b in backends if (reason := _refusal(b, unit, device))}
     able = [backend for backend in backends if backend.name not in refused]
     rng = torch.Generator().manual_seed(SEED)
@@ -66,8 +72,8 @@ def choose(group: Sequence[Found], job: Job, tolerance: float | None, store: Cac
             refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
             continue
         errors[backend.name] = error
-        if not error <= allowed and backend.name != "eager":  # the layer as it is always stands
-            refused[backend.name] = f"its error is {error:.1e}, above {allowed:.0e}"
+        if not error <= (most := allowed[backend.name]) and backend.name != "eager":  # the layer as it is always stands
+            refused[backend.name] = f"its error is {error:.1e}, above {most:.0e}"
             del calls[backend.name]
     how = sorted(f"{b.name} {b.version}".strip() for b in able if b.name in calls)
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
@@ -94,6 +100,13 @@ def _refusal(backend: Backend, unit: Unit, device: torch.device) -> str | None:
         return backend.unavailable(device) or backend.refusal(unit)
     except Exception as failure:  # a plugin may raise anything
         return f"the backend failed when asked: {type(failure).__name__}: {failure}"
+
+
+def _allowed(backend: Backend, unit: Unit, tolerance: float | None, free: bool) -> float:
+    """The largest error of `unit` in `backend`."""
+    if tolerance is not None:
+        return tolerance
+    return _NOTHING if free and backend.quantises else TOLERANCE.get(unit.dtype, 1e-5)
 
 
 def _calls(modules: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:

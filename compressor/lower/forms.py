@@ -21,13 +21,13 @@ from compressor.errors import CompressorError, first_line
 from compressor.lower.chooser import best, relative
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
-from compressor.lower.plan import Form, LayerPlan, Plan
+from compressor.lower.plan import Form, LayerPlan, Plan, Search
 from compressor.lower.units import put
 
 _ROUNDS = 11
 
 
-def _built(job: Job, choices: dict[str, str]) -> nn.Module:
+def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     """The model with the chosen modules in place; tensors that stay are shared with it."""
     form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
     for one in job.found:
@@ -44,20 +44,20 @@ def _fastest_dense(layer: LayerPlan, skipping: set[str]) -> str:
 def _dense(job: Job, layers: Sequence[LayerPlan]) -> nn.Module:
     """Every layer in its fastest dense form."""
     skipping = {backend.name for backend in job.backends if backend.skips_zeros}
-    return _built(job, {layer.name: _fastest_dense(layer, skipping) for layer in layers})
+    return built(job, {layer.name: _fastest_dense(layer, skipping) for layer in layers})
 
 
 def _forms(job: Job, layers: Sequence[LayerPlan], compiled: bool) -> dict[str, nn.Module]:
     """The model as it is, in the best dense form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes."""
     forms: dict[str, nn.Module] = {"eager": job.base, "dense": _dense(job, layers)}
     if any(layer.skips_zeros for layer in layers):
-        forms["lowered"] = _built(job, {layer.name: layer.choice for layer in layers})
+        forms["lowered"] = built(job, {layer.name: layer.choice for layer in layers})
     if job.device.type == "cuda":
         forms |= {f"{name}, graph": Graphed(form) for name, form in forms.items()}
     if compiled:
         forms["eager, compiled"] = _compiled(job.base, job.device)
         if "lowered" in forms:
-            forms["lowered, compiled"] = _compiled(_built(job, _for_compiler(layers)), job.device)
+            forms["lowered, compiled"] = _compiled(built(job, _for_compiler(layers)), job.device)
     return forms
 
 
@@ -67,7 +67,7 @@ def _for_compiler(layers: Sequence[LayerPlan]) -> dict[str, str]:
 
 
 def guarded(
-    job: Job, layers: Sequence[LayerPlan], compiled: bool, allowed: float, weights: str
+    job: Job, layers: Sequence[LayerPlan], compiled: bool, allowed: float, weights: str, search: Search | None = None
 ) -> tuple[nn.Module, Plan]:
     """Time the forms of the whole model side by side, and take the fastest: a sparse one only where it wins."""
     forward, base, device = job.forward, job.base, job.device
@@ -97,7 +97,8 @@ def guarded(
         ),
         choice=choice,
         reason=reason,
-        notes=(*job.notes, *refused),
+        notes=(*job.notes, *refused, *([] if search is None else [search.remark])),
+        search=search,
     )
     chosen = forms[choice]
     return chosen if "compiled" in choice else own(chosen), plan
@@ -108,12 +109,12 @@ def _right(job: Job, forms: Mapping[str, nn.Module], allowed: float) -> tuple[di
 
     Raises what the model itself does, and CompressorError where it does not give the same output twice.
     """
-    expected = _seeded(job.forward, job.base)
+    expected = seeded(job.forward, job.base)
     errors: dict[str, float] = {}
     refused: list[str] = []
     for name, form in forms.items():
         try:
-            error = _deviation(_seeded(job.forward, form), expected)
+            error = deviation(seeded(job.forward, form), expected)
         except Exception as failure:  # a model may look into its layers, or a compiler fail
             if name == "eager":
                 raise
@@ -180,14 +181,14 @@ def dense_forms(
     return forms
 
 
-def _seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
+def seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
     """One forward, with whatever the model draws at random the same each time."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(SEED)
         return forward(form)
 
 
-def _deviation(out: Any, wanted: Any) -> float:
+def deviation(out: Any, wanted: Any) -> float:
     """The largest relative error among the tensors of two outputs; infinite where they are not alike or not finite."""
     found, expected = tensors_in(out), tensors_in(wanted)
     if not expected:
@@ -205,7 +206,7 @@ def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
     """The form that `plan` chose, of the job's weights; its output is compared with theirs once."""
     layers = _checked(job, plan)
     form = _planned(job, plan, layers)
-    error = _deviation(_seeded(job.forward, form), _seeded(job.forward, job.base))
+    error = deviation(seeded(job.forward, form), seeded(job.forward, job.base))
     if not error <= allowed:
         raise CompressorError(
             f"the planned form {plan.choice!r} differs by {error:.1e}, above {allowed:.0e}",
@@ -220,7 +221,7 @@ def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
     if name == "lowered":
         choices = {layer.name: layer.choice for layer in layers}
-        form = _built(job, _for_compiler(layers) if how == "compiled" else choices)
+        form = built(job, _for_compiler(layers) if how == "compiled" else choices)
     else:
         form = job.base if name == "eager" else _dense(job, layers)
     if how == "compiled":

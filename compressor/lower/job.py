@@ -52,10 +52,10 @@ def prepared(
     backends: str | Sequence[str | Backend],
     dtype: torch.dtype | None,
     adapter: Adapter | None,
-    tolerance: float | None = None,
+    quantising: bool = False,
 ) -> Job:
     """Run the example once, and look at what the model does with it. Raises where it does not run."""
-    chosen, notes = _backends(backends, tolerance)
+    chosen, notes = _backends(backends, quantising)
     base = in_dtype(model, dtype)
     for inputs in (_lively(example_inputs), example_inputs):
         try:
@@ -103,10 +103,10 @@ def _call_on(inputs: Any, adapter: Adapter | None, model: nn.Module) -> Any:
     return _call(model, inputs, adapter)
 
 
-def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> tuple[list[Backend], list[str]]:
+def _backends(asked: str | Sequence[str | Backend], quantising: bool) -> tuple[list[Backend], list[str]]:
     """The backends that are asked for, dense ones first, and what there is to say about those that are broken.
 
-    "auto" leaves out those that give other numbers, unless the caller says how much that may be.
+    "auto" leaves out those that give other numbers, unless they are `quantising`: where the caller says how much that may be.
     """
     auto = asked == "auto"
     names = discovery.names("backends") if auto else [asked] if isinstance(asked, str) else list(asked)
@@ -119,7 +119,7 @@ def _backends(asked: str | Sequence[str | Backend], tolerance: float | None) -> 
                 raise CompressorError(
                     f"{type(backend).__name__}: a backend needs a name of its own", "Set `name`; each may stand once."
                 )
-            if not (auto and backend.quantises and tolerance is None):
+            if not (auto and backend.quantises and not quantising):
                 made.append(backend)
         except CompressorError as error:
             if not auto:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter
+from compressor.errors import UsageError
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups
 from compressor.lower.forms import guarded, planned
 from compressor.lower.job import prepared
-from compressor.lower.plan import Cache, LayerPlan, Plan
+from compressor.lower.plan import Cache, LayerPlan, Plan, Search
+from compressor.lower.search import within
 from compressor.progress import Progress, result_of
 from compressor.weights import bare, weights_sha256
 
@@ -43,6 +45,7 @@ def lower(
     plan: Plan | None = None,
     compiled: bool = False,
     tolerance: float | None = None,
+    max_error: float | None = None,
     cache: bool = True,
 ) -> Lowered:
     """The sparse `model` with each layer on the fastest kernel of this machine. `model` itself is left as it is.
@@ -52,10 +55,12 @@ def lower(
     ones to try, besides the dense layer itself; "auto" is all that are installed. `dtype` runs the model in another precision: its
     weights and its inputs of two or more dims are cast, its outputs cast back. `plan` applies the choices of an earlier
     lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes. `tolerance` is
-    the largest relative error of a layer; by default that of rounding. Measured times are kept on disk; with
-    `cache=False` they are measured anew.
+    the largest relative error of a layer; by default that of rounding. `max_error` is that of the whole model's output on the
+    example: 8-bit kernels are tried, and layers go back to float ones until it holds; with both, both hold. Measured times are kept
+    on disk; with `cache=False` they are measured anew.
 
-    Raises UsageError for unknown backends, CompressorError where the example does not run or a plan does not fit.
+    Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
+    not run or a plan does not fit.
     """
     steps = lowering(
         model,
@@ -66,6 +71,7 @@ def lower(
         plan=plan,
         compiled=compiled,
         tolerance=tolerance,
+        max_error=max_error,
         cache=cache,
     )
     return result_of(steps)
@@ -82,6 +88,7 @@ def lowering(
     plan: Plan | None = None,
     compiled: bool = False,
     tolerance: float | None = None,
+    max_error: float | None = None,
     cache: bool = True,
     digest: str | None = None,
 ) -> Generator[Progress, None, Lowered]:
@@ -90,18 +97,26 @@ def lowering(
     `digest` is the model's `weights_sha256`, where it is known already.
     """
     model = bare(model)
-    job = prepared(model, example_inputs, backends, dtype, adapter, tolerance)
+    for name, value in (("tolerance", tolerance), ("max_error", max_error)):
+        if value is not None and not 0 < value <= 1:
+            raise UsageError(f"{name} {value!r}", "Give a relative error above 0, up to 1: 0.02 is two hundredths.")
+    if plan is not None and plan.search is not None and max_error is None:
+        max_error = plan.search.max_error
+    job = prepared(model, example_inputs, backends, dtype, adapter, tolerance is not None or max_error is not None)
     loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
-    allowed = _WHOLE * (tolerance or loosest)
+    allowed = max_error or _WHOLE * (tolerance or loosest)
     if plan is not None:
         return Lowered(planned(job, plan, allowed), plan)
     store = Cache(job.setting, read=cache)
     layers: list[LayerPlan] = []
     for done, group in enumerate(alike := groups(job.found)):
         yield Progress("lower", done, len(alike), group[0].at)
-        layers += choose(group, job, tolerance, store)
+        layers += choose(group, job, tolerance, store, free=max_error is not None)
     places = {one.at: place for place, one in enumerate(job.found)}
     layers.sort(key=lambda layer: places[layer.name])
+    search: Search | None = None
+    if max_error is not None:
+        layers, search = yield from within(job, layers, max_error)
     yield Progress("lower", len(alike), len(alike), "whole model")
-    form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model))
+    form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search)
     return Lowered(form, made)

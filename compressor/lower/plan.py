@@ -68,6 +68,25 @@ class Form(_Value):
     error: float | None = None
 
 
+class Search(_Value):
+    """What was measured while layers were chosen for an error of the whole model (relative, root mean square, on the example).
+
+    `free` with every layer in the form that is fastest for it alone, `error` as planned, `alone` with one layer in 8 bits and all
+    others dense, by layer; empty where every layer fitted in. None where an output was not finite, or the model did not run.
+    """
+
+    max_error: _Positive
+    free: float | None
+    error: float | None
+    alone: dict[str, float | None] = Field(default_factory=dict)
+
+    @property
+    def remark(self) -> str:
+        """It in words."""
+        free, error = ("not finite" if value is None else f"{value:.1e}" for value in (self.free, self.error))
+        return f"error of the whole model: {error}, up to {self.max_error:.1e} was asked; {free} with each layer at its fastest"
+
+
 class Setting(_Value):
     """What a measured time depends on besides the layer."""
 
@@ -91,6 +110,8 @@ class Plan(_Value):
     choice: str
     reason: str
     notes: tuple[str, ...] = ()
+    search: Search | None = None
+    """Where an error of the whole model was given."""
 
     @property
     def lowered(self) -> bool:

@@ -41,6 +41,7 @@ from compressor.seeds import generator
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
 from compressor.training.pruner import Pruner
+from compressor.training.rounding import check_quantise
 from compressor.weights import bare, in_float32, weights_sha256
 
 _OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
@@ -82,7 +83,10 @@ class Inputs:
     def check(self) -> None:
         """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""
         model = surveyed(self.model, self.recipe.train.steps)
-        choose_layers(model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
+        layers = choose_layers(model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
+        masked = {layer.name: dtypes[layer.name] for layer in layers if layer.reason is None}
+        check_quantise(self.pruner, masked, self.recipe.train.mode)
 
     def fine_tuning(self, previous: Mapping[str, Any] | None = None) -> FineTuning:
         """The recipe's method on the recipe's data, not yet trained; or as it was when `previous` was its state."""

@@ -65,12 +65,13 @@ def bench(
     caches: Sequence[str] = (),
     steps: Sequence[int] = (),
     tolerance: float | None = None,
+    max_error: float | None = None,
 ) -> Generator[Progress, None, Benched]:
     """As `measured`, and write the report's pages. With `caches` or `steps`, the trade-offs of the run's pipeline too."""
     wanted = trade_offs.checked(run, caches, steps) if caches or steps else None
-    found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance)
+    found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance, max_error)
     if wanted is not None:
-        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps, tolerance)
+        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps, tolerance, max_error)
         found = replace(found, report=report)
     render(run.out)
     return found
@@ -84,10 +85,11 @@ def measured(
     onnx: bool = False,
     cache: bool = True,
     tolerance: float | None = None,
+    max_error: float | None = None,
 ) -> Generator[Progress, None, Benched]:
     """Lower the run's model for each batch size, time all forms side by side, and add them to `report.json`.
 
-    The first batch's plan is saved with the run. `tolerance` is that of `compressor.lower`.
+    The first batch's plan is saved with the run. `tolerance` and `max_error` are those of `compressor.lower`.
     """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r}", f"Allowed: {', '.join(DTYPES)}.")
@@ -111,6 +113,7 @@ def measured(
                 adapter=run.adapter,
                 compiled=compiled,
                 tolerance=tolerance,
+                max_error=max_error,
                 cache=cache,
                 digest=run.report.final.weights_sha256,
             )

@@ -24,6 +24,7 @@ from compressor.sparsity.surgery import Surgery
 from compressor.training.given import Given, checkpointed_, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
+from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
 from compressor.validation import validated
@@ -92,6 +93,8 @@ class FineTuning:
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        masked = chosen(self.student, pruner, adapter, targets, ignore)
+        check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         if previous is None:
             pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
@@ -177,7 +180,7 @@ class FineTuning:
         model = copy.deepcopy(self.student).eval()
         own = dict(model.named_parameters())
         for name, weight in dense.items():
-            own[name].copy_(masks[name].apply(weight) if name in masks else weight)
+            own[name].copy_(sparse(weight, masks[name], self.pruner) if name in masks else weight)
         return Result(
             self.given.returned(model), masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery
         )
@@ -251,7 +254,7 @@ class FineTuning:
         _verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(masks[name].apply(final[name]) if name in masks else final[name])
+                parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}

@@ -15,6 +15,7 @@ from compressor.errors import UsageError
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
 from compressor.training.pruner import Pruner
+from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import checked_masks
 from compressor.validation import validated
@@ -46,7 +47,8 @@ def prune_(
         value.requires_grad_(True)
     try:
         rules = with_rules(adapter, targets, ignore)
-        choose_layers(model, pruner, adapter, targets, ignore)  # raises before anything is changed
+        layers = chosen(model, pruner, adapter, targets, ignore)  # raises before anything is changed
+        check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
         pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
         if pruner.surgery is not None:
             raise UsageError(
@@ -59,7 +61,7 @@ def prune_(
             dense = {name: weight.float() for name, weight in weights.items()}
             for name, mask in checked_masks(pruner.masks(dense, 1.0, {}), dense).items():
                 mask.verify()
-                weights[name].copy_(mask.apply(weights[name]))
+                weights[name].copy_(sparse(weights[name], mask, pruner))
                 masks[name] = mask
         every = [
             replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data.batches import Batches
+from compressor.sparsity.codes import Quantise
 from compressor.sparsity.estimator import Estimator, StraightThrough
 from compressor.sparsity.layers import fitting
 from compressor.sparsity.pattern import NM, Mask, Pattern
@@ -68,6 +69,8 @@ class Pruner(ABC):
     """How pruned weights are trained."""
     objective: Objective = Objective()
     """What fine-tuning minimises."""
+    quantise: Quantise = "none"
+    """What is left under masks is rounded to: with `int8`, it is trained and saved as 8-bit codes times a scale per output row."""
     surgery: Surgery | None = None
     """What `prepare` found that can be removed of the model's structure. The engine removes it, before training."""
     separable: ClassVar[bool] = False

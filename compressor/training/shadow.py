@@ -20,6 +20,7 @@ from compressor.errors import CompressorError
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
+from compressor.training.rounding import rounded
 
 
 class Shadow:
@@ -125,9 +126,14 @@ class Shadow:
 
     @torch.no_grad()
     def _make_sparse(self) -> None:
-        """Mask the model's weights, which hold the dense values, in place."""
+        """Mask the model's weights, which hold the dense values, in place, and round them where the method quantises.
+
+        Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
+        """
         for name, mask in self.masks.items():
-            self._weights[name].data.masked_fill_(~mask.keep, 0.0)
+            data = self._weights[name].data.masked_fill_(~mask.keep, 0.0)
+            if self.pruner.quantise != "none":
+                data.copy_(rounded(data, self.pruner))
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:

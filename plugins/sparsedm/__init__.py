@@ -15,6 +15,7 @@ from compressor import discovery
 from compressor.adapter import Adapter
 from compressor.data.batches import Batches
 from compressor.errors import UsageError, one_of
+from compressor.sparsity.codes import QUANTISE, Quantise
 from compressor.sparsity.estimator import SRSTE as SRSTE
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
@@ -33,12 +34,13 @@ class SparseDM(Pruner):
     """Turns a pretrained diffusion model into an N:M sparse one and fine-tunes it against its dense self.
 
     `decay`: λ of the estimator; 0 is the plain straight-through estimator. `decoupled`: apply it outside the gradient.
-    `teacher`: α, the weight of the dense teacher's prediction beside the noise; 0 is SR-STE alone. `teacher_only`:
-    learn from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in
-    equal shares of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks. `start`: the weights
-    that training starts from: the `pretrained` ones, or those that the method `obs` has updated to make up for what its masks
-    prune. `preset` says what holds for `start`, `teacher_only` and `teacher` where they are None: `paper` is the published
-    method; `best`, which did better here, starts from `obs` and learns from the teacher alone. What is set wins over it.
+    `teacher`: α, the weight of the dense teacher's prediction beside the noise; 0 is SR-STE alone. `teacher_only`: learn
+    from the teacher alone (its weight is then 1). `progressive`: reach N:M over 31:32, 15:16, 7:8 and 3:4, in equal shares
+    of the steps; weights that a stage does not fit skip it. `fixed`: keep the first masks. `start`: the weights that
+    training starts from: the `pretrained` ones, or those that the method `obs` has updated to make up for what its masks
+    prune. `quantise`: with `int8` the weights under masks are trained, and saved, in 8 bits. `preset` says what holds for
+    `start`, `teacher_only` and `teacher` where they are None: `paper` is the published method; `best`, which did better
+    here, starts from `obs` and learns from the teacher alone. What is set wins over it.
     """
 
     pattern: Pattern = NM(2, 4)
@@ -50,11 +52,13 @@ class SparseDM(Pruner):
     fixed: bool = False
     start: Literal["pretrained", "obs"] | None = None
     preset: Literal["paper", "best"] = "paper"
+    quantise: Quantise = "none"
     compared = True
     presets = PRESETS
 
     def __post_init__(self) -> None:
         one_of("sparsedm: preset", self.preset, ("paper", "best"))
+        one_of("sparsedm: quantise", self.quantise, QUANTISE)
         one_of("sparsedm: start", self.starts_from, ("pretrained", "obs"))
         if self.progressive and self.fixed:
             raise UsageError("sparsedm: progressive masks cannot be fixed", "Leave one of the two out.")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.errors import UsageError
+from compressor.errors import UsageError, one_of
+from compressor.sparsity.codes import QUANTISE, Quantise
 from compressor.sparsity.estimator import SRSTE, Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.training.pruner import Pruner
@@ -18,16 +19,19 @@ class STE(Pruner):
     """Keeps the largest |w|, chosen anew after every step; pruned weights get the gradient of what replaces them.
 
     `decay` λ pulls pruned weights towards zero (SR-STE); 0 is the plain straight-through estimator. `decoupled`: apply
-    it to the weight after the step, not as a term of the gradient.
+    it to the weight after the step, not as a term of the gradient. `quantise`: with `int8` the weights under masks are trained, and
+    saved, in 8 bits.
     Source: Zhou et al. 2021, "Learning N:M fine-grained structured sparse neural networks from scratch", eqs. 6 and 9.
     """
 
     pattern: Pattern = NM(2, 4)
     decay: float = 2e-4
     decoupled: bool = False
+    quantise: Quantise = "none"
     compared = True
 
     def __post_init__(self) -> None:
+        one_of("sr-ste: quantise", self.quantise, QUANTISE)
         if not 0 <= self.decay < float("inf"):
             raise UsageError(f"sr-ste: decay must be a number of at least 0, got {self.decay!r}")
 

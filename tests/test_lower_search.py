@@ -1,0 +1,340 @@
+"""The search for the fastest plan under an error of the whole model. Times are given: nothing here depends on the machine's."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compressor
+from compressor import Backend, CompressorError, Plan, registry
+from compressor.cost.timing import Times
+from compressor.errors import UsageError
+from compressor.lower import Unit
+from compressor.lower.search import within
+from compressor.sparsity.codes import fake_quantised
+
+
+@dataclass(frozen=True)
+class Sparse(Backend):
+    """The layer itself, as a kernel that skips zeros would give it."""
+
+    name: str = "sparse"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def refusal(self, unit: Unit) -> str | None:
+        return None
+
+    def build(self, unit: Unit) -> nn.Module:
+        return copy.deepcopy(unit.module)
+
+
+@dataclass(frozen=True)
+class Coarse(Sparse):
+    """The layer with weights in 8 bits, or scaled by (1 + `off`) where that is given."""
+
+    name: str = "coarse"
+    quantises: bool = True
+    off: Callable[[Unit], float] | None = None
+
+    def build(self, unit: Unit) -> nn.Module:
+        module = copy.deepcopy(unit.module)
+        with torch.no_grad():
+            for layer in module.modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                    new = fake_quantised(layer.weight) if self.off is None else layer.weight * (1 + self.off(unit))
+                    layer.weight.copy_(new)
+        return module
+
+
+class Parallel(nn.Module):
+    """Layers side by side, so that each has its own part of the output."""
+
+    def __init__(self, count: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(count))
+        for layer in self.layers:
+            layer.weight.data = torch.linalg.qr(torch.randn(8, 8))[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], 1)
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+TIMES = {"eager": 3.0, "onednn": 2.9, "sparse": 2.0, "coarse": 1.0, "dense": 3.0, "lowered": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The milliseconds of each backend and form."""
+    times = dict(TIMES)
+
+    def given(calls: Mapping[str, Any], *_: Any) -> dict[str, Times]:
+        return {name: Times(times[name], 0.0) for name in calls}
+
+    monkeypatch.setattr("compressor.lower.chooser.side_by_side", given)
+    monkeypatch.setattr("compressor.lower.forms.side_by_side", given)
+    return times
+
+
+def plan_of(model: nn.Module, inputs: Any, *backends: Backend, **options: Any) -> Plan:
+    return compressor.lower(model, inputs, backends, cache=False, **options).plan
+
+
+def choices(plan: Plan) -> dict[str, str]:
+    return {layer.name: layer.choice for layer in plan.layers}
+
+
+def predicted_ms(plan: Plan) -> float:
+    """What the layers of a plan take, as they were timed."""
+    return sum(c.median_ms or 0.0 for layer in plan.layers for c in layer.candidates if c.backend == layer.choice)
+
+
+def shares(model: Parallel, errors: list[float]) -> Coarse:
+    """A backend by which each layer of `model` alone puts the whole output off by this much."""
+    names = {f"layers.{at}": error * len(errors) ** 0.5 for at, error in enumerate(errors)}
+    return Coarse(off=lambda unit: names[unit.name])
+
+
+# --- On a model that is. ---
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Any, compressor.Adapter]:
+    adapter = registry.adapter("uvit-digits")
+    return adapter.load(None), adapter.example_inputs(4), adapter
+
+
+def test_the_one_product_that_makes_the_error_stays_in_float(digits: Any) -> None:
+    """8 bits of weights put uvit-digits off by 1.1%, of which 1.0% come from its last product alone."""
+    model, inputs, adapter = digits
+    plan = plan_of(model, inputs, Sparse(), Coarse(), adapter=adapter, max_error=0.008)
+    back = {name for name, choice in choices(plan).items() if choice != "coarse"}
+    assert back == {"decoder_pred"} and choices(plan)["decoder_pred"] == "sparse"
+    search = plan.search
+    assert search is not None and search.error is not None and search.free is not None
+    assert search.error <= 0.008 < search.free
+    assert max(search.alone, key=lambda name: search.alone[name] or 0.0) == "decoder_pred"
+    assert plan.choice == "lowered" and plan.form("lowered").error == search.error  # type: ignore[union-attr]
+
+
+def test_the_plan_is_no_slower_than_one_that_bounds_each_layer(digits: Any) -> None:
+    model, inputs, adapter = digits
+    for tolerance in (0.005, 0.0058, 0.0065):
+        each = plan_of(model, inputs, Sparse(), Coarse(), adapter=adapter, tolerance=tolerance)
+        form = each.form("lowered")
+        assert form is not None and form.error is not None
+        assert any(choice == "coarse" for choice in choices(each).values())
+        whole = plan_of(model, inputs, Sparse(), Coarse(), adapter=adapter, max_error=form.error)
+        assert predicted_ms(whole) <= predicted_ms(each)
+        assert whole.search is not None and (whole.search.error or 0) <= form.error
+
+
+# --- Which layers go back. ---
+
+
+def test_those_that_cost_most_error_for_their_time_go_back() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), shares(model, [0.01, 0.03, 0.02, 0.04, 0.01]), max_error=0.026)
+    assert choices(plan) == {f"layers.{at}": "sparse" if at in (1, 3) else "coarse" for at in range(5)}
+    search = plan.search
+    assert search is not None and search.alone == pytest.approx(
+        {f"layers.{n}": e for n, e in enumerate([0.01, 0.03, 0.02, 0.04, 0.01])}, rel=1e-3
+    )
+    assert search.free == pytest.approx(31e-4**0.5, rel=1e-3) and search.error == pytest.approx(6e-4**0.5, rel=1e-3)
+    assert [note for note in plan.notes if "error of the whole model: 2.4e-02" in note]
+
+
+def test_of_two_alike_the_one_that_saves_less_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer is of another kind of work, which 8 bits make much faster."""
+    model = Parallel(3)
+    model.layers[0] = nn.Linear(8, 8)  # a bias makes it a group of its own
+    nn.init.zeros_(model.layers[0].bias)
+    model.layers[0].weight.data = model.layers[1].weight.data.clone()
+    turns = iter([{"eager": 9.0, "sparse": 9.0, "coarse": 1.0}, {"eager": 3.0, "sparse": 2.0, "coarse": 1.0}])
+    monkeypatch.setattr(
+        "compressor.lower.chooser.side_by_side",
+        lambda calls, *_: {name: Times(time, 0.0) for name, time in next(turns).items()},
+    )
+    plan = plan_of(model, X, Sparse(), shares(model, [0.03, 0.03, 0.03]), max_error=0.031)
+    assert choices(plan) == {"layers.0": "coarse", "layers.1": "sparse", "layers.2": "sparse"}
+
+
+def test_of_equal_ones_the_ends_of_the_model_go_back_first() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), shares(model, [0.01] * 5), max_error=0.018)
+    assert list(choices(plan).values()) == ["sparse", "coarse", "coarse", "coarse", "sparse"]
+
+
+class Chain(nn.Module):
+    """Scaled layers one after another: errors add up with their signs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(count))
+        for layer in self.layers:
+            layer.weight.data = torch.eye(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("errors", "max_error", "back"),
+    [
+        (
+            [0.02, 0.02, 0.02],
+            0.03,
+            [0, 2],
+        ),  # they add up to more than squares say: one more goes back than is predicted
+        ([0.03, 0.012, -0.012, 0.001], 0.0115, [0]),  # two make up for each other, which squares do not know
+        ([0.02, -0.02, 0.001], 0.01, []),
+    ],
+)
+def test_what_was_predicted_is_measured(errors: list[float], max_error: float, back: list[int]) -> None:
+    plan = plan_of(
+        Chain(len(errors)), X, Sparse(), Coarse(off=lambda unit: errors[int(unit.name[-1])]), max_error=max_error
+    )
+    assert [at for at, choice in enumerate(choices(plan).values()) if choice != "coarse"] == back
+    assert plan.search is not None and plan.search.error is not None and plan.search.error <= max_error
+
+
+def test_nothing_more_is_measured_where_all_fits() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), shares(model, [0.001] * 5), max_error=0.05)
+    assert set(choices(plan).values()) == {"coarse"} and plan.search is not None and plan.search.alone == {}
+
+
+def test_an_error_that_no_8_bits_meet_leaves_none() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), shares(model, [0.01] * 5), max_error=1e-4)
+    assert set(choices(plan).values()) == {"sparse"} and plan.choice == "lowered"
+    assert plan.search is not None and plan.search.error is not None and plan.search.error < 1e-6
+
+
+def test_with_a_tolerance_both_hold() -> None:
+    model = Parallel()
+    model.layers[1] = nn.Linear(8, 8)  # with a bias it is no longer judged together with the others
+    coarse = shares(model, [0.01, 0.04, 0.01, 0.01, 0.03])
+    for max_error, back in ((0.5, [1]), (0.02, [1, 4])):
+        plan = plan_of(model, X, Sparse(), coarse, tolerance=0.05, max_error=max_error)
+        assert [at for at, choice in enumerate(choices(plan).values()) if choice != "coarse"] == back
+        assert "above 5e-02" in str(plan.layers[1].candidate("coarse").refused)  # type: ignore[union-attr]
+
+
+def test_a_kernel_that_answers_nonsense_is_no_matter_of_error() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), Coarse(off=lambda unit: -2.0 if unit.name == "layers.0" else 0.0), max_error=1.0)
+    assert all("above 1e+00" in str(layer.candidate("coarse").refused) for layer in plan.layers)  # type: ignore[union-attr]
+
+
+def test_8_bits_are_not_tried_without_an_error() -> None:
+    job = compressor.lower.job.prepared(Parallel(), X, "auto", None, None)  # type: ignore[attr-defined]
+    freed = compressor.lower.job.prepared(Parallel(), X, "auto", None, None, quantising=True)  # type: ignore[attr-defined]
+    assert "vnm-int8" not in [b.name for b in job.backends] and "vnm-int8" in [b.name for b in freed.backends]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["max_error", "tolerance"])
+def test_errors_that_mean_nothing_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} .*"):
+        plan_of(Parallel(), X, Sparse(), **{name: value})
+
+
+# --- How it is told. ---
+
+
+def test_each_forward_is_a_step_of_progress() -> None:
+    class Counting(Parallel):
+        forwards = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.forwards += 1
+            return super().forward(x)
+
+    model = Counting()
+    job = compressor.lower.job.prepared(model, X, [Sparse(), shares(model, [0.01, 0.03, 0.02, 0.04, 0.01])], None, None)  # type: ignore[attr-defined]
+    layers = list(plan_of(model, X, *job.backends, tolerance=1.0).layers)
+    assert {layer.choice for layer in layers} == {"coarse"}
+    search = within(job, layers, 0.026)
+    Counting.forwards = 0
+    steps = 0
+    try:
+        while True:
+            next(search)
+            steps += 1
+            assert Counting.forwards == steps  # that of the dense model, and one for each step that is over
+    except StopIteration:
+        assert Counting.forwards == steps + 1 == 10
+
+
+def test_the_plan_says_why() -> None:
+    model = Parallel()
+    plan = plan_of(model, X, Sparse(), shares(model, [0.01, 0.03, 0.01, 0.01, 0.01]), max_error=0.025)
+    (layer,) = [layer for layer in plan.layers if layer.choice == "sparse"]
+    assert layer.name == "layers.1" and layer.skips_zeros
+    assert layer.reason.startswith(
+        "coarse would be 2.00x as fast; left in sparse for the error of the whole model: 3.0e-02 alone"
+    )
+    assert "1.50x the speed of eager" in layer.reason
+
+
+# --- Plans. ---
+
+
+def test_a_plan_is_read_and_applied_and_held_against_its_own_error(tmp_path: Path) -> None:
+    model = Parallel()
+    backends = Sparse(), shares(model, [0.01, 0.03, 0.01, 0.01, 0.01])
+    first = compressor.lower(model, X, backends, cache=False, max_error=0.025)
+    first.plan.save(tmp_path / "lowering.json")
+    plan = Plan.read(tmp_path)
+    assert plan == first.plan
+    again = compressor.lower(model, X, backends, plan=plan)
+    assert torch.equal(again.model(X), first.model(X))
+    worse = Sparse(), shares(model, [0.02, 0.03, 0.02, 0.02, 0.02])
+    with pytest.raises(CompressorError, match=r"differs by 4.0e-02, above 3e-02"):
+        compressor.lower(model, X, worse, plan=plan)
+    compressor.lower(model, X, worse, plan=plan, max_error=0.05)
+
+
+def test_a_plan_from_before_there_was_a_search_is_read(tmp_path: Path) -> None:
+    plan = plan_of(Parallel(), X, Sparse())
+    before = json.loads(plan.model_dump_json())
+    assert before.pop("search") is None
+    (tmp_path / "lowering.json").write_text(json.dumps(before))
+    assert Plan.read(tmp_path) == plan
+
+
+def test_an_output_that_is_not_finite_counts_as_any_error() -> None:
+    model = Parallel()
+    names = {f"layers.{at}": float("nan") if at == 2 else 0.001 for at in range(5)}
+
+    class Late(Coarse):
+        """Right when it is held against its layer, on random numbers, and not in the model."""
+
+        def build(self, unit: Unit) -> nn.Module:
+            inner = super().build(unit)
+
+            class Run(nn.Module):
+                def forward(self, x: Tensor) -> Tensor:
+                    return inner(x) * (names[unit.name] if torch.equal(x, seen) else 1.0)
+
+            return Run()
+
+    seen = compressor.lower.job.prepared(model, X, [], None, None).inputs  # type: ignore[attr-defined]
+    plan = plan_of(model, X, Sparse(), Late(off=lambda _: 0.001), max_error=0.5)
+    assert choices(plan)["layers.2"] == "sparse" and plan.search is not None
+    assert plan.search.alone["layers.2"] is None and plan.search.free is None
+    assert json.loads(plan.model_dump_json())["search"]["free"] is None
