@@ -142,7 +142,7 @@ def _latency(entry: Latency) -> str:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
-    backends = [candidate.backend for candidate in plan.layers[0].candidates] if plan.layers else []
+    backends = list(dict.fromkeys(candidate.backend for layer in plan.layers for candidate in layer.candidates))
     groups: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
         groups.setdefault(f"{layer.shapes} {layer.patterns} {layer.kind} {layer.choice}", []).append(layer)
@@ -150,7 +150,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     for group in groups.values():
         first = group[0]
         shape = ", ".join("x".join(map(str, shape)) for shape in first.shapes)
-        pattern = ", ".join(sorted({text or "dense" for text in first.patterns}))
+        pattern = ", ".join(sorted({text or "dense" for text in first.patterns})) or "—"
         times = {c.backend: c.median_ms for c in first.candidates}
         cells = [f"{time:.3f}" if (time := times.get(name)) else "—" for name in backends]
         name = first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more"

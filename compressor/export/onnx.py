@@ -229,6 +229,8 @@ def _gathered_form(model: nn.Module, adapter: Adapter, example: Any, patterns: M
     left = {one.weight: one.reason for one in unreached if one.weight in patterns}
     taken: list[str] = []
     for one in found:
+        if one.unit.kind not in backend.takes:
+            continue
         known = tuple(p if isinstance(p := patterns.get(w), (NM, Clustered)) else None for w in one.weights)
         unit = replace(one.unit, patterns=known)
         parts = [(one.at, unit, one.weights)]

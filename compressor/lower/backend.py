@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,22 @@ from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
 
+class Kind(StrEnum):
+    """What a unit is."""
+
+    LINEAR = "linear"
+    PAIR = "pair"
+    CONVOLUTION = "convolution"
+    ATTENTION = "attention"
+
+
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """What is lowered as one: a layer, or a feed-forward pair whose activation lies between its two layers.
+    """What is lowered as one: a layer, a feed-forward pair whose activation lies between its two layers, or an attention.
 
-    `module` is the dense form: an `nn.Linear`, an `nn.Conv2d`, or an `nn.Sequential` of Linear, GELU, Linear. It takes one
-    tensor of `input_shape` (as seen in the example) and `dtype` on `device`. `patterns` has the pattern that each of its
-    weights obeys, in order; None where there is none.
+    `module` is the dense form: an `nn.Linear`, an `nn.Conv2d`, an `nn.Sequential` of Linear, GELU, Linear, or a
+    `SelfAttention`, which has no weight. It takes one tensor of `input_shape` (as seen in the example) and `dtype` on `device`.
+    `patterns` has the pattern that each of its weights obeys, in order; None where there is none.
     """
 
     name: str
@@ -34,11 +44,20 @@ class Unit:
         """The layers with a weight, in the order in which they are applied."""
         return tuple(m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
+    @property
+    def kind(self) -> Kind:
+        """What it is, by its layers."""
+        if len(self.layers) != 1:
+            return Kind.PAIR if self.layers else Kind.ATTENTION
+        return Kind.CONVOLUTION if isinstance(self.layers[0], nn.Conv2d) else Kind.LINEAR
+
 
 class Backend(ABC):
     """One way to run a unit. Stateless: registered under `compressor.backends` and built without arguments."""
 
     name: str
+    takes: frozenset[Kind] = frozenset({Kind.LINEAR, Kind.PAIR, Kind.CONVOLUTION})
+    """The kinds of units that it is asked about; `refusal` may still decline."""
     skips_zeros: bool = True
     """Whether a multiplication by a masked weight is really left out; False for dense forms."""
     version: str = ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.cost.timing import side_by_side
 from compressor.errors import first_line
-from compressor.lower.backend import Backend, Unit
+from compressor.lower.backend import Backend, Kind, Unit
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
@@ -51,8 +51,8 @@ def choose(
 
     `free`: 8 bits whatever their error, where no `tolerance` is given.
     """
-    backends, device = job.backends, job.device
-    unit = group[0].unit
+    unit, device = group[0].unit, job.device
+    backends = [backend for backend in job.backends if unit.kind in backend.takes]
     allowed = {b.name: _allowed(b, unit, tolerance, free) for b in backends}
     refused = {b.name: reason for b in backends if (reason := _refusal(b, unit, device))}
     able = [backend for backend in backends if backend.name not in refused]
@@ -165,19 +165,11 @@ def _layer_plan(
     one: Found, candidates: tuple[Candidate, ...], choice: str, reason: str, skips_zeros: bool
 ) -> LayerPlan:
     unit = one.unit
-    positions = torch.Size(unit.input_shape).numel() // unit.input_shape[-1]
-    shapes = []
-    for layer in unit.layers:
-        if isinstance(layer, nn.Conv2d):
-            with torch.device("meta"):
-                out = copy.deepcopy(layer).to("meta")(torch.empty(unit.input_shape, dtype=unit.dtype))
-            positions = out.numel() // out.shape[1]
-        shapes.append((positions, layer.weight.shape[0], layer.weight[0].numel()))
-    kind = "pair" if len(shapes) == 2 else "convolution" if isinstance(unit.module, nn.Conv2d) else "linear"
+    shapes = _shapes(unit)
     return LayerPlan.model_validate(
         {
             "name": one.at,
-            "kind": kind,
+            "kind": unit.kind.value,
             "weights": one.weights,
             "shapes": shapes,
             "patterns": [None if p is None else str(p) for p in unit.patterns],
@@ -189,3 +181,20 @@ def _layer_plan(
             "skips_zeros": skips_zeros,
         }
     )
+
+
+def _shapes(unit: Unit) -> list[tuple[int, int, int]]:
+    """M, N and K of the unit's products."""
+    if unit.kind == Kind.ATTENTION:  # scores, and the values' shares
+        images, tokens, _, heads, channels = unit.input_shape
+        rows = images * heads * tokens
+        return [(rows, tokens, channels), (rows, channels, tokens)]
+    positions = torch.Size(unit.input_shape).numel() // unit.input_shape[-1]
+    shapes = []
+    for layer in unit.layers:
+        if isinstance(layer, nn.Conv2d):
+            with torch.device("meta"):
+                out = copy.deepcopy(layer).to("meta")(torch.empty(unit.input_shape, dtype=unit.dtype))
+            positions = out.numel() // out.shape[1]
+        shapes.append((positions, layer.weight.shape[0], layer.weight[0].numel()))
+    return shapes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit, refuse_gradients
+from compressor.lower.backend import Backend, Kind, Unit, refuse_gradients
 from compressor.lower.dense_operators import PackedWeight
 
 
@@ -21,6 +21,7 @@ class Eager(Backend):
     """The layer as it is."""
 
     name = "eager"
+    takes = frozenset(Kind)
     skips_zeros = False
 
     def unavailable(self, device: torch.device) -> str | None:

@@ -31,8 +31,8 @@ def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     """The model with the chosen modules in place; tensors that stay are shared with it."""
     form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
     for one in job.found:
-        if choices[one.at] != "eager":
-            form = put(form, one.at, job.backend(choices[one.at]).build(one.unit))
+        if (choice := choices.get(one.at, "eager")) != "eager":
+            form = put(form, one.at, job.backend(choice).build(one.unit))
     return form
 
 
@@ -170,7 +170,7 @@ def dense_forms(
     adapter: Adapter | None = None,
 ) -> dict[str, nn.Module]:
     """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning."""
-    names = [c.backend for c in plan.layers[0].candidates] if plan.layers else "auto"
+    names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter)
     forms = {"eager": job.base, "dense": _dense(job, _checked(job, plan, weights=False))}
     for name in ("eager", "dense"):
@@ -237,7 +237,8 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
         field = next(name for name in before if before[name] != now[name])
         raise CompressorError(f"the plan was measured with {field} {before[field]}, this is {now[field]}", again)
     layers = {layer.name: layer for layer in plan.layers}
-    units = {one.at: one.unit for one in job.found}
+    # a plan from before attention was lowered leaves it as it is
+    units = {one.at: one.unit for one in job.found if one.weights or one.at in layers}
     if differing := sorted(set(layers) ^ set(units)):
         raise CompressorError(f"the plan is for another model: {differing[0]}", again)
     for name, layer in layers.items():
@@ -248,9 +249,10 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
             raise CompressorError(f"{name}: the plan was measured in {layer.dtype}, this is {found}", again)
         patterns = tuple(None if p is None else str(p) for p in units[name].patterns)
         sizes = tuple((w.weight.shape[0], w.weight[0].numel()) for w in units[name].layers)
-        if (weights and patterns != layer.patterns) or sizes != tuple((n, k) for _, n, k in layer.shapes):
+        planned_sizes = tuple((n, k) for _, n, k in layer.shapes) if sizes else ()  # attention's are those of its input
+        if (weights and patterns != layer.patterns) or sizes != planned_sizes:
             raise CompressorError(
                 f"the plan does not fit {name}: it was {layer.patterns} {layer.shapes}, and is {patterns} {sizes}",
                 again,
             )
-    return [layers[one.at] for one in job.found]
+    return [layers[one.at] for one in job.found if one.at in layers]

@@ -37,11 +37,11 @@ class Candidate(_Value):
 
 
 class LayerPlan(_Value):
-    """How one layer, or one feed-forward pair, runs. `shapes` has M, N and K of each weight's product: rows of input, output
+    """How one layer, feed-forward pair or attention runs. `shapes` has M, N and K of each weight's product: rows of input, output
     channels, products per output."""
 
     name: str
-    kind: Literal["linear", "pair", "convolution"]
+    kind: Literal["linear", "pair", "convolution", "attention"]
     weights: tuple[str, ...]
     shapes: tuple[tuple[int, int, int], ...]
     patterns: tuple[str | None, ...]

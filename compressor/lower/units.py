@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
+from compressor.lower import attention
+from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Unit
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
@@ -83,7 +85,7 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
     layers = {name: module for name, module in modules.items() if isinstance(module, _LAYERS)}
     blocks = {name: module for name, module in modules.items() if _two_linears(module)}
     watch = _Watch()
-    with watch, _hooked(watch, [*layers.values(), *blocks.values()]):
+    with watch, _hooked(watch, [*layers.values(), *blocks.values()], list(modules.values())):
         forward()
     found: list[Found] = []
     left: list[LeftOut] = []
@@ -118,7 +120,29 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
         else:
             found.append(_found(name, layer, watch.shapes[id(layer)], names, (layer,)))
     order = {identity: place for place, identity in enumerate(watch.shapes)}
-    return sorted(found, key=lambda f: order[id(modules[f.at])]), left
+    found.sort(key=lambda f: order[id(modules[f.at])])
+    return found + [
+        one
+        for name, module in modules.items()
+        if counts[id(module)] == 1
+        for one in _attentions(name, watch.attention.get(id(module), []))
+    ], left
+
+
+def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) -> list[Found]:
+    """The attention of the module `name`, as one unit, where all `calls` are alike."""
+    if not calls or len(set(calls)) != 1 or not calls[0][0]:
+        return []
+    (images, heads, tokens, channels), scale = calls[0]
+    unit = Unit(
+        name=name,
+        module=SelfAttention(scale),
+        input_shape=(images, tokens, 3, heads, channels),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        patterns=(),
+    )
+    return [Found(unit, name, ())]
 
 
 def _found(
@@ -163,13 +187,23 @@ class _Watch(TorchFunctionMode):
         self.chains: dict[int, nn.Sequential | None] = {}
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self._open: dict[int, int] = {}
+        self._inside: list[int] = []
+        self.attention: dict[int, list[tuple[tuple[int, ...], float | None]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is attention.function and self._inside:
+            self.attention.setdefault(self._inside[-1], []).append(_attention_of(*args, **kwargs))
         result = func(*args, **kwargs)
         if self._open and getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):
             self._calls.append((func, args, kwargs, result))
         return result
+
+    def inside(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside.append(id(module))
+
+    def outside(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        self._inside.pop()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if value is not None]
@@ -190,6 +224,14 @@ class _Watch(TorchFunctionMode):
             self.chains[id(module)] = None  # what is no such pair once is none
         if not self._open:
             self._calls.clear()  # they hold every value in between
+
+
+def _attention_of(*args: Any, **kwargs: Any) -> tuple[tuple[int, ...], float | None]:
+    """The shape of a self-attention that kernels take, and its scale; an empty shape of any other."""
+    if not attention.fits(*args, **kwargs):
+        return (), None
+    query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
+    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), kwargs.get("scale")
 
 
 def _chain(module: nn.Module, calls: list[Any], x: Any, result: Any) -> nn.Sequential | None:
@@ -215,8 +257,11 @@ def _chain(module: nn.Module, calls: list[Any], x: Any, result: Any) -> nn.Seque
 
 
 @contextmanager
-def _hooked(watch: _Watch, modules: list[nn.Module]) -> Iterator[None]:
+def _hooked(watch: _Watch, modules: list[nn.Module], all_modules: list[nn.Module]) -> Iterator[None]:
     handles = []
+    for module in {id(module): module for module in all_modules}.values():
+        handles.append(module.register_forward_pre_hook(watch.inside))
+        handles.append(module.register_forward_hook(watch.outside, always_call=True))
     for module in {id(module): module for module in modules}.values():
         handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(watch.leave))
@@ -228,7 +273,11 @@ def _hooked(watch: _Watch, modules: list[nn.Module]) -> Iterator[None]:
 
 
 def put(model: nn.Module, at: str, module: nn.Module) -> nn.Module:
-    """`model` with `module` in the place `at`; the new model itself where the place is the whole."""
+    """`model` with `module` in the place `at`; the new model itself where the place is the whole. An attention has no place of its
+    own: the module that calls it stays."""
+    if isinstance(module, attention.FusedAttention):
+        attention.attach(model, at, module)
+        return model
     if not at:
         return module
     parent, _, name = at.rpartition(".")

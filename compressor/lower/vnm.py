@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.lower.vnm_kernels import kernels, level
+from compressor.lower.vnm_kernels import kernels, level, unavailable, version
 from compressor.lower.vnm_operators import HALF
 from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
@@ -94,13 +94,10 @@ class VNM(Backend):
 
     @property
     def version(self) -> str:  # type: ignore[override]
-        return f"{level()}{'' if kernels()[1] is None else ', one thread'}"
+        return version()
 
     def unavailable(self, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"the kernels run on CPUs, the model is on {device}"
-        extension, why = kernels()
-        return None if extension is not None else why
+        return unavailable(device)
 
     def remark(self, device: torch.device) -> str | None:
         return kernels()[1] if device.type == "cpu" else None

@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from compressor.errors import CompressorError
 
 _LEVEL_VARIABLE = "COMPRESSOR_CPU_LEVEL"
@@ -61,3 +63,16 @@ def level() -> str:
     """The instruction set that the kernels use; `portable` where they are not installed."""
     extension, _ = kernels()
     return "portable" if extension is None else str(extension.level())
+
+
+def version() -> str:
+    """What the kernels' times depend on: the instruction set, and whether they run on one thread only."""
+    return f"{level()}{'' if kernels()[1] is None else ', one thread'}"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels do not run on `device` here; None where they do."""
+    if device.type != "cpu":
+        return f"the kernels run on CPUs, the model is on {device}"
+    extension, why = kernels()
+    return None if extension is not None else why

@@ -19,6 +19,7 @@ _MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0},
 _library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
 _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
 _library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side, int tile) -> Tensor")
+_library.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool codes) -> Tensor")
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, as the kernels number them."""
@@ -169,6 +170,49 @@ def _conv(
     return y
 
 
+_KEYS = 128
+"""Keys at a time: their scores stay in the first-level cache."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+    extension, why = kernels()
+    if extension is None:
+        raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
+    images, heads, queries, channels = query.shape
+    out = _fake_attention(query, key, value, scale, codes)
+    numbers = (
+        images,
+        heads,
+        queries,
+        key.shape[2],
+        channels,
+        value.shape[3],
+        _KEYS,
+        torch.get_num_threads(),
+        int(codes),
+    )
+    strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
+    pointers = (tensor.data_ptr() for tensor in (query, key, value, out))
+    extension.attend(*pointers, *numbers, scale, *strides)
+    return out
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+    """softmax(query key^T scale) value: (images, heads, tokens, channels) of each, in float32 with channels that follow each other.
+
+    `codes`: in whole numbers. A query and a key have a scale of their own, from the largest magnitude, and codes whose sum of products
+    fits 32 bits, at most 16 of them; a channel of the values has one too, and codes up to 4,095, and a value's share of its query's
+    largest is in 4,095ths.
+    """
+    out: Tensor = torch.ops.compressor.attention(query, key, value, scale, codes)
+    return out
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+    images, heads, queries, _ = query.shape
+    return query.new_empty((images, queries, heads, value.shape[3])).transpose(1, 2)
+
+
 def _fake_linear(
     x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, scale: Any, numbers: Sequence[int], tile: int
 ) -> Tensor:
@@ -213,6 +257,7 @@ for _name, _real, _fake in (
     ("vnm_linear", _linear, _fake_linear),
     ("vnm_pair", _pair, _fake_pair),
     ("vnm_conv", _conv, _fake_conv),
+    ("attention", _attention, _fake_attention),
 ):
     _library.impl(_name, _real, "CPU")
     _torch_library.register_fake(f"compressor::{_name}", _fake, lib=_library)

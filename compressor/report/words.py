@@ -211,7 +211,7 @@ def lowering_sentence(report: Report) -> str:
         return ""
     runs: dict[str, int] = {}
     for layer in plan.layers:
-        runs[layer.choice] = runs.get(layer.choice, 0) + len(layer.weights)
+        runs[layer.choice] = runs.get(layer.choice, 0) + max(1, len(layer.weights))
     layers = ", ".join(f"{n} on {backend}" for backend, n in sorted(runs.items(), key=lambda item: -item[1]))
     how = "Of its layers," if plan.choice.startswith(LOWERED) else "Timed alone, its layers were fastest:"
     error = next((form.error for form in plan.forms if form.name == plan.choice), None)
@@ -307,7 +307,7 @@ def layer_speeds(report: Report) -> list[dict[str, Any]]:
             {
                 "name": layer.name or "the whole model",
                 "shape": shape,
-                "pattern": ", ".join(sorted({p or "dense" for p in layer.patterns})),
+                "pattern": ", ".join(sorted({p or "dense" for p in layer.patterns})) or "—",
                 "choice": layer.choice,
                 "sparse": layer.skips_zeros,
                 "eager_ms": eager,

@@ -1,0 +1,142 @@
+"""Attention in a lowered model: torch's scaled dot-product attention, replaced where a module calls it.
+
+Which module calls it, and on what, is seen in the example's forward. In the lowered model the module's forward runs under a mode that
+hands those calls to the compiled kernels; a call that they do not take is torch's own, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from compressor.lower.backend import Backend, Kind, Unit
+from compressor.lower.vnm_kernels import unavailable, version
+from compressor.lower.vnm_operators import attention
+
+function = F.scaled_dot_product_attention
+
+
+def fits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether the kernels take this call of `scaled_dot_product_attention`: (images, heads, tokens, channels) in float32 on a CPU,
+    whose channels follow each other, every query with every key, and no gradient wanted."""
+    tensors = (query, key, value)
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        return False
+    if not all(type(t) is Tensor and t.dim() == 4 and t.dtype == torch.float32 and t.is_cpu for t in tensors):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    alike = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3] and query.shape[3] == key.shape[3]
+    return alike and all(t.numel() and t.stride(3) == 1 for t in tensors)
+
+
+class _Instead(TorchFunctionMode):
+    """Calls of torch's attention go to the compiled kernels where they fit."""
+
+    def __init__(self, codes: bool) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is function and fits(*args, **kwargs):
+            return _call(self.codes, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _call(
+    codes: bool, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
+) -> Tensor:
+    return attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, codes)
+
+
+class SelfAttention(nn.Module):
+    """x (images, tokens, 3, heads, channels), the queries, keys and values as one Linear makes them -> (images, heads, tokens,
+    channels): the dense form of a unit of attention."""
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = x.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class _Forward:
+    """What `inner` does, a module's forward, with its attention by the compiled kernels."""
+
+    def __init__(self, inner: Callable[..., Any], codes: bool) -> None:
+        self.inner, self.codes = inner, codes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler has attention of its own
+            return self.inner(*args, **kwargs)
+        with _Instead(self.codes):
+            return self.inner(*args, **kwargs)
+
+
+class FusedAttention(nn.Module):
+    """`SelfAttention` by the compiled kernels; `codes`: by products of whole numbers of 16 bits."""
+
+    def __init__(self, dense: SelfAttention, codes: bool) -> None:
+        super().__init__()
+        self.dense, self.codes = dense, codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Forward(self.dense, self.codes)(x)
+        return out
+
+
+def attach(model: nn.Module, at: str, fused: FusedAttention) -> None:
+    """Let the module `at` of `model` call the kernels of `fused` where it calls torch's attention."""
+    module = model.get_submodule(at)
+    module.forward = _Forward(module.forward, fused.codes)
+
+
+class VNMAttention(Backend):
+    """Attention of a few tokens at a time: queries in lanes, scores that never leave the cache, in float32."""
+
+    name = "attention"
+    skips_zeros = False
+    takes = frozenset({Kind.ATTENTION})
+    codes = False
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        return version()
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return unavailable(device)
+
+    def refusal(self, unit: Unit) -> str | None:
+        return None
+
+    def build(self, unit: Unit) -> nn.Module:
+        assert isinstance(unit.module, SelfAttention)
+        return FusedAttention(unit.module, self.codes)
+
+
+class VNMAttentionInt16(VNMAttention):
+    """The same in whole numbers: queries, keys, values and their shares as codes of up to 16 bits, summed in 32."""
+
+    name = "attention-int16"
+    quantises = True
+    codes = True

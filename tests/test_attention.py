@@ -1,0 +1,330 @@
+"""Attention by the compiled kernels: against float64, in every layout, and where a model calls it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import compressor
+from compressor.lower.attention import FusedAttention, SelfAttention, attach, fits
+from compressor.lower.plan import Plan
+from compressor.lower.vnm_kernels import kernels
+from compressor.lower.vnm_operators import attention
+
+extension, _why = kernels()
+if extension is None:
+    pytest.skip("the compiled kernels are not installed", allow_module_level=True)
+LEVELS = extension.levels()
+ROUNDING, CODES = 2e-6, 3e-3  # what float32 loses, and what codes of 12 bits and more do
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = extension.level()
+    extension.set_level(request.param)
+    yield request.param
+    extension.set_level(before)
+
+
+def wanted(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    shares = (query.double() @ key.double().transpose(-1, -2) * scale).softmax(-1)
+    return shares @ value.double()
+
+
+def error(out: Tensor, right: Tensor) -> float:
+    return float((out.double() - right).norm() / right.norm())
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize(
+    ("images", "heads", "queries", "keys", "channels", "wide"),
+    [(1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 3, 9), (1, 2, 65, 65, 32, 32), (2, 2, 257, 257, 64, 64), (1, 1, 40, 300, 72, 24), (1, 3, 600, 77, 40, 40)],
+)  # fmt: skip
+def test_attention_equals_float64(
+    level: str, codes: bool, images: int, heads: int, queries: int, keys: int, channels: int, wide: int
+) -> None:
+    query, key = numbers(images, heads, queries, channels), numbers(images, heads, keys, channels, seed=1)
+    value = numbers(images, heads, keys, wide, seed=2)
+    out = attention(query, key, value, channels**-0.5, codes)
+    assert out.shape == (images, heads, queries, wide)
+    assert error(out, wanted(query, key, value, channels**-0.5)) < (CODES if codes else ROUNDING)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_every_size_and_layout(data: st.DataObject) -> None:
+    size = st.integers(1, 40)
+    images, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    queries, keys, channels, wide = (data.draw(size) for _ in range(4))
+    codes, magnitude = data.draw(st.booleans()), data.draw(st.sampled_from([1e-20, 1.0, 30.0]))
+    draws: list[Tensor] = []
+    for seed, (tokens, last) in enumerate(((queries, channels), (keys, channels), (keys, wide))):
+        # heads within tokens, as a Linear makes them; tokens within heads; or a part of something wider
+        how = data.draw(st.integers(0, 2))
+        if how == 0:
+            draws.append(numbers(images, tokens, heads, last, seed=seed).transpose(1, 2))
+        else:
+            draws.append(numbers(images, heads, tokens, last + 3 * (how - 1), seed=seed)[..., :last])
+    query, key, value = draws[0] * magnitude, draws[1], draws[2] * magnitude
+    out = attention(query, key, value, 0.3, codes)
+    assert error(out, wanted(query, key, value, 0.3)) < (2e-2 if codes else 1e-5)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_same_bits_whatever_the_threads(level: str, codes: bool) -> None:
+    query, key, value = numbers(3, 2, 5, 1100, 16)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(attention(query, key, value, 0.25, codes))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_large_scores_are_no_overflow(level: str, codes: bool) -> None:
+    query, key, value = numbers(3, 1, 2, 50, 16)
+    out = attention(query * 1e3, key * 1e3, value, 0.25, codes)
+    assert bool(out.isfinite().all())
+    assert error(out, wanted(query * 1e3, key * 1e3, value, 0.25)) < (0.2 if codes else 1e-2)  # near ties turn over
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_not_a_number_stays_where_it_belongs(level: str, codes: bool) -> None:
+    query, key, value = numbers(3, 1, 2, 50, 16)
+    query = query.clone()
+    query[0, 1, 7, 3] = torch.nan
+    out = attention(query, key, value, 0.25, codes)
+    assert bool(out[0, 1, 7].isnan().all())
+    out[0, 1, 7] = 0
+    assert bool(out.isfinite().all())
+    key, query = key.clone(), numbers(1, 2, 50, 16)
+    key[0, 0, 4, 2] = torch.nan
+    out = attention(query, key, value, 0.25, codes)
+    assert bool(out[0, 0].isnan().all()) and bool(out[0, 1].isfinite().all())
+    value, key = value.clone(), numbers(1, 2, 50, 16)
+    value[0, 1, 9, 5] = torch.inf
+    out = attention(query, key, value, 0.25, codes)
+    assert not bool(out[0, 1, :, 5].isfinite().any())
+    out[0, 1, :, 5] = 0
+    assert bool(out.isfinite().all())
+
+
+def test_wrong_numbers_are_refused_by_the_extension() -> None:
+    x = numbers(1, 1, 4, 4)
+    pointers = [x.data_ptr()] * 4
+    strides = [16, 16, 4] * 3
+    for wrong in ([0, 1, 4, 4, 4, 4, 128], [1, 1, 4, 0, 4, 4, 128], [1, 1, 4, 4, 4, 4, 0]):
+        with pytest.raises(ValueError, match="no kernel"):
+            extension.attend(*pointers, *wrong, 1, 0, 1.0, *strides)
+    with pytest.raises(ValueError, match="no kernel"):  # sums of more products could leave 32 bits
+        extension.attend(*pointers, 1, 1, 4, 4, 4, 4, 130, 1, 1, 1.0, *strides)
+    with pytest.raises(TypeError):
+        extension.attend(1, 2, 3)
+
+
+class Attends(nn.Module):
+    """Self-attention as a transformer's block has it; `extra` goes to torch's function."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, **extra: Any) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads, self.extra = heads, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, tokens, dim = x.shape
+        query, key, value = self.qkv(x).view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, **self.extra)
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(images, tokens, dim))
+        return out
+
+
+class Model(nn.Module):
+    def __init__(self, **extra: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Attends(**extra), Attends(**extra)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+X = numbers(2, 50, 32)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of queries that kernels got, in order."""
+    found: list[tuple[int, ...]] = []
+
+    def watched(query: Tensor, *rest: Any) -> Tensor:
+        found.append(tuple(query.shape))
+        return attention(query, *rest)
+
+    monkeypatch.setattr("compressor.lower.attention.attention", watched)
+    return found
+
+
+def lowered(model: nn.Module, codes: bool = False) -> nn.Module:
+    form = copy.deepcopy(model)
+    for at in ("first", "second"):
+        attach(form, at, FusedAttention(SelfAttention(), codes))
+    return form
+
+
+@torch.no_grad()
+def test_a_lowered_model_calls_the_kernels_and_gives_the_same(taken: list[tuple[int, ...]]) -> None:
+    model = Model().eval()
+    form = lowered(model)
+    assert error(form(X), model.double()(X.double())) < 1e-5
+    assert taken == [(2, 4, 50, 8)] * 2
+    assert [name for name, _ in form.named_modules()] == [name for name, _ in Model().named_modules()]
+    form(numbers(1, 9, 32))
+    assert taken[2:] == [(1, 4, 9, 8)] * 2  # other sizes too
+
+
+@torch.no_grad()
+def test_copies_and_files_of_a_lowered_model_are_lowered_too(taken: list[tuple[int, ...]]) -> None:
+    form = lowered(Model().eval())
+    out = form(X)
+    second = copy.deepcopy(form)
+    form.first.qkv.weight.zero_()
+    assert torch.equal(second(X), out)  # nothing of the copy is the first's
+    file = io.BytesIO()
+    torch.save(second, file)
+    file.seek(0)
+    third = torch.load(file, weights_only=False)
+    del taken[:]
+    assert torch.equal(third(X), out)
+    assert len(taken) == 2
+
+
+@torch.no_grad()
+def test_a_lowered_model_is_one_graph(taken: list[tuple[int, ...]]) -> None:
+    model = Model().eval()
+    compiled = torch.compile(lowered(model), fullgraph=True, backend="aot_eager")
+    assert error(compiled(X), model(X).double()) < 1e-5
+    assert taken == []  # a compiler has attention of its own
+    exported = torch.export.export(lowered(model), (X,)).module()
+    assert error(exported(X), model(X).double()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"is_causal": True}, {"attn_mask": torch.ones(50, 50).tril().bool()}, {"attn_mask": torch.zeros(50, 50)}],
+    ids=["causal", "mask", "bias"],
+)
+@torch.no_grad()
+def test_what_the_kernels_do_not_do_stays_with_torch(extra: dict[str, Any], taken: list[tuple[int, ...]]) -> None:
+    model = Model(**extra).eval()
+    assert torch.equal(lowered(model)(X), model(X)) and taken == []
+    plan = compressor.lower(model, X, cache=False).plan
+    assert {layer.kind for layer in plan.layers} == {"linear"}
+
+
+@torch.no_grad()
+def test_a_scale_of_the_models_own_is_kept(taken: list[tuple[int, ...]]) -> None:
+    model = Model(scale=0.7).eval()
+    assert error(lowered(model)(X), model(X).double()) < 1e-5 and len(taken) == 2
+    (first, *_) = [layer for layer in compressor.lower(model, X, cache=False).plan.layers if layer.kind == "attention"]
+    assert all(one.error is None or one.error < 1e-5 for one in first.candidates)
+
+
+def test_a_gradient_goes_through_torch(taken: list[tuple[int, ...]]) -> None:
+    form = lowered(Model().eval())
+    form(X).sum().backward()
+    assert taken == [] and form.first.qkv.weight.grad is not None
+
+
+def test_calls_that_do_not_fit() -> None:
+    x = numbers(1, 2, 8, 4)
+    assert fits(x, x, x) and fits(x, x[:, :, :3], x[:, :, :3])
+    assert not fits(x.double(), x.double(), x.double())
+    assert not fits(x.bfloat16(), x.bfloat16(), x.bfloat16())
+    assert not fits(x[0], x[0], x[0])
+    assert not fits(x, x[:, :1], x[:, :1], enable_gqa=True)
+    assert not fits(x.transpose(2, 3), x.transpose(2, 3), x.transpose(2, 3))
+    assert not fits(x, x, x, None, 0.1)
+    assert not fits(x[:, :, :0], x, x)
+    assert not fits(nn.Parameter(x), x, x)  # a gradient is wanted of it
+
+
+def test_lowering_finds_attention_and_a_plan_applies_it_again(taken: list[tuple[int, ...]]) -> None:
+    model = Model().eval()
+    plan = compressor.lower(model, X, ["attention"], cache=False).plan
+    attentions = {layer.name: layer for layer in plan.layers if layer.kind == "attention"}
+    assert set(attentions) == {"first", "second"}
+    first = attentions["first"]
+    assert first.weights == () and first.shapes == ((400, 50, 8), (400, 8, 50))
+    assert [one.backend for one in first.candidates] == ["eager", "attention"]
+    others = [one.backend for layer in plan.layers if layer.kind == "linear" for one in layer.candidates]
+    assert set(others) == {"eager"}  # it is not asked about layers
+    forced = plan.model_copy(
+        update={
+            "choice": "lowered",
+            "layers": tuple(
+                layer.model_copy(update={"choice": "attention" if layer.kind == "attention" else "eager"})
+                for layer in plan.layers
+            ),
+        }
+    )
+    again = Plan.model_validate_json(forced.model_dump_json())
+    with torch.no_grad():
+        form = compressor.lower(model, numbers(3, 20, 32), ["attention"], plan=again).model
+        del taken[:]
+        form(X)
+    assert taken == [(2, 4, 50, 8)] * 2
+    before = again.model_copy(update={"layers": tuple(one for one in again.layers if one.kind != "attention")})
+    with torch.no_grad():  # a plan from before attention was lowered
+        form = compressor.lower(model, X, ["attention"], plan=before).model
+        del taken[:]
+        form(X)
+    assert taken == []
+
+
+def test_eight_bits_are_for_those_who_ask() -> None:
+    model = Model().eval()
+    names = {one.backend for layer in compressor.lower(model, X, cache=False).plan.layers for one in layer.candidates}
+    assert "attention" in names and "attention-int16" not in names
+    layers = compressor.lower(model, X, tolerance=0.02, cache=False).plan.layers
+    (first, *_) = [layer for layer in layers if layer.kind == "attention"]
+    found = first.candidate("attention-int16")
+    assert found is not None and found.error is not None and 1e-6 < found.error < 0.02
+
+
+def test_a_module_of_several_attentions_that_differ_or_of_several_places_is_left_alone() -> None:
+    class Differ(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x[:, None]
+            return F.scaled_dot_product_attention(y, y, y) + F.scaled_dot_product_attention(y, y[:, :, :9], y[:, :, :9])
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = Attends()
+            self.two = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.two(self.one(x))
+            return out
+
+    for model in (Differ(), Shared()):
+        plan = compressor.lower(model.eval(), X, cache=False).plan
+        assert [layer for layer in plan.layers if layer.kind == "attention"] == []
