@@ -13,12 +13,15 @@
 #include <float.h>
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -104,6 +107,8 @@ static float *scratch_of_this_thread(size_t bytes) {
 /* Keeps a product from being fused with a sum: every level shall round alike. */
 #if defined(__x86_64__)
 #define ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define ROUNDED(x) __asm__("" : "+w"(x))
 #else
 #define ROUNDED(x) __asm__("" : "+m"(x))
 #endif
@@ -172,6 +177,24 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #pragma GCC pop_options
 #endif
 
+#if defined(__aarch64__) /* every such processor has NEON, with 32 registers of four floats */
+/* A lane's low and high numbers on their own: narrowed once for all products of a factor, of which each is two smlal that add in
+ * the sum's place. sdot would multiply four numbers of 8 bits, and inputs have 16. What GCC 12 keeps in registers: five vectors
+ * of floats for four rows, but four of codes, which take two registers each; `_shape_of_work` in vnm.py cuts tiles so. */
+#define NAME(x) x##_neon
+#define VW 4
+#define R1 12
+#define R2 10
+#define R4 5
+#define R8 2
+#define DOT 0
+#define LOW(x) vmovn_s32((int32x4_t)(x))
+#define HIGH(x) vshrn_n_s32((int32x4_t)(x), 16)
+#define MADD(sum, a, b) (vi)vmlal_s16(vmlal_s16((int32x4_t)(sum), LOW(a), LOW(b)), HIGH(a), HIGH(b))
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#endif
+
 #define NAME(x) x##_portable
 #define VW 4
 #define R1 6
@@ -194,6 +217,8 @@ static const level levels[] = {
     {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, 1},
     {"avx512", plan_avx512, work_avx512, 0},
     {"avx2", plan_avx2, work_avx2, 0},
+#elif defined(__aarch64__)
+    {"neon", plan_neon, work_neon, 0},
 #endif
     {"portable", plan_portable, work_portable, 0},
 };
@@ -210,6 +235,9 @@ static int runs_here(const char *name) {
         return avx512;
     if (strcmp(name, "avx2") == 0)
         return avx2;
+#elif defined(__aarch64__)
+    if (strcmp(name, "neon") == 0)
+        return 1;
 #endif
     return strcmp(name, "portable") == 0;
 }

@@ -179,6 +179,7 @@ typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 #define UPTO2(M, V) UPTO1(M, V) M(V, 2)
 #define UPTO3(M, V) UPTO2(M, V) M(V, 3)
 #define UPTO4(M, V) UPTO3(M, V) M(V, 4)
+#define UPTO5(M, V) UPTO4(M, V) M(V, 5)
 #define UPTO6(M, V) UPTO4(M, V) M(V, 5) M(V, 6)
 #define UPTO8(M, V) UPTO6(M, V) M(V, 7) M(V, 8)
 #define UPTO10(M, V) UPTO8(M, V) M(V, 9) M(V, 10)
