@@ -13,7 +13,7 @@ PyObject *PyExc_TypeError, *PyExc_ValueError, _Py_NoneStruct;
 static const char *said;
 long long PyLong_AsLongLong(PyObject *number) { return *(int64_t *)number; }
 void *PyLong_AsVoidPtr(PyObject *number) { return (void *)(intptr_t) * (int64_t *)number; }
-PyObject *PyErr_Occurred(void) { return NULL; }
+PyObject *PyErr_Occurred(void) { return said ? &_Py_NoneStruct : NULL; }
 void PyErr_SetString(PyObject *kind, const char *text) { (void)kind, said = text; }
 PyObject *PyErr_NoMemory(void) { return said = "no memory", NULL; }
 PyThreadState *PyEval_SaveThread(void) { return NULL; }

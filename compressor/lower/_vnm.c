@@ -256,41 +256,86 @@ static int run(job *j, int threads, const level *how) {
     return j->failed;
 }
 
-/* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. */
+/* Sizes up to which no product of them leaves 32 bits, or 64 with the size of an image. */
+enum { LARGEST = 1 << 24, LARGEST_IMAGE = 1 << 28, MOST_THREADS = 1 << 12 };
+
+static int within(int64_t x, int64_t most) { return x >= 1 && x <= most; }
+
+/* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. What its addresses hold is not looked at. */
 static const char *wrong(const matrix *m, const level *how) {
     if (m->v != 1 && m->v != 2 && m->v != 4 && m->v != 8)
         return "rows that share a choice must be 1, 2, 4 or 8";
-    if (m->rows < 1 || m->rows % m->v || m->inner < 1 || m->taps < 1 || m->taps > 49)
+    if (!within(m->rows, LARGEST) || m->rows % m->v || !within(m->inner, LARGEST) || !within(m->taps, 49))
         return "a weight of these sizes has no kernel";
-    if (m->group < 1 || m->kept < 1 || m->kept > m->group || m->planes < 1 || m->inner % m->group ||
-        m->block < 1 || m->block % m->group)
+    if (!within(m->group, m->inner) || !within(m->kept, m->group) || m->planes < 1 || m->inner % m->group ||
+        !within(m->block, LARGEST) || m->block % m->group)
         return "groups or blocks of these sizes have no kernel";
     if (m->lanes < FLOATS || m->lanes > CODES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
         return "products of pairs take groups of four";
+    if (m->lanes == FLOATS && m->planes != m->group)
+        return "a panel of floats has a row for each channel";
     if (m->lanes == CODES && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))
         return "weights of whole numbers need their scales";
+    if (m->values == NULL || m->index == NULL)
+        return "a weight needs its values and their places";
     return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
+}
+
+/* What is wrong with a job whose matrices are right by themselves. */
+static const char *wrong_job(const job *j, int matrices, int threads) {
+    const matrix *a = &j->first, *b = &j->second;
+    if (j->kind < 0 || j->kind > 2 || (j->kind == 1) != (matrices == 2))
+        return "no such job";
+    if ((j->kind == 1 && (a->lanes == CODES) != (b->lanes == CODES)) || (j->kind == 2 && a->lanes))
+        return "no such job";
+    if (j->kind == 1 && (b->inner != a->rows || a->order != NULL))
+        return "the second matrix of a pair takes the rows of the first, in their order";
+    if (j->kind == 1 && hidden_chunk(b) < a->rows && hidden_chunk(b) % a->v)
+        return "blocks of the second matrix of a pair hold whole groups of rows of the first";
+    if (a->lanes == HALVES && !j->half)
+        return "weights packed for bf16 products take inputs in bf16";
+    if (j->kind == 2 ? !within(j->side, 7) || j->side % 2 == 0 || j->side * j->side != a->taps : a->taps != 1 || (matrices == 2 && b->taps != 1))
+        return "a weight of these kernel positions has no such job";
+    int64_t area = 1, entries;
+    if (j->kind == 2) {
+        if (!within(j->height, LARGEST_IMAGE) || !within(j->width, LARGEST_IMAGE) ||
+            (area = (int64_t)j->height * j->width) > LARGEST_IMAGE)
+            return "images of these sizes have no kernel";
+    }
+    int rows = matrices == 2 ? b->rows : a->rows, widest = a->inner > rows ? a->inner : rows;
+    if (!within(j->vectors, PLACES) || !within(threads, MOST_THREADS) || j->tokens < 1 ||
+        __builtin_mul_overflow(j->tokens, area * widest, &entries) || entries > INT64_MAX / 16)
+        return "a job of these sizes has no kernel";
+    return j->x == NULL || j->y == NULL ? "a job needs where its input and its result lie" : NULL;
 }
 
 /* --- Python. Every argument is an int: an address, a size or a flag. --- */
 
 static int64_t number(PyObject *const *arguments, int i) { return PyLong_AsLongLong(arguments[i]); }
 
+/* One that must fit 32 bits. */
+static int small(PyObject *const *arguments, int i) {
+    int64_t found = number(arguments, i);
+    if ((found < INT32_MIN || found > INT32_MAX) && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "a size of a job leaves 32 bits");
+    return (int)found;
+}
+
 static void *address(PyObject *const *arguments, int i) { return PyLong_AsVoidPtr(arguments[i]); }
 
 enum { MATRIX = 15 };
 
 static matrix matrix_of(PyObject *const *a, int i) {
-    return (matrix){.rows = (int)number(a, i),
-                    .inner = (int)number(a, i + 1),
-                    .v = (int)number(a, i + 2),
-                    .taps = (int)number(a, i + 3),
-                    .block = (int)number(a, i + 4),
-                    .group = (int)number(a, i + 5),
-                    .kept = (int)number(a, i + 6),
-                    .planes = (int)number(a, i + 7),
-                    .lanes = (int)number(a, i + 8),
-                    .largest = (int)number(a, i + 9),
+    return (matrix){.rows = small(a, i),
+                    .inner = small(a, i + 1),
+                    .v = small(a, i + 2),
+                    .taps = small(a, i + 3),
+                    .block = small(a, i + 4),
+                    .group = small(a, i + 5),
+                    .kept = small(a, i + 6),
+                    .planes = small(a, i + 7),
+                    .lanes = small(a, i + 8),
+                    .largest = small(a, i + 9),
                     .values = address(a, i + 10),
                     .index = address(a, i + 11),
                     .bias = address(a, i + 12),
@@ -305,34 +350,28 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
         PyErr_SetString(PyExc_TypeError, "run takes the numbers of a job and one or two matrices");
         return NULL;
     }
-    job j = {.kind = (int)number(a, 0),
+    job j = {.kind = small(a, 0),
              .x = address(a, 1),
              .y = address(a, 2),
-             .half = (int)number(a, 3),
-             .tanh_form = (int)number(a, 4),
-             .side = (int)number(a, 5),
-             .height = (int)number(a, 6),
-             .width = (int)number(a, 7),
+             .half = small(a, 3),
+             .tanh_form = small(a, 4),
+             .side = small(a, 5),
+             .height = small(a, 6),
+             .width = small(a, 7),
              .tokens = number(a, 8),
-             .vectors = (int)number(a, 9),
+             .vectors = small(a, 9),
              .first = matrix_of(a, 11)};
     if (count > 11 + MATRIX)
         j.second = matrix_of(a, 11 + MATRIX);
-    int threads = (int)number(a, 10), failed;
+    int threads = small(a, 10), failed;
     if (PyErr_Occurred())
         return NULL;
     const level *how = chosen; /* once: another thread may change it */
     const char *fault = wrong(&j.first, how);
     if (fault == NULL && count > 11 + MATRIX)
         fault = wrong(&j.second, how);
-    if (fault == NULL && (j.kind < 0 || j.kind > 2 || (j.kind == 1) != (count > 11 + MATRIX)))
-        fault = "no such job";
-    if (fault == NULL && ((j.kind == 1 && (j.first.lanes == CODES) != (j.second.lanes == CODES)) || (j.kind == 2 && j.first.lanes)))
-        fault = "no such job";
-    if (fault == NULL && j.kind == 1 && (j.second.inner != j.first.rows || j.first.order != NULL))
-        fault = "the second matrix of a pair takes the rows of the first, in their order";
-    if (fault == NULL && (j.tokens < 1 || j.vectors < 1 || (j.kind == 2 && j.side * j.side != j.first.taps)))
-        fault = "a job of these sizes has no kernel";
+    if (fault == NULL)
+        fault = wrong_job(&j, count > 11 + MATRIX ? 2 : 1, threads);
     if (fault != NULL) {
         PyErr_SetString(PyExc_ValueError, fault);
         return NULL;
