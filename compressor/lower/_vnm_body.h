@@ -247,11 +247,12 @@ INLINE void NAME(pairs)(vu a, vu b, float *plane, size_t stride) {
 
 /* One vector of 32-bit entries of a row of `left` bytes that are left, zeros after its end. */
 INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
+    vu whole = {0};
     if (left >= 4 * VW)
-        return (vu)NAME(load)((const float *)p);
-    char whole[4 * VW] = {0};
-    memcpy(whole, p, left > 0 ? left : 0);
-    return (vu)NAME(load)((const float *)whole);
+        memcpy(&whole, p, 4 * VW);
+    else
+        memcpy(&whole, p, left > 0 ? left : 0);
+    return whole;
 }
 
 /* VW entries of a row of fp32 or (`half`) bf16 of which `left` are left, as fp32, zeros after its end. */
@@ -360,7 +361,7 @@ INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, con
                     break;
                 char *to = y + ((t0 + t + i) * columns + n0 + n) * bytes;
                 if (width == 4 * VW)
-                    NAME(store)((float *)to, (vf)r[i]);
+                    memcpy(to, &r[i], 4 * VW); /* one store, also where rows of bf16 start at odd places */
                 else
                     memcpy(to, &r[i], width);
             }
