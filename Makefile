@@ -46,9 +46,9 @@ fuzz: $(STAMP)
 wheel: $(STAMP)
 	$(BIN)/python wheels/build.py
 
-# The one for x86-64 in an empty environment without a compiler.
+# The one for this machine, in an empty environment without a compiler.
 wheel-check: wheel
-	$(BIN)/python wheels/check.py dist/*-manylinux_*_x86_64.whl
+	$(BIN)/python wheels/check.py "$$(ls -t dist/*-manylinux_*_$$(uname -m).whl | head -1)"
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:
