@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint schema test-levels test-nni
+.PHONY: demo test test-slow lint schema test-levels test-arm fuzz test-nni wheel wheel-check
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -33,6 +33,22 @@ schema: $(STAMP)
 # At every instruction set of this machine, and AVX-512 emulated.
 test-levels: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/levels.py -q
+
+# The kernels for 64-bit Arm, emulated.
+test-arm: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/arm.py -q
+
+# Random jobs for the kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz_kernels.py --seed $(or $(SEED),0) --seconds $(or $(SECONDS),300)
+
+# Into dist/: with the kernels inside, for x86-64 and 64-bit Arm.
+wheel: $(STAMP)
+	$(BIN)/python wheels/build.py
+
+# The one for this machine, in an empty environment without a compiler.
+wheel-check: wheel
+	$(BIN)/python wheels/check.py "$$(ls -t dist/*-manylinux_*_$$(uname -m).whl | head -1)"
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:

@@ -34,12 +34,25 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        told = ""
+    return processor_in(told) or platform.processor() or platform.machine()
+
+
+def processor_in(told: str) -> str:
+    """The processor that Linux's `/proc/cpuinfo` tells of: by its name or, as Arm's have none there, by its numbers. Of several kinds
+    of cores, every one. Empty where there is neither."""
+    kinds: list[str] = []
+    for one in told.split("\n\n"):
+        lines = (line.partition(":") for line in one.splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        numbers = [
+            f"{name} {facts[f'CPU {name}']}" for name in ("implementer", "part", "variant") if f"CPU {name}" in facts
+        ]
+        kind = facts.get("model name") or ", ".join([platform.machine(), *numbers] if numbers else [])
+        kinds += [kind] if kind and kind not in kinds else []
+    return " + ".join(kinds)
 
 
 def resolve_device(name: str) -> torch.device:

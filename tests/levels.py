@@ -60,8 +60,8 @@ static inline i512 emulated_dpwssd_epi32(i512 sum, i512 a, i512 b) { return sum 
 """
 
 
-def emulated(folder: Path) -> Path:
-    """Compile the kernels with every level of x86 made of AVX2, and the best one chosen."""
+def emulated(folder: Path, *options: str) -> Path:
+    """Compile the kernels with every level of x86 made of AVX2, and the best one chosen; `options` are further ones of GCC."""
     code = (SOURCES / "_vnm.c").read_text(encoding="utf-8")
     code = re.sub(r'target\("avx512[^"]*"\)', 'target("avx2,fma")', code)
     code = re.sub(r'__builtin_cpu_supports\("avx512\w*"\)', "1", code)
@@ -72,6 +72,7 @@ def emulated(folder: Path) -> Path:
     subprocess.run(
         [
             *("gcc", "-O1", "-std=gnu11", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared"),
+            *options,
             *(f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}", str(folder / "_vnm.c"), "-o", str(made)),
         ],
         check=True,

@@ -51,8 +51,15 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize(
     ("images", "heads", "queries", "keys", "channels", "wide"),
-    [(1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 3, 9), (1, 2, 65, 65, 32, 32), (2, 2, 257, 257, 64, 64), (1, 1, 40, 300, 72, 24), (1, 3, 600, 77, 40, 40)],
-)  # fmt: skip
+    [
+        (1, 1, 1, 1, 1, 1),
+        (2, 3, 5, 7, 3, 9),
+        (1, 2, 65, 65, 32, 32),
+        (2, 2, 257, 257, 64, 64),
+        (1, 1, 40, 300, 72, 24),
+        (1, 3, 600, 77, 40, 40),
+    ],
+)
 def test_attention_equals_float64(
     level: str, codes: bool, images: int, heads: int, queries: int, keys: int, channels: int, wide: int
 ) -> None:

@@ -260,6 +260,17 @@ def test_tanh_gelu_of_very_negative_numbers_is_zero(level: str) -> None:
     torch.testing.assert_close(pair(x), F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
 
 
+def test_a_layer_lowered_in_bfloat16_is_right_in_float32_or_refuses_it(level: str) -> None:
+    pattern = NM(2, 4, 4)
+    weight, x = sparse((16, 32), pattern).bfloat16(), normal(7, 32)
+    lowered = VNM().build(unit(_linear(weight, None), (7, 32), pattern, dtype=torch.bfloat16))
+    if level == "avx512_bf16":  # whose weights are pairs of bfloat16
+        with pytest.raises(ValueError, match="take inputs in bf16"):
+            lowered(x)
+    else:
+        assert error(lowered(x), F.linear(x.double(), weight.double())) < EXACT
+
+
 def test_a_state_of_another_packing_is_refused() -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 64), pattern)

@@ -465,7 +465,8 @@ def test_without_the_compiled_kernels_the_gathered_form_is_left_and_the_plan_say
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     why = "the compiled CPU kernels are not installed (none); install GCC and reinstall"
-    monkeypatch.setattr("compressor.lower.vnm.kernels", lambda: (None, why))
+    for place in ("vnm", "vnm_kernels"):
+        monkeypatch.setattr(f"compressor.lower.{place}.kernels", lambda: (None, why))
     model = sparsify(nn.Sequential(nn.Linear(64, 128)), NM(2, 4, 64))
     plan = compressor.lower(model, torch.zeros(4, 64), cache=False).plan
     kernel, gathered = plan.layers[0].candidate("vnm"), plan.layers[0].candidate("gathered")

@@ -36,7 +36,10 @@ NEW_NAMES = {
     "choose_layers",
     "found",
 }
-NEW_ENTRY_POINTS: dict[str, set[str]] = {"compressor.scores": {"clip-score"}, "compressor.backends": {"vnm-int8"}}
+NEW_ENTRY_POINTS: dict[str, set[str]] = {
+    "compressor.scores": {"clip-score"},
+    "compressor.backends": {"vnm-int8", "attention", "attention-int16"},
+}
 """By group."""
 _BUDGETS = [
     "--quick A look: few samples, the metric alone, few rounds of timing.",

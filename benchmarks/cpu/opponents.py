@@ -1,10 +1,12 @@
-"""A lowered U-ViT-S/2 beside every engine that a user of a CPU would take instead, side by side in one process.
+"""Lowered models beside every engine that a user of a CPU would take instead, side by side in one process.
 
     python benchmarks/cpu/opponents.py --out benchmarks/results/opponents_cpu.json
 
-Random weights, pruned by magnitude to 4:2:4 in every Linear of the blocks. The dense weights run in PyTorch (eager, prepacked), ONNX
-Runtime and OpenVINO, in float32 and int8 each; the pruned ones lowered in float32, and with a tolerance, where 8-bit kernels may be
-taken. Errors are root mean square differences from the same weights in eager float32, in standard deviations of the output.
+Random weights, pruned by magnitude: U-ViT-S/2 (4:2:4 in every Linear of the blocks), the DDPM UNet for CIFAR-10 (8:2:4 in every layer
+that it fits), and one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward). The dense
+weights run in PyTorch (eager, prepacked), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones lowered in float32, and
+with `max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same weights in eager float32, in
+standard deviations of the output. Cells of a former file stay unless they are measured again.
 """
 
 from __future__ import annotations
@@ -12,30 +14,65 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from lowering import built, prune
+from torch import nn
 
 import compressor
+from compressor import registry
+from compressor.adapter import Adapter
 from compressor.cost.timing import side_by_side
 from compressor.environment import environment
 from compressor.export.engines import engines
 from compressor.lower.forms import dense_forms
+from compressor.sparsity.layers import select
+
+CELLS = {
+    "uvit-s2 4": ("U-ViT-S/2, 32x32", "4:2:4", 4),
+    "uvit-s2 1": ("U-ViT-S/2, 32x32", "4:2:4", 1),
+    "ddpm-cifar10 4": ("DDPM UNet, CIFAR-10", "8:2:4", 4),
+    "ddpm-cifar10 1": ("DDPM UNet, CIFAR-10", "8:2:4", 1),
+    "dit-xl-2-block 1": ("one block of DiT-XL/2, 1,024 tokens", "4:2:4", 1),
+}
 
 
-def measured(batch: int, rounds: int, tolerance: float) -> dict[str, Any]:
+def adapter_of(cell: str) -> Adapter:
+    """The adapter of a cell's model; a DiT of one block."""
+    name = cell.rpartition(" ")[0]
+    if name == "dit-xl-2-block":
+        whole: Any = registry.adapter("dit-xl-2-512")
+        return replace(whole, config={**whole.config, "num_layers": 1})  # type: ignore[no-any-return]
+    return registry.adapter({"uvit-s2": "uvit-cifar10"}.get(name, name))
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
+    """Prune in place what the adapter says that methods prune, U-ViT's skip_linear too, by magnitude. How many weights that were."""
+    rule, weights = compressor.parse(pattern), dict(model.named_parameters())
+    skips = ("*.skip_linear",) if any(".skip_linear." in name for name in weights) else ()
+    targets = (*adapter.targets, *skips) if adapter.targets else ()
+    taken = [one.name for one in select(model, rule, set(weights), targets, adapter.ignore) if one.reason is None]
+    for name in taken:
+        weights[name].copy_(rule.mask(weights[name].abs()).apply(weights[name]))
+    return len(taken)
+
+
+def measured(cell: str, rounds: int, max_error: float) -> dict[str, Any]:
+    _, pattern, batch = CELLS[cell]
     torch.manual_seed(0)
-    dense, _, adapter = built("uvit-s2", batch)
+    adapter = adapter_of(cell)
+    dense = adapter.build().eval()
     example = adapter.example_inputs(batch)
-    sparse, _, _ = built("uvit-s2", batch)
+    sparse = adapter.build().eval()
     sparse.load_state_dict(dense.state_dict())
-    prune(sparse, {"model": "uvit-s2", "pattern": "4:2:4"})
+    count = pruned(sparse, adapter, pattern)
     plans = {
         "lowered, float32": compressor.lower(sparse, example, adapter=adapter, cache=False),
-        "lowered, 8 bits": compressor.lower(sparse, example, adapter=adapter, tolerance=tolerance, cache=False),
+        "lowered, 8 bits": compressor.lower(sparse, example, adapter=adapter, max_error=max_error, cache=False),
     }
     plan = plans["lowered, float32"].plan
     torch_forms = dense_forms(dense, example, plan, adapter=adapter)
@@ -66,25 +103,27 @@ def measured(batch: int, rounds: int, tolerance: float) -> dict[str, Any]:
             "layers": dict(Counter(one.choice for one in form.plan.layers)),
         }
     return {
-        "batch": batch, "pattern": "4:2:4", "tolerance": tolerance, "rounds": rounds, "seed": 0, "median_ms": medians,
-        "iqr_ms": {name: own.iqr_ms for name, own in times.items()}, "error": errors, "left_out": left, "speedup": found,
+        "model": CELLS[cell][0], "batch": batch, "pattern": pattern, "pruned": count, "max_error": max_error, "rounds": rounds,
+        "seed": 0, "median_ms": medians, "iqr_ms": {name: own.iqr_ms for name, own in times.items()}, "error": errors,
+        "left_out": left, "speedup": found,
     }  # fmt: skip
 
 
 @click.command()
-@click.option("--batches", default="4,1", show_default=True)
+@click.option("--only", type=click.Choice(list(CELLS)), multiple=True, help="These cells alone.")
 @click.option("--rounds", default=15, show_default=True)
-@click.option("--tolerance", default=0.02, show_default=True)
+@click.option("--max-error", default=0.05, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path))
-def main(batches: str, rounds: int, tolerance: float, out: Path | None) -> None:
+def main(only: tuple[str, ...], rounds: int, max_error: float, out: Path | None) -> None:
     from importlib.metadata import version
 
-    facts = environment(torch.device("cpu"))
+    facts: dict[str, Any] = environment(torch.device("cpu"))
     facts["versions"] |= {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
-    facts |= {"threads": torch.get_num_threads(), "cells": []}
-    for batch in map(int, batches.split(",")):
-        facts["cells"].append(measured(batch, rounds, tolerance))
-        click.echo(json.dumps(facts["cells"][-1], indent=1))
+    cells = json.loads(out.read_text())["cells"] if out is not None and out.exists() else {}
+    facts |= {"threads": torch.get_num_threads(), "cells": cells}
+    for cell in only or CELLS:
+        facts["cells"][cell] = measured(cell, rounds, max_error)
+        click.echo(json.dumps({cell: facts["cells"][cell]}, indent=1))
         if out is not None:
             out.write_text(json.dumps(facts, indent=1) + "\n")
 

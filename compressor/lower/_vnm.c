@@ -13,12 +13,15 @@
 #include <float.h>
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -128,6 +131,8 @@ static float *scratch_of_this_thread(size_t bytes) {
 /* Keeps a product from being fused with a sum: every level shall round alike. */
 #if defined(__x86_64__)
 #define ROUNDED(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define ROUNDED(x) __asm__("" : "+w"(x))
 #else
 #define ROUNDED(x) __asm__("" : "+m"(x))
 #endif
@@ -202,6 +207,24 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #pragma GCC pop_options
 #endif
 
+#if defined(__aarch64__) /* every such processor has NEON, with 32 registers of four floats */
+/* A lane's low and high numbers on their own: narrowed once for all products of a factor, of which each is two smlal that add in
+ * the sum's place. sdot would multiply four numbers of 8 bits, and inputs have 16. What GCC 12 keeps in registers: five vectors
+ * of floats for four rows, but four of codes, which take two registers each; `_shape_of_work` in vnm.py cuts tiles so. */
+#define NAME(x) x##_neon
+#define VW 4
+#define R1 12
+#define R2 10
+#define R4 5
+#define R8 2
+#define DOT 0
+#define LOW(x) vmovn_s32((int32x4_t)(x))
+#define HIGH(x) vshrn_n_s32((int32x4_t)(x), 16)
+#define MADD(sum, a, b) (vi)vmlal_s16(vmlal_s16((int32x4_t)(sum), LOW(a), LOW(b)), HIGH(a), HIGH(b))
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#endif
+
 #define NAME(x) x##_portable
 #define VW 4
 #define R1 6
@@ -225,6 +248,8 @@ static const level levels[] = {
     {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1},
     {"avx512", plan_avx512, work_avx512, attend_avx512, 0},
     {"avx2", plan_avx2, work_avx2, attend_avx2, 0},
+#elif defined(__aarch64__)
+    {"neon", plan_neon, work_neon, attend_neon, 0},
 #endif
     {"portable", plan_portable, work_portable, attend_portable, 0},
 };
@@ -241,6 +266,9 @@ static int runs_here(const char *name) {
         return avx512;
     if (strcmp(name, "avx2") == 0)
         return avx2;
+#elif defined(__aarch64__)
+    if (strcmp(name, "neon") == 0)
+        return 1;
 #endif
     return strcmp(name, "portable") == 0;
 }
@@ -271,41 +299,86 @@ static int attend(attention *a, int threads, const level *how) {
     return a->failed;
 }
 
-/* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. */
+/* Sizes up to which no product of them leaves 32 bits, or 64 with the size of an image. */
+enum { LARGEST = 1 << 24, LARGEST_IMAGE = 1 << 28, MOST_CHANNELS = 1 << 16, MOST_THREADS = 1 << 12 };
+
+static int within(int64_t x, int64_t most) { return x >= 1 && x <= most; }
+
+/* What is wrong with the sizes of a matrix; NULL where the kernels' own arrays hold them. What its addresses hold is not looked at. */
 static const char *wrong(const matrix *m, const level *how) {
     if (m->v != 1 && m->v != 2 && m->v != 4 && m->v != 8)
         return "rows that share a choice must be 1, 2, 4 or 8";
-    if (m->rows < 1 || m->rows % m->v || m->inner < 1 || m->taps < 1 || m->taps > 49)
+    if (!within(m->rows, LARGEST) || m->rows % m->v || !within(m->inner, LARGEST) || !within(m->taps, 49))
         return "a weight of these sizes has no kernel";
-    if (m->group < 1 || m->kept < 1 || m->kept > m->group || m->planes < 1 || m->inner % m->group ||
-        m->block < 1 || m->block % m->group)
+    if (!within(m->group, m->inner) || !within(m->kept, m->group) || m->planes < 1 || m->inner % m->group ||
+        !within(m->block, LARGEST) || m->block % m->group)
         return "groups or blocks of these sizes have no kernel";
     if (m->lanes < FLOATS || m->lanes > CODES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
         return "products of pairs take groups of four";
+    if (m->lanes == FLOATS && m->planes != m->group)
+        return "a panel of floats has a row for each channel";
     if (m->lanes == CODES && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))
         return "weights of whole numbers need their scales";
+    if (m->values == NULL || m->index == NULL)
+        return "a weight needs its values and their places";
     return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
+}
+
+/* What is wrong with a job whose matrices are right by themselves. */
+static const char *wrong_job(const job *j, int matrices, int threads) {
+    const matrix *a = &j->first, *b = &j->second;
+    if (j->kind < 0 || j->kind > 2 || (j->kind == 1) != (matrices == 2))
+        return "no such job";
+    if ((j->kind == 1 && (a->lanes == CODES) != (b->lanes == CODES)) || (j->kind == 2 && a->lanes))
+        return "no such job";
+    if (j->kind == 1 && (b->inner != a->rows || a->order != NULL))
+        return "the second matrix of a pair takes the rows of the first, in their order";
+    if (j->kind == 1 && hidden_chunk(b) < a->rows && hidden_chunk(b) % a->v)
+        return "blocks of the second matrix of a pair hold whole groups of rows of the first";
+    if (a->lanes == HALVES && !j->half)
+        return "weights packed for bf16 products take inputs in bf16";
+    if (j->kind == 2 ? !within(j->side, 7) || j->side % 2 == 0 || j->side * j->side != a->taps : a->taps != 1 || (matrices == 2 && b->taps != 1))
+        return "a weight of these kernel positions has no such job";
+    int64_t area = 1, entries;
+    if (j->kind == 2) {
+        if (!within(j->height, LARGEST_IMAGE) || !within(j->width, LARGEST_IMAGE) ||
+            (area = (int64_t)j->height * j->width) > LARGEST_IMAGE)
+            return "images of these sizes have no kernel";
+    }
+    int rows = matrices == 2 ? b->rows : a->rows, widest = a->inner > rows ? a->inner : rows;
+    if (!within(j->vectors, PLACES) || !within(threads, MOST_THREADS) || j->tokens < 1 ||
+        __builtin_mul_overflow(j->tokens, area * widest, &entries) || entries > INT64_MAX / 16)
+        return "a job of these sizes has no kernel";
+    return j->x == NULL || j->y == NULL ? "a job needs where its input and its result lie" : NULL;
 }
 
 /* --- Python. Every argument is an int: an address, a size or a flag. --- */
 
 static int64_t number(PyObject *const *arguments, int i) { return PyLong_AsLongLong(arguments[i]); }
 
+/* One that must fit 32 bits. */
+static int small(PyObject *const *arguments, int i) {
+    int64_t found = number(arguments, i);
+    if ((found < INT32_MIN || found > INT32_MAX) && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "a size of a job leaves 32 bits");
+    return (int)found;
+}
+
 static void *address(PyObject *const *arguments, int i) { return PyLong_AsVoidPtr(arguments[i]); }
 
 enum { MATRIX = 15 };
 
 static matrix matrix_of(PyObject *const *a, int i) {
-    return (matrix){.rows = (int)number(a, i),
-                    .inner = (int)number(a, i + 1),
-                    .v = (int)number(a, i + 2),
-                    .taps = (int)number(a, i + 3),
-                    .block = (int)number(a, i + 4),
-                    .group = (int)number(a, i + 5),
-                    .kept = (int)number(a, i + 6),
-                    .planes = (int)number(a, i + 7),
-                    .lanes = (int)number(a, i + 8),
-                    .largest = (int)number(a, i + 9),
+    return (matrix){.rows = small(a, i),
+                    .inner = small(a, i + 1),
+                    .v = small(a, i + 2),
+                    .taps = small(a, i + 3),
+                    .block = small(a, i + 4),
+                    .group = small(a, i + 5),
+                    .kept = small(a, i + 6),
+                    .planes = small(a, i + 7),
+                    .lanes = small(a, i + 8),
+                    .largest = small(a, i + 9),
                     .values = address(a, i + 10),
                     .index = address(a, i + 11),
                     .bias = address(a, i + 12),
@@ -320,34 +393,28 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
         PyErr_SetString(PyExc_TypeError, "run takes the numbers of a job and one or two matrices");
         return NULL;
     }
-    job j = {.kind = (int)number(a, 0),
+    job j = {.kind = small(a, 0),
              .x = address(a, 1),
              .y = address(a, 2),
-             .half = (int)number(a, 3),
-             .tanh_form = (int)number(a, 4),
-             .side = (int)number(a, 5),
-             .height = (int)number(a, 6),
-             .width = (int)number(a, 7),
+             .half = small(a, 3),
+             .tanh_form = small(a, 4),
+             .side = small(a, 5),
+             .height = small(a, 6),
+             .width = small(a, 7),
              .tokens = number(a, 8),
-             .vectors = (int)number(a, 9),
+             .vectors = small(a, 9),
              .first = matrix_of(a, 11)};
     if (count > 11 + MATRIX)
         j.second = matrix_of(a, 11 + MATRIX);
-    int threads = (int)number(a, 10), failed;
+    int threads = small(a, 10), failed;
     if (PyErr_Occurred())
         return NULL;
     const level *how = chosen; /* once: another thread may change it */
     const char *fault = wrong(&j.first, how);
     if (fault == NULL && count > 11 + MATRIX)
         fault = wrong(&j.second, how);
-    if (fault == NULL && (j.kind < 0 || j.kind > 2 || (j.kind == 1) != (count > 11 + MATRIX)))
-        fault = "no such job";
-    if (fault == NULL && ((j.kind == 1 && (j.first.lanes == CODES) != (j.second.lanes == CODES)) || (j.kind == 2 && j.first.lanes)))
-        fault = "no such job";
-    if (fault == NULL && j.kind == 1 && (j.second.inner != j.first.rows || j.first.order != NULL))
-        fault = "the second matrix of a pair takes the rows of the first, in their order";
-    if (fault == NULL && (j.tokens < 1 || j.vectors < 1 || (j.kind == 2 && j.side * j.side != j.first.taps)))
-        fault = "a job of these sizes has no kernel";
+    if (fault == NULL)
+        fault = wrong_job(&j, count > 11 + MATRIX ? 2 : 1, threads);
     if (fault != NULL) {
         PyErr_SetString(PyExc_ValueError, fault);
         return NULL;
@@ -370,10 +437,10 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
         return NULL;
     }
     attention a = {.q = address(n, 0), .k = address(n, 1), .v = address(n, 2), .y = address(n, 3),
-                   .images = number(n, 4), .heads = number(n, 5), .queries = (int)number(n, 6), .keys = (int)number(n, 7),
-                   .channels = (int)number(n, 8), .value_channels = (int)number(n, 9), .block = (int)number(n, 10)};
-    int threads = (int)number(n, 11), failed;
-    a.codes = (int)number(n, 12);
+                   .images = number(n, 4), .heads = number(n, 5), .queries = small(n, 6), .keys = small(n, 7),
+                   .channels = small(n, 8), .value_channels = small(n, 9), .block = small(n, 10)};
+    int threads = small(n, 11), failed;
+    a.codes = small(n, 12);
     a.scale = (float)PyFloat_AsDouble(n[13]);
     for (int i = 0; i < 3; i++) {
         a.q_at[i] = number(n, 14 + i);
@@ -382,8 +449,9 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
     }
     if (PyErr_Occurred())
         return NULL;
-    if (a.images < 1 || a.heads < 1 || a.queries < 1 || a.keys < 1 || a.channels < 1 || a.value_channels < 1 ||
-        a.block < 1 || (a.codes && (a.block > 128 || a.block % 2)) || a.channels > 1 << 20) {
+    if (!within(a.images, LARGEST) || !within(a.heads, LARGEST) || !within(a.queries, LARGEST) || !within(a.keys, LARGEST) ||
+        !within(a.channels, MOST_CHANNELS) || !within(a.value_channels, MOST_CHANNELS) || !within(threads, MOST_THREADS) ||
+        !within(a.block, a.codes ? 128 : MOST_CHANNELS) || (a.codes && a.block % 2)) {
         PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
         return NULL;
     }

@@ -192,6 +192,7 @@ typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 #define UPTO2(M, V) UPTO1(M, V) M(V, 2)
 #define UPTO3(M, V) UPTO2(M, V) M(V, 3)
 #define UPTO4(M, V) UPTO3(M, V) M(V, 4)
+#define UPTO5(M, V) UPTO4(M, V) M(V, 5)
 #define UPTO6(M, V) UPTO4(M, V) M(V, 5) M(V, 6)
 #define UPTO8(M, V) UPTO6(M, V) M(V, 7) M(V, 8)
 #define UPTO10(M, V) UPTO8(M, V) M(V, 9) M(V, 10)
@@ -259,11 +260,12 @@ INLINE void NAME(pairs)(vu a, vu b, float *plane, size_t stride) {
 
 /* One vector of 32-bit entries of a row of `left` bytes that are left, zeros after its end. */
 INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
+    vu whole = {0};
     if (left >= 4 * VW)
-        return (vu)NAME(load)((const float *)p);
-    char whole[4 * VW] = {0};
-    memcpy(whole, p, left > 0 ? left : 0);
-    return (vu)NAME(load)((const float *)whole);
+        memcpy(&whole, p, 4 * VW);
+    else
+        memcpy(&whole, p, left > 0 ? left : 0);
+    return whole;
 }
 
 /* VW entries of a row of fp32 or (`half`) bf16 of which `left` are left, as fp32, zeros after its end. */
@@ -372,7 +374,7 @@ INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, con
                     break;
                 char *to = y + ((t0 + t + i) * columns + n0 + n) * bytes;
                 if (width == 4 * VW)
-                    NAME(store)((float *)to, (vf)r[i]);
+                    memcpy(to, &r[i], 4 * VW); /* one store, also where rows of bf16 start at odd places */
                 else
                     memcpy(to, &r[i], width);
             }

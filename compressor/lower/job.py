@@ -16,7 +16,7 @@ from compressor import discovery
 from compressor.adapter import Adapter
 from compressor.environment import environment
 from compressor.errors import CompressorError, UsageError
-from compressor.lower.backend import Backend
+from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
 from compressor.lower.units import Found, LeftOut, find_units, is_unit
 
@@ -77,6 +77,8 @@ def prepared(
             "the model gives numbers that are not finite on the example, so no form of it can be checked",
             "Give inputs as the model is used with, and a dtype that holds its values.",
         )
+    kinds = frozenset[Kind]().union(*(backend.takes for backend in chosen if backend.name != "eager"))
+    found = [one for one in found if one.weights or one.unit.kind in kinds]
     device = _device(base, inputs)
     for backend in chosen:
         try:

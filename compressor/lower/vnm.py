@@ -67,10 +67,15 @@ class VNMConv(nn.Module):
 
 def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple[int, int, int]:
     """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
-    many channels to a block, and how many vectors of tokens (or `pixels`) to a tile. Found by measuring."""
+    many channels to a block, and how many vectors of tokens (or `pixels`) to a tile. Found by measuring, but for NEON: there it is
+    what fills the registers (see _vnm.c), and blocks of as many bytes as for AVX2."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
-    if not wide and lanes == Lanes.CODES:
+    if level() == "neon":
+        channels, vectors = {1: (128, 20), 2: (128, 20), 4: (256, 10)}[most]
+        if lanes == Lanes.CODES:
+            channels, vectors = {1: (96, 12), 2: (96, 12), 4: (128, 8)}[most]
+    elif not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
     elif not wide:
         channels, vectors = {1: (128, 9), 2: (128, 9), 4: (128, 6) if pixels else (192, 3)}[most]
