@@ -137,41 +137,34 @@ _FORMS = (("float32", "float32"), ("float32", "8 bits"), ("int8", "8 bits"))
 
 
 def table(result: dict[str, Any]) -> str:
-    """Distances by seed, and the paired differences from 4:2:4 in float32."""
-    seeds = sorted({row["seed"] for row in result["rows"] if "seed" in row})
+    """Distances by seed, and the paired differences from 4:2:4 in float32; of the seeds that have both trainings."""
+    by_model = {model: _by_seed([row for row in result["rows"] if row["model"] == model]) for model in MODELS}
+    seeds = sorted({seed for cells in by_model.values() for seed in cells})
+    titles = " | ".join(f"seed {seed}" for seed in seeds)
     lines = [
-        "| model | trained in | judged in | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | fd-digits, mean | prediction error |",
+        f"| model | trained in | judged in | {titles} | fd-digits, mean | prediction error |",
         "|---|---|---|" + "---:|" * (len(seeds) + 2),
     ]
     changes = [
         "| model | 8 bits, against 4:2:4 in float32 | change of fd-digits | of the prediction error | n |",
         "|---|---|---:|---:|---:|",
     ]
-    for model in MODELS:
-        rows = [row for row in result["rows"] if row["model"] == model]
-        given = {_judged_as(name): value for row in rows if "seed" not in row for name, value in row["forms"].items()}
-        for judged_in, found in given.items():
-            empty = " | ".join("" for _ in seeds)
-            lines.append(
-                f"| `{model}` | dense, as given | {judged_in} | {empty} | {found['fd-digits']:.2f} | {found['prediction_error']:.3%} |"
-            )
-        cells = {form: [_judged_in(rows, seed, *form) for seed in seeds] for form in _FORMS}
-        for (trained, judged_in), found in cells.items():
-            values = " | ".join(f"{value['fd-digits']:.2f}" for value in found)
-            distance, error = (summary([value[name] for value in found]) for name in ("fd-digits", "prediction_error"))
-            lines.append(
-                f"| `{model}` | {trained} | {judged_in} | {values} | {_with_interval(distance, '.2f')} | {error.mean:.3%} |"
-            )
+    for model, cells in by_model.items():
+        given = [row["forms"] for row in result["rows"] if row["model"] == model and "seed" not in row]
+        for form, own in (pair for forms in given for pair in forms.items()):
+            start = f"| `{model}` | dense, as given | {'float32' if form == 'float32' else '8 bits'} | {' | ' * (len(seeds) - 1)}"
+            lines.append(f"{start} | {own['fd-digits']:.2f} | {own['prediction_error']:.3%} |")
+        for trained, judged_in in _FORMS:
+            every = {seed: cell[trained, judged_in] for seed, cell in cells.items()}
+            values = " | ".join(f"{every[seed]['fd-digits']:.2f}" if seed in every else "—" for seed in seeds)
+            distance, error = (summary([own[name] for own in every.values()]) for name in _MEASURED)
+            start = f"| `{model}` | {trained} | {judged_in} | {values}"
+            lines.append(f"{start} | {_with_interval(distance, '.2f')} | {error.mean:.3%} |")
         for form, how in zip(_FORMS[1:], ("rounded after training", "trained in 8 bits"), strict=True):
-            pairs = list(zip(cells[form], cells[_FORMS[0]], strict=True))
-            distance, error = (
-                summary([a[name] - b[name] for a, b in pairs]) for name in ("fd-digits", "prediction_error")
-            )
-            changes.append(
-                f"| `{model}` | {how} | {_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')} | {len(seeds)} |"
-            )
+            pairs = [(cell[form], cell[_FORMS[0]]) for cell in cells.values()]
+            distance, error = (summary([a[name] - b[name] for a, b in pairs]) for name in _MEASURED)
+            shown = f"{_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')}"
+            changes.append(f"| `{model}` | {how} | {shown} | {len(pairs)} |")
     told = (
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
         "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In 8 "
@@ -182,17 +175,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *changes, "", told])
 
 
-def _judged_as(form: str) -> str:
-    return "float32" if form == "float32" else "8 bits"
+_MEASURED = ("fd-digits", "prediction_error")
 
 
-def _judged_in(rows: list[dict[str, Any]], seed: int, trained: str, judged_in: str) -> dict[str, float]:
-    (row,) = (row for row in rows if row.get("seed") == seed and row["training"] == trained)
-    forms = row["forms"]
-    found: dict[str, float] = (
-        forms["float32"] if judged_in == "float32" else forms.get("8-bit kernels", forms.get("8-bit weights"))
-    )
-    return found
+def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[tuple[str, str], dict[str, float]]]:
+    """What was measured of each of _FORMS, by the seeds that have all of them."""
+    found: dict[int, dict[tuple[str, str], dict[str, float]]] = {}
+    for row in rows:
+        for form, value in row["forms"].items() if "seed" in row else ():
+            judged_in = "float32" if form == "float32" else "8 bits"
+            if form != "8-bit weights" or "8-bit kernels" not in row["forms"]:
+                found.setdefault(row["seed"], {})[row["training"], judged_in] = value
+    return {seed: cell for seed, cell in sorted(found.items()) if set(cell) == set(_FORMS)}
 
 
 def _with_interval(found: Summary, form: str) -> str:
@@ -214,6 +208,11 @@ def main(models: tuple[str, ...], seeds: int, folder: Path, out: Path) -> None:
         if not path.is_file():
             files.write_json(path, make())
         click.echo(f"{name}: {files.read_json(path)['forms']}")
+        gather(folder, out)
+
+
+def gather(folder: Path, out: Path) -> None:
+    """Write what is in `folder` as one file."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     facts = {key: value for key, value in environment().items() if key in ("versions", "hardware", "platform")}
     text = json.dumps({**facts, "recipe": recipe("MODEL", 0, "none or int8"), "rows": rows}, indent=1) + "\n"

@@ -29,6 +29,7 @@ from compressor.comparison.worker import read_row
 from compressor.quality.similarity import ssim
 from compressor.report import schema
 from compressor.report.compared import ComparisonReport, Summary
+from compressor.runs import latency
 from compressor.runs.directory import locked
 
 FEW = str(Path(__file__).with_name("few_digits.npz"))
@@ -269,7 +270,27 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
     assert outcome.code == 0, outcome.err
     report = report_of(out)
     assert [entry["backend"] for entry in report["dense"]["latency"]] == ["eager", "lowered"]
-    assert report["entries"][0]["latency"][1]["against"] == "lowered"
+    assert report["entries"][0]["latency"][1]["against"] == "lowered" and report["max_error"] is None
+    asked = []
+
+    def lowering(*given, max_error, **more):
+        asked.append(max_error)
+        return latency_lowering(*given, max_error=max_error, **more)
+
+    latency_lowering = latency.lowering
+    monkeypatch.setattr(latency, "lowering", lowering)
+    (tmp_path / "eight.yaml").write_text("method: sr-ste\nsettings: {quantise: int8}\n", encoding="utf-8")
+    (tmp_path / "float.yaml").write_text("method: sr-ste\n", encoding="utf-8")
+    configs = "--config", tmp_path / "eight.yaml", "--config", tmp_path / "float.yaml"
+    options = *configs, "--pattern", "4:2:4", "--seeds", "1", "--lower", "--max-error", "0.0005", "--out", out, *TINY
+    outcome = cli("compare", *options)
+    assert outcome.code == 0, outcome.err
+    report = report_of(out)
+    assert asked == [0.0005] * 3 and report["max_error"] == 0.0005  # dense too
+    assert all("error" not in entry["latency"][0] for entry in report["entries"])
+    assert all(entry["latency"][1]["error"] < 0.001 for entry in report["entries"])
+    assert cli("compare", *options).code == 0 and len(asked) == 3  # kept
+    assert cli("compare", *[str(o) for o in options if o != "--lower"]).code == 2
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,10 @@ Options:
 NEW_HELP: dict[str, list[str]] = {
     f"compressor {name}": _BUDGETS + _TRAIN + _PIPELINES.strip().splitlines() for name in ("run", "plan", "compare")
 }
+NEW_HELP["compressor compare"] = [
+    *NEW_HELP["compressor compare"],
+    "--max-error FLOAT RANGE With --lower: how far a lowered model may be from the weights judged; lets 8-bit kernels in. [0<x<=1]",
+]
 _TOLERANCE = (
     "--tolerance FLOAT RANGE How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about "
     "0.01 on. [0<x<=1]"

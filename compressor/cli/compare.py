@@ -44,6 +44,11 @@ _condition_options = options(
     ),
     click.option("--sampler-steps", metavar="N,N,…", help="Judge at these numbers of sampler steps too."),
     click.option("--lower", is_flag=True, help="Also time the lowered models."),
+    click.option(
+        "--max-error",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="With --lower: how far a lowered model may be from the weights judged; lets 8-bit kernels in.",
+    ),
 )
 """How it is compared."""
 
@@ -94,7 +99,7 @@ def compare(
         sampler_steps=numbers(sampler_steps, int, "--sampler-steps 10,50"),
         known={} if overwrite else comparison.matched_before(out),
         before={} if overwrite else comparison.evaluated_before(out),
-        **flags,  # preset, seeds, match, lower
+        **flags,  # preset, seeds, match, lower, max_error
     )
     drive(comparison.conduct(planned, out, workers, overwrite), out, output.quiet, "the same command")
     show_comparison(out, output.as_json)

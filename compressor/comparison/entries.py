@@ -49,7 +49,7 @@ class Comparison:
     """A resolved comparison: for every label its recipe, with the first seed.
 
     `found` has what was matched, by label: the setting and its value. `sampler_steps` are numbers of steps in which every model
-    is sampled besides the recipe's.
+    is sampled besides the recipe's. `max_error` is how far a lowered model's output may be from that of the weights judged.
     """
 
     recipes: Mapping[str, Recipe]
@@ -60,6 +60,7 @@ class Comparison:
     rates: Sequence[float] = ()
     sampler_steps: Sequence[int] = ()
     lower: bool = False
+    max_error: float | None = None
     title: str = ""
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
@@ -91,6 +92,7 @@ def planned(
     rates: Sequence[float] = (),
     sampler_steps: Sequence[int] = (),
     lower: bool = False,
+    max_error: float | None = None,
     known: Mapping[str, Mapping[str, float]] | None = None,
     before: Mapping[str, Any] = MappingProxyType({}),
 ) -> Comparison:
@@ -101,6 +103,8 @@ def planned(
     """
     if match not in MATCHES:
         raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
+    if max_error is not None and not lower:
+        raise UsageError("--max-error is an error of lowered models", "Give --lower too.")
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     chosen_preset = None if preset is None else _preset(preset)
@@ -127,6 +131,7 @@ def planned(
         tuple(rates),
         tuple(step for step in sampler_steps if step != first.recipe.evaluate.sampler_steps),
         lower,
+        max_error,
         preset or ", ".join(found),
     )
 

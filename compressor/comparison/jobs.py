@@ -235,6 +235,8 @@ def _latencies(
     hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     settings = wanted.inputs.recipe.evaluate
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
+    if wanted.max_error is not None:
+        key["max_error"] = wanted.max_error
     path = out / "latency.json"
     kept: dict[str, Any] = {}
     with suppress(CompressorError):  # a damaged file is measured again
@@ -245,7 +247,7 @@ def _latencies(
     models = {"dense": copy.deepcopy(wanted.inputs.model)}
     for label, folder in first.items():
         models[label] = saving.load(folder / RUN / "model", copy.deepcopy(wanted.inputs.model))
-    entries = yield from timed(wanted.inputs, models, wanted.lower)
+    entries = yield from timed(wanted.inputs, models, wanted.lower, wanted.max_error)
     listed = {label: [entry.as_json() for entry in own] for label, own in entries.items()}
     files.write_json(path, {"key": key, "entries": listed})
     return entries

@@ -80,6 +80,7 @@ def build(outcome: Outcome) -> ComparisonReport:
         failed=dict(outcome.failed),
         environment=outcome.facts,
         evaluate=recipe.evaluate.model_dump(mode="json"),
+        max_error=wanted.max_error,
         limitations=(),
     )
     return report.model_copy(update={"limitations": words.limitations(report)})

@@ -158,7 +158,10 @@ def trade_offs(report: ComparisonReport) -> list[tuple[str, str, str, list[_Poin
     ]
     if dense.latency and all(entry.latency for entry, _ in scored):
         kind = dense.latency[-1].backend
-        about = f"{kind}, batch {dense.latency[-1].batch}, weights of the first seed. {ringed}"
+        within = (
+            "" if report.max_error is None else f" within {report.max_error:g} of the weights judged, 8 bits allowed"
+        )
+        about = f"{kind}{within}, batch {dense.latency[-1].batch}, weights of the first seed. {ringed}"
         latency = points(lambda e: e.latency[-1].median_ms)
         found.append(("Quality and latency", about, "median, ms", latency))
     return found

@@ -63,7 +63,7 @@ class Backend(ABC):
     version: str = ""
     """What its times depend on besides shapes, machine and torch: times measured with another version are not used."""
     quantises: bool = False
-    """Whether it gives other numbers than rounding explains: tried only where it is named, or a tolerance is given."""
+    """Whether it gives other numbers than rounding explains: tried only where it is named, or an error is allowed."""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:

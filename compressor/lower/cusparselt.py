@@ -267,7 +267,7 @@ class CuSparseLtQuantised(CuSparseLt):
     """
 
     quantises = True
-    """Whether it gives other numbers than rounding explains: not among the backends tried unless a tolerance is given."""
+    """Whether it gives other numbers than rounding explains: not among the backends tried unless an error is allowed."""
     _multiple = 32
 
     def __init__(self, dtype: torch.dtype) -> None:

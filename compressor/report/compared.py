@@ -135,6 +135,9 @@ class ComparisonReport(Value):
     failed: dict[str, str]
     environment: Environment
     evaluate: dict[str, Any]
+    max_error: float | None = Field(
+        default=None, description="how far lowered models may be from the weights that were judged; null: rounding"
+    )
     limitations: List[str]
 
 

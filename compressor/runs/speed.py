@@ -176,7 +176,7 @@ def _timed(
     forms += others
     exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
     wanted = {row: run.adapter.predict(model, example).double().cpu() for row, model in exact.items()}
-    errors = [_error(one.run(example), wanted[one.row]) for one in forms]
+    errors = [relative_rms(one.run(example), wanted[one.row]) for one in forms]
     times = side_by_side({at: partial(one.run, example) for at, one in enumerate(forms)}, _ROUNDS, run.device)
     entries = []
     for at, one in enumerate(forms):
@@ -198,7 +198,8 @@ _NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled"}
 """How a dense form is called in a report's latency."""
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def relative_rms(found: Tensor, wanted: Tensor) -> float:
+    """The root mean square difference from `wanted` (float64, on the CPU), in standard deviations of it."""
     difference = found.double().cpu() - wanted
     return float(difference.square().mean().sqrt()) / (float(wanted.std(correction=0)) or 1.0)
 
