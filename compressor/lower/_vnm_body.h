@@ -208,6 +208,10 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
     {UPTO(R1)(ENTRY, 1)}, {UPTO(R2)(ENTRY, 2)}, {UPTO(R4)(ENTRY, 4)}, {UPTO(R8)(ENTRY, 8)}};
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
+/* Passes of a matrix's micro-kernel over `vectors` of tokens, and the vectors of one. */
+static int NAME(pass)(const matrix *m) { return NAME(most)[m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3]; }
+static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
+
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at every tap.
  * `panel` starts at block b0; `tap_at[tap]` is where a tap's rows start; a row of `out` is `out_stride` floats, and the row
  * of group g0 the first, unless the matrix has an order of its own. With CODES these rows are whole numbers, see `sum_of`,
@@ -215,8 +219,7 @@ static const int NAME(most)[4] = {R1, R2, R4, R8};
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, const int *gaps, float *out, size_t out_stride, int vectors) {
     int v_log = m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3;
-    int most = NAME(most)[v_log];
-    int passes = (vectors + most - 1) / most;
+    int passes = NAME(passes)(m, vectors);
     int groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
@@ -572,6 +575,12 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     }
 }
 
+/* Where part `part` of an image of `whole` vectors begins: at a pass. */
+static int NAME(begins)(const job *j, int whole, int64_t part) {
+    int64_t at = NAME(passes)(&j->first, whole) * part / j->per_image * NAME(pass)(&j->first);
+    return (int)(at < whole ? at : whole);
+}
+
 /* Cut the job into tiles of about j->vectors vectors, so that every thread gets as many, and say what one tile needs. */
 static size_t NAME(plan)(job *j, int threads) {
     const matrix *a = &j->first, *b = &j->second;
@@ -587,8 +596,14 @@ static size_t NAME(plan)(job *j, int threads) {
         if (j->images_per_tile * whole > PLACES)
             j->images_per_tile = 1;
         j->per_image = j->images_per_tile > 1 ? 1 : (whole + most - 1) / most;
+        int passes = NAME(passes)(a, whole);
+        j->per_image = j->per_image < passes ? j->per_image : passes;
+        while (j->images_per_tile == 1 && j->tokens * j->per_image % threads && j->per_image < passes)
+            j->per_image++; /* every thread gets as many */
         j->tiles = (j->tokens + j->images_per_tile - 1) / j->images_per_tile * j->per_image;
-        int vectors = j->images_per_tile > 1 ? whole * j->images_per_tile : (int)((whole + j->per_image - 1) / j->per_image);
+        int vectors = (int)((passes + j->per_image - 1) / j->per_image) * NAME(pass)(a);
+        if (j->images_per_tile > 1)
+            vectors = whole * j->images_per_tile;
         size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
         size_t stride = rows * j->width + VW;
         return (j->side * inner * stride + (size_t)a->rows * vectors * VW) * 4;
@@ -618,7 +633,7 @@ static void NAME(work)(void *argument) {
         if (j->kind == 2) {
             int64_t image = tile / j->per_image * j->images_per_tile, part = tile % j->per_image;
             int area = j->height * j->width, whole = (area + VW - 1) / VW;
-            int p0 = (int)(whole * part / j->per_image) * VW, p1 = (int)(whole * (part + 1) / j->per_image) * VW;
+            int p0 = NAME(begins)(j, whole, part) * VW, p1 = NAME(begins)(j, whole, part + 1) * VW;
             int images = j->tokens - image < j->images_per_tile ? (int)(j->tokens - image) : j->images_per_tile;
             NAME(conv_tile)(j, image, images, p0, (p1 < area ? p1 : area) - p0, scratch);
             continue;

@@ -78,7 +78,7 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple
     elif not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
     elif not wide:
-        channels, vectors = {1: (128, 9), 2: (128, 9), 4: (128, 6) if pixels else (192, 3)}[most]
+        channels, vectors = {1: (128, 9), 2: (128, 9), 4: (128, 12) if pixels else (192, 3)}[most]
     elif lanes != Lanes.FLOATS:
         channels, vectors = {1: (96, 5), 2: (96, 5), 4: (512, 5), 8: (512, 6)}[most]
     else:
