@@ -4,7 +4,7 @@
 
 The peak is measured: a loop of float32 multiply-adds in registers, compiled here for this processor, on as many threads as PyTorch
 has; and the rate at which a large array is read. Each layer of U-ViT-S/2 with 4:2:4 weights is built in each form and runs alone
-on its inputs. Forms and the peak's loop take turns, and a share is the median of those of single rounds, so that a phase in which the machine
+on its inputs. Forms and the loop take turns, and a share is the median of those of single rounds, so that a phase in which the machine
 is slow counts for neither. Rates count the multiply-adds that are really done: all for dense forms, half for 2:4.
 """
 
