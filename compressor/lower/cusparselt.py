@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
-from compressor.lower.codes import LARGEST, quantised
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
+from compressor.sparsity.codes import LARGEST, quantised
 from compressor.sparsity.pattern import NM
 
 _PATTERN = NM(2, 4)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.codes import quantised
 from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM
 
 _PAIRS = torch.tensor([[0, 0, 1, 2], [0, 0, 3, 4], [0, 0, 0, 5], [0, 0, 0, 0]])
