@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
+from cpu_tables import int8, opponents, peaks
 from quantised import table as in_8_bits
 
 from compressor.comparison.statistics import summary
@@ -88,36 +89,6 @@ def onnx(result: dict[str, Any]) -> str:
             "difference from PyTorch, in standard deviations of the output. From `benchmarks/cpu/onnx_runtime.py`.",
         ]
     )
-
-
-def int8(result: dict[str, Any]) -> str:
-    """Layers with weights of 8 bits against float32 and ONNX Runtime."""
-    names = list(result["rows"][0]["median_ms"])
-    lines = [
-        "| layer | pattern | "
-        + ", ms | ".join(names)
-        + ", ms | over float32 sparse | over best float32 | over ONNX int8 |",
-        "|---|---|" + "---:|" * (len(names) + 3),
-    ]
-    for row in result["rows"]:
-        cells = [f"{row['median_ms'][name]:.2f}" + _error(row["error"][name]) for name in names]
-        ratios = [f"{ratio:.2f}x" for ratio in row["int8 sparse over"].values()]
-        lines.append(f"| {row['layer']} | {row['pattern']} | " + " | ".join([*cells, *ratios]) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{result['rows'][0]['tokens']} tokens, one thread, at `{result['level']}`; in turns, medians of "
-            f"{result['rounds']} rounds, seed {result['seed']}; {result['hardware'].rpartition(',')[0]}, shared with other "
-            f"work; torch {result['versions']['torch']}, ONNX Runtime {result['versions']['onnxruntime']}. In brackets the "
-            "relative error, where it is more than float32's rounding. Ratios are medians of those of single rounds; the best "
-            "float32 is the fastest of eager, prepacked and ONNX Runtime. From `benchmarks/cpu/int8.py`.",
-        ]
-    )
-
-
-def _error(error: float) -> str:
-    return f" ({error:.1%})" if error > 1e-5 else ""
 
 
 def clustering(result: dict[str, Any], compared: dict[str, Any]) -> str:
@@ -355,6 +326,8 @@ TABLES = (
     ("README.md", "lowering", "lowering_cpu.json", short_lowering),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/lowering.md", "int8", "int8_cpu.json", int8),
+    ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
+    ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),

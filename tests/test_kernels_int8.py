@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import CompressorError
 from compressor.lower import Unit
-from compressor.lower.vnm import VNM, VNMInt8, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm import VNM, VNMConv, VNMInt8, VNMLinear, VNMPair, kernels
 from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
@@ -90,6 +90,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, asked: int = 32_767) 
     codes, scale = codes_of_weight(weight.float())
     out = product(x.float(), codes, scale, largest_of(codes, asked))
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, asked: int = 32_767) -> Tensor:
+    """An image has one scale, a row of the weight one over its channels and kernel positions."""
+    codes, scale = codes_of_weight(weight.float().flatten(1))
+    inputs, scales = codes_of(x.float().flatten(1), largest_of(codes, asked))
+    wide, kernel = inputs.view(x.shape).double(), codes.view(weight.shape).double()
+    sums = nn.functional.conv2d(wide, kernel, padding=weight.shape[-1] // 2).round()  # exact: far below 2^53
+    assert float(sums.abs().max()) < 2**31
+    out = sums.float() * scale[:, None, None] * scales[:, :, None, None]
+    return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
@@ -257,7 +268,7 @@ def test_what_8_bits_cost_is_the_rounding_of_weights() -> None:
 @pytest.mark.parametrize(
     ("module", "patterns", "reason"),
     [
-        (lambda: nn.Conv2d(8, 8, 3, padding=1), [NM(2, 4, 4)], "convolutions have no 8-bit kernels"),
+        (lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1), [NM(2, 4, 4)], "stride"),
         (lambda: nn.Linear(8, 8), [NM(4, 8, 4)], "two of four"),
         (lambda: nn.Linear(8, 8), [NM(1, 4, 4)], "two of four"),
         (lambda: nn.Linear(8, 8), [NM(2, 4)], "shares no choice"),
@@ -332,3 +343,74 @@ def test_operators_work_under_compile_and_export() -> None:
     a, b = model[0].first, model[0].second
     torch.library.opcheck(torch.ops.compressor.vnm_pair, (x, *a.arguments, *b.arguments, False, 3))
     torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *a.arguments, 3))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("v", "shape", "out", "side"),
+    [
+        (4, (3, 16, 5, 7), 24, 3),
+        (8, (2, 8, 32, 32), 16, 3),
+        (2, (5, 12, 4, 4), 8, 3),
+        (4, (1, 20, 9, 9), 12, 1),
+        (1, (4, 4, 3, 11), 4, 5),
+    ],
+)
+def test_a_convolution_is_exact(
+    level: str, threads: int, dtype: torch.dtype, v: int, shape: tuple[int, ...], out: int, side: int
+) -> None:
+    pattern = NM(2, 4, v)
+    weight = normal(out, shape[1], side, side) * torch.logspace(-2, 1, out)[:, None, None, None]
+    weight = pattern.mask(weight.abs()).apply(weight)
+    bias = normal(out, seed=3)
+    x = (normal(*shape, seed=5) * torch.logspace(-3, 2, shape[0])[:, None, None, None]).to(dtype)
+    packed = KernelWeight(weight, bias, pattern, lanes=Lanes.CODES, block=8, tile=5)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = VNMConv(packed, side)(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, convolution(x, weight, bias))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
+    v, side = data.draw(st.sampled_from([1, 2, 4, 8])), data.draw(st.sampled_from([1, 3, 5, 7]))
+    rows, channels = v * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 8))
+    shape = (data.draw(st.integers(1, 5)), channels, data.draw(st.integers(1, 14)), data.draw(st.integers(1, 30)))
+    pattern = Clustered(2, 4, v) if v > 1 and data.draw(st.booleans()) else NM(2, 4, v)
+    weight = normal(rows, channels, side, side, seed=data.draw(st.integers(0, 9)))
+    weight = pattern.mask(weight.abs()).apply(weight)
+    bias = normal(rows, seed=3) if data.draw(st.booleans()) else None
+    largest, block = data.draw(st.sampled_from([127, 32_767])), 4 * data.draw(st.integers(1, 9))
+    packed = KernelWeight(
+        weight, bias, pattern, lanes=Lanes.CODES, block=block, largest=largest, tile=data.draw(st.integers(1, 20))
+    )
+    x = normal(*shape, seed=7)
+    assert torch.equal(VNMConv(packed, side)(x), convolution(x, weight, bias, largest))
+
+
+def test_an_image_that_is_not_finite_is_not_a_number_and_no_other_is(level: str) -> None:
+    weight = NM(2, 4, 4).mask(torch.ones(8, 8, 3, 3)).apply(normal(8, 8, 3, 3))
+    packed = KernelWeight(weight, None, NM(2, 4, 4), lanes=Lanes.CODES, block=8)
+    x = normal(3, 8, 6, 6)
+    x[1, 2, 3, 4] = torch.inf
+    out = VNMConv(packed, 3)(x)
+    assert bool(out[1].isnan().all()) and bool(out[[0, 2]].isfinite().all())
+    x[1, 2, 3, 4] = torch.nan
+    assert torch.equal(VNMConv(packed, 3)(x).isnan(), out.isnan())
+
+
+def test_a_convolution_is_built_in_8_bits_and_is_near(level: str) -> None:
+    layer = nn.Conv2d(16, 24, 3, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(NM(2, 4, 4).mask(layer.weight.abs()).apply(layer.weight))
+    one = unit(layer, NM(2, 4, 4))
+    assert VNMInt8().refusal(one) is None
+    x = normal(2, 16, 6, 6)
+    with torch.no_grad():
+        out, wanted = VNMInt8().build(one)(x), layer(x)
+    assert 1e-4 < float((out - wanted).norm() / wanted.norm()) < 0.02

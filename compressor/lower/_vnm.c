@@ -1,5 +1,5 @@
-/* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16; the first two also with
- * weights of 8 bits.
+/* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16, also with
+ * weights of 8 bits; and attention.
  *
  * A Python module without Python objects in its hot path: addresses and sizes in, nothing out. compressor/lower/vnm.py packs
  * the weights, checks the arguments and makes operators of these functions; nothing else should call them.
@@ -60,6 +60,7 @@ typedef struct {
     int tanh_form;
     int side, height, width;
     int64_t tokens; /* or images */
+    const float *largest; /* the largest magnitude of each image, for CODES */
     matrix first, second;
     int kind; /* 0 linear, 1 pair, 2 convolution */
     /* filled in here */
@@ -109,6 +110,9 @@ typedef struct {
 static int hidden_chunk(const matrix *second) {
     return second->block < HIDDEN ? HIDDEN / second->block * second->block : second->block;
 }
+
+/* Rows of a panel that holds all channels of a matrix. */
+static size_t panel_rows(const matrix *m) { return (size_t)(m->inner / m->group * m->planes); }
 
 static pthread_key_t buffers; /* frees a thread's buffer when the thread ends */
 
@@ -329,8 +333,10 @@ static const char *wrong_job(const job *j, int matrices, int threads) {
     const matrix *a = &j->first, *b = &j->second;
     if (j->kind < 0 || j->kind > 2 || (j->kind == 1) != (matrices == 2))
         return "no such job";
-    if ((j->kind == 1 && (a->lanes == CODES) != (b->lanes == CODES)) || (j->kind == 2 && a->lanes))
+    if ((j->kind == 1 && (a->lanes == CODES) != (b->lanes == CODES)) || (j->kind == 2 && a->lanes == HALVES))
         return "no such job";
+    if (j->kind == 2 && a->lanes == CODES && j->largest == NULL)
+        return "images in codes need their largest magnitudes";
     if (j->kind == 1 && (b->inner != a->rows || a->order != NULL))
         return "the second matrix of a pair takes the rows of the first, in their order";
     if (j->kind == 1 && hidden_chunk(b) < a->rows && hidden_chunk(b) % a->v)
@@ -386,10 +392,12 @@ static matrix matrix_of(PyObject *const *a, int i) {
                     .scale = address(a, i + 14)};
 }
 
-/* run(kind, x, y, half, tanh_form, side, height, width, tokens, vectors, threads, matrix..., [matrix...]) */
+enum { JOB = 12 };
+
+/* run(kind, x, y, half, tanh_form, side, height, width, tokens, vectors, threads, largest, matrix..., [matrix...]) */
 static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     (void)self;
-    if (count != 11 + MATRIX && count != 11 + 2 * MATRIX) {
+    if (count != JOB + MATRIX && count != JOB + 2 * MATRIX) {
         PyErr_SetString(PyExc_TypeError, "run takes the numbers of a job and one or two matrices");
         return NULL;
     }
@@ -403,18 +411,19 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
              .width = small(a, 7),
              .tokens = number(a, 8),
              .vectors = small(a, 9),
-             .first = matrix_of(a, 11)};
-    if (count > 11 + MATRIX)
-        j.second = matrix_of(a, 11 + MATRIX);
+             .largest = address(a, 11),
+             .first = matrix_of(a, JOB)};
+    if (count > JOB + MATRIX)
+        j.second = matrix_of(a, JOB + MATRIX);
     int threads = small(a, 10), failed;
     if (PyErr_Occurred())
         return NULL;
     const level *how = chosen; /* once: another thread may change it */
     const char *fault = wrong(&j.first, how);
-    if (fault == NULL && count > 11 + MATRIX)
+    if (fault == NULL && count > JOB + MATRIX)
         fault = wrong(&j.second, how);
     if (fault == NULL)
-        fault = wrong_job(&j, count > 11 + MATRIX ? 2 : 1, threads);
+        fault = wrong_job(&j, count > JOB + MATRIX ? 2 : 1, threads);
     if (fault != NULL) {
         PyErr_SetString(PyExc_ValueError, fault);
         return NULL;

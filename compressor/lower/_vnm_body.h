@@ -149,7 +149,7 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
                 UNROLL for (int r = 0; r < R; r++) {
 #ifdef MADD_AT
                     if (dot == CODES && r == 0 && V * R == 12)
-                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row);
+                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row + (gaps ? gaps[0] : 0));
                     else
 #endif
                     if (dot == CODES)
@@ -181,12 +181,12 @@ typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 #if DOT
 #define MICROS(V, R)                                                                                                    \
     MICRO(V, R, FLOATS, NULL, _)                                                                                        \
-    MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, HALVES, NULL, _dot) MICRO(V, R, CODES, NULL, _codes)
+    MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, HALVES, NULL, _dot) MICRO(V, R, CODES, NULL, _codes) MICRO(V, R, CODES, gaps, _codes_gaps)
 #define ENTRY(V, R)                                                                                                     \
-    {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NAME(micro_##V##_##R##_dot), NULL}, {NAME(micro_##V##_##R##_codes), NULL}},
+    {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NAME(micro_##V##_##R##_dot), NULL}, {NAME(micro_##V##_##R##_codes), NAME(micro_##V##_##R##_codes_gaps)}},
 #else
-#define MICROS(V, R) MICRO(V, R, FLOATS, NULL, _) MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, CODES, NULL, _codes)
-#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NULL, NULL}, {NAME(micro_##V##_##R##_codes), NULL}},
+#define MICROS(V, R) MICRO(V, R, FLOATS, NULL, _) MICRO(V, R, FLOATS, gaps, _gaps) MICRO(V, R, CODES, NULL, _codes) MICRO(V, R, CODES, gaps, _codes_gaps)
+#define ENTRY(V, R) {{NAME(micro_##V##_##R##_), NAME(micro_##V##_##R##_gaps)}, {NULL, NULL}, {NAME(micro_##V##_##R##_codes), NAME(micro_##V##_##R##_codes_gaps)}},
 #endif
 #define UPTO1(M, V) M(V, 1)
 #define UPTO2(M, V) UPTO1(M, V) M(V, 2)
@@ -499,34 +499,51 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
 
 /* --- Convolutions: images (batch, channels, height, width), odd square kernels, stride 1, zero padding that keeps the size. --- */
 
-/* The rows of `images` images that a tile needs, once per horizontal tap, so that every tap of every pixel lies where a
- * vector can be loaded: panel[column tap][channel][image][(pixel rows + taps - 1) * width]. */
-static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, float *panel,
-                                size_t stride, size_t each) {
-    int side = j->side, reach = side / 2, w = j->width, h = j->height, bytes = j->half ? 2 : 4;
-    size_t area = (size_t)h * w;
+/* The pixels of one channel of one image that lie `shift` to the right of those that a tile needs: rows [row - reach, row + rows + reach),
+ * zeros where the image ends. */
+static void NAME(gather_row)(const job *j, const matrix *m, int64_t image, int c, int row, int rows, int shift, float *to_row) {
+    int reach = j->side / 2, w = j->width, h = j->height, bytes = j->half ? 2 : 4;
     int from = row - reach < 0 ? 0 : row - reach, to = row + rows + reach > h ? h : row + rows + reach;
     size_t skipped = (size_t)(from - (row - reach)) * w, count = (size_t)(to - from) * w, whole = (size_t)(rows + 2 * reach) * w;
-    for (int column = 0; column < side; column++) {
-        int shift = column - reach; /* pixel p of this copy is pixel p + shift of the image */
-        for (int c = 0; c < m->inner; c++) {
-            for (int i = 0; i < images; i++) {
-                float *to_row = panel + ((size_t)column * m->inner + c) * stride + i * each;
-                const char *x = (const char *)j->x + (((image + i) * m->inner + c) * area + (size_t)from * w) * bytes;
-                memset(to_row, 0, skipped * 4);
-                size_t lost = shift < 0 ? -shift : 0, past = shift > 0 ? shift : 0;
-                if (lost + past >= count)
-                    memset(to_row + skipped, 0, count * 4);
-                else if (j->half) {
-                    const uint16_t *source = (const uint16_t *)x + past;
-                    lane *bits = (lane *)(to_row + skipped + lost);
-                    for (size_t p = 0; p < count - lost - past; p++) bits[p] = (uint32_t)source[p] << 16;
-                } else
-                    memcpy(to_row + skipped + lost, x + past * 4, (count - lost - past) * 4);
-                memset(to_row + skipped + count, 0, (whole - skipped - count) * 4);
-                for (size_t p = skipped; p < skipped + count && shift; p += w) {
-                    for (int edge = 0; edge < (int)lost && edge < w; edge++) to_row[p + edge] = 0;
-                    for (int edge = 0; edge < (int)past && edge < w; edge++) to_row[p + w - 1 - edge] = 0;
+    const char *x = (const char *)j->x + ((image * m->inner + c) * (size_t)h * w + (size_t)from * w) * bytes;
+    memset(to_row, 0, skipped * 4);
+    size_t lost = shift < 0 ? -shift : 0, past = shift > 0 ? shift : 0;
+    if (lost + past >= count)
+        memset(to_row + skipped, 0, count * 4);
+    else if (j->half) {
+        const uint16_t *source = (const uint16_t *)x + past;
+        lane *bits = (lane *)(to_row + skipped + lost);
+        for (size_t p = 0; p < count - lost - past; p++) bits[p] = (uint32_t)source[p] << 16;
+    } else
+        memcpy(to_row + skipped + lost, x + past * 4, (count - lost - past) * 4);
+    memset(to_row + skipped + count, 0, (whole - skipped - count) * 4);
+    for (size_t p = skipped; p < skipped + count && shift; p += w) {
+        for (int edge = 0; edge < (int)lost && edge < w; edge++) to_row[p + edge] = 0;
+        for (int edge = 0; edge < (int)past && edge < w; edge++) to_row[p + w - 1 - edge] = 0;
+    }
+}
+
+/* The rows of `images` images that a tile needs, once per horizontal tap, so that every tap of every pixel lies where a vector can be
+ * loaded: panel[column tap][panel row of a channel][image][(pixel rows + taps - 1) * width]. With CODES four channels at a time become
+ * the six rows of pairs of their group, by way of `four`. */
+static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, float *panel,
+                                size_t stride, size_t each, float *four) {
+    for (int column = 0; column < j->side; column++) {
+        int shift = column - j->side / 2;
+        float *copy = panel + (size_t)column * panel_rows(m) * stride;
+        for (int i = 0; i < images; i++) {
+            if (m->lanes != CODES) {
+                for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, copy + c * stride + i * each);
+                continue;
+            }
+            float unit = j->largest[image + i], inverse;
+            scales_of(&unit, &inverse, 1, m->largest);
+            for (int g = 0; g < m->inner / 4; g++) {
+                for (int c = 0; c < 4; c++) NAME(gather_row)(j, m, image + i, 4 * g + c, row, rows, shift, four + c * (each + VW));
+                for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
+                    vf x[4];
+                    UNROLL for (int c = 0; c < 4; c++) x[c] = NAME(load)(four + c * (each + VW) + p);
+                    NAME(code_pairs)(x, NAME(all)(inverse), copy + (size_t)g * 6 * stride + i * each + p, stride);
                 }
             }
         }
@@ -541,23 +558,31 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     size_t each = (size_t)(rows + 2 * reach) * w;
     size_t stride = images * each + VW; /* a last vector may read past the last pixel */
     int per_image = (count + VW - 1) / VW, vectors = images * per_image;
-    float *panel = scratch, *out = panel + (size_t)j->side * m->inner * stride;
+    float *panel = scratch, *four = panel + j->side * panel_rows(m) * stride, *out = four + (m->lanes == CODES ? 4 * (each + VW) : 0);
     size_t out_stride = (size_t)vectors * VW;
     size_t tap_at[49];
     int places[PLACES];
     for (int tap = 0; tap < m->taps; tap++)
-        tap_at[tap] = (size_t)(tap % j->side) * m->inner * stride + (size_t)(tap / j->side) * w + (p0 - row * w);
+        tap_at[tap] = (size_t)(tap % j->side) * panel_rows(m) * stride + (size_t)(tap / j->side) * w + (p0 - row * w);
     for (int r = 0; r < vectors; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     int blocks = (m->inner + m->block - 1) / m->block;
     int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
-    NAME(gather_pixels)(j, m, image, images, row, rows, panel, stride, each);
+    NAME(gather_pixels)(j, m, image, images, row, rows, panel, stride, each, four);
     for (int n = 0; n < m->rows; n += chunk) {
         int some = m->rows - n < chunk ? m->rows - n : chunk;
         NAME(multiply)(m, n / m->v, (n + some) / m->v, 0, blocks, panel, stride, tap_at, images > 1 ? places : NULL, out,
                        out_stride, vectors);
         for (int i = 0; i < images; i++) {
+            vf unit = {0};
+            if (m->lanes == CODES) {
+                float scale = j->largest[image + i], inverse;
+                scales_of(&scale, &inverse, 1, m->largest);
+                unit = NAME(all)(scale);
+            }
             for (int o = 0; o < some; o++) {
-                const float *from = out + o * out_stride + i * per_image * VW;
+                float *from = out + o * out_stride + i * per_image * VW;
+                for (int p = 0; p < count && m->lanes == CODES; p += VW)
+                    NAME(store)(from + p, NAME(sum_of)(m, n + o, from + p, (const float *)&unit, m->bias));
                 size_t at = ((image + i) * m->rows + n + o) * (size_t)area + p0;
                 if (j->half) {
                     uint16_t *to = (uint16_t *)j->y + at;
@@ -584,7 +609,7 @@ static int NAME(begins)(const job *j, int whole, int64_t part) {
 /* Cut the job into tiles of about j->vectors vectors, so that every thread gets as many, and say what one tile needs. */
 static size_t NAME(plan)(job *j, int threads) {
     const matrix *a = &j->first, *b = &j->second;
-    size_t inner = (size_t)(a->inner / a->group * a->planes);
+    size_t inner = panel_rows(a);
     int most = j->vectors;
     if (j->kind == 2) {
         int area = j->height * j->width, whole = (area + VW - 1) / VW;
@@ -606,7 +631,7 @@ static size_t NAME(plan)(job *j, int threads) {
             vectors = whole * j->images_per_tile;
         size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
         size_t stride = rows * j->width + VW;
-        return (j->side * inner * stride + (size_t)a->rows * vectors * VW) * 4;
+        return (j->side * inner * stride + (a->lanes == CODES ? 4 * (stride + VW) : 0) + (size_t)a->rows * vectors * VW) * 4;
     }
     int64_t vectors = (j->tokens + VW - 1) / VW;
     j->tiles = (vectors + most - 1) / most;

@@ -76,7 +76,7 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple
         if lanes == Lanes.CODES:
             channels, vectors = {1: (96, 12), 2: (96, 12), 4: (128, 8)}[most]
     elif not wide and lanes == Lanes.CODES:
-        channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 3)}[most]
+        channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 18) if pixels else (128, 3)}[most]
     elif not wide:
         channels, vectors = {1: (128, 9), 2: (128, 9), 4: (128, 12) if pixels else (192, 3)}[most]
     elif lanes != Lanes.FLOATS:
@@ -155,7 +155,7 @@ class VNM(Backend):
 
 
 class VNMInt8(VNM):
-    """V:2:4 weights in 8 bits, per output row, times inputs in whole numbers, per token, summed in 32 bits.
+    """V:2:4 weights in 8 bits, per output row, times inputs in whole numbers, per token or image, summed in 32 bits.
 
     What that changes is no rounding error of the layer's own precision, so it is for those who ask for it.
     """
@@ -167,12 +167,10 @@ class VNMInt8(VNM):
         if reason := super().refusal(unit):
             return reason
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
-            if isinstance(layer, nn.Conv2d):
-                return "convolutions have no 8-bit kernels yet"
             if pattern is not None and (pattern.n, pattern.m) != (2, 4):
                 return f"{pattern}: 8-bit products take pairs of channels, two of four, as in 4:2:4"
-            if layer.weight.shape[1] > LARGEST_INNER:
-                return f"{layer.weight.shape[1]} channels: sums of more than {LARGEST_INNER} could leave 32 bits"
+            if (products := layer.weight[0].numel()) > LARGEST_INNER:
+                return f"{products} products: sums of more than {LARGEST_INNER} could leave 32 bits"
         return None
 
     def _lanes(self, pairs: bool) -> Lanes:

@@ -47,11 +47,13 @@ class _Job(NamedTuple):
     side: int = 1
     height: int = 1
     width: int = 1
+    largest: int = 0
+    """Where the largest magnitude of each image lies, for weights of codes."""
 
     def numbers(self) -> tuple[int, ...]:
         """The job as the extension takes it."""
         shape = (self.tanh, self.side, self.height, self.width)
-        return (self.work, self.x, self.y, self.half, *shape, self.units, self.tile, self.threads)
+        return (self.work, self.x, self.y, self.half, *shape, self.units, self.tile, self.threads, self.largest)
 
 
 def _check(x: Tensor, inner: int, dim: int) -> Tensor:
@@ -166,7 +168,11 @@ def _conv(
     y = x.new_empty((batch, layout.out, height, width))
     if y.numel():
         job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
-        _run(job._replace(side=side, height=height, width=width), _matrix(values, index, bias, order, scale, numbers))
+        job = job._replace(side=side, height=height, width=width)
+        if scale is not None:
+            largest = torch.linalg.vector_norm(x, torch.inf, dim=(1, 2, 3)).float()
+            job = job._replace(largest=largest.data_ptr())
+        _run(job, _matrix(values, index, bias, order, scale, numbers))
     return y
 
 

@@ -64,7 +64,7 @@ class KernelWeight(nn.Module):
     row of each step. `layout` describes them to the kernel. `together` is how many of the rows that share a choice the kernel
     takes at a time; None: all.
 
-    With `lanes` CODES, a Linear's weights are quantised to 8 bits per row (`quantised`). Inputs get codes of up to `largest`,
+    With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get codes of up to `largest`,
     or of fewer where a sum of products could leave 32 bits otherwise.
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
@@ -91,8 +91,9 @@ class KernelWeight(nn.Module):
         order, scale = None, None
         codes = weight
         if lanes == Lanes.CODES:
-            codes, scale = quantised(weight, torch.int8)
+            codes, scale = quantised(weight.flatten(1), torch.int8)
             largest = min(largest, _LARGEST_SUM // max(1, int(codes.abs().sum(1, dtype=torch.int64).max())))
+            codes = codes.view_as(weight)
             if largest < 127:
                 raise CompressorError(
                     f"sums of {weight.shape[1]} products of 8-bit codes do not fit 32 bits", "Lower in float32."

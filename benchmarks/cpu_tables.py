@@ -1,0 +1,113 @@
+"""Tables of what was measured on CPUs, for table.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ROUNDING = 1e-4  # relative, of a whole model in float32
+
+
+def int8(result: dict[str, Any]) -> str:
+    """Layers with weights of 8 bits against float32 and ONNX Runtime."""
+    names = list(result["rows"][0]["median_ms"])
+    lines = [
+        "| layer | pattern | "
+        + ", ms | ".join(names)
+        + ", ms | over float32 sparse | over best float32 | over ONNX int8 |",
+        "|---|---|" + "---:|" * (len(names) + 3),
+    ]
+    for row in result["rows"]:
+        cells = [f"{row['median_ms'][name]:.2f}" + _error(row["error"][name]) for name in names]
+        ratios = [f"{ratio:.2f}x" for ratio in row["int8 sparse over"].values()]
+        lines.append(f"| {row['layer']} | {row['pattern']} | " + " | ".join([*cells, *ratios]) + " |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['rows'][0]['tokens']} tokens, one thread, at `{result['level']}`; in turns, medians of "
+            f"{result['rounds']} rounds, seed {result['seed']}; {result['hardware'].rpartition(',')[0]}, shared with other "
+            f"work; torch {result['versions']['torch']}, ONNX Runtime {result['versions']['onnxruntime']}. In brackets the "
+            "relative error, where it is more than float32's rounding. Ratios are medians of those of single rounds; the best "
+            "float32 is the fastest of eager, prepacked and ONNX Runtime. From `benchmarks/cpu/int8.py`.",
+        ]
+    )
+
+
+def _error(error: float) -> str:
+    return f" ({error:.1%})" if error > 1e-5 else ""
+
+
+def opponents(result: dict[str, Any]) -> str:
+    """Lowered models beside other engines: every form's time and error, and what the lowered ones gain."""
+    cells = list(result["cells"].values())
+    lines = [
+        "| form | " + " | ".join(f"{cell['model']}, batch {cell['batch']}, ms" for cell in cells) + " |",
+        "|---|" + "---:|" * len(cells),
+    ]
+    names = list(dict.fromkeys(name for cell in cells for name in cell["median_ms"]))
+    for name in names:
+        times = [_time(cell, name) for cell in cells]
+        lines.append(f"| {_form(name, cells)} | " + " | ".join(times) + " |")
+    for name in (name for name in names if name.startswith("lowered")):
+        for title, key in (
+            ("over the best that is no less exact", "over the best no less exact"),
+            ("over the fastest of all", "over the fastest of all"),
+        ):
+            own = [next(iter(cell["speedup"][name][key].items())) for cell in cells]
+            lines.append(f"| *{name}*: {title} | " + " | ".join(f"{ratio:.2f}x ({who})" for who, ratio in own) + " |")
+    spread = max(cell["iqr_ms"][name] / cell["median_ms"][name] for cell in cells for name in cell["median_ms"])
+    versions = result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Random weights, pruned by magnitude; in turns, medians of {cells[0]['rounds']} rounds, seed {cells[0]['seed']}, "
+            f"{result['threads']} threads; {result['hardware'].rpartition(',')[0]}, interquartile ranges of up to {spread:.0%} of the "
+            f"median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO {versions['openvino']}, NNCF "
+            f"{versions['nncf']}. 8 bits with `max_error` {cells[0]['max_error']:g}. In brackets the error: the root mean square "
+            "difference from the same weights in eager float32, in standard deviations of the output; none where it is rounding. "
+            "From `benchmarks/cpu/opponents.py`.",
+        ]
+    )
+
+
+def _form(name: str, cells: list[dict[str, Any]]) -> str:
+    if not name.startswith("lowered"):
+        return f"{name}, dense"
+    patterns = " or ".join(dict.fromkeys(cell["pattern"] for cell in cells))
+    return f"{name}, {patterns}"
+
+
+def _time(cell: dict[str, Any], name: str) -> str:
+    if name not in cell["median_ms"]:
+        return "—"
+    error = cell["error"][name]
+    return f"{cell['median_ms'][name]:.0f}" + (f" ({error:.1%})" if error > _ROUNDING else "")
+
+
+def peaks(result: dict[str, Any]) -> str:
+    """Each layer's share of what the machine can multiply."""
+    forms = ("eager", "onednn", "vnm", "vnm-int8")
+    lines = [
+        f"| layer | M × N × K | {' | '.join(forms)} | memory alone, ms |",
+        "|---|---|" + "---:|" * (len(forms) + 1),
+    ]
+    for layer in result["layers"]:
+        more = f" and {layer['count'] - 1} more" if layer["count"] > 1 else ""
+        shape = ", ".join(" × ".join(map(str, sizes)) for sizes in layer["shapes"])
+        cells = [
+            f"{own['median_ms']:.2f} ms, {own['share_of_peak']:.0%}" for own in map(layer["forms"].__getitem__, forms)
+        ]
+        lines.append(f"| `{layer['layer']}`{more} | {shape} | {' | '.join(cells)} | {layer['memory_bound_ms']:.2f} |")
+    low, high = result["peak_gflops_quartiles"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Shares are of the float32 multiply-adds that this machine does in registers, in the same round: "
+            f"{result['peak_gflops']:.0f} GFLOP/s on {result['threads']} threads (quartiles {low:.0f} and {high:.0f}). They count what "
+            "is really multiplied: half for 4:2:4. 8-bit kernels multiply pairs of whole numbers, of which AVX2 does up to 1.57 times as many. "
+            f"Batch {result['batch']}, medians of {result['n']} rounds, seed {result['seed']}; {result['hardware'].rpartition(',')[0]}; "
+            f"memory is read at {result['read_gbytes_per_s']:.0f} GB/s. From `benchmarks/cpu/roofline.py`.",
+        ]
+    )
