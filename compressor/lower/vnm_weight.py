@@ -64,8 +64,8 @@ class KernelWeight(nn.Module):
     row of each step. `layout` describes them to the kernel. `together` is how many of the rows that share a choice the kernel
     takes at a time; None: all.
 
-    With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get codes of up to `largest`,
-    or of fewer where a sum of products could leave 32 bits otherwise.
+    With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get
+    codes of up to `largest`, or of fewer where a sum of products could leave 32 bits otherwise.
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
 
