@@ -299,6 +299,19 @@ def test_it_is_tried_only_where_a_tolerance_is_given() -> None:
     assert tight is not None and "above 1e-04" in str(tight.refused)
 
 
+def test_the_error_is_that_of_the_worst_of_layers_that_are_alike() -> None:
+    layers = [dense(sparse(64, 64, NM(2, 4, 4), seed=seed), None) for seed in range(6)]
+    with torch.no_grad():
+        layers[5].weight[:, :2] *= 300  # next to which 8 bits leave little of the others
+    found = {}
+    for chosen in (layers[:5], layers):
+        plan = compressor.lower(nn.Sequential(*chosen), normal(9, 64), tolerance=0.05, cache=False).plan
+        found[len(chosen)] = {layer.candidate("vnm-int8").error for layer in plan.layers}
+        assert len({layer.candidate("vnm-int8").refused for layer in plan.layers}) == 1
+    ((few,), (all_of_them,)) = found.values()
+    assert few < 0.8 * all_of_them
+
+
 def test_a_weight_lowered_otherwise_is_refused() -> None:
     pattern = NM(2, 4, 4)
     layer = dense(sparse(16, 64, pattern), None)
