@@ -1,9 +1,8 @@
-"""Choices on a busy machine, from a cache made elsewhere, and by plans of another machine: never slower than dense. Times are given."""
+"""Choices on a busy machine, from a cache made elsewhere, and by plans of another machine: never slower. Times are given."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_lower import Copy, Fake
 from torch import Tensor, nn
 
 import compressor
@@ -24,7 +24,6 @@ from compressor.lower import contest, job, vnm_kernels
 from compressor.lower.contest import Contest
 from compressor.lower.forms import dense_forms
 from compressor.lower.plan import Setting
-from test_lower import Copy, Fake
 
 CPU = torch.device("cpu")
 
@@ -112,7 +111,7 @@ def test_a_quiet_machine_measures_no_longer_than_before(monkeypatch: pytest.Monk
     for true in (SLOWER, EQUAL, FASTER):
         for rounds in (LAYER, MODEL):
             found = rates(monkeypatch, true, rounds, "quiet", 200)
-            assert found.rounds < 1.1 * rounds and found.sparse == (true is FASTER), found
+            assert found.rounds < 1.2 * rounds and found.sparse == (true is FASTER), found
 
 
 @pytest.mark.parametrize("rounds", [1, 9, 10, 11, 22, 25, 88, 200])
@@ -191,6 +190,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
+            Copy.clock.passes(2e-3 if type(layer) is nn.Linear else 0.0)  # as `SLOW` has it
             x = layer(x)
         return x
 
@@ -231,17 +231,194 @@ def test_a_false_cache_that_prefers_the_slow_kernel_everywhere_is_found_out(tmp_
     assert any("`--fresh`" in note for note in plan.notes)
 
 
-def test_a_false_cache_cannot_hide_the_best_dense_form() -> None:
+def test_a_false_cache_cannot_hide_the_best_dense_form(tmp_path: Path) -> None:
     """Kernels between the two dense forms, the better of which the cache calls slow."""
     between = (*SLOW[:2], Fake("sparse", seconds=1.5e-3))
-    base = nn.Sequential(Copy(nn.Linear(16, 16), 0.0), Model())
-    sparse = compressor.lower(base, X, between).plan
-    assert sparse.choice == "dense"
-    assert spoil(Path(os.environ["COMPRESSOR_CACHE"]), eager=2.0, packed=9.0, sparse=1.5)
-    lowered = compressor.lower(Slow(), X, between)
+    assert compressor.lower(Model(), X, between).plan.choice == "dense"
+    spoil(tmp_path, eager=2.0, packed=9.0, sparse=1.5)
+    lowered = compressor.lower(Model(), X, between)
     plan = lowered.plan
-    assert {layer.choice for layer in plan.layers} == {"sparse"} and plan.choice == "dense, packed", plan.reason
-    again = compressor.lower(Slow(), X, between, plan=plan)
-    assert torch.equal(again.model(X + 1), lowered.model(X + 1))
-    assert [type(layer) for layer in again.model.layers] == [Copy] * 3  # type: ignore[union-attr, arg-type]
-    assert "dense, packed" in dense_forms(Slow(), X, plan, adapter=None) if False else True
+    assert {layer.choice for layer in plan.layers} == {"sparse"} and not plan.lowered
+    assert plan.choice == "dense, packed", plan.reason
+    again = compressor.lower(Model(), X, between, plan=plan).model
+    assert torch.equal(again(X + 1), lowered.model(X + 1))
+    seconds = [[layer.seconds for layer in model.layers] for model in (lowered.model, again)]  # type: ignore[union-attr]
+    assert seconds == [[1e-3] * 3] * 2
+    forms = dense_forms(Model(), X, plan.model_copy(update={"layers": _of_installed(plan)}))
+    assert set(forms) == {"eager", "dense", "dense, packed"}
+
+
+def _of_installed(plan: Plan) -> tuple[Any, ...]:
+    """The layers of `plan` as if only eager had been tried."""
+    return tuple(
+        one.model_copy(
+            update={"candidates": tuple(c for c in one.candidates if c.backend == "eager"), "choice": "eager"}
+        )
+        for one in plan.layers
+    )
+
+
+def test_a_whole_model_has_to_gain_as_much_as_a_layer() -> None:
+    nearly = (SLOW[0], Fake("sparse", seconds=1.9e-3))
+
+    class Padded(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            Copy.clock.passes(8e-3)
+            return super().forward(x)
+
+    plan = compressor.lower(Padded(), X, nearly, cache=False).plan
+    form = plan.form("lowered")
+    assert {layer.choice for layer in plan.layers} == {"sparse"} and form is not None and 1 < form.speedup < 1.03
+    assert plan.choice == "eager" and plan.reason.endswith("less than the 1.03x that are asked: not taken")
+
+
+def test_what_is_still_open_is_not_stored_and_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = contest.interleaved
+
+    def torn(calls: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> list[list[float]]:
+        """As it is, but every third round of the last form is slow."""
+        *others, last = real(calls, rounds, device)
+        return [*others, [one * (9 if at % 3 == 0 else 1) for at, one in enumerate(last)]]
+
+    backends = (SLOW[0], Fake("sparse", seconds=1.5e-3))
+    monkeypatch.setattr("compressor.lower.contest.interleaved", torn)
+    monkeypatch.setattr("compressor.lower.contest.needed", lambda rounds, chance=0: rounds)
+    plan = compressor.lower(Model(), X, backends).plan
+    assert all("could not be told apart from eager in 200 rounds" in layer.reason for layer in plan.layers)
+    assert not list(tmp_path.rglob("timings/*.json"))
+
+
+# --- Plans and caches of elsewhere. ---
+
+
+@dataclass(frozen=True)
+class Kernel(Fake):
+    name: str = "kernel"
+    version: str = "avx2 0123"
+
+
+def lowered_plan(version: str = "avx2 0123") -> Plan:
+    plan = compressor.lower(Model(), X, (SLOW[0], Kernel(seconds=1e-3, version=version)), cache=False).plan
+    assert plan.choice == "lowered" and plan.backends == ({"kernel": version} if version else {})
+    return plan
+
+
+def apply(plan: Plan, version: str = "avx2 0123") -> compressor.Lowered:
+    return compressor.lower(Model(), X, (SLOW[0], Kernel(seconds=1e-3, version=version)), plan=plan)
+
+
+def test_a_plan_of_other_kernels_or_another_instruction_set_is_refused() -> None:
+    plan = lowered_plan()
+    assert apply(Plan.model_validate_json(plan.model_dump_json())).plan == plan
+    for other in ("avx512 0123", "avx2 4567"):
+        with pytest.raises(CompressorError, match=f"with 'avx2 0123' of the kernels of kernel, this is '{other}'"):
+            apply(plan, other)
+
+
+def test_a_plan_from_before_versions_were_written_is_read_but_its_kernels_are_not_taken_on_trust() -> None:
+    text = json.loads(lowered_plan().model_dump_json())
+    del text["backends"], text["setting"]["cores"]
+    for part in (*text["forms"], *(c for layer in text["layers"] for c in layer["candidates"])):
+        del part["against"]
+    old = Plan.model_validate_json(json.dumps(text))
+    with pytest.raises(CompressorError, match="with an unknown version of the kernels of kernel"):
+        apply(old)
+    for choice in ("eager", "dense"):  # runs none of them: as fast as it was
+        apply(old.model_copy(update={"choice": choice}))
+    unnamed = lowered_plan("").model_copy(update={"backends": {}})
+    apply(unnamed, "")
+
+
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        ({"threads": 99}, "with threads 99, this is"),
+        ({"cores": 0.25}, r"with cores 0\.25, this is"),
+        ({"hardware": "abacus"}, "with hardware abacus, this is"),
+        ({"device": "cuda"}, "with device cuda, this is cpu"),
+        ({"versions": {"torch": "1.0"}}, "with torch 1.0, this is 2"),
+        ({"versions": {"gone": "1.0"}}, "with gone 1.0, this is None"),
+    ],
+)
+def test_a_plan_of_another_setting_is_refused(update: dict[str, Any], said: str) -> None:
+    plan = lowered_plan()
+    with pytest.raises(CompressorError, match=said):
+        apply(plan.model_copy(update={"setting": plan.setting.model_copy(update=update)}))
+
+
+def test_what_an_old_plan_does_not_say_is_not_compared() -> None:
+    now = Setting(
+        device="cpu", hardware="it", threads=1, versions={"torch": "2", "instruction set of torch": "AVX2"}, cores=2
+    )
+    assert now.model_copy(update={"cores": None, "versions": {"torch": "2"}}).other_than(now) is None
+    assert now.other_than(now.model_copy(update={"cores": 1.0})) == ("cores", 2.0, 1.0)
+
+
+def test_a_plan_whose_kernels_are_missing_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = lowered_plan()
+    monkeypatch.setattr(Kernel, "unavailable", lambda self, device: "not installed")
+    with pytest.raises(CompressorError, match="kernel does not run it here: not installed"):
+        apply(plan)
+
+
+# --- What times depend on. ---
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_restricts_torch_is_part_of_the_setting(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    before = job._setting(CPU)
+    monkeypatch.setenv(variable, "SSE41")
+    assert before.other_than(job._setting(CPU)) == ("instruction set of oneDNN", "any", "sse41")
+    monkeypatch.delenv(variable)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert before.other_than(job._setting(CPU)) == ("float32 products", "highest", "medium")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_cores_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert usable_cores(tmp_path) == 3
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("proc/self/cgroup", "12:pids:/a\n4:cpu,cpuacct:/b\n0::/pod/box\n")
+    assert usable_cores(tmp_path) == 3
+    write("sys/fs/cgroup/pod/box/cpu.max", "max 100000\n")
+    assert usable_cores(tmp_path) == 3
+    write("sys/fs/cgroup/pod/cpu.max", "150000 100000\n")  # of the group around it
+    assert usable_cores(tmp_path) == 1.5
+    write("sys/fs/cgroup/cpu,cpuacct/b/cpu.cfs_quota_us", "-1\n")
+    write("sys/fs/cgroup/cpu,cpuacct/b/cpu.cfs_period_us", "100000\n")
+    assert usable_cores(tmp_path) == 1.5
+    write("sys/fs/cgroup/cpu,cpuacct/b/cpu.cfs_quota_us", "50000\n")
+    assert usable_cores(tmp_path) == 0.5
+
+
+@pytest.fixture
+def _new_digest() -> Iterator[None]:
+    vnm_kernels._digest.cache_clear()
+    yield
+    vnm_kernels._digest.cache_clear()
+
+
+@pytest.mark.usefixtures("_new_digest")
+def test_kernels_are_told_apart_by_their_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "_vnm.so"
+    extension = SimpleNamespace(level=lambda: "avx2", __file__=str(file))
+    monkeypatch.setattr(vnm_kernels, "kernels", lambda: (extension, None))
+    versions = set()
+    for content in (b"one", b"another", b"one"):
+        file.write_bytes(content)
+        vnm_kernels._digest.cache_clear()
+        versions.add(vnm_kernels.version())
+    shaping = tmp_path / "vnm.py"
+    shaping.write_text("blocks")
+    monkeypatch.setattr(vnm_kernels, "_SHAPING", (str(shaping),))
+    vnm_kernels._digest.cache_clear()
+    versions.add(vnm_kernels.version())
+    assert len(versions) == 3 and all(one.startswith("avx2 ") for one in versions)

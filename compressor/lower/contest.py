@@ -145,8 +145,8 @@ class Contest:
         return found is not None and found.wins >= needed(found.rounds)
 
     def verdict(self, sure: bool = True) -> Verdict:
-        """The sparse form that clearly gains on every dense one; else the dense one that clearly gains on the dense form as it is; else
-        that. Of several the fastest. Without `sure`, doubts do not count."""
+        """The sparse form that clearly gains on every dense one; else the dense one that clearly gains on the dense form as it is;
+        else that. Of several the fastest. Without `sure`, doubts do not count."""
         faster = [name for name in self.dense if name != BASE and self.faster(name, BASE, sure)]
         base = min(faster or [BASE], key=self.medians.__getitem__)
         unclear = [(name, BASE) for name in self.dense if name != BASE and self._doubtful(name, BASE)]

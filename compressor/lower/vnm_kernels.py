@@ -81,7 +81,7 @@ def _digest() -> str:
     """Of the compiled file as it is here, whoever compiled it, and of what shapes its work: no number has to be raised by hand."""
     extension, _ = kernels()
     found = hashlib.sha256()
-    for file in (getattr(extension, "__file__", None), *(Path(__file__).with_name(name) for name in _SHAPING)):
+    for file in (getattr(extension, "__file__", None), *(Path(__file__).parent / name for name in _SHAPING)):
         if file is not None and Path(file).is_file():
             found.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return found.hexdigest()[:12]
