@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,40 @@ def processor_in(told: str) -> str:
         kind = facts.get("model name") or ", ".join([platform.machine(), *numbers] if numbers else [])
         kinds += [kind] if kind and kind not in kinds else []
     return " + ".join(kinds)
+
+
+def usable_cores(root: Path = Path("/")) -> float:
+    """How many cores this process may use: those that it is bound to, or less where a container's share of time is.
+
+    `root` has `proc` and `sys`, as on Linux; elsewhere every core counts.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([float(bound), *_shares(root)])
+
+
+def _shares(root: Path) -> Iterator[float]:
+    """The limits on this process's time, in cores: of its control group and those around it, version 2 and 1."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in groups:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / place.lstrip("/")
+        for folder in (one for one in (group, *group.parents) if one.is_relative_to(top)):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                if controllers:
+                    limits = [
+                        (folder / f"cpu.cfs_{what}_us").read_text(encoding="utf-8") for what in ("quota", "period")
+                    ]
+                else:
+                    limits = (folder / "cpu.max").read_text(encoding="utf-8").split()
+                quota, period = (float(limit) for limit in limits)  # no limit is "max", or below 0
+                if quota > 0:
+                    yield quota / period
 
 
 def resolve_device(name: str) -> torch.device:

@@ -191,7 +191,7 @@ def test_a_damaged_file_is_searched_again(act, tmp_path):
     log = act(f"right({A!r}, 2.0)")
     tuned(PRODUCT, 0)
     (file,) = (tmp_path / "cache").rglob("*.json")
-    for text in ("{", json.dumps({**json.loads(file.read_text()), "median_ms": {"fastest": 1.0}})):
+    for text in ("{", json.dumps({**json.loads(file.read_text()), "rounds_ms": {"fastest": [1.0]}})):
         file.write_text(text)
         tuned.cache_clear()
         assert tuned(PRODUCT, 0).algorithm == Algorithm()

@@ -378,7 +378,7 @@ def test_a_plan_saved_with_the_model_is_applied_without_measuring(
     def no_timing(*_: object, **__: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("compressor.lower.chooser.side_by_side", no_timing)
+    monkeypatch.setattr("compressor.lower.contest.timed", no_timing)
     again = lowered(net, "eager", "onednn", Fake(), plan=read)
     x = torch.randn(5, 4, 16)
     assert again.plan == read and torch.equal(again.model(x), first.model(x))

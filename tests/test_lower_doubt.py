@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -359,8 +360,8 @@ SETTING = Setting(device="cpu", hardware="none", threads=1, versions={})
 @pytest.mark.parametrize("value", [1e300, 1e999, -1.0, 0.0, True, "3"])
 def test_times_that_cannot_be_are_not_read(value: Any, tmp_path: Any) -> None:
     cache = Cache(SETTING, tmp_path)
-    cache.put("key", {"eager": 1.0})
-    assert cache.get("key") == {"eager": 1.0}
+    cache.put("key", {"eager": (1.0, 2.0)})
+    assert cache.get("key") == {"eager": (1.0, 2.0)}
     (file,) = tmp_path.iterdir()
     text = file.read_text().replace("1.0", {1e999: "1e999"}.get(value, repr(value).replace("True", "true")))
     file.write_text(text)
@@ -369,9 +370,20 @@ def test_times_that_cannot_be_are_not_read(value: Any, tmp_path: Any) -> None:
 
 def test_without_reading_times_are_written_still(tmp_path: Any) -> None:
     fresh = Cache(SETTING, tmp_path, read=False)
-    fresh.put("key", {"eager": 2.0})
+    fresh.put("key", {"eager": (2.0,)})
     assert fresh.get("key") is None
-    assert Cache(SETTING, tmp_path).get("key") == {"eager": 2.0}
+    assert Cache(SETTING, tmp_path).get("key") == {"eager": (2.0,)}
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"eager": 1.0}', '{"eager": []}', '{"eager": [1.0], "other": [1.0, 2.0]}', "[[1.0]]"]
+)
+def test_rounds_that_are_none_are_not_read(text: str, tmp_path: Any) -> None:
+    cache = Cache(SETTING, tmp_path)
+    cache.put("key", {"eager": (1.0,)})
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rounds_ms": json.loads(text)}))
+    assert cache.get("key") is None
 
 
 def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +393,9 @@ def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.Monk
     assert cache_folder("timings").is_absolute()
 
 
-def test_times_of_another_version_of_a_backend_are_not_used(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_another_version_of_a_backend_are_not_used(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path))
 
     @dataclass(frozen=True)

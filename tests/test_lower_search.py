@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import Backend, CompressorError, Plan, registry
-from compressor.cost.timing import Times
 from compressor.errors import UsageError
 from compressor.lower import Unit
 from compressor.lower.search import within
@@ -79,11 +78,10 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """The milliseconds of each backend and form."""
     times = dict(TIMES)
 
-    def given(calls: Mapping[str, Any], *_: Any) -> dict[str, Times]:
-        return {name: Times(times[name], 0.0) for name in calls}
+    def given(calls: Mapping[str, Any], rounds: int, *_: Any) -> dict[str, tuple[float, ...]]:
+        return {name: (times[name],) * rounds for name in calls}
 
-    monkeypatch.setattr("compressor.lower.chooser.side_by_side", given)
-    monkeypatch.setattr("compressor.lower.forms.side_by_side", given)
+    monkeypatch.setattr("compressor.lower.contest.timed", given)
     return times
 
 
@@ -155,7 +153,9 @@ def test_those_that_cost_most_error_for_their_time_go_back() -> None:
     assert [note for note in plan.notes if "error of the whole model: 2.4e-02" in note]
 
 
-def test_of_two_alike_the_one_that_saves_less_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_alike_the_one_that_saves_less_goes_back(
+    timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first layer is of another kind of work, which 8 bits make much faster."""
     model = Parallel(3)
     model.layers[0] = nn.Linear(8, 8)  # a bias makes it a group of its own
@@ -163,8 +163,10 @@ def test_of_two_alike_the_one_that_saves_less_goes_back(monkeypatch: pytest.Monk
     model.layers[0].weight.data = model.layers[1].weight.data.clone()
     turns = iter([{"eager": 9.0, "sparse": 9.0, "coarse": 1.0}, {"eager": 3.0, "sparse": 2.0, "coarse": 1.0}])
     monkeypatch.setattr(
-        "compressor.lower.chooser.side_by_side",
-        lambda calls, *_: {name: Times(time, 0.0) for name, time in next(turns).items()},
+        "compressor.lower.contest.timed",
+        lambda calls, rounds, *_: {
+            name: (time,) * rounds for name, time in next(turns, timed).items() if name in calls
+        },
     )
     plan = plan_of(model, X, Sparse(), shares(model, [0.03, 0.03, 0.03]), max_error=0.031)
     assert choices(plan) == {"layers.0": "coarse", "layers.1": "sparse", "layers.2": "sparse"}

@@ -9,19 +9,19 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compressor.cost.timing import side_by_side
 from compressor.errors import first_line
+from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
+from compressor.lower.contest import Contest
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
 from compressor.lower.units import Found
-from compressor.report.content import GAIN, gains
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """The largest relative error of a layer: rounding, in the order in which a kernel adds."""
@@ -78,21 +78,43 @@ def choose(
             del calls[backend.name]
     how = sorted(f"{b.name} {b.version}".strip() for b in able if b.name in calls)
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
-    times = store.get(key)
-    if times is None or set(times) != set(calls):
-        measured = side_by_side(calls, _ROUNDS, device)
-        share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
-        times = {name: own.median_ms / share for name, own in measured.items()}
-        store.put(key, times)
+    skipping = {backend.name for backend in backends if backend.skips_zeros}
+    share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
+    held = Contest.of(_rounds(key, calls, store, device, skipping, share), skipping)
     candidates = tuple(
         Candidate(
-            backend=b.name, median_ms=times.get(b.name), error=_finite(errors.get(b.name)), refused=refused.get(b.name)
+            backend=b.name,
+            median_ms=held.medians.get(b.name),
+            error=_finite(errors.get(b.name)),
+            refused=refused.get(b.name),
+            against=dict(held.against.get(b.name, {})),
         )
         for b in backends
     )
-    skipping = {backend.name for backend in backends if backend.skips_zeros}
-    choice, reason = best(times, skipping)
-    return [_layer_plan(one, candidates, choice, reason, choice in skipping) for one in group]
+    verdict = held.verdict()
+    return [_layer_plan(one, candidates, verdict.choice, verdict.reason(), verdict.choice in skipping) for one in group]
+
+
+def _rounds(
+    key: str,
+    calls: dict[str, Callable[[], object]],
+    store: Cache,
+    device: torch.device,
+    skipping: set[str],
+    share: int,
+) -> contest.Rounds:
+    """The times of `calls` by round, for one of `share` layers that each call runs: from the store, or measured.
+
+    What is still open after the last round is not stored: the machine may have been busy."""
+    found = store.get(key)
+    if found is not None and set(found) == set(calls) and contest.decided(found, skipping):
+        store.used = True
+        return found
+    measured = contest.timed(calls, _ROUNDS, device, skipping)
+    found = {name: tuple(ms / share for ms in own) for name, own in measured.items()}
+    if contest.decided(found, skipping):
+        store.put(key, found)
+    return found
 
 
 def _refusal(backend: Backend, unit: Unit, device: torch.device) -> str | None:
@@ -132,21 +154,12 @@ def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def best(times: dict[str, float], skipping: set[str]) -> tuple[str, str]:
-    """The backend to take, and why: the fastest dense one, or a sparse one that is clearly faster than it."""
-    dense = {name: time for name, time in times.items() if name not in skipping}
-    base = "eager"
-    fastest = min(dense, key=dense.__getitem__)
-    if gains(dense[base] / dense[fastest]):
-        base = fastest
-    sparse = {name: time for name, time in times.items() if name in skipping}
-    if not sparse:
-        return base, "no sparse kernel takes this layer"
-    best = min(sparse, key=sparse.__getitem__)
-    ratio = dense[base] / sparse[best]
-    if gains(ratio):
-        return best, f"{ratio:.2f}x the speed of {base}, the best dense form"
-    return base, f"{best} has {ratio:.2f}x the speed of {base}, less than the {GAIN:.2f}x that are asked"
+def held(layer: LayerPlan, skipping: set[str], without: Collection[str] = ()) -> Contest:
+    """The backends that were timed on `layer`, but for those in `without`."""
+    timed = {c.backend: c for c in layer.candidates if c.median_ms is not None and c.backend not in without}
+    medians = {name: c.median_ms for name, c in timed.items() if c.median_ms is not None}
+    against = {name: {o: one for o, one in c.against.items() if o in timed} for name, c in timed.items()}
+    return Contest(medians, against, frozenset(skipping & set(timed)))
 
 
 def _error(module: nn.Module, unit: Unit, x: Tensor) -> float:

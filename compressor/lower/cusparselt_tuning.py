@@ -160,12 +160,12 @@ def tuned(product: Product, index: int) -> Tuned:
     store = Cache(_setting(index))
     key = f"cusparselt algorithms 1: {json.dumps(asdict(product))}"
     found = store.get(key)
-    times = {} if found is None else {name: ms for name, ms in found.items() if _is_algorithm(name)}
+    times = {} if found is None else {name: ms for name, (ms, *_) in found.items() if _is_algorithm(name)}
     note = None
     if not times:
         times, note = searched(product, index)
         if times:
-            store.put(key, times)
+            store.put(key, {name: (ms,) for name, ms in times.items()})
     if not times:
         return Tuned(Algorithm(), note=note)
     best = min(times, key=times.__getitem__)

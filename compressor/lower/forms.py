@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.adapter import Adapter
-from compressor.cost.timing import side_by_side
+from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
-from compressor.lower.chooser import best, relative
+from compressor.lower import contest
+from compressor.lower.chooser import held, relative
+from compressor.lower.contest import Contest
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
 from compressor.lower.units import put
 
 _ROUNDS = 11
+_UNCACHED = "dense, packed"
 
 
 def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
@@ -36,24 +40,38 @@ def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     return form
 
 
-def _fastest_dense(layer: LayerPlan, skipping: set[str]) -> str:
-    times = {c.backend: c.median_ms for c in layer.candidates if c.median_ms is not None}
-    return best({name: time for name, time in times.items() if name not in skipping}, skipping)[0]
+def _fastest_dense(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """Every layer's fastest dense form by its times, doubtful or not: sparse ones are held against it, and it against the model as it
+    is."""
+    skipping = {backend.name for backend in job.backends if backend.skips_zeros}
+    return {layer.name: held(layer, skipping, without=skipping).verdict(sure=False).choice for layer in layers}
+
+
+def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """Every layer in the first dense form that it has besides its own, whatever times say; quantised ones are none."""
+    dense = [b.name for b in job.backends if not b.skips_zeros and not b.quantises and b.name != contest.BASE]
+    choices = {}
+    for layer in layers:
+        able = {c.backend for c in layer.candidates if c.refused is None}
+        choices[layer.name] = next((name for name in dense if name in able), contest.BASE)
+    return choices
 
 
 def _dense(job: Job, layers: Sequence[LayerPlan]) -> nn.Module:
     """Every layer in its fastest dense form."""
-    skipping = {backend.name for backend in job.backends if backend.skips_zeros}
-    return built(job, {layer.name: _fastest_dense(layer, skipping) for layer in layers})
+    return built(job, _fastest_dense(job, layers))
 
 
-def _forms(job: Job, layers: Sequence[LayerPlan], compiled: bool) -> dict[str, nn.Module]:
-    """The model as it is, in the best dense form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes."""
+def _forms(job: Job, layers: Sequence[LayerPlan], compiled: bool, cached: bool) -> dict[str, nn.Module]:
+    """The model as it is, in the best dense form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes. Where
+    times were `cached`, also a dense form that they have no say in: they may be false."""
     forms: dict[str, nn.Module] = {"eager": job.base, "dense": _dense(job, layers)}
     if any(layer.skips_zeros for layer in layers):
         forms["lowered"] = built(job, {layer.name: layer.choice for layer in layers})
     if job.device.type == "cuda":
         forms |= {f"{name}, graph": Graphed(form) for name, form in forms.items()}
+    if cached and (packed := _packed(job, layers)) != _fastest_dense(job, layers):
+        forms[_UNCACHED] = built(job, packed)
     if compiled:
         forms["eager, compiled"] = _compiled(job.base, job.device)
         if "lowered" in forms:
@@ -67,16 +85,31 @@ def _for_compiler(layers: Sequence[LayerPlan]) -> dict[str, str]:
 
 
 def guarded(
-    job: Job, layers: Sequence[LayerPlan], compiled: bool, allowed: float, weights: str, search: Search | None = None
+    job: Job,
+    layers: Sequence[LayerPlan],
+    compiled: bool,
+    allowed: float,
+    weights: str,
+    search: Search | None = None,
+    cached: bool = False,
 ) -> tuple[nn.Module, Plan]:
-    """Time the forms of the whole model side by side, and take the fastest: a sparse one only where it wins."""
+    """Time the forms of the whole model side by side, always anew, and take the fastest: a sparse one only where it clearly gains.
+
+    `cached`: whether layers were chosen by times that were not measured now.
+    """
     forward, base, device = job.forward, job.base, job.device
-    forms = _forms(job, layers, compiled)
+    forms = _forms(job, layers, compiled, cached)
     errors, refused = _right(job, forms, allowed)
     forms = {name: form for name, form in forms.items() if name in errors}
-    times = side_by_side({name: lambda f=form: forward(f) for name, form in forms.items()}, _ROUNDS, device)  # type: ignore[misc]
-    medians = {name: own.median_ms for name, own in times.items()}
-    choice, opponent, reason = _chosen(medians)
+    calls: dict[str, Callable[[], object]] = {name: partial(forward, form) for name, form in forms.items()}
+    sparse = {name for name in forms if name.startswith("lowered")}
+    rounds = contest.timed(calls, _ROUNDS, device, sparse)
+    held = Contest.of(rounds, sparse)
+    choice, reason = _chosen(held)
+    opponent = min(held.dense, key=held.medians.__getitem__)
+    notes = [*job.notes, *refused, *([] if search is None else [search.remark])]
+    if cached and choice not in sparse:
+        notes.append("layers were chosen by times from the cache; `cache=False` (`--fresh`) measures them again")
     plan = Plan(
         weights_sha256=weights,
         dtype=layers[0].dtype if layers else _dtype_of(base),
@@ -87,18 +120,20 @@ def guarded(
         forms=tuple(
             Form(
                 name=name,
-                dense=not name.startswith("lowered"),
-                median_ms=medians[name],
-                iqr_ms=times[name].iqr_ms,
-                speedup=medians[opponent] / medians[name],
+                dense=name not in sparse,
+                median_ms=held.medians[name],
+                iqr_ms=iqr_ms([ms / 1000 for ms in rounds[name]]),
+                speedup=held.ratio(name, opponent),
                 error=errors[name],
+                against=dict(held.against[name]),
             )
             for name in forms
         ),
         choice=choice,
         reason=reason,
-        notes=(*job.notes, *refused, *([] if search is None else [search.remark])),
+        notes=tuple(notes),
         search=search,
+        backends=_versions(job, layers),
     )
     chosen = forms[choice]
     return chosen if "compiled" in choice else own(chosen), plan
@@ -132,18 +167,17 @@ def _right(job: Job, forms: Mapping[str, nn.Module], allowed: float) -> tuple[di
     return errors, refused
 
 
-def _chosen(medians: dict[str, float]) -> tuple[str, str, str]:
-    """The form to take, the best dense form that it was held against, and why, from each form's time."""
-    dense = {name: time for name, time in medians.items() if not name.startswith("lowered")}
-    opponent = min(dense, key=dense.__getitem__)
-    sparse = {name: time for name, time in medians.items() if name.startswith("lowered")}
-    fastest = min(sparse, key=sparse.__getitem__) if sparse else None
-    if fastest is None:
-        return opponent, opponent, "no layer gains from a sparse kernel here"
-    ratio = f"{dense[opponent] / sparse[fastest]:.2f}x the speed of {opponent}"
-    if sparse[fastest] < dense[opponent]:
-        return fastest, opponent, f"{ratio}, the best dense form"
-    return opponent, opponent, f"the lowered model has {ratio}: not taken"
+def _chosen(held: Contest) -> tuple[str, str]:
+    """The form to take and why."""
+    verdict = held.verdict()
+    reason = verdict.reason("the lowered model", "no layer gains from a sparse kernel here")
+    return verdict.choice, reason if verdict.choice == verdict.best or verdict.best is None else f"{reason}: not taken"
+
+
+def _versions(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
+    """The versions of the backends that were timed, where they have one."""
+    timed = {c.backend for layer in layers for c in layer.candidates if c.median_ms is not None}
+    return {backend.name: backend.version for backend in job.backends if backend.name in timed and backend.version}
 
 
 def _dtype_of(model: nn.Module) -> str:
@@ -176,6 +210,8 @@ def dense_forms(
     for name in ("eager", "dense"):
         if plan.form(f"{name}, graph") is not None:
             forms[f"{name}, graph"] = Graphed(forms[name])
+    if plan.form(_UNCACHED) is not None:
+        forms[_UNCACHED] = built(job, _packed(job, plan.layers))
     if plan.form("eager, compiled") is not None:
         forms["eager, compiled"] = _compiled(job.base, job.device)
     return forms
@@ -217,6 +253,8 @@ def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
 
 def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     name, _, how = plan.choice.partition(", ")
+    if plan.choice == _UNCACHED:
+        return own(built(job, _packed(job, layers)))
     if name not in ("eager", "dense", "lowered") or how not in ("", "compiled", "graph"):
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
     if name == "lowered":
@@ -232,15 +270,13 @@ def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
 def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
     """The plan's layers in the order of the units, or an error that says what differs; the patterns too where `weights`."""
     again = "Lower without it, to measure again."
-    if plan.setting != job.setting:
-        before, now = plan.setting.model_dump(), job.setting.model_dump()
-        field = next(name for name in before if before[name] != now[name])
-        raise CompressorError(f"the plan was measured with {field} {before[field]}, this is {now[field]}", again)
+    if differing := plan.setting.other_than(job.setting):
+        raise CompressorError("the plan was measured with {} {}, this is {}".format(*differing), again)
     layers = {layer.name: layer for layer in plan.layers}
     # a plan from before attention was lowered leaves it as it is
     units = {one.at: one.unit for one in job.found if one.weights or one.at in layers}
-    if differing := sorted(set(layers) ^ set(units)):
-        raise CompressorError(f"the plan is for another model: {differing[0]}", again)
+    if strange := sorted(set(layers) ^ set(units)):
+        raise CompressorError(f"the plan is for another model: {strange[0]}", again)
     for name, layer in layers.items():
         backend, unit = job.backend(layer.choice), units[name]
         if weights and (reason := backend.unavailable(job.device) or backend.refusal(unit)):
@@ -255,4 +291,25 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
                 f"the plan does not fit {name}: it was {layer.patterns} {layer.shapes}, and is {patterns} {sizes}",
                 again,
             )
+    if weights:
+        _same_versions(job, plan)
     return [layers[one.at] for one in job.found if one.at in layers]
+
+
+def _same_versions(job: Job, plan: Plan) -> None:
+    """Raise CompressorError where a backend that the plan's choice runs is not what was timed.
+
+    Those that it does not run may be anything: a dense model stays as fast as it was."""
+    name = plan.choice.partition(", ")[0]
+    used = {layer.choice for layer in plan.layers} if name == "lowered" else set()
+    if plan.choice == _UNCACHED:
+        used = set(_packed(job, plan.layers).values())
+    elif name == "dense":
+        used = set(_fastest_dense(job, plan.layers).values())
+    for backend in map(job.backend, sorted(used)):
+        if (before := plan.backends.get(backend.name, "")) != backend.version:
+            was = repr(before) if before else "an unknown version"
+            raise CompressorError(
+                f"the plan was measured with {was} of the kernels of {backend.name}, this is {backend.version!r}",
+                "Lower without it, to measure again.",
+            )

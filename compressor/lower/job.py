@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import discovery
 from compressor.adapter import Adapter
-from compressor.environment import environment
+from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
@@ -198,5 +199,17 @@ def _setting(device: torch.device) -> Setting:
         versions["cuda"] = str(torch.version.cuda)
         if torch.backends.cusparselt.is_available():
             versions["cusparselt"] = str(torch.backends.cusparselt.version())
+    versions |= _restrictions()
     hardware = about["hardware"].rpartition(", ")[0]
-    return Setting(device=device.type, hardware=hardware, threads=torch.get_num_threads(), versions=versions)
+    threads, cores = torch.get_num_threads(), usable_cores() if device.type == "cpu" else None
+    return Setting(device=device.type, hardware=hardware, threads=threads, versions=versions, cores=cores)
+
+
+def _restrictions() -> dict[str, str]:
+    """What users restrict torch's own kernels by, the same on every run or not."""
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "any"
+    return {
+        "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+        "instruction set of oneDNN": onednn.lower() if torch.backends.mkldnn.enabled else "off",
+        "float32 products": torch.get_float32_matmul_precision(),
+    }

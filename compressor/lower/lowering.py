@@ -118,5 +118,5 @@ def lowering(
     if max_error is not None:
         layers, search = yield from within(job, layers, max_error)
     yield Progress("lower", len(alike), len(alike), "whole model")
-    form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search)
+    form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
     return Lowered(form, made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,16 +25,27 @@ class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Against(_Value):
+    """A form beside another in the same rounds: the other's time over its own, the median of single rounds, and how many of the
+    `rounds` it won."""
+
+    ratio: _Positive
+    wins: int
+    rounds: int
+
+
 class Candidate(_Value):
     """One backend for one layer: its median time and its error against the dense layer, or why it was not measured.
 
-    `error` is the root mean square difference from the dense layer in float64, relative to that layer's output.
+    `error` is the root mean square difference from the dense layer in float64, relative to that layer's output. `against` has
+    the dense backends that took turns with it; plans from before have none.
     """
 
     backend: str
     median_ms: _Positive | None = None
     error: float | None = None
     refused: str | None = None
+    against: dict[str, Against] = Field(default_factory=dict)
 
 
 class LayerPlan(_Value):
@@ -58,7 +70,8 @@ class LayerPlan(_Value):
 
 
 class Form(_Value):
-    """One form of the whole model. `speedup` is against the fastest dense form, `error` against the dense model."""
+    """One form of the whole model. `speedup` is over the fastest dense form, the median of single rounds; `error` is against the dense
+    model."""
 
     name: str
     dense: bool
@@ -66,6 +79,7 @@ class Form(_Value):
     iqr_ms: float
     speedup: float
     error: float | None = None
+    against: dict[str, Against] = Field(default_factory=dict)
 
 
 class Search(_Value):
@@ -88,12 +102,25 @@ class Search(_Value):
 
 
 class Setting(_Value):
-    """What a measured time depends on besides the layer."""
+    """What a measured time depends on besides the layer. `cores` are those that the process may use, parts of them too where its time
+    is limited; None in plans from before. `versions` has what restricts torch too."""
 
     device: str
     hardware: str
     threads: int
     versions: dict[str, str]
+    cores: float | None = None
+
+    def other_than(self, now: Setting) -> tuple[str, object, object] | None:
+        """What this says that is otherwise in `now`: its name, as it is here, and as it is there. What a plan from before does not say
+        is not compared."""
+        for name in ("device", "hardware", "threads", "cores"):
+            if (was := getattr(self, name)) is not None and was != (found := getattr(now, name)):
+                return name, was, found
+        for name, version in self.versions.items():
+            if version != (found := now.versions.get(name)):
+                return name, version, found
+        return None
 
 
 class Plan(_Value):
@@ -112,6 +139,8 @@ class Plan(_Value):
     notes: tuple[str, ...] = ()
     search: Search | None = None
     """Where an error of the whole model was given."""
+    backends: dict[str, str] = Field(default_factory=dict)
+    """The versions of the backends that were timed: of compiled kernels the instruction set and a digest of their files."""
 
     @property
     def lowered(self) -> bool:
@@ -147,28 +176,33 @@ class Cache:
     def __init__(self, setting: Setting, folder: Path | None = None, read: bool = True) -> None:
         self.folder = folder or cache_folder("timings")
         self.setting, self.read = setting, read
+        self.used = False
+        """Whether a choice was made by times from here."""
 
-    def get(self, key: str) -> dict[str, float] | None:
-        """The times stored for `key`: milliseconds by backend."""
+    def get(self, key: str) -> dict[str, tuple[float, ...]] | None:
+        """The times stored for `key`: milliseconds by backend, of each round."""
         try:
             found = files.read_json(self._path(key)) if self.read else {}
         except CompressorError:
             return None
-        times = found.get("median_ms")
-        right = found.get("key") == key and isinstance(times, dict)
-        if not right or not all(isinstance(v, float) and 0 < v < _DAY_MS for v in times.values()):  # type: ignore[union-attr]
+        times = found.get("rounds_ms")
+        if found.get("key") != key or not isinstance(times, dict) or not all(_are_times(own) for own in times.values()):
             return None
-        return dict(times)  # type: ignore[arg-type]
+        return {name: tuple(own) for name, own in times.items()} if len(set(map(len, times.values()))) == 1 else None
 
-    def put(self, key: str, times: dict[str, float]) -> None:
+    def put(self, key: str, times: Mapping[str, Sequence[float]]) -> None:
         """Store the times of `key`."""
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, {"key": key, "setting": self.setting.model_dump(), "median_ms": times})
+            files.write_json(path, {"key": key, "setting": self.setting.model_dump(), "rounds_ms": times})
         except OSError:
             return
 
     def _path(self, key: str) -> Path:
         text = json.dumps([self.setting.model_dump(), key], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def _are_times(own: object) -> bool:
+    return isinstance(own, list) and bool(own) and all(isinstance(ms, float) and 0 < ms < _DAY_MS for ms in own)

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from compressor.lower.chooser import best
+from compressor.lower.chooser import held
 from compressor.lower.forms import built, deviation, seeded
 from compressor.lower.job import Job
 from compressor.lower.plan import LayerPlan, Search
@@ -95,8 +95,9 @@ def _options(job: Job, layers: Sequence[LayerPlan]) -> list[_Option]:
         if layer.choice not in quantising:
             continue
         times = {one.backend: one.median_ms for one in layer.candidates if one.median_ms is not None}
-        choice, reason = best({name: time for name, time in times.items() if name not in quantising}, skipping)
-        update = {"choice": choice, "reason": reason, "skips_zeros": choice in skipping}
+        verdict = held(layer, skipping, without=quantising).verdict()
+        choice = verdict.choice
+        update = {"choice": choice, "reason": verdict.reason(), "skips_zeros": choice in skipping}
         saves = times[choice] - times[layer.choice]
         found.append(_Option(layer, layer.model_copy(update=update), saves, place))
     return found

@@ -6,6 +6,7 @@ It is built at installation where there is a C compiler. Without it the backend 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from functools import cache
 from importlib import import_module
@@ -66,8 +67,24 @@ def level() -> str:
 
 
 def version() -> str:
-    """What the kernels' times depend on: the instruction set, and whether they run on one thread only."""
-    return f"{level()}{'' if kernels()[1] is None else ', one thread'}"
+    """What the kernels' times depend on: the instruction set, the kernels themselves, and whether they run on one thread only."""
+    extension, note = kernels()
+    return level() if extension is None else f"{level()} {_digest()}{'' if note is None else ', one thread'}"
+
+
+_SHAPING = ("vnm.py", "vnm_operators.py", "vnm_weight.py")
+"""What decides in which blocks and tiles the kernels work."""
+
+
+@cache
+def _digest() -> str:
+    """Of the compiled file as it is here, whoever compiled it, and of what shapes its work: no number has to be raised by hand."""
+    extension, _ = kernels()
+    found = hashlib.sha256()
+    for file in (getattr(extension, "__file__", None), *(Path(__file__).parent / name for name in _SHAPING)):
+        if file is not None and Path(file).is_file():
+            found.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return found.hexdigest()[:12]
 
 
 def unavailable(device: torch.device) -> str | None:

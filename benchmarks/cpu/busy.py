@@ -1,0 +1,107 @@
+"""Whether what lowering chooses on a busy machine is ever slower than dense when the machine is idle.
+
+    python benchmarks/cpu/busy.py [--lowerings 6] [--rounds 61] [--batch 4] [--seed 0]   # about two minutes, every core
+
+`uvit-digits`, every weight that 4:2:4 fits pruned by magnitude, is lowered again and again without a cache, while one process per core
+does nothing but spin. Then those are ended, and each lowered model takes turns with the model as it is and with the best dense form
+of an undisturbed lowering. Slower is one that dense won by more than 3%, and in more rounds than chance explains. Writes benchmarks/results/busy_cpu.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import compressor
+from compressor import registry
+from compressor.cost.timing import interleaved
+from compressor.environment import environment
+from compressor.lower.contest import Contest, medians, needed
+from compressor.lower.forms import dense_forms
+from compressor.report.content import gains
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """`count` processes that spin, ended afterwards."""
+    spinning = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for one in spinning:
+            one.kill()
+            one.wait()
+
+
+@click.command()
+@click.option("--lowerings", default=6, show_default=True)
+@click.option("--rounds", default=61, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", default="benchmarks/results/busy_cpu.json", show_default=True)
+def main(lowerings: int, rounds: int, batch: int, seed: int, out: str) -> None:
+    torch.manual_seed(seed)
+    adapter = registry.adapter("uvit-digits")
+    model, example = adapter.load(None).eval(), adapter.example_inputs(batch)
+    pattern = compressor.parse("4:2:4")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1 and pattern.misfit(tuple(weight.shape)) is None:
+                weight.copy_(pattern.mask(weight.abs()).apply(weight))
+    lower = partial(compressor.lower, model, example, adapter=adapter, cache=False)
+    cores = len(os.sched_getaffinity(0))
+    with busy(cores):
+        found = [lower() for _ in range(lowerings)]
+    quiet = lower()
+    forms: dict[str, Any] = {**dense_forms(model, example, quiet.plan, adapter=adapter), "quiet": quiet.model}
+    forms |= {f"busy {at}": one.model for at, one in enumerate(found)}
+    with torch.no_grad():
+        seconds = interleaved([partial(adapter.predict, form, example) for form in forms.values()], rounds, CPU)
+    times = {name: tuple(1000 * one for one in own) for name, own in zip(forms, seconds, strict=True)}
+    held = Contest.of(times, [name for name in times if name.startswith(("busy", "quiet"))])
+    result = {
+        "lowerings": [
+            {
+                "choice": one.plan.choice,
+                "reason": one.plan.reason,
+                "layers": {layer.name: layer.choice for layer in one.plan.layers},
+                "rounds_of_the_model": next((a.rounds for f in one.plan.forms for a in f.against.values()), 0),
+                "against": {other: beside.model_dump() for other, beside in held.against[name].items()},
+            }
+            for name, one in [("quiet", quiet), *((f"busy {at}", one) for at, one in enumerate(found))]
+        ],
+        "median_ms": medians(times),
+        "rounds": rounds,
+        "batch": batch,
+        "seed": seed,
+        "cores": cores,
+        **environment(),
+    }
+    slower = {other: sum(_slower(held, f"busy {at}", other) for at in range(lowerings)) for other in held.dense}
+    result["slower"] = slower
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"of {lowerings} models lowered while {cores} processes spun, slower when idle than {slower}")
+    for at, one in enumerate(found):
+        ratios = ", ".join(f"{held.ratio(f'busy {at}', other):.2f}x {other}" for other in held.dense)
+        print(f"{one.plan.choice}: {ratios}; {one.plan.reason}")
+
+
+def _slower(held: Contest, name: str, dense: str) -> bool:
+    beside = held.against[name][dense]
+    return gains(1 / beside.ratio) and beside.rounds - beside.wins >= needed(beside.rounds)
+
+
+if __name__ == "__main__":
+    main()
