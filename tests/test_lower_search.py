@@ -228,8 +228,7 @@ def test_an_error_that_no_8_bits_meet_leaves_none() -> None:
 
 def test_with_a_tolerance_both_hold() -> None:
     model = Parallel()
-    model.layers[1] = nn.Linear(8, 8)  # with a bias it is no longer judged together with the others
-    coarse = shares(model, [0.01, 0.04, 0.01, 0.01, 0.03])
+    coarse = shares(model, [0.01, 0.04, 0.01, 0.01, 0.02])  # of the model's; a layer's own is sqrt(5) of it
     for max_error, back in ((0.5, [1]), (0.02, [1, 4])):
         plan = plan_of(model, X, Sparse(), coarse, tolerance=0.05, max_error=max_error)
         assert [at for at, choice in enumerate(choices(plan).values()) if choice != "coarse"] == back

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.errors import first_line
 from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
-from compressor.lower.contest import Contest
+from compressor.lower.contest import BASE, Contest
 from compressor.lower.graphs import captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
@@ -59,40 +59,54 @@ def choose(
     rng = torch.Generator().manual_seed(SEED)
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
     calls: dict[str, Callable[[], object]] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, list[float]] = {}  # of each layer of the group
     sample = _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS)
     for backend in able:
         try:
             modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-            # rounding is alike in all layers of a group; what 8 bits lose is each weight's own
-            others = (backend.build(one.unit) for one in group[_MEMBERS:]) if backend.quantises else ()
-            held_to = zip(itertools.chain(modules if backend.quantises else modules[:1], others), group, strict=False)
-            error = max(_error(module, one.unit, sample) for module, one in held_to)
+            errors[backend.name] = _errors(backend, modules, group, sample)
             calls[backend.name] = _calls(modules, x)
         except Exception as failure:  # a kernel may refuse a shape only when it runs
             refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
             continue
-        errors[backend.name] = error
-        if not error <= (most := allowed[backend.name]) and backend.name != "eager":  # the layer as it is always stands
-            refused[backend.name] = f"its error is {error:.1e}, above {most:.0e}"
+        if not min(errors[backend.name]) <= allowed[backend.name] and backend.name != BASE:
             del calls[backend.name]
     how = sorted(f"{b.name} {b.version}".strip() for b in able if b.name in calls)
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
     skipping = {backend.name for backend in backends if backend.skips_zeros}
     share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
-    held = Contest.of(_rounds(key, calls, store, device, skipping, share), skipping)
-    candidates = tuple(
-        Candidate(
-            backend=b.name,
-            median_ms=held.medians.get(b.name),
-            error=_finite(errors.get(b.name)),
-            refused=refused.get(b.name),
-            against=dict(held.against.get(b.name, {})),
+    every = Contest.of(_rounds(key, calls, store, device, skipping, share), skipping)
+    plans = []
+    for place, one in enumerate(group):
+        own = {name: found[place] for name, found in errors.items()}
+        wrong = {
+            name: f"its error is {error:.1e}, above {allowed[name]:.0e}"
+            for name, error in own.items()
+            if not error <= allowed[name] and name not in refused and name != BASE  # the layer as it is always stands
+        }
+        timed = every.without(wrong)
+        candidates = tuple(
+            Candidate(
+                backend=b.name,
+                median_ms=timed.medians.get(b.name),
+                error=_finite(own.get(b.name)),
+                refused=refused.get(b.name) or wrong.get(b.name),
+                against=dict(timed.against.get(b.name, {})),
+            )
+            for b in backends
         )
-        for b in backends
-    )
-    verdict = held.verdict()
-    return [_layer_plan(one, candidates, verdict.choice, verdict.reason(), verdict.choice in skipping) for one in group]
+        verdict = timed.verdict()
+        plans.append(_layer_plan(one, candidates, verdict.choice, verdict.reason(), verdict.choice in skipping))
+    return plans
+
+
+def _errors(backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor) -> list[float]:
+    """How far each layer of `group` is from float64 in `backend`, of which `modules` are the first ones. Rounding is alike in all of
+    them; what 8 bits lose is each weight's own."""
+    if not backend.quantises:
+        return [_error(modules[0], group[0].unit, x)] * len(group)
+    others = (backend.build(one.unit) for one in group[len(modules) :])
+    return [_error(module, one.unit, x) for module, one in zip(itertools.chain(modules, others), group, strict=True)]
 
 
 def _rounds(
@@ -156,10 +170,10 @@ def _finite(error: float | None) -> float | None:
 
 def held(layer: LayerPlan, skipping: set[str], without: Collection[str] = ()) -> Contest:
     """The backends that were timed on `layer`, but for those in `without`."""
-    timed = {c.backend: c for c in layer.candidates if c.median_ms is not None and c.backend not in without}
+    timed = {c.backend: c for c in layer.candidates if c.median_ms is not None}
     medians = {name: c.median_ms for name, c in timed.items() if c.median_ms is not None}
-    against = {name: {o: one for o, one in c.against.items() if o in timed} for name, c in timed.items()}
-    return Contest(medians, against, frozenset(skipping & set(timed)))
+    every = Contest(medians, {name: c.against for name, c in timed.items()}, frozenset(skipping & set(timed)))
+    return every.without(without)
 
 
 def _error(module: nn.Module, unit: Unit, x: Tensor) -> float:

@@ -8,7 +8,7 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -125,6 +125,16 @@ class Contest:
             for name, own in rounds.items()
         }
         return cls(medians(rounds), against, apart)
+
+    def without(self, names: Collection[str]) -> Contest:
+        """That of the forms but for `names`."""
+        medians = {name: value for name, value in self.medians.items() if name not in names}
+        against = {
+            name: {other: found for other, found in own.items() if other not in names}
+            for name, own in self.against.items()
+            if name not in names
+        }
+        return Contest(medians, against, self.sparse - set(names))
 
     @property
     def dense(self) -> list[str]:
