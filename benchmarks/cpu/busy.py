@@ -1,17 +1,21 @@
 """Whether what lowering chooses on a busy machine is ever slower than dense when the machine is idle.
 
-    python benchmarks/cpu/busy.py [--lowerings 6] [--rounds 61] [--batch 4] [--seed 0]   # about two minutes, every core
+    python benchmarks/cpu/busy.py [--lowerings 6] [--rounds 61] [--batch 4] [--seed 0]   # minutes, on every core
 
 `uvit-digits`, every weight that 4:2:4 fits pruned by magnitude, is lowered again and again without a cache, while one process per core
 does nothing but spin. Then those are ended, and each lowered model takes turns with the model as it is and with the best dense form
-of an undisturbed lowering. Slower is one that dense won by more than 3%, and in more rounds than chance explains. Writes benchmarks/results/busy_cpu.json.
+of an undisturbed lowering. Slower is one that dense won by more than 3%, and in more rounds than chance explains. Writes
+benchmarks/results/busy_cpu.json.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +39,7 @@ CPU = torch.device("cpu")
 @contextmanager
 def busy(count: int) -> Iterator[None]:
     """`count` processes that spin, ended afterwards."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that they are ended then too
     spinning = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(count)]
     try:
         yield
@@ -61,8 +66,12 @@ def main(lowerings: int, rounds: int, batch: int, seed: int, out: str) -> None:
                 weight.copy_(pattern.mask(weight.abs()).apply(weight))
     lower = partial(compressor.lower, model, example, adapter=adapter, cache=False)
     cores = len(os.sched_getaffinity(0))
+    found = []
     with busy(cores):
-        found = [lower() for _ in range(lowerings)]
+        for _ in range(lowerings):
+            began = time.monotonic()
+            found.append(lower())
+            print(f"lowered in {time.monotonic() - began:.0f} s: {found[-1].plan.reason}", flush=True)
     quiet = lower()
     forms: dict[str, Any] = {**dense_forms(model, example, quiet.plan, adapter=adapter), "quiet": quiet.model}
     forms |= {f"busy {at}": one.model for at, one in enumerate(found)}
