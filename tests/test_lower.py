@@ -333,7 +333,8 @@ def test_lowering_for_real_keeps_the_numbers(net: nn.Module, monkeypatch: pytest
     assert not any(p.requires_grad for p in result.model.parameters())
     assert result.plan.left_out == {"idle.weight": "the example did not reach it as an ordinary call with one tensor"}
     form = result.plan.form(result.plan.choice)
-    assert form is not None and form.speedup >= 1.0 and form.error is not None and form.error < 1e-5
+    assert form is not None and form.error is not None and form.error < 1e-5
+    assert form.dense or form.speedup >= 1.0  # a dense form may be taken for want of certainty
     assert isinstance(copy.deepcopy(result.model)(x), Tensor)
 
 
