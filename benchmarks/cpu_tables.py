@@ -105,7 +105,7 @@ def peaks(result: dict[str, Any]) -> str:
             *lines,
             "",
             "Shares are of the float32 multiply-adds that this machine does in registers, in the same round: "
-            f"{result['peak_gflops']:.0f} GFLOP/s on {result['threads']} threads (quartiles {low:.0f} and {high:.0f}). They count "
+            f"{result['peak_gflops']:.0f} GFLOP/s on one thread (quartiles {low:.0f} and {high:.0f}). They count "
             "what is really multiplied: half for 4:2:4. 8-bit kernels multiply pairs of whole numbers, of which AVX2 does up to "
             f"1.57 times as many. Batch {result['batch']}, medians of {result['n']} rounds, seed {result['seed']}; "
             f"{result['hardware'].rpartition(',')[0]}; memory is read at {result['read_gbytes_per_s']:.0f} GB/s. "
