@@ -2,9 +2,10 @@
 
     python benchmarks/cpu/roofline.py --out benchmarks/results/roofline_cpu.json
 
-One thread. The peak is measured: a loop of float32 multiply-adds in registers, compiled here for this processor; and the rate at which
-a large array is read. Each layer of U-ViT-S/2 with 4:2:4 weights is built in each form and runs alone on its inputs. Forms and the loop take turns, and a share is the median of those of single rounds, so that a phase in which the machine
-is slow counts for neither. Rates count the multiply-adds that are really done: all for dense forms, half for 2:4.
+One thread. The peak is measured: a loop of float32 multiply-adds in registers, compiled here for this processor; and the rate at
+which a large array is read. Each layer of U-ViT-S/2 with 4:2:4 weights is built in each form and runs alone on its inputs. Forms and
+the loop take turns, and a share is the median of those of single rounds, so that a phase in which the machine is slow counts for
+neither. Rates count the multiply-adds that are really done: all for dense forms, half for 2:4.
 """
 
 from __future__ import annotations
