@@ -373,6 +373,23 @@ def test_only_one_openmp_runtime_is_loaded() -> None:
     assert out.startswith("None [") and out.count(".so") == 1, out
 
 
+def test_the_runtime_is_torchs_own_where_there_is_another(tmp_path: Path) -> None:
+    """As with sentencepiece, a tokenizer that brings a libgomp of its own."""
+    script = (
+        "import ctypes, shutil, sys, torch; from pathlib import Path\n"
+        "own = next(p for p in open('/proc/self/maps').read().split() if 'libgomp' in p.rsplit('/', 1)[-1])\n"
+        "other = shutil.copy(own, Path(sys.argv[1]) / 'libgomp-0123.so.1'); ctypes.CDLL(other)\n"
+        "from compressor.lower import vnm_kernels\n"
+        "address, note = vnm_kernels._threads()\n"
+        "spans = [(line.split()[0].split('-'), line.split()[-1]) for line in open('/proc/self/maps')]\n"
+        "(where,) = [p for (low, high), p in spans if int(low, 16) <= address < int(high, 16)]\n"
+        "print(note, where == own, any(p == other for _, p in spans))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["None", "True", "True"], out
+
+
 def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:
     script = "from compressor.lower.vnm import kernels; kernels()"
     environment = {**os.environ, "COMPRESSOR_CPU_LEVEL": "sse9"}

@@ -41,10 +41,15 @@ def kernels() -> tuple[ModuleType | None, str | None]:
 
 
 def _threads() -> tuple[int, str | None]:
-    """The address of GOMP_parallel in the one OpenMP runtime that is loaded; 0, and the reason, where that is not clear.
+    """The address of torch's own GOMP_parallel; 0, and the reason, where it is not clear which that is.
 
-    A second runtime would bring threads of its own, and the two sets would fight for the cores.
+    Another runtime, as tokenizers bring, would have threads of its own, and the two sets would fight for the cores.
     """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.is_file():  # its name is looked for in what it was linked with, so no other runtime can be found
+        entry = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+        if entry is not None:
+            return ctypes.cast(entry, ctypes.c_void_p).value or 0, None
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
