@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compressor import Adapter
 from compressor.lower import cusparselt
 from compressor.lower.cusparselt_tuning import Algorithm, Tuned
+from compressor.lower.vnm_kernels import kernels
 
 torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
@@ -226,3 +227,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.version, "hip", hip)
 
     return made
+
+
+@pytest.fixture(params=kernels()[0].levels() if kernels()[0] is not None else [])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that the compiled kernels have here, one after the other."""
+    extension = kernels()[0]
+    before = extension.level()
+    extension.set_level(request.param)
+    yield request.param
+    extension.set_level(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,16 +22,7 @@ from compressor.lower.vnm_operators import attention
 extension, _why = kernels()
 if extension is None:
     pytest.skip("the compiled kernels are not installed", allow_module_level=True)
-LEVELS = extension.levels()
 ROUNDING, CODES = 2e-6, 3e-3  # what float32 loses, and what codes of 12 bits and more do
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = extension.level()
-    extension.set_level(request.param)
-    yield request.param
-    extension.set_level(before)
 
 
 def wanted(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -30,14 +30,6 @@ EXACT = 2e-6
 HALF = 4e-3  # bfloat16 has 8 bits: the inputs, and the result
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = extension.level()
-    extension.set_level(request.param)
-    yield request.param
-    extension.set_level(before)
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,14 +23,6 @@ extension: Any = kernels()[0]
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
 LEVELS = extension.levels() if extension is not None else []
 HIDDEN = 512  # hidden channels of a pair that have a scale of their own, as the kernels' documentation has it
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = extension.level()
-    extension.set_level(request.param)
-    yield request.param
-    extension.set_level(before)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:

@@ -111,6 +111,9 @@ static int hidden_chunk(const matrix *second) {
     return second->block < HIDDEN ? HIDDEN / second->block * second->block : second->block;
 }
 
+/* The place of V = 1, 2, 4 or 8 in tables of kernels. */
+static int v_log(const matrix *m) { return m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3; }
+
 /* Rows of a panel that holds all channels of a matrix. */
 static size_t panel_rows(const matrix *m) { return (size_t)(m->inner / m->group * m->planes); }
 
@@ -280,26 +283,26 @@ static int runs_here(const char *name) {
 static const level *chosen;
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* torch's GOMP_parallel, or NULL */
 
+/* `parts` parts of some work, on no more threads than there are parts. */
+static void on_threads(void (*work)(void *), void *what, int64_t parts, int threads) {
+    if (threads > 1 && parts > 1)
+        parallel(work, what, parts < threads ? (unsigned)parts : (unsigned)threads, 0);
+    else
+        work(what);
+}
+
 static int run(job *j, int threads, const level *how) {
-    threads = threads > 1 && parallel != NULL ? threads : 1;
     j->scratch_bytes = how->plan(j, threads);
     j->next = j->failed = 0;
-    if (threads > 1 && j->tiles > 1)
-        parallel(how->work, j, j->tiles < threads ? (unsigned)j->tiles : (unsigned)threads, 0);
-    else
-        how->work(j);
+    on_threads(how->work, j, j->tiles, threads);
     return j->failed;
 }
 
 static int attend(attention *a, int threads, const level *how) {
-    threads = threads > 1 && parallel != NULL ? threads : 1;
     int64_t heads = a->images * a->heads, few = (a->queries + 255) / 256;
     a->parts = heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads < few ? (4 * threads + heads - 1) / heads : few;
     a->next = a->failed = 0;
-    if (threads > 1)
-        parallel(how->attend, a, (unsigned)threads, 0);
-    else
-        how->attend(a);
+    on_threads(how->attend, a, heads * a->parts, threads);
     return a->failed;
 }
 
@@ -429,7 +432,7 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS;
-    failed = run(&j, threads, how);
+    failed = run(&j, parallel != NULL ? threads : 1, how);
     Py_END_ALLOW_THREADS;
     if (failed)
         return PyErr_NoMemory();
@@ -468,7 +471,7 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
     a.largest = most < INT16_MAX ? (int)most : INT16_MAX;
     const level *how = chosen; /* once: another thread may change it */
     Py_BEGIN_ALLOW_THREADS;
-    failed = attend(&a, threads, how);
+    failed = attend(&a, parallel != NULL ? threads : 1, how);
     Py_END_ALLOW_THREADS;
     if (failed)
         return PyErr_NoMemory();

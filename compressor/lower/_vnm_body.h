@@ -55,6 +55,15 @@ INLINE vf NAME(larger)(vf largest, vf x) { /* of magnitudes, as whole numbers: N
     return (vf)((a & above) | ((vi)largest & ~above));
 }
 
+/* Of the lanes of what `larger` gave. */
+INLINE float NAME(largest_of)(vf most) {
+    int32_t largest = 0;
+    for (int i = 0; i < VW; i++) largest = ((vi)most)[i] > largest ? ((vi)most)[i] : largest;
+    float found;
+    memcpy(&found, &largest, sizeof found);
+    return found;
+}
+
 /* VW x VW entries in place: log2(VW) rounds of exchanging blocks. */
 #define EXCHANGE(D)                                                                                                     \
     if (D < VW)                                                                                                         \
@@ -209,7 +218,7 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
 /* Passes of a matrix's micro-kernel over `vectors` of tokens, and the vectors of one. */
-static int NAME(pass)(const matrix *m) { return NAME(most)[m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3]; }
+static int NAME(pass)(const matrix *m) { return NAME(most)[v_log(m)]; }
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at every tap.
@@ -218,7 +227,6 @@ static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(p
  * and start at block b0; else what `out` holds of the blocks before b0 is added to. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, const int *gaps, float *out, size_t out_stride, int vectors) {
-    int v_log = m->v == 1 ? 0 : m->v == 2 ? 1 : m->v == 4 ? 2 : 3;
     int passes = NAME(passes)(m, vectors);
     int groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
@@ -240,7 +248,7 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
                 for (int pass = 0; pass < passes; pass++) {
                     int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
                     p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
-                    NAME(kernels)[v_log][r1 - r0 - 1][m->lanes][gaps != NULL](rows + (gaps ? 0 : r0 * VW), stride,
+                    NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL](rows + (gaps ? 0 : r0 * VW), stride,
                                                                               gaps ? gaps + r0 : NULL, &p);
                 }
             }
@@ -290,9 +298,7 @@ static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, in
         const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
         vf most = {0};
         for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
-        int32_t largest = 0;
-        for (int i = 0; i < VW; i++) largest = ((vi)most)[i] > largest ? ((vi)most)[i] : largest;
-        memcpy(scale + t, &largest, sizeof largest);
+        scale[t] = NAME(largest_of)(most);
     }
     scales_of(scale, inverse, count, m->largest);
     memset(scale + count, 0, (stride - count) * sizeof *scale);
@@ -860,10 +866,8 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
         vf largest = {0};
         for (int c = 0; c < channels; c += VW)
             largest = NAME(larger)(largest, (vf)NAME(floats)(key + c, channels - c));
-        int32_t most = 0;
-        for (int l = 0; l < VW; l++) most = ((vi)largest)[l] > most ? ((vi)largest)[l] : most;
-        memcpy(h->key_scale + i, &most, sizeof most);
         float inverse;
+        h->key_scale[i] = NAME(largest_of)(largest);
         scales_of(h->key_scale + i, &inverse, 1, a->largest);
         for (int c = 0; c < 2 * steps; c += VW) {
             vu codes = NAME(code)((vf)NAME(floats)(key + c, channels - c), NAME(all)(inverse));

@@ -61,10 +61,11 @@ def choose(
     calls: dict[str, Callable[[], object]] = {}
     errors: dict[str, list[float]] = {}  # of each layer of the group
     sample = _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS)
+    wanted = _reference(unit, sample)
     for backend in able:
         try:
             modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-            errors[backend.name] = _errors(backend, modules, group, sample)
+            errors[backend.name] = _errors(backend, modules, group, sample, wanted)
             calls[backend.name] = _calls(modules, x)
         except Exception as failure:  # a kernel may refuse a shape only when it runs
             refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
@@ -100,13 +101,17 @@ def choose(
     return plans
 
 
-def _errors(backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor) -> list[float]:
-    """How far each layer of `group` is from float64 in `backend`, of which `modules` are the first ones. Rounding is alike in all of
-    them; what 8 bits lose is each weight's own."""
+def _errors(
+    backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor, wanted: Tensor
+) -> list[float]:
+    """How far each layer of `group` is from float64 in `backend`, of which `modules` are the first ones; `wanted` is what the first
+    gives there. Rounding is alike in all of them; what 8 bits lose is each weight's own."""
+    first = _error(modules[0], group[0].unit, x, wanted)
     if not backend.quantises:
-        return [_error(modules[0], group[0].unit, x)] * len(group)
-    others = (backend.build(one.unit) for one in group[len(modules) :])
-    return [_error(module, one.unit, x) for module, one in zip(itertools.chain(modules, others), group, strict=True)]
+        return [first] * len(group)
+    others = itertools.chain(modules[1:], (backend.build(one.unit) for one in group[len(modules) :]))
+    rest = zip(others, (one.unit for one in group[1:]), strict=True)
+    return [first, *(_error(module, unit, x, _reference(unit, x)) for module, unit in rest)]
 
 
 def _rounds(
@@ -176,10 +181,14 @@ def held(layer: LayerPlan, skipping: set[str], without: Collection[str] = ()) ->
     return every.without(without)
 
 
-def _error(module: nn.Module, unit: Unit, x: Tensor) -> float:
-    """How far `module` is from the unit in float64."""
+def _reference(unit: Unit, x: Tensor) -> Tensor:
+    out: Tensor = copy.deepcopy(unit.module).double()(x.double())
+    return out
+
+
+def _error(module: nn.Module, unit: Unit, x: Tensor, wanted: Tensor) -> float:
     out = module(x)
-    return relative(out, copy.deepcopy(unit.module).double()(x.double())) if out.dtype == unit.dtype else math.inf
+    return relative(out, wanted) if out.dtype == unit.dtype else math.inf
 
 
 def relative(out: Tensor, wanted: Tensor) -> float:

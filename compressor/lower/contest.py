@@ -67,11 +67,6 @@ def _promises(own: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return won > len(own) - needed(len(own), _SMALL)
 
 
-def medians(rounds: Rounds) -> dict[str, float]:
-    """The median time of each form, in milliseconds."""
-    return {name: median(own) for name, own in rounds.items()}
-
-
 @cache
 def needed(rounds: int, chance: float = _CHANCE) -> int:
     """In how many of `rounds` a form must be faster, so that it is not by `chance`; more than there are where those are too few."""
@@ -124,7 +119,7 @@ class Contest:
             name: {other: _against(own, rounds[other]) for other in rounds if other not in apart and other != name}
             for name, own in rounds.items()
         }
-        return cls(medians(rounds), against, apart)
+        return cls({name: median(own) for name, own in rounds.items()}, against, apart)
 
     def without(self, names: Collection[str]) -> Contest:
         """That of the forms but for `names`."""
