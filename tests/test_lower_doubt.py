@@ -18,8 +18,10 @@ from compressor.files import cache_folder
 from compressor.lower import Unit
 from compressor.lower.chooser import _few_rows, relative
 from compressor.lower.forms import deviation
+from compressor.lower.job import lively
 from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units
+from compressor.runs.latency import _error
 
 WIDTH = 32
 
@@ -185,6 +187,25 @@ def test_a_model_that_never_answers_alike_or_not_in_numbers_is_refused() -> None
         compressor.lower(Counting(), X, cache=False)
     with pytest.raises(CompressorError, match="not finite"):
         compressor.lower(Broken(), X, cache=False)
+
+
+def test_examples_of_zeros_hide_no_error() -> None:
+    zeros = {"x": torch.zeros(2, 8, WIDTH), "time": torch.zeros(2), "name": "kept"}
+    inputs = lively(zeros, lambda given: given["x"])
+    assert inputs["x"].std() > 0.9 and inputs["name"] == "kept" and not inputs["time"].any() and not zeros["x"].any()
+    assert lively(zeros, lambda given: given["x"].sqrt()) is zeros  # out of the model's range
+
+    class Scaled(compressor.Adapter):
+        def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+            out: Tensor = module(inputs["x"])
+            return out
+
+        def noised(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError
+
+    model = nn.Linear(WIDTH, WIDTH, bias=False)
+    form = Changed(model, lambda out: 1.25 * out)
+    assert _error(Scaled(), form, model, zeros) == pytest.approx(0.25, rel=0.05)  # it was 0
 
 
 @pytest.mark.parametrize("tolerance", [1e-9, 1e-12])

@@ -58,22 +58,18 @@ def prepared(
     """Run the example once, and look at what the model does with it. Raises where it does not run."""
     chosen, notes = _backends(backends, quantising)
     base = in_dtype(model, dtype)
-    for inputs in (_lively(example_inputs), example_inputs):
-        try:
-            forward = partial(_call_on, inputs, adapter)
-            found, left = find_units(base, partial(forward, base))
-            out = forward(base)
-        except Exception as error:
-            whose = (
-                "" if dtype is None else f", in {dtype}; where they do in the model's own dtype, lower it in that one"
-            )
-            raise CompressorError(
-                f"the example inputs do not run: {type(error).__name__}: {error}",
-                f"Give what the model is called with{whose}.",
-            ) from error
-        if all(bool(tensor.isfinite().all()) for tensor in tensors_in(out)):
-            break
-    else:  # random numbers may be out of a model's range, as noise levels are; the caller's own should not be
+    try:
+        inputs = lively(example_inputs, partial(_call, base, adapter=adapter))
+        forward = partial(_call_on, inputs, adapter)
+        found, left = find_units(base, partial(forward, base))
+        out = forward(base)
+    except Exception as error:
+        whose = "" if dtype is None else f", in {dtype}; where they do in the model's own dtype, lower it in that one"
+        raise CompressorError(
+            f"the example inputs do not run: {type(error).__name__}: {error}",
+            f"Give what the model is called with{whose}.",
+        ) from error
+    if not _finite(out):
         raise CompressorError(
             "the model gives numbers that are not finite on the example, so no form of it can be checked",
             "Give inputs as the model is used with, and a dtype that holds its values.",
@@ -139,8 +135,12 @@ def _named(name: object) -> str:
     return name
 
 
-def _lively(inputs: Any) -> Any:
-    """The example with random numbers in place of its pictures: some kernels are faster on zeros."""
+def lively(example: Any, run: Callable[[Any], Any]) -> Any:
+    """The example with random numbers in place of its pictures: some kernels are faster on zeros, and all are exact on them.
+
+    The example itself where what `run` gives for those is not finite: they may be out of a model's range, as noise levels are; the
+    caller's own should not be.
+    """
     rng = torch.Generator().manual_seed(SEED)
 
     def noise(tensor: Tensor) -> Tensor:
@@ -148,7 +148,12 @@ def _lively(inputs: Any) -> Any:
             return tensor
         return torch.randn(tensor.shape, generator=rng).to(tensor)
 
-    return tree_map_only(Tensor, noise, inputs)
+    inputs = tree_map_only(Tensor, noise, example)
+    return inputs if _finite(run(inputs)) else example
+
+
+def _finite(out: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(out))
 
 
 def _call(model: nn.Module, inputs: Any, adapter: Adapter | None) -> Any:

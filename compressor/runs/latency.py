@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from compressor.adapter import Adapter, to_device
 from compressor.cost.latency import latencies, latency, predictions
 from compressor.environment import resolve_device
 from compressor.lower import lowering
+from compressor.lower.job import lively
 from compressor.progress import Progress
 from compressor.report.content import DENSE, LOWERED, Latency
 from compressor.runs.inputs import Inputs
@@ -54,4 +56,5 @@ def timed(
 
 @torch.no_grad()
 def _error(adapter: Adapter, form: nn.Module, model: nn.Module, example: Any) -> float:
-    return relative_rms(adapter.predict(form, example), adapter.predict(model, example).double().cpu())
+    inputs = lively(example, partial(adapter.predict, model))
+    return relative_rms(adapter.predict(form, inputs), adapter.predict(model, inputs).double().cpu())

@@ -19,7 +19,7 @@ from compressor.cost.timing import side_by_side
 from compressor.errors import UsageError
 from compressor.lower import Lowered, Plan, lowering
 from compressor.lower.forms import dense_forms
-from compressor.lower.job import in_dtype
+from compressor.lower.job import in_dtype, lively
 from compressor.lower.plan import FILE
 from compressor.progress import Progress
 from compressor.report import render
@@ -164,6 +164,8 @@ def _timed(
     dense ones there.
     """
     first, last = run.dense_row.name, run.report.final.name
+    exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
+    example = lively(example, partial(run.adapter.predict, exact[last]))
     kept = "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
     def form(row: str, backend: str, model: nn.Module) -> _Form:
@@ -174,7 +176,6 @@ def _timed(
     if last != first:
         forms += [form(last, EAGER, in_dtype(run.sparse, dtype)), form(last, LOWERED, lowered.model)]
     forms += others
-    exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
     wanted = {row: run.adapter.predict(model, example).double().cpu() for row, model in exact.items()}
     errors = [relative_rms(one.run(example), wanted[one.row]) for one in forms]
     times = side_by_side({at: partial(one.run, example) for at, one in enumerate(forms)}, _ROUNDS, run.device)
