@@ -20,7 +20,7 @@ from imitated import Library
 from torch import Tensor, nn
 
 from compressor import Adapter
-from compressor.lower import cusparselt
+from compressor.lower import cusparselt, cusparselt_library
 from compressor.lower.cusparselt_tuning import Algorithm, Tuned
 from compressor.lower.vnm_kernels import kernels
 
@@ -217,9 +217,17 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`machine((9, 0), 801)`: a GPU of that compute capability, and torch with that cuSPARSELt (None: without)."""
+    """`machine((9, 0), 801)`: a GPU of that compute capability, and torch with that cuSPARSELt (None: without). `loaded` is the
+    version of the loaded file where that is another than the header's."""
 
-    def made(capability: tuple[int, int], version: int | None, current: int = 0, hip: str | None = None) -> None:
+    def made(
+        capability: tuple[int, int],
+        version: int | None,
+        current: int = 0,
+        hip: str | None = None,
+        loaded: int | None = None,
+    ) -> None:
+        monkeypatch.setattr(cusparselt_library, "_loaded", lambda: loaded)
         monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: version is not None)
         monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

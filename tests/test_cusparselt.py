@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ import torch.nn.functional as F
 from imitated import BF16, CUDA, FP8, FP16, error, normal, sparse_, unit
 from torch import Tensor, nn
 
-import compressor
-from compressor import NM, CompressorError
+from compressor import NM, CompressorError, registry
 from compressor.discovery import load
-from compressor.lower import cusparselt
+from compressor.lower import cusparselt, cusparselt_library
 from compressor.lower.cusparselt import CuSparseLt, CuSparseLtQuantised, fp8, int8, quantised, rescaled
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned
 from compressor.sparsity.clustered import Clustered
@@ -33,9 +34,10 @@ from compressor.sparsity.clustered import Clustered
         ((8, 6), 801, None, None, "8.6 has no fp8"),
         ((8, 9), 701, None, None, "fp8 needs cuSPARSELt 0.8.0"),
         ((8, 9), 801, None, None, None),
-        ((9, 0), 502, "9.0 needs cuSPARSELt 0.6.0 or later, this torch has 0.5.2", "0.6.0", "0.6.0"),
+        ((9, 0), 502, "9.0 needs cuSPARSELt 0.6.0 or later, this process has 0.5.2", "0.6.0", "0.6.0"),
         ((9, 0), 600, None, None, "fp8 needs cuSPARSELt 0.6.2"),
         ((9, 0), 801, None, None, None),
+        ((10, 3), 1000, None, "10.3: cuSPARSELt lists no int8", None),
         ((10, 0), 602, "needs cuSPARSELt 0.7.0", "needs cuSPARSELt 0.7.0", "needs cuSPARSELt 0.7.0"),
         ((12, 0), 801, None, None, None),
         ((9, 0), None, "this torch has no cuSPARSELt", "this torch has no", "this torch has no"),
@@ -55,6 +57,54 @@ def test_only_the_current_gpu_of_an_nvidia_machine_is_used(machine):
     assert CuSparseLt().unavailable(torch.device("cuda")) is None
     machine((9, 0), 801, hip="6.4")
     assert "AMD" in str(CuSparseLt().unavailable(CUDA))
+
+
+def test_the_version_is_that_of_the_loaded_file(machine):
+    machine((9, 0), 502, loaded=600)  # torch's header is older than what is loaded
+    assert CuSparseLt().unavailable(CUDA) is None and CuSparseLt().version == "0.6.0"
+    machine((9, 0), 801, loaded=502)
+    assert "0.5.2" in str(CuSparseLt().unavailable(CUDA))
+    machine((9, 0), 801)
+    assert CuSparseLt().version == "0.8.1 (header)"
+    machine((9, 0), None)
+    assert CuSparseLt().version == ""
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_the_loaded_file_is_asked_and_none_is_loaded_for_that(monkeypatch, answer):
+    modes = []
+
+    class File:
+        def __init__(self, name, mode):
+            assert name == "libcusparseLt.so.0"
+            modes.append(mode)
+
+        def cusparseLtGetProperty(self, part, value):
+            value._obj.value = (0, 8, 1)[part]
+            return answer
+
+    monkeypatch.setattr(cusparselt_library.ctypes, "CDLL", File)
+    assert cusparselt_library._loaded() == (801 if answer == 0 else None)
+    assert all(mode & os.RTLD_NOLOAD for mode in modes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_no_file_is_loaded_without_a_gpu():
+    assert cusparselt_library._loaded() is None
+
+
+@pytest.mark.parametrize(("capability", "slow"), [((9, 0), True), ((8, 9), True), ((8, 0), False), ((10, 0), False)])
+def test_the_slow_version_is_told(machine, capability, slow):
+    machine(capability, 801, loaded=800)
+    assert ("0.8.1" in str(CuSparseLt().remark(CUDA))) == slow
+    machine(capability, 800, loaded=801)
+    assert CuSparseLt().remark(CUDA) is None
+
+
+def test_an_older_torch_is_refused(machine, monkeypatch):
+    machine((9, 0), 801)
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
+    assert "2.10" in str(CuSparseLt().unavailable(CUDA))
 
 
 @pytest.mark.parametrize("backend", [CuSparseLt(), int8(), fp8()], ids=lambda backend: backend.name)
@@ -99,7 +149,7 @@ def test_8_bit_sides_are_multiples_of_32(machine):
     ("capability", "dtype", "reason", "reason8"),
     [
         ((9, 0), BF16, None, None),
-        ((9, 0), FP16, "illegal instructions on Hopper", None),
+        ((9, 0), FP16, None, None),  # the search, in another process, decides
         ((8, 0), FP16, None, None),
         ((12, 0), FP16, None, None),
         ((9, 0), torch.float32, "lower with dtype=torch.bfloat16", "less than torch.float32 promises"),
@@ -244,6 +294,56 @@ def test_an_algorithm_that_is_wrong_is_found_out(library, broken):
         CuSparseLt().build(unit(layer, (8, 64)))
 
 
+@pytest.mark.parametrize("fault", ["none", "stale", "doubled"])
+def test_a_bias_that_is_not_added_as_given_is_found_out(library, monkeypatch, fault):
+    layer = sparse_(nn.Linear(64, 32)).to(BF16)
+    first: dict[Any, Tensor] = {}
+    multiplied = library.sparse_mm
+
+    def faulty(packed, right, bias=None, **more):
+        if bias is not None:
+            stale = first.setdefault(
+                tuple(packed.shape), bias.clone()
+            )  # plans that are kept by shape remember the pointer
+            bias = {"none": None, "stale": stale, "doubled": bias * 2}[fault]
+        return multiplied(packed, right, bias=bias, **more)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", faulty)
+    with pytest.raises(CompressorError, match="another bias than it is given"):
+        CuSparseLt().build(unit(layer, (8, 64)))
+    assert CuSparseLt().build(unit(sparse_(nn.Linear(64, 32, bias=False)).to(BF16), (8, 64))) is not None
+
+
+@pytest.mark.parametrize("backend", [CuSparseLt(), int8(), fp8()], ids=lambda backend: backend.name)
+def test_gradients_are_refused(library, backend):
+    lowered = backend.build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
+    x = normal(8, 64, dtype=BF16).requires_grad_()
+    with pytest.raises(CompressorError, match="for inference"):
+        lowered(x)
+    with torch.no_grad():
+        assert lowered(x).shape == (8, 32)
+
+
+@pytest.mark.parametrize("backend", [int8(), fp8()], ids=lambda backend: backend.name)
+def test_scales_that_were_cast_are_refused(library, backend):
+    lowered = backend.build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
+    with pytest.raises(CompressorError, match="was cast"):
+        copy.deepcopy(lowered).half()(normal(8, 64, dtype=BF16))
+
+
+def test_other_numbers_of_tokens_are_told_once(library, monkeypatch):
+    monkeypatch.setattr(cusparselt, "tuned", lambda *_: Tuned(Algorithm(3), Algorithm(), 1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered = CuSparseLt().build(unit(sparse_(nn.Linear(64, 32)), (3, 7, 64)))
+        lowered(normal(24, 64, dtype=BF16))
+    with pytest.warns(UserWarning, match="tuned for 24 rows and got 8"):
+        lowered(normal(8, 64, dtype=BF16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(normal(8, 64, dtype=BF16))
+
+
 def test_a_lowered_layer_survives_copies_and_refuses_casts(library):
     layer = sparse_(nn.Linear(64, 32))
     lowered = CuSparseLt().build(unit(layer, (8, 64)))
@@ -324,7 +424,7 @@ def test_backends_that_quantise_say_so():
 
 
 def test_backends_load_where_they_are_installed():
-    names = compressor.registry.names("backends")
+    names = registry.names("backends")
     if "cusparselt" not in names:
         pytest.skip("this installation is older than the backend: pip install -e .")
     assert load("backends", "cusparselt") is CuSparseLt

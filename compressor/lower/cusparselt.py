@@ -10,6 +10,7 @@ torch keeps one cuSPARSELt handle for a thread, tied to the GPU that was current
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -20,15 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit
+from compressor.lower import cusparselt_library
+from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
 from compressor.sparsity.codes import LARGEST, quantised
 from compressor.sparsity.pattern import NM
 
 _PATTERN = NM(2, 4)
-_NEEDS = {8: 400, 9: 600}
-"""The first cuSPARSELt for a GPU generation: 0.4.0 is 400. NVIDIA's release notes."""
-_NEEDS_LATER = 700
 _CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple of 16
 
 # --- The operator: one argument list for every version of torch, and opaque to compilers. ---
@@ -82,6 +81,7 @@ class Packed(nn.Module):
             dtype=str(weight.dtype).removeprefix("torch."),
             bias=bias is not None,
         )
+        self.told = False  # that another number of tokens came
         self.tuned: Tuned = tuned(product, weight.device.index or 0)
         packed = torch._cslt_compress(weight.contiguous())
         # As bytes: they hold indices besides numbers, and a cast of the model must not touch them.
@@ -91,6 +91,7 @@ class Packed(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows (tokens, in) -> (tokens, out): bfloat16 for 8-bit rows, else of their dtype."""
+        refuse_gradients(rows)
         if rows.dtype != self.dtype or rows.shape[-1] != self.inner:
             raise CompressorError(
                 f"a lowered layer got {rows.dtype} of shape {tuple(rows.shape)}; it takes {self.dtype} with {self.inner} channels",
@@ -98,6 +99,11 @@ class Packed(nn.Module):
             )
         if self.bias is not None and self.bias.dtype != self.dtype:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+        if not torch.compiler.is_compiling():
+            self._tell(rows.shape[0])
+        return self._product(rows)
+
+    def _product(self, rows: Tensor) -> Tensor:
         tokens = rows.shape[0]
         padded = _padded(rows, -tokens % self.multiple)
         # What was searched for one number of tokens need not exist for another.
@@ -105,25 +111,47 @@ class Packed(nn.Module):
         out: Tensor = torch.ops.compressor.cslt_linear(padded, self.packed, self.bias, self.out, algorithm.numbers)
         return out[:tokens]
 
+    def _tell(self, tokens: int) -> None:
+        """Warn once where the algorithm that was searched is not the one that runs."""
+        if self.told or not tokens or tokens + -tokens % self.multiple == self.tokens or self.tuned.median_ms is None:
+            return
+        self.told = True
+        warnings.warn(
+            f"a lowered layer was tuned for {self.tokens} rows and got {tokens}: it takes the library's default algorithm, which may "
+            "be slower than dense. Lower the model for the size that it is used with.",
+            stacklevel=3,
+        )
+
     def extra_repr(self) -> str:
         note = f", {self.tuned.note}" if self.tuned.note else ""
         return f"{self.inner}, {self.out}, {self.dtype}, algorithm {self.tuned.algorithm}{note}"
 
     def _verify(self, weight: Tensor) -> None:
-        """Multiply by the identity, in both ways that `forward` has: every output is one entry of the weight, exactly."""
+        """Multiply by the identity, in both ways that `forward` has: every output is one entry of the weight, exactly. And zeros,
+        with one bias and another: every row is the bias, exactly, the one of this call."""
         bias, self.bias = self.bias, None
         for tokens in sorted({self.tokens, _CHECKED}):
             for start in range(0, self.inner, min(tokens, _CHECKED)):
                 count = min(tokens, _CHECKED, self.inner - start)
                 identity = torch.zeros(count, self.inner, device=weight.device)
                 identity[torch.arange(count), torch.arange(start, start + count)] = 1
-                found = self(_padded(identity.to(self.dtype), tokens - count))[:count].float()
+                found = self._product(_padded(identity.to(self.dtype), tokens - count))[:count].float()
                 if not torch.equal(found, weight[:, start : start + count].t().float()):
-                    raise CompressorError(
-                        f"cuSPARSELt {torch.backends.cusparselt.version()} does not give a weight back as it was packed",
-                        "It would compute something else: use another version of torch.",
-                    )
+                    raise CompressorError(f"{_library_is()} does not give a weight back as it was packed", _OTHER)
+            zeros = torch.zeros(tokens, self.inner, device=weight.device).to(self.dtype)
+            for own in () if bias is None else (bias, bias.flip(0) + 1, bias):
+                self.bias = own.contiguous()
+                if not torch.equal(self._product(zeros), own.expand(tokens, -1)):
+                    raise CompressorError(f"{_library_is()} adds another bias than it is given", _OTHER)
+            self.bias = None
         self.bias = bias
+
+
+_OTHER = "It would compute something else: use another version of torch."
+
+
+def _library_is() -> str:
+    return f"cuSPARSELt {cusparselt_library.described()}".strip()
 
 
 def _padded(rows: Tensor, missing: int) -> Tensor:
@@ -168,6 +196,9 @@ class QuantisedSparseLinear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
+        if self.scale.dtype != torch.float32:
+            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
         codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.weight.dtype)
         out: Tensor = self.rescale(self.weight(codes), scale, self.scale, self.bias, x.dtype)
         return out.reshape(*x.shape[:-1], self.weight.out)
@@ -204,29 +235,25 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CuSparseLt(Backend):
-    """2:4 weights in bfloat16 (float16 too on GPUs before Hopper) on the sparse tensor cores of NVIDIA GPUs."""
+    """2:4 weights in bfloat16 and float16 on the sparse tensor cores of NVIDIA GPUs.
+
+    float16 was once reported to end in illegal instructions on Hopper. No source was found, and the search for algorithms would tell:
+    it tries them in another process.
+    """
 
     name = "cusparselt"
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"cuSPARSELt runs on NVIDIA GPUs, the model is on {device}"
-        if torch.version.hip is not None:
-            return "this torch is for AMD GPUs, where these kernels were never tried"
-        if not torch.backends.cusparselt.is_available():
-            return "this torch has no cuSPARSELt: install a build for CUDA 12 or later, as `pip install torch` does on Linux"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"compute capability {major}.{minor} has no sparse tensor cores: 8.0 (A100, RTX 30) and later have"
-        found, needed = torch.backends.cusparselt.version() or 0, _NEEDS.get(major, _NEEDS_LATER)
-        if found < needed:
-            return (
-                f"compute capability {major}.{minor} needs cuSPARSELt {_dotted(needed)} or later, "
-                f"this torch has {_dotted(found)}: install a later one"
-            )
-        if device.index is not None and device.index != torch.cuda.current_device():
-            return f"cuSPARSELt works on the current GPU of a process: call torch.cuda.set_device({device.index}) first"
-        return None
+        return cusparselt_library.missing(device)
+
+    def remark(self, device: torch.device) -> str | None:
+        return cusparselt_library.remark(device)
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        return cusparselt_library.described()
 
     def refusal(self, unit: Unit) -> str | None:
         return self._wrong_dtype(unit) or _no_product(unit, self._multiple)
@@ -244,16 +271,9 @@ class CuSparseLt(Backend):
     _multiple = 16
 
     def _wrong_dtype(self, unit: Unit) -> str | None:
-        if unit.dtype == torch.bfloat16:
+        if unit.dtype in (torch.bfloat16, torch.float16):
             return None
-        if unit.dtype != torch.float16:
-            return (
-                f"sparse tensor cores take {unit.dtype} as 1:2 in reduced precision, if at all: "
-                "lower with dtype=torch.bfloat16"
-            )
-        if torch.cuda.get_device_capability(unit.device)[0] == 9:
-            return "float16 was reported to end in illegal instructions on Hopper: lower with dtype=torch.bfloat16"
-        return None
+        return f"sparse tensor cores take {unit.dtype} as 1:2 in reduced precision, if at all: lower with dtype=torch.bfloat16"
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return SparseLinear(layer, tokens)
@@ -277,17 +297,7 @@ class CuSparseLtQuantised(CuSparseLt):
         self.name = "cusparselt-int8" if dtype == torch.int8 else "cusparselt-fp8"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if reason := super().unavailable(device):
-            return reason
-        if self.dtype == torch.int8:
-            return None
-        capability, found = torch.cuda.get_device_capability(device), torch.backends.cusparselt.version() or 0
-        if capability < (8, 9):
-            return f"compute capability {capability[0]}.{capability[1]} has no fp8: 8.9 (RTX 40) and later have"
-        needed = 800 if capability == (8, 9) else 602
-        if found < needed:
-            return f"fp8 needs cuSPARSELt {_dotted(needed)} or later here, this torch has {_dotted(found)}"
-        return None
+        return super().unavailable(device) or cusparselt_library.missing_8_bits(device, self.dtype)
 
     def _wrong_dtype(self, unit: Unit) -> str | None:
         if unit.dtype in (torch.bfloat16, torch.float16):
@@ -306,10 +316,6 @@ def int8() -> CuSparseLtQuantised:
 def fp8() -> CuSparseLtQuantised:
     """The backend `cusparselt-fp8`."""
     return CuSparseLtQuantised(torch.float8_e4m3fn)
-
-
-def _dotted(version: int) -> str:
-    return f"{version // 1000}.{version // 100 % 10}.{version % 100}"
 
 
 def _tokens(unit: Unit) -> int:

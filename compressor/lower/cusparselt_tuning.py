@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError, UsageError
+from compressor.lower import cusparselt_library
 from compressor.lower.plan import Cache, Setting
 
 SECONDS_VARIABLE = "COMPRESSOR_SEARCH_SECONDS"
@@ -183,7 +184,7 @@ def _is_algorithm(text: str) -> bool:
 
 def _setting(index: int) -> Setting:
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    versions["cusparselt"] = str(torch.backends.cusparselt.version())
+    versions["cusparselt"] = cusparselt_library.described()
     with suppress(PackageNotFoundError):
         versions["diffusion-compressor"] = version("diffusion-compressor")
     return Setting(device="cuda", hardware=torch.cuda.get_device_name(index), threads=1, versions=versions)

@@ -17,6 +17,7 @@ from compressor import discovery
 from compressor.adapter import Adapter
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
+from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
 from compressor.lower.units import Found, LeftOut, find_units, is_unit
@@ -203,7 +204,7 @@ def _setting(device: torch.device) -> Setting:
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
         if torch.backends.cusparselt.is_available():
-            versions["cusparselt"] = str(torch.backends.cusparselt.version())
+            versions["cusparselt"] = cusparselt_library.described()
     versions |= _restrictions()
     hardware = about["hardware"].rpartition(", ")[0]
     threads, cores = torch.get_num_threads(), usable_cores() if device.type == "cpu" else None
