@@ -61,6 +61,14 @@ def test_candidates_are_all_different_and_begin_with_the_default(names, count):
     assert [a.split_k for a in found[:5]] == [1] * 5
 
 
+@pytest.mark.parametrize(
+    ("major", "splits"), [(8, {1, 2, 4, 8}), (9, {1, -1}), (10, {1, -1, 2, 4, 8}), (0, {1, -1, 2, 4, 8})]
+)
+def test_splits_that_a_generation_refuses_are_not_tried(major, splits):
+    found = candidates(5, TORCH_2_13, major=major)
+    assert {algorithm.split_k for algorithm in found} == splits and found[0] == Algorithm()
+
+
 # --- The search in another process. ---
 
 PRODUCT = Product(24, 32, 64, "bfloat16", True)
@@ -168,6 +176,15 @@ def test_nothing_right_is_an_error_that_says_why(act):
         tuned(PRODUCT, 0)
 
 
+def test_a_search_in_which_all_failed_is_not_repeated(act, tmp_path):
+    log = act(f"say('trying', {A!r}); say('failed', {A!r}, why='wrong')")
+    for _ in range(2):
+        tuned.cache_clear()
+        with pytest.raises(CompressorError, match="no algorithm of cuSPARSELt"):
+            tuned(PRODUCT, 0)
+    assert len(requests(log)) == 1
+
+
 def test_a_search_that_does_not_start_leaves_the_default_and_a_note(act, monkeypatch):
     log = act("sys.exit('no CUDA-capable device is detected')")
     found = tuned(PRODUCT, 0)
@@ -217,7 +234,7 @@ class Trial:
     """A trial in which algorithm 1 is wrong, 2 is fastest, and `deadly` kills the GPU."""
 
     def __init__(self, deadly: int | None = None, transposed: bool = True) -> None:
-        self.deadly, self.transposed, self.alive = deadly, transposed, True
+        self.deadly, self.transposed, self.alive, self.major = deadly, transposed, True, 8
 
     def milliseconds(self, algorithms: list[Algorithm], replays: int) -> list[float]:
         for algorithm in algorithms:
@@ -251,6 +268,15 @@ def test_the_worker_announces_tries_and_times_the_best_again(monkeypatch):
         ("failed", "1,1,-1,1"),
     ]
     assert events(Trial(), seconds=-1.0) == []
+
+
+def test_the_librarys_own_winner_is_tried_first_and_once(monkeypatch):
+    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_13)
+    said = events(Trial(), winner=Algorithm(2, 4, 2))
+    tried = [algorithm for event, algorithm in said if event == "trying"]
+    assert tried[:2] == ["2,4,2,1", "0,1,-1,1"] and len(set(tried)) == len(tried) == len(
+        candidates(3, TORCH_2_13, True, 8)
+    )
 
 
 def test_the_worker_copies_results_only_where_nothing_else_is_right(monkeypatch):

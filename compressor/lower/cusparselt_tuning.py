@@ -32,6 +32,7 @@ SECONDS_VARIABLE = "COMPRESSOR_SEARCH_SECONDS"
 _SECONDS = 20.0  # of search; loading torch and the GPU's libraries comes on top
 _START = 120.0  # seconds that a worker may take besides searching
 _WORKERS = 5  # each but the first because the one before it died
+_NONE = "none"  # in place of algorithms, on disk: all that were tried failed
 KEPT = 8  # the fastest are timed again, side by side
 
 
@@ -139,12 +140,16 @@ def split_arguments(algorithm: Algorithm, names: Collection[str]) -> dict[str, A
     raise CompressorError(f"this torch cannot split a sparse product as in {algorithm}", "Use torch 2.8 or later.")
 
 
-def candidates(limit: int, names: Collection[str], transposed: bool = True) -> list[Algorithm]:
-    """All algorithms there are to try, those that do not split first. The very first is the default."""
+def candidates(limit: int, names: Collection[str], transposed: bool = True, major: int = 0) -> list[Algorithm]:
+    """All algorithms there are to try, those that do not split first. The very first is the default.
+
+    `major` is the GPU's compute capability: Hopper (9) splits by segments or not at all, those before it never by segments, and those
+    after it may do both (0 as well). By the library's error messages.
+    """
     splits = [(1, -1)]
-    if "split_k_mode" in names:
+    if "split_k_mode" in names and (major >= 9 or not major):
         splits += [(-1, -1)]
-    if {"split_k_mode", "split_k_one_kernel"} & set(names):
+    if {"split_k_mode", "split_k_one_kernel"} & set(names) and major != 9:
         splits += [(k, mode) for k in (2, 4, 8) for mode in (1, 2)]
     return [Algorithm(alg_id, k, mode, transposed) for k, mode in splits for alg_id in range(limit)]
 
@@ -161,10 +166,23 @@ def tuned(product: Product, index: int) -> Tuned:
     store = Cache(_setting(index))
     key = f"cusparselt algorithms 1: {json.dumps(asdict(product))}"
     found = store.get(key)
+    if found is not None and set(found) == {_NONE}:
+        raise CompressorError(
+            f"no algorithm of cuSPARSELt gave {_named(product)} right when all were tried",
+            f"To try again, remove {store.folder}.",
+        )
     times = {} if found is None else {name: ms for name, (ms, *_) in found.items() if _is_algorithm(name)}
     note = None
     if not times:
-        times, note = searched(product, index)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what this process keeps for later, the search in another one has need of now
+        try:
+            times, note = searched(product, index)
+        except UsageError:
+            raise
+        except CompressorError:
+            store.put(key, {_NONE: (1.0,)})
+            raise
         if times:
             store.put(key, {name: (ms,) for name, ms in times.items()})
     if not times:

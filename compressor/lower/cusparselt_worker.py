@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -32,16 +33,20 @@ class Poisoned(Exception):
 
 
 def search(
-    trial: Trial, seconds: float, limit: int, skip: Collection[str], found: bool
+    trial: Trial, seconds: float, limit: int, skip: Collection[str], found: bool, winner: Algorithm | None = None
 ) -> Iterator[dict[str, str | float]]:
     """Try the first `limit` algorithms of a product: one line before and one after each, and the fastest once more.
 
-    `skip` are those that an earlier worker tried, and `found` whether it found one that is right.
+    The `winner` of the library's own search comes first: time may be short. `skip` are those that an earlier worker tried, and
+    `found` whether it found one that is right.
     """
     end = time.monotonic() + seconds
     times: dict[Algorithm, float] = {}
     for transposed in (True, False):
-        for algorithm in candidates(limit, operator_arguments(), transposed):
+        every = candidates(limit, operator_arguments(), transposed, trial.major)
+        if winner is not None:
+            every.insert(0, replace(winner, transposed=transposed))
+        for algorithm in dict.fromkeys(every):
             if str(algorithm) in skip:
                 continue
             if time.monotonic() > end:
@@ -84,17 +89,23 @@ class Trial:
         if self.bias is not None:
             self.wanted += self.bias.float()
 
-    def limit(self) -> int:
-        """How many algorithms the library has for this product, as far as it says."""
+    @property
+    def major(self) -> int:
+        """The generation of the GPU, 9 for Hopper; 0 elsewhere."""
+        return torch.cuda.get_device_capability(self.device)[0] if self.device.type == "cuda" else 0
+
+    def suggested(self) -> tuple[int, Algorithm | None]:
+        """How many algorithms the library has for this product, and the one that its own search takes, as far as it says."""
         names: Any = torch._C
         try:
             found = names._cusparselt.mm_search(
                 self.packed[0], self.inputs[0].t(), self.bias, None, self._mixed_dtype(), True
             )
-            return max(1, min(int(found[3]), 1000))
+            alg_id, split_k, split_k_mode, limit = map(int, found)
+            return max(1, min(limit, 1000)), Algorithm(alg_id, split_k, split_k_mode if split_k != 1 else -1)
         except Exception:  # private to torch, and not in every version
             self.still_alive()
-            return NO_LIMIT
+            return NO_LIMIT, None
 
     def _mixed_dtype(self) -> torch.dtype | None:
         return self.product.out_dtype if self.product.torch_dtype.itemsize == 1 else None
@@ -172,9 +183,9 @@ def main() -> None:
     try:
         with torch.no_grad():
             trial = Trial(Product(**request["product"]), device)
-            limit = trial.limit() if request["ask"] else NO_LIMIT
+            limit, winner = trial.suggested() if request["ask"] else (NO_LIMIT, None)
             gc.freeze()  # torch may collect garbage before every recording
-            for line in search(trial, request["seconds"], limit, request["skip"], request["found"]):
+            for line in search(trial, request["seconds"], limit, request["skip"], request["found"], winner):
                 print(json.dumps(line), flush=True)
     except Poisoned as poisoned:
         # The line about the algorithm has been written; what is left is to say that this process is of no more use.
