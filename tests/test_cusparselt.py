@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from compressor import NM, CompressorError, registry
 from compressor.discovery import load
 from compressor.lower import cusparselt, cusparselt_library
-from compressor.lower.cusparselt import CuSparseLt, CuSparseLtQuantised, fp8, int8, quantised, rescaled
+from compressor.lower.cusparselt import CuSparseLt, CuSparseLtQuantised, fp8, int8
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned
+from compressor.lower.quantised import rescaled
 from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.codes import quantised
 
 # --- What is refused, and why. ---
 

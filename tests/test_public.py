@@ -38,7 +38,7 @@ NEW_NAMES = {
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
-    "compressor.backends": {"vnm-int8", "attention", "attention-int16"},
+    "compressor.backends": {"vnm-int8", "attention", "attention-int16", "dense-int8", "dense-fp8"},
 }
 """By group."""
 _BUDGETS = [
@@ -99,7 +99,11 @@ _MAX_ERROR = (
     "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. "
     "[0<x<=1]"
 )
-NEW_HELP["compressor lower"] = [_TOLERANCE, _MAX_ERROR]
+NEW_HELP["compressor lower"] = [
+    "--no-compiled Leave them out on a GPU too, where they are tried by default.",
+    _TOLERANCE,
+    _MAX_ERROR,
+]
 NEW_HELP["compressor bench"] = f"""
 {_TOLERANCE}
 {_MAX_ERROR}

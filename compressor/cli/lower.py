@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from compressor.cli.command import Command
 from compressor.cli.options import numbers, options, run_argument, speed_options
 from compressor.cli.terminal import Output, print_json, print_table, say, watch
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 
 if TYPE_CHECKING:
     from compressor.runs.speed import Benched
@@ -26,15 +26,19 @@ if TYPE_CHECKING:
         "--batch", type=click.IntRange(1), help="Batch size to tune for. Default: the run's evaluate.latency_batch."
     ),
     click.option("--compiled", is_flag=True, help="Also try forms under torch.compile; takes minutes."),
+    click.option("--no-compiled", is_flag=True, help="Leave them out on a GPU too, where they are tried by default."),
     speed_options,
 )
-def lower(output: Output, directory: Path, batch: int | None, **flags: Any) -> None:
+def lower(output: Output, directory: Path, batch: int | None, compiled: bool, no_compiled: bool, **flags: Any) -> None:
     """Choose the fastest kernel of this machine for every layer of a finished run, and time the whole model.
 
     The plan is saved as lowering.json, and the times in the run's report. Never slower than dense: where sparse kernels do
     not pay, the plan keeps the best dense form and says so.
     """
-    plan = _timed(output, directory, (batch,) if batch else (), batch is not None, **flags).plan
+    if compiled and no_compiled:
+        raise UsageError("--compiled with --no-compiled", "Give one of them.")
+    how = (compiled or None) if not no_compiled else False
+    plan = _timed(output, directory, (batch,) if batch else (), batch is not None, compiled=how, **flags).plan
     if output.as_json:
         print_json(plan.model_dump(mode="json"))
         return

@@ -139,4 +139,5 @@ class VNMAttentionInt16(VNMAttention):
 
     name = "attention-int16"
     quantises = True
+    products = "int16"
     codes = True

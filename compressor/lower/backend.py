@@ -62,6 +62,8 @@ class Backend(ABC):
     """Whether a multiplication by a masked weight is really left out; False for dense forms."""
     version: str = ""
     """What its times depend on besides shapes, machine and torch: times measured with another version are not used."""
+    products: str | None = None
+    """What it multiplies in where that is not the layer's dtype: "int8". A speed-up names it."""
     quantises: bool = False
     """Whether it gives other numbers than rounding explains: tried only where it is named, or an error is allowed."""
 

@@ -11,9 +11,7 @@ torch keeps one cuSPARSELt handle for a thread, tied to the GPU that was current
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from compressor.errors import CompressorError
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
+from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product
 from compressor.sparsity.codes import LARGEST, quantised
 from compressor.sparsity.pattern import NM
 
@@ -161,74 +160,33 @@ def _padded(rows: Tensor, missing: int) -> Tensor:
     return F.pad(rows.contiguous().view(torch.uint8), (0, 0, 0, missing)).view(rows.dtype)  # float8 has no padding
 
 
-def _matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """The weight (out, in), without negative zeros: packers have taken them for entries to keep, which makes three of four."""
-    return layer.weight.detach().flatten(1) + 0.0
-
-
 class SparseLinear(nn.Module):
     """x (..., in) -> (..., out), for inference."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> None:
         super().__init__()
-        self.weight = Packed(_matrix(layer), layer.bias, tokens)
+        self.weight = Packed(matrix(layer), layer.bias, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.weight(x.reshape(-1, x.shape[-1]))
         return out.reshape(*x.shape[:-1], self.weight.out)
 
 
-class QuantisedSparseLinear(nn.Module):
-    """x (..., in) -> (..., out), for inference, in 8-bit products: `dtype` is int8 or float8_e4m3fn.
-
-    Each token and each output channel has its own scale: out = (codes of x) (codes of weight)^T scale_x scale_weight + bias.
-    """
-
-    scale: Tensor
-    bias: Tensor | None
+class QuantisedSparseLinear(QuantisedLinear):
+    """x (..., in) -> (..., out), for inference, in 2:4 products of 8 bits: `dtype` is int8 or float8_e4m3fn."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        codes, scale = quantised(_matrix(layer), dtype)
+        codes, scale = quantised(matrix(layer), dtype)
+        super().__init__(scale, layer.bias, dtype)
         self.weight = Packed(codes, None, tokens)
-        self.register_buffer("scale", scale.flatten())
-        self.quantise, self.rescale = _fused(quantised), _fused(rescaled)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        refuse_gradients(x)
-        if self.scale.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
-        codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.weight.dtype)
-        out: Tensor = self.rescale(self.weight(codes), scale, self.scale, self.bias, x.dtype)
-        return out.reshape(*x.shape[:-1], self.weight.out)
+    @property
+    def out(self) -> int:
+        return self.weight.out
 
-
-class SparseConv1x1(nn.Module):
-    """x ([batch,] in, height, width) -> ([batch,] out, height, width) through `linear`, a product for every pixel."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x.movedim(-3, -1))
-        return out.movedim(-1, -3)
-
-
-def rescaled(out: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """out (tokens, out) times the scales `rows` (tokens, 1) and `columns` (out,), plus bias (out,), in `dtype`."""
-    scaled = out.float() * rows * columns
-    return (scaled if bias is None else scaled + bias.float()).to(dtype)
-
-
-@cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one kernel where Triton is there to compile it; one operator after the other costs what 8 bits gain."""
-    if torch.cuda.is_available() and find_spec("triton") is not None:
-        compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
-        return compiled
-    return function
+    def product(self, codes: Tensor) -> Tensor:
+        found: Tensor = self.weight(codes)
+        return found
 
 
 # --- The backends. ---
@@ -262,11 +220,7 @@ class CuSparseLt(Backend):
         if reason := self.refusal(unit):
             raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
         tokens = _tokens(unit)
-        made = [self._linear(layer, tokens) for layer in unit.layers]
-        if isinstance(unit.module, nn.Sequential):
-            (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
-            return nn.Sequential(made[0], nn.GELU(activation.approximate), made[1])
-        return SparseConv1x1(made[0]) if isinstance(unit.module, nn.Conv2d) else made[0]
+        return by_products(unit, lambda layer: self._linear(layer, tokens))
 
     _multiple = 16
 
@@ -294,7 +248,8 @@ class CuSparseLtQuantised(CuSparseLt):
         if dtype not in LARGEST:
             raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
         self.dtype = dtype
-        self.name = "cusparselt-int8" if dtype == torch.int8 else "cusparselt-fp8"
+        self.products = "int8" if dtype == torch.int8 else "fp8"
+        self.name = f"cusparselt-{self.products}"
 
     def unavailable(self, device: torch.device) -> str | None:
         return super().unavailable(device) or cusparselt_library.missing_8_bits(device, self.dtype)
@@ -327,7 +282,7 @@ def _tokens(unit: Unit) -> int:
 def _no_product(unit: Unit, multiple: int) -> str | None:
     """Why the unit's layers are no products of 2:4 weights whose sides are multiples of `multiple`; None where they are."""
     for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
-        if isinstance(layer, nn.Conv2d) and (reason := _no_linear(layer)):
+        if isinstance(layer, nn.Conv2d) and (reason := no_product(layer)):
             return reason
         if pattern is None:
             return "its weight obeys no N:M pattern"
@@ -342,16 +297,3 @@ def _no_product(unit: Unit, multiple: int) -> str | None:
 def _implies_2_4(pattern: NM) -> bool:
     """Whether four neighbours hold two nonzero entries at most, whatever the rows share."""
     return (pattern.m % 4 == 0 and pattern.n <= 2) or (pattern.n, pattern.m) == (1, 2)
-
-
-def _no_linear(layer: nn.Conv2d) -> str | None:
-    if layer.kernel_size != (1, 1):
-        return (
-            f"a kernel of {layer.kernel_size} stays dense: laying its input out as a matrix costs more than 2:4 saves "
-            "below about 850 output channels"
-        )
-    if layer.groups != 1:
-        return f"a convolution in {layer.groups} groups"
-    if layer.stride != (1, 1) or layer.padding not in ((0, 0), "same", "valid"):
-        return f"stride {layer.stride}, padding {layer.padding}: only stride 1 without padding is a product"
-    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,11 +40,35 @@ def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     return form
 
 
-def _fastest_dense(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
+def _fastest_dense(job: Job, layers: Sequence[LayerPlan], exact: Collection[str] = ()) -> dict[str, str]:
     """Every layer's fastest dense form by its times, doubtful or not: sparse ones are held against it, and it against the model as it
-    is."""
+    is. Layers named in `exact` have none that quantises."""
     skipping = {backend.name for backend in job.backends if backend.skips_zeros}
-    return {layer.name: held(layer, skipping, without=skipping).verdict(sure=False).choice for layer in layers}
+    out = {True: skipping | _quantising(job), False: skipping}
+    return {
+        layer.name: held(layer, skipping, without=out[layer.name in exact]).verdict(sure=False).choice
+        for layer in layers
+    }
+
+
+def _quantising(job: Job) -> set[str]:
+    return {backend.name for backend in job.backends if backend.quantises}
+
+
+def _exact(job: Job, layers: Sequence[LayerPlan], allowed: float) -> tuple[str, ...]:
+    """The layers that the dense form has to have in no 8 bits, so that its whole error is `allowed`: none, those that the lowered
+    model has in none either, or all."""
+    quantising = _quantising(job)
+    if not quantising & set(_fastest_dense(job, layers).values()):
+        return ()
+    expected = seeded(job.forward, job.base)
+    for exact in ((), tuple(layer.name for layer in layers if layer.choice not in quantising)):
+        try:
+            if deviation(seeded(job.forward, built(job, _fastest_dense(job, layers, exact))), expected) <= allowed:
+                return exact
+        except Exception:  # one that does not run is found and told later
+            continue
+    return tuple(layer.name for layer in layers)
 
 
 def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
@@ -57,26 +81,34 @@ def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
     return choices
 
 
-def _dense(job: Job, layers: Sequence[LayerPlan]) -> nn.Module:
-    """Every layer in its fastest dense form."""
-    return built(job, _fastest_dense(job, layers))
-
-
-def _forms(job: Job, layers: Sequence[LayerPlan], compiled: bool, cached: bool) -> dict[str, nn.Module]:
-    """The model as it is, in the best dense form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes. Where
+def _forms(
+    job: Job, layers: Sequence[LayerPlan], compiled: bool, cached: bool, dense: Mapping[str, str]
+) -> dict[str, nn.Module]:
+    """The model as it is, in the best `dense` form, and lowered; on a GPU also as CUDA graphs, and all that torch.compile makes. Where
     times were `cached`, also a dense form that they have no say in: they may be false."""
-    forms: dict[str, nn.Module] = {"eager": job.base, "dense": _dense(job, layers)}
+    forms: dict[str, nn.Module] = {"eager": job.base, "dense": built(job, dense)}
     if any(layer.skips_zeros for layer in layers):
         forms["lowered"] = built(job, {layer.name: layer.choice for layer in layers})
+    if job.device.type == "cuda" and any(
+        isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in job.base.modules()
+    ):
+        # tensor cores take pixels with their channels side by side; a compiler lays them out so by itself
+        forms |= {f"{name}, channels last": channels_last(form) for name, form in forms.items()}
     if job.device.type == "cuda":
         forms |= {f"{name}, graph": Graphed(form) for name, form in forms.items()}
-    if cached and (packed := _packed(job, layers)) != _fastest_dense(job, layers):
+    if cached and (packed := _packed(job, layers)) != dense:
         forms[_UNCACHED] = built(job, packed)
     if compiled:
         forms["eager, compiled"] = _compiled(job.base, job.device)
         if "lowered" in forms:
             forms["lowered, compiled"] = _compiled(built(job, _for_compiler(layers)), job.device)
     return forms
+
+
+def channels_last(form: nn.Module) -> nn.Module:
+    """A copy whose weights of four dims lie with their channels last; activations follow them."""
+    laid: nn.Module = own(form).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return laid
 
 
 def _for_compiler(layers: Sequence[LayerPlan]) -> dict[str, str]:
@@ -98,14 +130,17 @@ def guarded(
     `cached`: whether layers were chosen by times that were not measured now.
     """
     forward, base, device = job.forward, job.base, job.device
-    forms = _forms(job, layers, compiled, cached)
+    exact = _exact(job, layers, allowed)
+    dense = _fastest_dense(job, layers, exact)
+    forms = _forms(job, layers, compiled, cached, dense)
     errors, refused = _right(job, forms, allowed)
     forms = {name: form for name, form in forms.items() if name in errors}
     calls: dict[str, Callable[[], object]] = {name: partial(forward, form) for name, form in forms.items()}
     sparse = {name for name in forms if name.startswith("lowered")}
     rounds = contest.timed(calls, _ROUNDS, device, sparse)
     held = Contest.of(rounds, sparse)
-    choice, reason = _chosen(held)
+    products = {"dense": _products(job, dense), "lowered": _products(job, {one.name: one.choice for one in layers})}
+    choice, reason = _chosen(held, products)
     opponent = min(held.dense, key=held.medians.__getitem__)
     notes = [*job.notes, *refused, *([] if search is None else [search.remark])]
     if cached and choice not in sparse:
@@ -126,11 +161,13 @@ def guarded(
                 speedup=held.ratio(name, opponent),
                 error=errors[name],
                 against=dict(held.against[name]),
+                products=products.get(name.partition(", ")[0], ()),
             )
             for name in forms
         ),
         choice=choice,
         reason=reason,
+        exact=exact,
         notes=tuple(notes),
         search=search,
         backends=_versions(job, layers),
@@ -167,10 +204,18 @@ def _right(job: Job, forms: Mapping[str, nn.Module], allowed: float) -> tuple[di
     return errors, refused
 
 
-def _chosen(held: Contest) -> tuple[str, str]:
-    """The form to take and why."""
+def _products(job: Job, choices: Mapping[str, str]) -> tuple[str, ...]:
+    """What a form multiplies in besides the model's own dtype."""
+    return tuple(sorted({made for name in choices.values() if (made := job.backend(name).products) is not None}))
+
+
+def _chosen(held: Contest, products: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """The form to take and why; a comparison names what both multiply in, where that is not the model's dtype."""
     verdict = held.verdict()
     reason = verdict.reason("the lowered model", "no layer gains from a sparse kernel here")
+    ours, theirs = (products.get((name or "").partition(", ")[0], ()) for name in (verdict.best, verdict.opponent))
+    if verdict.best is not None and (ours or theirs):
+        reason += f" ({' and '.join(ours) or 'no 8 bits'} against {' and '.join(theirs) or 'none'})"
     return verdict.choice, reason if verdict.choice == verdict.best or verdict.best is None else f"{reason}: not taken"
 
 
@@ -190,8 +235,8 @@ def own(model: nn.Module) -> nn.Module:
 
 
 def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    options: Any = {"freezing": True} if device.type == "cpu" else {"triton.cudagraphs": True}
-    compiled: nn.Module = torch.compile(own(model), options=options)  # type: ignore[assignment]
+    how: Any = {"options": {"freezing": True}} if device.type == "cpu" else {"mode": "max-autotune"}  # with CUDA graphs
+    compiled: nn.Module = torch.compile(own(model), **how)  # type: ignore[assignment]
     return compiled
 
 
@@ -206,10 +251,14 @@ def dense_forms(
     """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter)
-    forms = {"eager": job.base, "dense": _dense(job, _checked(job, plan, weights=False))}
-    for name in ("eager", "dense"):
-        if plan.form(f"{name}, graph") is not None:
-            forms[f"{name}, graph"] = Graphed(forms[name])
+    forms = {
+        "eager": job.base,
+        "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), plan.exact)),
+    }
+    for form in plan.forms:
+        name, *how = form.name.split(", ")
+        if form.dense and name in forms and how and how != ["compiled"] and form.name != _UNCACHED:
+            forms[form.name] = _in_way(forms[name], how)
     if plan.form(_UNCACHED) is not None:
         forms[_UNCACHED] = built(job, _packed(job, plan.layers))
     if plan.form("eager, compiled") is not None:
@@ -252,19 +301,26 @@ def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
 
 
 def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
-    name, _, how = plan.choice.partition(", ")
+    name, *how = plan.choice.split(", ")
     if plan.choice == _UNCACHED:
         return own(built(job, _packed(job, layers)))
-    if name not in ("eager", "dense", "lowered") or how not in ("", "compiled", "graph"):
+    if name not in ("eager", "dense", "lowered") or how not in _WAYS:
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
     if name == "lowered":
         choices = {layer.name: layer.choice for layer in layers}
-        form = built(job, _for_compiler(layers) if how == "compiled" else choices)
+        form = built(job, _for_compiler(layers) if how == ["compiled"] else choices)
     else:
-        form = job.base if name == "eager" else _dense(job, layers)
-    if how == "compiled":
-        return _compiled(form, job.device)
-    return Graphed(own(form)) if how == "graph" else own(form)
+        form = job.base if name == "eager" else built(job, _fastest_dense(job, layers, plan.exact))
+    return _compiled(form, job.device) if how == ["compiled"] else _in_way(own(form), how)
+
+
+_WAYS = ([], ["compiled"], ["graph"], ["channels last"], ["channels last", "graph"])
+"""How a form is run, as its name says after its first part."""
+
+
+def _in_way(form: nn.Module, how: Sequence[str]) -> nn.Module:
+    form = channels_last(form) if "channels last" in how else form
+    return Graphed(form) if "graph" in how else form
 
 
 def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
@@ -305,7 +361,7 @@ def _same_versions(job: Job, plan: Plan) -> None:
     if plan.choice == _UNCACHED:
         used = set(_packed(job, plan.layers).values())
     elif name == "dense":
-        used = set(_fastest_dense(job, plan.layers).values())
+        used = set(_fastest_dense(job, plan.layers, plan.exact).values())
     for backend in map(job.backend, sorted(used)):
         if (before := plan.backends.get(backend.name, "")) != backend.version:
             was = repr(before) if before else "an unknown version"

@@ -43,7 +43,7 @@ def lower(
     *,
     adapter: Adapter | None = None,
     plan: Plan | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     tolerance: float | None = None,
     max_error: float | None = None,
     cache: bool = True,
@@ -54,10 +54,10 @@ def lower(
     `adapter.predict` takes where an adapter is given), in the size and on the device of its later use. `backends` names the
     ones to try, besides the dense layer itself; "auto" is all that are installed. `dtype` runs the model in another precision: its
     weights and its inputs of two or more dims are cast, its outputs cast back. `plan` applies the choices of an earlier
-    lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes. `tolerance` is
-    the largest relative error of a layer; by default that of rounding. `max_error` is that of the whole model's output on the
-    example: 8-bit kernels are tried, and layers go back to float ones until it holds; with both, both hold. Measured times are kept
-    on disk; with `cache=False` they are measured anew.
+    lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes; by default they are
+    on a GPU, where they are the dense model at its best. `tolerance` is the largest relative error of a layer; by default that of
+    rounding. `max_error` is that of the whole model's output on the example: 8-bit kernels are tried, and layers go back to float
+    ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
 
     Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
     not run or a plan does not fit.
@@ -86,7 +86,7 @@ def lowering(
     *,
     adapter: Adapter | None = None,
     plan: Plan | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     tolerance: float | None = None,
     max_error: float | None = None,
     cache: bool = True,
@@ -118,5 +118,6 @@ def lowering(
     if max_error is not None:
         layers, search = yield from within(job, layers, max_error)
     yield Progress("lower", len(alike), len(alike), "whole model")
+    compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
     return Lowered(form, made)

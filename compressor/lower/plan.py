@@ -80,6 +80,8 @@ class Form(_Value):
     speedup: float
     error: float | None = None
     against: dict[str, Against] = Field(default_factory=dict)
+    products: tuple[str, ...] = ()
+    """What it multiplies in besides the model's dtype, as far as backends say: "int8"."""
 
 
 class Search(_Value):
@@ -139,6 +141,8 @@ class Plan(_Value):
     notes: tuple[str, ...] = ()
     search: Search | None = None
     """Where an error of the whole model was given."""
+    exact: tuple[str, ...] = ()
+    """Layers whose form in the dense form `dense` quantises nothing: the whole model's error would be above what is allowed."""
     backends: dict[str, str] = Field(default_factory=dict)
     """The versions of the backends that were timed: of compiled kernels the instruction set and a digest of their files."""
 

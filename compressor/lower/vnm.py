@@ -162,6 +162,7 @@ class VNMInt8(VNM):
 
     name = "vnm-int8"
     quantises = True
+    products = "int8"
 
     def refusal(self, unit: Unit) -> str | None:
         if reason := super().refusal(unit):

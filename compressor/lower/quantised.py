@@ -1,0 +1,210 @@
+"""A layer in 8-bit products, dense ones and 2:4 ones alike: what is around the product, and the dense opponents on a GPU.
+
+Weights are quantised per output channel, inputs per token as they come. A speed-up that 2:4 has in 8 bits is only one over the same
+8 bits without it: `dense-int8` and `dense-fp8` are those.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import CompressorError
+from compressor.lower.backend import Backend, Unit, refuse_gradients
+from compressor.sparsity.codes import LARGEST, quantised
+
+_LEAST_ROWS = 32
+"""Rows that a product of whole numbers is padded to: torch asks for more than 16."""
+
+
+class QuantisedLinear(nn.Module):
+    """x (..., in) -> (..., out), for inference, in 8-bit products.
+
+    Each token and each output channel has its own scale: out = (codes of x) (codes of weight)^T scale_x scale_weight + bias.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("scale", scale.flatten())
+        self.quantise, self.rescale = fused(quantised), fused(rescaled)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    @abstractmethod
+    def out(self) -> int:
+        """Output channels."""
+
+    @abstractmethod
+    def product(self, codes: Tensor) -> Tensor:
+        """codes (tokens, in) of `dtype` times the weight's codes: (tokens, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype. Raises CompressorError where gradients are wanted, or the model was cast."""
+        refuse_gradients(x)
+        if self.scale.dtype != torch.float32:
+            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+        codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.dtype)
+        out: Tensor = self.rescale(self.product(codes), scale, self.scale, self.bias, x.dtype)
+        return out.reshape(*x.shape[:-1], self.out)
+
+
+class Conv1x1(nn.Module):
+    """x ([batch,] in, height, width) -> ([batch,] out, height, width) through `linear`, a product for every pixel."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.movedim(-3, -1))
+        return out.movedim(-1, -3)
+
+
+def rescaled(out: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """out (tokens, out) times the scales `rows` (tokens, 1) and `columns` (out,), plus bias (out,), in `dtype`."""
+    scaled = out.float() * rows * columns
+    return (scaled if bias is None else scaled + bias.float()).to(dtype)
+
+
+@cache
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as one kernel where Triton is there to compile it; one operator after the other costs what 8 bits gain."""
+    if torch.cuda.is_available() and find_spec("triton") is not None:
+        compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+        return compiled
+    return function
+
+
+def by_products(unit: Unit, made: Callable[[nn.Linear | nn.Conv2d], nn.Module]) -> nn.Module:
+    """The unit with each layer as `made` makes it: a module that takes (..., in)."""
+    layers = [made(layer) for layer in unit.layers]
+    if isinstance(unit.module, nn.Sequential):
+        (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+        return nn.Sequential(layers[0], nn.GELU(activation.approximate), layers[1])
+    return Conv1x1(layers[0]) if isinstance(unit.module, nn.Conv2d) else layers[0]
+
+
+def no_product(layer: nn.Conv2d) -> str | None:
+    """Why a convolution is no product for every pixel; None where it is."""
+    if layer.kernel_size != (1, 1):
+        return (
+            f"a kernel of {layer.kernel_size} stays dense: laying its input out as a matrix costs more than 2:4 saves "
+            "below about 850 output channels"
+        )
+    if layer.groups != 1:
+        return f"a convolution in {layer.groups} groups"
+    if layer.stride != (1, 1) or layer.padding not in ((0, 0), "same", "valid"):
+        return f"stride {layer.stride}, padding {layer.padding}: only stride 1 without padding is a product"
+    return None
+
+
+def matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """The weight (out, in), without negative zeros: packers have taken them for entries to keep, which makes three of four."""
+    return layer.weight.detach().flatten(1) + 0.0
+
+
+class _Dense(QuantisedLinear):
+    """With a dense weight: `torch._int_mm`, and `torch._scaled_mm`, which scales and adds the bias by itself."""
+
+    codes: Tensor
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> None:
+        codes, scale = quantised(matrix(layer), dtype)
+        super().__init__(scale, layer.bias, dtype)
+        # As bytes: a cast of the model must not touch them.
+        self.register_buffer("codes", codes.view(torch.uint8))
+
+    @property
+    def out(self) -> int:
+        return self.codes.shape[0]
+
+    def product(self, codes: Tensor) -> Tensor:
+        rows = codes.shape[0]
+        if rows < _LEAST_ROWS:
+            codes = F.pad(codes, (0, 0, 0, _LEAST_ROWS - rows))
+        return torch._int_mm(codes, self.codes.view(self.dtype).t()).narrow(0, 0, rows)
+
+
+class _DenseFp8(_Dense):
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
+        if self.scale.dtype != torch.float32 or (self.bias is not None and self.bias.dtype != x.dtype):
+            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+        rows = x.reshape(-1, x.shape[-1])
+        if not rows.shape[0]:
+            return x.new_empty((*x.shape[:-1], self.out))
+        codes, scale = self.quantise(rows, self.dtype)
+        out = torch._scaled_mm(
+            codes,
+            self.codes.view(self.dtype).t(),
+            scale_a=scale,
+            scale_b=self.scale.unsqueeze(0),
+            bias=None if self.bias is None else self.bias.bfloat16(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.out)
+
+
+class DenseQuantised(Backend):
+    """Dense products of `dtype`, int8 or float8_e4m3fn, on NVIDIA GPUs: what 2:4 in 8 bits has to beat."""
+
+    skips_zeros = False
+    quantises = True
+    _multiple = 16
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in LARGEST:
+            raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
+        self.dtype = dtype
+        self.products = "int8" if dtype == torch.int8 else "fp8"
+        self.name = f"dense-{self.products}"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"these 8-bit products are those of NVIDIA GPUs, the model is on {device}"
+        if torch.version.hip is not None:
+            return "this torch is for AMD GPUs, where these products were never tried"
+        capability, least = torch.cuda.get_device_capability(device), (8, 0) if self.dtype == torch.int8 else (8, 9)
+        if capability < least:
+            here, first = (".".join(map(str, one)) for one in (capability, least))
+            return f"compute capability {here} has no {self.products} of this kind: {first} and later have"
+        return None
+
+    def refusal(self, unit: Unit) -> str | None:
+        if unit.dtype not in (torch.bfloat16, torch.float16):
+            return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+        for layer in unit.layers:
+            if isinstance(layer, nn.Conv2d) and (reason := no_product(layer)):
+                return reason
+            out, inner = layer.weight.shape[:2]
+            if out % self._multiple or inner % self._multiple:
+                return f"a weight of {out} x {inner}: both must be multiples of {self._multiple}"
+        return None
+
+    def build(self, unit: Unit) -> nn.Module:
+        if reason := self.refusal(unit):
+            raise CompressorError(f"{unit.name} has no form in {self.products}: {reason}")
+        made = _Dense if self.dtype == torch.int8 else _DenseFp8
+        return by_products(unit, lambda layer: made(layer, self.dtype))
+
+
+def dense_int8() -> DenseQuantised:
+    """The backend `dense-int8`."""
+    return DenseQuantised(torch.int8)
+
+
+def dense_fp8() -> DenseQuantised:
+    """The backend `dense-fp8`."""
+    return DenseQuantised(torch.float8_e4m3fn)
