@@ -210,8 +210,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     made = Library()
     monkeypatch.setattr(torch, "_cslt_compress", made.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", made.sparse_mm)
-    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(Algorithm(3, 2, 1)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(Algorithm(3, -1, -1)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: made.capability)
     return made
 
 

@@ -46,9 +46,13 @@ def error(out: Tensor, wanted: Tensor) -> float:
 
 
 class Library:
-    """Packs as cuSPARSELt does in effect: the first two entries of four whose bits are not all zero; the rest is lost."""
+    """Packs as cuSPARSELt does in effect: the first two entries of four whose bits are not all zero; the rest is lost.
 
-    def __init__(self) -> None:
+    `capability` is the GPU's: Hopper splits by segments (-1) or not at all, those before it never by segments.
+    """
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability = capability
         self.calls: list[dict[str, Any]] = []
         self.fault: Callable[[Tensor], Tensor] = lambda out: out
 
@@ -77,6 +81,9 @@ class Library:
     ) -> Tensor:
         self.calls.append({"tokens": right.shape[1], "alg_id": alg_id, "split_k": split_k, "mode": split_k_mode})
         eight = packed.dtype.itemsize == 1
+        if self.capability[0] < 9 or split_k != -1:
+            assert split_k == 1 or (split_k > 1 and self.capability[0] != 9), "split-K is not supported"
+        assert not (torch.is_grad_enabled() and right.requires_grad), "it has no derivative"
         assert packed.dtype == right.dtype and right.dim() == 2 and alpha is None
         assert right.t().is_contiguous() and not right.is_contiguous()
         assert right.shape[1] > 0 and right.shape[1] % (16 if eight else 8) == 0

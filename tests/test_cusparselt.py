@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from imitated import BF16, CUDA, FP8, FP16, error, normal, sparse_, unit
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compressor import NM, CompressorError, registry
 from compressor.discovery import load
 from compressor.lower import cusparselt, cusparselt_library
 from compressor.lower.cusparselt import CuSparseLt, CuSparseLtQuantised, fp8, int8
-from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply
 from compressor.lower.quantised import rescaled
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.codes import quantised
@@ -242,8 +243,8 @@ def test_the_algorithm_that_was_searched_runs_for_its_tokens_alone(library):
     for rows in (21, 24, 8):
         lowered(normal(rows, 64, dtype=BF16))
     assert [(call["tokens"], call["alg_id"], call["split_k"], call["mode"]) for call in library.calls] == [
-        (24, 3, 2, 1),
-        (24, 3, 2, 1),
+        (24, 3, -1, -1),
+        (24, 3, -1, -1),
         (8, 0, 1, -1),
     ]
 
@@ -364,6 +365,33 @@ def test_a_lowered_layer_survives_copies_and_refuses_casts(library):
         cast(x)
     assert torch.equal(cast.weight.packed, lowered.weight.packed) and cast.weight.packed.dtype == torch.uint8
     assert torch.equal(cast.to(BF16)(x), before)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.int8, FP8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_real_operator_takes_what_it_is_given(dtype, bias):
+    """torch's own check of the call, with tensors that say they are on a GPU: names, dtypes, shapes. (The copy of a result that is not
+    transposed would need a real one.)"""
+    out_dtype = BF16 if dtype.itemsize == 1 else dtype
+    with FakeTensorMode():
+        packed = torch.empty(32, 64 * 9 // 16, device="cuda", dtype=dtype)
+        x = torch.empty(24, 64, device="cuda", dtype=dtype)
+        added = torch.empty(32, device="cuda", dtype=out_dtype) if bias else None
+        for algorithm in (
+            Algorithm(0, 1, -1, transposed),
+            Algorithm(2, -1, -1, transposed),
+            Algorithm(2, 4, 1, transposed),
+        ):
+            out = multiply(packed, x, added, algorithm)
+            assert out.shape == (24, 32) and out.dtype == out_dtype and out.is_contiguous()
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((9, 0), (3, 2, 1)), ((8, 0), (3, -1, -1))])
+def test_a_split_that_a_gpu_refuses_is_not_hidden(library, monkeypatch, capability, refused):
+    library.capability = capability
+    monkeypatch.setattr(cusparselt, "tuned", lambda *_: Tuned(Algorithm(*refused)))
+    with pytest.raises(AssertionError, match="split-K is not supported"):
+        CuSparseLt().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
 
 
 def test_the_operator_works_under_compile_and_export(library):
