@@ -377,11 +377,7 @@ def test_the_real_operator_takes_what_it_is_given(dtype, bias):
         packed = torch.empty(32, 64 * 9 // 16, device="cuda", dtype=dtype)
         x = torch.empty(24, 64, device="cuda", dtype=dtype)
         added = torch.empty(32, device="cuda", dtype=out_dtype) if bias else None
-        for algorithm in (
-            Algorithm(0, 1, -1, transposed),
-            Algorithm(2, -1, -1, transposed),
-            Algorithm(2, 4, 1, transposed),
-        ):
+        for algorithm in (Algorithm(0), Algorithm(2, -1, -1), Algorithm(2, 4, 1)):
             out = multiply(packed, x, added, algorithm)
             assert out.shape == (24, 32) and out.dtype == out_dtype and out.is_contiguous()
 
