@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,31 @@ from compressor import NM
 # --- The benchmark, as far as it goes without a GPU. ---
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    path = Path(__file__).parent.parent / "benchmarks" / "gpu" / "lowering.py"
-    spec = importlib.util.spec_from_file_location("gpu_lowering", path)
+GPU = Path(__file__).parent.parent / "benchmarks" / "gpu"
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_lowering"] = module
+    sys.modules[name] = module  # by which the scripts find each other
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    return script("subjects")
+
+
+@pytest.fixture(scope="module")
+def measuring(benchmark) -> Any:
+    return script("lowering")
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return script("report")
 
 
 def test_the_dry_run_lists_what_qualifies(benchmark, capsys):
@@ -46,12 +65,107 @@ def test_the_expectations_are_ordered(benchmark):
     ]
 
 
-def test_the_benchmark_refuses_to_measure_without_a_gpu(benchmark, tmp_path):
+def test_the_benchmark_refuses_to_measure_without_a_gpu(measuring, benchmark, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = CliRunner().invoke(benchmark.main, ["--out", str(tmp_path / "out.json")])
-    assert done.exit_code == 1 and "no CUDA GPU" in done.output and not (tmp_path / "out.json").exists()
+    done = CliRunner().invoke(measuring.main, ["--out", str(tmp_path / "out.jsonl")])
+    assert done.exit_code == 1 and "no CUDA GPU" in done.output and not (tmp_path / "out.jsonl").exists()
+    assert CliRunner().invoke(measuring.main, ["--cells", "uvit 1"]).exit_code == 2
     assert CliRunner().invoke(benchmark.main, ["--models", "uvit"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "compiled", lambda model: model)
+    out, page, plot = tmp_path / "out.jsonl", tmp_path / "gpu.md", tmp_path / "gpu.svg"
+    call = ["--imitate", "--cells", "dit-xl 64", "--backends", "cusparselt,cusparselt-int8", "--out", str(out)]
+    script("imitation")
+    done = CliRunner().invoke(measuring.main, call, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    lines = out.read_text(encoding="utf-8").splitlines()
+    forms = {line["form"]: line for line in map(json.loads, lines) if "form" in line}
+    assert {"dense", "dense, compiled", "dense-int8", "cusparselt everywhere", "cusparselt-int8 everywhere"} <= set(
+        forms
+    )
+    assert set(forms["cusparselt-int8 everywhere"]["against"]) & {"dense-int8", "dense-int8, compiled"}
+    assert set(forms["cusparselt everywhere"]["against"]) <= {"dense", "dense, channels last", "dense, compiled"}
+    assert forms["cusparselt everywhere"]["error"] < 0.02 < 10 * forms["cusparselt-int8 everywhere"]["error"]
+    last = max(at for at, line in enumerate(lines) if "cusparselt-int8 everywhere" in line)
+    out.write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")  # it ended there
+    assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0
+    again = out.read_text(encoding="utf-8").splitlines()
+    assert again[:last] == lines[:last] and len(again) == len(lines)
+    assert json.loads(again[-1])["complete"] == ["cusparselt", "cusparselt-int8"]
+    told = ["--lines", str(out), "--page", str(page), "--plot", str(plot)]
+    assert CliRunner().invoke(report.main, told, catch_exceptions=False).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "**imitation**" in text and "| dit-xl, 64 | int8 |" in text and "<svg" in plot.read_text(encoding="utf-8")
+    assert CliRunner().invoke(report.main, [*told[:1], str(tmp_path / "none"), *told[2:]]).exit_code == 0
+    assert report.NOTHING in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_form_that_fails_is_one_result_among_others(measuring, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    made = script("imitation")
+    whole = made.imitated
+
+    @contextmanager
+    def broken(module: Any) -> Any:
+        with whole(module):
+            monkeypatch.setattr(module, "compiled", _broken)
+            yield
+
+    monkeypatch.setattr(made, "imitated", broken)
+    call = ["--imitate", "--cells", "dit-xl 64", "--backends", "cusparselt", "--out", str(out)]
+    assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0
+    forms = {
+        line["form"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "form" in line
+    }
+    assert "no compiler" in forms["dense, compiled"]["failed"] and "median_ms" in forms["cusparselt everywhere"]
+
+
+def _broken(model: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+def line(
+    form: str, ms: float, sparse: bool, iqr: float = 0.1, sustained: float | None = None, **against: float
+) -> dict[str, Any]:
+    return {
+        **{"cell": "dit-xl 64", "form": form, "precision": "bfloat16", "sparse": sparse, "error": 1e-3},
+        **{"median_ms": ms, "iqr_ms": iqr, "sustained_ms": sustained or ms},
+        "against": {name: {"ratio": ratio, "wins": 1, "rounds": 1} for name, ratio in against.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "said"),
+    [
+        (line("dense", 10, False), line("2:4", 7, True, dense=1.4), "goal met"),
+        (line("dense", 10, False), line("2:4", 8, True, dense=1.25), "gains, below the goal of 1.33x"),
+        (line("dense", 10, False), line("2:4", 10, True, dense=1.01), "no difference beyond noise"),
+        (line("dense", 10, False, iqr=2), line("2:4", 8, True, dense=1.25), "no difference beyond noise"),
+        (line("dense", 10, False), line("2:4", 12, True, dense=0.83), "2:4 is slower: stay dense"),
+        (
+            line("dense", 10, False),
+            line("2:4", 7, True, sustained=9.0, dense=1.4),
+            "goal met; 1.11x when run for seconds",
+        ),
+    ],
+)
+def test_verdicts(report, dense, sparse, said):
+    assert report.verdict("bfloat16", dense, sparse) == said
+    assert said in report.table([dense, line("slower", 20, False), sparse])
+
+
+def test_the_first_session_prints_its_calls():
+    text = (GPU / "first.sh").read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(GPU / "first.sh")], check=False).returncode == 0
+    assert subprocess.run([str(GPU / "first.sh")], check=False, capture_output=True).returncode == 2
+    for part in text.split("CELLS=(")[1].split(")")[0].split('"')[1::2]:
+        name, _, rest = part.partition(" ")
+        assert name in ("dit-xl", "uvit-h", "uvit-l", "uvit-s", "ddpm-cifar10") and rest.partition(":")[2].isdecimal()
 
 
 def test_the_benchmark_measures_sparse_models_without_zero_layers(benchmark):

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM
+from compressor.lower import cusparselt
 from compressor.lower.cusparselt import CuSparseLt, fp8, int8
-from compressor.lower.cusparselt_tuning import Product, tuned
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, tuned
 from compressor.lower.graphs import Graphed
+from compressor.lower.quantised import dense_fp8, dense_int8
 from compressor.registry import build_pruner, pruner_class
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -48,13 +50,19 @@ def on_gpu(module: nn.Module, dtype: torch.dtype = BF16) -> nn.Module:
     return module.to("cuda", dtype)
 
 
+@pytest.fixture
+def default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's default algorithm: a search takes a process of its own for every product, and one test tries that."""
+    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(Algorithm()))
+
+
 class TestOnGpu:
     """With the real library."""
 
     @pytest.mark.parametrize("rows", [8, 5, 257, 2056])
     @pytest.mark.parametrize(("out", "inner"), [(512, 2048), (2048, 512), (16, 16), (1152, 4608)])
     @pytest.mark.parametrize("bias", [True, False])
-    def test_a_linear_is_the_dense_one(self, rows, out, inner, bias):
+    def test_a_linear_is_the_dense_one(self, default, rows, out, inner, bias):
         layer: Any = on_gpu(sparse_(nn.Linear(inner, out, bias=bias)))
         lowered = CuSparseLt().build(unit(layer, (rows, inner)))
         for tokens in (rows, rows + 3):
@@ -62,8 +70,10 @@ class TestOnGpu:
             wanted = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
             assert error(lowered(x), wanted) < 1e-2
 
-    @pytest.mark.parametrize(("backend", "allowed"), [(int8(), 2e-2), (fp8(), 6e-2)], ids=["int8", "fp8"])
-    def test_8_bits_are_near_the_dense_layer(self, backend, allowed):
+    @pytest.mark.parametrize(
+        ("backend", "allowed"), [(int8(), 2e-2), (fp8(), 6e-2), (dense_int8(), 2e-2), (dense_fp8(), 6e-2)]
+    )
+    def test_8_bits_are_near_the_dense_layer(self, default, backend, allowed):
         if reason := backend.unavailable(torch.device("cuda")):
             pytest.skip(reason)
         layer: Any = on_gpu(sparse_(nn.Linear(512, 2048)))
@@ -78,7 +88,7 @@ class TestOnGpu:
         found = tuned(Product(2056, 2048, 512, "bfloat16", True), 0)
         assert found.median_ms is not None and found.note is None
 
-    def test_a_lowered_layer_replays_in_a_graph_and_compiles(self):
+    def test_a_lowered_layer_replays_in_a_graph_and_compiles(self, default):
         layer: Any = on_gpu(sparse_(nn.Linear(512, 2048)))
         lowered = CuSparseLt().build(unit(layer, (2, 257, 512)))
         compiled: Any = torch.compile(lowered, fullgraph=True)
@@ -86,11 +96,12 @@ class TestOnGpu:
         with torch.no_grad():
             for seed in range(3):
                 x = normal(2, 257, 512, dtype=BF16, seed=seed).cuda()
-                assert torch.equal(wrapped(x), lowered(x)) and torch.equal(compiled(x), lowered(x))
+                # sums by segments add up in any order
+                assert error(wrapped(x), lowered(x)) < 1e-2 and error(compiled(x), lowered(x)) < 1e-2
         assert len(wrapped._recordings) == 1
         torch.compiler.reset()
 
-    def test_a_model_lowered_on_a_gpu_keeps_its_numbers(self):
+    def test_a_model_lowered_on_a_gpu_keeps_its_numbers(self, default):
         adapter = compressor.registry.adapter("uvit-cifar10")
         torch.manual_seed(0)
         model = on_gpu(adapter.build().eval(), torch.float32)
@@ -99,7 +110,9 @@ class TestOnGpu:
                 with torch.no_grad():
                     module.weight.copy_(NM(2, 4).mask(module.weight.abs()).apply(module.weight))
         inputs = tuple(x.cuda() if isinstance(x, Tensor) else x for x in adapter.example_inputs(16))
-        result = compressor.lower(model, inputs, ["eager", "cusparselt"], BF16, adapter=adapter, cache=False)
+        result = compressor.lower(
+            model, inputs, ["eager", "cusparselt"], BF16, adapter=adapter, compiled=False, cache=False
+        )
         measured = [layer.candidate("cusparselt") for layer in result.plan.layers if "2:4" in layer.patterns]
         assert measured and all(c is not None and c.median_ms is not None for c in measured)
         x = (torch.randn(16, 3, 32, 32, device="cuda"), *inputs[1:])

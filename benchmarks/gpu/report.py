@@ -1,0 +1,151 @@
+"""Writes the measured part of docs/gpu.md, and its plot, from the lines of `lowering.py`.
+
+    python benchmarks/gpu/report.py
+
+What is decided from the figures follows rules that were written before anything was measured; they stand in `verdict`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NOTHING = "Nothing has been measured on a GPU yet."
+GOALS = {"bfloat16": 1.33, "fp8": 1.2, "int8": 1.2}
+"""Over the fastest dense form of the same precision."""
+_NOISE = 2.0
+"""A gain counts from this many interquartile ranges on."""
+
+Line = Mapping[str, Any]
+
+
+def read(path: Path) -> tuple[list[Line], list[Line]]:
+    """The settings (one per machine and versions), and the lines of forms."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [line["about"] for line in lines if "about" in line], [line for line in lines if "form" in line]
+
+
+def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Line, Line]]:
+    """Of every cell and precision the fastest dense and the fastest sparse form: cell, precision, dense, sparse."""
+    found = []
+    cells = list(dict.fromkeys((line["cell"], line["precision"]) for line in lines if line.get("sparse")))
+    for cell, precision in cells:
+        own = [line for line in lines if line["cell"] == cell and line.get("precision") == precision]
+        dense, sparse = ([line for line in own if line["sparse"] is kind] for kind in (False, True))
+        if dense and sparse:
+            fastest = [min(forms, key=lambda line: line["median_ms"]) for forms in (dense, sparse)]
+            found.append((cell, precision, fastest[0], fastest[1]))
+    return found
+
+
+def ratio(dense: Line, sparse: Line) -> float:
+    """Of the same rounds where both took turns, else of medians."""
+    beside = sparse["against"].get(dense["form"])
+    return float(beside["ratio"]) if beside else float(dense["median_ms"] / sparse["median_ms"])
+
+
+def verdict(precision: str, dense: Line, sparse: Line) -> str:
+    """What a pair decides, in words."""
+    gain = ratio(dense, sparse)
+    noise = _NOISE * max(dense["iqr_ms"] / dense["median_ms"], sparse["iqr_ms"] / sparse["median_ms"])
+    held = dense["sustained_ms"] / sparse["sustained_ms"]
+    if abs(gain - 1) <= noise:
+        return "no difference beyond noise"
+    if gain < 1:
+        return "2:4 is slower: stay dense"
+    kept = "" if held >= gain / 1.05 else f"; {held:.2f}x when run for seconds"
+    return ("goal met" if gain >= GOALS[precision] else f"gains, below the goal of {GOALS[precision]}x") + kept
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Cell by cell, against the fastest dense form of the same precision."""
+    rows = [
+        "| model, batch | precision | fastest dense | ms | fastest 2:4 | ms | 2:4 over dense | over dense bf16 | error | verdict |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---|",
+    ]
+    found = pairs(lines)
+    bf16 = {cell: dense for cell, precision, dense, _ in found if precision == "bfloat16"}
+    for cell, precision, dense, sparse in found:
+        over = bf16[cell]["median_ms"] / sparse["median_ms"] if cell in bf16 else None
+        name, batch = cell.rsplit(" ", 1)
+        times = " | ".join(f"{one['form']} | {one['median_ms']:.2f}" for one in (dense, sparse))
+        rows.append(
+            f"| {name}, {batch} | {precision} | {times} "
+            f"| {ratio(dense, sparse):.2f}x | {'' if over is None else f'{over:.2f}x'} | {sparse['error']:.1e} "
+            f"| {verdict(precision, dense, sparse)} |"
+        )
+    failed = [line for line in lines if "failed" in line]
+    more = ["", *(f"- {line['cell']}, {line['form']}: {line['failed']}" for line in failed)] if failed else []
+    return "\n".join(rows + more)
+
+
+def page(about: Sequence[Line], lines: Sequence[Line]) -> str:
+    """The measured part of the page."""
+    if not lines:
+        return NOTHING
+    said = []
+    if any(one.get("imitation") for one in about):
+        said.append("**imitation**: the steps ran on a CPU with an imitated GPU. No figure below means anything.\n")
+    for one in about:
+        versions = one["versions"]
+        said.append(
+            f"{one['hardware']}; torch {versions['torch']}, CUDA {versions['cuda']}, cuSPARSELt {versions['cusparselt'] or 'none'}. "
+            "Forms in turns, medians of 21 rounds; a ratio is the median of those of single rounds. Random weights."
+        )
+    return "\n".join([*said, "", table(lines)])
+
+
+def plot(lines: Sequence[Line], path: Path, imitation: bool) -> None:
+    """Bars: 2:4 over the fastest dense form of the same precision."""
+    from matplotlib.figure import Figure
+
+    found = pairs(lines)
+    cells = list(dict.fromkeys(cell for cell, *_ in found))
+    figure = Figure(figsize=(8, 0.5 * len(cells) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for place, precision in enumerate(GOALS):
+        own = {cell: ratio(dense, sparse) for cell, its, dense, sparse in found if its == precision}
+        at = [cells.index(cell) + 0.25 * (place - 1) for cell in own]
+        axes.barh(at, list(own.values()), height=0.23, label=precision)
+    axes.axvline(1, color="0.4", linewidth=1)
+    axes.set_yticks(range(len(cells)), cells)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "speed of 2:4 over the fastest dense form of the same precision" + (" (imitation)" if imitation else "")
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def replaced(text: str, part: str) -> str:
+    """The page with `part` between its marks."""
+    head, _, rest = text.partition(BEGIN)
+    _, mark, tail = rest.partition(END)
+    if not mark:
+        raise click.ClickException(f"the page has no {BEGIN} … {END}")
+    return f"{head}{BEGIN}\n{part}\n{END}{tail}"
+
+
+@click.command()
+@click.option("--lines", "source", type=click.Path(path_type=Path), default=HERE / "lowering.jsonl", show_default=True)
+@click.option("--page", "out", type=click.Path(path_type=Path), default=DOCS / "gpu.md", show_default=True)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), default=HERE / "lowering.svg", show_default=True)
+def main(source: Path, out: Path, picture: Path) -> None:
+    """Write the table and the plot of what was measured."""
+    about, lines = read(source)
+    text = (out if out.exists() else DOCS / "gpu.md").read_text(encoding="utf-8")
+    out.write_text(replaced(text, page(about, lines)), encoding="utf-8")
+    if pairs(lines):
+        plot(lines, picture, any(one.get("imitation") for one in about))
+    click.echo(f"{out}: {len(pairs(lines))} rows")
+
+
+if __name__ == "__main__":
+    main()
