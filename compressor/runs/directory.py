@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from compressor import files
-from compressor.errors import CompressorError, LockedError, UsageError
+from compressor.errors import CompressorError, UsageError
 
 NO_PIPELINE = "pipeline.txt"
 """Why there is no `pipeline/`, where a model of the family has one."""
@@ -35,21 +32,12 @@ OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn")
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the directory for this process; LockedError where another one has it. The lock dies with its process."""
-    holder, lock = out / ".lock-holder", FileLock(out / ".lock", timeout=0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise LockedError(f"{out} is in use by {who}", "Wait for it, or choose another --out.") from error
     except OSError as error:
         raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
-    try:
-        files.write_text(holder, f"process {os.getpid()}")
+    with files.held(out):
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def refuse_used_directory(out: Path, overwrite: bool) -> None:
@@ -69,7 +57,7 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
 
 def refuse_busy_directory(out: Path) -> None:
     """Raise LockedError where another process works in `out`."""
-    if (out / ".lock").exists():
+    if (out / files.LOCK).exists():
         with locked(out):
             pass
 
@@ -89,4 +77,4 @@ def clear(out: Path) -> None:
 
 
 def contents(out: Path) -> list[str]:
-    return sorted(p.name for p in out.iterdir() if not p.name.startswith(".lock")) if out.is_dir() else []
+    return sorted(p.name for p in out.iterdir() if not p.name.startswith(files.LOCK)) if out.is_dir() else []
