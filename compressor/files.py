@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 """The file in a run's or a comparison's directory that whoever writes there holds; beside other results, `.lock-NAME`."""
 _RUN = "run.json"
+_STRAY = re.compile(r"\.(partial|old|lock)-")
 _ANOTHER = "another process"
 _PATIENCE = 600.0
 """Seconds that a writer waits for another one of the same folder."""
@@ -90,20 +91,33 @@ def leftovers(target: Path) -> list[Path]:
     return [path for path in target.parent.glob(".*") if mine.fullmatch(path.name)]
 
 
+def strays(folder: Path) -> list[Path]:
+    """What writers in `folder` that died left there. To be asked by who holds it."""
+    own = (LOCK, f"{LOCK}-holder")
+    return [path for path in folder.glob(".*") if _STRAY.match(path.name) and path.name not in own]
+
+
+def recover_all(folder: Path) -> None:
+    """As `recover`, for every folder that was being replaced in `folder`."""
+    for path in folder.glob(".old-*"):
+        recover(folder / path.name.removeprefix(".old-"))
+
+
 def recover(target: Path) -> None:
     """Put back the folder that a writer was about to replace when it died, where there is none at `target` because of that."""
-    if not target.exists() and _replaced(target).is_dir():
-        with suppress(CompressorError), _locked(_beside(target), target, _PATIENCE), suppress(OSError):
-            _restore(target)
+    with suppress(
+        OSError, CompressorError
+    ):  # nothing to be done where nothing may be written: readers say what is missing
+        if not target.exists() and _replaced(target).is_dir():
+            with _locked(_beside(target), target, _PATIENCE):
+                _restore(target)
 
 
 def refuse_full(path: Path, needs: int, what: str = "it") -> None:
     """Raise CompressorError where the disk of `path` has fewer bytes free than `what` `needs`."""
     free = _free(path)
     if needs > free:
-        raise CompressorError(
-            f"{path}: {what} needs {needs:,} bytes on the disk, and {free:,} bytes are free", _ROOM
-        )
+        raise CompressorError(f"{path}: {what} needs {needs:,} bytes on the disk, and {free:,} bytes are free", _ROOM)
 
 
 @contextmanager
@@ -197,9 +211,7 @@ def _locked(file: Path, what: Path, wait: float) -> Iterator[None]:
             who = _ANOTHER
         raise LockedError(f"{what} is in use by {who}", "Wait for it, or choose another place (--out).") from error
     except OSError as error:
-        raise CompressorError(
-            f"{what}: {error.strerror or error}", "Choose a folder that you may write to."
-        ) from error
+        raise CompressorError(f"{what}: {error.strerror or error}", "Choose a folder that you may write to.") from error
     _mine.add(key)
     try:
         with _said(what):

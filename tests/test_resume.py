@@ -239,7 +239,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
         patch.setattr(saving, "save_state", full)
         outcome = cli("resume", copy)
     assert outcome.code == 1
-    assert re.search(r"No space left on device \([\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)
+    assert re.search(r"No space left on device \([\d,]+ bytes needed, [\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)
     assert checkpoints(copy) == [4, 6]
     for step in (4, 6):
         files.verify(copy / f"checkpoint-{step}")
