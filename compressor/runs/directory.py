@@ -52,13 +52,14 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
     if all(name == _FACTS or re.match(_UNDONE, name) for name in found):
         return  # at most a run that was killed before it began
     listing = f"{', '.join(found[:4])}{' …' if len(found) > 4 else ''}"
+    foreign = _FACTS not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found)
     if not overwrite:
         ways = ["Choose another --out"]
         ways += [f"continue it with `{resume_command(out)}`"] if RECIPE in found else []
-        ways += ["replace it with --overwrite"] if _FACTS in found else []
+        ways += [] if foreign else ["replace it with --overwrite"]
         hint = ", ".join(ways[:-1]) + f", or {ways[-1]}." if len(ways) > 1 else f"{ways[0]}."
         raise UsageError(f"{out} is not empty: it has {listing}", hint)
-    if _FACTS not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found):
+    if foreign:
         raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
 
 
