@@ -177,6 +177,8 @@ def _commit_model(inputs: Inputs, out: Path, result: Result) -> None:
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
     if inputs.piped is not None and not adapter.architecture:  # a part that no registered model stands for
         name = None
+    if (out / "model").exists() and not _is_whole(out / "model"):
+        files.remove(out / "model")  # only now: it may be mended while this run makes it again
     saving.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
 
 
