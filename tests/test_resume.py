@@ -397,7 +397,7 @@ def test_what_has_not_begun_names_the_way_that_works(cli, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path, uninterrupted):
-    """24 operations, evenly over the run, each in a process of its own; `tests/soak.py` takes random ones, and moments."""
+    """Eight operations, evenly over the run, each in a process of its own; `tests/soak.py` takes random ones, and moments."""
     settings = inputs.resolve(recipe.read(uninterrupted / "recipe.yaml"), "test")
     found = inputs.load_inputs(settings)
 
@@ -409,7 +409,7 @@ def test_a_run_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path,
     (tmp_path / "count").mkdir()
     operations = faults.operations(lambda: work(tmp_path / "count" / "run"), tmp_path / "count")
     assert operations > 100
-    for at in range(0, operations, operations // 24):
+    for at in range(0, operations, operations // 8):
         folder = tmp_path / str(at)
         folder.mkdir()
         assert (

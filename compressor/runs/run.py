@@ -135,7 +135,7 @@ def _fine_tune(
         one_shot.keep(run.one_shot(), out / one_shot.FOLDER, inputs)
     seconds = float(previous["seconds"]) if previous else 0.0
     if lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done):
-        yield Progress("fine-tune", run.done, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
+        yield Progress("fine-tune", 0, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
     made = run_facts.facts_of(inputs)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
