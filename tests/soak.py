@@ -36,6 +36,8 @@ from faults import DONE, KILLED, Fault
 
 torch.set_num_threads(1)
 FEW = Path(__file__).with_name("few_digits.npz")
+WEIGHTS = {"run": 4, "rotation": 4, "overwrite": 3, "compare": 1, "record": 4, "save": 4}
+"""How often each kind is drawn: a comparison starts processes, each of which loads everything anew."""
 LIMIT = 600.0
 """Seconds after which a command is taken to hang."""
 
@@ -135,7 +137,7 @@ def works(base: Path) -> dict[str, Work]:
         start = run(every, steps)
         return Work(start, lambda f: continued(f / "out", start(f)), lambda f: run_result(f / "out"))
 
-    compare = ["compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--steps", "4", "--quiet", *SMALL]
+    compare = ["compare", "--methods", "magnitude", "--seeds", "1", "--steps", "4", "--quiet", *SMALL]
     overwrite = run(3, 6, "--overwrite")
     found = {
         "run": of_run(5, 14),
@@ -155,9 +157,9 @@ def works(base: Path) -> dict[str, Work]:
     if _pipeline(base):
         record = [
             "record",
-            base / "stable-diffusion",
+            base / "sd",
             "--prompts",
-            base / "stable-diffusion.jsonl",
+            base / "sd.jsonl",
             "--n",
             3,
             "--unseen",
@@ -264,8 +266,8 @@ class Soak:
     def round(self, number: int, seed: int) -> str | None:
         """Play one; what is wrong, or None."""
         rng = random.Random(f"{seed} {number}")
-        kinds = [*(self.works if self.only is None else [self.only]), *(["save"] if self.only is None else [])]
-        kind = rng.choice(kinds)
+        kinds = [*self.works, "save"] if self.only is None else [self.only]
+        kind = rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         self.rounds[kind] += 1
         folder = Path(tempfile.mkdtemp(prefix=f"{number}-{kind}-", dir=self.base))
         wrong = self._saves(rng, folder) if kind == "save" else self._works(rng, folder, kind)
@@ -287,10 +289,10 @@ class Soak:
             if left := wait_for_orphans(folder):
                 return f"processes {left} work on without the one that started them"
             self.kills[kind] += code == KILLED
-            if code == DONE:
-                work.operations = max(20, min(work.operations, (kill.at or work.operations)))
-                break
             arguments = work.again(folder)
+            if code == DONE:  # it was over before
+                work.operations = min(work.operations, kill.at or work.operations)
+                break
         if (code := process(main_of(arguments), folder, None, 0)) != DONE:
             return f"ended with {code} instead of going on to the end"
         found = work.result(folder)

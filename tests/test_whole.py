@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import threading
 from collections import namedtuple
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from compressor.errors import CompressorError, LockedError, UsageError
 from compressor.runs import directory, facts, finish
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+needs_mount = pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount here")
 
 
 def written(text: str) -> Callable[[Path], None]:
@@ -492,3 +496,77 @@ def test_a_disk_that_fills_up_while_metrics_are_written_is_told_with_its_path(tm
     assert f"error: {tmp_path / 'run'}: cannot be written: No space left on device" in outcome.err
     assert "bytes free" in outcome.err
     assert "None" not in outcome.err
+
+
+# --- A disk that is really full. ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(size)` gives a file system of its own, in memory, of so many KiB; called again, it has another size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def sized(kib: int) -> Path:
+        options = f"{'remount,' if mounted else ''}size={kib}k"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+        mounted.append(kib)
+        return place
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+@needs_mount
+@pytest.mark.parametrize("known", [True, False], ids=["estimated", "found out"])
+def test_a_model_that_does_not_fit_leaves_the_former_one(small_disk, monkeypatch, known) -> None:
+    disk = small_disk(24)
+    models = [pruned(0), pruned(1)]
+    compressor.save(disk / "model", *models[0])
+    (disk / "ballast").write_bytes(b"x" * 4096)
+    if not known:
+        monkeypatch.setattr(files, "refuse_full", lambda *arguments: None)
+    said = "on the disk, and" if known else "cannot be written: "
+    with pytest.raises(CompressorError, match=rf"model: .*{said}.*bytes") as caught:
+        compressor.save(disk / "model", *models[1])
+    assert "free" in str(caught.value) and "None" not in str(caught.value)
+    assert number(disk / "model", models) == 0
+    assert sorted(path.name for path in disk.iterdir()) == ["ballast", "model"]
+    small_disk(200)
+    compressor.save(disk / "model", *models[1])
+    assert number(disk / "model", models) == 1
+
+
+@needs_mount
+@pytest.mark.slow
+def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(small_disk, tmp_path, cli, monkeypatch) -> None:
+    """Whatever was being written when it was full: the checkpoint before is whole, and the end is the same."""
+    settings = ("--steps", "6", "--set", "checkpoint_every=1")
+    assert cli.trial(tmp_path / "run", *settings).code == 0
+    monkeypatch.setattr(files, "refuse_full", lambda *arguments: None)  # of a disk that others fill, too
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "model").iterdir())
+    ended = []
+    for kib in range(size // 1024, 40 * size // 1024, 5 * size // 1024):
+        out = small_disk(kib) / "run"
+        outcome = cli.trial(out, *settings)
+        ended.append(outcome.code)
+        if outcome.code:
+            assert "No space left on device" in outcome.err
+            assert "bytes free" in outcome.err
+            assert "None:" not in outcome.err
+            assert "Traceback" not in outcome.err
+            small_disk(1024 * 1024)
+            again = cli("resume", out) if (out / "recipe.yaml").is_file() else cli.trial(out, *settings)
+            assert again.code == 0, again.err
+        for name in ("model/model.safetensors", "metrics.jsonl"):
+            assert (out / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+        shutil.rmtree(out)
+        if not outcome.code:
+            break
+    assert ended[0] == 1
+    assert ended[-1] == 0
