@@ -86,7 +86,7 @@ class Work:
     result: Callable[[Path], dict[str, Any]]
     prepare: Callable[[Path], None] = lambda folder: None
     seconds: float = 0.0
-    operations: int = 500
+    operations: int = 150
     expected: dict[str, Any] = field(default_factory=dict)
 
 
@@ -171,6 +171,7 @@ def works(base: Path) -> dict[str, Work]:
             lambda f: [*record, "--out", f / "out", "--quiet"],
             lambda f: [*record, "--out", f / "out", "--quiet"],
             lambda f: records_result(f / "out"),
+            operations=25,
         )
     return found
 
