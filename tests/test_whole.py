@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -270,6 +271,7 @@ def test_a_lock_that_was_let_go_while_another_waited_is_not_taken_for_the_new_on
                 with guard:
                     inside += 1
                     most = max(most, inside)
+                time.sleep(0.001)  # the others may come in, if they can
                 with guard:
                     inside -= 1
 
