@@ -6,68 +6,264 @@ renamed. A reader that finds a manifest which verifies has exactly what the writ
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, LockedError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+"""The file in a run's or a comparison's directory that whoever writes there holds; beside other results, `.lock-NAME`."""
+_RUN = "run.json"
+_STRAY = re.compile(r"\.(partial|old|lock)-")
+_ANOTHER = "another process"
+_PATIENCE = 600.0
+"""Seconds that a writer waits for another one of the same folder."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ROOM = "Free some space or choose another folder."
 _MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
-def commit(target: Path, write: Callable[[Path], None], listed: bool = True) -> None:
+def commit(target: Path, write: Callable[[Path], None], listed: bool = True, needs: int = 0) -> None:
     """Let `write` fill a folder, and make it `target` in one step. A folder that was there before is replaced.
 
-    Where it is not `listed`, it has no manifest: what is in it is for other libraries, and nothing here reads it.
+    Where it is not `listed`, it has no manifest: what is in it is for other libraries, and nothing here reads it. `needs`: the
+    bytes that `write` will write, as far as they are known. Writers of one target take turns.
 
-    Raises CompressorError where the disk is full or not writable; what was at `target` is then still there.
+    Raises CompressorError where the disk is full or not writable, and before anything is written where it has fewer bytes free
+    than `needs`; LockedError where another process does not let go of `target`. What was at `target` is then still there.
     """
-    partial = target.parent / f".partial-{target.name}"
-    old = target.parent / f".old-{target.name}"
+    old = _replaced(target)
+    with workshop(target, _PATIENCE, needs) as partial:
+        try:
+            write(partial)
+            _list(partial, listed)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            with suppress(OSError):  # where this fails too, `recover` does it later
+                _restore(target)
+
+
+@contextmanager
+def workshop(target: Path, wait: float = 0.0, needs: int = 0) -> Iterator[Path]:
+    """A new folder beside `target` for this process alone, which holds `target` (`claimed`). It is gone when the block ends.
+
+    What former writers of `target` left when they died is put back where it is whole (`recover`), and else cleared. An error of
+    the disk in the block is a CompressorError that names `target` and the bytes that are free.
+    """
+    partial = target.parent / f".partial-{os.getpid()}-{target.name}"
+    with _said(target, needs), claimed(target, wait):
+        _restore(target)
+        for leftover in leftovers(target):  # their writers are gone: they would hold `target`
+            remove(leftover)
+        refuse_full(target, needs)
+        try:
+            partial.mkdir()
+            yield partial
+        except (OSError, SafetensorError) as error:
+            written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+            raise _failure(target, error, needs, written) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def leftovers(target: Path) -> list[Path]:
+    """What writers of `target` that died, or are at work, have beside it."""
+    mine = re.compile(rf"\.(partial-(\d+-)?|old-){re.escape(target.name)}")
+    return [path for path in target.parent.glob(".*") if mine.fullmatch(path.name)]
+
+
+def strays(folder: Path) -> list[Path]:
+    """What writers in `folder` that died left there. To be asked by who holds it."""
+    own = (LOCK, f"{LOCK}-holder")
+    return [path for path in folder.glob(".*") if _STRAY.match(path.name) and path.name not in own]
+
+
+def recover_all(folder: Path) -> None:
+    """As `recover`, for every folder that was being replaced in `folder`."""
+    for path in folder.glob(".old-*"):
+        recover(folder / path.name.removeprefix(".old-"))
+
+
+def recover(target: Path) -> None:
+    """Put back the folder that a writer was about to replace when it died, where there is none at `target` because of that."""
+    with suppress(
+        OSError, CompressorError
+    ):  # nothing to be done where nothing may be written: readers say what is missing
+        if not target.exists() and _replaced(target).is_dir():
+            with _locked(_beside(target), target, _PATIENCE):
+                _restore(target)
+
+
+def refuse_full(path: Path, needs: int, what: str = "it") -> None:
+    """Raise CompressorError where the disk of `path` has fewer bytes free than `what` `needs`."""
+    free = _free(path)
+    if needs > free:
+        raise CompressorError(f"{path}: {what} needs {needs:,} bytes on the disk, and {free:,} bytes are free", _ROOM)
+
+
+@contextmanager
+def _said(path: Path, needs: int = 0) -> Iterator[None]:
+    """An error of the disk in the block is a CompressorError that names `path`, and how many bytes are free."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _restore_old(old, target)  # of a process that died between the two renames below
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        write(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        entries = {}
-        for path in files:
-            path.chmod(0o644)  # safetensors writes 0600
-            sync(path)
-            entries[path.relative_to(partial).as_posix()] = {"sha256": file_sha256(path), "size": path.stat().st_size}
-        if listed:
-            manifest = partial / MANIFEST
-            manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
-            sync(manifest)
-        sync(partial)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
-        free = shutil.disk_usage(_existing(target)).free
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CompressorError(
-            f"{target}: cannot be written: {reason} ({written:,} bytes written so far, {free:,} bytes free)",
-            "Free some space or choose another folder; what was saved before is intact.",
-        ) from error
+        yield
+    except OSError as error:
+        raise _failure(path, error, needs) from error
+
+
+@contextmanager
+def enough(path: Path) -> Iterator[None]:
+    """An error in the block that says that the disk is full is a CompressorError, with a file's name and the bytes that are free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _failure(Path(error.filename or path), error) from error
+
+
+def _failure(path: Path, error: Exception, needs: int = 0, written: int = 0) -> CompressorError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    needed = f"{needs:,} bytes needed, " if needs else ""
+    return CompressorError(
+        f"{path}: cannot be written: {reason} ({needed}{written:,} bytes written so far, {_free(path):,} bytes free)",
+        f"{_ROOM[:-1]}; what was saved before is intact.",
+    )
+
+
+def _list(folder: Path, listed: bool) -> None:
+    """Have every file of `folder` on the disk, and then its manifest, where it is to be `listed`."""
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path.chmod(0o644)  # safetensors writes 0600
+        sync(path)
+        entries[path.relative_to(folder).as_posix()] = {"sha256": file_sha256(path), "size": path.stat().st_size}
+    if listed:
+        manifest = folder / MANIFEST
+        manifest.write_text(json.dumps({"schema_version": 1, "files": entries}, indent=1), encoding="utf-8")
+        sync(manifest)
+    sync(folder)
+
+
+# --- Who may write. ---
+
+
+@contextmanager
+def claimed(target: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold `target`, a folder or file that is to be written, for this thread; and the directory of the run that it belongs to.
+
+    Again in the same thread, it does nothing. Raises LockedError where another process or thread still has either after `wait`
+    seconds; CompressorError where the folder around it cannot be written to.
+    """
+    home = target.parent
+    with ExitStack() as stack:
+        with _said(target):
+            home.mkdir(parents=True, exist_ok=True)
+        if (home / LOCK).exists() or (home / _RUN).is_file():
+            stack.enter_context(held(home, wait))
+        stack.enter_context(_locked(_beside(target), target, wait))
+        yield
+
+
+@contextmanager
+def held(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """As `claimed`, for all that is in `folder`, which must be there: the directory of a run or of a comparison."""
+    with _locked(folder / LOCK, folder, wait):
+        yield
+
+
+_mine: set[tuple[int, int, str]] = set()
+"""What is held: by which process, since a fork inherits the set and not the locks, and by which thread."""
+
+
+@contextmanager
+def _locked(file: Path, what: Path, wait: float) -> Iterator[None]:
+    """Hold the lock `file`, and so `what`. A lock dies with its process, and its file is gone when it is let go."""
+    key = os.getpid(), threading.get_ident(), os.path.realpath(file)
+    if key in _mine:
+        yield
+        return
+    holder = file.with_name(f"{file.name}-holder")
+    try:
+        lock = _acquired(file, wait)
+    except Timeout as error:
+        try:
+            who = holder.read_text(encoding="utf-8") or _ANOTHER
+        except OSError:
+            who = _ANOTHER
+        raise LockedError(f"{what} is in use by {who}", "Wait for it, or choose another place (--out).") from error
+    except OSError as error:
+        raise CompressorError(f"{what}: {error.strerror or error}", "Choose a folder that you may write to.") from error
+    _mine.add(key)
+    try:
+        with _said(what):
+            holder.write_text(f"process {os.getpid()}", encoding="utf-8")
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # there only where something failed
-        _restore_old(old, target)
+        _mine.discard(key)
+        for path in (holder, file):  # before it is let go: whoever waits for it finds another one, and looks again
+            with suppress(OSError):
+                path.unlink()
+        lock.release()
+
+
+def _acquired(file: Path, wait: float) -> BaseFileLock:
+    """The lock of `file`. Who lets a lock go removes its file, so that one may have been taken that nobody else will see."""
+    deadline = time.monotonic() + wait
+    while True:
+        before = _stat(file)
+        lock = FileLock(file, timeout=max(0.0, deadline - time.monotonic()))
+        lock.acquire()
+        after = _stat(file)
+        if type(lock) is not FileLock:  # a file system without locks: there the file itself is the lock
+            return lock
+        if before is not None and after is not None and os.path.samestat(before, after):
+            return lock
+        lock.release()
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f"{LOCK}-{target.name}"
+
+
+def _replaced(target: Path) -> Path:
+    """Where a folder at `target` is while another one takes its place."""
+    return target.parent / f".old-{target.name}"
+
+
+def _restore(target: Path) -> None:
+    old = _replaced(target)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in (path, *path.absolute().parents) if parent.exists())).free
 
 
 def verify(folder: Path, needs: Sequence[str] = ()) -> None:
@@ -152,7 +348,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # the errors of a full disk name no file
+            error.filename = str(path)
         with suppress(OSError):
             partial.unlink()
         raise
@@ -161,11 +359,6 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Replace the JSON file at `path` in one step; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _restore_old(old: Path, target: Path) -> None:
-    if old.is_dir() and not target.exists():
-        old.rename(target)
 
 
 def _no_constant(name: str) -> Any:
@@ -185,10 +378,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def cache_folder(kind: str) -> Path:

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import faults
 import pytest
 import torch
 
-from compressor import files, saving
-from compressor.runs import inputs
+from compressor import files, recipe, saving
+from compressor.runs import finish, inputs
 from compressor.runs import run as runs
 
 SHORT, LONG = 10, 60  # steps; the long run leaves time to kill it
@@ -37,11 +39,11 @@ def checkpoints(out):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*"))
 
 
-def begun(out, steps):
+def begun(out, steps, seed=0):
     """A short run whose process died after so many steps."""
     settings = {
         "checkpoint_every": 2,
-        "train": {"steps": SHORT, "batch_size": 8, "warmup": 0},
+        "train": {"steps": SHORT, "batch_size": 8, "warmup": 0, "seed": seed},
         "evaluate": {"samples": 0, "latency_rounds": 0},
     }
     progress = runs.execute(inputs.load_inputs(inputs.resolve(settings, "test")), out)
@@ -239,7 +241,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_older_ones(copy, cli, monkeypatch
         patch.setattr(saving, "save_state", full)
         outcome = cli("resume", copy)
     assert outcome.code == 1
-    assert re.search(r"No space left on device \([\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err)
+    assert re.search(
+        r"No space left on device \([\d,]+ bytes needed, [\d,]+ bytes written so far, [\d,]+ bytes free\)", outcome.err
+    )
     assert checkpoints(copy) == [4, 6]
     for step in (4, 6):
         files.verify(copy / f"checkpoint-{step}")
@@ -308,3 +312,109 @@ def test_what_is_no_run_is_not_resumed(cli, tmp_path, monkeypatch, arguments):
     assert outcome.code == 2
     assert "--out" in outcome.err if len(arguments) == 2 and arguments[0] == "run" else "nowhere" in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Whose a checkpoint is, and which stay. ---
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_one_line(copy, cli, tmp_path):
+    other = begun(tmp_path / "other", 7, seed=1)
+    shutil.rmtree(copy / "checkpoint-6")
+    shutil.copytree(other / "checkpoint-6", copy / "checkpoint-6")
+    outcome = cli("resume", copy)
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error:")]
+    assert "checkpoint-6 is of a run with another recipe" in line
+    assert not (copy / "model").exists()
+
+
+def test_a_checkpoint_that_does_not_say_whose_it_is_is_refused(copy, cli):
+    folder = copy / "checkpoint-6"
+    state = saving.load_state(folder)
+    assert {"recipe_sha256", "weights_sha256", "data_sha256", "method", "versions"} <= state["made"].keys()
+    assert "threads" in state["made"]["hardware"]
+    del state["made"]
+    files.commit(folder, lambda inside: saving.save_state(inside, state))
+    outcome = cli("resume", copy)
+    assert outcome.code == 1
+    assert "checkpoint-6 does not say which run it is of" in outcome.err
+
+
+def test_what_is_kept_of_another_run_before_its_first_step_is_not_reported(copy, tmp_path):
+    from compressor.runs import one_shot
+
+    other = begun(tmp_path / "other", 1, seed=1)
+    mine = inputs.load_inputs(inputs.resolve(recipe.read(copy / "recipe.yaml"), "test"))
+    calls = []
+    mine_too = replace(mine, recipe=mine.recipe)
+    object.__setattr__(mine_too, "one_shot", lambda: calls.append(1) or mine.one_shot())
+    one_shot.one_shot(mine_too, copy / "one-shot")
+    assert calls == []
+    one_shot.one_shot(mine_too, other / "one-shot")
+    assert calls == [1]
+
+
+def test_a_run_that_starts_over_keeps_its_own_checkpoints_and_not_the_damaged_ones(copy, monkeypatch):
+    for step in (4, 6):
+        flip(copy / f"checkpoint-{step}" / "state.safetensors")
+    found = inputs.load_inputs(inputs.resolve(recipe.read(copy / "recipe.yaml"), "test"))
+    progress = runs.execute(found, copy, resume=True)
+    while (event := next(progress)).stage != "fine-tune" or event.done < 3 or "skipped" in event.note:
+        pass
+    progress.close()
+    assert checkpoints(copy) == [2]
+    files.verify(copy / "checkpoint-2")
+
+
+def test_a_run_whose_facts_were_lost_goes_on_by_what_its_checkpoints_say(copy, cli, uninterrupted):
+    (copy / "run.json").unlink()
+    outcome = cli("resume", copy)
+    assert outcome.code == 0, outcome.err
+    assert result_of(copy) == result_of(uninterrupted)
+
+
+def test_lines_that_metrics_lacks_are_said(copy, cli):
+    (copy / "metrics.jsonl").write_text("")
+    outcome = cli("resume", copy)
+    assert outcome.code == 0, outcome.err
+    assert "metrics.jsonl lacks 6 of the steps before" in outcome.err
+
+
+def test_what_has_not_begun_names_the_way_that_works(cli, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    outcome = cli("resume", out)
+    assert outcome.code == 2
+    assert f"compressor run --out {out}" in outcome.err
+    outcome = cli.trial(out)
+    assert outcome.code == 0, outcome.err
+    assert "resume" not in outcome.err
+
+
+# --- Killed at any file operation. ---
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path, uninterrupted):
+    """Eight operations, evenly over the run, each in a process of its own; `tests/soak.py` takes random ones, and moments."""
+    settings = inputs.resolve(recipe.read(uninterrupted / "recipe.yaml"), "test")
+    found = inputs.load_inputs(settings)
+
+    def work(out):
+        has_begun = (out / "recipe.yaml").is_file()
+        for _ in runs.execute(found, out, resume=has_begun):
+            pass
+
+    (tmp_path / "count").mkdir()
+    operations = faults.operations(lambda: work(tmp_path / "count" / "run"), tmp_path / "count")
+    assert operations > 100
+    for at in range(0, operations, operations // 8):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        assert (
+            faults.in_a_process(lambda f=folder: work(f / "run"), folder, faults.Fault("killed", at)) == faults.KILLED
+        )
+        assert faults.in_a_process(lambda f=folder: work(f / "run"), folder) == faults.DONE
+        assert result_of(folder / "run") == result_of(uninterrupted)
+        assert finish.unfinished(folder / "run") is None

@@ -49,12 +49,14 @@ def run(
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
+    from compressor.runs.space import refuse_full_disk
 
     recipe = resolved_recipe(config, settings, assignments)
     method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
     out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{method}")
     refuse_busy_directory(out)
     refuse_used_directory(out, overwrite)
+    refuse_full_disk(recipe, out)
     inputs = watch(prepared(recipe), output.quiet)
     _name_extractor(inputs)
     warn_of_idle_rules(inputs.model, recipe.ignore)
@@ -73,13 +75,20 @@ def resume(output: Output, directory: Path) -> None:
 
 def _continue(out: Path, output: Output) -> None:
     from compressor import recipe as recipes
+    from compressor.runs.directory import refuse_unbegun
+    from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
 
-    if (out / "report.json").is_file() and (out / "report.html").is_file():
+    was_reported = (out / "report.html").is_file()
+    if (reason := unfinished(out)) is None:
+        settle(out)
         if not output.quiet:
             say(f"{out} is finished", err=True)
     else:
+        refuse_unbegun(out)
+        if was_reported:
+            say(f"{out} has a report, but is not finished: {reason}", err=True)
         inputs = watch(prepared(resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import queue
-import shutil
 import signal
 import threading
 import traceback
@@ -32,7 +31,7 @@ from compressor.quality.similarity import ssim
 from compressor.recipe import Recipe
 from compressor.report.compared import Judged
 from compressor.report.content import DENSE, Drift, Quality, Row, TrainSummary
-from compressor.runs import directory
+from compressor.runs import directory, facts, finish
 from compressor.runs import run as runs
 from compressor.runs.inputs import Inputs, load_inputs, same_source, sharing
 from compressor.runs.judge import Judge, Seen, Variant
@@ -78,7 +77,7 @@ def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progre
     yield from judge.look()
     if final is None:
         final = saving.load(run / "model", copy.deepcopy(found.model))
-    trained = files.read_json(run / "run.json")["train"]
+    trained = facts.read(run)["train"]
     train = TrainSummary(steps=trained["steps"], seconds=round(trained["seconds"], 3))
     config = saving.read_config(run / "model")
     variant = Variant(job["label"], final.to(judge.device).eval(), config.weights_sha256, config.patterns, train)
@@ -96,7 +95,7 @@ def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progre
             further["sensitivity"] = yield from _sensitivity(judge, model, list(bare.patterns))
         judged = judged.model_copy(update=further)
     files.write_json(folder / ROW, judged.as_json())
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    finish.settle(run)
 
 
 def _row(judge: Judge, variant: Variant, dense: Seen, sheet: Path | None) -> Generator[Progress, None, Row]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +37,7 @@ from compressor.export.graph import (
     tensors_of,
     write,
 )
-from compressor.files import file_sha256, sync
+from compressor.files import file_sha256, sync, workshop
 from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
@@ -170,7 +169,7 @@ def export_onnx(
 
     Raises UsageError for a form that does not exist and a path that is taken; GateError, leaving no new file, where
     the graph answers otherwise than PyTorch or lost a pattern; CompressorError where something is not installed, cannot be
-    exported or cannot be written.
+    exported or cannot be written; LockedError where another process works on `path` or in its run's directory.
     """
     path = Path(path)
     refuse(path, form, int8, overwrite)
@@ -375,11 +374,7 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
 @contextmanager
 def _committed(path: Path) -> Iterator[Path]:
     """A folder whose files are moved beside `path` when all is well, the one called as `path` last; else nothing is left."""
-    partial = path.parent / f".partial-{path.name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that died
-        partial.mkdir()
+    with workshop(path) as partial:
         yield partial
         names = [file.name for file in partial.iterdir()]
         for file in sorted(partial.iterdir(), key=lambda file: file.name == path.name):
@@ -389,9 +384,3 @@ def _committed(path: Path) -> Iterator[Path]:
         for former in path.parent.glob(f"{path.stem}-*.data"):  # weights of a graph that was replaced
             if former.name not in names and _DATA.fullmatch(former.name.removeprefix(path.stem)):
                 former.unlink()
-    except OSError as error:
-        raise CompressorError(
-            f"{path}: cannot be written: {error.strerror or error}", "Choose a folder that you may write to."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -5,9 +5,10 @@ So what a model is told (time, noise, guidance, conditions, by whatever names) n
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from compressor import files
 from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
-from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
+from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
 from compressor.progress import Progress
 from compressor.report.words import size
@@ -28,6 +29,7 @@ from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
 STAGE = "record"
+_LEFTOVER = re.compile(rf"\.partial-\d+-({re.escape(storage.INDEX)}|picture-\d+\.safetensors)")
 _SPARE = 64 * 2**20  # bytes that are left free on the disk
 
 
@@ -102,9 +104,45 @@ def recording(
 
     `pictures` are those of `index` with their very arguments, where some are no JSON.
 
-    After the first picture, the disk space that all will take is told, and an error where there is less. Raises CompressorError
-    where `folder` has the records of another model, other pictures or another number of steps.
+    After the first picture, the disk space that all will take is told, and an error where there is less. Where another process
+    records into `folder`, it is waited for. Raises CompressorError where `folder` has the records of another model, other pictures
+    or another number of steps.
     """
+    if not _is_whole(folder, index):
+        with ExitStack() as stack:
+            while (reason := _busy(folder, stack)) is not None:
+                yield Progress(STAGE, 0, len(index.pictures), f"waits: {reason}")
+            yield from _recorded(opened, index, folder, pictures)
+    yield Progress(STAGE, len(index.pictures), len(index.pictures))
+    return Recording.opened(folder)
+
+
+def _busy(folder: Path, stack: ExitStack) -> str | None:
+    """Hold `folder` until `stack` ends; after a second in vain, who has it."""
+    try:
+        stack.enter_context(files.claimed(folder, wait=1.0))
+    except LockedError as error:
+        return error.message
+    return None
+
+
+def _is_whole(folder: Path, index: Index) -> bool:
+    """Whether all that `index` asks for is in `folder`, which nobody may be able to write to."""
+    if not (folder / storage.INDEX).is_file():
+        return False
+    refuse_other(folder, index)
+    try:
+        for number in range(len(index.pictures)):
+            storage.outline(storage.shard(folder, number))
+    except CompressorError:
+        return False
+    return True
+
+
+def _recorded(
+    opened: Opened, index: Index, folder: Path, pictures: Sequence[Picture] | None
+) -> Generator[Progress, None, None]:
+    """As `recording`, by who holds `folder`."""
     begin(folder, index)
     known: set[str] = set()
     told = False
@@ -126,8 +164,6 @@ def recording(
             yield Progress(
                 STAGE, number + 1, len(index.pictures), _told(folder, path, len(index.pictures) - number - 1)
             )
-    yield Progress(STAGE, len(index.pictures), len(index.pictures))
-    return Recording.opened(folder)
 
 
 def _some(calls: Sequence[Call], keep: int | None, seed: int) -> Sequence[Call]:
@@ -139,7 +175,11 @@ def _some(calls: Sequence[Call], keep: int | None, seed: int) -> Sequence[Call]:
 
 
 def begin(folder: Path, index: Index) -> None:
-    """Make `folder` one of records of `index`. Raises CompressorError where it has others, or anything else."""
+    """Make `folder` one of records of `index`, without what a process that died left in it. Raises CompressorError where it has
+    others, or anything else. For who holds `folder`."""
+    for leftover in folder.glob(".partial-*"):
+        if _LEFTOVER.fullmatch(leftover.name):
+            files.remove(leftover)
     if (folder / storage.INDEX).is_file():
         refuse_other(folder, index)
         return

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from compressor import files
-from compressor.errors import CompressorError, LockedError, UsageError
+from compressor.errors import CompressorError, UsageError
 
 NO_PIPELINE = "pipeline.txt"
 """Why there is no `pipeline/`, where a model of the family has one."""
+RECIPE = "recipe.yaml"
+"""A run has begun where it is, and can be continued; it is written after `run.json`."""
+_FACTS = "run.json"
 OWN_FILES = (
-    "recipe.yaml",
-    "run.json",
+    RECIPE,
+    _FACTS,
     "metrics.jsonl",
     "lowering.json",
     NO_PIPELINE,
@@ -29,27 +29,19 @@ OWN_FILES = (
 )
 
 
+_UNDONE = r"\.(partial|old)-.*"
 OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn")
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the directory for this process; LockedError where another one has it. The lock dies with its process."""
-    holder, lock = out / ".lock-holder", FileLock(out / ".lock", timeout=0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise LockedError(f"{out} is in use by {who}", "Wait for it, or choose another --out.") from error
     except OSError as error:
         raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
-    try:
-        files.write_text(holder, f"process {os.getpid()}")
+    with files.held(out):
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def refuse_used_directory(out: Path, overwrite: bool) -> None:
@@ -57,19 +49,34 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
     found = contents(out)
+    if all(name == _FACTS or re.match(_UNDONE, name) for name in found):
+        return  # at most a run that was killed before it began
     listing = f"{', '.join(found[:4])}{' …' if len(found) > 4 else ''}"
-    if found and not overwrite:
-        raise UsageError(
-            f"{out} is not empty: it has {listing}",
-            f"Choose another --out, continue it with `{resume_command(out)}`, or replace it with --overwrite.",
-        )
-    if "run.json" not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found):
+    foreign = _FACTS not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found)
+    if not overwrite:
+        ways = ["Choose another --out"]
+        ways += [f"continue it with `{resume_command(out)}`"] if RECIPE in found else []
+        ways += [] if foreign else ["replace it with --overwrite"]
+        hint = ", ".join(ways[:-1]) + f", or {ways[-1]}." if len(ways) > 1 else f"{ways[0]}."
+        raise UsageError(f"{out} is not empty: it has {listing}", hint)
+    if foreign:
         raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+
+
+def refuse_unbegun(out: Path) -> None:
+    """Raise UsageError where `out` is a directory in which no run has begun: there is nothing to continue."""
+    if out.is_dir() and not (out / RECIPE).is_file():
+        found = contents(out)
+        again = " --overwrite" if any(name != _FACTS for name in found) and _FACTS in found else ""
+        raise UsageError(
+            f"{out} has no {RECIPE}: no run has begun there, or a run was about to be replaced",
+            f"Start it with `{shlex.join(['compressor', 'run', '--out', str(out)])}{again}` and its settings.",
+        )
 
 
 def refuse_busy_directory(out: Path) -> None:
     """Raise LockedError where another process works in `out`."""
-    if (out / ".lock").exists():
+    if (out / files.LOCK).exists():
         with locked(out):
             pass
 
@@ -81,12 +88,18 @@ def resume_command(out: Path) -> str:
 
 def clear(out: Path) -> None:
     """Remove a former run's files, and no others."""
-    for name in sorted(contents(out), key=lambda name: name == "run.json"):  # last: it says whose directory this is
+    for name in sorted(contents(out), key=_order):
         if name in OWN_FILES:
             (out / name).unlink()
-        elif name in OWN_FOLDERS or re.fullmatch(r"checkpoint-\d+|\.(partial|old)-.*", name):
+        elif name in OWN_FOLDERS or re.fullmatch(rf"checkpoint-\d+|{_UNDONE}", name):
             files.remove(out / name)
 
 
+def _order(name: str) -> int:
+    """When `clear` removes it: who dies meanwhile leaves no report of a model that is gone, nothing to go on with when it is half
+    gone, and to the last whose directory this is."""
+    return 0 if name.startswith("report.") else 1 if name == RECIPE else 3 if name == _FACTS else 2
+
+
 def contents(out: Path) -> list[str]:
-    return sorted(p.name for p in out.iterdir() if not p.name.startswith(".lock")) if out.is_dir() else []
+    return sorted(p.name for p in out.iterdir() if not p.name.startswith(files.LOCK)) if out.is_dir() else []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor import files, saving
-from compressor.adapter import Sampling
+from compressor.adapter import Adapter, Sampling
 from compressor.data.latents import Autoencoder
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError
@@ -51,11 +51,19 @@ def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -
     """Write `out`: NNNNNN.png for each image, or `latents.npz` where the model gives latents and no autoencoder is named;
     `sheet.png`, and `samples.json`. Yields progress.
 
-    Raises UsageError where `out` is not empty; CompressorError where the model cannot be loaded or cannot sample.
+    Raises UsageError where `out` is not empty; CompressorError where the model cannot be loaded or cannot sample; LockedError where
+    another process works on `out`, or in the directory of the run around it.
     """
     _refuse_used(out, overwrite)
     folder = saving.model_folder(Path(wanted.source))
     adapter = saved_adapter(Path(wanted.source)).sampling(wanted.how)
+    with files.claimed(out):
+        _refuse_used(out, overwrite)  # again: another process may have been faster
+        yield from _drawn(wanted, out, processes, folder, adapter)
+
+
+def _drawn(wanted: Draw, out: Path, processes: int, folder: Path, adapter: Adapter) -> Generator[Progress, None, None]:
+    """As `draw`, by who holds `out`."""
     starts = range(0, wanted.n, wanted.batch_size)
     found: dict[int, Tensor] = {}
     yield Progress("sample", 0, wanted.n, adapter.sampler)

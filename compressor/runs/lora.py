@@ -15,7 +15,7 @@ from compressor import files, saving
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.files import file_sha256
-from compressor.runs.directory import refuse_used_directory
+from compressor.runs.directory import locked, refuse_used_directory
 from compressor.runs.run import commit_pipeline
 from compressor.runs.saved import saved_model
 from compressor.sparsity.notation import parse
@@ -93,9 +93,10 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
         merged.get_parameter(name).data.add_(kept, alpha=scale)
     found = Merged(given.returned(merged), layers, left_out, target)
     if target is not None:
-        _write(
-            found, adapter, masks, run, target, {"source": str(run), "lora_sha256": file_sha256(lora), "scale": scale}
-        )
+        with locked(target):
+            refuse_used_directory(target, overwrite=False)  # again: another process may have been faster
+            facts = {"source": str(run), "lora_sha256": file_sha256(lora), "scale": scale}
+            _write(found, adapter, masks, run, target, facts)
     return found
 
 
@@ -103,10 +104,6 @@ def _write(
     found: Merged, adapter: Adapter, masks: Mapping[str, Mask], run: Path, out: Path, facts: Mapping[str, Any]
 ) -> None:
     config = saving.read_config(saving.model_folder(run))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
     files.write_json(out / FILE, {**facts, **found.as_json()})
     pipeline = run / "pipeline"
     if pipeline.is_dir() and surgery_of(found.model) is None:

@@ -50,10 +50,11 @@ class OneShot:
         return cls(result.model, patterns, layers)
 
 
-def keep(result: Result, folder: Path) -> None:
-    """Leave `result`, a model without fine-tuning, in `folder`, whole or not at all."""
+def keep(result: Result, folder: Path, inputs: Inputs) -> None:
+    """Leave `result`, what `inputs` give without fine-tuning, in `folder`, whole or not at all."""
     made = OneShot.of(result)
     state = {
+        "made": inputs.identity(),
         "model": result.model.state_dict(),
         "patterns": made.patterns,
         "layers": [layer.as_json() for layer in made.layers],
@@ -63,12 +64,14 @@ def keep(result: Result, folder: Path) -> None:
 
 
 def one_shot(inputs: Inputs, folder: Path) -> OneShot:
-    """What was kept in `folder`; prepared anew where nothing was, or where it is damaged."""
+    """What was kept in `folder`; prepared anew where nothing was, or where it is damaged or of another run."""
     try:
         files.verify(folder, needs=("state.json", "state.safetensors"))
+        state = saving.load_state(folder)
     except CompressorError:
+        state = {}
+    if state.get("made") != inputs.identity():
         return OneShot.of(inputs.one_shot())
-    state = saving.load_state(folder)
     model = copy.deepcopy(inputs.model)
     if state["surgery"] is not None:
         Surgery.from_json(state["surgery"], str(folder)).apply(model)

@@ -14,6 +14,7 @@ from compressor.files import file_name
 from compressor.progress import Progress
 from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
 from compressor.report.limitations import limitations
+from compressor.runs import facts
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
@@ -28,7 +29,8 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
 
     `final` is the finished model, which is in `out` already; it is loaded from there where it is not given.
     """
-    run = files.read_json(out / "run.json")
+    run = facts.read(out)
+    here = facts.facts_of(inputs)  # the numbers are measured here and now, wherever the run began
     yield Progress("one-shot", 0, 1)
     bare = one_shot(inputs, out / FOLDER)
     config = saving.read_config(out / "model")
@@ -45,7 +47,7 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
     )
     rows = yield from _judged(judge, variants, out / "samples")
     layers = layer_rows(bare.layers, config.patterns, final, run["train"]["flipped"])
-    report = _report(inputs, run, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)
+    report = _report(inputs, here, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)
     files.write_json(out / "report.json", report.as_json())
     return Finished(
         out, inputs.adapter, inputs.model, final, judge.device, report, inputs.recipe.evaluate.latency_batch

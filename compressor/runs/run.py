@@ -7,11 +7,12 @@ Directory: `recipe.yaml` (resolved), `run.json` (versions, hardware, hashes), `m
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from compressor import files, saving
 from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
-from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, ReshapedError
 from compressor.progress import Progress
 from compressor.report import render
-from compressor.runs import one_shot
-from compressor.runs.directory import NO_PIPELINE, clear, locked, refuse_used_directory
+from compressor.runs import facts as run_facts
+from compressor.runs import finish, one_shot, space
+from compressor.runs.directory import NO_PIPELINE, RECIPE, clear, locked, refuse_used_directory
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
 from compressor.runs.paired import PairedJudge
@@ -35,6 +36,8 @@ from compressor.runs.rows import build_report
 from compressor.runs.speed import measured
 from compressor.sparsity.surgery import surgery_of
 from compressor.training.engine import FineTuning, Result, Step, steps
+
+_CHECKPOINT = "checkpoint-"
 
 
 class Interrupted(Exception):
@@ -46,8 +49,12 @@ class Interrupted(Exception):
 
 
 def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
-    """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
-    yield from paced(inputs, _executed(inputs, out, resume, overwrite))
+    """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time.
+
+    When it ends, the model and the report are there and are what was written (`finish.unfinished`); else it raises CompressorError.
+    """
+    with files.enough(out):
+        yield from paced(inputs, _executed(inputs, out, resume, overwrite))
 
 
 def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, None]:
@@ -60,9 +67,9 @@ def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Gener
                 judge = PairedJudge(inputs, inputs.piped)
                 yield from judge.whole_lowered(finished.reported(benched.report), benched.plan)
         render(out)
+        finish.refuse_lost(out)
         yield Progress("report", 1, 1)
-        for folder in (*out.glob("checkpoint-*"), out / one_shot.FOLDER):
-            shutil.rmtree(folder, ignore_errors=True)
+        finish.clean(out)
 
 
 def train(
@@ -74,55 +81,81 @@ def train(
     step stays in the directory, for the report.
     """
     if resume:
-        _check_identity(inputs, out)
-        for leftover in out.glob(".partial-*"):  # of a process that died while saving
-            files.remove(leftover)
+        facts = yield from _resumed(inputs, out)
     else:
         refuse_used_directory(out, overwrite)
         clear(out)
-        identity = {
-            **environment(resolve_device(inputs.recipe.train.device)),
-            **inputs.identity(),
-            "seed": inputs.recipe.train.seed,
-        }
-        files.write_json(out / "run.json", identity)
-        files.write_text(out / "recipe.yaml", recipes.dump(inputs.recipe))
-    if _is_whole(out / "model"):
+        facts = run_facts.facts_of(inputs)
+        run_facts.write(out, facts)
+    if not (out / RECIPE).is_file():  # last: with it, a run has begun
+        files.write_text(out / RECIPE, recipes.dump(inputs.recipe))
+    if "train" in facts and _is_whole(out / "model"):
+        there = (out / "pipeline").is_dir() or (out / NO_PIPELINE).is_file()
+        if inputs.adapter.writes_pipeline and not there:
+            commit_pipeline(inputs.adapter, saving.load(out / "model", copy.deepcopy(inputs.model)), out)
         return None
     if (out / "model").exists():
         yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
-    return (yield from _fine_tune(inputs, out, keep_one_shot))
+    return (yield from _fine_tune(inputs, out, facts, keep_one_shot))
 
 
-def _fine_tune(inputs: Inputs, out: Path, keep_one_shot: bool) -> Generator[Progress, None, nn.Module]:
+def _resumed(inputs: Inputs, out: Path) -> Generator[Progress, None, dict[str, Any]]:
+    """The facts of the run in `out`, which is that of `inputs`, with what has changed since. What processes that died left is
+    cleared, or put back where it is whole."""
+    files.recover_all(out)
+    for leftover in files.strays(out):
+        files.remove(leftover)
+    now = run_facts.facts_of(inputs)
+    if not (out / run_facts.FILE).is_file():
+        run_facts.write(out, now)
+        return now
+    facts = run_facts.read(out)
+    run_facts.refuse_other(facts, inputs, out)
+    done = next((_step(folder) for folder in _checkpoints(out)), 0)
+    if lines := run_facts.resumed(facts, now, done):
+        run_facts.write(out, facts)
+        for line in lines:
+            yield Progress("prepare", 0, 1, f"changed since the run began: {line}")
+    return facts
+
+
+def _fine_tune(
+    inputs: Inputs, out: Path, facts: Mapping[str, Any], keep_one_shot: bool
+) -> Generator[Progress, None, nn.Module]:
     """Train from the newest whole checkpoint, or from the start, and commit `model/`."""
     settings = inputs.recipe.train
-    previous, skipped = _newest_checkpoint(out)
+    previous, skipped = _newest_checkpoint(inputs, out)
     for note in skipped:
         yield Progress("fine-tune", 0, settings.steps, note)
     yield Progress("prepare", 0, 1)
     run = inputs.fine_tuning(previous["run"] if previous else None)
+    every = inputs.recipe.checkpoint_every
+    space.refuse_full_of(run, out, every, len(_checkpoints(out)), keep_one_shot)
     if keep_one_shot and not run.done:
-        one_shot.keep(run.one_shot(), out / one_shot.FOLDER)
+        one_shot.keep(run.one_shot(), out / one_shot.FOLDER, inputs)
     seconds = float(previous["seconds"]) if previous else 0.0
-    _keep_first_lines(out / "metrics.jsonl", run.done)
+    if lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done):
+        yield Progress("fine-tune", 0, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
+    made = run_facts.facts_of(inputs)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
         try:
             for record in steps(run):
                 metrics.write(_line(record))
-                if record.step % inputs.recipe.checkpoint_every == 0 and record.step < record.steps:
+                if record.step % every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
-                    _checkpoint(out, run, seconds)
+                    _checkpoint(out, run, seconds, made)
                 yield Progress("fine-tune", record.step, record.steps, _note(record))
         except Interrupted:
             metrics.flush()
-            _checkpoint(out, run, seconds + time.perf_counter() - began)
+            _checkpoint(out, run, seconds + time.perf_counter() - began, made)
             raise
         seconds += time.perf_counter() - began
     result = run.finish()
-    _commit_model(inputs, out, result, run.done, seconds)
+    summary = {"steps": run.done, "seconds": seconds, "flipped": dict(result.flipped)}
+    run_facts.write(out, {**facts, "train": summary})
+    _commit_model(inputs, out, result)
     return result.model
 
 
@@ -137,15 +170,15 @@ def _note(record: Step) -> str:
     return f"loss {record.loss:.4f}" + (", not finite: step skipped" if skipped else "")
 
 
-def _commit_model(inputs: Inputs, out: Path, result: Result, done: int, seconds: float) -> None:
-    summary = {"steps": done, "seconds": seconds, "flipped": dict(result.flipped)}
-    files.write_json(out / "run.json", {**files.read_json(out / "run.json"), "train": summary})
+def _commit_model(inputs: Inputs, out: Path, result: Result) -> None:
     adapter = inputs.adapter
     commit_pipeline(adapter, result.model, out)
     # a model of the user's own file has no name to load it by: a saved model never says what to run
     name = None if is_file_reference(inputs.recipe.model) else inputs.recipe.model
     if inputs.piped is not None and not adapter.architecture:  # a part that no registered model stands for
         name = None
+    if (out / "model").exists() and not _is_whole(out / "model"):
+        files.remove(out / "model")  # only now: it may be mended while this run makes it again
     saving.save(out / "model", result.model, result.masks, name, architecture=adapter.architecture)
 
 
@@ -163,29 +196,47 @@ def commit_pipeline(adapter: Adapter, model: nn.Module, out: Path) -> None:
         files.write_text(out / NO_PIPELINE, f"There is no pipeline/ here: {error.message}.\n{error.hint}\n")
 
 
-def _checkpoint(out: Path, run: FineTuning, seconds: float) -> None:
-    target = out / f"checkpoint-{run.done}"
-    state = {"run": run.state(), "seconds": seconds}
-    files.commit(target, lambda folder: saving.save_state(folder, state))
-    for older in _checkpoints(out)[2:]:
-        shutil.rmtree(older, ignore_errors=True)
+def _checkpoint(out: Path, run: FineTuning, seconds: float, made: Mapping[str, Any]) -> None:
+    """Commit the state of `run`, with what its run is of; then remove all but the newest two, and those of later steps, which were
+    damaged when this run went on without them."""
+    files.sync(out / "metrics.jsonl")  # whose lines up to here belong to it
+    state = {"run": run.state(), "seconds": seconds, "made": made}
+    files.commit(
+        out / f"{_CHECKPOINT}{run.done}",
+        lambda folder: saving.save_state(folder, state),
+        needs=space.nbytes(state),
+    )
+    later = [folder for folder in _checkpoints(out) if _step(folder) > run.done]
+    older = [folder for folder in _checkpoints(out) if _step(folder) <= run.done][2:]
+    for folder in (*later, *older):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_CHECKPOINT))
 
 
 def _checkpoints(out: Path) -> list[Path]:
     """The checkpoint folders, newest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    found = [p for p in out.glob(f"{_CHECKPOINT}*") if p.name.removeprefix(_CHECKPOINT).isdecimal()]
+    return sorted(found, key=_step, reverse=True)
 
 
-def _newest_checkpoint(out: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+def _newest_checkpoint(inputs: Inputs, out: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    Raises CompressorError where it is of another run than that of `inputs`.
+    """
     skipped: list[str] = []
     for folder in _checkpoints(out):
         try:
             files.verify(folder, needs=("state.json", "state.safetensors"))
-            return saving.load_state(folder), skipped
+            state = saving.load_state(folder)
         except CompressorError as error:
             skipped.append(f"skipped {folder.name}: {error.message}")
+            continue
+        run_facts.refuse_other_checkpoint(state.get("made"), inputs, folder)
+        return state, skipped
     return None, skipped
 
 
@@ -197,17 +248,8 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _keep_first_lines(path: Path, count: int) -> None:
-    """Cut a metrics file back to the steps that the checkpoint knows."""
+def _keep_first_lines(path: Path, count: int) -> int:
+    """Cut a metrics file back to the steps that the checkpoint knows; how many lines it has then."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count] if path.exists() else []
     files.write_text(path, "".join(lines))
-
-
-def _check_identity(inputs: Inputs, out: Path) -> None:
-    before, now = files.read_json(out / "run.json"), inputs.identity()
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise CompressorError(
-                f"{out}: the {key.removesuffix('_sha256')} changed: its hash was {before.get(key)}, and is now {value}",
-                "Resume with the same files and settings, or start a new run.",
-            )
+    return len(lines)

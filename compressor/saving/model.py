@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter
 from compressor.discovery import made
 from compressor.errors import CompressorError
-from compressor.files import MANIFEST, commit, read_json, verify
+from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.saving import packing
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
@@ -71,10 +71,17 @@ def save(
     `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
     without a name, `load` needs the module. N:M weights are stored as what is kept and where it was, or with
     `packed=False` as plain tensors, which other libraries read. What a method removed of the model's structure is stored
-    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused. Raises
-    CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it.
+    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused.
+
+    Several processes may save to one path, such as the ranks of torchrun: one waits for the other, each writes a whole model, and
+    that of the last one stays. Where their weights differ, save on one rank alone.
+
+    Raises CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it: what
+    was at `path` is then still there. LockedError where another process holds `path`, or the run directory around it, for
+    longer than a writer waits (10 minutes).
     """
     path = Path(path)
+    recover(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
     model = bare(model)
@@ -98,7 +105,7 @@ def save(
         if (surgery := surgery_of(model)) is not None:
             (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
 
-    commit(path, write)
+    commit(path, write, needs=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -110,6 +117,27 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
     folder = model_folder(Path(path))
+    while True:
+        before = _identity(folder)
+        try:
+            return _loaded(folder, model)
+        except CompressorError:
+            recover(folder)
+            if (now := _identity(folder)) is None or now == before:
+                raise  # else another process replaced the folder meanwhile: what was read is of two models
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of the same name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
+    """As `load`, once."""
     verify(folder, needs=MODEL_FILES)
     config = read_config(folder)
     surgery = _read_surgery(folder)
@@ -145,7 +173,12 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a saved model, given a run's directory or that folder itself."""
+    """The folder of a saved model, given a run's directory or that folder itself.
+
+    Where a process died while it was replacing the model, the former one is put back.
+    """
+    recover(path / "model")
+    recover(path)
     return path / "model" if (path / "model").is_dir() else path
 
 
