@@ -57,7 +57,8 @@ class Fuzz:
         level = rng.choice(self.extension.levels())
         self.extension.set_level(level)
         torch.set_num_threads(rng.randint(1, 4))
-        kind = rng.choice([self.linear, self.linear, self.pair, self.convolution, self.refused, self.refused])
+        products = [self.linear, self.linear, self.pair, self.convolution]
+        kind = rng.choice([*products, self.attention, self.refused, self.refused, self.attention_refused])
         self.counts[f"{kind.__name__} {level}"] += 1
         kind(rng)
 
@@ -167,6 +168,57 @@ class Fuzz:
         magnitude = F.conv2d(wide.abs(), full.double().abs(), None if b is None else b.abs(), padding=side // 2)
         wanted = F.conv2d(wide, full.double(), b, padding=side // 2)
         self.held(self.vnm.VNMConv(weight, side), x, wanted, magnitude)
+
+    def attended(self, rng: random.Random) -> tuple[list[int | float], list[Tensor], Tensor]:
+        """The numbers of an attention, its query, key and value, and where its result will be."""
+        images, heads, queries, keys = (rng.randint(1, most) for most in (3, 4, 70, 300))
+        channels, wide, codes = rng.randint(1, 90), rng.randint(1, 90), rng.randint(0, 1)
+        tensors = []
+        for tokens, width in ((queries, channels), (keys, channels), (keys, wide)):
+            x = self.inputs(rng, images, tokens, heads, width, half=False)
+            # heads within tokens, as a projection gives them, or apart; channels follow each other
+            x = x.contiguous() if x.stride(3) != 1 else x
+            tensors.append(x.transpose(1, 2).contiguous() if rng.random() < 0.3 else x.transpose(1, 2))
+        y = torch.full((images, queries, heads, wide), torch.nan)
+        block = 2 * rng.randint(1, 64) if codes else rng.randint(1, 200)
+        numbers: list[int | float] = [*(x.data_ptr() for x in tensors), y.data_ptr(), images, heads, queries, keys]
+        numbers += [channels, wide, block, torch.get_num_threads(), codes, rng.choice([channels**-0.5, 0.01, 2.0])]
+        return numbers + [stride for x in tensors for stride in x.stride()[:3]], tensors, y
+
+    def attention(self, rng: random.Random) -> None:
+        numbers, (query, key, value), y = self.attended(rng)
+        self.extension.attend(*numbers)
+        first = y.clone()
+        numbers[11] = 5 - int(numbers[11])
+        y.fill_(torch.nan)
+        self.extension.attend(*numbers)
+        assert torch.equal(first, y), "other threads, other bits"
+        scores = query.double() @ key.double().transpose(2, 3) * numbers[13]
+        wanted = (torch.softmax(scores, -1) @ value.double()).transpose(1, 2)
+        assert bool(y.isfinite().all())
+        # in codes and with large scores near ties turn over; that sums stay within the values is what is left to say
+        if float(scores.abs().max()) < (3 if numbers[12] else 1e4):
+            error = float((y.double() - wanted).norm() / value.double().norm().clamp_min(1e-300))
+            assert error < (2e-2 if numbers[12] else 1e-4), error
+        assert float(y.abs().max()) <= 1.01 * float(value.abs().max())
+
+    def attention_refused(self, rng: random.Random) -> None:
+        """A right attention with numbers that no size can be."""
+        numbers, *held = self.attended(rng)  # buffers live on
+        wrong: list[Any] = list(numbers)
+        place = rng.randint(4, 11)
+        wrong[place] = rng.choice([0, -1, 2**24 + 1, *OUTSIDE])
+        self.refuses(lambda: self.extension.attend(*wrong), wrong, (ValueError, OverflowError))
+        if numbers[12]:
+            wrong = [*numbers[:10], rng.choice([1, 3, 127, 130]), *numbers[11:]]  # pairs of keys, 128 at most
+            self.refuses(lambda: self.extension.attend(*wrong), wrong)
+        few = numbers[: rng.randint(0, len(numbers) - 1)]
+        self.refuses(lambda: self.extension.attend(*few), "too few", (TypeError,))
+        wrong = list(numbers)
+        place = rng.randint(4, len(wrong) - 1)
+        wrong[place] = rng.choice([None, "1"] if place == 13 else [2**64, -(2**70), None, "1"])  # any number is a scale
+        self.refuses(lambda: self.extension.attend(*wrong), "no number", (TypeError, OverflowError, ValueError))
+        assert held
 
     def refused(self, rng: random.Random) -> None:
         """A right job with one number made wrong, and at times others that no size can be."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py"]
+KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py", "tests/test_attention.py"]
 TOUCHED = [
     *KERNELS,
     *(f"tests/test_{name}.py" for name in ("lower", "lower_doubt", "gathered", "export", "speed", "planning")),
@@ -48,6 +48,11 @@ static inline i512 emulated_madd_epi16(i512 a, i512 b) {
     return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 static inline i512 emulated_dpwssd_epi32(i512 sum, i512 a, i512 b) { return sum + emulated_madd_epi16(a, b); }
+static inline f512 emulated_either(i512 first, f512 a, f512 b) { return (f512)(((i512)a & first) | ((i512)b & ~first)); }
+static inline f512 emulated_max_ps(f512 a, f512 b) { return emulated_either(a > b, a, b); } /* b where one is NaN */
+static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < b, a, b); }
+#define _mm512_max_ps emulated_max_ps
+#define _mm512_min_ps emulated_min_ps
 #define _mm512_madd_epi16 emulated_madd_epi16
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
 #define __m512i i512
