@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError, ReshapedError
+from compressor.processes import Interrupted
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.runs import one_shot
@@ -37,15 +38,9 @@ from compressor.sparsity.surgery import surgery_of
 from compressor.training.engine import FineTuning, Result, Step, steps
 
 
-class Interrupted(Exception):
-    """Thrown into a running `execute` to make it stop after a checkpoint. `exit_code` is the process's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("interrupted")
-        self.exit_code = exit_code
-
-
-def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
+def execute(
+    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False
+) -> Generator[Progress, None, None]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time."""
     yield from paced(inputs, _executed(inputs, out, resume, overwrite))
 
@@ -109,13 +104,15 @@ def _fine_tune(inputs: Inputs, out: Path, keep_one_shot: bool) -> Generator[Prog
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
         try:
+            if run.done < settings.steps:  # what was prepared is worth a checkpoint, too
+                yield Progress("fine-tune", run.done, settings.steps, unbroken=True)
             for record in steps(run):
                 metrics.write(_line(record))
                 if record.step % inputs.recipe.checkpoint_every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
                     _checkpoint(out, run, seconds)
-                yield Progress("fine-tune", record.step, record.steps, _note(record))
+                yield Progress("fine-tune", record.step, record.steps, _note(record), unbroken=True)
         except Interrupted:
             metrics.flush()
             _checkpoint(out, run, seconds + time.perf_counter() - began)
