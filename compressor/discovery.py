@@ -138,7 +138,7 @@ def _culprit(error: BaseException) -> str | None:
     """The plugin that raised `error` or called what did, with the function and the line; None where none has part in it."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if (name := _plugin_of(frame.f_globals.get("__name__", ""), frame.f_code.co_filename)) is not None:
-            return f"{name}, in {frame.f_code.co_name}(), line {line} of {Path(frame.f_code.co_filename).name},"
+            return f"{name}, in {frame.f_code.co_name}(), line {line},"
     return None
 
 
@@ -151,5 +151,5 @@ def _plugin_of(module: str, path: str) -> str | None:
     for kind, singular in SINGULAR.items():
         for entry in entry_points(group=f"compressor.{kind}"):
             if module == entry.module or module.startswith(f"{entry.module}."):
-                return f"{singular} {entry.name!r} of {distribution_of(entry)}"
+                return f"{singular} {entry.name!r} of {distribution_of(entry)}: {path}"
     return None

@@ -163,11 +163,13 @@ def main(given: TextIO, told: TextIO) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        for line in given:
-            folders.put(Path(json.loads(line)))
-        folders.put(None)
-        if busy.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)  # nobody waits for the job
+        try:
+            for line in given:
+                folders.put(Path(json.loads(line)))
+        finally:
+            folders.put(None)
+            if busy.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)  # nobody waits for the job
 
     def tell(text: str) -> None:
         try:
