@@ -8,6 +8,7 @@ import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -110,11 +111,13 @@ def _batches(wanted: Draw, starts: range, processes: int) -> Iterator[tuple[int,
         return
     context = get_context("spawn")  # a fork after torch has used threads may hang
     count = min(processes, len(starts))
-    ranks = context.SimpleQueue()
-    for rank in range(count):
-        ranks.put(rank)
     others = active_children()
-    with safe_path(), ProcessPoolExecutor(count, context, _start, (wanted, count, ranks)) as pool:
+    with ExitStack() as stack:
+        stack.enter_context(safe_path())  # the first semaphore starts a process, too
+        ranks = context.SimpleQueue()
+        for rank in range(count):
+            ranks.put(rank)
+        pool = stack.enter_context(ProcessPoolExecutor(count, context, _start, (wanted, count, ranks)))
         futures = {pool.submit(_work, first): first for first in starts}
         try:
             for future in as_completed(futures):
