@@ -115,13 +115,12 @@ def distribution_of(entry: EntryPoint) -> str:
 
 def blamed(error: BaseException) -> CompressorError:
     """What is to be said of an `error` that nobody foresaw: which plugin's code it comes from, where it is one of others."""
-    kind = type(error).__name__
-    what = f"{kind}: {error}" if str(error) else kind
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SystemExit):
-        what = f"it ended the process (sys.exit, code {error.code!r})"
+        what = f"an exit (sys.exit, code {error.code!r}) before the end"
     where = _culprit(error)
     if where is not None:
-        return CompressorError(f"{where} failed: {what}", "Update, mend or remove that plugin.")
+        return CompressorError(f"{what}, raised {where}", "Update, mend or remove that plugin.")
     return CompressorError(f"unexpected {what}")
 
 
@@ -137,19 +136,19 @@ def no_exit() -> Iterator[None]:
 def _culprit(error: BaseException) -> str | None:
     """The plugin that raised `error` or called what did, with the function and the line; None where none has part in it."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if (name := _plugin_of(frame.f_globals.get("__name__", ""), frame.f_code.co_filename)) is not None:
-            return f"{name}, in {frame.f_code.co_name}(), line {line},"
+        if (name := _plugin_of(frame.f_globals.get("__name__", ""))) is not None:
+            return f"{name}in {frame.f_code.co_name}(), line {line} of {frame.f_code.co_filename}"
     return None
 
 
-def _plugin_of(module: str, path: str) -> str | None:
-    """What a module is called that is a user's own file, or of a plugin that others than this toolkit register."""
+def _plugin_of(module: str) -> str | None:
+    """What a module is called that is of a plugin which others than this toolkit register; empty for a user's own file."""
     if module.startswith(_OWN):
-        return path
+        return ""
     if module.partition(".")[0] == __name__.partition(".")[0]:
         return None
     for kind, singular in SINGULAR.items():
         for entry in entry_points(group=f"compressor.{kind}"):
             if module == entry.module or module.startswith(f"{entry.module}."):
-                return f"{singular} {entry.name!r} of {distribution_of(entry)}: {path}"
+                return f"by {singular} {entry.name!r} of {distribution_of(entry)}, "
     return None
