@@ -70,7 +70,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("inspect uvit-digits --weights other.safetensors", 1, ("other.safetensors",)),
     # folders
     ("report nowhere", 1, ("nowhere", "no such file", "Give the directory of a finished run")),
-    ("resume nowhere", 1, ("nowhere: no such directory", "Give the directory of a run.")),
+    ("resume nowhere", 2, ("nowhere: no such directory", "Give the directory of a run.")),
     ("sample nowhere", 1, ("nowhere: no such directory", "Give a run's directory or a saved model's.")),
     ("lower nowhere", 1, ("nowhere: no such directory", "Give the directory of a finished run.")),
     ("run --out run", 2, ("run is not empty", "compressor resume run", "--overwrite")),

@@ -11,7 +11,7 @@ from compressor.cli.command import Command
 from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import UsageError
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -77,7 +77,7 @@ def _continue(out: Path, output: Output) -> None:
     from compressor.runs.run import execute
 
     if not out.is_dir():
-        raise CompressorError(f"{out}: no such directory", "Give the directory of a run.")
+        raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     if (out / "report.json").is_file() and (out / "report.html").is_file():
         if not output.quiet:
             say(f"{out} is finished", err=True)

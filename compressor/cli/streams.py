@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import os
 import platform
+import re
 import sys
 import time
 import traceback
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, TextIO
 
 from compressor import __version__
 from compressor.files import cache_folder
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors", "click", "rich")
 
 
 class _Lossy(io.FileIO):
@@ -84,7 +83,7 @@ def crashed(error: BaseException) -> str:
     """Keep what a report of `error` needs, in a file of the user's cache folder; a sentence that says where and what to do."""
     lines = "".join(traceback.format_exception(error))
     text = f"compressor {__version__}, {platform.python_implementation()} {platform.python_version()}, {platform.platform()}\n"
-    text += "".join(f"{package} {found}\n" for package in _PACKAGES if (found := _version(package)) is not None)
+    text += "".join(f"{package} {found}\n" for package in _packages() if (found := _version(package)) is not None)
     try:
         text += f"command: {sys.argv!r}\nfolder: {os.getcwd()!r}\n\n{lines}"
         folder = cache_folder("crashes")
@@ -94,6 +93,15 @@ def crashed(error: BaseException) -> str:
     except OSError:
         return "Run again with --debug for the traceback, and please report it."
     return f"Please report it with this file, which has the traceback, the command and the versions: {path}"
+
+
+def _packages() -> list[str]:
+    """What this toolkit asks for when it is installed."""
+    try:
+        asked = requires("diffusion-compressor") or []
+    except PackageNotFoundError:
+        asked = []
+    return sorted({re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in asked})
 
 
 def _version(package: str) -> str | None:

@@ -366,12 +366,12 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
         raise UsageError(f"form {form!r} does not exist", f"Allowed: {', '.join(FORMS)}.")
     if int8 and form != "dense":
         raise UsageError(f"int8 with the {form} form", "Quantization takes the dense form: leave --form out.")
-    if path.suffix != ".onnx" or (path.parent / "manifest.json").exists():
-        raise UsageError(f"{path} is not NAME.onnx outside of saved folders", "Choose another --out.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "Give the file's name too.")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already", "Choose another file, or replace it with --overwrite.")
+    if path.suffix != ".onnx" or (path.parent / "manifest.json").exists():
+        raise UsageError(f"{path} is not NAME.onnx outside of saved folders", "Choose another --out.")
 
 
 @contextmanager
