@@ -83,10 +83,9 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     (
         "export run --to onnx --overwrite --out run/model/model.safetensors",
         2,
-        ("not NAME.onnx outside of saved folders",),
+        ("model.safetensors is not called NAME.onnx",),
     ),
-    ("export run --to onnx --overwrite --out run/model/other.onnx", 2, ("not NAME.onnx outside of saved folders",)),
-    ("export run --to onnx --overwrite --out run/report.json", 2, ("not NAME.onnx outside of saved folders",)),
+    ("export run --to onnx --overwrite --out run/report.json", 2, ("report.json is not called NAME.onnx",)),
     # done
     ("list pruners", 0, ()),
     ("report run --json", 0, ()),
