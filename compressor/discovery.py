@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +24,8 @@ SINGULAR = {
     "backends": "backend",
     "scores": "score",
 }
+_OWN = "compressor_user_"
+"""How the modules of users' own files are called."""
 
 
 def names(kind: str) -> list[str]:
@@ -55,7 +60,7 @@ def from_file(reference: str, option: str) -> Any:
         raise UsageError(f"{option} {reference!r}: not FILE.py:NAME", f"Write it like {option} mine.py:Mine")
     if not path.is_file():
         raise UsageError(f"{option} {reference!r}: no such file", f"Looked for {path.absolute()}")
-    module_name = f"compressor_user_{path.stem}"
+    module_name = f"{_OWN}{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{option} {reference!r}: cannot be imported", "Give a Python source file.")
@@ -82,7 +87,7 @@ def made(kind: str, name: str, expected: type[_T]) -> _T:
         factory, what = load(kind, name), f"{kind} plugin {name!r} of {distribution_of(entry_point(kind, name))}"
     try:
         made = factory()
-    except Exception as error:  # a plugin may raise anything
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
         raise CompressorError(
             f"{what} failed: {type(error).__name__}: {error}", "Update, mend or remove that plugin."
         ) from error
@@ -106,3 +111,44 @@ def entry_point(kind: str, name: str) -> EntryPoint:
 
 def distribution_of(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else "an unnamed distribution"
+
+
+def blamed(error: BaseException) -> CompressorError:
+    """What is to be said of an `error` that nobody foresaw: which plugin's code it comes from, where it is one of others."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, SystemExit):
+        what = f"an exit (sys.exit, code {error.code!r}) before the end"
+    where = _culprit(error)
+    if where is not None:
+        return CompressorError(f"{what}, raised {where}", "Update, mend or remove that plugin.")
+    return CompressorError(f"unexpected {what}")
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """A plugin that ends the process is a CompressorError that names it: an exit code of 0 would say that a model was made."""
+    try:
+        yield
+    except SystemExit as error:
+        raise blamed(error) from error
+
+
+def _culprit(error: BaseException) -> str | None:
+    """The plugin that raised `error` or called what did, with the function and the line; None where none has part in it."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if (name := _plugin_of(frame.f_globals.get("__name__", ""))) is not None:
+            return f"{name}in {frame.f_code.co_name}(), line {line} of {frame.f_code.co_filename}"
+    return None
+
+
+def _plugin_of(module: str) -> str | None:
+    """What a module is called that is of a plugin which others than this toolkit register; empty for a user's own file."""
+    if module.startswith(_OWN):
+        return ""
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    for kind, singular in SINGULAR.items():
+        for entry in entry_points(group=f"compressor.{kind}"):
+            if module == entry.module or module.startswith(f"{entry.module}."):
+                return f"by {singular} {entry.name!r} of {distribution_of(entry)}, "
+    return None

@@ -6,6 +6,7 @@ error into an exit code, and only it prints.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -64,3 +65,14 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a message: its first line, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+_STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without what steers a terminal or an editor: control characters, those that turn the direction of writing
+    round or that nobody sees, halves of characters."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(letter for letter in text if unicodedata.category(letter) not in _STEERING)

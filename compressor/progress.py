@@ -13,7 +13,8 @@ _Result = TypeVar("_Result")
 class Progress:
     """Where a run is: `done` of `total` units of `stage`; `note` is what there is to say about it.
 
-    `seconds` is how long the whole stage is expected to take, None where nobody knows.
+    `seconds` is how long the whole stage is expected to take, None where nobody knows. What follows an `unbroken` event goes on to
+    the next one before it may be stopped, since something would be lost otherwise: a step that a checkpoint will hold.
     """
 
     stage: str
@@ -21,6 +22,7 @@ class Progress:
     total: int
     note: str = ""
     seconds: float | None = None
+    unbroken: bool = False
 
 
 def result_of(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from compressor.discovery import (
     KINDS,
+    blamed,
     distribution_of,
     entry_point,
     from_file,
@@ -68,8 +69,9 @@ def listing(kind: str) -> list[Listed]:
             summary = (inspect.getdoc(loaded) or "").strip().split("\n")[0]
             about = adapter(name).about if own == "models" else {}
             found.append(Listed(name, distribution_of(entry_point(own, name)), summary, None, dict(about)))
-        except CompressorError as error:
-            found.append(Listed(name, "", "", error.message))
+        except (Exception, SystemExit) as error:
+            told = error if isinstance(error, CompressorError) else blamed(error)
+            found.append(Listed(name, "", "", told.message))
     return found
 
 

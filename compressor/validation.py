@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
     """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed."""
+    if (broken := _half(values)) is not None:
+        raise UsageError(
+            f"{where}: {broken!r} has half a character in it, which no file can hold", "Write it in UTF-8."
+        )
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -45,7 +50,10 @@ def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
     `hint` says what to do then.
     """
     try:
-        return model.model_validate(files.read_json(path))
+        values = files.read_json(path)
+        if (broken := _half(values)) is not None:
+            raise CompressorError(f"{path}: not {what}: {broken!r} has half a character in it")
+        return model.model_validate(values)
     except CompressorError as error:
         raise CompressorError(error.message, hint) from error
     except ValidationError as error:
@@ -54,6 +62,18 @@ def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
         raise CompressorError(
             f"{path}: not {what}: {_path(first['loc'])}: {first['msg'].lower()}{found}", hint
         ) from error
+
+
+def _half(value: Any) -> str | None:
+    """A text inside `value` that has a lone surrogate: JSON and YAML can name one, and a file name that is no UTF-8 is read as one."""
+    if isinstance(value, str):
+        return None if value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value) else value[:80]
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = chain(value, value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    return next((found for part in parts if (found := _half(part)) is not None), None)
 
 
 def _path(parts: tuple[int | str, ...]) -> str:

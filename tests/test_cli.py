@@ -451,7 +451,9 @@ def test_debug_shows_the_traceback_and_nothing_else_does(cli, here):
     assert "error: unknown method 'nope'" in outcome.err
 
 
-def test_an_error_that_nobody_foresaw_is_one_line(cli, monkeypatch):
+def test_an_error_that_nobody_foresaw_is_one_line_and_a_file(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path))
+
     def broken(kind):
         raise ZeroDivisionError("division by zero")
 
@@ -459,7 +461,27 @@ def test_an_error_that_nobody_foresaw_is_one_line(cli, monkeypatch):
     outcome = cli("list", "pruners")
     assert outcome.code == 1
     assert outcome.err.startswith("error: unexpected ZeroDivisionError: division by zero\n")
-    assert "--debug" in outcome.err
+    (crash,) = (tmp_path / "compressor" / "crashes").iterdir()
+    assert str(crash) in outcome.err and outcome.err.count("\n") == 2
+    told = crash.read_text(encoding="utf-8")
+    for part in (
+        "compressor 0.1.0, ",
+        "torch ",
+        "['compressor', 'list', 'pruners']",
+        "Traceback",
+        "line ",
+        "division by",
+    ):
+        assert part in told
+
+
+def test_where_no_crash_file_can_be_written_debug_is_named(cli, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("compressor.registry.listing", lambda kind: 1 / 0)
+    outcome = cli("list", "pruners")
+    assert outcome.code == 1 and "--debug" in outcome.err and "Traceback" not in outcome.err
+    assert "ZeroDivisionError" in cli("list", "pruners", "--debug").err
 
 
 def test_ctrl_c_in_a_library_that_wraps_it_is_ctrl_c(cli, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from compressor.cli.record import record
 from compressor.cli.report import report
 from compressor.cli.run import resume, run
 from compressor.cli.sample import sample
+from compressor.cli.streams import flushed, settle
 from compressor.cli.terminal import complain, say
 from compressor.errors import CompressorError, UsageError, did_you_mean
 
@@ -64,6 +64,7 @@ app.add_command(merge_lora)
 
 def main() -> NoReturn:
     """The console script."""
+    settle()
     code = 0
     try:
         code = app.main(prog_name="compressor", standalone_mode=False) or 0  # the code of an Exit is returned
@@ -77,6 +78,4 @@ def main() -> NoReturn:
         say(f"error: {error.format_message()}", err=True)
         say(f"See {where} --help", err=True)
         code = error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+    sys.exit(flushed() or code)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
 
 from compressor.cli.terminal import Output, errors
+from compressor.errors import UsageError
+from compressor.processes import ranks, refuse_ranks, terminated
 
 
 class Setting(click.Option):
@@ -28,15 +31,35 @@ class Command(click.Command):
         ]
         super().__init__(name, params=[*(params or []), *shared], **attributes)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an empty one is refused: of an unset variable of a shell, `--data "$DATA"`, nobody means that."""
+        for before, given in zip([self.name or "", *args], args, strict=False):
+            if not given:
+                raise UsageError(f"the value after {before} is empty", "Leave both out, or give it a value.")
+            if re.fullmatch(r"--[\w-]+=", given):
+                raise UsageError(f"{given[:-1]} is empty", "Leave it out, or give it a value.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command's function."""
+        """Call the command's function. In one of several processes that were launched together, only `list` works."""
         values = ctx.params
         debug = values.pop("debug")
         values["output"] = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
         if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
             values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
         with errors(debug):
-            return super().invoke(ctx)
+            if self.name != "list":
+                _refuse_ranks(f"compressor {self.name}")
+            with terminated():
+                return super().invoke(ctx)
+
+
+def _refuse_ranks(what: str) -> None:
+    """Raise UsageError in rank 0 of several; the others end without a word."""
+    rank, count = ranks()
+    if count > 1 and rank > 0:
+        raise click.exceptions.Exit(UsageError.exit_code)
+    refuse_ranks(what)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

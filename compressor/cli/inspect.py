@@ -8,7 +8,7 @@ import click
 
 from compressor.cli.command import Command
 from compressor.cli.options import model_options
-from compressor.cli.terminal import Output, print_json, print_table, warn_of_idle_rules
+from compressor.cli.terminal import Output, print_json, print_table, say, warn_of_idle_rules
 
 
 @click.command(cls=Command)
@@ -33,7 +33,7 @@ def inspect(output: Output, model: str, weights: str | None, settings: dict[str,
         for layer in layers
     ]
     print_table(plain_table(("weight", "shape", "MACs", "pattern"), lines))
-    click.echo(
+    say(
         f"{facts['model']}: {facts['params']:,} parameters, {facts['macs_dense']:,} MACs per sample; {pattern} on "
         f"{sum(layer['reason'] is None for layer in layers)} of {len(layers)} layers leaves "
         f"{facts['macs_effective'] / facts['macs_dense']:.1%} of the MACs effective"

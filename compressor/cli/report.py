@@ -47,7 +47,7 @@ def show_report(directory: Path, as_json: bool) -> None:
     print_table(rows_table(content))
     if content.metric:
         floor = content.metric.floor
-        click.echo(f"floor (real against real, {floor.samples} images each): {floor.value:.2f}")
+        say(f"floor (real against real, {floor.samples} images each): {floor.value:.2f}")
     say(f"report: {directory / 'report.html'}")
 
 

@@ -80,6 +80,8 @@ def _continue(out: Path, output: Output) -> None:
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
 
+    if not out.is_dir():
+        raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     was_reported = (out / "report.html").is_file()
     if (reason := unfinished(out)) is None:
         settle(out)

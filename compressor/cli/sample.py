@@ -9,7 +9,7 @@ import click
 
 from compressor.cli.command import Command
 from compressor.cli.options import options, run_argument
-from compressor.cli.terminal import Output, say, watch
+from compressor.cli.terminal import Output, print_json, say, watch
 from compressor.errors import CompressorError
 
 
@@ -54,6 +54,7 @@ def sample(
 
     The images depend on the seed and the batch size, not on the number of processes.
     """
+    from compressor import files
     from compressor.adapter import Sampling
     from compressor.runs import drawing
 
@@ -67,6 +68,6 @@ def sample(
     )
     watch(drawing.draw(request, folder, processes, overwrite), output.quiet)
     if output.as_json:
-        click.echo((folder / drawing.FILE).read_text(encoding="utf-8"), nl=False)
+        print_json(files.read_json(folder / drawing.FILE))
         return
     say(f"{request.n} images: {folder}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from compressor.errors import printable
 from compressor.progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Ticker:
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._tasks: dict[str, Any] = {}
@@ -117,10 +117,9 @@ def rows_table(report: Report) -> Table:
     """The report's rows: quality, drift, cost, latency."""
     metric = report.metric.name if report.metric else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
-    title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
-    table = Table(*columns, "latency", "fine-tuning", title=title)
+    lines = []
     for row in report.rows:
-        cells = [escape(printable(row.name))]
+        cells = [row.name]
         if metric:
             entry = row.quality[0] if row.quality else None
             cells.append(f"{entry.value:.2f}" if entry else "—")
@@ -131,7 +130,9 @@ def rows_table(report: Report) -> Table:
         cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / row.macs_dense:.0%})")
         cells.append(_latency(row.standing) if row.standing else "—")
         cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
-        table.add_row(*cells)
+        lines.append(cells)
+    table = plain_table([*columns, "latency", "fine-tuning"], lines)
+    table.title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
     return table
 
 
@@ -164,16 +165,11 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 
 def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """A table of text."""
-    table = Table(*columns)
+    """A table of text, which is shown as it is: neither markup nor escape codes of a name do anything."""
+    table = Table(*[escape(printable(title)) for title in columns])
     for line in lines:
         table.add_row(*[escape(printable(cell)) for cell in line])
     return table
-
-
-def printable(text: str) -> str:
-    """`text` without control characters, so that a name cannot steer the terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
 
 
 def planning_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import traceback
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from compressor.errors import CompressorError
+from compressor import processes
+from compressor.cli.streams import crashed
+from compressor.discovery import blamed
+from compressor.errors import CompressorError, first_line, printable
+from compressor.processes import Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,26 +39,34 @@ class Output:
 
 @contextmanager
 def errors(debug: bool) -> Iterator[None]:
-    """Let an error through with its traceback where `debug`; else without, and unexpected ones in one line."""
+    """Let an error through, with its traceback where `debug`; unexpected ones in one line, with a crash file that has the rest."""
     try:
         yield
-    except (CompressorError, click.ClickException, click.exceptions.Exit, KeyboardInterrupt, BrokenPipeError) as error:
-        if debug and isinstance(error, CompressorError):
-            import traceback
-
-            traceback.print_exc()
+    except Interrupted as interrupted:
+        say("stopped", err=True)
+        raise click.exceptions.Exit(interrupted.exit_code) from None
+    except (CompressorError, click.ClickException, click.exceptions.Exit, KeyboardInterrupt) as error:
+        if isinstance(error, CompressorError):
+            _trace(debug, error)
         raise
     except OSError as error:  # a path that cannot be used; the places that know more say more
-        if debug:
-            raise
-        raise CompressorError(f"{error.filename}: {error.strerror}", "Choose another path.") from error
-    except Exception as error:
-        if debug:
-            raise
+        _trace(debug, error)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        reason = error.strerror or first_line(error)
+        hint = "Choose another path." if where else "The disk may be full, or a file gone."
+        raise CompressorError(f"{where}{reason}", hint) from error
+    except (Exception, SystemExit) as error:  # a plugin's sys.exit(0) is no success
         if _is_interrupt(error):
             raise KeyboardInterrupt from error
-        message = f"unexpected {type(error).__name__}: {error}"
-        raise CompressorError(message, "Run again with --debug for the traceback, and please report it.") from error
+        _trace(debug, error)
+        found = blamed(error)
+        raise CompressorError(found.message, f"{found.hint} {crashed(error)}".strip()) from error
+
+
+def _trace(debug: bool, error: BaseException) -> None:
+    if debug:
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            say(line, err=True)
 
 
 def _is_interrupt(error: BaseException) -> bool:
@@ -72,9 +84,19 @@ def complain(error: CompressorError) -> int:
 
 def say(text: str, err: bool = False) -> None:
     """A line on stdout, or on stderr."""
-    from compressor.cli.tables import printable
+    with nullcontext() if err else _results():
+        click.echo(printable(text), err=err)
 
-    click.echo(printable(text), err=err)
+
+@contextmanager
+def _results() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CompressorError(
+            f"the standard output cannot be written to: {error.strerror}",
+            "What was made is kept; `compressor report` shows it.",
+        ) from error
 
 
 def warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
@@ -86,34 +108,21 @@ def warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
         say(f"warning: --ignore {rule!r} matches no layer", err=True)
 
 
-def drive(events: Iterator[Progress], out: Path, quiet: bool, again: str | None = None) -> None:
-    """Iterate over a run's progress. The first Ctrl-C or SIGTERM ends it after a checkpoint, a second Ctrl-C at once.
+def drive(events: Generator[Progress, None, None], out: Path, quiet: bool, again: str | None = None) -> None:
+    """Iterate over a run's progress. The first Ctrl-C, SIGTERM or SIGHUP ends it after the step under way and a checkpoint, a
+    second Ctrl-C at once.
 
-    `again` is what continues it; by default, `compressor resume`.
+    Where no step is under way it ends at once. `again` is what continues it; by default, `compressor resume`.
     """
     from compressor.cli.tables import Ticker
     from compressor.runs.directory import resume_command
-    from compressor.runs.run import Interrupted
 
-    received: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with Ticker(console(stderr=True), quiet) as ticker:
-            for event in events:
-                ticker.show(event)
-                if received:
-                    events.throw(Interrupted(128 + received[0]))  # type: ignore[attr-defined]
+            processes.drive(events, ticker.show)
     except Interrupted as interrupted:
         say(f"stopped; continue with: {again or resume_command(out)}", err=True)
         raise click.exceptions.Exit(interrupted.exit_code) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def watch(events: Generator[Progress, None, _Result], quiet: bool) -> _Result:
@@ -127,12 +136,14 @@ def watch(events: Generator[Progress, None, _Result], quiet: bool) -> _Result:
 
 def print_json(value: Any) -> None:
     """A command's result, for programs."""
-    click.echo(json.dumps(value, indent=2))
+    with _results():
+        click.echo(json.dumps(value, indent=2))
 
 
 def print_table(table: Table) -> None:
     """A table on stdout."""
-    console(stderr=False).print(table)
+    with _results():
+        console(stderr=False).print(table)
 
 
 def console(stderr: bool) -> Console:

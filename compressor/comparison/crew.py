@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Self
 
 from compressor.comparison.worker import ENDED, ROW, SEEN
+from compressor.processes import python
 from compressor.progress import Progress
+
+_PATIENCE = 60.0  # seconds that all workers together get to finish their steps and save them
 
 
 @dataclass(eq=False)
@@ -42,26 +46,33 @@ class Crew:
         for worker in self._workers:
             if worker.job is not None:
                 worker.process.terminate()
+            if hasattr(signal, "SIGCONT"):
+                worker.process.send_signal(signal.SIGCONT)  # one that was suspended hears nothing
             with suppress(OSError):
                 worker.process.stdin.close()  # type: ignore[union-attr]
-        for worker in self._workers:
-            try:
-                worker.process.wait(60)
-            except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            for worker in self._workers:
+                with suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # at a second Ctrl-C, too
+            for worker in self._workers:
                 worker.process.kill()
-            _end(worker)
+                _end(worker)
 
     def carry_out(self, folders: Sequence[Path]) -> Iterator[Progress]:
         """Do the jobs of `folders` that are not done."""
         waiting = [folder for folder in folders if not _is_done(folder)]
         done, total = 0, len(waiting)
+        if waiting:
+            yield Progress("cells", 0, total, unbroken=True)
         while done < total:
             while waiting and (worker := self._idle()) is not None:
                 self._give(worker, waiting.pop(0))
             try:
                 worker, line = self._events.get(timeout=1)
             except queue.Empty:
-                yield Progress("cells", done, total)  # so that the caller can stop this at any time
+                yield Progress("cells", done, total, unbroken=True)  # so that the caller can stop this at any time
                 continue
             folder = worker.job
             if line is None:  # it ended, with its job or without one
@@ -76,7 +87,7 @@ class Crew:
             if folder is not None:
                 done += 1
                 note = "" if (folder / ROW).is_file() else f"failed: {reason(folder)}"
-                yield Progress("cells", done, total, f"{folder.name} {note}".strip())
+                yield Progress("cells", done, total, f"{folder.name} {note}".strip(), unbroken=True)
 
     def _idle(self) -> _Worker | None:
         """A worker without a job; a new one where a device is free; None where all have something to do."""
@@ -93,7 +104,7 @@ class Crew:
         (folder / "error.txt").unlink(missing_ok=True)
         worker.job = folder
         with suppress(OSError):  # it died: its end is among the events
-            worker.process.stdin.write(f"{folder}\n")  # type: ignore[union-attr]
+            worker.process.stdin.write(f"{json.dumps(str(folder))}\n")  # type: ignore[union-attr]
             worker.process.stdin.flush()  # type: ignore[union-attr]
 
     def _listen(self, worker: _Worker) -> None:
@@ -117,7 +128,7 @@ def _started(device: str | None, workers: int) -> _Worker:
     elif workers > 1:
         surroundings["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     process = subprocess.Popen(
-        [sys.executable, "-m", "compressor.comparison"],
+        python("-m", "compressor.comparison"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -144,6 +155,6 @@ def _is_done(folder: Path) -> bool:
 def _event(folder: Path, line: str) -> Progress | None:
     try:
         found = json.loads(line)
-        return Progress(f"{folder.name}: {found['stage']}", found["done"], found["total"], found["note"])
+        return Progress(f"{folder.name}: {found['stage']}", found["done"], found["total"], found["note"], unbroken=True)
     except (ValueError, LookupError, TypeError):  # something that a plugin printed
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ def evaluated_before(out: Path) -> dict[str, Any]:
     return {"evaluate": {"samples": samples}} if isinstance(samples, int) else {}
 
 
-def conduct(wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False) -> Iterator[Progress]:
+def conduct(
+    wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False
+) -> Generator[Progress, None, None]:
     """Carry out `wanted` in the folder `out`, in `workers` processes (0: one for each GPU, else one). Yields progress.
 
     Called again after an interruption it goes on, with other seeds or methods it adds to what is there. Raises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from compressor.comparison import words
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
 from compressor.comparison.worker import RUN, read_row
+from compressor.errors import CompressorError, printable
 from compressor.report import charts, data_uri, environment_of, read_comparison, read_metrics, resource
 from compressor.report.compared import CellResult, ComparisonReport, DenseRow, Entry, Judged, LearningRates, Match
 from compressor.report.content import DataFacts, Environment, Latency
@@ -164,7 +166,7 @@ def _pages(report: ComparisonReport, out: Path) -> dict[str, str]:
     page = environment_of(html=True).from_string(resource("comparison.html"))
     text = environment_of(html=False).from_string(resource("comparison.md"))
     pictures = {"dense": out / "dense" / "samples.png"}
-    pictures |= {e.label: out / e.cells[0].folder / "samples.png" for e in report.entries}
+    pictures |= {e.label: out / _inner(e.cells[0].folder) / "samples.png" for e in report.entries}
     found = {label: path for label, path in pictures.items() if path.is_file()}
     html = page.render(
         **shown,
@@ -187,7 +189,7 @@ def _charts(report: ComparisonReport, out: Path) -> list[tuple[str, str, str]]:
         found.append(("Prediction error by time", about, charts.curve_chart(lines, "time", "prediction error")))
     losses, flips = [], []
     for entry in report.entries:
-        steps = read_metrics(out / entry.cells[0].folder / RUN / "metrics.jsonl")
+        steps = read_metrics(out / _inner(entry.cells[0].folder) / RUN / "metrics.jsonl")
         losses.append((entry.label, [_number(step["noise_loss"]) for step in steps]))
         rates = [_number(step["flip_rate"]) for step in steps]
         flips.append((entry.label, rates if any(rates) else []))
@@ -200,6 +202,13 @@ def _charts(report: ComparisonReport, out: Path) -> list[tuple[str, str, str]]:
     return found
 
 
+def _inner(folder: str) -> str:
+    """The folder of a cell as the report names it. Raises CompressorError where it is not one of the comparison's own."""
+    if re.fullmatch(r"cells/(?!\.)[^/\\\0]+", folder) is None:
+        raise CompressorError(f"report.json: {folder!r} is not the folder of a cell", "Run the same command again.")
+    return folder
+
+
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
@@ -208,11 +217,13 @@ def _csv(report: ComparisonReport) -> str:
     """One line per cell."""
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
+
+    def write(cells: Sequence[Any]) -> None:
+        table.writerow([_literal(cell) for cell in cells])
+
     metric = report.metric.name if report.metric else "metric"
     drifts = sorted({entry.metric for e in report.entries for cell in e.cells for entry in cell.drift})
-    table.writerow(
-        ["label", "method", "pattern", "seed", metric, f"{metric} low", f"{metric} high", *drifts, *_COSTS, *_LAST]
-    )
+    write(["label", "method", "pattern", "seed", metric, f"{metric} low", f"{metric} high", *drifts, *_COSTS, *_LAST])
     for entry in report.entries:
         for cell in entry.cells:
             time = entry.latency[-1] if entry.latency and cell is entry.cells[0] else None
@@ -220,7 +231,7 @@ def _csv(report: ComparisonReport) -> str:
             interval = quality.ci95 if quality is not None and quality.ci95 else ("", "")
             drift = {d.metric: d.value for d in cell.drift}
             train = cell.train
-            table.writerow(
+            write(
                 [
                     *(entry.label, entry.method, entry.pattern or "", cell.seed),
                     *("" if quality is None else quality.value, *interval),
@@ -231,3 +242,15 @@ def _csv(report: ComparisonReport) -> str:
                 ]
             )
     return lines.getvalue()
+
+
+def _literal(cell: Any) -> Any:
+    """A cell of a CSV file: text that a spreadsheet would calculate gets an apostrophe, which says that it is text."""
+    if not isinstance(cell, str):
+        return cell
+    text = printable(cell)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip()[:1] in tuple("=+-@") else text
+    return text

@@ -1,4 +1,4 @@
-"""Jobs of a comparison, in a process of their own: `python -m compressor.comparison`, with folders on stdin, a line each.
+"""Jobs of a comparison, in a process of their own: `python -m compressor.comparison`, with folders on stdin, as JSON, a line each.
 
 Such a folder has `job.json`. Progress goes to stdout, a JSON object a line, and `ENDED` after each job; what is to be said of a
 failure to `error.txt`. The process stops after a checkpoint on SIGTERM, and when its stdin ends: then the one that started it is gone.
@@ -13,7 +13,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor import files, saving, validation
+from compressor import files, processes, saving, validation
 from compressor.adapter import to_device
+from compressor.discovery import blamed
 from compressor.errors import CompressorError, first_line
 from compressor.progress import Progress
 from compressor.quality import drift, evaluate
@@ -52,7 +53,7 @@ def read_row(folder: Path) -> Judged:
     return validation.from_file(Judged, path, "the row of a finished cell", _AGAIN.format(path=path))
 
 
-def dense(found: Inputs, folder: Path, steps: list[int]) -> Iterator[Progress]:
+def dense(found: Inputs, folder: Path, steps: list[int]) -> Generator[Progress, None, None]:
     """Judge the dense model, and keep what it drew and predicted for the others to be held against."""
     judge = Judge(found)
     yield from judge.look()
@@ -65,7 +66,7 @@ def dense(found: Inputs, folder: Path, steps: list[int]) -> Iterator[Progress]:
     files.write_json(folder / ROW, Judged(row=row, by_steps=by_steps, metric=judge.metric).as_json())
 
 
-def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Iterator[Progress]:
+def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Generator[Progress, None, None]:
     """Fine-tune, then judge against the dense model."""
     run = folder / RUN
     with directory.locked(run):
@@ -151,39 +152,60 @@ def _sensitivity(judge: Judge, bare: nn.Module, names: list[str]) -> Generator[P
     return found
 
 
-def main(given: TextIO) -> int:
-    """Do the jobs of the folders whose names `given` has, a line each; the exit code is 0, or 143 where one was stopped."""
-    stopped = threading.Event()
+def main(given: TextIO, told: TextIO) -> int:
+    """Do the jobs of the folders whose names `given` has, a line each; what there is to say of them goes to `told`.
+
+    The exit code is 0, or 143 where a job was stopped.
+    """
     folders: queue.Queue[Path | None] = queue.Queue()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    busy = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        for line in given:
-            folders.put(Path(line.rstrip("\n")))
-        stopped.set()
-        folders.put(None)
+        try:
+            for line in given:
+                folders.put(Path(json.loads(line)))
+        finally:
+            folders.put(None)
+            if busy.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)  # nobody waits for the job
+
+    def tell(text: str) -> None:
+        try:
+            print(text, file=told, flush=True)
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
     loaded: Inputs | None = None
-    while (folder := folders.get()) is not None:
-        with (folder / "error.txt").open("w", encoding="utf-8") as errors:
-            os.dup2(errors.fileno(), 2)  # what libraries say of their end is kept with the job
-        try:
-            loaded = _done(folder, loaded, stopped)
-        except runs.Interrupted as interrupted:
-            return interrupted.exit_code
-        except Exception as error:  # whatever a model, a plugin or the machine raises: the others shall go on
-            kind = "" if isinstance(error, CompressorError) else f"{type(error).__name__}: "
-            text = f"{kind}{first_line(error)}\n\n{traceback.format_exc()}"
-            (folder / "error.txt").write_text(text, encoding="utf-8")
-        else:
-            (folder / "error.txt").unlink(missing_ok=True)
-        print(ENDED, flush=True)
+    try:
+        with processes.terminated():
+            while (folder := folders.get()) is not None:
+                busy.set()
+                loaded = _tried(folder, loaded, tell)
+                busy.clear()
+                tell(ENDED)
+    except processes.Interrupted as interrupted:
+        return interrupted.exit_code
     return 0
 
 
-def _done(folder: Path, loaded: Inputs | None, stopped: threading.Event) -> Inputs:
+def _tried(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> Inputs | None:
+    """`_done`; why it failed is left in the folder."""
+    with (folder / "error.txt").open("w", encoding="utf-8") as errors:
+        os.dup2(errors.fileno(), 2)  # what libraries say of their end is kept with the job
+    try:
+        found = _done(folder, loaded, tell)
+    except (Exception, SystemExit) as error:  # whatever a model, a plugin or the machine raises: the others shall go on
+        reason = error if isinstance(error, CompressorError) else blamed(error)
+        text = f"{first_line(reason)}\n\n{traceback.format_exc()}"
+        (folder / "error.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+        return loaded
+    (folder / "error.txt").unlink(missing_ok=True)
+    return found
+
+
+def _done(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> Inputs:
     """Do the job of `folder`, with the model and the data of the one before (`loaded`) where they are the same."""
     job = files.read_json(folder / JOB)
     recipe = validation.validated(Recipe, job["recipe"], str(folder / JOB))
@@ -192,8 +214,5 @@ def _done(folder: Path, loaded: Inputs | None, stopped: threading.Event) -> Inpu
     else:
         found = load_inputs(recipe)
     events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)
-    for event in events:
-        print(json.dumps(asdict(event)), flush=True)
-        if stopped.is_set():
-            events.throw(runs.Interrupted(143))  # type: ignore[attr-defined]
+    processes.drive(events, lambda event: tell(json.dumps(asdict(event))), processes.TERMINATING)
     return found

@@ -369,6 +369,8 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
         raise UsageError(f"{path} is a folder", "Give the file's name too.")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already", "Choose another file, or replace it with --overwrite.")
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path} is not called NAME.onnx", "Choose another --out.")
 
 
 @contextmanager

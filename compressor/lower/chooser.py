@@ -67,7 +67,7 @@ def choose(
             modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
             errors[backend.name] = _errors(backend, modules, group, sample, wanted)
             calls[backend.name] = _calls(modules, x)
-        except Exception as failure:  # a kernel may refuse a shape only when it runs
+        except (Exception, SystemExit) as failure:  # a kernel may refuse a shape only when it runs
             refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
             continue
         if not min(errors[backend.name]) <= allowed[backend.name] and backend.name != BASE:
@@ -140,7 +140,7 @@ def _refusal(backend: Backend, unit: Unit, device: torch.device) -> str | None:
     """Why `backend` does not run `unit`; one that fails to say so is refused for that."""
     try:
         return backend.unavailable(device) or backend.refusal(unit)
-    except Exception as failure:  # a plugin may raise anything
+    except (Exception, SystemExit) as failure:  # a plugin may raise anything
         return f"the backend failed when asked: {type(failure).__name__}: {failure}"
 
 

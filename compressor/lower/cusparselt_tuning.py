@@ -12,7 +12,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -27,6 +26,7 @@ from torch import Tensor
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import cusparselt_library
 from compressor.lower.plan import Cache, Setting
+from compressor.processes import python
 
 SECONDS_VARIABLE = "COMPRESSOR_SEARCH_SECONDS"
 _SECONDS = 20.0  # of search; loading torch and the GPU's libraries comes on top
@@ -283,7 +283,7 @@ def _named(product: Product) -> str:
 
 
 def _command() -> list[str]:
-    return [sys.executable, "-m", "compressor.lower.cusparselt_worker"]
+    return python("-m", "compressor.lower.cusparselt_worker")
 
 
 def _worker(request: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], str | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter
+from compressor.discovery import no_exit
 from compressor.errors import UsageError
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups
@@ -35,6 +36,7 @@ class Lowered:
     plan: Plan
 
 
+@no_exit()
 def lower(
     model: nn.Module,
     example_inputs: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compressor import files, validation
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, printable
 from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
 from compressor.report.content import Report
@@ -116,8 +117,10 @@ def environment_of(html: bool) -> Environment:
 
 
 def _plain(value: Any) -> str:
-    """A value in Markdown: on one line, and no tag."""
-    return " ".join(str(value).splitlines()).replace("<", "&lt;")
+    """A value in Markdown: on one line, and no tag, link or picture. Names may come from files of others, and a page that loads a
+    picture from somewhere, or that has a link which runs a script, is not what a reader of a report expects."""
+    text = printable(" ".join(str(value).splitlines())).replace("<", "&lt;")
+    return re.sub(r"\](?=[(:\[])", "]\\\\", text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import chain, cycle, repeat
 from typing import Any, ParamSpec
+
+from compressor.errors import printable
 
 _FIRST = "#6b7280"
 _P = ParamSpec("_P")
@@ -45,7 +48,8 @@ def _styled(chart: Callable[_P, str]) -> Callable[_P, str]:
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> str:
         from matplotlib import rc_context
 
-        with rc_context(_STYLE):
+        with rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser's font has the letters
             return chart(*args, **kwargs)
 
     return drawn
@@ -119,7 +123,8 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
 
 def _literal(name: str) -> str:
     """`name` as it is: matplotlib hides what begins with an underscore, and sets what is between dollars."""
-    return name.replace("$", r"\$") if not name.startswith("_") else "\u200b" + name.replace("$", r"\$")
+    name = printable(name).replace("$", r"\$")
+    return name if not name.startswith("_") else "\u200b" + name
 
 
 def _looks() -> Iterator[tuple[str, str, str]]:

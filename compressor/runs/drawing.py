@@ -8,8 +8,9 @@ import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from compressor.adapter import Adapter, Sampling
 from compressor.data.latents import Autoencoder
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError
+from compressor.processes import safe_path
 from compressor.progress import Progress
 from compressor.runs.pictures import save_grid, save_image
 from compressor.runs.saved import saved_adapter, saved_model
@@ -117,10 +119,13 @@ def _batches(wanted: Draw, starts: range, processes: int) -> Iterator[tuple[int,
         return
     context = get_context("spawn")  # a fork after torch has used threads may hang
     count = min(processes, len(starts))
-    ranks = context.SimpleQueue()
-    for rank in range(count):
-        ranks.put(rank)
-    with ProcessPoolExecutor(count, context, _start, (wanted, count, ranks)) as pool:
+    others = active_children()
+    with ExitStack() as stack:
+        stack.enter_context(safe_path())  # the first semaphore starts a process, too
+        ranks = context.SimpleQueue()
+        for rank in range(count):
+            ranks.put(rank)
+        pool = stack.enter_context(ProcessPoolExecutor(count, context, _start, (wanted, count, ranks)))
         futures = {pool.submit(_work, first): first for first in starts}
         try:
             for future in as_completed(futures):
@@ -129,6 +134,10 @@ def _batches(wanted: Draw, starts: range, processes: int) -> Iterator[tuple[int,
             raise CompressorError(
                 "a sampling process died", "It may have run out of memory: fewer --processes."
             ) from error
+        except BaseException:  # stopped: nobody waits for batches that are being drawn
+            for child in set(active_children()) - set(others):
+                child.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -30,7 +30,7 @@ _SMALL = 4  # samples
 _SILENT = 1.0  # seconds; shorter phases are not named
 
 
-def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Iterator[Progress]:
+def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Generator[Progress, None, None]:
     """`events` of a run, each with the seconds that its stage is expected to take; after the first steps of fine-tuning, one
     that says what the whole will take. What the caller throws in goes on to `events`."""
     expected: dict[str, float] = {}
@@ -48,7 +48,7 @@ def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Iterator[P
         if not told and (steps.seconds is not None or event.stage not in ("fine-tune", "prepare", "one-shot")):
             told = True
             sentence = _sentence(inputs, expected, time.perf_counter() - began)
-            yield from _handed(Progress("estimate", 1, 1, sentence), events)
+            yield from _handed(Progress("estimate", 1, 1, sentence, unbroken=event.unbroken), events)
         yield from _handed(replace(event, seconds=expected.get(event.stage)), events)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
 from compressor.errors import CompressorError, ReshapedError
+from compressor.processes import Interrupted
 from compressor.progress import Progress
 from compressor.report import render
 from compressor.runs import facts as run_facts
@@ -40,15 +41,9 @@ from compressor.training.engine import FineTuning, Result, Step, steps
 _CHECKPOINT = "checkpoint-"
 
 
-class Interrupted(Exception):
-    """Thrown into a running `execute` to make it stop after a checkpoint. `exit_code` is the process's."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("interrupted")
-        self.exit_code = exit_code
-
-
-def execute(inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Progress]:
+def execute(
+    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False
+) -> Generator[Progress, None, None]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time.
 
     When it ends, the model and the report are there and are what was written (`finish.unfinished`); else it raises CompressorError.
@@ -140,13 +135,15 @@ def _fine_tune(
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
         try:
+            if run.done < settings.steps:  # what was prepared is worth a checkpoint, too
+                yield Progress("fine-tune", run.done, settings.steps, unbroken=True)
             for record in steps(run):
                 metrics.write(_line(record))
                 if record.step % every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
                     _checkpoint(out, run, seconds, made)
-                yield Progress("fine-tune", record.step, record.steps, _note(record))
+                yield Progress("fine-tune", record.step, record.steps, _note(record), unbroken=True)
         except Interrupted:
             metrics.flush()
             _checkpoint(out, run, seconds + time.perf_counter() - began, made)

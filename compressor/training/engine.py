@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
+from compressor.discovery import no_exit
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
+from compressor.processes import refuse_ranks
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
@@ -71,6 +73,7 @@ class FineTuning:
     interrupted run; with it, `prepare` is not called again.
     """
 
+    @no_exit()
     def __init__(
         self,
         model: nn.Module,
@@ -83,6 +86,7 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
+        refuse_ranks("fine-tuning")
         self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
@@ -149,6 +153,7 @@ class FineTuning:
             return self.shadow.masks
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
+    @no_exit()
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
 
@@ -169,6 +174,7 @@ class FineTuning:
             "nonfinite": self._nonfinite,
         }
 
+    @no_exit()
     @torch.no_grad()
     def one_shot(self) -> Result:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
@@ -204,6 +210,7 @@ class FineTuning:
             value.copy_(state["average"][name])
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
 
+    @no_exit()
     def advance(self) -> Step:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
         t, settings = self.done, self.training
@@ -242,6 +249,7 @@ class FineTuning:
         entries = sum(weight.numel() for weight in self.shadow.dense.values())
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
+    @no_exit()
     def finish(self) -> Result:
         """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
         self.shadow.close()

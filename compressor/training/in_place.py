@@ -11,7 +11,9 @@ from torch import nn
 
 from compressor.adapter import Adapter, with_rules
 from compressor.data.batches import as_batches
+from compressor.discovery import no_exit
 from compressor.errors import UsageError
+from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
 from compressor.training.pruner import Pruner
@@ -22,6 +24,7 @@ from compressor.validation import validated
 from compressor.weights import bare
 
 
+@no_exit()
 @torch.no_grad()
 def prune_(
     model: nn.Module,
@@ -40,6 +43,7 @@ def prune_(
     (`batch_size`, `seed`). In half precision calibration runs in it, so that scores are not to the last bit those of `prune`.
     Raises CompressorError as `prune` does; a model that a method had begun to change is then not what it was.
     """
+    refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     model = bare(model).eval()
     frozen = [value for value in model.parameters() if not value.requires_grad]

@@ -1,0 +1,111 @@
+"""The streams and the surroundings of the process: nothing that happens to a pipe, a full device or an encoding ends a run."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+import warnings
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any, TextIO
+
+from compressor import __version__
+from compressor.files import cache_folder
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what cannot be written, where that is for a reason of the kind `forgiven`."""
+
+    forgiven: type[OSError] = OSError
+
+    def write(self, data: Any) -> int:
+        """Write what can be written."""
+        try:
+            written: int | None = super().write(data)
+        except self.forgiven:
+            written = None
+        return memoryview(data).nbytes if written is None else written
+
+
+class _Unread(_Lossy):
+    """One whose reader may go: what fails for another reason is told."""
+
+    forgiven = BrokenPipeError
+
+
+def settle() -> None:
+    """Make this process safe to run for days. To be called once, by the console script.
+
+    - Descriptors that are closed are opened on nothing: else the next file that is opened, a checkpoint, would take stdout's number.
+    - Progress is dropped where it cannot be written: the reader of a pipe may be gone, the device full. Results are dropped where
+      nobody reads them any more.
+    - What an encoding has no word for is written as escapes: a table in ASCII is better than an error after hours.
+    - Warnings of libraries stay warnings, also with PYTHONWARNINGS=error.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _stream(_Unread(1, "w", closefd=False), sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _stream(_Lossy(2, "w", closefd=False), sys.stderr)
+    if any("error" in option for option in sys.warnoptions):
+        sys.warnoptions[:] = ["default"]  # processes that are started get these
+        os.environ["PYTHONWARNINGS"] = "default"
+        warnings.simplefilter("default")
+
+
+def _stream(raw: io.FileIO, before: TextIO | None) -> TextIO:
+    """Text to `raw` as `before` writes it; with escapes where the encoding has no word."""
+    encoding = "utf-8" if before is None else before.encoding
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
+def flushed() -> int:
+    """Write out what stdout still holds; the exit code: 1 where that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # where Python writes the rest when it ends
+        print(f"error: the standard output cannot be written to: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def crashed(error: BaseException) -> str:
+    """Keep what a report of `error` needs, in a file of the user's cache folder; a sentence that says where and what to do."""
+    lines = "".join(traceback.format_exception(error))
+    text = f"compressor {__version__}, {platform.python_implementation()} {platform.python_version()}, {platform.platform()}\n"
+    text += "".join(f"{package} {found}\n" for package in _packages() if (found := _version(package)) is not None)
+    try:
+        text += f"command: {sys.argv!r}\nfolder: {os.getcwd()!r}\n\n{lines}"
+        folder = cache_folder("crashes")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return "Run again with --debug for the traceback, and please report it."
+    return f"Please report it with this file, which has the traceback, the command and the versions: {path}"
+
+
+def _packages() -> list[str]:
+    """What this toolkit asks for when it is installed."""
+    try:
+        asked = requires("diffusion-compressor") or []
+    except PackageNotFoundError:
+        asked = []
+    return sorted({re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in asked})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

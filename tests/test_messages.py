@@ -1,0 +1,306 @@
+"""What a user meets: one table of commands with their exit code and what they say; and that files of others steer nothing.
+
+Each line of `TABLE` is read as a user reads it: where, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import save_file
+from test_report import example, lowered_example, with_further_measures, written
+
+from compressor.cli.tables import Ticker, plain_table
+from compressor.comparison.page import _inner, _literal
+from compressor.errors import CompressorError, printable
+from compressor.progress import Progress
+from compressor.report import environment_of
+from compressor.report.charts import line_chart
+from compressor.report.compared import ComparisonReport
+from compressor.report.content import Report
+from compressor.runs.directory import locked
+
+TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    # names
+    ("rnu", 2, ("no command 'rnu'", "Did you mean 'run'?")),
+    ("run --method sparsdm", 2, ("unknown method 'sparsdm'", "Did you mean 'sparsedm'?", "Available: ")),
+    ("run --model uvit-digit", 2, ("unknown model 'uvit-digit'", "Did you mean 'uvit-digits'?")),
+    ("run --set train.stepz=3", 2, ("unknown setting 'train.stepz'", "'steps'")),
+    ("run --set evaluate.metric=fd", 2, ("unknown metric 'fd'", "fd-digits")),
+    ("run --set evaluate.metric=fid", 2, ("needs the weights of Inception", "--inception-weights PATH")),
+    ("run --targets nothing.0", 2, ("'nothing.0'", "in_blocks.0")),
+    ("inspect uvit-digit", 2, ("unknown model 'uvit-digit'", "Did you mean 'uvit-digits'?")),
+    ("list pruner", 2, ("'pruner'", "Did you mean 'pruners'?")),
+    ("export run --to onx", 2, ("no format 'onx'", "Did you mean 'onnx'?")),
+    ("compare --preset sparsedm", 2, ("'sparsedm'", "sparsedm-ablation")),
+    # values
+    ("run --pattern 5:4", 2, ("5:4",)),
+    ("run --steps -1", 2, ("steps", "found -1", "docs/recipe.md")),
+    ("run --set train.lr=nan", 2, ("train.lr", "nan")),
+    ("run --dtype float8", 2, ("dtype", "float8", "bfloat16")),
+    ("run --device abacus", 1, ("device 'abacus' cannot be used", "Use auto, cpu, cuda or cuda:0.")),
+    ("run --no-such-flag", 2, ("No such option '--no-such-flag'", "See compressor run --help")),
+    ("inspect", 2, ("Missing argument 'MODEL'", "See compressor inspect --help")),
+    ("bench run --batches none", 2, ("'none' are not numbers above zero", "--batches 1,4,16")),
+    # nothing given
+    ("run --data=", 2, ("--data is empty", "Leave it out, or give it a value.")),
+    ("run --data ''", 2, ("the value after --data is empty", "Leave both out, or give it a value.")),
+    ("run --out ''", 2, ("the value after --out is empty",)),
+    ("resume ''", 2, ("the value after resume is empty",)),
+    # files
+    ("run --data nowhere.npz", 1, ("nowhere.npz",)),
+    ("run --weights nowhere.pth", 1, ("nowhere.pth",)),
+    ("run --config nowhere.yaml", 2, ("nowhere.yaml",)),
+    ("run --config half.yaml", 2, ("has half a character in it", "Write it in UTF-8.")),
+    ("run --config twice.yaml", 2, ("twice.yaml:2: found duplicate key", "Each key stands once")),
+    ("run --pruner mine.py:Mine", 2, ("mine.py:Mine", "no such file", "Looked for")),
+    ("run --pruner broken.py:Mine", 1, ("broken.py failed to import: SystemExit: 0", "Run it with python.")),
+    ("run --weights other.safetensors", 1, ("other.safetensors",)),
+    ("inspect uvit-digits --weights other.safetensors", 1, ("other.safetensors",)),
+    # folders
+    ("report nowhere", 1, ("nowhere", "no such file", "Give the directory of a finished run")),
+    ("resume nowhere", 2, ("nowhere: no such directory", "Give the directory of a run.")),
+    ("sample nowhere", 1, ("nowhere: no such directory", "Give a run's directory or a saved model's.")),
+    ("lower nowhere", 1, ("nowhere: no such directory", "Give the directory of a finished run.")),
+    ("run --out run", 2, ("run is not empty", "compressor resume run", "--overwrite")),
+    ("run --out file", 2, ("file is a file", "Choose a folder with --out.")),
+    ("run --out busy", 4, ("busy is in use by process", "Wait for it, or choose another --out.")),
+    ("run --resume", 2, ("--resume needs the run's directory", "Give it with --out DIR.")),
+    ("sample run --out others", 2, ("others has files of others: notes.txt", "Choose another --out.")),
+    ("compare --out others", 2, ("others has files of others: notes.txt", "Choose another --out.")),
+    # what would destroy something
+    (
+        "export run --to onnx --overwrite --out run/model/model.safetensors",
+        2,
+        ("model.safetensors is not called NAME.onnx",),
+    ),
+    ("export run --to onnx --overwrite --out run/report.json", 2, ("report.json is not called NAME.onnx",)),
+    # done
+    ("list pruners", 0, ()),
+    ("report run --json", 0, ()),
+    ("resume run", 0, ("run is finished",)),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, finished):
+    """A folder with a finished run, and what can be wrong."""
+    root = tmp_path_factory.mktemp("place")
+    shutil.copytree(finished, root / "run")
+    (root / "busy").mkdir()
+    (root / "others").mkdir()
+    (root / "others" / "notes.txt").write_text("mine")
+    (root / "file").write_text("mine")
+    (root / "half.yaml").write_text('data: "a\\uD800b"\n')
+    (root / "twice.yaml").write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
+    (root / "broken.py").write_text("raise SystemExit(0)\n")
+    save_file({"unknown": torch.zeros(3)}, root / "other.safetensors")
+    return root
+
+
+def snapshot(root):
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and not path.name.startswith(".lock")}
+
+
+@pytest.mark.parametrize(("line", "code", "parts"), TABLE, ids=[line for line, _, _ in TABLE])
+def test_a_command_says_what_a_user_needs(cli, place, monkeypatch, line, code, parts):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(place.parent / "cache"))
+    before = snapshot(place) if code else {}
+    with locked(place / "busy"):
+        outcome = cli(*shlex.split(line))
+    assert outcome.code == code, outcome.err
+    for part in parts:
+        assert part in outcome.err
+    if code:
+        assert outcome.out == "" and "Traceback" not in outcome.err and "unexpected" not in outcome.err
+        assert outcome.err.startswith("error: ") and 1 <= outcome.err.count("\n") <= 3
+        assert snapshot(place) == before
+
+
+def test_every_exit_code_of_the_documentation_is_tried():
+    """3, 129, 130 and 143 have tests of their own: of exports that differ, and of signals."""
+    assert {code for _, code, _ in TABLE} == {0, 1, 2, 4}
+
+
+# --- Names of others. ---
+
+STEERING = "x\x1b]0;owned\x07[/bold][red]\u202e\u2066 ![p](http://evil/p.png) [l](javascript:alert(1)) [d]: javascript:1 <img src=x>|`"
+
+
+def hostile(report, model):
+    """`report` with every text that may be anything replaced by one that steers."""
+    report = json.loads(json.dumps(report))
+
+    def places(value, at=()):
+        if isinstance(value, str):
+            yield at
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in pairs:
+            yield from places(inner, (*at, key))
+
+    def owner(at):
+        inner = report
+        for key in at[:-1]:
+            inner = inner[key]
+        return inner
+
+    count = 0
+    for at in list(places(report)):
+        inner, before = owner(at), owner(at)[at[-1]]
+        if at[-1] in ("backend", "against", "name", "metric") and at[0] == "rows" and before in ("dense", "one-shot"):
+            continue  # rows are told apart by these
+        if at[-1] == "compared_by":
+            continue  # it names a key of others
+        inner[at[-1]] = STEERING
+        try:
+            model.model_validate(report)
+            count += 1
+        except ValidationError:
+            inner[at[-1]] = before
+    assert count > 20
+    return report
+
+
+def steers(text):
+    return [letter for letter in text if letter != "\n" and unicodedata.category(letter) in ("Cc", "Cf", "Cs")]
+
+
+def links(markdown):
+    """What Markdown takes as a link, a picture or the address of one; our own pictures aside."""
+    found = re.findall(r"(?<!\\)\](?:\([^)]*\)|\[)", markdown)
+    found += re.findall(r"^[ *|>-]*\[[^\]]*\]:", markdown, re.MULTILINE)
+    return [one for one in found if not re.fullmatch(r"\]\((samples|cells|dense)/[\w./-]*\.png\)", one)]
+
+
+@pytest.mark.parametrize("made", [example, lowered_example, with_further_measures])
+def test_a_report_of_others_steers_neither_terminal_nor_page(cli, tmp_path, made):
+    report = hostile(made(), Report)
+    written(tmp_path / "run", report)
+    outcome = cli("report", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert steers(outcome.out) == steers(outcome.err) == []
+    markdown = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "owned" in markdown and steers(markdown) == [] and links(markdown) == [] and "<img" not in markdown
+    assert "<img src=x" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_progress_of_others_steers_nothing():
+    for terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, color_system=None, width=300)
+        with Ticker(console, quiet=False) as ticker:
+            ticker.show(Progress(STEERING, 0, 2, STEERING))
+            ticker.show(Progress(STEERING, 2, 2, STEERING))
+        assert "[/bold][red]" in shown.getvalue()
+        assert "\x1b]0" not in shown.getvalue() and "\x07" not in shown.getvalue() and "\u202e" not in shown.getvalue()
+
+
+def test_a_title_of_a_table_steers_nothing():
+    shown = io.StringIO()
+    Console(file=shown, width=500).print(plain_table([STEERING], [[STEERING]]))
+    assert shown.getvalue().count("[/bold][red]") == 2 and steers(shown.getvalue()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("häß 四 é", "häß 四 é"),
+        ("a\x1b[31mb\x9b\r\n\tc", "a[31mbc"),
+        ("\u202eabc\u2069\u200b\ufeff", "abc"),
+        ("a\ud800b\u2028", "ab"),
+    ],
+)
+def test_printable_leaves_letters_and_takes_what_steers(text, shown):
+    assert printable(text) == shown
+    shown.encode()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "![a](http://evil)",
+        "[a](javascript:1)",
+        "[a]: javascript:1",
+        "[a][b]",
+        "[a\\](x)",
+        "[[a]](b)",
+        "[a]\n(b)",
+        "[a]\r(b)",
+    ],
+)
+def test_a_value_in_markdown_is_no_link(value):
+    for template in ("{{ v }}", "- {{ v }}", "| {{ v | cell }} |"):
+        assert links(environment_of(html=False).from_string(template).render(v=value)) == []
+    assert environment_of(html=False).from_string("{{ v }}").render(v="1.5 [1.2, 1.8]") == "1.5 [1.2, 1.8]"
+
+
+@pytest.mark.parametrize(
+    ("cell", "kept"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+cmd", "'+cmd"),
+        ("@sum", "'@sum"),
+        ("-x", "'-x"),
+        (" =1", "' =1"),
+        ("\t=1", "'=1"),
+        ("-1.5", "-1.5"),
+        ("+3", "+3"),
+        ("2:4", "2:4"),
+        (-1.5, -1.5),
+        (3, 3),
+        ("", ""),
+    ],
+)
+def test_a_cell_of_a_csv_is_no_formula(cell, kept):
+    assert _literal(cell) == kept
+
+
+@pytest.mark.parametrize(
+    "folder", ["../x", "/etc", "cells/../..", "cells/..", "cells/.hidden", "cells/a/b", "cells/a\0", "dense"]
+)
+def test_a_report_names_no_folder_but_its_own(folder):
+    with pytest.raises(CompressorError, match="is not the folder of a cell"):
+        _inner(folder)
+    assert _inner("cells/sparsedm-seed-0") == "cells/sparsedm-seed-0"
+
+
+def test_a_comparison_of_others_steers_neither_terminal_page_nor_spreadsheet(cli, tmp_path):
+    stored = Path(__file__).parent / "before" / "comparison" / "report.json"
+    report = hostile(json.loads(stored.read_text(encoding="utf-8")), ComparisonReport)
+    report["entries"][0]["label"] = "=HYPERLINK(1)"
+    for entry in report["entries"]:
+        for number, one in enumerate(entry["cells"]):
+            one["folder"] = f"cells/one-{number}"
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    outcome = cli("report", tmp_path)
+    assert outcome.code in (0, 1) and "unexpected" not in outcome.err, outcome.err
+    assert steers(outcome.out) == steers(outcome.err) == []
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "owned" in markdown and steers(markdown) == [] and links(markdown) == []
+    cells = [cell for line in csv.reader(io.StringIO((tmp_path / "report.csv").read_text())) for cell in line]
+    assert "'=HYPERLINK(1)" in cells and not any(cell.startswith(("=", "@")) for cell in cells)
+
+
+def test_half_a_character_in_a_report_is_named(cli, tmp_path):
+    report = example()
+    report["model"] = "a\ud800"
+    written(tmp_path / "run", report)
+    outcome = cli("report", tmp_path / "run")
+    assert outcome.code == 1 and "half a character" in outcome.err and "unexpected" not in outcome.err
+
+
+def test_letters_that_a_font_lacks_are_no_warning():
+    assert "\u56db" in line_chart([("\u56db", [1.0, 2.0]), ("\x1b", [1.0, 2.0])], "loss")  # warnings are errors here
