@@ -174,7 +174,7 @@ def tuned(product: Product, index: int) -> Tuned:
     times = {} if found is None else {name: ms for name, (ms, *_) in found.items() if _is_algorithm(name)}
     note = None
     if not times:
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()  # what this process keeps for later, the search in another one has need of now
         try:
             times, note = searched(product, index)

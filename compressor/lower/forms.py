@@ -314,7 +314,7 @@ def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     return _compiled(form, job.device) if how == ["compiled"] else _in_way(own(form), how)
 
 
-_WAYS = ([], ["compiled"], ["graph"], ["channels last"], ["channels last", "graph"])
+_WAYS: tuple[list[str], ...] = ([], ["compiled"], ["graph"], ["channels last"], ["channels last", "graph"])
 """How a form is run, as its name says after its first part."""
 
 
