@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compressor.bounded import check_regular, check_zip
 from compressor.errors import CompressorError, UsageError, first_line
 
 FILE_METADATA = {"format": "pt"}
@@ -88,16 +89,26 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     """The tensors in a file by their names without prefixes; `mapped`: their values stay on the disk where that can be."""
-    if not path.is_file():
-        raise CompressorError(f"{path}: no such file", "Give the path of a .safetensors or .pth file.")
     state: Any
+    try:
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else ""
+        raise CompressorError(
+            f"{path}: {reason or 'no such file'}", "Give the path of a .safetensors or .pth file."
+        ) from error
     try:
         if path.suffix == ".safetensors":
             state = _header(path) if mapped else load_file(path)
         else:
             # the format before torch 1.6, which is no zip file, cannot be mapped
-            mapped = mapped and zipfile.is_zipfile(path)
+            zipped = zipfile.is_zipfile(path)
+            mapped = mapped and zipped
+            if zipped and not mapped:
+                check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise CompressorError(f"{path}: {error.strerror or error}", "The file is damaged; use another copy.") from error
     except SafetensorError as error:
         raise CompressorError(
             f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete."

@@ -20,8 +20,9 @@ PACKAGES = {"compressor": "compressor", "plugins": "compressor.plugins", "model_
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "seeds", "progress"}),
+    frozenset({"bounded"}),
     frozenset({"environment", "files", "weights", "adapter", "discovery"}),
-    frozenset({"validation"}),
+    frozenset({"validation", "outsized"}),
     frozenset({"sparsity", "data", "report"}),
     frozenset({"training", "saving", "quality"}),
     frozenset(

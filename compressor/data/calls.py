@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import files, validation
+from compressor.bounded import check_regular
 from compressor.data.sets import SampleSet
 from compressor.errors import CompressorError
 
@@ -230,6 +231,7 @@ class Recording(SampleSet):
     def _tensor(self, digest: str) -> Tensor:
         path = self._homes[digest]
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(digest)
         except (SafetensorError, OSError) as error:
@@ -256,6 +258,7 @@ def shard(folder: Path, number: int) -> Path:
 def outline(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(the calls, as they are written; the names of the tensors) in a picture's file. Raises CompressorError."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             calls = json.loads((file.metadata() or {})["calls"])
             names = list(file.keys())

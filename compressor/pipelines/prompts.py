@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from errno import EFBIG
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressor.bounded import read_bytes
 from compressor.data.calls import Picture
 from compressor.errors import UsageError
 from compressor.seeds import generator
@@ -25,14 +27,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_bytes(path, _MOST_BYTES)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", _FORM) from error
-    if len(content) > _MOST_BYTES:
-        raise UsageError(
-            f"{path}: larger than {_MOST_BYTES // 2**20} MiB", "Give fewer prompts; a few hundred are many."
-        )
+        hint = "Give fewer prompts; a few hundred are many." if error.errno == EFBIG else _FORM
+        raise UsageError(f"{path}: {error.strerror or error}", hint) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

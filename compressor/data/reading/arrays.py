@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from compressor.bounded import check_regular, check_unpacked, open_regular
 from compressor.data.naming import nested
 from compressor.data.sets import SHARED, Images, Records, SampleSet
 from compressor.errors import CompressorError
@@ -30,6 +31,10 @@ def read(path: Path) -> SampleSet:
     """
     try:
         arrays = _tensors(path) if path.suffix == ".safetensors" else _arrays(path)
+    except OSError as error:
+        raise CompressorError(
+            f"{path}: cannot be read: {error.strerror or error}", "Where it is large and yours: np.savez does not compress."
+        ) from error
     except Exception as error:  # numpy, zipfile and safetensors raise a dozen types on damaged files
         raise CompressorError(
             f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
@@ -38,12 +43,15 @@ def read(path: Path) -> SampleSet:
 
 
 def _arrays(path: Path) -> dict[str, _Array]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            check_unpacked(loaded.zip, path.stat().st_size)
         return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
 
 
 def _tensors(path: Path) -> dict[str, _Array]:
+    check_regular(path)
     wide = (torch.float16, torch.float32, torch.float64)
     return {
         name: (tensor.float() if tensor.is_floating_point() and tensor.dtype not in wide else tensor).numpy()

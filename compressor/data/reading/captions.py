@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from errno import EFBIG
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from compressor.bounded import read_bytes
 from compressor.data.reading.decoded import read_pictures
 from compressor.data.reading.folder import Files, pictures_and_others
 from compressor.data.sets import ImageSet
@@ -136,12 +138,10 @@ def _of_texts(folder: Path, names: Sequence[bytes], texts: Sequence[bytes]) -> d
 def _read(path: Path) -> str:
     """The text in the file `path`. Raises CompressorError where there is none in UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise UsageError(f"{path}: larger than {_MOST_BYTES // 2**20} MiB", "Captions are a line each.")
-        return content.decode("utf-8-sig")
+        return read_bytes(path, _MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
+        if error.errno == EFBIG:
+            raise UsageError(f"{path}: {error.strerror}", "Captions are a line each.") from error
         raise CompressorError(f"{path}: {error.strerror or error}", "Captions have to be readable.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file in UTF-8", _FORM) from error

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compressor.bounded import read_bytes
 from compressor.data.reading import plain_pickle
 from compressor.data.sets import Images
 from compressor.errors import CompressorError
 
 _PIXELS = 3 * 32 * 32
+_MOST_BYTES = 512 * 2**20  # the largest file of the archives has 154 MB
 # What gives a folder away, and the files that make up its training set.
 _SETS = {
     "data_batch_*.bin": [f"data_batch_{number}.bin" for number in range(1, 6)],
@@ -51,9 +53,16 @@ def _files(folder: Path) -> list[Path] | None:
     return None
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return read_bytes(file, _MOST_BYTES)
+    except OSError as error:
+        raise CompressorError(f"{file}: {error.strerror or error}", _HINT) from error
+
+
 def _from_bytes(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """(pixels, labels) of records that are a label (CIFAR-100: a coarse and a fine one) and the pixels, channels first."""
-    content = np.fromfile(file, np.uint8)
+    content = np.frombuffer(_content(file), np.uint8)
     for labels, classes in ((1, 10), (2, 100)):
         if content.size and content.size % (_PIXELS + labels) == 0:
             records = content.reshape(-1, _PIXELS + labels)
@@ -67,7 +76,7 @@ def _from_bytes(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def _from_pickle(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     try:
-        found = plain_pickle.load(file.read_bytes())
+        found = plain_pickle.load(_content(file))
     except ValueError as error:
         raise CompressorError(
             f"{file}: refused: not a plain CIFAR batch ({error})",

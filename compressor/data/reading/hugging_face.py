@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError, first_line
 
@@ -37,7 +38,7 @@ class Rows(Pictures):
     def content(self, index: int) -> bytes:
         stored = self.rows[index][self.column] or {}
         if stored.get("bytes") is None and stored.get("path"):
-            return Path(stored["path"]).read_bytes()
+            return read_bytes(stored["path"], MOST_PICTURE_BYTES)
         return stored.get("bytes") or b""
 
 
