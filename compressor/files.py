@@ -19,8 +19,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from compressor.bounded import open_regular, read_bytes
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import open_regular, read_bytes
 
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 16 * 1024 * 1024

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML, events
 from ruamel.yaml.error import YAMLError
 
-from compressor.bounded import read_bytes
 from compressor.data.settings import Loading, Record
 from compressor.errors import UsageError
+from compressor.foreign.bounded import read_bytes
 from compressor.quality.settings import Evaluation
 from compressor.training.settings import Training
 
@@ -81,7 +81,9 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = read_bytes(path, _MAX_BYTES).decode("utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", "A recipe is a text file of a few dozen lines.") from error
+        raise UsageError(
+            f"{path}: {error.strerror or error}", "A recipe is a text file of a few dozen lines."
+        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file", "A recipe is YAML in UTF-8.") from error
     try:

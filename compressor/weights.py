@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.bounded import check_regular, check_zip
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.foreign.bounded import check_regular, check_zip
+from compressor.foreign.sound import refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -36,12 +37,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     state = _tensors(path, mapped=False)
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CompressorError(
-                f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
-            )
+    check_finite(state, path)
     return dict(state)
+
+
+def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Raise CompressorError where a tensor of `state` holds NaN or infinity, by its name. Tensors without values are passed over."""
+    for name, value in state.items():
+        if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+            continue
+        try:
+            # not every 8-bit float knows whether it is finite
+            finite = torch.isfinite(value.float() if value.element_size() == 1 else value).all()
+        except NotImplementedError as error:
+            raise CompressorError(f"{where}: {name} is {value.dtype}", "Convert it to another dtype first.") from error
+        if not bool(finite):
+            raise CompressorError(
+                f"{where}: {name} holds NaN or infinity", "Whatever made it failed, or it is damaged."
+            )
 
 
 def read_outline(path: str | Path) -> dict[str, Tensor]:
@@ -146,6 +159,14 @@ def _refuse_expansion(path: Path, state: Any) -> None:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
     refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
+    for name, own in untied_state(model).items():
+        if (
+            own.is_floating_point() and kind_of(state[name]) == "whole"
+        ):  # codes, without the scales that make weights of them
+            raise CompressorError(
+                f"{where}: {name} is {state[name].dtype}, the model's {own.dtype}",
+                "Weights that were quantised are not read without their scales: save them as floating-point numbers.",
+            )
     tied = ties(model)
     for name, first in tied.items():
         if name in state and not torch.equal(state[name], state[first]):
@@ -198,6 +219,7 @@ def bare(model: nn.Module) -> nn.Module:
     while isinstance(model, around):
         model = _inside(model)
     _refuse_adapters(model)
+    refuse_unsound(model)
     wrapped = [module for module in model.modules() if isinstance(module, around)]
     if not wrapped:
         return model
@@ -244,6 +266,11 @@ def _refuse_adapters(model: nn.Module) -> None:
             "model = model.merge_and_unload()), or take them out (pipeline.unload_lora_weights(), model.unload()); then "
             "model.requires_grad_(True), as peft freezes the others.",
         )
+
+
+def kind_of(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds: loading may round them, but not drop a part of each."""
+    return "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def _tensors_of(model: nn.Module) -> dict[int, Any]:

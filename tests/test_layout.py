@@ -20,9 +20,9 @@ PACKAGES = {"compressor": "compressor", "plugins": "compressor.plugins", "model_
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "seeds", "progress"}),
-    frozenset({"bounded"}),
+    frozenset({"foreign"}),
     frozenset({"environment", "files", "weights", "adapter", "discovery"}),
-    frozenset({"validation", "outsized"}),
+    frozenset({"validation"}),
     frozenset({"sparsity", "data", "report"}),
     frozenset({"training", "saving", "quality"}),
     frozenset(

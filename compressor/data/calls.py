@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import files, validation
-from compressor.bounded import check_regular
 from compressor.data.sets import SampleSet
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import check_regular
 
 INDEX = "index.json"
 _AGAIN = "Record again: remove this file and repeat the command; the other pictures are kept."
@@ -226,6 +226,11 @@ class Recording(SampleSet):
 
     def _read(self, call: Mapping[str, Any]) -> Call:
         made = _made(call["args"], self._tensor), _made(call["kwargs"], self._tensor)
+        if not bool(self._tensor(call["output"]).isfinite().all()):
+            raise CompressorError(
+                f"{self._homes[call['output']]}: the model's answer in step {call['step']} holds NaN or infinity",
+                "The pipeline failed there: record in float32 or bfloat16, or without that prompt.",
+            )
         return Call(tuple(made[0]), made[1], self._tensor(call["output"]), call["step"], call["steps"])
 
     def _tensor(self, digest: str) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.data.outsized import check_built, check_pipeline, stored_bytes
 from compressor.data.sets import Images, ImageSet
 from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
-from compressor.outsized import check_built, check_pipeline, stored_bytes
 from compressor.weights import variant_of
 
 _BATCH = 8

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from compressor.data.outsized import check_pipeline
 from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.outsized import check_pipeline
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""

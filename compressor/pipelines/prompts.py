@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from compressor.bounded import read_bytes
 from compressor.data.calls import Picture
 from compressor.errors import UsageError
+from compressor.foreign.bounded import read_bytes
 from compressor.seeds import generator
 
 _MOST_BYTES = 16 * 2**20

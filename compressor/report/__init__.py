@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compressor import files, validation
-from compressor.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
 from compressor.report.content import Report
@@ -129,7 +129,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     needed = ("loss", "noise_loss", "teacher_loss", "lr", "flip_rate")
     try:
-        steps = [json.loads(line) for line in read_bytes(path, _MOST_BYTES).decode("utf-8").splitlines() if line.strip()]
+        steps = [
+            json.loads(line) for line in read_bytes(path, _MOST_BYTES).decode("utf-8").splitlines() if line.strip()
+        ]
         return [{name: step[name] for name in needed} for step in steps]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CompressorError(

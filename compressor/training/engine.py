@@ -28,7 +28,7 @@ from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
 from compressor.validation import validated
-from compressor.weights import bare
+from compressor.weights import bare, check_finite
 
 _TOLERATED_NONFINITE = 2
 LEFT_DENSE = "left dense by the method"
@@ -154,9 +154,7 @@ class FineTuning:
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
-        for name, value in self.student.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise CompressorError(f"step {self.done}: {name} is not finite", "Lower the learning rate.")
+        check_finite(self.student.state_dict(), f"step {self.done}")
         _verify(self.shadow.masks)
         return {
             "step": self.done,
@@ -243,7 +241,15 @@ class FineTuning:
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
     def finish(self) -> Result:
-        """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
+        """Write the averaged weights, masked once, into the student, and give the result. The run is over then.
+
+        Raises CompressorError where the last steps were skipped because they were not finite, and where a weight of the result is not.
+        """
+        if self._nonfinite:
+            raise CompressorError(
+                f"step {self.done}: the run ends in {self._nonfinite} steps whose loss or gradient was not finite",
+                "Lower the learning rate, or check the data.",
+            )
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()
@@ -256,6 +262,7 @@ class FineTuning:
             for name, parameter in self.parameters.items():
                 parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
+        check_finite(self.student.state_dict(), f"step {self.done}")
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compressor.errors import CompressorError, UsageError
-from compressor.weights import HALF, cast_, dtypes_of, float32_, sketch
+from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
                 f"{name} is {value.dtype}: only float32 is trained, and float16 and bfloat16 through it",
                 'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
+    check_finite(model.state_dict(), type(model).__name__)
     student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
 
@@ -77,7 +78,11 @@ def checkpointed_(model: nn.Module) -> nn.Module:
 
 
 def surveyed(model: nn.Module, steps: int) -> nn.Module:
-    """What a run of so many `steps` finds layers in, for no memory: `model`, or where a student of it is not frozen, a sketch."""
+    """What a run of so many `steps` finds layers in, for no memory: `model`, or where a student of it is not frozen, a sketch.
+
+    Raises CompressorError where a weight of `model` is not finite.
+    """
+    check_finite(model.state_dict(), type(model).__name__)
     return model if steps or not _frozen(model) else _unfrozen(sketch(model))
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressor.data.outsized import check_built, check_config, check_pipeline, stored_bytes
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.outsized import check_built, check_config, check_pipeline, stored_bytes
-from compressor.weights import as_stored_, read_outline, variant_of
+from compressor.weights import as_stored_, check_finite, read_outline, variant_of
 
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -172,6 +172,7 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
             f"{found.folder} does not fit {made.__name__}: {'; '.join(wrong[:4])}{more}",
             "The weights are of another configuration than config.json says.",
         )
+    check_finite(model.state_dict(), found.folder)
     result: nn.Module = as_stored_(model, _outline(found.folder, model)).eval()
     return result
 

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from compressor.bounded import check_regular, check_unpacked, open_regular
 from compressor.data.naming import nested
 from compressor.data.sets import SHARED, Images, Records, SampleSet
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import check_regular, check_unpacked, open_regular
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 _NOISY = ("sample", "hidden_states")  # what diffusers calls what is noised
+_FINITE = ("target", *_NOISY)
+_NO_NAN = "One such number ends a training: leave that sample out, or make it again."
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -33,7 +35,8 @@ def read(path: Path) -> SampleSet:
         arrays = _tensors(path) if path.suffix == ".safetensors" else _arrays(path)
     except OSError as error:
         raise CompressorError(
-            f"{path}: cannot be read: {error.strerror or error}", "Where it is large and yours: np.savez does not compress."
+            f"{path}: cannot be read: {error.strerror or error}",
+            "Where it is large and yours: np.savez does not compress.",
         ) from error
     except Exception as error:  # numpy, zipfile and safetensors raise a dozen types on damaged files
         raise CompressorError(
@@ -73,6 +76,8 @@ def _images(path: Path, images: _Array, labels: _Array | None) -> Images:
         raise CompressorError(
             f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},)."
         )
+    if images.dtype.kind == "f" and not bool(np.isfinite(images).all()):
+        raise CompressorError(f"{path}: images hold NaN or infinity, the first in image {_first_bad(images)}", _NO_NAN)
     return Images(path.stem, _tensor(images), None if labels is None else torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -85,6 +90,11 @@ def _records(path: Path, arrays: Mapping[str, _Array]) -> Records:
             f"{path}: arrays are {found}",
             "Save images with np.savez(images=...), or numeric arrays that have one entry per sample along dim 0.",
         )
+    for name, array in arrays.items():  # masks of attention hold minus infinity, and nothing holds NaN
+        if array.dtype.kind == "f" and bool(
+            np.isnan(array).any() if name not in _FINITE else ~np.isfinite(array).all()
+        ):
+            raise CompressorError(f"{path}: {name} holds NaN{' or infinity' * (name in _FINITE)}", _NO_NAN)
     named = {name.removesuffix(SHARED): _tensor(array) for name, array in sorted(arrays.items())}
     if len(named) < len(arrays):
         raise CompressorError(f"{path}: an array is there with and without {SHARED}: {found}", "Save it once.")
@@ -111,6 +121,11 @@ def _samples(path: Path, sizes: Mapping[str, int], found: str) -> int:
             f"{SHARED}.",
         )
     return count
+
+
+def _first_bad(array: _Array) -> int:
+    """The number of the first sample that holds a number which is not finite."""
+    return int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
 
 
 def _tensor(array: _Array) -> torch.Tensor:

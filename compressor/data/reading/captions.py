@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from compressor.bounded import read_bytes
 from compressor.data.reading.decoded import read_pictures
 from compressor.data.reading.folder import Files, pictures_and_others
 from compressor.data.sets import ImageSet
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.bounded import read_bytes
 
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption", "prompt")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compressor.bounded import read_bytes
 from compressor.data.reading import plain_pickle
 from compressor.data.sets import Images
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import read_bytes
 
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 512 * 2**20  # the largest file of the archives has 154 MB

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.bounded import MOST_NESTED, MOST_PICTURE_BYTES, read_bytes
 from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import MOST_NESTED, MOST_PICTURE_BYTES, read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -84,7 +84,8 @@ def _walk(root: bytes, inner: bytes, above: tuple[tuple[int, int], ...]) -> Iter
     here = os.path.join(root, inner)
     if len(above) > MOST_NESTED:
         raise CompressorError(
-            f"{_printable(here[:200])}…: folders in more than {MOST_NESTED} others", "Give the folder that has the pictures."
+            f"{_printable(here[:200])}…: folders in more than {MOST_NESTED} others",
+            "Give the folder that has the pictures.",
         )
     status = os.stat(here)
     if (status.st_dev, status.st_ino) in above:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError, first_line
+from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 
 INSTALL = 'pip install "diffusion-compressor[datasets]"'
 _NAME = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+-]+))?")

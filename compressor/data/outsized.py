@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.bounded import check_tree
 from compressor.errors import CompressorError
 from compressor.files import read_json
+from compressor.foreign.bounded import check_tree
 
 _LARGEST = {"layers": 128, "depth": 128, "blocks": 128, "sample_size": 1024, "timesteps": 100_000}
 """By part of a setting's name; the largest models there are have 60 layers."""
