@@ -24,6 +24,7 @@ from compressor.foreign.sound import refuse_unsound
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
 
+_NOT_FINITE = "Whatever made it failed, or it is damaged."
 _INNER = ("ema", "ema_state_dict", "model_ema", "nnet_ema", "state_dict", "model", "nnet")
 _PREFIXES = ("_orig_mod.", "module.")
 
@@ -41,7 +42,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
+def check_finite(state: Mapping[str, Tensor], where: str | Path, hint: str = _NOT_FINITE) -> None:
     """Raise CompressorError where a tensor of `state` holds NaN or infinity, by its name. Tensors without values are passed over."""
     for name, value in state.items():
         if value.is_meta or not (value.is_floating_point() or value.is_complex()):
@@ -52,9 +53,7 @@ def check_finite(state: Mapping[str, Tensor], where: str | Path) -> None:
         except NotImplementedError as error:
             raise CompressorError(f"{where}: {name} is {value.dtype}", "Convert it to another dtype first.") from error
         if not bool(finite):
-            raise CompressorError(
-                f"{where}: {name} holds NaN or infinity", "Whatever made it failed, or it is damaged."
-            )
+            raise CompressorError(f"{where}: {name} holds NaN or infinity", hint)
 
 
 def read_outline(path: str | Path) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ def refuse_unsound(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if isinstance(value, nn.parameter.UninitializedTensorMixin):
             raise UsageError(f"{name}: a lazy weight, without a shape", "Call the model once, model(example), before.")
+        if value.layout != torch.strided:
+            raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
         if value.is_quantized or type(value).__module__.partition(".")[0] in ("torchao", "bitsandbytes"):
             raise UsageError(f"{name}: quantised ({type(value).__name__}, {value.dtype})", _UNQUANTISED)
     _refuse_shared_memory(model)

@@ -154,7 +154,7 @@ class FineTuning:
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
-        check_finite(self.student.state_dict(), f"step {self.done}")
+        check_finite(self.student.state_dict(), f"step {self.done}", "Lower the learning rate.")
         _verify(self.shadow.masks)
         return {
             "step": self.done,
@@ -262,7 +262,7 @@ class FineTuning:
             for name, parameter in self.parameters.items():
                 parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
-        check_finite(self.student.state_dict(), f"step {self.done}")
+        check_finite(self.student.state_dict(), f"step {self.done}", "Lower the learning rate.")
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
