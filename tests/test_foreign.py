@@ -28,7 +28,7 @@ from compressor.data.calls import outline, read_index
 from compressor.data.latents import Autoencoder
 from compressor.data.outsized import check_config, check_pipeline
 from compressor.data.reading import cifar, read_data
-from compressor.data.reading.captions import METADATA, captioned
+from compressor.data.reading.captions import read_captioned
 from compressor.data.reading.hugging_face import Rows
 from compressor.files import read_json, verify
 from compressor.foreign.bounded import check_tree, read_bytes
@@ -136,9 +136,9 @@ def test_bytes_are_read_up_to_a_bound(tmp_path: Path) -> None:
 
 def test_captions_without_an_end_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    os.mkfifo(tmp_path / METADATA)
-    with refused(METADATA, "not a regular file"):
-        captioned(tmp_path)
+    os.mkfifo(tmp_path / "a.txt")
+    with refused("a.txt", "not a regular file"):
+        read_captioned(tmp_path)
     os.mkfifo(tmp_path / "losses")
     assert read_metrics(tmp_path / "losses") == []
 
@@ -430,8 +430,9 @@ def test_codes_are_not_read_as_weights(model: nn.Module) -> None:
     load_strictly(model, {name: value.half() for name, value in state.items()}, "file")
 
 
-def test_a_learning_rate_that_diverges_leaves_no_model(tmp_path: Path, cli: Any) -> None:
-    outcome = cli.trial(tmp_path / "out", "--set", "lr=1e10", "--steps", 4)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_learning_rate_that_diverges_leaves_no_model(tmp_path: Path, cli: Any, steps: int) -> None:
+    outcome = cli.trial(tmp_path / "out", "--set", "lr=1e10", "--set", "warmup=0", "--steps", steps)
     assert outcome.code == 1 and "Lower the learning rate" in outcome.err
     assert not (tmp_path / "out" / "model").exists()
 
@@ -444,6 +445,21 @@ def test_a_run_that_ends_in_steps_that_were_skipped_gives_nothing(
     with refused("step 3", "not finite"):
         compressor.prune(model, Magnitude(), adapter=adapter, data=batches, steps=3)
     compressor.prune(model, Magnitude(), adapter=adapter, data=[good, bad, good], steps=3)  # one is tolerated
+
+
+def test_a_model_whose_answers_are_no_numbers_is_never_a_checkpoint(
+    model: nn.Module, adapter: Adapter, samples: Tensor
+) -> None:
+    training = compressor.Training(steps=3, batch_size=4)
+    tuning = compressor.FineTuning(model, Magnitude(), adapter=adapter, data=samples, training=training)
+    tuning.advance()
+    tuning.state()
+    with torch.no_grad():
+        tuning.student.get_parameter("2.bias").fill_(3e38)
+        tuning.student.get_parameter("2.weight").fill_(3e38)
+    with refused("step 1: the model's answer is not finite"):
+        tuning.state()
+    assert tuning.student.training
 
 
 # --- Modules that are not what they seem. ---

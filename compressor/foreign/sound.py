@@ -58,7 +58,7 @@ def _refuse_shared_memory(model: nn.Module) -> None:
         held.setdefault(storage, []).append((first, first + span * value.element_size(), name, value))
     for sharing in held.values():
         end, last, owner = -1, "", False
-        for start, stop, name, value in sorted(sharing, key=lambda one: one[:3]):
+        for start, stop, name, value in sorted(sharing, key=lambda one: (one[0], -one[1], one[2])):
             is_weight = isinstance(value, nn.Parameter)
             if start < end and (is_weight or owner):
                 raise UsageError(

@@ -21,14 +21,14 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Given, checkpointed_, student_of
+from compressor.training.given import Given, check_result, checkpointed_, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks
 from compressor.validation import validated
-from compressor.weights import bare, check_finite
+from compressor.weights import bare
 
 _TOLERATED_NONFINITE = 2
 LEFT_DENSE = "left dense by the method"
@@ -116,6 +116,7 @@ class FineTuning:
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
+        self._seen: Any = None  # what the model was last asked, and answered
         if previous is not None:
             self._restore(previous)
 
@@ -154,7 +155,7 @@ class FineTuning:
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
-        check_finite(self.student.state_dict(), f"step {self.done}", "Lower the learning rate.")
+        check_result(self.student, self.adapter, self._seen, self.done)
         _verify(self.shadow.masks)
         return {
             "step": self.done,
@@ -214,7 +215,7 @@ class FineTuning:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
             torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
-            noise_loss, teacher_loss = self._backward(t, batch)
+            noise_loss, teacher_loss, asked = self._backward(t, batch)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -222,7 +223,7 @@ class FineTuning:
         loss = objective.noise * noise_loss + objective.teacher * answered
         grad_norm = float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._nonfinite = 0
+            self._nonfinite, self._seen = 0, asked
             if settings.clip:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
@@ -262,13 +263,13 @@ class FineTuning:
             for name, parameter in self.parameters.items():
                 parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
-        check_finite(self.student.state_dict(), f"step {self.done}", "Lower the learning rate.")
+        check_result(self.student, self.adapter, self._seen, self.done)
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
-        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
+    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, Any]:
+        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it.
 
         Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
@@ -290,7 +291,7 @@ class FineTuning:
                     teacher_sum += share * float(teacher_loss.detach())
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
-        return noise_sum, teacher_sum if self.teacher is not None else None
+        return noise_sum, teacher_sum if self.teacher is not None else None, piece
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
@@ -57,6 +58,27 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     check_finite(model.state_dict(), type(model).__name__)
     student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
+
+
+@torch.no_grad()
+def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> None:
+    """Raise CompressorError unless all weights of `model` are finite, and its answer to `inputs` (None: nothing is asked) is.
+
+    A step that is too long leaves weights that are finite, and too large for any answer: its own loss, from before, does not tell.
+    """
+    hint = "Lower the learning rate."
+    check_finite(model.state_dict(), f"step {step}", hint)
+    if inputs is None:
+        return
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            answer = adapter.predict(model.eval(), inputs)
+        finally:
+            for module in training:
+                module.training = True
+    if not bool(answer.isfinite().all()):
+        raise CompressorError(f"step {step}: the model's answer is not finite any more", hint)
 
 
 def checkpointed_(model: nn.Module) -> nn.Module:

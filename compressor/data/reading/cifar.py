@@ -39,7 +39,7 @@ def read(path: Path) -> Images:
     Labels are the ten classes, or the hundred fine ones. Raises CompressorError for what is missing, cut short or not CIFAR.
     """
     files = _files(path) or [path]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not file.exists()]:
         raise CompressorError(f"{path}: {', '.join(missing)} of CIFAR-10 is missing", _HINT)
     pairs = [_from_bytes(file) if file.suffix == ".bin" else _from_pickle(file) for file in files]
     pixels, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
