@@ -27,7 +27,7 @@ from compressor import Adapter, CompressorError, recipe, registry
 from compressor.data.calls import outline, read_index
 from compressor.data.latents import Autoencoder
 from compressor.data.outsized import check_config, check_pipeline
-from compressor.data.reading import cifar, read_data
+from compressor.data.reading import read_data
 from compressor.data.reading.captions import read_captioned
 from compressor.data.reading.hugging_face import Rows
 from compressor.files import read_json, verify
@@ -214,7 +214,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "many layers": ("unet/config.json", {"layers_per_block": 10**9}),
     "rather many layers": ("unet/config.json", {"layers_per_block": 128, "num_layers": 300}),
     "wide": ("unet/config.json", {"block_out_channels": [12_000, 12_000]}),
-    "rather wide": ("unet/config.json", {"block_out_channels": [2000, 2000], "layers_per_block": 60}),
+    "rather wide": ("unet/config.json", {"block_out_channels": [2000, 2000], "layers_per_block": 20}),
     "many blocks": ("unet/config.json", {"down_block_types": ["DownBlock2D"] * 100_000}),
     "large pictures": ("unet/config.json", {"sample_size": 10**9}),
     "many times": ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**8}),
@@ -233,13 +233,9 @@ def test_a_hostile_configuration_is_refused_before_anything_is_built(
     with refused(path.name):
         adapter = registry.adapter("diffusers").opened(str(unet / part))
         adapter.load(str(unet / part))
-    with refused(path.name) if "rather" not in str(change) and change.get("layers_per_block") != 60 else _nothing():
-        check_pipeline(unet)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+    if change.get("layers_per_block") != 20:  # what is a little too much is seen once the class of the model is known
+        with refused(path.name):
+            check_pipeline(unet)
 
 
 def test_its_own_configuration_is_taken(unet: Path) -> None:
@@ -571,8 +567,3 @@ def test_slices_of_one_memory_that_do_not_overlap_are_taken(adapter: Adapter, sa
     model[0].weight, model[1].weight = nn.Parameter(flat[:16]), nn.Parameter(flat[16:])
     result = compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=1, batch_size=4)
     assert set(result.masks) == {"0.weight", "1.weight"}
-
-
-def test_a_damaged_batch_of_cifar_says_so(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "train.bin")
-    assert not cifar.recognised(tmp_path)
