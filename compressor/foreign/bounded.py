@@ -11,8 +11,8 @@ import errno
 import os
 import stat
 import zipfile
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from compressor.errors import CompressorError
 
@@ -33,7 +33,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | bytes | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | bytes | os.PathLike[str]) -> BufferedReader:
     """The regular file at `path`, to read bytes from. Raises OSError where it is anything else, at once."""
     # without O_NONBLOCK, opening a pipe waits until somebody writes to it
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -36,7 +37,7 @@ def refuse_unsound(model: nn.Module) -> None:
                 what = f"{name}.{getattr(hook, 'name', getattr(hook, '_tensor_name', 'weight'))}".lstrip(".")
                 raise UsageError(f"{what}: computed at every call by {type(hook).__name__}", _COMPUTING[kind])
     for name, value in model.named_parameters():
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(value):
             raise UsageError(f"{name}: a lazy weight, without a shape", "Call the model once, model(example), before.")
         if value.layout != torch.strided:
             raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
@@ -50,11 +51,11 @@ def _refuse_shared_memory(model: nn.Module) -> None:
     for name, value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         if value.is_meta or value.layout != torch.strided or not value.numel() or type(value.data) is not Tensor:
             continue
-        span = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+        span = 1 + sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True))
         if span < value.numel() and isinstance(value, nn.Parameter):
             raise UsageError(f"{name}: its entries share memory with each other", f"Own memory for each: {_CLONE}")
-        first = value.storage_offset() * value.element_size()
-        storage = value.untyped_storage().data_ptr()
+        first = int(value.storage_offset()) * value.element_size()
+        storage = int(value.untyped_storage().data_ptr())
         held.setdefault(storage, []).append((first, first + span * value.element_size(), name, value))
     for sharing in held.values():
         end, last, owner = -1, "", False

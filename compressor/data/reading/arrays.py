@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def _arrays(path: Path) -> dict[str, _Array]:
     with open_regular(path) as file:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
-            check_unpacked(loaded.zip, path.stat().st_size)
+            check_unpacked(zipfile.ZipFile(file), path.stat().st_size)
         return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
 
 
