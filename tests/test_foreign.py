@@ -323,20 +323,34 @@ def test_the_cache_of_the_hub_may_link_to_its_own_files(unet: Path, tmp_path: Pa
         check_tree(snapshot)
 
 
-def test_pictures_in_1200_nested_folders_are_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A picture in 1,200 folders, which are gone afterwards: Python's own rmtree cannot remove so many."""
     here = os.getcwd()
-    try:
-        os.chdir(tmp_path)
-        for _ in range(1200):
-            os.mkdir("a")
-            os.chdir("a")
-        Image.new("RGB", (8, 8)).save("a.png")
-    finally:
-        os.chdir(here)
+    os.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("a")
+        os.chdir("a")
+    Image.new("RGB", (8, 8)).save("a.png")
+    os.chdir(here)
+    yield tmp_path
+    below = 0
+    os.chdir(tmp_path)
+    while os.path.isdir("a"):
+        os.chdir("a")
+        below += 1
+    os.remove("a.png")
+    for _ in range(below):
+        os.chdir("..")
+        os.rmdir("a")
+    os.chdir(here)
+
+
+def test_pictures_in_1200_nested_folders_are_refused(deep: Path) -> None:
     with refused("folders in more than 64 others"):
-        read_data(tmp_path, (3, 8, 8))
+        read_data(deep, (3, 8, 8))
     with refused("64"):
-        check_tree(tmp_path)
+        check_tree(deep)
 
 
 def test_a_link_to_itself_is_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
