@@ -503,6 +503,13 @@ SCHEDULER = {
     "beta_schedule": "linear",
     "trained_betas": None,
     "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
 }
 
 

@@ -51,7 +51,10 @@ def _arrays(path: Path) -> dict[str, _Array]:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.lib.npyio.NpzFile):
             check_unpacked(zipfile.ZipFile(file), path.stat().st_size)
-        return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+        found = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+    if other := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+        raise ValueError(f"{other[0][:60]!r} in it is no array")
+    return found
 
 
 def _tensors(path: Path) -> dict[str, _Array]:
