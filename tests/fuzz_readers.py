@@ -134,7 +134,7 @@ class Fuzz:
 
 # --- What may not happen while a file is read. ---
 
-_armed = False
+_state = {"armed": False}
 _events: list[str] = []
 _NEVER = (
     "os.system",
@@ -175,7 +175,7 @@ _LOADED = (
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _armed:
+    if not _state["armed"]:
         return
     if event.startswith(_NEVER):
         _events.append(f"{event} {str(arguments)[:80]}")
@@ -200,14 +200,13 @@ def _clock(*_: object) -> None:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    global _armed
     faulthandler.dump_traceback_later(_STUCK, exit=True)
     signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
-    _armed = True
+    _state["armed"] = True
     try:
         yield
     finally:
-        _armed = False
+        _state["armed"] = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         faulthandler.cancel_dump_traceback_later()
 
@@ -255,6 +254,11 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
 def _rearm() -> None:
     """What was written so far is the fuzzer's own."""
     _events.clear()
+
+
+def _disarm() -> None:
+    """What comes now is the fuzzer's own again."""
+    _state["armed"] = False
 
 
 def _saved(made: Callable[[Any], object]) -> bytes:
@@ -359,16 +363,18 @@ def _models(folder: Path) -> Iterator[Reader]:
     surgery = Surgery(
         {"0.weight": {0: (0, 1, 2, 5)}, "0.bias": {0: (0, 1, 2, 5)}, "2.weight": {1: (0, 1, 2, 5)}}, {}, ()
     )
+    surgery.apply(smaller := _Pair())
+    saving.save(folder / "smaller", smaller, {})
+    cut = {path.name: path.read_bytes() for path in (folder / "smaller").iterdir()}
     names = {
         "config.json": ("model-config", change.of_json, 1.0),
         "model.safetensors": ("model-packed", change.of_safetensors, 1.0),
         "surgery.json": ("model-surgery", change.of_json, 0.5),
     }
-    seeds = {**whole, "surgery.json": json.dumps(surgery.to_json()).encode()}
 
-    def loading(file: str, home: Path) -> Callable[[bytes], object]:
+    def loading(files: dict[str, bytes], file: str, home: Path) -> Callable[[bytes], object]:
         home.mkdir()
-        for name, content in whole.items():
+        for name, content in files.items():
             (home / name).write_bytes(content)
 
         def reading(content: bytes) -> object:
@@ -380,7 +386,8 @@ def _models(folder: Path) -> Iterator[Reader]:
         return reading
 
     for file, (name, mutator, weight) in names.items():
-        yield Reader(name, change.first_of([seeds[file]], mutator), loading(file, folder / name), weight)
+        files = cut if file == "surgery.json" else whole
+        yield Reader(name, change.first_of([files[file]], mutator), loading(files, file, folder / name), weight)
     seed = whole["manifest.json"]
     yield Reader(
         "manifest",
@@ -388,9 +395,9 @@ def _models(folder: Path) -> Iterator[Reader]:
         _file(folder / "model" / "manifest.json", lambda p: verify(p.parent)),
         2,
     )
-    saving.save_state(
-        home := folder / "state", {"run": {"step": 3, "list": [1, {"a": torch.ones(3)}]}, "x": torch.zeros(2)}
-    ) if (folder / "state").mkdir() is None else None
+    home = folder / "state"
+    home.mkdir()
+    saving.save_state(home, {"run": {"step": 3, "list": [1, {"a": torch.ones(3)}]}, "x": torch.zeros(2)})
     seed = (home / "state.json").read_bytes()
     yield Reader(
         "state",
@@ -453,6 +460,7 @@ def _data(folder: Path) -> Iterator[Reader]:
         yield _picture(folder, picture, kind, mutator, weight)
     for kind in ("WEBP", "BMP", "TIFF"):
         yield _picture(folder, picture, kind, change.of_bytes, 0.7)
+    yield from _arrow(folder, picture)
     home = folder / "captioned"
     home.mkdir()
     for name in ("a.png", "b.png"):
@@ -464,6 +472,39 @@ def _data(folder: Path) -> Iterator[Reader]:
         _file(home / "metadata.jsonl", lambda p: read_captioned(p.parent)),
         1,
     )
+
+
+def _arrow(folder: Path, picture: Image.Image) -> Iterator[Reader]:
+    """A folder of save_to_disk, where the extra is installed."""
+    from compressor.data.reading import read_data
+
+    try:
+        import datasets
+    except ImportError:
+        return
+    home = folder / "saved"
+    table = {"image": [{"bytes": _saved(lambda out: picture.save(out, "PNG")), "path": None}] * 2, "label": [0, 1]}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(table, features=kinds).save_to_disk(home)
+    for name, mutator in (
+        ("state.json", change.of_json),
+        ("dataset_info.json", change.of_json),
+        ("data-00000-of-00001.arrow", change.of_bytes),
+    ):
+        path = home / name
+        whole = path.read_bytes()
+
+        def reading(content: bytes, path: Path = path, whole: bytes = whole) -> object:
+            path.write_bytes(content)
+            _rearm()
+            try:
+                return read_data(home, (3, 8, 8), workers=0)
+            finally:
+                _disarm()
+                path.write_bytes(whole)
+
+        yield Reader(f"arrow-{path.suffix[1:]}-{path.stem[:5]}", change.first_of([whole], mutator), reading, 0.05)
 
 
 def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Mutator, weight: float) -> Reader:
@@ -555,8 +596,7 @@ def _of_diffusers(folder: Path) -> Iterator[Reader]:
             try:
                 return read(path)
             finally:
-                global _armed
-                _armed = False
+                _disarm()
                 path.write_bytes(whole)
 
         return reading
@@ -735,6 +775,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    faulthandler.enable()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         fuzz = Fuzz(Path(name), given.seed)
         began = time.monotonic()

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -164,10 +165,8 @@ def of_tree(tree: Any, rng: random.Random) -> Any:
             here.insert(key, rng.choice([here[key], hostile(rng)]))
         elif kind == 4:
             other, there = rng.choice(places)
-            try:
+            with suppress(KeyError, IndexError):  # taken out before
                 here[key] = copy.deepcopy(other[there])
-            except (KeyError, IndexError):  # taken out before
-                pass
         elif kind == 5 and type(here[key]) in (int, float):
             here[key] = here[key] * rng.choice([-1, 2, 0.5, 1000, 10**9]) + rng.choice([0, 1, -1])
         elif kind == 5 and isinstance(here[key], str):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError
 from compressor.files import read_json
 from compressor.foreign.bounded import check_tree
@@ -83,7 +84,7 @@ def check_built(made: Any, config: Mapping[str, Any], where: str | Path, stored:
     if torch.empty(0).is_meta:
         return
     try:
-        with torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"):
             model: nn.Module = made.from_config(dict(config))
     except Exception:  # diffusers raises whatever its constructors meet
         return

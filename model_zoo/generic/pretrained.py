@@ -52,7 +52,7 @@ def find(source: str) -> Pretrained:
         component = next((name for name in _DENOISERS if isinstance(index.get(name), list)), None)
         if component is None:
             raise CompressorError(
-                f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if k[0] != '_']}",
+                f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if not k.startswith('_')]}",
                 "Give the folder of the denoising model itself.",
             )
         return _part(root, component)

@@ -96,7 +96,11 @@ def _rows(library: ModuleType, where: str, name: str, rows: Any) -> Rows:
             f"{where}: several columns could be meant: {', '.join(several)}",
             f"Keep one: remove_columns({several[1:]}), then save_to_disk.",
         )
-    labels = torch.tensor(rows.with_format(None)[classes[0]][:]) if classes else None
+    try:
+        rows.data.validate(full=True)  # a damaged file has places outside of it, and reading there ends the process
+        labels = torch.tensor(rows.with_format(None)[classes[0]][:]) if classes else None
+    except Exception as error:  # of pyarrow, and of torch where a label is missing
+        raise CompressorError(f"{where}: cannot be read: {_first_line(error)}", "Save the data set again.") from error
     stored = rows.with_format(None).cast_column(pictures[0], library.Image(decode=False))
     return Rows(name, stored.select_columns(pictures), pictures[0], labels)
 
