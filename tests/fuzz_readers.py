@@ -28,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -59,12 +59,18 @@ class TooSlow(BaseException):
 
 @dataclass
 class Reader:
-    """One reader: how an input is drawn, and how it is read. `weight` says how many of all inputs it gets."""
+    """One reader: valid files, how they are changed, and how they are read. `weight` says how many of all inputs it gets."""
 
     name: str
-    draw: Callable[[random.Random], bytes]
+    seeds: Sequence[bytes]
+    mutator: change.Mutator
     read: Callable[[bytes], object]
     weight: float = 1.0
+
+    def draw(self, rng: random.Random) -> bytes:
+        """One of the seeds, changed; now and then it is left as it is."""
+        seed = rng.choice(self.seeds)
+        return seed if rng.random() < 0.01 else self.mutator(seed, rng)
 
 
 @dataclass
@@ -93,9 +99,9 @@ class Fuzz:
     def __post_init__(self) -> None:
         self.readers = {reader.name: reader for reader in readers(self.folder)}
         for reader in self.readers.values():  # what is imported when it is first needed is imported now
-            for number in range(3):
+            for content in (*reader.seeds, b"{}", b""):
                 with contextlib.suppress(Exception):
-                    reader.read(reader.draw(random.Random(f"warm/{number}")))
+                    reader.read(content)
 
     def one(self, name: str, number: int) -> None:
         """The input of that number for the reader of that name."""
@@ -182,7 +188,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "exec" and not str(getattr(arguments[0], "co_filename", "")).startswith(_HOMES):
         if getattr(arguments[0], "co_filename", "").startswith("<frozen"):
             return
-        _events.append(f"exec {arguments[0]}")
+        _events.append(f"exec {arguments[0].co_name} of {arguments[0].co_filename}")
     elif event == "import" and not str(arguments[0]).startswith(_LOADED):
         _events.append(f"import {arguments[0]}")
     elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
@@ -201,20 +207,20 @@ def _clock(*_: object) -> None:
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
     faulthandler.dump_traceback_later(_STUCK, exit=True)
-    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     _state["armed"] = True
     try:
         yield
     finally:
         _state["armed"] = False
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """The clock's signal and the bound on memory, as they were again afterwards."""
-    before = signal.signal(signal.SIGVTALRM, _clock)
+    before = signal.signal(signal.SIGPROF, _clock)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm", encoding="ascii") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
@@ -223,7 +229,7 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGPROF, before)
 
 
 # --- Readers and their seeds. ---
@@ -298,11 +304,11 @@ def _settings(folder: Path) -> Iterator[Reader]:
 
     small = b"method: magnitude\npattern: 2:4\nlr: 1e-4\ntrain:\n  betas: [0.9, 0.99]\nsettings: {a: [1, {b: c}]}\n"
     seeds = [(BEFORE / "run" / "recipe.yaml").read_bytes(), small, small]
-    yield Reader("recipe", change.first_of(seeds, change.of_yaml), _file(folder / "recipe.yaml", resolved), 1.0)
+    yield Reader("recipe", seeds, change.of_yaml, _file(folder / "recipe.yaml", resolved), 1.0)
     lines = b'{"prompt": "a cat", "guidance_scale": 3.5}\n{"prompt": "a dog"}\n'
-    yield Reader("prompts", change.first_of([lines], change.of_lines), _file(folder / "p.jsonl", read_prompts), 1.0)
+    yield Reader("prompts", [lines], change.of_lines, _file(folder / "p.jsonl", read_prompts), 1.0)
     text = b"a cat\n\na dog on a \xc3\xa9toile\n"
-    yield Reader("prompts-text", change.first_of([text], change.of_bytes), _file(folder / "p.txt", read_prompts), 0.5)
+    yield Reader("prompts-text", [text], change.of_bytes, _file(folder / "p.txt", read_prompts), 0.5)
 
 
 def _weights(folder: Path) -> Iterator[Reader]:
@@ -315,9 +321,7 @@ def _weights(folder: Path) -> Iterator[Reader]:
 
     tensors = _tensors()
     plain = save(tensors, {"format": "pt"})
-    yield Reader(
-        "safetensors", change.first_of([plain], change.of_safetensors), _file(folder / "w.safetensors", both), 3
-    )
+    yield Reader("safetensors", [plain], change.of_safetensors, _file(folder / "w.safetensors", both), 3)
     nested = {"epoch": 3, "ema": tensors, "optimizer": {"state": {0: {"step": 1.0}}, "groups": [{"lr": 0.1}]}}
     evil = {"weight": Evil(folder / "executed")}
     zipped = [_saved(lambda out, one=one: torch.save(one, out)) for one in (tensors, nested, evil)]
@@ -327,8 +331,8 @@ def _weights(folder: Path) -> Iterator[Reader]:
     ]
     old.append(pickle.dumps(evil))
     packed = change.of_zip(lambda name: change.of_pickle if name.endswith(".pkl") else change.of_bytes)
-    yield Reader("pth-zip", change.first_of(zipped, packed), _file(folder / "w.pth", both), 2)
-    yield Reader("pth-old", change.first_of(old, change.of_pickle), _file(folder / "old.pth", both), 2)
+    yield Reader("pth-zip", zipped, packed, _file(folder / "w.pth", both), 2)
+    yield Reader("pth-old", old, change.of_pickle, _file(folder / "old.pth", both), 2)
 
 
 class _Pair(nn.Sequential):
@@ -387,11 +391,12 @@ def _models(folder: Path) -> Iterator[Reader]:
 
     for file, (name, mutator, weight) in names.items():
         files = cut if file == "surgery.json" else whole
-        yield Reader(name, change.first_of([files[file]], mutator), loading(files, file, folder / name), weight)
+        yield Reader(name, [files[file]], mutator, loading(files, file, folder / name), weight)
     seed = whole["manifest.json"]
     yield Reader(
         "manifest",
-        change.first_of([seed], change.of_json),
+        [seed],
+        change.of_json,
         _file(folder / "model" / "manifest.json", lambda p: verify(p.parent)),
         2,
     )
@@ -401,7 +406,8 @@ def _models(folder: Path) -> Iterator[Reader]:
     seed = (home / "state.json").read_bytes()
     yield Reader(
         "state",
-        change.first_of([seed], change.of_json),
+        [seed],
+        change.of_json,
         _file(home / "state.json", lambda p: saving.load_state(p.parent)),
         1,
     )
@@ -423,16 +429,14 @@ def _data(folder: Path) -> Iterator[Reader]:
         _saved(lambda out: np.savez_compressed(out, **records)),
     ]
     in_npz = change.of_zip(lambda name: change.of_npy)
-    yield Reader("npz", change.first_of(npz, in_npz), _file(folder / "d.npz", read_data), 2)
+    yield Reader("npz", npz, in_npz, _file(folder / "d.npz", read_data), 2)
     npy = [
         _saved(lambda out: np.save(out, images)),
         _saved(lambda out: np.save(out, np.array([Evil(folder / "executed")]), allow_pickle=True)),
     ]
-    yield Reader("npy", change.first_of(npy, change.of_npy), _file(folder / "d.npy", read_data), 2)
+    yield Reader("npy", npy, change.of_npy, _file(folder / "d.npy", read_data), 2)
     arrays = save({name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in records.items()})
-    yield Reader(
-        "arrays", change.first_of([arrays], change.of_safetensors), _file(folder / "d.safetensors", read_data), 2
-    )
+    yield Reader("arrays", [arrays], change.of_safetensors, _file(folder / "d.safetensors", read_data), 2)
     batch = {
         b"data": images.repeat(48, 1).repeat(1, 2).reshape(-1, 3072)[:2],
         b"fine_labels": [3, 99],
@@ -441,13 +445,15 @@ def _data(folder: Path) -> Iterator[Reader]:
     pickles = [pickle.dumps(batch, protocol) for protocol in (2, 3, 4)] + [pickle.dumps(Evil(folder / "executed"), 2)]
     yield Reader(
         "cifar-pickle",
-        change.first_of(pickles, change.of_pickle),
+        pickles,
+        change.of_pickle,
         _file(folder / "cifar" / "train", lambda p: read_data(p.parent)),
         3,
     )
     yield Reader(
         "cifar-bin",
-        change.first_of([bytes([3]) + bytes(3072)], change.of_bytes),
+        [bytes([3]) + bytes(3072)],
+        change.of_bytes,
         _file(folder / "c.bin", read_data),
         0.5,
     )
@@ -468,7 +474,8 @@ def _data(folder: Path) -> Iterator[Reader]:
     lines = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
     yield Reader(
         "captions",
-        change.first_of([lines], change.of_lines),
+        [lines],
+        change.of_lines,
         _file(home / "metadata.jsonl", lambda p: read_captioned(p.parent)),
         1,
     )
@@ -504,7 +511,7 @@ def _arrow(folder: Path, picture: Image.Image) -> Iterator[Reader]:
                 _disarm()
                 path.write_bytes(whole)
 
-        yield Reader(f"arrow-{path.suffix[1:]}-{path.stem[:5]}", change.first_of([whole], mutator), reading, 0.05)
+        yield Reader(f"arrow-{path.suffix[1:]}-{path.stem[:5]}", [whole], mutator, reading, 0.05)
 
 
 def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Mutator, weight: float) -> Reader:
@@ -520,7 +527,8 @@ def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Muta
     path = folder / f"pictures-{kind.lower()}" / "a.png"
     return Reader(
         kind.lower(),
-        change.first_of(seeds, mutator),
+        seeds,
+        mutator,
         _file(path, lambda p: read_data(p.parent, (3, 8, 8), workers=0)),
         weight,
     )
@@ -538,6 +546,50 @@ UNET = {
     "norm_num_groups": 4,
     "attention_head_dim": 4,
 }
+CROSS = {
+    **UNET,
+    "_class_name": "UNet2DConditionModel",
+    "cross_attention_dim": 8,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": 1,
+    "num_class_embeds": None,
+    "time_embedding_type": "positional",
+    "addition_embed_type": None,
+}
+JOINT = {
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+}
+OTHERS = [
+    CROSS,
+    {"_class_name": "SD3Transformer2DModel", **JOINT, "sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8},
+    {
+        "_class_name": "FluxTransformer2DModel",
+        **JOINT,
+        "num_single_layers": 1,
+        "in_channels": 4,
+        "axes_dims_rope": [2, 2, 4],
+    },
+    {
+        "_class_name": "DiTTransformer2DModel",
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 4,
+        "sample_size": 8,
+    },
+    {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [4],
+        "norm_num_groups": 2,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+    },
+]
+"""Configurations of other classes, which the weights do not fit: what is built to see that must be bounded."""
 SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
@@ -606,9 +658,8 @@ def _of_diffusers(folder: Path) -> Iterator[Reader]:
         ("scheduler/scheduler_config.json", "scheduler", 0.7),
         ("unet/config.json", "diffusers-config", 0.15),
     ):
-        yield Reader(
-            reader, change.first_of([json.dumps(files[name]).encode()], change.of_json), restoring(name), weight
-        )
+        seeds = [files[name], *(OTHERS if reader == "diffusers-config" else [])]
+        yield Reader(reader, [json.dumps(one).encode() for one in seeds], change.of_json, restoring(name), weight)
 
 
 def _runs(folder: Path) -> Iterator[Reader]:
@@ -622,19 +673,18 @@ def _runs(folder: Path) -> Iterator[Reader]:
     small = {**json.loads(report)}
     small = {key: value[:2] if isinstance(value, list) else value for key, value in small.items()}
     seeds = [json.dumps(small).encode()] * 3 + [report, lowered]
-    yield Reader("report", change.first_of(seeds, change.of_json), _file(folder / "report.json", read_report), 1)
+    yield Reader("report", seeds, change.of_json, _file(folder / "report.json", read_report), 1)
     yield Reader(
         "comparison",
-        change.first_of([comparison], change.of_json),
+        [comparison],
+        change.of_json,
         _file(folder / "comparison.json", read_comparison),
         0.3,
     )
     plan = json.dumps(_plan()).encode()
-    yield Reader("plan", change.first_of([plan], change.of_json), _file(folder / "lowering.json", Plan.read), 2)
+    yield Reader("plan", [plan], change.of_json, _file(folder / "lowering.json", Plan.read), 2)
     metrics = (BEFORE / "run" / "metrics.jsonl").read_bytes()
-    yield Reader(
-        "metrics", change.first_of([metrics], change.of_lines), _file(folder / "metrics.jsonl", read_metrics), 1
-    )
+    yield Reader("metrics", [metrics], change.of_lines, _file(folder / "metrics.jsonl", read_metrics), 1)
     home = folder / "records"
     call = calls.Call(
         (torch.ones(1, 2),),
@@ -665,8 +715,8 @@ def _runs(folder: Path) -> Iterator[Reader]:
         _rearm()
         return recording(home)
 
-    yield Reader("records-index", change.first_of([index], change.of_json), listed, 0.7)
-    yield Reader("records", change.first_of([whole], _of_records), shard, 1.5)
+    yield Reader("records-index", [index], change.of_json, listed, 0.7)
+    yield Reader("records", [whole], _of_records, shard, 1.5)
 
 
 def _of_records(content: bytes, rng: random.Random) -> bytes:

@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -460,13 +460,3 @@ def of_png(content: bytes, rng: random.Random) -> bytes:
         checksum = zlib.crc32(kind + data) if rng.random() < 0.97 else rng.getrandbits(32)
         out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
     return out
-
-
-def first_of(seeds: Sequence[bytes], mutator: Mutator) -> Callable[[random.Random], bytes]:
-    """Draws one of the `seeds` and changes it; now and then it is left as it is."""
-
-    def draw(rng: random.Random) -> bytes:
-        seed = rng.choice(seeds)
-        return seed if rng.random() < 0.01 else mutator(seed, rng)
-
-    return draw

@@ -14,20 +14,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError
 from compressor.files import read_json
 from compressor.foreign.bounded import check_tree
 
-_LARGEST = {"layers": 128, "depth": 128, "blocks": 128, "sample_size": 1024, "timesteps": 100_000}
+_LARGEST = {
+    "layers": 128,
+    "depth": 128,
+    "blocks": 128,
+    "sample_size": 1024,
+    "pos_embed": 4096,
+    "timesteps": 100_000,
+    "theta": 1_000_000_000,
+}
 """By part of a setting's name; the largest models there are have 60 layers."""
-_LARGEST_OF_ALL = 1_000_000_000
+_LARGEST_OF_ALL = 2**24
 _WIDE = ("channels", "hidden", "dim", "d_model", "d_ff", "intermediate", "width", "embed")
 _MANY = ("vocab", "num_embeds", "num_vector_embeds", "num_class_embeds", "max_position", "sample_size")
 _MOST_ITEMS = 256
 _MOST_LAYERS = 512
 _MOST_DEEP = 8
+_MOST_REAL = 2**26
+"""Numbers that a constructor may compute while its weights have no memory: tables of places and frequencies."""
 _SPARE = 256 * 2**20
 _FACTOR = 64
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -84,8 +96,10 @@ def check_built(made: Any, config: Mapping[str, Any], where: str | Path, stored:
     if torch.empty(0).is_meta:
         return
     try:
-        with quiet_libraries(), torch.device("meta"):
+        with quiet_libraries(), torch.device("meta"), _Bounded(where):
             model: nn.Module = made.from_config(dict(config))
+    except CompressorError:
+        raise
     except Exception:  # diffusers raises whatever its constructors meet
         return
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -99,6 +113,23 @@ def check_built(made: Any, config: Mapping[str, Any], where: str | Path, stored:
             f"{where}: a {made.__name__} of this configuration takes {4 * count:,} bytes, and this machine has {memory:,}",
             "Choose a smaller model.",
         )
+
+
+class _Bounded(TorchDispatchMode):
+    """Ends a constructor that computes far more than tables, such as the places of a picture of a million pixels."""
+
+    def __init__(self, where: str | Path) -> None:
+        super().__init__()
+        self.where, self.made = where, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += sum(one.numel() for one in tree_leaves(out) if isinstance(one, torch.Tensor) and not one.is_meta)
+        if self.made > _MOST_REAL:
+            raise CompressorError(
+                f"{self.where}: building the model computes more than {_MOST_REAL:,} numbers before its weights", _HINT
+            )
+        return out
 
 
 def _numbers(value: Any, where: str | Path, depth: int, key: str = "") -> Iterator[tuple[str, float]]:
