@@ -50,6 +50,15 @@ LIMIT = 1.0
 """Seconds of computing that an input may take."""
 _MEMORY = 4 * 2**30
 _STUCK = 60
+WEIGHTS = {
+    **dict.fromkeys(("safetensors", "cifar-pickle"), 4.0),
+    **dict.fromkeys(("manifest", "arrays", "npy", "npz"), 3.0),
+    **dict.fromkeys(("plan", "captions", "prompts", "metrics", "png", "pth-old", "state", "records"), 2.0),
+    **dict.fromkeys(("model-packed", "model-config", "records-index"), 0.5),
+    **dict.fromkeys(("recipe", "scheduler", "model-surgery", "comparison"), 0.3),
+    **dict.fromkeys(("diffusers-config", "arrow-json-state", "arrow-json-datas", "arrow-arrow-data-"), 0.05),
+}
+"""More for those that take little time."""
 BEFORE = Path(__file__).parent / "before"
 
 
@@ -59,13 +68,17 @@ class TooSlow(BaseException):
 
 @dataclass
 class Reader:
-    """One reader: valid files, how they are changed, and how they are read. `weight` says how many of all inputs it gets."""
+    """One reader: valid files, how they are changed, and how they are read."""
 
     name: str
     seeds: Sequence[bytes]
     mutator: change.Mutator
     read: Callable[[bytes], object]
-    weight: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """How many of all inputs it gets, beside others."""
+        return WEIGHTS.get(self.name, 1.0)
 
     def draw(self, rng: random.Random) -> bytes:
         """One of the seeds, changed; now and then it is left as it is."""
@@ -80,6 +93,7 @@ class Count:
     accepted: int = 0
     refused: int = 0
     slowest: float = 0.0
+    seconds: float = 0.0
 
     @property
     def inputs(self) -> int:
@@ -124,7 +138,7 @@ class Fuzz:
             self._failed(name, number, kind, content, "".join(traceback.format_exception(error)[-4:]))
             count.refused += 1
         took = time.process_time() - began
-        count.slowest = max(count.slowest, took)
+        count.slowest, count.seconds = max(count.slowest, took), count.seconds + took
         if took > 2 * LIMIT:  # where Python never came to look at the clock
             self._failed(name, number, f"{name}: {took:.1f} s", content)
         for event in dict.fromkeys(_events):
@@ -304,11 +318,11 @@ def _settings(folder: Path) -> Iterator[Reader]:
 
     small = b"method: magnitude\npattern: 2:4\nlr: 1e-4\ntrain:\n  betas: [0.9, 0.99]\nsettings: {a: [1, {b: c}]}\n"
     seeds = [(BEFORE / "run" / "recipe.yaml").read_bytes(), small, small]
-    yield Reader("recipe", seeds, change.of_yaml, _file(folder / "recipe.yaml", resolved), 1.0)
+    yield Reader("recipe", seeds, change.of_yaml, _file(folder / "recipe.yaml", resolved))
     lines = b'{"prompt": "a cat", "guidance_scale": 3.5}\n{"prompt": "a dog"}\n'
-    yield Reader("prompts", [lines], change.of_lines, _file(folder / "p.jsonl", read_prompts), 1.0)
+    yield Reader("prompts", [lines], change.of_lines, _file(folder / "p.jsonl", read_prompts))
     text = b"a cat\n\na dog on a \xc3\xa9toile\n"
-    yield Reader("prompts-text", [text], change.of_bytes, _file(folder / "p.txt", read_prompts), 0.5)
+    yield Reader("prompts-text", [text], change.of_bytes, _file(folder / "p.txt", read_prompts))
 
 
 def _weights(folder: Path) -> Iterator[Reader]:
@@ -321,7 +335,7 @@ def _weights(folder: Path) -> Iterator[Reader]:
 
     tensors = _tensors()
     plain = save(tensors, {"format": "pt"})
-    yield Reader("safetensors", [plain], change.of_safetensors, _file(folder / "w.safetensors", both), 3)
+    yield Reader("safetensors", [plain], change.of_safetensors, _file(folder / "w.safetensors", both))
     nested = {"epoch": 3, "ema": tensors, "optimizer": {"state": {0: {"step": 1.0}}, "groups": [{"lr": 0.1}]}}
     evil = {"weight": Evil(folder / "executed")}
     zipped = [_saved(lambda out, one=one: torch.save(one, out)) for one in (tensors, nested, evil)]
@@ -331,8 +345,8 @@ def _weights(folder: Path) -> Iterator[Reader]:
     ]
     old.append(pickle.dumps(evil))
     packed = change.of_zip(lambda name: change.of_pickle if name.endswith(".pkl") else change.of_bytes)
-    yield Reader("pth-zip", zipped, packed, _file(folder / "w.pth", both), 2)
-    yield Reader("pth-old", old, change.of_pickle, _file(folder / "old.pth", both), 2)
+    yield Reader("pth-zip", zipped, packed, _file(folder / "w.pth", both))
+    yield Reader("pth-old", old, change.of_pickle, _file(folder / "old.pth", both))
 
 
 class _Pair(nn.Sequential):
@@ -371,9 +385,9 @@ def _models(folder: Path) -> Iterator[Reader]:
     saving.save(folder / "smaller", smaller, {})
     cut = {path.name: path.read_bytes() for path in (folder / "smaller").iterdir()}
     names = {
-        "config.json": ("model-config", change.of_json, 1.0),
-        "model.safetensors": ("model-packed", change.of_safetensors, 1.0),
-        "surgery.json": ("model-surgery", change.of_json, 0.5),
+        "config.json": ("model-config", change.of_json),
+        "model.safetensors": ("model-packed", change.of_safetensors),
+        "surgery.json": ("model-surgery", change.of_json),
     }
 
     def loading(files: dict[str, bytes], file: str, home: Path) -> Callable[[bytes], object]:
@@ -389,16 +403,15 @@ def _models(folder: Path) -> Iterator[Reader]:
 
         return reading
 
-    for file, (name, mutator, weight) in names.items():
+    for file, (name, mutator) in names.items():
         files = cut if file == "surgery.json" else whole
-        yield Reader(name, [files[file]], mutator, loading(files, file, folder / name), weight)
+        yield Reader(name, [files[file]], mutator, loading(files, file, folder / name))
     seed = whole["manifest.json"]
     yield Reader(
         "manifest",
         [seed],
         change.of_json,
         _file(folder / "model" / "manifest.json", lambda p: verify(p.parent)),
-        2,
     )
     home = folder / "state"
     home.mkdir()
@@ -409,7 +422,6 @@ def _models(folder: Path) -> Iterator[Reader]:
         [seed],
         change.of_json,
         _file(home / "state.json", lambda p: saving.load_state(p.parent)),
-        1,
     )
 
 
@@ -429,14 +441,14 @@ def _data(folder: Path) -> Iterator[Reader]:
         _saved(lambda out: np.savez_compressed(out, **records)),
     ]
     in_npz = change.of_zip(lambda name: change.of_npy)
-    yield Reader("npz", npz, in_npz, _file(folder / "d.npz", read_data), 2)
+    yield Reader("npz", npz, in_npz, _file(folder / "d.npz", read_data))
     npy = [
         _saved(lambda out: np.save(out, images)),
         _saved(lambda out: np.save(out, np.array([Evil(folder / "executed")]), allow_pickle=True)),
     ]
-    yield Reader("npy", npy, change.of_npy, _file(folder / "d.npy", read_data), 2)
+    yield Reader("npy", npy, change.of_npy, _file(folder / "d.npy", read_data))
     arrays = save({name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in records.items()})
-    yield Reader("arrays", [arrays], change.of_safetensors, _file(folder / "d.safetensors", read_data), 2)
+    yield Reader("arrays", [arrays], change.of_safetensors, _file(folder / "d.safetensors", read_data))
     batch = {
         b"data": images.repeat(48, 1).repeat(1, 2).reshape(-1, 3072)[:2],
         b"fine_labels": [3, 99],
@@ -448,24 +460,16 @@ def _data(folder: Path) -> Iterator[Reader]:
         pickles,
         change.of_pickle,
         _file(folder / "cifar" / "train", lambda p: read_data(p.parent)),
-        3,
     )
     yield Reader(
         "cifar-bin",
         [bytes([3]) + bytes(3072)],
         change.of_bytes,
         _file(folder / "c.bin", read_data),
-        0.5,
     )
     picture = Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8))
-    for kind, mutator, weight in (
-        ("PNG", change.of_png, 2.0),
-        ("JPEG", change.of_bytes, 1.0),
-        ("GIF", change.of_bytes, 0.7),
-    ):
-        yield _picture(folder, picture, kind, mutator, weight)
-    for kind in ("WEBP", "BMP", "TIFF"):
-        yield _picture(folder, picture, kind, change.of_bytes, 0.7)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
+        yield _picture(folder, picture, kind, change.of_png if kind == "PNG" else change.of_bytes)
     yield from _arrow(folder, picture)
     home = folder / "captioned"
     home.mkdir()
@@ -477,7 +481,6 @@ def _data(folder: Path) -> Iterator[Reader]:
         [lines],
         change.of_lines,
         _file(home / "metadata.jsonl", lambda p: read_captioned(p.parent)),
-        1,
     )
 
 
@@ -511,10 +514,10 @@ def _arrow(folder: Path, picture: Image.Image) -> Iterator[Reader]:
                 _disarm()
                 path.write_bytes(whole)
 
-        yield Reader(f"arrow-{path.suffix[1:]}-{path.stem[:5]}", [whole], mutator, reading, 0.05)
+        yield Reader(f"arrow-{path.suffix[1:]}-{path.stem[:5]}", [whole], mutator, reading)
 
 
-def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Mutator, weight: float) -> Reader:
+def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Mutator) -> Reader:
     from compressor.data.reading import read_data
 
     exif = Image.Exif()
@@ -530,7 +533,6 @@ def _picture(folder: Path, picture: Image.Image, kind: str, mutator: change.Muta
         seeds,
         mutator,
         _file(path, lambda p: read_data(p.parent, (3, 8, 8), workers=0)),
-        weight,
     )
 
 
@@ -653,13 +655,13 @@ def _of_diffusers(folder: Path) -> Iterator[Reader]:
 
         return reading
 
-    for name, reader, weight in (
-        ("model_index.json", "pipeline-index", 0.5),
-        ("scheduler/scheduler_config.json", "scheduler", 0.7),
-        ("unet/config.json", "diffusers-config", 0.15),
+    for name, reader in (
+        ("model_index.json", "pipeline-index"),
+        ("scheduler/scheduler_config.json", "scheduler"),
+        ("unet/config.json", "diffusers-config"),
     ):
         seeds = [files[name], *(OTHERS if reader == "diffusers-config" else [])]
-        yield Reader(reader, [json.dumps(one).encode() for one in seeds], change.of_json, restoring(name), weight)
+        yield Reader(reader, [json.dumps(one).encode() for one in seeds], change.of_json, restoring(name))
 
 
 def _runs(folder: Path) -> Iterator[Reader]:
@@ -673,18 +675,17 @@ def _runs(folder: Path) -> Iterator[Reader]:
     small = {**json.loads(report)}
     small = {key: value[:2] if isinstance(value, list) else value for key, value in small.items()}
     seeds = [json.dumps(small).encode()] * 3 + [report, lowered]
-    yield Reader("report", seeds, change.of_json, _file(folder / "report.json", read_report), 1)
+    yield Reader("report", seeds, change.of_json, _file(folder / "report.json", read_report))
     yield Reader(
         "comparison",
         [comparison],
         change.of_json,
         _file(folder / "comparison.json", read_comparison),
-        0.3,
     )
     plan = json.dumps(_plan()).encode()
-    yield Reader("plan", [plan], change.of_json, _file(folder / "lowering.json", Plan.read), 2)
+    yield Reader("plan", [plan], change.of_json, _file(folder / "lowering.json", Plan.read))
     metrics = (BEFORE / "run" / "metrics.jsonl").read_bytes()
-    yield Reader("metrics", [metrics], change.of_lines, _file(folder / "metrics.jsonl", read_metrics), 1)
+    yield Reader("metrics", [metrics], change.of_lines, _file(folder / "metrics.jsonl", read_metrics))
     home = folder / "records"
     call = calls.Call(
         (torch.ones(1, 2),),
@@ -715,8 +716,8 @@ def _runs(folder: Path) -> Iterator[Reader]:
         _rearm()
         return recording(home)
 
-    yield Reader("records-index", [index], change.of_json, listed, 0.7)
-    yield Reader("records", [whole], _of_records, shard, 1.5)
+    yield Reader("records-index", [index], change.of_json, listed)
+    yield Reader("records", [whole], _of_records, shard)
 
 
 def _of_records(content: bytes, rng: random.Random) -> bytes:
@@ -798,6 +799,7 @@ def summary(fuzz: Fuzz, seconds: float) -> dict[str, Any]:
             "inputs": count.inputs,
             "accepted": count.accepted,
             "refused": count.refused,
+            "seconds": round(count.seconds, 1),
             "slowest_s": round(count.slowest, 3),
         }
         for name, count in sorted(fuzz.counts.items())
