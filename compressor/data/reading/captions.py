@@ -86,7 +86,8 @@ def _of_metadata(folder: Path, names: Sequence[bytes]) -> dict[bytes, str]:
             raise UsageError(f"{where}: not a JSON object", _FORM)
         name = _file_name(values, where)
         if name not in known:
-            there = "is no picture" if (folder / os.fsdecode(name)).exists() else "is not there"
+            # not Path.exists, which raises where the name is too long for the system
+            there = "is no picture" if os.path.exists(folder / os.fsdecode(name)) else "is not there"
             raise UsageError(f"{where}: {_text(name)} {there}", "Each caption needs its picture.")
         if name in found:
             raise UsageError(f"{where}: {_text(name)} has a caption already", "Keep one.")
