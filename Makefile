@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint schema test-levels test-arm fuzz test-nni wheel wheel-check
+.PHONY: demo test test-slow lint schema test-levels test-arm fuzz fuzz-readers test-nni wheel wheel-check
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -41,6 +41,10 @@ test-arm: $(STAMP)
 # Random jobs for the kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz_kernels.py --seed $(or $(SEED),0) --seconds $(or $(SECONDS),300)
+
+# Hostile files for every reader of files.
+fuzz-readers: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_readers.py --seed $(or $(SEED),0) --seconds $(or $(SECONDS),300)
 
 # Into dist/: with the kernels inside, for x86-64 and 64-bit Arm.
 wheel: $(STAMP)

@@ -20,6 +20,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import resource
 import signal
 import sys
@@ -28,9 +29,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,13 +107,14 @@ class Fuzz:
     """Draws inputs and reads them. `failures` has, of each kind, the first: the reader, the number, and what happened."""
 
     folder: Path
+    made: Iterable[Reader]
     seed: int = 0
     counts: dict[str, Count] = field(default_factory=dict)
     failures: dict[str, tuple[str, int, str]] = field(default_factory=dict)
     failed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.readers = {reader.name: reader for reader in readers(self.folder)}
+        self.readers = {reader.name: reader for reader in self.made}
         for reader in self.readers.values():  # what is imported when it is first needed is imported now
             for content in (*reader.seeds, b"{}", b""):
                 with contextlib.suppress(Exception):
@@ -154,7 +157,7 @@ class Fuzz:
 
 # --- What may not happen while a file is read. ---
 
-_state = {"armed": False}
+_state = {"armed": False, "stuck": False}
 _events: list[str] = []
 _NEVER = (
     "os.system",
@@ -220,7 +223,8 @@ def _clock(*_: object) -> None:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    faulthandler.dump_traceback_later(_STUCK, exit=True)
+    if _state["stuck"]:
+        faulthandler.dump_traceback_later(_STUCK, exit=True)
     signal.setitimer(signal.ITIMER_PROF, LIMIT)
     _state["armed"] = True
     try:
@@ -228,7 +232,8 @@ def _watched() -> Iterator[None]:
     finally:
         _state["armed"] = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        faulthandler.cancel_dump_traceback_later()
+        if _state["stuck"]:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager
@@ -249,14 +254,14 @@ def guarded() -> Iterator[None]:
 # --- Readers and their seeds. ---
 
 
-class Evil:
-    """Unpickled by who runs what is in a pickle, it makes a file."""
+MARKER = "executed"
 
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+
+class Evil:
+    """Unpickled by who runs what is in a pickle, it makes a file in the current folder."""
 
     def __reduce__(self) -> Any:
-        return os.system, (f"touch '{self.marker}'",)
+        return os.system, (f"touch {MARKER}",)
 
 
 def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -287,6 +292,14 @@ def _saved(made: Callable[[Any], object]) -> bytes:
     return out.getvalue()
 
 
+def _named(content: bytes) -> bytes:
+    """A file of the format before torch 1.6 whose storages, which have addresses for names, are numbered: so it is always the same."""
+    names = dict.fromkeys(re.findall(rb"\d{9,}", content))
+    for number, name in enumerate(names):
+        content = content.replace(name, b"%0*d" % (len(name), number))
+    return content
+
+
 def _tensors() -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     return {
@@ -300,11 +313,17 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 def readers(folder: Path) -> Iterator[Reader]:
     """Every reader of the project, with valid files as seeds."""
+    yield from quick_readers(folder)
+    yield from _of_diffusers(folder)
+    yield from _arrow(folder)
+
+
+def quick_readers(folder: Path) -> Iterator[Reader]:
+    """Those that need no library which takes seconds to import."""
     yield from _settings(folder)
     yield from _weights(folder)
     yield from _models(folder)
     yield from _data(folder)
-    yield from _of_diffusers(folder)
     yield from _runs(folder)
 
 
@@ -337,12 +356,12 @@ def _weights(folder: Path) -> Iterator[Reader]:
     plain = save(tensors, {"format": "pt"})
     yield Reader("safetensors", [plain], change.of_safetensors, _file(folder / "w.safetensors", both))
     nested = {"epoch": 3, "ema": tensors, "optimizer": {"state": {0: {"step": 1.0}}, "groups": [{"lr": 0.1}]}}
-    evil = {"weight": Evil(folder / "executed")}
+    evil = {"weight": Evil()}
     zipped = [_saved(lambda out, one=one: torch.save(one, out)) for one in (tensors, nested, evil)]
-    old = [
-        _saved(lambda out, one=one: torch.save(one, out, _use_new_zipfile_serialization=False))
-        for one in (tensors, nested, evil)
-    ]
+    whole = torch.arange(72.0)  # one storage: those of that format are in the order of their addresses
+    parts = {"0.weight": whole[:64].view(8, 8), "0.bias": whole[64:]}
+    held = (parts, {"epoch": 3, "ema": parts}, evil)
+    old = [_named(_saved(partial(torch.save, one, _use_new_zipfile_serialization=False))) for one in held]
     old.append(pickle.dumps(evil))
     packed = change.of_zip(lambda name: change.of_pickle if name.endswith(".pkl") else change.of_bytes)
     yield Reader("pth-zip", zipped, packed, _file(folder / "w.pth", both))
@@ -444,7 +463,7 @@ def _data(folder: Path) -> Iterator[Reader]:
     yield Reader("npz", npz, in_npz, _file(folder / "d.npz", read_data))
     npy = [
         _saved(lambda out: np.save(out, images)),
-        _saved(lambda out: np.save(out, np.array([Evil(folder / "executed")]), allow_pickle=True)),
+        _saved(lambda out: np.save(out, np.array([Evil()]), allow_pickle=True)),
     ]
     yield Reader("npy", npy, change.of_npy, _file(folder / "d.npy", read_data))
     arrays = save({name: torch.from_numpy(np.ascontiguousarray(one)) for name, one in records.items()})
@@ -454,7 +473,7 @@ def _data(folder: Path) -> Iterator[Reader]:
         b"fine_labels": [3, 99],
         b"filenames": [b"a", b"b"],
     }
-    pickles = [pickle.dumps(batch, protocol) for protocol in (2, 3, 4)] + [pickle.dumps(Evil(folder / "executed"), 2)]
+    pickles = [pickle.dumps(batch, protocol) for protocol in (2, 3, 4)] + [pickle.dumps(Evil(), 2)]
     yield Reader(
         "cifar-pickle",
         pickles,
@@ -470,7 +489,6 @@ def _data(folder: Path) -> Iterator[Reader]:
     picture = Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8))
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
         yield _picture(folder, picture, kind, change.of_png if kind == "PNG" else change.of_bytes)
-    yield from _arrow(folder, picture)
     home = folder / "captioned"
     home.mkdir()
     for name in ("a.png", "b.png"):
@@ -484,7 +502,7 @@ def _data(folder: Path) -> Iterator[Reader]:
     )
 
 
-def _arrow(folder: Path, picture: Image.Image) -> Iterator[Reader]:
+def _arrow(folder: Path) -> Iterator[Reader]:
     """A folder of save_to_disk, where the extra is installed."""
     from compressor.data.reading import read_data
 
@@ -492,7 +510,7 @@ def _arrow(folder: Path, picture: Image.Image) -> Iterator[Reader]:
         import datasets
     except ImportError:
         return
-    home = folder / "saved"
+    home, picture = folder / "saved", Image.new("RGB", (10, 12), "red")
     table = {"image": [{"bytes": _saved(lambda out: picture.save(out, "PNG")), "path": None}] * 2, "label": [0, 1]}
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     datasets.disable_progress_bars()
@@ -828,8 +846,11 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     faulthandler.enable()
+    log = given.log.absolute() if given.log is not None else None
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
-        fuzz = Fuzz(Path(name), given.seed)
+        os.chdir(name)
+        fuzz = Fuzz(Path(name), readers(Path(name)), given.seed)
+        _state["stuck"] = True
         began = time.monotonic()
         with guarded():
             if given.only:
@@ -837,17 +858,18 @@ def main() -> int:
                 fuzz.one(reader, int(number))
             else:
                 run(fuzz, given.inputs, given.seconds, given.first, given.readers.split(",") if given.readers else None)
-        if (Path(name) / "executed").exists():
+        if Path(MARKER).exists():
             fuzz.failed["a pickle was executed"] += 1
         found = summary(fuzz, time.monotonic() - began)
+        os.chdir("/")
     for name, count in found["readers"].items():
         print(f"{count['inputs']:8d} {name:18} {count['accepted']:8d} read, slowest {count['slowest_s']:.2f} s")
     print(
         f"{found['inputs']} inputs of seed {given.seed} in {found['seconds']} s: {dict(fuzz.failed) or 'nothing found'}"
     )
-    if given.log is not None:
-        given.log.parent.mkdir(parents=True, exist_ok=True)
-        with given.log.open("a", encoding="utf-8") as file:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
     return int(bool(fuzz.failed))
 
