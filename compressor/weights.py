@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.foreign.bounded import check_regular, check_zip
+from compressor.foreign.bounded import check_regular, check_unpacked, check_zip
+from compressor.foreign.pickles import check_keys
 from compressor.foreign.sound import refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
@@ -118,6 +119,7 @@ def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
             mapped = mapped and zipped
             if zipped and not mapped:
                 check_zip(path)
+            _check_pickles(path, zipped)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise CompressorError(f"{path}: {error.strerror or error}", "The file is damaged; use another copy.") from error
@@ -142,6 +144,20 @@ def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), ""):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
+
+
+def _check_pickles(path: Path, zipped: bool) -> None:
+    """Raise ValueError where what a file says of its tensors would keep PyTorch's reader busy for ever."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            check_unpacked(archive, path.stat().st_size)
+            for member in archive.infolist():
+                if member.filename.endswith(".pkl"):
+                    check_keys(archive.read(member))
+        return
+    with path.open("rb") as file:  # two numbers, the machine, the state, the names of the storages
+        for _ in range(5):
+            check_keys(file)
 
 
 def _refuse_expansion(path: Path, state: Any) -> None:
