@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint schema test-levels test-arm fuzz soak test-nni wheel wheel-check
+.PHONY: demo test test-slow lint schema test-levels test-arm fuzz fuzz-readers soak test-nni wheel wheel-check
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -45,6 +45,10 @@ fuzz: $(STAMP)
 # Random kill -9 rounds over runs, comparisons, recordings and saves: what is continued ends bit for bit as what was left alone.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),50) --seconds $(or $(SECONDS),3600)
+
+# Hostile files for every reader of files.
+fuzz-readers: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_readers.py --seed $(or $(SEED),0) --seconds $(or $(SECONDS),300)
 
 # Into dist/: with the kernels inside, for x86-64 and 64-bit Arm.
 wheel: $(STAMP)

@@ -24,6 +24,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from compressor.errors import CompressorError, LockedError
+from compressor.foreign.bounded import open_regular, read_bytes
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -307,12 +308,8 @@ def read_json(path: Path, infinite: bool = False) -> dict[str, Any]:
     NaN and infinity, which are no JSON, are allowed where it may be `infinite`: other libraries write them.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CompressorError(
-                f"{path}: larger than {_MAX_JSON_BYTES:,} bytes", "This is not a file of this toolkit."
-            )
         constant = float if infinite else _no_constant
-        loaded = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+        loaded = json.loads(read_bytes(path, _MAX_JSON_BYTES).decode("utf-8"), parse_constant=constant)
     except OSError as error:
         raise CompressorError(f"{path}: {error.strerror}", "Give the folder of a run, or its model/ folder.") from error
     except (ValueError, RecursionError) as error:
@@ -367,7 +364,7 @@ def _no_constant(name: str) -> Any:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

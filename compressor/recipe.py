@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from compressor.data.settings import Loading, Record
 from compressor.errors import UsageError
+from compressor.foreign.bounded import read_bytes
 from compressor.quality.settings import Evaluation
 from compressor.training.settings import Training
 
@@ -78,13 +79,11 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise UsageError(f"{path}: larger than {_MAX_BYTES // 1024} KiB", "A recipe is a few dozen lines.")
-        text = content.decode("utf-8")
+        text = read_bytes(path, _MAX_BYTES).decode("utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", "Give the path of a recipe file.") from error
+        raise UsageError(
+            f"{path}: {error.strerror or error}", "A recipe is a text file of a few dozen lines."
+        ) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file", "A recipe is YAML in UTF-8.") from error
     try:

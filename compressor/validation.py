@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,7 +29,8 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
         if first["type"] == "extra_forbidden":
             inner: type[BaseModel] | None = model
             for part in first["loc"][:-1]:
-                inner = _section(inner, str(part)) if inner is not None else None
+                if inner is not None and part in inner.model_fields:  # else the place in a list or a dict of such
+                    inner = _section(inner, str(part))
             names = list(inner.model_fields) if inner is not None else []
             if len(first["loc"]) == 1:  # a setting of a section may be named without it
                 sections = {name: section for name in names if (section := _section(model, name)) is not None}
@@ -83,4 +84,12 @@ def _path(parts: tuple[int | str, ...]) -> str:
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The model that the field `name` of `model` holds; None where it holds something else."""
     annotation = model.model_fields[name].annotation if name in model.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return next((one for one in _classes(annotation) if issubclass(one, BaseModel)), None)
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    """The classes in an annotation: itself, or those inside of `tuple[X, ...]`, `dict[str, X]` and `X | None`."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _classes(inner)

@@ -18,10 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.foreign.bounded import check_regular, check_unpacked, check_zip
+from compressor.foreign.pickles import check_keys
+from compressor.foreign.sound import refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
 
+_NOT_FINITE = "Whatever made it failed, or it is damaged."
 _INNER = ("ema", "ema_state_dict", "model_ema", "nnet_ema", "state_dict", "model", "nnet")
 _PREFIXES = ("_orig_mod.", "module.")
 
@@ -35,12 +39,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     state = _tensors(path, mapped=False)
-    for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise CompressorError(
-                f"{path}: {name} holds NaN or infinity", "The file is damaged, or its training failed."
-            )
+    check_finite(state, path)
     return dict(state)
+
+
+def check_finite(state: Mapping[str, Tensor], where: str | Path, hint: str = _NOT_FINITE) -> None:
+    """Raise CompressorError where a tensor of `state` holds NaN or infinity, by its name. Tensors without values are passed over."""
+    for name, value in state.items():
+        if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+            continue
+        try:
+            # not every 8-bit float knows whether it is finite
+            finite = torch.isfinite(value.float() if value.element_size() == 1 else value).all()
+        except NotImplementedError as error:
+            raise CompressorError(f"{where}: {name} is {value.dtype}", "Convert it to another dtype first.") from error
+        if not bool(finite):
+            raise CompressorError(f"{where}: {name} holds NaN or infinity", hint)
 
 
 def read_outline(path: str | Path) -> dict[str, Tensor]:
@@ -88,16 +102,27 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     """The tensors in a file by their names without prefixes; `mapped`: their values stay on the disk where that can be."""
-    if not path.is_file():
-        raise CompressorError(f"{path}: no such file", "Give the path of a .safetensors or .pth file.")
     state: Any
+    try:
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else ""
+        raise CompressorError(
+            f"{path}: {reason or 'no such file'}", "Give the path of a .safetensors or .pth file."
+        ) from error
     try:
         if path.suffix == ".safetensors":
             state = _header(path) if mapped else load_file(path)
         else:
             # the format before torch 1.6, which is no zip file, cannot be mapped
-            mapped = mapped and zipfile.is_zipfile(path)
+            zipped = zipfile.is_zipfile(path)
+            mapped = mapped and zipped
+            if zipped and not mapped:
+                check_zip(path)
+            _check_pickles(path, zipped)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise CompressorError(f"{path}: {error.strerror or error}", "The file is damaged; use another copy.") from error
     except SafetensorError as error:
         raise CompressorError(
             f"{path}: not a valid safetensors file: {error}", "The file is damaged or incomplete."
@@ -121,6 +146,20 @@ def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _check_pickles(path: Path, zipped: bool) -> None:
+    """Raise ValueError where what a file says of its tensors would keep PyTorch's reader busy for ever."""
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            check_unpacked(archive, path.stat().st_size)
+            for member in archive.infolist():
+                if member.filename.endswith(".pkl"):
+                    check_keys(archive.read(member))
+        return
+    with path.open("rb") as file:  # two numbers, the machine, the state, the names of the storages
+        for _ in range(5):
+            check_keys(file)
+
+
 def _refuse_expansion(path: Path, state: Any) -> None:
     """Raise CompressorError for tensors that hold more than the file does: small files shall not fill the memory."""
     tensors = [value for value in state.values() if isinstance(value, Tensor)] if isinstance(state, Mapping) else []
@@ -135,6 +174,14 @@ def _refuse_expansion(path: Path, state: Any) -> None:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
     refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
+    for name, own in untied_state(model).items():
+        if (
+            own.is_floating_point() and kind_of(state[name]) == "whole"
+        ):  # codes, without the scales that make weights of them
+            raise CompressorError(
+                f"{where}: {name} is {state[name].dtype}, the model's {own.dtype}",
+                "Weights that were quantised are not read without their scales: save them as floating-point numbers.",
+            )
     tied = ties(model)
     for name, first in tied.items():
         if name in state and not torch.equal(state[name], state[first]):
@@ -187,6 +234,7 @@ def bare(model: nn.Module) -> nn.Module:
     while isinstance(model, around):
         model = _inside(model)
     _refuse_adapters(model)
+    refuse_unsound(model)
     wrapped = [module for module in model.modules() if isinstance(module, around)]
     if not wrapped:
         return model
@@ -233,6 +281,11 @@ def _refuse_adapters(model: nn.Module) -> None:
             "model = model.merge_and_unload()), or take them out (pipeline.unload_lora_weights(), model.unload()); then "
             "model.requires_grad_(True), as peft freezes the others.",
         )
+
+
+def kind_of(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds: loading may round them, but not drop a part of each."""
+    return "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def _tensors_of(model: nn.Module) -> dict[int, Any]:

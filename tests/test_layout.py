@@ -20,6 +20,7 @@ PACKAGES = {"compressor": "compressor", "plugins": "compressor.plugins", "model_
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "seeds", "progress"}),
+    frozenset({"foreign"}),
     frozenset({"environment", "files", "weights", "adapter", "discovery", "processes"}),
     frozenset({"validation"}),
     frozenset({"sparsity", "data", "report"}),

@@ -76,7 +76,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("lower nowhere", 1, ("nowhere: no such directory", "Give the directory of a finished run.")),
     ("run --out run", 2, ("run is not empty", "compressor resume run", "--overwrite")),
     ("run --out file", 2, ("file is a file", "Choose a folder with --out.")),
-    ("run --out busy", 4, ("busy is in use by process", "Wait for it, or choose another --out.")),
+    ("run --out busy", 4, ("busy is in use by another process", "Wait for it, or choose another place (--out).")),
     ("run --resume", 2, ("--resume needs the run's directory", "Give it with --out DIR.")),
     ("sample run --out others", 2, ("others has files of others: notes.txt", "Choose another --out.")),
     ("compare --out others", 2, ("others has files of others: notes.txt", "Choose another --out.")),

@@ -532,7 +532,9 @@ def test_a_model_that_does_not_fit_leaves_the_former_one(small_disk, monkeypatch
     compressor.save(disk / "model", *models[0])
     (disk / "ballast").write_bytes(b"x" * 4096)
     if known:
-        monkeypatch.setattr(files, "_free", lambda path: 2_000)  # pages are too coarse for a disk that has nearly enough
+        monkeypatch.setattr(
+            files, "_free", lambda path: 2_000
+        )  # pages are too coarse for a disk that has nearly enough
     if not known:
         monkeypatch.setattr(files, "refuse_full", lambda *arguments: None)
     said = "on the disk, and" if known else "cannot be written: "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from compressor.data.sets import ImageSet, SampleSet
+from compressor.data.sets import Images, ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError
 from compressor.seeds import generator
 
@@ -152,6 +152,22 @@ class Streamed(Batches):
         raise CompressorError("the data ran out of batches", "Give a dataset, a list of batches or a DataLoader.")
 
 
+def _check_finite(data: Any) -> None:
+    """Raise CompressorError where samples that are in memory hold what would make the loss NaN."""
+    held = {"the data": data} if isinstance(data, Tensor) else {}
+    if isinstance(data, Images):
+        held = {data.name: data.pixels}
+    elif isinstance(data, Records):  # masks of attention hold minus infinity
+        held = {f"{data.name}: {name}": array.isnan() for name, array in data.arrays.items()}
+    for name, values in held.items():
+        wrong = values if values.dtype == torch.bool else ~values.isfinite()
+        if bool(wrong.any()):
+            first = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0]) if wrong.dim() else 0
+            raise CompressorError(
+                f"{name}: NaN or infinity, the first in sample {first}", "Leave that sample out, or make it again."
+            )
+
+
 def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     """`data` as Batches. Samples: a SampleSet, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
     if isinstance(data, Batches):
@@ -161,6 +177,7 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     if isinstance(data, (SampleSet, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
         if len(data) == 0:  # type: ignore[arg-type]
             raise CompressorError("the data is empty", "Give at least one sample.")
+        _check_finite(data)
         return Samples(data, batch_size, seed)
     if isinstance(data, (list, tuple)):
         if not data:

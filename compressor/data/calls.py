@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from compressor import files, validation
 from compressor.data.sets import SampleSet
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import check_regular
 
 INDEX = "index.json"
 _AGAIN = "Record again: remove this file and repeat the command; the other pictures are kept."
@@ -39,6 +40,13 @@ class Picture(BaseModel):
     unseen: bool = False
 
 
+def _of_torch(name: str) -> str:
+    """The name of a dtype. Raises ValueError where PyTorch has none of that name."""
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError("not a dtype of PyTorch")
+    return name
+
+
 class Index(BaseModel):
     """What a recording is of. `weights_sha256` is of the part that was called; `dtype` is that of its weights. `keep` is how many
     calls of each picture are kept, None for all."""
@@ -50,7 +58,7 @@ class Index(BaseModel):
     part: str
     module: str
     weights_sha256: str
-    dtype: str
+    dtype: Annotated[str, AfterValidator(_of_torch)]
     steps: int | None
     keep: int | None = None
     pictures: list[Picture] = Field(min_length=1)
@@ -225,11 +233,17 @@ class Recording(SampleSet):
 
     def _read(self, call: Mapping[str, Any]) -> Call:
         made = _made(call["args"], self._tensor), _made(call["kwargs"], self._tensor)
+        if not bool(self._tensor(call["output"]).isfinite().all()):
+            raise CompressorError(
+                f"{self._homes[call['output']]}: the model's answer in step {call['step']} holds NaN or infinity",
+                "The pipeline failed there: record in float32 or bfloat16, or without that prompt.",
+            )
         return Call(tuple(made[0]), made[1], self._tensor(call["output"]), call["step"], call["steps"])
 
     def _tensor(self, digest: str) -> Tensor:
         path = self._homes[digest]
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(digest)
         except (SafetensorError, OSError) as error:
@@ -256,21 +270,49 @@ def shard(folder: Path, number: int) -> Path:
 def outline(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(the calls, as they are written; the names of the tensors) in a picture's file. Raises CompressorError."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             calls = json.loads((file.metadata() or {})["calls"])
             names = list(file.keys())
-        whole = isinstance(calls, list) and all(
-            isinstance(call, dict) and {"args", "kwargs", "output", "step", "steps"} <= set(call) for call in calls
-        )
-        if not whole:
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
             raise ValueError("its calls are not what this toolkit writes")
     except FileNotFoundError as error:
         raise CompressorError(
             f"{path}: missing: the recording is not finished", "Repeat the command that records: it goes on from here."
         ) from error
-    except (SafetensorError, OSError, ValueError, LookupError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, RecursionError) as error:
         raise CompressorError(f"{path}: {error}", _AGAIN) from error
     return calls, names
+
+
+_DEEPEST = 32
+_LONGEST = 1_000_000
+
+
+def _is_call(call: Any) -> bool:
+    """Whether `call` is one as `write` lists it: arguments as `_plain` gives them, and a step of so many."""
+    if not isinstance(call, dict) or not {"args", "kwargs", "output", "step", "steps"} <= set(call):
+        return False
+    step, steps, args, kwargs = call["step"], call["steps"], call["args"], call["kwargs"]
+    counted = type(step) is int and type(steps) is int and 0 <= step <= _LONGEST and 0 <= steps <= _LONGEST
+    placed = isinstance(args, dict) and set(args) == {"list"} and isinstance(kwargs, dict) and set(kwargs) == {"dict"}
+    return counted and placed and isinstance(call["output"], str) and _is_plain(args, 0) and _is_plain(kwargs, 0)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether `value` is what `_plain` gives."""
+    if not isinstance(value, dict) or len(value) != 1 or depth > _DEEPEST:
+        return False
+    ((kind, held),) = value.items()
+    if kind in ("list", "tuple"):
+        return isinstance(held, list) and all(_is_plain(one, depth + 1) for one in held)
+    if kind == "dict":
+        return isinstance(held, dict) and all(_is_plain(one, depth + 1) for one in held.values())
+    if kind == "dtype":
+        return isinstance(held, str) and isinstance(getattr(torch, held, None), torch.dtype)
+    if kind == "number":
+        return held in ("nan", "inf", "-inf")
+    return isinstance(held, str) if kind == "tensor" else kind == "value" and not isinstance(held, (dict, list))
 
 
 def joined(calls: Sequence[Call]) -> Tensor:

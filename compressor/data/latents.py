@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.data.outsized import check_built, check_pipeline, stored_bytes
 from compressor.data.sets import Images, ImageSet
 from compressor.errors import CompressorError, first_line
+from compressor.files import read_json
 from compressor.weights import variant_of
 
 _BATCH = 8
@@ -77,6 +79,8 @@ def _read(path: Path) -> nn.Module:
     path = path / "vae" if (path / "vae").is_dir() else path
     if not (path / "config.json").is_file():
         raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
+    check_pipeline(path)
+    check_built(made, read_json(path / "config.json"), path / "config.json", stored_bytes(path))
     try:
         model: nn.Module = made.from_pretrained(path, local_files_only=True, variant=variant_of(path))
     except Exception as error:  # a dozen types, from missing files to damaged ones

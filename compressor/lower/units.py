@@ -100,7 +100,7 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
         shape = watch.shapes.get(id(block))
         if shape is None or not all(_plain(layer, names) for layer in (first, second)):
             continue
-        if any(map(_observed, block.modules())):
+        if any(map(_observed, block.modules())) or _is_empty(first) or _is_empty(second):
             continue
         taken |= {id(first), id(second)}
         found.append(_found(name, chain, shape, names, (first, second)))
@@ -111,6 +111,8 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
         taken.add(id(layer))
         if id(layer) not in watch.shapes:
             left.append(LeftOut(weight, "the example did not reach it as an ordinary call with one tensor"))
+        elif _is_empty(layer):
+            left.append(LeftOut(weight, "its weight is empty"))
         elif counts[id(layer)] > 1:
             left.append(LeftOut(weight, "several modules of the model are this one layer"))
         elif not _plain(layer, names):
@@ -127,6 +129,10 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
         if counts[id(module)] == 1
         for one in _attentions(name, watch.attention.get(id(module), []))
     ], left
+
+
+def _is_empty(layer: nn.Module) -> bool:
+    return any(not value.numel() for name, value in layer.named_parameters() if name == "weight")
 
 
 def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) -> list[Found]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from compressor.data.outsized import check_pipeline
 from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
@@ -81,6 +82,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
         raise UsageError(
             f"{folder}: no model_index.json", "Give the folder of a whole pipeline, as save_pretrained writes it."
         )
+    check_pipeline(folder)  # diffusers opens whatever is there, and builds it
     index = read_json(folder / "model_index.json")
     components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     part = part if part is not None else next((name for name in DENOISERS if name in components), None)

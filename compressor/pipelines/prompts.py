@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from errno import EFBIG
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from compressor.data.calls import Picture
 from compressor.errors import UsageError
+from compressor.foreign.bounded import read_bytes
 from compressor.seeds import generator
 
 _MOST_BYTES = 16 * 2**20
@@ -25,14 +27,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_bytes(path, _MOST_BYTES)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", _FORM) from error
-    if len(content) > _MOST_BYTES:
-        raise UsageError(
-            f"{path}: larger than {_MOST_BYTES // 2**20} MiB", "Give fewer prompts; a few hundred are many."
-        )
+        hint = "Give fewer prompts; a few hundred are many." if error.errno == EFBIG else _FORM
+        raise UsageError(f"{path}: {error.strerror or error}", hint) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

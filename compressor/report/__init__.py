@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from compressor import files, validation
 from compressor.errors import CompressorError, printable
+from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
 from compressor.report.content import Report
@@ -123,14 +124,19 @@ def _plain(value: Any) -> str:
     return re.sub(r"\](?=[(:\[])", "]\\\\", text)
 
 
+_MOST_BYTES = 2**30  # a hundred bytes a step
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     needed = ("loss", "noise_loss", "teacher_loss", "lr", "flip_rate")
     try:
-        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        steps = [
+            json.loads(line) for line in read_bytes(path, _MOST_BYTES).decode("utf-8").splitlines() if line.strip()
+        ]
         return [{name: step[name] for name in needed} for step in steps]
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CompressorError(
             f"{path}: not the record of a step on every line: {error!r}", "The file is damaged."
         ) from error
@@ -142,7 +148,7 @@ def _picture(run: Path, row: str) -> str | None:
 
 
 def data_uri(path: Path) -> Markup:
-    return Markup("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii"))
+    return Markup("data:image/png;base64," + base64.b64encode(read_bytes(path, MOST_PICTURE_BYTES)).decode("ascii"))
 
 
 def resource(name: str) -> str:

@@ -30,6 +30,8 @@ from compressor.weights import (
     as_stored_,
     bare,
     bare_name,
+    check_finite,
+    kind_of,
     load_strictly,
     plain_state,
     refuse_misfit,
@@ -216,10 +218,10 @@ def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str
     with _reading(path):
         state = packing.unpacked_state(load_file(path), rules)
     for name, own in untied_state(model).items():
-        if _kind(state[name]) != _kind(own):
+        if kind_of(state[name]) != kind_of(own):
             raise CompressorError(
                 f"{path}: {name} is {state[name].dtype}, the model's {own.dtype}",
-                f"Allowed: {_kind(own)} numbers. Choose the model that was saved.",
+                f"Allowed: {kind_of(own)} numbers. Choose the model that was saved.",
             )
     return state
 
@@ -235,23 +237,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise CompressorError(f"{path}: {error.message}", error.hint) from error
 
 
-def _kind(tensor: Tensor) -> str:
-    """What kind of numbers a tensor holds: loading may round them, but not drop a part of each."""
-    return "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
-
-
 def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path) -> None:
     """Raise unless every tensor is finite and every pruned one obeys its pattern."""
-    for name, tensor in state.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        try:
-            # not every 8-bit float knows whether it is finite
-            finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
-        except NotImplementedError as error:
-            raise CompressorError(f"{where}: {name} is {tensor.dtype}", "Convert it to another dtype first.") from error
-        if not bool(finite):
-            raise CompressorError(f"{where}: {name} holds NaN or infinity", "Such weights are not saved or loaded.")
+    check_finite(state, where)
     for name, text in patterns.items():
         if name not in state:
             raise CompressorError(f"{where}: {name} should be {text}, but is missing", "The folder is damaged.")

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.files import read_json
+from compressor.foreign.bounded import check_regular
+
+_DAMAGED = "It is damaged, or of another version; use another copy."
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -38,8 +42,12 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Keys are strings, and tuples lists."""
-    tensors = load_file(folder / "state.safetensors")
+    """What `save_state` wrote. Keys are strings, and tuples lists. Raises CompressorError for anything else."""
+    try:
+        check_regular(folder / "state.safetensors")
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CompressorError(f"{folder / 'state.safetensors'}: {error}", _DAMAGED) from error
 
     def restored(value: Any) -> Any:
         if isinstance(value, dict):
@@ -48,5 +56,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             return {key: restored(inner) for key, inner in value["dict"].items()}
         return [restored(inner) for inner in value] if isinstance(value, list) else value
 
-    tree: dict[str, Any] = restored(read_json(folder / "state.json"))
+    try:
+        tree: dict[str, Any] = restored(read_json(folder / "state.json"))
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CompressorError(f"{folder / 'state.json'}: not a saved state: {error!r}", _DAMAGED) from error
     return tree

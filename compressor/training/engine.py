@@ -23,7 +23,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Given, checkpointed_, student_of
+from compressor.training.given import Given, check_result, checkpointed_, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
@@ -120,6 +120,7 @@ class FineTuning:
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
+        self._seen: Any = None  # what the model was last asked, and answered
         if previous is not None:
             self._restore(previous)
 
@@ -159,9 +160,7 @@ class FineTuning:
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
-        for name, value in self.student.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise CompressorError(f"step {self.done}: {name} is not finite", "Lower the learning rate.")
+        check_result(self.student, self.adapter, self._seen, self.done)
         _verify(self.shadow.masks)
         return {
             "step": self.done,
@@ -223,7 +222,7 @@ class FineTuning:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
             torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
-            noise_loss, teacher_loss = self._backward(t, batch)
+            noise_loss, teacher_loss, asked = self._backward(t, batch)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -231,7 +230,7 @@ class FineTuning:
         loss = objective.noise * noise_loss + objective.teacher * answered
         grad_norm = float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._nonfinite = 0
+            self._nonfinite, self._seen = 0, asked
             if settings.clip:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
@@ -251,7 +250,15 @@ class FineTuning:
 
     @no_exit()
     def finish(self) -> Result:
-        """Write the averaged weights, masked once, into the student, and give the result. The run is over then."""
+        """Write the averaged weights, masked once, into the student, and give the result. The run is over then.
+
+        Raises CompressorError where the last steps were skipped because they were not finite, and where a weight of the result is not.
+        """
+        if self._nonfinite:
+            raise CompressorError(
+                f"step {self.done}: the run ends in {self._nonfinite} steps whose loss or gradient was not finite",
+                "Lower the learning rate, or check the data.",
+            )
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()
@@ -264,12 +271,13 @@ class FineTuning:
             for name, parameter in self.parameters.items():
                 parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
+        check_result(self.student, self.adapter, self._seen, self.done)
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, step: int, batch: Any) -> tuple[float, float | None]:
-        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights.
+    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, Any]:
+        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it.
 
         Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
@@ -291,7 +299,7 @@ class FineTuning:
                     teacher_sum += share * float(teacher_loss.detach())
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
-        return noise_sum, teacher_sum if self.teacher is not None else None
+        return noise_sum, teacher_sum if self.teacher is not None else None, piece
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.

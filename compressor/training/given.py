@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
-from compressor.weights import HALF, cast_, dtypes_of, float32_, sketch
+from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,30 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
                 f"{name} is {value.dtype}: only float32 is trained, and float16 and bfloat16 through it",
                 'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
+    check_finite(model.state_dict(), type(model).__name__)
     student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
+
+
+@torch.no_grad()
+def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> None:
+    """Raise CompressorError unless all weights of `model` are finite, and its answer to `inputs` (None: nothing is asked) is.
+
+    A step that is too long leaves weights that are finite, and too large for any answer: its own loss, from before, does not tell.
+    """
+    hint = "Lower the learning rate."
+    check_finite(model.state_dict(), f"step {step}", hint)
+    if inputs is None:
+        return
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            answer = adapter.predict(model.eval(), inputs)
+        finally:
+            for module in training:
+                module.training = True
+    if not bool(answer.isfinite().all()):
+        raise CompressorError(f"step {step}: the model's answer is not finite any more", hint)
 
 
 def checkpointed_(model: nn.Module) -> nn.Module:
@@ -77,7 +100,11 @@ def checkpointed_(model: nn.Module) -> nn.Module:
 
 
 def surveyed(model: nn.Module, steps: int) -> nn.Module:
-    """What a run of so many `steps` finds layers in, for no memory: `model`, or where a student of it is not frozen, a sketch."""
+    """What a run of so many `steps` finds layers in, for no memory: `model`, or where a student of it is not frozen, a sketch.
+
+    Raises CompressorError where a weight of `model` is not finite.
+    """
+    check_finite(model.state_dict(), type(model).__name__)
     return model if steps or not _frozen(model) else _unfrozen(sketch(model))
 
 

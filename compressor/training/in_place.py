@@ -21,7 +21,7 @@ from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import checked_masks
 from compressor.validation import validated
-from compressor.weights import bare
+from compressor.weights import bare, check_finite
 
 
 @no_exit()
@@ -46,6 +46,7 @@ def prune_(
     refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     model = bare(model).eval()
+    check_finite(model.state_dict(), type(model).__name__)
     frozen = [value for value in model.parameters() if not value.requires_grad]
     for value in frozen:  # nothing is trained, so that what is frozen is pruned like the rest
         value.requires_grad_(True)

@@ -172,6 +172,8 @@ def _log_alpha_bars(scheduler: Any) -> Tensor:
     Samplers set the last one to 2^-24 where it is 0, since they divide by it; the models were trained with 0.
     """
     bars: Tensor = scheduler.alphas_cumprod.double()
+    if bars.dim() != 1:
+        raise UsageError(f"{type(scheduler).__name__}: its betas are no list of numbers", "Check trained_betas.")
     betas = getattr(scheduler, "betas", None)
     if isinstance(betas, Tensor) and betas.shape == bars.shape:
         logs: Tensor = torch.log1p(-betas.double()).cumsum(0)
@@ -189,6 +191,6 @@ def _unsampled(name: str, config: Mapping[str, Any], clip: bool) -> str:
     """Why samplers here would not draw what the scheduler of `config` does."""
     if config.get("thresholding"):
         return f"{name}: thresholding is not known to the samplers here"
-    if clip and float(config.get("clip_sample_range", 1.0)) != 1:
+    if clip and config.get("clip_sample_range", 1.0) != 1:
         return f"{name}: the samplers here clip to [-1, 1], not to {config['clip_sample_range']}"
     return ""

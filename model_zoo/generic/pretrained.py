@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressor.data.outsized import check_built, check_config, check_pipeline, stored_bytes
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.weights import as_stored_, read_outline, variant_of
+from compressor.weights import as_stored_, check_finite, read_outline, variant_of
 
-_LARGEST = {"layers": 512, "depth": 512, "sample_size": 1024, "": 1_000_000}
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 """The classes, by norm_type, that models of the class Transformer2DModel have since become; diffusers loads them so."""
@@ -52,10 +52,11 @@ def find(source: str) -> Pretrained:
         component = next((name for name in _DENOISERS if isinstance(index.get(name), list)), None)
         if component is None:
             raise CompressorError(
-                f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if k[0] != '_']}",
+                f"{root}: the pipeline has no {' or '.join(_DENOISERS)}, found {[k for k in index if not k.startswith('_')]}",
                 "Give the folder of the denoising model itself.",
             )
         return _part(root, component)
+    check_pipeline(root)
     return Pretrained(root, _config(root))
 
 
@@ -78,6 +79,7 @@ def _has_part(root: Path, name: str) -> bool:
 
 def _part(root: Path, component: str) -> Pretrained:
     """The model `component` of the pipeline in `root`."""
+    check_pipeline(root)
     index, scheduler = read_json(root / "model_index.json"), root / "scheduler" / "scheduler_config.json"
     noise = _scheduler(scheduler) if scheduler.is_file() else None
     shares = index.get("boundary_ratio") is not None
@@ -122,7 +124,8 @@ def check_settings(config: Mapping[str, Any], names: Iterable[str]) -> None:
 def build(config: Mapping[str, Any]) -> nn.Module:
     """A model of this configuration with random weights. Raises CompressorError where diffusers refuses it."""
     made = model_class(config)
-    _check_sizes(config)
+    check_config(config, "config.json")
+    check_built(made, config, "config.json", None)
     try:
         with quiet():
             model: nn.Module = made.from_config(dict(config))
@@ -139,6 +142,9 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
     Where `settings`, which name the class, differ from the folder's own configuration, they are taken.
     """
     made = model_class(settings)
+    stored = stored_bytes(found.folder)
+    check_config(settings, found.folder / "config.json", stored)
+    check_built(made, settings, found.folder / "config.json", stored)
     changed = {name: value for name, value in settings.items() if found.config.get(name, found) != value}
     changed.pop("_class_name", None)
     try:
@@ -166,6 +172,7 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
             f"{found.folder} does not fit {made.__name__}: {'; '.join(wrong[:4])}{more}",
             "The weights are of another configuration than config.json says.",
         )
+    check_finite(model.state_dict(), found.folder)
     result: nn.Module = as_stored_(model, _outline(found.folder, model)).eval()
     return result
 
@@ -211,16 +218,6 @@ def _folder(source: str) -> Path:
             f"{source}: no such folder, and not to be had from the hub{offline}: {type(error).__name__}",
             "Give a folder; or check the name and the connection.",
         ) from error
-
-
-def _check_sizes(config: Mapping[str, Any]) -> None:
-    """Raise CompressorError for numbers that would take the machine's memory or time, and that no model has."""
-    for key, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        largest = next((bound for part, bound in _LARGEST.items() if part in key), _LARGEST[""])
-        numbers = [one for one in values if isinstance(one, (int, float)) and not isinstance(one, bool)]
-        if len(values) > 256 or any(abs(number) > largest for number in numbers):
-            raise CompressorError(f"config.json: {key} is {str(value)[:60]}", f"Allowed: numbers up to {largest}.")
 
 
 def _config(folder: Path) -> dict[str, Any]:

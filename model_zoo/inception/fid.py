@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.files import file_sha256
 from compressor.quality.metric import Metric
 from compressor.weights import read_weights
 
@@ -34,7 +34,7 @@ class FID(Metric):
                 raise UsageError(f"{weights}: no such file", f"fid takes {WEIGHTS}; give its path. {_NO_DOWNLOAD}")
             self._device = resolve_device("auto")
             self._network = _network(weights).to(self._device).eval()
-            self._sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+            self._sha256 = file_sha256(weights)
 
     def with_weights(self, path: Path) -> FID:
         return FID(path)

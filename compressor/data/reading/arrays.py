@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ from safetensors.torch import load_file
 from compressor.data.naming import nested
 from compressor.data.sets import SHARED, Images, Records, SampleSet
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import check_regular, check_unpacked, open_regular
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 _NOISY = ("sample", "hidden_states")  # what diffusers calls what is noised
+_FINITE = ("target", *_NOISY)
+_NO_NAN = "One such number ends a training: leave that sample out, or make it again."
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -30,6 +34,11 @@ def read(path: Path) -> SampleSet:
     """
     try:
         arrays = _tensors(path) if path.suffix == ".safetensors" else _arrays(path)
+    except OSError as error:
+        raise CompressorError(
+            f"{path}: cannot be read: {error.strerror or error}",
+            "Where it is large and yours: np.savez does not compress.",
+        ) from error
     except Exception as error:  # numpy, zipfile and safetensors raise a dozen types on damaged files
         raise CompressorError(
             f"{path}: cannot be read: {error}", "The file is damaged, or holds pickled objects."
@@ -38,12 +47,18 @@ def read(path: Path) -> SampleSet:
 
 
 def _arrays(path: Path) -> dict[str, _Array]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         loaded = np.load(file, allow_pickle=False)
-        return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            check_unpacked(zipfile.ZipFile(file), path.stat().st_size)
+        found = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"images": loaded}
+    if other := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+        raise ValueError(f"{other[0][:60]!r} in it is no array")
+    return found
 
 
 def _tensors(path: Path) -> dict[str, _Array]:
+    check_regular(path)
     wide = (torch.float16, torch.float32, torch.float64)
     return {
         name: (tensor.float() if tensor.is_floating_point() and tensor.dtype not in wide else tensor).numpy()
@@ -65,6 +80,8 @@ def _images(path: Path, images: _Array, labels: _Array | None) -> Images:
         raise CompressorError(
             f"{path}: labels are {labels.dtype} {labels.shape}", f"Allowed: integers ({len(images)},)."
         )
+    if images.dtype.kind == "f" and not bool(np.isfinite(images).all()):
+        raise CompressorError(f"{path}: images hold NaN or infinity, the first in image {_first_bad(images)}", _NO_NAN)
     return Images(path.stem, _tensor(images), None if labels is None else torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -77,6 +94,11 @@ def _records(path: Path, arrays: Mapping[str, _Array]) -> Records:
             f"{path}: arrays are {found}",
             "Save images with np.savez(images=...), or numeric arrays that have one entry per sample along dim 0.",
         )
+    for name, array in arrays.items():  # masks of attention hold minus infinity, and nothing holds NaN
+        if array.dtype.kind == "f" and bool(
+            np.isnan(array).any() if name not in _FINITE else ~np.isfinite(array).all()
+        ):
+            raise CompressorError(f"{path}: {name} holds NaN{' or infinity' * (name in _FINITE)}", _NO_NAN)
     named = {name.removesuffix(SHARED): _tensor(array) for name, array in sorted(arrays.items())}
     if len(named) < len(arrays):
         raise CompressorError(f"{path}: an array is there with and without {SHARED}: {found}", "Save it once.")
@@ -103,6 +125,11 @@ def _samples(path: Path, sizes: Mapping[str, int], found: str) -> int:
             f"{SHARED}.",
         )
     return count
+
+
+def _first_bad(array: _Array) -> int:
+    """The number of the first sample that holds a number which is not finite."""
+    return int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
 
 
 def _tensor(array: _Array) -> torch.Tensor:

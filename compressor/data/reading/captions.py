@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from errno import EFBIG
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ from compressor.data.reading.decoded import read_pictures
 from compressor.data.reading.folder import Files, pictures_and_others
 from compressor.data.sets import ImageSet
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.bounded import read_bytes
 
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption", "prompt")
@@ -84,7 +86,8 @@ def _of_metadata(folder: Path, names: Sequence[bytes]) -> dict[bytes, str]:
             raise UsageError(f"{where}: not a JSON object", _FORM)
         name = _file_name(values, where)
         if name not in known:
-            there = "is no picture" if (folder / os.fsdecode(name)).exists() else "is not there"
+            # not Path.exists, which raises where the name is too long for the system
+            there = "is no picture" if os.path.exists(folder / os.fsdecode(name)) else "is not there"
             raise UsageError(f"{where}: {_text(name)} {there}", "Each caption needs its picture.")
         if name in found:
             raise UsageError(f"{where}: {_text(name)} has a caption already", "Keep one.")
@@ -136,12 +139,10 @@ def _of_texts(folder: Path, names: Sequence[bytes], texts: Sequence[bytes]) -> d
 def _read(path: Path) -> str:
     """The text in the file `path`. Raises CompressorError where there is none in UTF-8."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise UsageError(f"{path}: larger than {_MOST_BYTES // 2**20} MiB", "Captions are a line each.")
-        return content.decode("utf-8-sig")
+        return read_bytes(path, _MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
+        if error.errno == EFBIG:
+            raise UsageError(f"{path}: {error.strerror}", "Captions are a line each.") from error
         raise CompressorError(f"{path}: {error.strerror or error}", "Captions have to be readable.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a text file in UTF-8", _FORM) from error

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from compressor.data.reading import plain_pickle
 from compressor.data.sets import Images
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import read_bytes
 
 _PIXELS = 3 * 32 * 32
+_MOST_BYTES = 512 * 2**20  # the largest file of the archives has 154 MB
 # What gives a folder away, and the files that make up its training set.
 _SETS = {
     "data_batch_*.bin": [f"data_batch_{number}.bin" for number in range(1, 6)],
@@ -37,7 +39,7 @@ def read(path: Path) -> Images:
     Labels are the ten classes, or the hundred fine ones. Raises CompressorError for what is missing, cut short or not CIFAR.
     """
     files = _files(path) or [path]
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not file.exists()]:
         raise CompressorError(f"{path}: {', '.join(missing)} of CIFAR-10 is missing", _HINT)
     pairs = [_from_bytes(file) if file.suffix == ".bin" else _from_pickle(file) for file in files]
     pixels, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
@@ -51,9 +53,16 @@ def _files(folder: Path) -> list[Path] | None:
     return None
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return read_bytes(file, _MOST_BYTES)
+    except OSError as error:
+        raise CompressorError(f"{file}: {error.strerror or error}", _HINT) from error
+
+
 def _from_bytes(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """(pixels, labels) of records that are a label (CIFAR-100: a coarse and a fine one) and the pixels, channels first."""
-    content = np.fromfile(file, np.uint8)
+    content = np.frombuffer(_content(file), np.uint8)
     for labels, classes in ((1, 10), (2, 100)):
         if content.size and content.size % (_PIXELS + labels) == 0:
             records = content.reshape(-1, _PIXELS + labels)
@@ -67,7 +76,7 @@ def _from_bytes(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def _from_pickle(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     try:
-        found = plain_pickle.load(file.read_bytes())
+        found = plain_pickle.load(_content(file))
     except ValueError as error:
         raise CompressorError(
             f"{file}: refused: not a plain CIFAR batch ({error})",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError
+from compressor.foreign.bounded import MOST_NESTED, MOST_PICTURE_BYTES, read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -33,8 +34,7 @@ class Files(Pictures):
         return _printable(self.names[index])
 
     def content(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self.names[index]), "rb") as file:
-            return file.read()
+        return read_bytes(os.path.join(self.root, self.names[index]), MOST_PICTURE_BYTES)
 
 
 def find_files(folder: Path) -> Files:
@@ -42,7 +42,8 @@ def find_files(folder: Path) -> Files:
 
     Where all lie in subfolders, and in more than one, the sorted subfolders are the classes 0, 1, …
 
-    Raises CompressorError where there are none, where a link leads back to a folder above it, and where a class is empty.
+    Raises CompressorError where there are none, where a link leads back to a folder above it, where folders lie in
+    more than 64 others, and where a class is empty.
     """
     root = os.fsencode(folder)  # names are bytes: a file system may hold some that are not UTF-8
     names, _ = pictures_and_others(folder)
@@ -68,7 +69,7 @@ def _labels(folder: Path, root: bytes, names: list[bytes]) -> Tensor | None:
     tops = [name.partition(b"/")[0] if b"/" in name else None for name in names]
     if None in tops or len(set(tops)) == 1:
         return None
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(b"."))
+    classes = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry) and not entry.name.startswith(b"."))
     if empty := [name for name in classes if name not in set(tops)]:
         raise CompressorError(
             f"{folder}: the class folder {_printable(empty[0])!r} has no pictures",
@@ -81,6 +82,11 @@ def _labels(folder: Path, root: bytes, names: list[bytes]) -> Tensor | None:
 def _walk(root: bytes, inner: bytes, above: tuple[tuple[int, int], ...]) -> Iterator[bytes]:
     """The names of all files below root/inner, relative to root, with `/` between parts. `above`: the folders on the way."""
     here = os.path.join(root, inner)
+    if len(above) > MOST_NESTED:
+        raise CompressorError(
+            f"{_printable(here[:200])}…: folders in more than {MOST_NESTED} others",
+            "Give the folder that has the pictures.",
+        )
     status = os.stat(here)
     if (status.st_dev, status.st_ino) in above:
         raise CompressorError(
@@ -92,10 +98,17 @@ def _walk(root: bytes, inner: bytes, above: tuple[tuple[int, int], ...]) -> Iter
             name = os.path.join(inner, entry.name).replace(os.fsencode(os.sep), b"/")
             if entry.name.startswith(b"."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(root, name, (*above, (status.st_dev, status.st_ino)))
             else:
                 yield name
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder, and told of as a file that cannot be read
+        return False
 
 
 def _printable(name: bytes) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError, first_line
+from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 
 INSTALL = 'pip install "diffusion-compressor[datasets]"'
 _NAME = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<split>[\w.+-]+))?")
@@ -37,7 +38,7 @@ class Rows(Pictures):
     def content(self, index: int) -> bytes:
         stored = self.rows[index][self.column] or {}
         if stored.get("bytes") is None and stored.get("path"):
-            return Path(stored["path"]).read_bytes()
+            return read_bytes(stored["path"], MOST_PICTURE_BYTES)
         return stored.get("bytes") or b""
 
 
@@ -95,7 +96,11 @@ def _rows(library: ModuleType, where: str, name: str, rows: Any) -> Rows:
             f"{where}: several columns could be meant: {', '.join(several)}",
             f"Keep one: remove_columns({several[1:]}), then save_to_disk.",
         )
-    labels = torch.tensor(rows.with_format(None)[classes[0]][:]) if classes else None
+    try:
+        rows.data.validate(full=True)  # a damaged file has places outside of it, and reading there ends the process
+        labels = torch.tensor(rows.with_format(None)[classes[0]][:]) if classes else None
+    except Exception as error:  # of pyarrow, and of torch where a label is missing
+        raise CompressorError(f"{where}: cannot be read: {_first_line(error)}", "Save the data set again.") from error
     stored = rows.with_format(None).cast_column(pictures[0], library.Image(decode=False))
     return Rows(name, stored.select_columns(pictures), pictures[0], labels)
 

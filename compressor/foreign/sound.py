@@ -1,0 +1,70 @@
+"""Modules whose weights are not what they seem: found when a model is taken, and not when it is saved or loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from compressor.errors import UsageError
+
+_CLONE = "module.weight = torch.nn.Parameter(module.weight.detach().clone())"
+_UNQUANTISED = "Prune the model in floating-point numbers, and quantise what comes out of it."
+_COMPUTING: dict[type, str] = {
+    WeightNorm: "Take it off: torch.nn.utils.remove_weight_norm(module).",
+    SpectralNorm: "Take it off: torch.nn.utils.remove_spectral_norm(module).",
+    BasePruningMethod: "Make it permanent: torch.nn.utils.prune.remove(module, name).",
+}
+"""The classes of torch's older hooks that keep a weight under another name, with what takes them off."""
+
+
+def refuse_unsound(model: nn.Module) -> None:
+    """Raise UsageError for weights that cannot be pruned, copied or saved as what they are, by their names.
+
+    Those without a shape yet, those that torch or another library quantised, those that a hook computes anew at every call, and
+    parameters that share memory without being one: views of each other come back from a file as tensors of their own.
+    """
+    for name, module in model.named_modules():
+        home = type(module).__module__
+        if home.startswith("torch.ao.nn.") and "quantized" in home:
+            raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
+        for hook in module._forward_pre_hooks.values():
+            kind = next((kind for kind in type(hook).__mro__ if kind in _COMPUTING), None)
+            if kind is not None:
+                what = f"{name}.{getattr(hook, 'name', getattr(hook, '_tensor_name', 'weight'))}".lstrip(".")
+                raise UsageError(f"{what}: computed at every call by {type(hook).__name__}", _COMPUTING[kind])
+    for name, value in model.named_parameters():
+        if is_lazy(value):
+            raise UsageError(f"{name}: a lazy weight, without a shape", "Call the model once, model(example), before.")
+        if value.layout != torch.strided:
+            raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
+        if value.is_quantized or type(value).__module__.partition(".")[0] in ("torchao", "bitsandbytes"):
+            raise UsageError(f"{name}: quantised ({type(value).__name__}, {value.dtype})", _UNQUANTISED)
+    _refuse_shared_memory(model)
+
+
+def _refuse_shared_memory(model: nn.Module) -> None:
+    held: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    for name, value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        if value.is_meta or value.layout != torch.strided or not value.numel() or type(value.data) is not Tensor:
+            continue
+        span = 1 + sum((int(size) - 1) * int(step) for size, step in zip(value.shape, value.stride(), strict=True))
+        if span < value.numel() and isinstance(value, nn.Parameter):
+            raise UsageError(f"{name}: its entries share memory with each other", f"Own memory for each: {_CLONE}")
+        first = int(value.storage_offset()) * value.element_size()
+        storage = int(value.untyped_storage().data_ptr())
+        held.setdefault(storage, []).append((first, first + span * value.element_size(), name, value))
+    for sharing in held.values():
+        end, last, owner = -1, "", False
+        for start, stop, name, value in sorted(sharing, key=lambda one: (one[0], -one[1], one[2])):
+            is_weight = isinstance(value, nn.Parameter)
+            if start < end and (is_weight or owner):
+                raise UsageError(
+                    f"{name} shares memory with {last}, and is another tensor (a view or a transpose of it)",
+                    f"A saved model would lose that. Make them one parameter, or give each its own memory: {_CLONE}",
+                )
+            if stop > end:
+                end, last, owner = stop, name, is_weight
