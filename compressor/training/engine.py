@@ -23,7 +23,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Given, check_result, checkpointed_, student_of
+from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
@@ -254,11 +254,7 @@ class FineTuning:
 
         Raises CompressorError where the last steps were skipped because they were not finite, and where a weight of the result is not.
         """
-        if self._nonfinite:
-            raise CompressorError(
-                f"step {self.done}: the run ends in {self._nonfinite} steps whose loss or gradient was not finite",
-                "Lower the learning rate, or check the data.",
-            )
+        refuse_skipped(self._nonfinite, self.done)
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()

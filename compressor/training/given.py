@@ -61,6 +61,15 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
 
 
 @torch.no_grad()
+def refuse_skipped(steps: int, done: int) -> None:
+    """Raise CompressorError where the last `steps` of a run of `done` steps were skipped, which left its model as it was before."""
+    if steps:
+        raise CompressorError(
+            f"step {done}: the run ends in {steps} steps whose loss or gradient was not finite",
+            "Lower the learning rate, or check the data.",
+        )
+
+
 def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> None:
     """Raise CompressorError unless all weights of `model` are finite, and its answer to `inputs` (None: nothing is asked) is.
 
