@@ -150,6 +150,7 @@ def test_the_spacing_of_the_frequencies_survives_saving_and_is_written_for_the_a
     assert all(torch.allclose(written[name], value, atol=1e-6) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_onnx_has_the_authors_spacing(tmp_path):
     """At the last timesteps the two spacings are far apart, so that a graph with the other one would be refused."""
     state = authors_file("dit")

@@ -27,6 +27,7 @@ def signal_stack() -> tuple[int | None, int]:
     return found.at, found.size
 
 
+@pytest.mark.slow
 def test_every_engine_answers_as_pytorch_as_far_as_its_precision_goes(tmp_path, capfd):
     adapter = registry.adapter("uvit-digits").small()
     model = adapter.build().eval()

@@ -324,6 +324,7 @@ def test_packages_do_not_change_what_one_layer_sees_first(model, adapter, sample
 
 
 @pytest.mark.parametrize("name", ["uvit-digits", "ddpm-digits"])
+@pytest.mark.slow
 def test_obs_beats_magnitude_on_the_predicted_noise(name):
     adapter, data = registry.adapter(name), registry.images("digits")
     model, batches = adapter.load(None), as_batches(registry.images("digits"), 64, 7)

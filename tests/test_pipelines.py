@@ -232,6 +232,7 @@ def test_a_run_that_was_stopped_is_resumed(folders, cli, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 def test_half_precision_comes_back_no_larger(folders, cli, tmp_path):
     pipe = tiny_pipelines.made("sd3", tmp_path / "files")
     for variant in (None, "fp16"):
@@ -265,6 +266,7 @@ def test_fewer_blocks_are_written_back_or_a_word_says_why_not(folders, cli, tmp_
         assert "There is no pipeline/ here" in (tmp_path / "run" / "pipeline.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_time_of_the_model_and_that_of_the_pipeline_are_told_apart(folders, cli, tmp_path):
     outcome = cli(
         *command(folders("flux"), tmp_path / "run", "--method", "magnitude", "--pattern", "4:2:4", "--steps", "0"),

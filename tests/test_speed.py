@@ -104,12 +104,14 @@ def test_an_error_of_the_whole_model_lets_8_bit_kernels_be_tried(copied: Path, c
     assert cli("bench", copied, "--max-error", "2").code == 2
 
 
+@pytest.mark.slow
 def test_lower_again_replaces_its_own_figures(copied: Path, cli: Any) -> None:
     before = [len(row["latency"]) for row in read(copied)["rows"]]
     assert cli("lower", copied, "--fresh").code == 0
     assert [len(row["latency"]) for row in read(copied)["rows"]] == before
 
 
+@pytest.mark.slow
 def test_bench_times_several_batches_and_precisions(copied: Path, cli: Any) -> None:
     outcome = cli("bench", copied, "--batches", "1,3", "--no-compiled", "--no-onnx", "--dtype", "bfloat16", "--json")
     assert outcome.code == 0, outcome.err

@@ -100,6 +100,7 @@ def test_of_a_transformer_heads_and_hidden_widths_go_and_nothing_else_is_changed
 
 @pytest.mark.parametrize("name", DIGITS)
 @pytest.mark.parametrize("share", [0.4, 0.7])
+@pytest.mark.slow
 def test_the_share_of_multiply_accumulates_is_met(name, share):
     adapter, model = family(name)
     prepared = Structured(macs=share).prepare(model, adapter, as_batches(registry.images("digits"), 8, 0))
@@ -114,6 +115,7 @@ def test_a_share_that_cannot_be_reached_is_refused():
         Structured(macs=0.01).prepare(model, adapter, as_batches(registry.images("digits"), 8, 0))
 
 
+@pytest.mark.slow
 def test_the_least_of_each_norm_group_goes():
     adapter, model = family("ddpm-digits")
     for group in find_groups(model, adapter, 1):
@@ -257,6 +259,7 @@ def test_scores_differ_and_leave_no_gradients():
 
 
 @pytest.mark.parametrize("name", DIGITS)
+@pytest.mark.slow
 def test_a_run_reloads_without_pickle_and_is_smaller(name, cli, tmp_path):
     outcome = cli.trial(tmp_path / "run", "--model", name, "--method", "structured", "--steps", "2")
     assert outcome.code == 0, outcome.err

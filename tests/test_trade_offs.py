@@ -92,6 +92,7 @@ def test_a_model_without_caches_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_report_has_weights_caches_and_steps_from_the_same_noise(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
     folder = tiny_pipelines.saved("flux", tmp_path)
