@@ -115,11 +115,11 @@ def check_built(made: Any, config: Mapping[str, Any], where: str | Path, stored:
         )
 
 
-class _Bounded(TorchDispatchMode):
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Ends a constructor that computes far more than tables, such as the places of a picture of a million pixels."""
 
     def __init__(self, where: str | Path) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.where, self.made = where, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
