@@ -94,7 +94,7 @@ def written(tree: Any, **how: Any) -> bytes:
         opening, closing = ("[", "]") if match[1] == "list" else ('{"dict": ', "}")
         return opening * int(match[2]) + "1" + closing * int(match[2])
 
-    return re.sub(r'"@(list|dict)(\d+)@"', nested, json.dumps(tree, **how)).encode()
+    return re.sub(r'"@(list|dict)(\d{1,4})@"', nested, json.dumps(tree, **how)).encode()
 
 
 # --- Bytes. ---

@@ -28,7 +28,7 @@ from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
-from compressor.training.shadow import Shadow, checked_masks
+from compressor.training.shadow import Shadow, checked_masks, verify
 from compressor.validation import validated
 from compressor.weights import bare
 
@@ -116,7 +116,7 @@ class FineTuning:
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
             )
         self.shadow = self._sparse()
-        _verify(self.shadow.masks)
+        verify(self.shadow.masks)
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
@@ -161,7 +161,7 @@ class FineTuning:
         The tensors are the run's own and change with the next step: save or copy them first.
         """
         check_result(self.student, self.adapter, self._seen, self.done)
-        _verify(self.shadow.masks)
+        verify(self.shadow.masks)
         return {
             "step": self.done,
             "model": self.student.state_dict(),
@@ -181,7 +181,7 @@ class FineTuning:
             raise ValueError(f"{self.done} steps are done")
         dense = self.shadow.dense
         masks = self._masks(dense, {})
-        _verify(masks)
+        verify(masks)
         model = copy.deepcopy(self.student).eval()
         own = dict(model.named_parameters())
         for name, weight in dense.items():
@@ -262,7 +262,7 @@ class FineTuning:
         masks = self.shadow.masks
         if steps:
             masks = self._masks(dense, dict(masks))
-        _verify(masks)
+        verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
@@ -389,11 +389,3 @@ def chosen(
 ) -> list[Layer]:
     """The layers that get a mask: `choose_layers` without those that have a reason for none."""
     return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
-
-
-def _verify(masks: Mapping[str, Mask]) -> None:
-    for name, mask in masks.items():
-        try:
-            mask.verify()
-        except CompressorError as error:
-            raise CompressorError(f"{name}: {error.message}", error.hint) from error

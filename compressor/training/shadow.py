@@ -157,3 +157,12 @@ def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
                 "A mask has the shape and device of its weight.",
             )
     return dict(masks)
+
+
+def verify(masks: Mapping[str, Mask]) -> None:
+    """Raise CompressorError, with the name of the weight, where a mask breaks its pattern."""
+    for name, mask in masks.items():
+        try:
+            mask.verify()
+        except CompressorError as error:
+            raise CompressorError(f"{name}: {error.message}", error.hint) from error
