@@ -127,6 +127,12 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_the_tests_that_the_page_on_reliability_names_are_there():
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 40 and [name for name in named if f"def {name}(" not in written] == []
+
+
 @pytest.mark.parametrize("method", registry.names("pruners"))
 def test_every_setting_of_a_method_is_on_its_card(method):
     from compressor.registry import pruner_class
