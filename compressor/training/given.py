@@ -60,7 +60,6 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     return student if steps else _unfrozen(student)
 
 
-@torch.no_grad()
 def refuse_skipped(steps: int, done: int) -> None:
     """Raise CompressorError where the last `steps` of a run of `done` steps were skipped, which left its model as it was before."""
     if steps:
@@ -70,6 +69,7 @@ def refuse_skipped(steps: int, done: int) -> None:
         )
 
 
+@torch.no_grad()
 def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> None:
     """Raise CompressorError unless all weights of `model` are finite, and its answer to `inputs` (None: nothing is asked) is.
 
