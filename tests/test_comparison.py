@@ -17,6 +17,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from filelock import FileLock
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, comparison, files
@@ -26,11 +27,11 @@ from compressor.comparison.page import render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
+from compressor.files import LOCK
 from compressor.quality.similarity import ssim
 from compressor.report import schema
 from compressor.report.compared import ComparisonReport, Summary
 from compressor.runs import latency
-from compressor.runs.directory import locked
 
 FEW = str(Path(__file__).with_name("few_digits.npz"))
 TINY = (
@@ -331,7 +332,7 @@ def test_methods_on_different_weights_or_data_are_no_comparison(cli, tmp_path):
 def test_what_is_in_use_is_not_overwritten(cli, tmp_path):
     (tmp_path / "cells").mkdir()
     (tmp_path / "latency.json").write_text("{}", encoding="utf-8")
-    with locked(tmp_path):
+    with FileLock(tmp_path / LOCK):  # as another process would
         outcome = cli("compare", "--methods", "magnitude", "--out", tmp_path, "--overwrite", *TINY)
     assert outcome.code == 4 and "in use" in outcome.err
     assert (tmp_path / "latency.json").is_file() and (tmp_path / "cells").is_dir()

@@ -27,7 +27,7 @@ def fuzz() -> Iterator[Fuzz]:
 def test_random_jobs_are_right_or_refused(fuzz: Fuzz) -> None:
     for number in range(150):
         fuzz.job(random.Random(f"few/{number}"))
-    assert len({name.split()[0] for name in fuzz.counts}) == 4  # of every kind
+    assert len({name.split()[0] for name in fuzz.counts}) == 6  # of every kind
 
 
 def test_no_wrong_number_is_taken(fuzz: Fuzz) -> None:

@@ -231,6 +231,7 @@ def test_measures_are_named_by_their_metric():
 KNOWN_NAMES = {
     ("compressor/recipe.py", "uvit-digits"): "the model of a recipe that names none",
     ("compressor/recipe.py", "sparsedm"): "the method of a recipe that names none",
+    ("compressor/data/outsized.py", "depth"): "a setting of models in configurations, which is no pruner",
     ("compressor/environment.py", "diffusers"): "the library, whose version a report has",
 }
 

@@ -92,6 +92,14 @@ def test_drawing_processes_run_no_file_of_the_working_folder_either(monkeypatch)
 # --- What is told to stop. ---
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """SIGHUP as a terminal's process has it, also where the tests were started by nohup: children inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def heard(events, numbers=(signal.SIGINT, *processes.TERMINATING)):
     with pytest.raises(processes.Interrupted) as info:
         processes.drive(events, lambda event: None, numbers)

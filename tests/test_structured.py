@@ -379,8 +379,14 @@ def test_scores_do_not_depend_on_dropout_and_leave_statistics_alone(adapter, sam
 @pytest.mark.parametrize("score", ["magnitude", "taylor", "diff-pruning", "diff-pruning-released"])
 def test_numbers_that_are_not_finite_are_refused(score, model, adapter, samples):
     model[0].weight.data[3] = float("nan")
-    with pytest.raises(CompressorError, match=r"scores of 0\.weight are not finite"):
+    with pytest.raises(CompressorError, match=r"0\.weight holds NaN or infinity"):
         compressor.prune(model, Structured(density=0.5, score=score), adapter=adapter, data=samples, steps=0)
+
+
+def test_scores_that_are_not_finite_are_refused(model, adapter, samples):
+    model[0].weight.data[3] = 3e38  # it is finite, but its square is not
+    with pytest.raises(CompressorError, match=r"scores of 0\.weight are not finite"):
+        compressor.prune(model, Structured(density=0.5, score="magnitude"), adapter=adapter, data=samples, steps=0)
 
 
 def test_frozen_layers_and_those_that_are_no_targets_keep_their_outputs(adapter, samples):
