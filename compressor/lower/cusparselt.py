@@ -22,8 +22,8 @@ from compressor.errors import CompressorError
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
-from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product
-from compressor.sparsity.codes import LARGEST, quantised
+from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product, products_of
+from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM
 
 _PATTERN = NM(2, 4)
@@ -245,10 +245,7 @@ class CuSparseLtQuantised(CuSparseLt):
     _multiple = 32
 
     def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in LARGEST:
-            raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
-        self.dtype = dtype
-        self.products = "int8" if dtype == torch.int8 else "fp8"
+        self.dtype, self.products = dtype, products_of(dtype)
         self.name = f"cusparselt-{self.products}"
 
     def unavailable(self, device: torch.device) -> str | None:

@@ -55,8 +55,12 @@ class QuantisedLinear(nn.Module):
         if self.scale.dtype != torch.float32:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
         codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.dtype)
-        out: Tensor = self.rescale(self.product(codes), scale, self.scale, self.bias, x.dtype)
-        return out.reshape(*x.shape[:-1], self.out)
+        return self.scaled(codes, scale, x.dtype).reshape(*x.shape[:-1], self.out)
+
+    def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product with both scales and the bias: codes (tokens, in) with `scale` (tokens, 1) -> (tokens, out) in `dtype`."""
+        out: Tensor = self.rescale(self.product(codes), scale, self.scale, self.bias, dtype)
+        return out
 
 
 class Conv1x1(nn.Module):
@@ -137,14 +141,11 @@ class _Dense(QuantisedLinear):
 
 
 class _DenseFp8(_Dense):
-    def forward(self, x: Tensor) -> Tensor:
-        refuse_gradients(x)
-        if self.scale.dtype != torch.float32 or (self.bias is not None and self.bias.dtype != x.dtype):
+    def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.bias is not None and self.bias.dtype != dtype:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
-        rows = x.reshape(-1, x.shape[-1])
-        if not rows.shape[0]:
-            return x.new_empty((*x.shape[:-1], self.out))
-        codes, scale = self.quantise(rows, self.dtype)
+        if not codes.shape[0]:
+            return codes.new_empty((0, self.out), dtype=dtype)
         out = torch._scaled_mm(
             codes,
             self.codes.view(self.dtype).t(),
@@ -154,7 +155,14 @@ class _DenseFp8(_Dense):
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return out.to(x.dtype).reshape(*x.shape[:-1], self.out)
+        return out.to(dtype)
+
+
+def products_of(dtype: torch.dtype) -> str:
+    """How 8-bit products of `dtype` are called: int8 or fp8. Raises CompressorError where there are none."""
+    if dtype not in LARGEST:
+        raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
+    return "int8" if dtype == torch.int8 else "fp8"
 
 
 class DenseQuantised(Backend):
@@ -165,10 +173,7 @@ class DenseQuantised(Backend):
     _multiple = 16
 
     def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in LARGEST:
-            raise CompressorError(f"no 8-bit products in {dtype}", "It is torch.int8 or torch.float8_e4m3fn.")
-        self.dtype = dtype
-        self.products = "int8" if dtype == torch.int8 else "fp8"
+        self.dtype, self.products = dtype, products_of(dtype)
         self.name = f"dense-{self.products}"
 
     def unavailable(self, device: torch.device) -> str | None:
