@@ -132,6 +132,11 @@ class Adapter(ABC):
         is none."""
         return None
 
+    def fitted(self, shape: tuple[int, int, int], classes: int) -> Mapping[str, Any]:
+        """The settings of `architecture` with which a new model of this family takes images of `shape` (channels, height, width)
+        with so many `classes` (0: no labels), for training from scratch. Default: none, the model is as it is."""
+        return {}
+
     @abstractmethod
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         """(inputs, target) for one batch of data, on the CPU. All randomness comes from `rng`, a CPU generator.

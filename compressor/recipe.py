@@ -27,7 +27,8 @@ _MAX_VALUES = 2000
 
 
 class Recipe(BaseModel):
-    """One run. `settings` are the method's own; `pattern`, `targets` and `ignore` are None where the default holds."""
+    """One run. `settings` are the method's own; `pattern`, `targets` and `ignore` are None where the default holds. With
+    `from_scratch` the model has random weights at the start, drawn from `train.seed`, and fits the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -52,6 +53,7 @@ class Recipe(BaseModel):
     record: Record = Record()
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     lower: bool = False
+    from_scratch: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -193,19 +195,22 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LATER: Mapping[str, tuple[str, ...]] = {
-    "": ("pipeline", "part", "prompts", "records", "record"),
+    "": ("pipeline", "part", "prompts", "records", "record", "from_scratch"),
     "evaluate": ("scores",),
     "train": ("mode", "lora", "gradient_checkpointing"),
 }
 """Settings that came after the first recipes were hashed, by section."""
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """The settings that make a run what it is, as JSON. Settings of later versions are left out where they have their default, so
-    that the runs of earlier ones are still known; so is the budget, which has done its work: it is in the number of samples."""
-    found = recipe.model_dump(mode="json", exclude={"evaluate": {"budget"}})
+def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:
+    """The settings that make a run's model what it is, as JSON: all but how it is evaluated, which may change (`evaluated`: that too,
+    as earlier versions had it, less the budget, which has done its work). Settings of later versions are left out where they have
+    their default, so that the runs of earlier ones are still known."""
+    found = recipe.model_dump(mode="json", exclude={"evaluate": {"budget"} if evaluated else True})
     default = Recipe().model_dump(mode="json")
     for section, names in _LATER.items():
+        if section not in ("", *found):
+            continue
         own, usual = (found, default) if not section else (found[section], default[section])
         for name in names:
             if own[name] == usual[name]:

@@ -10,6 +10,7 @@ import click
 from compressor import __version__
 from compressor.cli.check_plugin import check_plugin
 from compressor.cli.compare import compare
+from compressor.cli.evaluate import evaluate
 from compressor.cli.export import export
 from compressor.cli.inspect import inspect
 from compressor.cli.list import list_plugins
@@ -22,6 +23,7 @@ from compressor.cli.run import resume, run
 from compressor.cli.sample import sample
 from compressor.cli.streams import flushed, settle
 from compressor.cli.terminal import complain, say
+from compressor.cli.train import train
 from compressor.errors import CompressorError, UsageError, did_you_mean
 
 
@@ -45,11 +47,13 @@ def app() -> None:
 
 for _command in (
     run,
+    train,
     record,
     plan,
     check_plugin,
     compare,
     resume,
+    evaluate,
     report,
     lower,
     bench,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressor.cli.command import Command
+from compressor.cli.evaluate import again, evaluation, settings_with
 from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
@@ -39,21 +42,56 @@ def run(
 
     Without options: the bundled U-ViT, 2:4, SparseDM, on bundled images, in a few minutes on a CPU.
     """
-    if resumes:
-        if out is None:
-            raise UsageError("--resume needs the run's directory", "Give it with --out DIR.")
-        if config or assignments or overwrite or settings:
-            raise UsageError("--resume takes the settings of the run", "Give it with --out alone.")
-        _continue(out, output)
+    if resumes and _resumed(output, config, settings, assignments, out, overwrite):
         return
+    begin(output, config, settings, assignments, out, overwrite)
+
+
+def _resumed(
+    output: Output,
+    config: Path | None,
+    settings: dict[str, Any],
+    assignments: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+) -> bool:
+    """Continue the run in `out`; False where settings are given and none has begun there: then it is to be started.
+
+    So the same command can be given again, by a queue that starts jobs anew.
+    """
+    from compressor.runs.directory import RECIPE, refuse_other_settings
+
+    if out is None:
+        raise UsageError("--resume needs the run's directory", "Give it with --out DIR.")
+    if overwrite:
+        raise UsageError("--resume and --overwrite contradict each other", "Give one of them.")
+    given = bool(config or assignments or settings)
+    begun = (out / RECIPE).is_file()
+    if given and begun:
+        refuse_other_settings(out, resolved_recipe(config, settings, assignments))
+    if begun or not given:
+        _continue(out, output)
+    return begun or not given
+
+
+def begin(
+    output: Output,
+    config: Path | None,
+    settings: dict[str, Any],
+    assignments: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    name: str | None = None,
+) -> None:
+    """Start the run that the options say. Where no `out` is given, its directory is called by its model and `name` (its method)."""
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
 
     recipe = resolved_recipe(config, settings, assignments)
-    method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
-    out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{method}")
+    name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
+    out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{name}")
     refuse_busy_directory(out)
     refuse_used_directory(out, overwrite)
     refuse_full_disk(recipe, out)
@@ -68,13 +106,17 @@ def run(
 
 @click.command(cls=Command)
 @run_argument
-def resume(output: Output, directory: Path) -> None:
+@click.option(
+    "--set", "assignments", multiple=True, metavar="evaluate.KEY=VALUE", help="Evaluate otherwise than the run says."
+)
+def resume(output: Output, directory: Path, assignments: tuple[str, ...]) -> None:
     """Continue an interrupted run, to the same result as if it had not been interrupted."""
-    _continue(directory, output)
-
-
-def _continue(out: Path, output: Output) -> None:
     from compressor import recipe as recipes
+
+    _continue(directory, output, evaluation(recipes.merged(*map(recipes.assignment, assignments))))
+
+
+def _continue(out: Path, output: Output, evaluate: Mapping[str, Any] = MappingProxyType({})) -> None:
     from compressor.runs.directory import refuse_unbegun
     from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
@@ -83,7 +125,10 @@ def _continue(out: Path, output: Output) -> None:
     if not out.is_dir():
         raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     was_reported = (out / "report.html").is_file()
-    if (reason := unfinished(out)) is None:
+    if (reason := unfinished(out)) is None and evaluate:
+        again(out, evaluate, output)
+        return
+    if reason is None:
         settle(out)
         if not output.quiet:
             say(f"{out} is finished", err=True)
@@ -91,7 +136,7 @@ def _continue(out: Path, output: Output) -> None:
         refuse_unbegun(out)
         if was_reported:
             say(f"{out} has a report, but is not finished: {reason}", err=True)
-        inputs = watch(prepared(resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))), output.quiet)
+        inputs = watch(prepared(resolve(settings_with(out, evaluate)[1], str(out / "recipe.yaml"))), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)
     show_report(out, output.as_json)

@@ -105,12 +105,16 @@ def images_sha256(dtype: torch.dtype, shape: Sequence[int], stored: Iterable[Ten
 
 @dataclass(frozen=True, eq=False)
 class Images(ImageSet):
-    """Images in memory: `pixels` (n, channels, height, width), uint8 or, for latents, float; `labels` (n,) or None."""
+    """Images in memory: `pixels` (n, channels, height, width), uint8 or, for latents, float; `labels` (n,) or None.
+
+    `held_out` are images of the same kind that nothing is trained on, where there are such.
+    """
 
     name: str
     pixels: Tensor
     labels: Tensor | None = None
     skipped: int = 0
+    held_out: Images | None = None
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
@@ -124,12 +128,17 @@ class Images(ImageSet):
     def latent(self) -> bool:
         return self.pixels.dtype != torch.uint8
 
+    @property
+    def unseen(self) -> Images:
+        return self if self.held_out is None else self.held_out
+
     def stored(self, indices: Tensor) -> Tensor:
         return self.pixels[indices]
 
     @property
     def sha256(self) -> str:
-        return images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
+        own = images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
+        return own if self.held_out is None else hashlib.sha256(f"{own} {self.held_out.sha256}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

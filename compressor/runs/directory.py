@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from compressor import files
+from compressor import recipe as recipes
 from compressor.errors import CompressorError, UsageError
+from compressor.recipe import Recipe
 
 NO_PIPELINE = "pipeline.txt"
 """Why there is no `pipeline/`, where a model of the family has one."""
@@ -61,6 +64,35 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} is not empty: it has {listing}", hint)
     if foreign:
         raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+
+
+def refuse_other_settings(out: Path, recipe: Recipe) -> None:
+    """Raise UsageError where the run in `out` has other settings than `recipe`, but for those that a run finds out itself."""
+    there = recipes.read(out / RECIPE)
+    here = recipe.model_dump(mode="json")
+    here["architecture"] = {name: value for name, value in here["architecture"].items() if value is not None}
+    del here["evaluate"]["budget"]  # it is in the number of samples
+    if recipe.pipeline is not None:
+        del here["model"]
+    for name, value in _leaves(here):
+        found: Any = there
+        for part in name:
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if value is not None and found != value:
+            setting = ".".join(name)
+            raise UsageError(
+                f"{out} has a run with other settings: {setting} is {found} there, not {value}",
+                "Give the same settings, another --out, or --overwrite instead of --resume.",
+            )
+
+
+def _leaves(settings: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of all settings that are no sections."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*at, name))
+        elif not isinstance(value, Mapping):
+            yield (*at, name), value
 
 
 def refuse_unbegun(out: Path) -> None:

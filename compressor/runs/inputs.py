@@ -23,9 +23,7 @@ from compressor.adapter import Adapter, Sampling, to_device
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
-from compressor.data.reading import read_data
 from compressor.data.sets import ImageSet, Records, SampleSet
-from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.progress import Progress, result_of
@@ -36,13 +34,14 @@ from compressor.recipe import Recipe
 from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs import captioned as captioning
 from compressor.runs import piped as piping
+from compressor.runs import start
 from compressor.runs.piped import Piped
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise
-from compressor.weights import bare, in_float32, weights_sha256
+from compressor.weights import in_float32, weights_sha256
 
 _OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
 
@@ -106,9 +105,9 @@ class Inputs:
         untrained = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"steps": 0})})
         return replace(self, recipe=untrained).fine_tuning().finish()
 
-    def identity(self) -> dict[str, str]:
-        """The hashes that a resumed run must find again."""
-        text = json.dumps(recipes.identity(self.recipe), sort_keys=True)
+    def identity(self, evaluated: bool = False) -> dict[str, str]:
+        """The hashes that a resumed run must find again; `evaluated`: as earlier versions made them (`recipe.identity`)."""
+        text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
         source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
         return {
@@ -123,7 +122,9 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
 
     Who gives a metric's weights means that metric, where none is named. Raises UsageError for anything unknown.
     """
+    settings = {**start.model_of(recipes.merged(settings).get("weights")), **settings}
     early = validation.validated(Recipe, recipes.merged(settings), where)
+    start.refuse_unasked(early, "model" in settings)
     weights = None if early.weights is None or _on_the_hub(early.weights) else early.weights
     paths = {"weights": weights, "pruner": early.pruner, "vae": early.vae}
     paths["inception_weights"] = early.evaluate.inception_weights
@@ -152,7 +153,7 @@ def adapter_of(recipe: Recipe) -> Adapter:
     recipe = captioning.as_model(recipe) if captioning.is_captioned(recipe) else recipe
     settings = recipe.evaluate
     wanted = Sampling(settings.sampler, settings.spacing, settings.guidance)
-    return registry.adapter(recipe.model).opened(recipe.weights, recipe.architecture).sampling(wanted)
+    return start.opened(recipe).sampling(wanted)
 
 
 def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
@@ -160,6 +161,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     if recipe.pipeline is None:
         return load_inputs(recipe)
     pruner = _pruner(recipe)
+    start.refuse_scratch(recipe, pruner)
     if captioning.is_captioned(recipe):
         adapter, model, told = yield from captioning.captioned(recipe, adapter_of(recipe))
         recipe = recipe.model_copy(update={"model": adapter.name})
@@ -181,24 +183,24 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     if recipe.pipeline is not None:
         return result_of(prepared(recipe))
-    adapter = adapter_of(recipe)
     pruner = _pruner(recipe)
+    start.refuse_scratch(recipe, pruner)
     if recipe.data is None:
         raise UsageError(
             f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
         )
     metric = _metric(recipe.evaluate)
     resolve_device(recipe.train.device)
-    model = bare(adapter.load(recipe.weights))
+    adapter = adapter_of(start.guessed(recipe))
+    model = None if recipe.from_scratch else start.started(recipe, adapter)
     autoencoder = Autoencoder(recipe.vae, resolve_device(recipe.train.device)) if recipe.vae is not None else None
-    pictures = (
-        registry.images(recipe.data)
-        if recipe.data in registry.names("data")
-        else _read(adapter, recipe.data, recipe.loading, autoencoder)
-    )
-    data = pictures
+    data = pictures = start.pictures(recipe, recipe.data, adapter, autoencoder)
     if autoencoder is not None and isinstance(pictures, ImageSet) and not pictures.latent:
         data = autoencoder.encoded(pictures)
+    if model is None:
+        recipe = start.fitted(recipe, data)
+        adapter = adapter_of(recipe)
+        model = start.started(recipe, adapter)
     _check_shapes(adapter, data, recipe.loading.size)
     adapter = _asked(adapter, in_float32(model), data)
     if recipe.evaluate.samples and adapter.unsampled:
@@ -304,27 +306,6 @@ def _taking(settings: Evaluation) -> list[str]:
 def _on_the_hub(name: str) -> bool:
     """Whether `name` can only be one of the Hugging Face hub: owner/name, and no file or folder."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
-
-
-def _read(adapter: Adapter, source: str, loading: Loading, autoencoder: Autoencoder | None) -> SampleSet:
-    """The data at `source`; pictures are brought to the size that the model takes, or `loading.size` where it takes any.
-
-    With an `autoencoder`, that is the size of which it makes latents that the model takes.
-    """
-    shape = adapter.image_shape
-    if autoencoder is not None and shape is not None:
-        shape = autoencoder.picture_shape(shape)
-    if loading.size is not None:
-        wanted = (shape[0] if shape is not None else 3, loading.size, loading.size)
-        if shape is not None and shape != wanted:
-            raise UsageError(
-                f"loading.size: {adapter.name} takes images {shape}, not {wanted}",
-                "Leave loading.size out, or choose another model.",
-            )
-        shape = wanted
-    return read_data(
-        source, shape, workers=loading.workers, skip_damaged=loading.skip_damaged, cache_mb=loading.cache_mb
-    )
 
 
 @torch.no_grad()

@@ -18,12 +18,11 @@ from compressor.errors import CompressorError
 from compressor.progress import Progress, duration
 from compressor.quality.evaluate import can_sample
 from compressor.quality.settings import Evaluation
+from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs.inputs import Inputs
 from compressor.seeds import generator
 from compressor.weights import in_float32
 
-ROWS = 3
-"""Dense, one-shot, fine-tuned."""
 _FIRST, _LAST = 2, 8  # the steps of fine-tuning that are timed: the first ones are slower
 _LONG = 2.0  # seconds; a probe that would take longer is made smaller, and its time scaled
 _SMALL = 4  # samples
@@ -85,7 +84,7 @@ def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
     device = resolve_device(recipe.train.device)
     home = next(inputs.model.parameters()).device
     model = in_float32(inputs.model).to(device).eval()
-    names = ("dense", "one-shot", inputs.method)
+    names = _rows(inputs)
     seconds: dict[str, float] = {}
     if can_sample(adapter) and settings.drawn:
         row = sampling_seconds(adapter, model, settings)
@@ -95,7 +94,7 @@ def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
             example = to_device(adapter.example_inputs(settings.latency_batch), device)
             adapter.predict(model, example)
             forward = _timed(lambda: adapter.predict(model, example), device)
-            seconds["latency"] = ROWS * (settings.latency_rounds + WARM_UP) * forward
+            seconds["latency"] = len(names) * (settings.latency_rounds + WARM_UP) * forward
     inputs.model.to(home)  # training needs the memory of the device for itself
     return seconds
 
@@ -134,6 +133,11 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def _rows(inputs: Inputs) -> tuple[str, ...]:
+    """The rows that the report will have."""
+    return (inputs.method,) if inputs.recipe.from_scratch else (DENSE, ONE_SHOT, inputs.method)
+
+
 def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
     """What the run will take, in all and by phase, and what was chosen for it."""
     settings = inputs.recipe.evaluate
@@ -141,7 +145,7 @@ def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
     phases = {
         "so far": gone,
         f"fine-tuning ({inputs.recipe.train.steps:,} steps)": expected.get("fine-tune", 0.0),
-        f"sampling ({ROWS} rows of {settings.drawn:,} in {settings.sampler_steps} steps)": sampling,
+        f"sampling ({len(_rows(inputs))} rows of {settings.drawn:,} in {settings.sampler_steps} steps)": sampling,
         "latency": expected.get("latency", 0.0),
     }
     parts = [f"{name} {duration(value)}" for name, value in phases.items() if value >= _SILENT]

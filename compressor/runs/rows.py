@@ -40,11 +40,13 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
     for model in (inputs.model, bare.model, final):
         model.to(judge.device).eval()
     trained = TrainSummary(steps=run["train"]["steps"], seconds=round(run["train"]["seconds"], 3))
-    variants = (
-        Variant(DENSE, inputs.model, inputs.weights_sha256),
-        Variant(ONE_SHOT, bare.model, weights_sha256(bare.model), bare.patterns),
-        Variant(inputs.method, final, config.weights_sha256, config.patterns, trained),
-    )
+    variants: tuple[Variant, ...] = (Variant(inputs.method, final, config.weights_sha256, config.patterns, trained),)
+    if not inputs.recipe.from_scratch:  # what is random is held against nothing
+        variants = (
+            Variant(DENSE, inputs.model, inputs.weights_sha256),
+            Variant(ONE_SHOT, bare.model, weights_sha256(bare.model), bare.patterns),
+            *variants,
+        )
     rows = yield from _judged(judge, variants, out / "samples")
     layers = layer_rows(bare.layers, config.patterns, final, run["train"]["flipped"])
     report = _report(inputs, here, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from compressor.discovery import is_file_reference
 from compressor.errors import CompressorError, ReshapedError
 from compressor.processes import Interrupted
 from compressor.progress import Progress
-from compressor.report import render
+from compressor.recipe import Recipe
+from compressor.report import read_report, render
 from compressor.runs import facts as run_facts
 from compressor.runs import finish, one_shot, space
-from compressor.runs.directory import NO_PIPELINE, RECIPE, clear, locked, refuse_used_directory
+from compressor.runs.directory import NO_PIPELINE, RECIPE, clear, locked, refuse_used_directory, resume_command
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
 from compressor.runs.paired import PairedJudge
@@ -55,16 +56,38 @@ def execute(
 def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, None]:
     with locked(out):
         final = yield from train(inputs, out, resume=resume, overwrite=overwrite)
-        finished = yield from build_report(inputs, out, final)
-        if inputs.recipe.lower:
-            benched = yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
-            if inputs.piped is not None and inputs.recipe.evaluate.latency_rounds:
-                judge = PairedJudge(inputs, inputs.piped)
-                yield from judge.whole_lowered(finished.reported(benched.report), benched.plan)
-        render(out)
-        finish.refuse_lost(out)
-        yield Progress("report", 1, 1)
-        finish.clean(out)
+        yield from _reported(inputs, out, final, inputs.recipe.lower)
+
+
+def judge_again(inputs: Inputs, out: Path, before: Recipe) -> Generator[Progress, None, None]:
+    """Make the report of the finished run in `out` anew, as `inputs` say how to evaluate; `before` is its recipe until now.
+
+    Raises CompressorError where anything but that is another, or the run is not finished. What was benched is benched again.
+    """
+    with files.enough(out), locked(out):
+        if not _is_whole(out / "model"):
+            raise CompressorError(f"{out}: no whole model/", f"Finish the run first: {resume_command(out)}")
+        facts = run_facts.read(out)
+        kept = replace(inputs, recipe=inputs.recipe.model_copy(update={"evaluate": before.evaluate}))
+        run_facts.refuse_other(facts, kept, out)
+        benched = (out / "report.json").is_file() and read_report(out / "report.json").lowering is not None
+        yield from _reported(inputs, out, None, inputs.recipe.lower or benched)
+        run_facts.write(out, {**facts, **inputs.identity()})
+        files.write_text(out / RECIPE, recipes.dump(inputs.recipe))
+
+
+def _reported(inputs: Inputs, out: Path, final: nn.Module | None, lowers: bool) -> Generator[Progress, None, None]:
+    """Evaluate what is in `out`, or `final`, which is that, and write its report. The caller holds the directory."""
+    finished = yield from build_report(inputs, out, final)
+    if lowers:
+        benched = yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
+        if inputs.piped is not None and inputs.recipe.evaluate.latency_rounds:
+            judge = PairedJudge(inputs, inputs.piped)
+            yield from judge.whole_lowered(finished.reported(benched.report), benched.plan)
+    render(out)
+    finish.refuse_lost(out)
+    yield Progress("report", 1, 1)
+    finish.clean(out)
 
 
 def train(
@@ -82,8 +105,9 @@ def train(
         clear(out)
         facts = run_facts.facts_of(inputs)
         run_facts.write(out, facts)
-    if not (out / RECIPE).is_file():  # last: with it, a run has begun
-        files.write_text(out / RECIPE, recipes.dump(inputs.recipe))
+    text = recipes.dump(inputs.recipe)
+    if not (out / RECIPE).is_file() or (out / RECIPE).read_text(encoding="utf-8") != text:
+        files.write_text(out / RECIPE, text)  # last: with it, a run has begun; later, it may be evaluated otherwise
     if "train" in facts and _is_whole(out / "model"):
         there = (out / "pipeline").is_dir() or (out / NO_PIPELINE).is_file()
         if inputs.adapter.writes_pipeline and not there:

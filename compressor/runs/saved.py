@@ -17,9 +17,10 @@ from compressor.errors import CompressorError
 from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
+from compressor.runs import start
 from compressor.runs.captioned import as_model, is_captioned
 from compressor.runs.inputs import adapter_of, load_inputs, resolve
-from compressor.weights import bare, weights_sha256
+from compressor.weights import weights_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ def finished(out: Path) -> Finished:
     adapter, dense = source(settings)
     device = resolve_device(settings.train.device)
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
+    if settings.from_scratch:  # nothing stood at its start
+        dense = copy.deepcopy(sparse)
     dense = dense.to(device)
     saved = saving.read_config(out / "model")
     if saved.model is not None and not _of_calls(settings):
@@ -78,8 +81,7 @@ def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
         inputs = load_inputs(recipe)
         return inputs.adapter, inputs.model.eval()
     adapter = adapter_of(recipe)
-    weights = as_model(recipe).weights if is_captioned(recipe) else recipe.weights
-    return adapter, bare(adapter.load(weights)).eval()
+    return adapter, start.started(as_model(recipe) if is_captioned(recipe) else recipe, adapter).eval()
 
 
 def saved_adapter(path: Path) -> Adapter:

@@ -36,6 +36,15 @@ DIGITS_CONFIG: dict[str, Any] = {
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
+_NEW_CONFIG: dict[str, Any] = {
+    "_class_name": "UNet2DModel",
+    "layers_per_block": 2,
+    "block_out_channels": [64, 128, 128],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 32,
+}
+"""For `compressor train`: about 5 million weights."""
 SCHEDULER: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
@@ -67,6 +76,7 @@ def ddpm() -> DiffusersAdapter:
             "weights": "Give --weights: a DDPMPipeline's folder, or a name on the hub such as google/ddpm-cifar10-32.",
             "licence": "that of the weights (google/ddpm-*: Apache-2.0)",
         },
+        new_config=_NEW_CONFIG,
     )
 
 

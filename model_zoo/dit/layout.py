@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError
-from compressor.model_zoo.generic.adapter import Layout
+from compressor.model_zoo.generic.layout import Layout
 from compressor.weights import plain_state
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}

@@ -47,6 +47,9 @@ _SMALL = {
     "num_embeds_ada_norm": 4,
 }
 
+# For `compressor train`: DiT-S's proportions, smaller, of about 6 million weights.
+_NEW = {**_xl2(32), "num_attention_heads": 4, "attention_head_dim": 48, "num_layers": 8}
+
 
 def _adapter(name: str, config: dict[str, Any], data: str, weights: str) -> DiffusersAdapter:
     return DiffusersAdapter(
@@ -65,6 +68,7 @@ def _adapter(name: str, config: dict[str, Any], data: str, weights: str) -> Diff
         layout=Authors(),
         family="DiT",
         small_config=_SMALL if config else {},
+        new_config={} if config else _NEW,
     )
 
 

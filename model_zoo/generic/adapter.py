@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,51 +19,13 @@ from compressor.model_zoo.generic import pretrained, shapes
 from compressor.model_zoo.generic.arguments import called, example, marked, noisy_name
 from compressor.model_zoo.generic.conditions import conditions
 from compressor.model_zoo.generic.conventions import CONVENTIONS, HOW_TO_RECORD, Convention, convention
+from compressor.model_zoo.generic.layout import Layout
 from compressor.model_zoo.generic.noise import Noise, flow
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
 from compressor.sparsity.surgery import surgery_of
 from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights, variant_of
-
-
-class Layout(ABC):
-    """What a family has of its own beside diffusers: weight files by other names, and what its models need once built."""
-
-    own: tuple[str, ...] = ()
-    """Settings that a configuration of the family may have, and diffusers' class has not; `prepare` carries them out."""
-
-    @abstractmethod
-    def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether `state` has the family's own names."""
-
-    @abstractmethod
-    def configuration(
-        self, state: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The configuration of the model that `state` is of; only its names and shapes are looked at.
-
-        `config` is what is known without the file, empty where nothing is; `given` has the user's own settings.
-        """
-
-    @abstractmethod
-    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` by diffusers' names."""
-
-    @abstractmethod
-    def prepare(self, model: nn.Module, config: Mapping[str, Any], trained: bool) -> None:
-        """Change a model in place before it is used: one with weights from a folder (`trained`), or a newly built one."""
-
-    @abstractmethod
-    def is_plain(self, config: Mapping[str, Any]) -> bool:
-        """Whether diffusers' class of `config` is the very network, without `prepare`."""
-
-    why_not_plain: str = ""
-    """What users are told beside the file that is written where it is not."""
-
-    @abstractmethod
-    def original(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state of `model` by the family's own names, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +54,7 @@ class DiffusersAdapter(Adapter):
     writes_reshaped: bool = True
     family: str = ""
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
+    new_config: Mapping[str, Any] = field(default_factory=dict)  # of a model to be trained from scratch, less its size
     example: Mapping[str, Any] | None = None  # what inputs look like (`shapes.of`), where a batch has told it
 
     # --- The model. ---
@@ -140,6 +102,9 @@ class DiffusersAdapter(Adapter):
         ):
             raise CompressorError(f"{self.name}: its saved architecture is damaged", "Use another copy.")
         return replace(self, config=config, scheduler=scheduler, example=example)
+
+    def fitted(self, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+        return shapes.fitted(self.new_config, shape, classes)
 
     def small(self) -> DiffusersAdapter | None:
         return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None

@@ -73,3 +73,15 @@ def _made(one: Mapping[str, Any], batch_size: int) -> Tensor:
     else:
         sample = torch.full(one["shape"], dtype == torch.bool, dtype=dtype)
     return sample if one["shared"] else sample.expand(batch_size, *sample.shape).clone()
+
+
+def fitted(config: Mapping[str, Any], shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+    """`config` of a new UNet2DModel or DiTTransformer2DModel with the sizes that images of `shape` (channels, height, width) with so
+    many `classes` ask for; nothing where there is none. A DiT answers with a variance for each value too, as its authors' do."""
+    if not config:
+        return {}
+    channels, height, width = shape
+    own = {**config, "sample_size": height if height == width else [height, width], "in_channels": channels}
+    if config["_class_name"] == "DiTTransformer2DModel":
+        return {**own, "out_channels": 2 * channels, "num_embeds_ada_norm": classes}
+    return {**own, "out_channels": channels, "num_class_embeds": classes or None}

@@ -42,6 +42,7 @@ class UViTAdapter(Adapter):
     how: Sampling = Sampling("dpm-solver++")
     times: Times = ContinuousTimes()
     changed: Mapping[str, Any] = field(default_factory=dict)
+    sized: bool = True  # whether the name says what size of images it is for
     family: str = "U-ViT"
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
@@ -66,6 +67,15 @@ class UViTAdapter(Adapter):
             return self
         config = checked(self.config, settings)
         return replace(self, config=config, changed={**self.changed, **settings})
+
+    def fitted(self, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+        """As in Adapter; where the name says no size, patches give about 16 tokens a side, as in the published sizes."""
+        if self.sized:
+            return {}
+        channels, height, _ = shape
+        patch = next(size for size in range(max(1, height // 16), 0, -1) if height % size == 0)
+        labels = classes + self.null_class if classes else -1
+        return {"img_size": height, "patch_size": patch, "in_chans": channels, "num_classes": labels}
 
     def small(self) -> UViTAdapter | None:
         return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
@@ -131,7 +141,7 @@ class UViTAdapter(Adapter):
     @property
     def null_label(self) -> int | None:
         """The empty class of classifier-free guidance."""
-        return self.num_classes if self.null_class else None
+        return self.num_classes if self.null_class and self.num_classes else None
 
     @property
     def latent(self) -> bool:

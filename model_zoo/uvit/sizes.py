@@ -44,6 +44,24 @@ def _published(name: str, data: str, size: dict[str, int], guidance: float | Non
     )
 
 
+def uvit() -> UViTAdapter:
+    """A U-ViT of one's own size: train it (`compressor train`), or give --weights of one that was trained so."""
+    return UViTAdapter(
+        {"img_size": 32, "patch_size": 2, "in_chans": 3, "embed_dim": 256, "depth": 6, "num_heads": 8},
+        "uvit",
+        defaults={"train": {"steps": 20_000, "warmup": 500, "ema": 0.9995}, "checkpoint_every": 500},
+        about={
+            "size": "6M unless `architecture` says another",
+            "source": "Bao et al. 2023, All are Worth Words",
+            "data": "yours",
+            "weights": "Train a model: compressor train --model uvit --data FOLDER; then give --weights RUN.",
+            "licence": "MIT (the authors' code)",
+        },
+        null_class=True,
+        sized=False,
+    )
+
+
 def cifar10() -> UViTAdapter:
     """U-ViT-S/2 for CIFAR-10, 32x32 pixels."""
     return _published("uvit-cifar10", "CIFAR-10, 32x32", _SMALL, img_size=32, patch_size=2)

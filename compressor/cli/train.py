@@ -1,0 +1,46 @@
+"""`compressor train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compressor.cli.command import Command
+from compressor.cli.options import budget_options, options, setting, training_options
+from compressor.cli.run import begin
+from compressor.cli.terminal import Output
+
+
+@click.command(cls=Command)
+@options(
+    click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML)."),
+    setting(
+        "--model",
+        metavar="NAME",
+        help="uvit, ddpm or dit, which take the size of the data; any other of `compressor list models`.",
+    ),
+    setting(
+        "--data", metavar="PATH|NAME", help="A folder of pictures, CIFAR, .npz, … (docs/data.md), or a bundled set."
+    ),
+    setting("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures."),
+    training_options,
+    budget_options,
+    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-trained."),
+    click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
+)
+def train(
+    output: Output,
+    config: Path | None,
+    settings: dict[str, Any],
+    assignments: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Train a dense model from random weights, to be pruned then.
+
+    Its size: --set architecture.embed_dim=256 and the like; docs/training.md. Prune it with `compressor run --weights DIR`.
+    """
+    dense = {"from_scratch": True, "method": "dense-continued"}
+    begin(output, config, {**settings, **dense}, assignments, out, overwrite, "trained")

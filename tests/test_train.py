@@ -1,0 +1,206 @@
+"""Dense models from random weights, runs that start from them, and runs that are judged again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from compressor import recipe, saving
+from compressor.errors import CompressorError
+from compressor.model_zoo.pictures import GROUPS, images
+from compressor.model_zoo.pictures.make import Emoji
+from compressor.runs import inputs, start
+
+QUICK = "train.batch_size=4 train.warmup=0 evaluate.samples=0 evaluate.latency_rounds=0".split()
+SMALL = {
+    "uvit": ["architecture.embed_dim=16", "architecture.depth=2", "architecture.num_heads=2"],
+    "ddpm": [
+        "architecture.block_out_channels=[8, 16]", "architecture.norm_num_groups=4", "architecture.layers_per_block=1",
+        "architecture.down_block_types=[DownBlock2D, AttnDownBlock2D]", "architecture.attention_head_dim=8",
+        "architecture.up_block_types=[AttnUpBlock2D, UpBlock2D]",
+    ],
+    "dit": ["architecture.num_attention_heads=2", "architecture.attention_head_dim=8", "architecture.num_layers=2"],
+}  # fmt: skip
+
+
+def options(*settings):
+    return [part for one in (*QUICK, *settings) for part in ("--set", one)]
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Twelve pictures of 16x16 in colour, with three classes."""
+    path = tmp_path_factory.mktemp("colours") / "colours.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, images=rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8), labels=np.arange(12) % 3)
+    return path
+
+
+@pytest.fixture(scope="module", params=sorted(SMALL))
+def trained(request, tmp_path_factory, cli, colours):
+    """A small model of each family, trained for three steps; (its name, its run)."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    done = cli(
+        "train",
+        "--model",
+        request.param,
+        "--data",
+        colours,
+        "--steps",
+        "3",
+        "--out",
+        out,
+        *options(*SMALL[request.param]),
+    )
+    assert done.code == 0, done.err
+    return request.param, out
+
+
+def test_a_new_model_takes_the_size_and_the_classes_of_its_data(trained):
+    name, out = trained
+    adapter = saving.adapter_at(out / "model")
+    assert adapter.image_shape == (3, 16, 16) and adapter.num_classes == 3
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["dense-continued"] and report["model"] == name
+
+
+def test_a_run_starts_from_a_trained_model(trained, tmp_path, cli, colours):
+    name, out = trained
+    pruned = tmp_path / "pruned"
+    done = cli(
+        "run", "--weights", out, "--data", colours, "--method", "magnitude", "--steps", "1", "--out", pruned, *options()
+    )
+    assert done.code == 0, done.err
+    report = json.loads((pruned / "report.json").read_text())
+    assert report["model"] == name
+    assert report["weights_sha256"] == saving.read_config(out / "model").weights_sha256
+    assert saving.read_config(pruned / "model").patterns
+
+
+def test_training_ends_alike_when_it_is_interrupted(tmp_path, colours):
+    from compressor.runs import run as runs
+
+    settings = {
+        "model": "uvit", "data": str(colours), "from_scratch": True, "method": "dense-continued", "checkpoint_every": 2,
+        "architecture": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+        "train": {"steps": 5, "batch_size": 4}, "evaluate": {"samples": 0, "latency_rounds": 0},
+    }  # fmt: skip
+
+    def begun():
+        return inputs.load_inputs(inputs.resolve(settings, "test"))
+
+    list(runs.execute(begun(), tmp_path / "whole"))
+    events = runs.execute(begun(), tmp_path / "again")
+    while not (tmp_path / "again" / "checkpoint-4").is_dir():
+        next(events)
+    events.close()
+    again = inputs.resolve(recipe.read(tmp_path / "again" / "recipe.yaml"), "test")
+    list(runs.execute(inputs.load_inputs(again), tmp_path / "again", resume=True))
+    one, other = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"weights": "w.safetensors"}, "weights would not be used"),
+        ({"train": {"steps": 0}}, "would stay random"),
+        ({"method": "sparsedm"}, "learns from the dense model"),
+        ({"architecture": {"embed_dim": 30, "num_heads": 4}}, "architecture"),
+        ({"architecture": {"num_classes": 2}}, "labels are 0 to 2"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings, words, colours):
+    given = recipe.merged(
+        {"model": "uvit", "data": str(colours), "from_scratch": True, "method": "dense-continued"}, settings
+    )
+    with pytest.raises(CompressorError, match=words):
+        inputs.load_inputs(inputs.resolve(given, "test"))
+
+
+def test_pictures_without_a_model_are_not_made_to_fit_the_small_one(tmp_path, cli):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (32, 32), (number, 9, 200)).save(tmp_path / f"{number}.png")
+    done = cli("run", "--data", tmp_path)
+    assert done.code == 2 and "no model was chosen" in done.err and "compressor train" in done.err
+
+
+def test_a_model_that_lost_channels_is_no_start(tmp_path, cli):
+    done = cli("run", "--method", "structured", "--steps", "0", "--out", tmp_path / "a", *options())
+    assert done.code == 0, done.err
+    done = cli("run", "--weights", tmp_path / "a", "--out", tmp_path / "b", *options())
+    assert done.code == 2 and "no run starts from such a one" in done.err
+
+
+def test_weights_of_another_model_are_refused(trained, colours):
+    name, out = trained
+    other = "dit" if name != "dit" else "uvit"
+    with pytest.raises(CompressorError, match=f"holds {name}, not {other}"):
+        start.opened(inputs.resolve({"model": other, "weights": str(out), "data": str(colours)}, "test"))
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, cli):
+    """A finished run on digits that drew nothing."""
+    out = tmp_path_factory.mktemp("judged") / "run"
+    done = cli("run", "--steps", "2", "--method", "magnitude", "--out", out, *options())
+    assert done.code == 0, done.err
+    return out
+
+
+def quality(out):
+    return json.loads((out / "report.json").read_text())["rows"][-1]["quality"]
+
+
+def test_a_run_is_judged_again_and_its_model_stays(judged, tmp_path, cli):
+    out = tmp_path / "run"
+    shutil.copytree(judged, out)
+    model = (out / "model" / "model.safetensors").read_bytes()
+    assert quality(out) == []
+    few = ("--sampler-steps", "2", "--set", "evaluate.measures=[]", "--set", "evaluate.bootstrap=0")
+    done = cli("evaluate", out, "--samples", "8", *few)
+    assert done.code == 0, done.err
+    (found,) = quality(out)
+    assert (found["samples"], found["sampler_steps"]) == (8, 2)
+    assert recipe.read(out / "recipe.yaml")["evaluate"]["samples"] == 8
+    assert (out / "model" / "model.safetensors").read_bytes() == model
+
+    done = cli("resume", out, "--set", "evaluate.samples=10")
+    assert done.code == 0 and quality(out)[0]["samples"] == 10, done.err
+    done = cli("evaluate", out, "--set", "train.lr=1")
+    assert done.code == 2 and "no setting of `evaluate`" in done.err
+
+
+def test_a_run_that_is_not_finished_cannot_be_judged(tmp_path, cli):
+    done = cli("evaluate", tmp_path, "--samples", "8")
+    assert done.code == 2 and "no run has begun" in done.err
+
+
+def test_the_same_command_starts_and_continues(tmp_path, cli):
+    command = ("run", "--method", "magnitude", "--steps", "1", "--out", tmp_path / "run", "--resume", *options())
+    for _ in range(2):
+        done = cli(*command)
+        assert done.code == 0, done.err
+    assert "is finished" in done.err
+    done = cli(*command, "--set", "train.lr=0.5")
+    assert done.code == 2 and "train.lr is 0.001 there, not 0.5" in done.err
+
+
+def test_held_out_pictures_are_no_variants_of_the_others():
+    found = images()
+    assert found.shape == (3, 32, 32) and len(found) + len(found.unseen) == 3641
+    assert 0.08 < len(found.unseen) / 3641 < 0.15
+    for part in (found, found.unseen):
+        assert set(part.labels.tolist()) == set(range(len(GROUPS)))
+    both = torch.cat([found.pixels, found.unseen.pixels]).flatten(1)
+    assert len(torch.unique(both, dim=0)) == len(both)
+    waves = [Emoji((0x1F44B, tone), 1, "") for tone in range(0x1F3FB, 0x1F400)]
+    assert len({one.family for one in [*waves, Emoji((0x1F44B,), 1, "")]}) == 1
+    runners = [(0x1F3C3,), (0x1F3C3, 0x200D, 0x2640, 0xFE0F), (0x1F3C3, 0x1F3FD, 0x200D, 0x2642, 0xFE0F)]
+    assert len({Emoji(code, 1, "").family for code in runners}) == 1
