@@ -15,7 +15,7 @@ from compressor.model_zoo.pictures import GROUPS, images
 from compressor.model_zoo.pictures.make import Emoji
 from compressor.runs import inputs, start
 
-QUICK = "train.batch_size=4 train.warmup=0 evaluate.samples=0 evaluate.latency_rounds=0".split()
+QUICK = ["train.batch_size=4", "train.warmup=0", "evaluate.samples=0", "evaluate.latency_rounds=0"]
 SMALL = {
     "uvit": ["architecture.embed_dim=16", "architecture.depth=2", "architecture.num_heads=2"],
     "ddpm": [

@@ -20,7 +20,6 @@ from compressor.sparsity.surgery import surgery_of
 from compressor.training.pruner import Pruner
 from compressor.weights import bare
 
-
 _SIZES = ("img_size", "sample_size")
 """Settings of an architecture that say how large its images are."""
 _ANY = (3, 32, 32)
