@@ -98,10 +98,14 @@ def begin(
     inputs = watch(prepared(recipe), output.quiet)
     _name_extractor(inputs)
     warn_of_idle_rules(inputs.model, recipe.ignore)
+    if unfit := inputs.unfit():
+        say(f"warning: {unfit}", err=True)
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
     drive(execute(inputs, out, overwrite=overwrite), out, output.quiet)
     show_report(out, output.as_json)
+    if not output.as_json:
+        _name_pipeline(out)
 
 
 @click.command(cls=Command)
@@ -140,6 +144,18 @@ def _continue(out: Path, output: Output, evaluate: Mapping[str, Any] = MappingPr
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)
     show_report(out, output.as_json)
+    if not output.as_json:
+        _name_pipeline(out)
+
+
+def _name_pipeline(out: Path) -> None:
+    """Say where the pipeline is, where models of the family have one, or why there is none."""
+    from compressor.runs.directory import NO_PIPELINE
+
+    if (out / "pipeline").is_dir():
+        say(f"pipeline: {out / 'pipeline'}")
+    elif (out / NO_PIPELINE).is_file():
+        say((out / NO_PIPELINE).read_text(encoding="utf-8").strip().replace("\n", " "))
 
 
 def _name_extractor(inputs: Inputs) -> None:

@@ -117,7 +117,7 @@ def rows_table(report: Report) -> Table:
     """The report's rows: quality, drift, cost, latency."""
     metric = report.metric.name if report.metric else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
-    lines = []
+    lines, given = [], report.rows[0]  # which is dense, or the only one
     for row in report.rows:
         cells = [row.name]
         if metric:
@@ -126,8 +126,8 @@ def rows_table(report: Report) -> Table:
             cells.append("{:.2f} – {:.2f}".format(*entry.ci95) if entry and entry.ci95 else "—")
         error = row.drift_by("prediction_error")
         cells.append(f"{error.value:.2%}" if error else "—")
-        cells.append(f"{row.nonzero_params / row.params:.1%}")
-        cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / row.macs_dense:.0%})")
+        cells.append(f"{row.nonzero_params / given.params:.1%}")
+        cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / given.macs_dense:.0%})")
         cells.append(_latency(row.standing) if row.standing else "—")
         cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
         lines.append(cells)

@@ -163,7 +163,10 @@ def _named(
     methods: Sequence[str], configs: Sequence[Path], preset: Preset | None, common: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for method in methods:
-        yield method, recipes.merged(common, {"method": method})
+        if registry.is_file_reference(method):
+            yield method.rpartition(":")[2], recipes.merged(common, {"pruner": method})
+        else:
+            yield method, recipes.merged(common, {"method": method})
     for path in configs:
         yield path.stem, recipes.merged(recipes.read(path), common)
     if preset is not None:

@@ -37,12 +37,15 @@ from compressor.runs import piped as piping
 from compressor.runs import start
 from compressor.runs.piped import Piped
 from compressor.seeds import generator
+from compressor.sparsity.layers import select
+from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise
 from compressor.weights import in_float32, weights_sha256
 
+_MANY = 0.05  # of all weights: so many are not left dense without a word
 _OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
 
 
@@ -86,6 +89,20 @@ class Inputs:
         dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
         masked = {layer.name: dtypes[layer.name] for layer in layers if layer.reason is None}
         check_quantise(self.pruner, masked, self.recipe.train.mode)
+
+    def unfit(self) -> str:
+        """A sentence on what the rules choose and the pattern does not fit, where that is a twentieth of the weights or more."""
+        recipe, pattern = self.recipe, self.pruner.pattern
+        rules = (recipe.targets or self.adapter.targets, recipe.ignore or self.adapter.ignore)
+        every = {name for name, _ in self.model.named_parameters()} if self.pruner.targets(self.model) else set()
+        wanted = select(self.model, Unstructured(1.0), every, *rules)
+        sizes = {one.name: one.weight.numel() for one in wanted if one.reason is None}
+        left = {one.name: pattern.misfit(tuple(one.weight.shape)) for one in wanted if one.name in sizes}
+        left = {name: reason for name, reason in left.items() if reason}
+        if sum(sizes[name] for name in left) < _MANY * sum(sizes.values()) or not left:
+            return ""
+        name, reason = next(iter(left.items()))
+        return f"{len(left)} of {len(sizes)} layers stay dense, as {pattern} does not fit them ({name}: {reason})"
 
     def fine_tuning(self, previous: Mapping[str, Any] | None = None) -> FineTuning:
         """The recipe's method on the recipe's data, not yet trained; or as it was when `previous` was its state."""
@@ -310,7 +327,8 @@ def _on_the_hub(name: str) -> bool:
 
 @torch.no_grad()
 def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
-    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where it has none of its own.
+    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where those of its own would be
+    guessed: where `data` holds the model's arguments, whose sizes nothing else tells, or where it has none.
 
     Data that the model cannot take is refused by asking it: only the adapter knows what it means.
     """
@@ -332,6 +350,8 @@ def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
             f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
             "The target has the shape of what the model predicts.",
         )
+    if isinstance(data, Records):
+        return adapter.exampled(inputs)
     try:
         adapter.example_inputs(1)
     except CompressorError:

@@ -65,6 +65,12 @@ class Result:
     flipped: Mapping[str, float]
     surgery: Surgery | None = None
 
+    def __repr__(self) -> str:
+        name, removed = type(self.model).__name__, ", structure removed" * (self.surgery is not None)
+        return (
+            f"Result({name}, {len(self.masks)} of {len(self.layers)} layers masked{removed}, {len(self.steps)} steps)"
+        )
+
 
 class FineTuning:
     """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
