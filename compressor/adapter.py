@@ -95,12 +95,14 @@ class Conditions:
 class Sampling:
     """How to sample, where the adapter's own way is not wanted: None keeps its own.
 
-    `guidance` g mixes predictions with and without a label as `without + g (with - without)`; 1 is no guidance.
+    `guidance` g mixes predictions with and without a label as `without + g (with - without)`; 1 is no guidance. `classes`: the
+    labels to draw images of, in turn; where there are none, each image's is drawn from all.
     """
 
     sampler: str | None = None
     spacing: str | None = None
     guidance: float | None = None
+    classes: tuple[int, ...] = ()
 
 
 def with_rules(adapter: Adapter, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> Adapter:
@@ -180,6 +182,10 @@ class Adapter(ABC):
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         """`n` images (n, channels, height, width) in [-1, 1], from noise drawn from `rng`, in `steps` sampler steps."""
         raise CompressorError(f"{type(self).__name__} cannot sample", "Give the adapter a `sample` method.")
+
+    def drawn_labels(self, n: int, rng: torch.Generator) -> Tensor | None:
+        """The labels (n,) of the images that `sample` draws with an `rng` in the same state. Default: None, there are none."""
+        return None
 
     def example_inputs(self, batch_size: int) -> Any:
         """Inputs for `predict`, for counting and timing; values do not matter."""

@@ -7,7 +7,7 @@ output means. A continuous process is one with a fine grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +86,34 @@ def check(settings: Sampling, process: Process) -> None:
         )
 
 
-def merged(own: Sampling, wanted: Sampling, guidable: bool) -> Sampling:
-    """`own` with what is `wanted` on top. Raises UsageError for guidance where the model has no empty class."""
+def merged(own: Sampling, wanted: Sampling, guidable: bool, classes: int = 0) -> Sampling:
+    """`own` with what is `wanted` on top, for a model with so many `classes`. Raises UsageError for guidance where it has no empty
+    class, and for classes that it has not."""
+    if wanted.classes and not classes:
+        raise UsageError("this model knows no classes", "Leave out --class.")
+    if other := [one for one in wanted.classes if not 0 <= one < classes]:
+        raise UsageError(f"no class {other[0]}", f"This model's are 0 to {classes - 1}.")
     if wanted.guidance not in (None, 1.0) and not guidable:
         raise UsageError("this model takes no guidance", "Guidance needs labels and an empty class.")
     spacing = wanted.spacing if wanted.sampler is not None or wanted.spacing is not None else own.spacing
     return Sampling(
-        wanted.sampler or own.sampler, spacing, own.guidance if wanted.guidance is None else wanted.guidance
+        wanted.sampler or own.sampler,
+        spacing,
+        own.guidance if wanted.guidance is None else wanted.guidance,
+        wanted.classes or own.classes,
     )
+
+
+def beginning(
+    shape: Sequence[int], classes: int, how: Sampling, n: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """What sampling begins with, on the CPU: noise (n, *shape) and labels (n,), which are None for a model without classes."""
+    noise = torch.randn(n, *shape, generator=rng)
+    if not classes:
+        return noise, None
+    if how.classes:
+        return noise, torch.tensor(how.classes)[torch.arange(n) % len(how.classes)]
+    return noise, torch.randint(classes, (n,), generator=rng)
 
 
 def describe(settings: Sampling) -> str:

@@ -81,6 +81,34 @@ def test_a_run_starts_from_a_trained_model(trained, tmp_path, cli, colours):
     assert saving.read_config(pruned / "model").patterns
 
 
+def test_samples_of_classes_that_one_asks_for_say_their_labels(trained, tmp_path, cli):
+    _, out = trained
+    drawn = ("sample", out, "--n", "5", "--steps", "2", "--batch", "3")
+    done = cli(*drawn, "--class", "2", "--class", "0", "--out", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "a" / "samples.json").read_text())["labels"] == [2, 0, 2, 2, 0]
+    done = cli(*drawn, "--class", "3", "--out", tmp_path / "b")
+    assert done.code == 2 and "no class 3" in done.err
+
+
+def test_labels_that_are_told_are_those_that_the_model_was_asked_with(trained):
+    _, out = trained
+    adapter, model = saving.adapter_at(out / "model"), saving.load(out / "model")
+    asked = []
+
+    def remember(module, args, kwargs):
+        asked.extend(
+            value for value in (*args, *kwargs.values()) if torch.is_tensor(value) and value.dtype == torch.int64
+        )
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    adapter.sample(model, 6, torch.Generator().manual_seed(3), 2)
+    told = adapter.drawn_labels(6, torch.Generator().manual_seed(3))
+    assert told.shape == (6,) and any(
+        torch.equal(one[-6:], told) or torch.equal(one[:6], told) for one in asked if one.dim()
+    )
+
+
 def test_training_ends_alike_when_it_is_interrupted(tmp_path, colours):
     from compressor.runs import run as runs
 

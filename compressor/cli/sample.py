@@ -25,6 +25,13 @@ from compressor.errors import CompressorError
     click.option("--steps", type=click.IntRange(1, 1000), default=50, show_default=True, help="Sampler steps."),
     click.option("--guidance", type=click.FloatRange(0), help="Scale of classifier-free guidance; 1 is none."),
     click.option(
+        "--class",
+        "classes",
+        type=click.IntRange(0),
+        multiple=True,
+        help="Draw images of this class; may be repeated, in turn then. Default: each image's by chance.",
+    ),
+    click.option(
         "--batch", "batch_size", type=click.IntRange(1), default=64, show_default=True, help="Images per batch."
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise."),
@@ -48,6 +55,7 @@ def sample(
     sampler: str | None,
     spacing: str | None,
     guidance: float | None,
+    classes: tuple[int, ...],
     **flags: Any,
 ) -> None:
     """Draw images from the model of a run, or of a saved model's folder: a PNG each, and a sheet of the first 64.
@@ -63,7 +71,7 @@ def sample(
     folder = out if out is not None else directory / "drawn"
     request = drawing.Draw(
         str(directory),
-        how=Sampling(sampler, spacing, guidance),
+        how=Sampling(sampler, spacing, guidance, classes),
         **flags,  # n, steps, batch_size, seed, device, vae
     )
     watch(drawing.draw(request, folder, processes, overwrite), output.quiet)

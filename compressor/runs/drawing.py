@@ -81,6 +81,8 @@ def _drawn(wanted: Draw, out: Path, processes: int, folder: Path, adapter: Adapt
         "weights_sha256": saving.read_config(folder).weights_sha256,
         "shape": list(images.shape),
     }
+    labels = [adapter.drawn_labels(len(found[first]), _noise_of(wanted, first)) for first in starts]
+    facts["labels"] = [label for batch in labels if batch is not None for label in batch.tolist()] or None
 
     def write(target: Path) -> None:
         if pictures:
@@ -142,6 +144,11 @@ def _batches(wanted: Draw, starts: range, processes: int) -> Iterator[tuple[int,
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _noise_of(wanted: Draw, first: int) -> torch.Generator:
+    """What the batch draws from whose first image has this number."""
+    return generator(wanted.seed, "sample", first)
+
+
 class _Worker:
     """The model, loaded once, drawing one batch after another."""
 
@@ -155,8 +162,8 @@ class _Worker:
         self.autoencoder = Autoencoder(wanted.vae, device) if wanted.vae is not None else None
 
     def __call__(self, first: int) -> Tensor:
-        n, rng = min(self.wanted.batch_size, self.wanted.n - first), generator(self.wanted.seed, "sample", first)
-        images = self.adapter.sample(self.model, n, rng, self.wanted.steps).float().cpu()
+        n = min(self.wanted.batch_size, self.wanted.n - first)
+        images = self.adapter.sample(self.model, n, _noise_of(self.wanted, first), self.wanted.steps).float().cpu()
         return images if self.autoencoder is None else self.autoencoder.decode(images)
 
 

@@ -23,7 +23,7 @@ from compressor.model_zoo.generic.layout import Layout
 from compressor.model_zoo.generic.noise import Noise, flow
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.generic.reshaped import as_configured
-from compressor.model_zoo.sampling import check, describe, draw, dropped, guided, merged
+from compressor.model_zoo.sampling import beginning, check, describe, draw, dropped, guided, merged
 from compressor.sparsity.surgery import surgery_of
 from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights, variant_of
 
@@ -315,7 +315,7 @@ class DiffusersAdapter(Adapter):
             if settings != Sampling():
                 raise UsageError(reason, "Leave out sampler, spacing and guidance.")
             return self
-        how = merged(self.how, settings, self.null_label is not None)
+        how = merged(self.how, settings, self.null_label is not None, self.num_classes)
         check(how, self._noise.process())
         return replace(self, how=how)
 
@@ -341,6 +341,9 @@ class DiffusersAdapter(Adapter):
             return error.message
         return ""
 
+    def drawn_labels(self, n: int, rng: torch.Generator) -> Tensor | None:
+        return beginning(self.image_shape or (), self.num_classes, self.how, n, rng)[1]
+
     @torch.no_grad()
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         shape = self.image_shape
@@ -349,8 +352,8 @@ class DiffusersAdapter(Adapter):
                 self.unsampled, "Sample with the pipeline that the run writes, or set evaluate.samples to 0."
             )
         device = next(module.parameters()).device
-        start = torch.randn(n, *shape, generator=rng).to(device)
-        labels = torch.randint(self.num_classes, (n,), generator=rng).to(device) if self.num_classes else None
+        start, labels = beginning(shape, self.num_classes, self.how, n, rng)
+        start, labels = start.to(device), None if labels is None else labels.to(device)
         process = self._noise.process()
 
         def ask(images: Tensor, time: Tensor, classes: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Sampling, as_taken
 from compressor.errors import CompressorError
-from compressor.model_zoo.sampling import Process, check, describe, draw, dropped, guided, merged
+from compressor.model_zoo.sampling import Process, beginning, check, describe, draw, dropped, guided, merged
 from compressor.model_zoo.uvit.architecture import checked, found_in
 from compressor.model_zoo.uvit.network import UViT
 from compressor.model_zoo.uvit.noise import TRAIN_TIMESTEPS, ContinuousTimes, Times
@@ -119,16 +119,15 @@ class UViTAdapter(Adapter):
         return describe(self.how)
 
     def sampling(self, settings: Sampling) -> UViTAdapter:
-        how = merged(self.how, settings, self.null_label is not None)
+        how = merged(self.how, settings, self.null_label is not None, self.num_classes)
         check(how, self._process)
         return replace(self, how=how)
 
     @torch.no_grad()
     def sample(self, module: nn.Module, n: int, rng: torch.Generator, steps: int) -> Tensor:
         device = next(module.parameters()).device
-        noise = torch.randn(n, *self.image_shape, generator=rng).to(device)
-        classes = self.num_classes
-        labels = torch.randint(classes, (n,), generator=rng).to(device) if classes else None
+        noise, labels = beginning(self.image_shape, self.num_classes, self.how, n, rng)
+        noise, labels = noise.to(device), None if labels is None else labels.to(device)
         grid = self.times.told(self.times.grid()).float().to(device)
 
         def predict(images: Tensor, index: int) -> Tensor:
@@ -137,6 +136,9 @@ class UViTAdapter(Adapter):
 
         images = draw(predict, noise, self._process, self.how, steps, rng)
         return images if self.latent else images.clamp(-1, 1)
+
+    def drawn_labels(self, n: int, rng: torch.Generator) -> Tensor | None:
+        return beginning(self.image_shape, self.num_classes, self.how, n, rng)[1]
 
     @property
     def null_label(self) -> int | None:
