@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
+from compressor.training.arithmetic import adamw, autocast, restore_optimizer
 from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
@@ -143,10 +143,7 @@ class FineTuning:
         return adapters
 
     def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self.training
-        return torch.optim.AdamW(
-            list(trained.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        return adamw(trained.values(), self.training, self.device)
 
     def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
         """The masks of the finished weights, which are `dense` before them."""
@@ -200,10 +197,7 @@ class FineTuning:
     def _restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
-        optimizer = state["optimizer"]
-        self.optimizer.load_state_dict(
-            {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
-        )
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
@@ -283,7 +277,7 @@ class FineTuning:
         noise_sum, teacher_sum = 0.0, 0.0
         for piece, wanted, share in self.adapter.pieces(inputs, target, self.training.accumulate):
             piece = to_device(piece, self.device)
-            with self._autocast():
+            with autocast(self.training, self.device):
                 prediction = self.adapter.predict(self.student, piece).float()
                 noise_loss = F.mse_loss(prediction, wanted.to(self.device).float())
                 loss = noise * noise_loss
@@ -296,14 +290,6 @@ class FineTuning:
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
         return noise_sum, teacher_sum if self.teacher is not None else None, piece
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
-        dtype = self.training.dtype
-        enabled = dtype == "bfloat16" or (
-            dtype == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _dense(self) -> dict[str, Tensor]:
         """The dense value of every trained parameter: the Shadow's where it has one."""
