@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
+from compressor.sparsity.venom import Venom
 
 
 class Kind(StrEnum):
@@ -37,7 +38,7 @@ class Unit:
     input_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    patterns: tuple[NM | Clustered | None, ...]
+    patterns: tuple[NM | Clustered | Venom | None, ...]
 
     @property
     def layers(self) -> tuple[nn.Linear | nn.Conv2d, ...]:

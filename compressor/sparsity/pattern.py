@@ -108,7 +108,7 @@ class NM(Pattern):
 
     Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
     VENOM (Castro et al. 2023) calls another format V:N:M: there V rows share 4 of every M columns, and each row keeps N of these
-    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here.
+    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here, but `venom:V:N:M`.
     Source: Zhou et al. 2021 (N:M).
     """
 
