@@ -42,9 +42,7 @@ def oracle(pattern: Venom, score: Tensor) -> Tensor:
     """Every choice of columns of every block is tried, and then every choice of each row among its four."""
     keep = torch.zeros(score.shape, dtype=torch.bool)
     kernel = list(itertools.product(*(range(size) for size in score.shape[2:])))
-    for row, column in itertools.product(
-        range(0, score.shape[0], pattern.block), range(0, score.shape[1], pattern.m)
-    ):
+    for row, column in itertools.product(range(0, score.shape[0], pattern.block), range(0, score.shape[1], pattern.m)):
         rows = range(row, row + pattern.block)
         for at in kernel:
             sums = [math.fsum(float(score[(r, column + i, *at)]) for r in rows) for i in range(pattern.m)]
@@ -86,7 +84,8 @@ def test_its_string_parses_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["venom:0:2:8", "venom:64:5:8", "venom:64:2:3", "venom:64:0:8", "venom:2:8", "venom:64:2:8:1", "venom:c:2:8"]
+    "text",
+    ["venom:0:2:8", "venom:64:5:8", "venom:64:2:3", "venom:64:0:8", "venom:2:8", "venom:64:2:8:1", "venom:c:2:8"],
 )
 def test_what_it_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="pattern"):

@@ -22,8 +22,8 @@ _COLUMNS = 4
 class Venom(Pattern):
     """`block` neighbouring output rows share a choice of 4 of every `m` input channels; each row keeps `n` of these 4.
 
-    The columns with the largest scores, summed over the block, are chosen first, then each row's own; ties go to the first. Every row is
-    N:M too. Its string form is `venom:64:2:8` (block, n, m).
+    The columns with the largest scores, summed over the block, are chosen first, then each row's own; ties go to the first. Every row
+    is N:M too. Its string form is `venom:64:2:8` (block, n, m).
     Source: Castro et al. 2023, "VENOM: A Vectorized N:M Format for Unleashing the Power of Sparse Tensor Cores", section 3.
     """
 

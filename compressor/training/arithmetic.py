@@ -11,7 +11,8 @@ from torch import nn
 
 from compressor.training.settings import Training
 
-_CHOSEN = ("fused", "foreach", "capturable")  # which code of the optimizer runs: of the device, and no part of its state
+_CHOSEN = ("fused", "foreach", "capturable")
+"""Which code of an optimizer runs: a matter of the device, and no part of its state."""
 
 
 def precision(training: Training, device: torch.device) -> torch.dtype:
@@ -29,8 +30,8 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
 
 
 def adamw(trained: Iterable[nn.Parameter], training: Training, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of `trained` on `device`: one fused kernel on GPUs, where a kernel for each of its dozen operations costs more than
-    the arithmetic. On a CPU torch's own choice stays: its fused AdamW rounds otherwise, and runs would no longer repeat to the bit."""
+    """The optimizer of `trained` on `device`: one fused kernel on GPUs, where a kernel for each of its dozen operations reads and
+    writes everything again. On a CPU torch's own choice stays: its fused AdamW rounds otherwise, and runs would not repeat."""
     fused = True if device.type == "cuda" else None
     return torch.optim.AdamW(
         list(trained), lr=training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=fused

@@ -230,7 +230,8 @@ class FineTuning:
             self.shadow.progress = (t + 1) / settings.steps
             self.optimizer.step()
             self._update_average(t)
-            flips = float(sum(float(count) for count in self.shadow.flips.values()))
+            counts = [*self.shadow.flips.values()]  # one transfer for all: each waits for the GPU
+            flips = float(torch.stack(counts).sum()) if counts else 0.0
         else:
             self._nonfinite += 1
             if self._nonfinite > _TOLERATED_NONFINITE:
