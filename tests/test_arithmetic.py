@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import FineTuning, Training
+from compressor import FineTuning, Training, recipe
+from compressor.errors import UsageError
 from compressor.plugins.sparsedm import SparseDM
 from compressor.runs import facts
 from compressor.saving.state import load_state, save_state
@@ -131,3 +133,77 @@ def test_a_run_says_what_it_computes_in(finished) -> None:
         "passes float32, now bfloat16 (autocast)",
     ]
     assert not facts.changed({key: value for key, value in found.items() if key != "arithmetic"}, found)
+
+
+# --- Compiled. ---
+
+pytest_compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@pytest.fixture
+def frames() -> Iterator[Callable[[], int]]:
+    """How many graphs torch.compile has made since the test began."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: int(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest_compiles
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_run_is_the_run_up_to_rounding_and_compiles_once(run, frames) -> None:
+    settings = {"dtype": "float32", "accumulate": 3}  # pieces of two sizes: 3, 3 and 2 samples
+    compiled, plain = run(compiled=True, **settings), run(**settings)
+    losses, seen = [], []
+    for _ in range(6):
+        losses.append((compiled.advance(), plain.advance()))
+        seen.append(frames())
+    flips = sum(mine.flip_rate for mine, _ in losses)
+    assert flips > 0  # the masks did change
+    assert seen[0] > 0 and seen[1:] == seen[:1] * 5
+    for mine, theirs in losses:
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+    compiled.state()  # asks the model once more, as written
+    assert frames() == seen[0]
+    result = compiled.finish()
+    assert result.model._compiled_call_impl is None
+    assert type(result.model) is nn.Sequential
+    for name, mask in result.masks.items():
+        mask.pattern.verify(result.model.get_parameter(name).detach())
+
+
+@pytest.mark.slow
+@pytest_compiles
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_goes_on_to_the_bit(run, frames, tmp_path) -> None:
+    settings = {"compiled": True, "accumulate": 3}  # in bfloat16
+    whole = run(**settings)
+    expected = [whole.advance() for _ in range(4)]
+    first = run(**settings)
+    for _ in range(2):
+        first.advance()
+    save_state(tmp_path, first.state())
+    torch.compiler.reset()  # as in a new process
+    second = run(previous=load_state(tmp_path), **settings)
+    assert [second.advance() for _ in range(2)] == expected[2:]
+
+
+def test_where_nothing_compiles_it_is_said_at_once(run, monkeypatch) -> None:
+    def failing(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(
+        UsageError, match=r"train.compiled: torch.compile does not work here: RuntimeError: no compiler"
+    ):
+        run(compiled=True)
+    assert run(compiled=True, steps=0).done == 0  # nothing is trained
+
+
+def test_the_setting_is_written_where_it_is_given_alone() -> None:
+    given = recipe.Recipe.model_validate({"train": {"compiled": True}})
+    assert recipe.identity(given)["train"]["compiled"] and "compiled" not in recipe.identity(recipe.Recipe())["train"]
+    assert described(given.train, CPU)["passes"] == "float32, compiled"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from compressor.errors import UsageError, first_line
 from compressor.training.settings import Training
 
 _CHOSEN = ("fused", "foreach", "capturable")
@@ -27,6 +28,33 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
     # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
     enabled = precision(training, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def compiled_(device: torch.device, *models: nn.Module | None) -> None:
+    """Let `models` on `device`, in place, be called through torch.compile; names, state and weights stay theirs. None are left out.
+
+    Each shape of inputs is compiled for itself, so that what a step computes does not depend on the shapes that came before: an
+    interrupted run goes on to the bit. New weights and masks compile nothing: weights are inputs of what is compiled.
+    Raises UsageError where torch.compile does not work on this machine.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # a missing compiler is told in many ways
+        needs = "Triton" if device.type == "cuda" else "a C++ compiler"
+        raise UsageError(
+            f"train.compiled: torch.compile does not work here: {type(error).__name__}: {first_line(error)}",
+            f"It needs {needs}; or leave train.compiled false.",
+        ) from error
+    for model in models:
+        if model is not None:
+            model.compile(dynamic=False)
+
+
+def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which calls of `model` run as written, though it may be compiled: for what is asked once."""
+    if model._compiled_call_impl is None:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def adamw(trained: Iterable[nn.Parameter], training: Training, device: torch.device) -> torch.optim.AdamW:
@@ -53,6 +81,6 @@ def described(training: Training, device: torch.device) -> dict[str, str]:
     """What numbers depend on besides versions and hardware, for `run.json`."""
     dtype = precision(training, device)
     return {
-        "passes": "bfloat16 (autocast)" if dtype == torch.bfloat16 else "float32",
+        "passes": ("bfloat16 (autocast)" if dtype == torch.bfloat16 else "float32") + ", compiled" * training.compiled,
         "optimizer": "AdamW, fused" if device.type == "cuda" else "AdamW",
     }

@@ -22,7 +22,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.arithmetic import adamw, autocast, restore_optimizer
+from compressor.training.arithmetic import adamw, autocast, compiled_, restore_optimizer
 from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
@@ -123,6 +123,8 @@ class FineTuning:
         self._seen: Any = None  # what the model was last asked, and answered
         if previous is not None:
             self._restore(previous)
+        if training.compiled and training.steps:  # last: before, methods look into the layers
+            compiled_(self.device, self.student, self.teacher)
 
     def _sparse(self) -> Shadow | Adapters:
         """What keeps the weights sparse while `self.optimizer`, made here, trains them, or adapters of them alone."""
