@@ -23,6 +23,7 @@ from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.arithmetic import adamw, autocast, compiled_, restore_optimizer
+from compressor.training.feed import Feed
 from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
@@ -118,6 +119,7 @@ class FineTuning:
         self.shadow = self._sparse()
         verify(self.shadow.masks)
         self.average = {name: value.clone() for name, value in self._dense().items()}
+        self.feed = Feed(adapter, self.batches, training, self.device)
         self.done = 0
         self._nonfinite = 0
         self._seen: Any = None  # what the model was last asked, and answered
@@ -214,11 +216,12 @@ class FineTuning:
             group["lr"] = lr
         for parameter in self.parameters.values():
             parameter.grad = None
-        batch = self.batches.batch(t)
+        inputs, target = self.feed.at(t)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
             torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
-            noise_loss, teacher_loss, asked = self._backward(t, batch)
+            noise_loss, teacher_loss, asked = self._backward(inputs, target)
+        self.feed.ahead(t + 1)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -269,12 +272,11 @@ class FineTuning:
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, Any]:
-        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it.
+    def _backward(self, inputs: Any, target: Tensor) -> tuple[float, float | None, Any]:
+        """Gradients of the objective on noised `inputs`; returns its two losses, without their weights, and a part of the inputs.
 
-        Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
+        Noise was drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
-        inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
         objective = self.pruner.objective
         noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
         noise_sum, teacher_sum = 0.0, 0.0
@@ -282,7 +284,7 @@ class FineTuning:
             piece = to_device(piece, self.device)
             with autocast(self.training, self.device):
                 prediction = self.adapter.predict(self.student, piece).float()
-                noise_loss = F.mse_loss(prediction, wanted.to(self.device).float())
+                noise_loss = F.mse_loss(prediction, to_device(wanted, self.device).float())
                 loss = noise * noise_loss
                 if self.teacher is not None:
                     with torch.no_grad():
