@@ -137,24 +137,26 @@ def _launch(kernel: Any, count: int, block: int, arguments: tuple[Any, ...]) -> 
 
 def differences(device: torch.device) -> str | None:
     """What the kernels give otherwise than torch, on a few small tensors with ties, infinities and negative zeros; None: nothing."""
-    from compressor.sparsity.pattern import NM, Mask
-
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, 3.5, float("inf"), -float("inf")])
-    chosen = torch.randint(8, (6, 32, 3), generator=torch.Generator().manual_seed(0))
-    score = values[chosen]
-    for n, m in ((2, 4), (3, 8)):  # the last dim makes the first of another kernel than matrices have
-        if not torch.equal(keep(score[..., 0].contiguous().to(device), n, m).cpu(), NM(n, m).survivors(score[..., 0])):
-            return f"masks of {n}:{m}"
-        wanted = NM(n, m).survivors(score)
-        if not torch.equal(keep(score.to(device), n, m).cpu(), wanted):
-            return f"masks of {n}:{m}"
+    score = values[torch.randint(8, (6, 32, 3), generator=torch.Generator().manual_seed(0))]
+    for one in (score, score[..., 0].contiguous()):  # four neighbours in memory have a kernel of their own
+        for n, m in ((2, 4), (3, 8)):
+            if not torch.equal(keep(one.to(device), n, m).cpu(), _sorted_out(one, n, m)):
+                return f"masks of {n}:{m}"
     dense, grad = score.clamp(-9, 9) / 3, score.clamp(-9, 9).flip(0) / 7
-    mask, other = Mask(wanted, NM(3, 8)), NM(3, 8).survivors(-score)
+    kept, before, zero = _sorted_out(score, 2, 4), _sorted_out(-score, 2, 4), torch.zeros(())
     sparse = torch.empty_like(dense, device=device)
-    flips = settle_(sparse, dense.to(device), wanted.to(device), other.to(device))
-    if not torch.equal(sparse.cpu(), mask.apply(dense)) or int(flips) != int((wanted ^ other).sum()):
+    flips = settle_(sparse, dense.to(device), kept.to(device), before.to(device))
+    if not torch.equal(sparse.cpu(), torch.where(kept, dense, zero)) or int(flips) != int((kept ^ before).sum()):
         return "masked weights"
-    on = [tensor.to(device) for tensor in (grad, dense, wanted)]
-    if not torch.equal(refined(on[0], on[1], on[2], 2e-4).cpu(), grad + 2e-4 * mask.rest(dense)):
+    on = [tensor.to(device) for tensor in (grad, dense, kept)]
+    if not torch.equal(refined(on[0], on[1], on[2], 2e-4).cpu(), grad + 2e-4 * torch.where(kept, zero, dense)):
         return "gradients"
     return None
+
+
+def _sorted_out(score: Tensor, n: int, m: int) -> Tensor:
+    """The mask N:M of `score` (out, in, *kernel) by sorting, of which the first of equal entries come first."""
+    groups = score.unflatten(1, (-1, m))
+    first = groups.argsort(dim=2, descending=True, stable=True)[:, :, :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, first, True).flatten(1, 2)
