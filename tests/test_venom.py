@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from compressor.lower.units import pattern_of
 from compressor.lower.vnm import VNM
 from compressor.plugins.obs import prune_layer
 from compressor.plugins.sparsedm import SparseDM
+from compressor.runs.speed import _densities
 from compressor.sparsity.venom import Venom
 
 
@@ -235,3 +237,19 @@ def test_a_run_reports_it(cli, tmp_path: Path) -> None:
     outcome = cli("lower", out)
     assert outcome.code == 0, outcome.err
     assert "venom:16:2:8" in (out / "lowering.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("backend", "text", "left"),
+    [
+        ("cusparselt", "venom:16:2:8", 0.5),
+        ("cusparselt-fp8", "1:4", 0.5),
+        ("cusparselt", "2:4", 0.5),
+        ("vnm", "4:1:4", 0.25),
+    ],
+)
+def test_only_what_a_kernel_leaves_out_counts_as_left_out(backend, text, left) -> None:
+    """Sparse tensor cores multiply two of four, whatever else is zero."""
+    layer = SimpleNamespace(weights=("w",), patterns=(text,), choice=backend)
+    plan: Any = SimpleNamespace(layers=(layer,), skipping=lambda: {"w"})
+    assert _densities(plan) == {"w": left}
