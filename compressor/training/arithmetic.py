@@ -54,7 +54,8 @@ def eagerly(model: nn.Module) -> AbstractContextManager[Any]:
     """A context in which calls of `model` run as written, though it may be compiled: for what is asked once."""
     if model._compiled_call_impl is None:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def adamw(trained: Iterable[nn.Parameter], training: Training, device: torch.device) -> torch.optim.AdamW:
