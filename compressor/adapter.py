@@ -28,7 +28,10 @@ class Shared:
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """An adapter's `inputs` with every tensor on `device`, shared ones too, as `predict` takes them."""
-    return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device), inputs)
+    queued = (
+        device.type == "cuda"
+    )  # the GPU copies from pinned memory when it comes to it; a CPU may not read before it is there
+    return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device, non_blocking=queued), inputs)
 
 
 def plain(leaf: Tensor | Shared) -> Tensor:

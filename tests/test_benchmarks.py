@@ -96,12 +96,57 @@ def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, repor
     again = out.read_text(encoding="utf-8").splitlines()
     assert again[:last] == lines[:last] and len(again) == len(lines)
     assert json.loads(again[-1])["complete"] == ["cusparselt", "cusparselt-int8"]
-    told = ["--lines", str(out), "--page", str(page), "--plot", str(plot)]
+    told = ["--lines", str(out), "--training", str(tmp_path / "none"), "--page", str(page), "--plot", str(plot)]
     assert CliRunner().invoke(report.main, told, catch_exceptions=False).exit_code == 0
     text = page.read_text(encoding="utf-8")
     assert "**imitation**" in text and "| dit-xl, 64 | int8 |" in text and "<svg" in plot.read_text(encoding="utf-8")
     assert CliRunner().invoke(report.main, [*told[:1], str(tmp_path / "none"), *told[2:]]).exit_code == 0
     assert report.NOTHING in page.read_text(encoding="utf-8")
+
+
+def test_what_masks_cost_is_told_with_its_goal(report):
+    about = {"versions": {"torch": "2.13"}, "hardware": "one GPU", "imitation": False}
+    line = {"cell": "dit-xl 128", "form": "compiled", "about": about, "dense ms": 200.0, "kernels": True}
+    good, bad = {"masked ratio": 1.019, "by torch ratio": 1.07}, {"masked ratio": 1.021, "by torch ratio": 1.07}
+    assert "| dit-xl, 128 | compiled | 200.0 | 1.019x | 1.070x | goal met |" in report.trained([{**line, **good}])
+    text = report.trained(
+        [{**line, **bad, "kernels": False}, {"cell": "a 1", "form": "f", "about": about, "failed": "no room"}]
+    )
+    assert (
+        "1.021x | 1.070x | above the goal of 1.02x; without Triton |" in text and "| a, 1 | f | | | | no room |" in text
+    )
+    assert report.trained([]) == "" and "imitation" in report.trained(
+        [{**line, **good, "about": {**about, "imitation": True}}]
+    )
+
+
+@pytest.mark.slow
+def test_masked_steps_are_measured_and_told(report, tmp_path):
+    out, page = tmp_path / "training.jsonl", tmp_path / "gpu.md"
+    call = ["--imitate", "--cells", "dit-xl 128,uvit-s 128", "--out", str(out)]
+    training = script("training")
+    done = CliRunner().invoke(training.main, call, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["cell"] for line in lines] == ["dit-xl 128", "uvit-s 128"]
+    assert all(line["masked ratio"] > 0 and line["dense ms"] > 0 for line in lines)
+    assert CliRunner().invoke(training.main, call, catch_exceptions=False).exit_code == 0  # all is there
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 2
+    told = [
+        "--lines",
+        str(tmp_path / "none"),
+        "--training",
+        str(out),
+        "--page",
+        str(page),
+        "--plot",
+        str(tmp_path / "p.svg"),
+    ]
+    assert CliRunner().invoke(report.main, told, catch_exceptions=False).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "**imitation**" in text and "| dit-xl, 128 | as written |" in text and report.NOTHING not in text
+    if not torch.cuda.is_available():
+        assert CliRunner().invoke(training.main, ["--out", str(tmp_path / "no")]).exit_code == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,13 +12,15 @@ from imitated import BF16, error, normal, sparse_, unit
 from torch import Tensor, nn
 
 import compressor
-from compressor import NM
+from compressor import NM, parse
 from compressor.lower import cusparselt
 from compressor.lower.cusparselt import CuSparseLt, fp8, int8
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, tuned
 from compressor.lower.graphs import Graphed
 from compressor.lower.quantised import dense_fp8, dense_int8
 from compressor.registry import build_pruner, pruner_class
+from compressor.saving.state import load_state, save_state
+from compressor.sparsity.on_gpu import kernels_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -118,3 +121,40 @@ class TestOnGpu:
         x = (torch.randn(16, 3, 32, 32, device="cuda"), *inputs[1:])
         with torch.no_grad():
             assert error(adapter.predict(result.model, x), adapter.predict(model, x)) < 0.1
+
+
+# --- A masked step. ---
+
+
+def test_masks_of_a_gpu_are_those_of_a_cpu():
+    """By Triton's kernels where it is installed, which `differences` has then found to give torch's bits."""
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -2.0, 3.5, float("inf"), -float("inf")])
+    scores = [values[torch.randint(8, shape)] for shape in ((1152, 4608), (64, 128, 3, 3))]
+    scores += [torch.randn(1152, 1152), torch.randn(512, 64, dtype=BF16)]
+    for pattern in (NM(2, 4), NM(1, 4), NM(3, 8), NM(5, 16), NM(2, 4, 4), parse("venom:64:2:8")):
+        on_gpu = pattern.magnitude_masks({str(i): score.cuda() for i, score in enumerate(scores)})
+        for mask, score in zip(on_gpu.values(), scores, strict=True):
+            assert torch.equal(mask.keep.cpu(), pattern.mask(score.abs()).keep)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_of_a_masked_step_are_taken():
+    assert kernels_for(torch.ones(2, 4, device="cuda")) is not None
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_run_on_a_gpu_goes_on_as_it_would_have(fixed, model, adapter, samples, tmp_path):
+    """The same bits after an interruption: the fused optimizer's state comes back whole."""
+    training = compressor.Training(steps=6, batch_size=16, device="cuda", dtype="bfloat16")
+    pruner = build_pruner(pruner_class("sparsedm"), {"fixed": fixed})
+
+    def begun(previous: Any = None) -> compressor.FineTuning:
+        return compressor.FineTuning(model, pruner, adapter=adapter, data=samples, training=training, previous=previous)
+
+    whole = list(compressor.steps(begun()))
+    first = begun()
+    assert first.optimizer.param_groups[0]["fused"] is True
+    for _ in range(3):
+        first.advance()
+    save_state(tmp_path, first.state())
+    assert list(compressor.steps(begun(load_state(tmp_path)))) == whole[3:]

@@ -18,6 +18,7 @@ httpcore h11 anyio sniffio hf-xet tqdm pyyaml filelock fsspec packaging einops j
 kiwisolver pyparsing python-dateutil six numpy pillow pydantic pydantic-core annotated-types typing-inspection typing-extensions rich
 markdown-it-py mdurl pygments ruamel.yaml safetensors torch-pruning click scipy pytest hypothesis sortedcontainers iniconfig pluggy"
 # Cells in order of value, and the minutes that each is expected to take on an H100 with compiled forms.
+TRAINING=("dit-xl 128:4" "uvit-h 128:4" "uvit-s 128:2" "dit-xl 32:3")
 CELLS=("dit-xl 64:7" "uvit-h 16:7" "dit-xl 16:6" "uvit-h 64:7" "uvit-h 1:5" "dit-xl 1:5" "uvit-l 64:5" "uvit-s 64:4" "ddpm-cifar10 64:5")
 
 wheels() {
@@ -44,6 +45,9 @@ calls() {
     for cell in "${CELLS[@]}"; do
         echo "lowering.py --cells \"${cell%:*}\": about ${cell#*:} minutes"
     done
+    for cell in "${TRAINING[@]}"; do
+        echo "training.py --cells \"${cell%:*}\": about ${cell#*:} minutes"
+    done
     echo "report.py: docs/gpu.md from what was measured"
 }
 
@@ -60,6 +64,12 @@ run() {
         fi
         "$ENVIRONMENT/bin/python" benchmarks/gpu/lowering.py --cells "${cell%:*}" --seconds "$left"
     done
+    for cell in "${TRAINING[@]}"; do
+        left=$((end - $(date +%s) - 30))
+        if [ "$left" -ge 60 ]; then
+            "$ENVIRONMENT/bin/python" benchmarks/gpu/training.py --cells "${cell%:*}" --seconds "$left"
+        fi
+    done
     "$ENVIRONMENT/bin/python" benchmarks/gpu/report.py
 }
 
@@ -74,7 +84,8 @@ run) run ;;
     for cell in "${CELLS[@]:0:2}"; do
         "$PYTHON" benchmarks/gpu/lowering.py --imitate --cells "${cell%:*}" --out "$folder/lowering.jsonl"
     done
-    "$PYTHON" benchmarks/gpu/report.py --lines "$folder/lowering.jsonl" --page "${DRY_PAGE:-build/gpu.md}" --plot "${DRY_PLOT:-build/gpu.svg}"
+    "$PYTHON" benchmarks/gpu/training.py --imitate --cells "${TRAINING[0]%:*}" --out "$folder/training.jsonl"
+    "$PYTHON" benchmarks/gpu/report.py --lines "$folder/lowering.jsonl" --training "$folder/training.jsonl" --page "${DRY_PAGE:-build/gpu.md}" --plot "${DRY_PLOT:-build/gpu.svg}"
     ;;
 *)
     sed -n '2,9p' "$0" >&2

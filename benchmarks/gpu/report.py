@@ -1,4 +1,4 @@
-"""Writes the measured part of docs/gpu.md, and its plot, from the lines of `lowering.py`.
+"""Writes the measured part of docs/gpu.md, and its plot, from the lines of `lowering.py` and `training.py`.
 
     python benchmarks/gpu/report.py
 
@@ -20,6 +20,8 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOTHING = "Nothing has been measured on a GPU yet."
 GOALS = {"bfloat16": 1.33, "fp8": 1.2, "int8": 1.2}
 """Over the fastest dense form of the same precision."""
+MASKED_GOAL = 1.02
+"""What a masked step of training may cost over a dense one."""
 _NOISE = 2.0
 """A gain counts from this many interquartile ranges on."""
 
@@ -102,6 +104,32 @@ def page(about: Sequence[Line], lines: Sequence[Line]) -> str:
     return "\n".join([*said, "", table(lines)])
 
 
+def trained(lines: Sequence[Line]) -> str:
+    """What masks cost while training: the part of the page that `training.py` measured; empty where it measured nothing."""
+    if not lines:
+        return ""
+    about = lines[0]["about"]
+    said = "**imitation**: no figure below means anything. " if about["imitation"] else ""
+    rows = [
+        f"{said}A step of training under 2:4 masks (`sr-ste`, bfloat16 passes) over a dense one, in turns; {about['hardware']}, torch "
+        f"{about['versions']['torch']}.\n",
+        "| model, batch | form | dense, ms | masked | masked, by torch's operators | verdict |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for line in lines:
+        start = f"| {line['cell'].replace(' ', ', ')} | {line['form']} |"
+        if "failed" in line:
+            rows.append(f"{start} | | | {line['failed']} |")
+            continue
+        kept = line["masked ratio"] <= MASKED_GOAL
+        word = "goal met" if kept else f"above the goal of {MASKED_GOAL}x"
+        rows.append(
+            f"{start} {line['dense ms']:.1f} | {line['masked ratio']:.3f}x | {line['by torch ratio']:.3f}x "
+            f"| {word if line.get('kernels') else f'{word}; without Triton'} |"
+        )
+    return "\n".join(rows)
+
+
 def plot(lines: Sequence[Line], path: Path, imitation: bool) -> None:
     """Bars: 2:4 over the fastest dense form of the same precision."""
     from matplotlib.figure import Figure
@@ -135,16 +163,21 @@ def replaced(text: str, part: str) -> str:
 
 @click.command()
 @click.option("--lines", "source", type=click.Path(path_type=Path), default=HERE / "lowering.jsonl", show_default=True)
+@click.option("--training", type=click.Path(path_type=Path), default=HERE / "training.jsonl", show_default=True)
 @click.option("--page", "out", type=click.Path(path_type=Path), default=DOCS / "gpu.md", show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), default=HERE / "lowering.svg", show_default=True)
-def main(source: Path, out: Path, picture: Path) -> None:
+def main(source: Path, training: Path, out: Path, picture: Path) -> None:
     """Write the table and the plot of what was measured."""
     about, lines = read(source)
     text = (out if out.exists() else DOCS / "gpu.md").read_text(encoding="utf-8")
-    out.write_text(replaced(text, page(about, lines)), encoding="utf-8")
+    masked = (
+        [json.loads(line) for line in training.read_text(encoding="utf-8").splitlines()] if training.exists() else []
+    )
+    parts = [part for part in (page(about, lines) if lines or not masked else "", trained(masked)) if part]
+    out.write_text(replaced(text, "\n\n".join(parts)), encoding="utf-8")
     if pairs(lines):
         plot(lines, picture, any(one.get("imitation") for one in about))
-    click.echo(f"{out}: {len(pairs(lines))} rows")
+    click.echo(f"{out}: {len(pairs(lines))} rows, {len(masked)} of training")
 
 
 if __name__ == "__main__":

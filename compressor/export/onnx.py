@@ -43,6 +43,7 @@ from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM, Pattern
+from compressor.sparsity.venom import Venom
 from compressor.weights import bare, weights_sha256
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _gathered_form(model: nn.Module, adapter: Adapter, example: Any, patterns: M
     for one in found:
         if one.unit.kind not in backend.takes:
             continue
-        known = tuple(p if isinstance(p := patterns.get(w), (NM, Clustered)) else None for w in one.weights)
+        known = tuple(p if isinstance(p := patterns.get(w), (NM, Clustered, Venom)) else None for w in one.weights)
         unit = replace(one.unit, patterns=known)
         parts = [(one.at, unit, one.weights)]
         if _slower(unit) and len(one.weights) > 1:  # of a pair, one may do alone
@@ -252,6 +253,8 @@ def _slower(unit: Unit) -> str | None:
     for pattern in unit.patterns:
         if pattern is None:
             return "its weight obeys no N:M pattern"
+        if isinstance(pattern, Venom):
+            return pattern.no_kernel
         if pattern.v < GAINING_V:
             return (
                 f"{pattern}: gathering channels pays from V = {GAINING_V} on, as in {GAINING_V}:{pattern.n}:{pattern.m}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.sparsity.clustered import Clustered
-from compressor.sparsity.pattern import NM
+from compressor.sparsity.pattern import NM, Pattern
+from compressor.sparsity.venom import Venom
 
 
 class Kind(StrEnum):
@@ -37,7 +38,7 @@ class Unit:
     input_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    patterns: tuple[NM | Clustered | None, ...]
+    patterns: tuple[NM | Clustered | Venom | None, ...]
 
     @property
     def layers(self) -> tuple[nn.Linear | nn.Conv2d, ...]:
@@ -78,6 +79,10 @@ class Backend(ABC):
     @abstractmethod
     def refusal(self, unit: Unit) -> str | None:
         """Why this backend does not take `unit`; None where `build` will work."""
+
+    def left(self, pattern: Pattern) -> float:
+        """The share of the multiplications by a weight of `pattern` that it still does, where it `skips_zeros`."""
+        return pattern.density
 
     @abstractmethod
     def build(self, unit: Unit) -> nn.Module:

@@ -24,7 +24,7 @@ from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
 from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product, products_of
 from compressor.sparsity.codes import quantised
-from compressor.sparsity.pattern import NM
+from compressor.sparsity.pattern import NM, Pattern
 
 _PATTERN = NM(2, 4)
 _CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple of 16
@@ -215,6 +215,9 @@ class CuSparseLt(Backend):
 
     def refusal(self, unit: Unit) -> str | None:
         return self._wrong_dtype(unit) or _no_product(unit, self._multiple)
+
+    def left(self, pattern: Pattern) -> float:
+        return max(pattern.density, 0.5)  # the hardware multiplies two of four, also where 1:4 and 2:8 keep fewer
 
     def build(self, unit: Unit) -> nn.Module:
         if reason := self.refusal(unit):

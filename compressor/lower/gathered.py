@@ -19,6 +19,7 @@ from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
+from compressor.sparsity.venom import Venom
 
 SMALLEST_V = 16
 """With fewer rows to a group, copying its channels costs far more than the smaller product saves."""
@@ -145,6 +146,8 @@ class Gathered(Backend):
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
             if pattern is None:
                 return "its weight obeys no N:M pattern"
+            if isinstance(pattern, Venom):
+                return pattern.no_kernel
             if isinstance(pattern, Clustered):
                 return f"{pattern}: rows that share a choice are not neighbours, so no group of them is one product"
             if pattern.v < SMALLEST_V:

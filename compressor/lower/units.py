@@ -18,16 +18,17 @@ from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Unit
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
+from compressor.sparsity.venom import Venom
 
 _LAYERS = (nn.Linear, nn.Conv2d)
 _GROUPS = (2, 4, 8, 16, 32)
 _ROWS = (512, 256, 128, 64, 32, 16, 8, 4, 2)
 
 
-def pattern_of(weight: Tensor) -> NM | Clustered | None:
+def pattern_of(weight: Tensor) -> NM | Clustered | Venom | None:
     """The N:M pattern that the zeros of `weight` (out, in, *kernel) obey: the sparsest, in the smallest groups, with the most
-    rows (a power of two) that share a choice, be they neighbours or not. None where less than a quarter of it is zero in
-    this way."""
+    rows (a power of two) that share a choice, be they neighbours or not, or that share columns (`venom`). None where less than
+    a quarter of it is zero in this way."""
     zeros = weight == 0
     if weight.dim() < 2 or not weight.numel() or not bool(zeros.any()):
         return None
@@ -51,6 +52,10 @@ def pattern_of(weight: Tensor) -> NM | Clustered | None:
     for v in (8, 4, 2):
         if rows % v == 0 and not (clustered := Clustered(n, m, v)).violations(~zeros):
             return clustered
+    for v in _ROWS if n <= 4 < m else ():  # four columns of four are all: that is plain N:4
+        # so few rows use four columns at most whatever they choose
+        if rows % v == 0 and v * n > 4 and not (venom := Venom(n, m, v)).violations(~zeros):
+            return venom
     return NM(n, m)
 
 

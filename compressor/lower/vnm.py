@@ -19,6 +19,7 @@ from compressor.lower.vnm_operators import HALF
 from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
+from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
 
@@ -113,6 +114,8 @@ class VNM(Backend):
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
             if pattern is None:
                 return "its weight obeys no N:M pattern"
+            if isinstance(pattern, Venom):
+                return pattern.no_kernel
             if pattern.v % 2:
                 return (
                     f"{pattern} shares no choice between rows: a CPU gains nothing from V = {pattern.v}; "
@@ -128,7 +131,7 @@ class VNM(Backend):
         extension, why = kernels()
         if extension is None:
             raise CompressorError(f"{unit.name} cannot be lowered", why or "")
-        patterns = [pattern for pattern in unit.patterns if pattern is not None]
+        patterns = [pattern for pattern in unit.patterns if isinstance(pattern, (NM, Clustered))]
         linear = not any(isinstance(layer, nn.Conv2d) for layer in unit.layers)
         half = linear and unit.dtype == torch.bfloat16 and extension.level() == "avx512_bf16"
         lanes = self._lanes(half and all((p.n, p.m) == (2, 4) for p in patterns))

@@ -12,17 +12,21 @@ from compressor import files
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError
 from compressor.runs.inputs import Inputs
+from compressor.training.arithmetic import described
 
 FILE = "run.json"
 _SEAL = "sealed"
-_CIRCUMSTANCES = ("versions", "hardware", "platform")
+_CIRCUMSTANCES = ("versions", "hardware", "platform", "arithmetic")
 
 
 def facts_of(inputs: Inputs) -> dict[str, Any]:
-    """What the run of `inputs` is here and now: versions, hardware with the number of threads, platform, hashes and seed."""
+    """What the run of `inputs` is here and now: versions, hardware with the number of threads, platform, what a step computes in,
+    hashes and seed."""
     recipe = inputs.recipe
+    device = resolve_device(recipe.train.device)
     return {
-        **environment(resolve_device(recipe.train.device)),
+        **environment(device),
+        "arithmetic": described(recipe.train, device),
         **inputs.identity(),
         "method": inputs.method,
         "seed": recipe.train.seed,
@@ -78,6 +82,8 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for name in _CIRCUMSTANCES:
         was, is_now = before.get(name), now.get(name)
+        if name == "arithmetic" and was is None:  # runs of earlier versions do not say
+            continue
         if isinstance(was, Mapping) and isinstance(is_now, Mapping):
             names = sorted({*was, *is_now})
             found += [

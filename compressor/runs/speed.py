@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import cost, files
+from compressor import cost, files, registry
 from compressor.adapter import to_device
 from compressor.cost.latency import latency
 from compressor.cost.timing import side_by_side
@@ -225,7 +225,7 @@ def _densities(plan: Plan) -> dict[str, float]:
     for layer in plan.layers:
         for name, text in zip(layer.weights, layer.patterns, strict=True):
             if name in skipping and text is not None:
-                found[name] = parse(text).density
+                found[name] = registry.backend(layer.choice).left(parse(text))
     return found
 
 

@@ -1,7 +1,7 @@
 """V:N:M where the rows that share a choice need not be neighbours: similar rows are found and meet.
 
 A kernel that writes each row of its result to a place of its own runs such a weight as fast as one whose rows are neighbours,
-and the weight keeps more of its magnitude. VENOM's V:N:M is another format (`compressor.NM`).
+and the weight keeps more of its magnitude. VENOM's V:N:M is another format (`venom:64:2:8`).
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask
 
 
@@ -48,7 +50,11 @@ class SRSTE(Estimator):
 
     def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
         """g + λ (1 - m) ⊙ w"""
-        return grad if self.decoupled else grad + self.decay * mask.rest(dense)
+        if self.decoupled:
+            return grad
+        if (kernels := kernels_for(dense, grad, mask.keep)) and grad.dtype == dense.dtype == torch.float32:
+            return kernels.refined(grad, dense, mask.keep, self.decay)  # type: ignore[no-any-return]
+        return grad + self.decay * mask.rest(dense)
 
     def shrink(self, dense: Tensor, mask: Mask, lr: float) -> Tensor:
         return dense.sub(mask.rest(dense), alpha=lr * self.decay) if self.decoupled else dense

@@ -8,8 +8,7 @@ from compressor.errors import UsageError
 from compressor.sparsity.pattern import NM, Pattern, Unstructured
 
 _NM = re.compile(r"(?:(\d{1,6})(c?):)?(\d{1,6}):(\d{1,6})")
-
-
+_VENOM = re.compile(r"venom:(\d{1,6}):(\d{1,6}):(\d{1,6})")
 _UNSTRUCTURED = re.compile(r"unstructured:(\d*\.?\d+(?:e-?\d+)?)")
 
 
@@ -27,10 +26,15 @@ def parse(text: str) -> Pattern:
 
             return Clustered(int(n), int(m), int(v))
         return NM(int(n), int(m), int(v or 1))
+    if found := _VENOM.fullmatch(stripped):
+        from compressor.sparsity.venom import Venom
+
+        block, n, m = found.groups()
+        return Venom(int(n), int(m), int(block))
     if found := _UNSTRUCTURED.fullmatch(stripped):
         return Unstructured(float(found[1]))
     raise UsageError(
         f"pattern {text!r} is not one that exists",
-        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share) or unstructured:DENSITY (unstructured:0.5). "
-        "In V:N:M, V rows share one choice of N in M: VENOM's format of that name is another, and not offered.",
+        "Write N:M (2:4), V:N:M (4:2:4; 4c:2:4 where any rows may share), venom:V:N:M (venom:64:2:8) or unstructured:DENSITY "
+        "(unstructured:0.5). In V:N:M, V rows share one choice of N in M; what VENOM calls so is venom:V:N:M.",
     )

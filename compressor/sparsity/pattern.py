@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from compressor.errors import CompressorError, UsageError
+from compressor.sparsity.on_gpu import kernels_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,10 @@ class Pattern(ABC):
             raise CompressorError(f"{self}: {reason}")
         # A sum is one cheap pass; only where it is not finite (inf scores are legal) is the exact question asked.
         if not torch.isfinite(score.sum()) and bool(score.isnan().any()):
-            raise CompressorError(f"{self}: the score holds NaN", "Scores must be numbers; inf keeps, -inf drops.")
+            raise self._nan()
+
+    def _nan(self) -> CompressorError:
+        return CompressorError(f"{self}: the score holds NaN", "Scores must be numbers; inf keeps, -inf drops.")
 
     def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
         """The masks of several weights by name: `mask` of each, in fewer operations where the pattern knows how.
@@ -88,6 +92,12 @@ class Pattern(ABC):
         `previous` holds the masks now in force, for patterns that start from them.
         """
         return {name: self.mask(score) for name, score in scores.items()}
+
+    def magnitude_masks(
+        self, weights: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None
+    ) -> dict[str, Mask]:
+        """`masks` of the magnitudes |w| of `weights`, which need not be computed where a kernel takes them on the way."""
+        return self.masks({name: weight.abs() for name, weight in weights.items()}, previous)
 
     def verify(self, tensor: Tensor) -> None:
         """Raise CompressorError unless the nonzero entries of `tensor` (a weight or a keep) obey the pattern."""
@@ -108,7 +118,7 @@ class NM(Pattern):
 
     Every row of a V:N:M mask is also a legal N:M row. Rows that share are neighbours, and their scores are summed.
     VENOM (Castro et al. 2023) calls another format V:N:M: there V rows share 4 of every M columns, and each row keeps N of these
-    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here.
+    4 for itself, so that its 4:2:4 is plain 2:4. Such a weight does not obey the pattern of that name here, but `venom:V:N:M`.
     Source: Zhou et al. 2021 (N:M).
     """
 
@@ -145,6 +155,8 @@ class NM(Pattern):
         return None
 
     def survivors(self, score: Tensor) -> Tensor:
+        if (kernels := kernels_for(score)) and kernels.takes(score, self.m, self.v):
+            return kernels.keep(score, self.n, self.m)  # type: ignore[no-any-return]
         keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         rows = max(1, _CHUNK // (self.v * score[0].numel())) * self.v if score.device.type == "cpu" else len(score)
         for some, kept in zip(torch.split(score, rows), torch.split(keep, rows), strict=True):
@@ -160,6 +172,8 @@ class NM(Pattern):
 
     def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
         """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one."""
+        if found := self._on_gpu(scores):
+            return found
         joined = {n: s for n, s in scores.items() if s.dim() == 2 and s.numel() <= _SMALL and not self.misfit(s.shape)}
         kinds = {(s.dtype, s.device) for s in joined.values()}
         if self.v > 1 or len(joined) < 2 or len(kinds) > 1:
@@ -168,6 +182,28 @@ class NM(Pattern):
         parts = torch.split(keep, [s.numel() for s in joined.values()])
         found = {n: Mask(part.view(s.shape), self) for part, (n, s) in zip(parts, joined.items(), strict=True)}
         return {n: found[n] if n in found else self.mask(s) for n, s in scores.items()}
+
+    def magnitude_masks(
+        self, weights: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None
+    ) -> dict[str, Mask]:
+        return self._on_gpu(weights, magnitude=True) or super().magnitude_masks(weights, previous)
+
+    def _on_gpu(self, scores: Mapping[str, Tensor], magnitude: bool = False) -> dict[str, Mask]:
+        """The masks where kernels take all of `scores` (or their magnitudes), which are asked for NaN once, together; else none."""
+        found: dict[str, Mask] = {}
+        nan: Tensor | None = None
+        for index, (name, score) in enumerate(scores.items()):
+            kernels = kernels_for(score)
+            apart = nan is not None and nan.device != score.device
+            if kernels is None or apart or not kernels.takes(score, self.m, self.v):
+                return {}
+            if reason := self.misfit(tuple(score.shape)):
+                raise CompressorError(f"{self}: {reason}")
+            nan = torch.zeros(len(scores), dtype=torch.int32, device=score.device) if nan is None else nan
+            found[name] = Mask(kernels.keep(score, self.n, self.m, magnitude, nan[index]), self)
+        if nan is not None and bool(nan.any()):
+            raise self._nan()
+        return found
 
     def violations(self, keep: Tensor) -> int:
         return int((self._lanes(keep).any(1).sum(0) > self.n).sum())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,8 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
+from compressor.training.arithmetic import adamw, autocast, compiled_, restore_optimizer
+from compressor.training.feed import Feed
 from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
@@ -124,11 +125,14 @@ class FineTuning:
         self.shadow = self._sparse()
         verify(self.shadow.masks)
         self.average = {name: value.clone() for name, value in self._dense().items()}
+        self.feed = Feed(adapter, self.batches, training, self.device)
         self.done = 0
         self._nonfinite = 0
         self._seen: Any = None  # what the model was last asked, and answered
         if previous is not None:
             self._restore(previous)
+        if training.compiled and training.steps:  # last: before, methods look into the layers
+            compiled_(self.device, self.student, self.teacher)
 
     def _sparse(self) -> Shadow | Adapters:
         """What keeps the weights sparse while `self.optimizer`, made here, trains them, or adapters of them alone."""
@@ -149,10 +153,7 @@ class FineTuning:
         return adapters
 
     def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self.training
-        return torch.optim.AdamW(
-            list(trained.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        return adamw(trained.values(), self.training, self.device)
 
     def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
         """The masks of the finished weights, which are `dense` before them."""
@@ -206,10 +207,7 @@ class FineTuning:
     def _restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
-        optimizer = state["optimizer"]
-        self.optimizer.load_state_dict(
-            {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
-        )
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
@@ -224,11 +222,12 @@ class FineTuning:
             group["lr"] = lr
         for parameter in self.parameters.values():
             parameter.grad = None
-        batch = self.batches.batch(t)
+        inputs, target = self.feed.at(t)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
             torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
-            noise_loss, teacher_loss, asked = self._backward(t, batch)
+            noise_loss, teacher_loss, asked = self._backward(inputs, target)
+        self.feed.ahead(t + 1)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         objective = self.pruner.objective
@@ -242,7 +241,8 @@ class FineTuning:
             self.shadow.progress = (t + 1) / settings.steps
             self.optimizer.step()
             self._update_average(t)
-            flips = float(sum(float(count) for count in self.shadow.flips.values()))
+            counts = [*self.shadow.flips.values()]  # one transfer for all: each waits for the GPU
+            flips = float(torch.stack(counts).sum()) if counts else 0.0
         else:
             self._nonfinite += 1
             if self._nonfinite > _TOLERATED_NONFINITE:
@@ -278,20 +278,19 @@ class FineTuning:
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, Any]:
-        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it.
+    def _backward(self, inputs: Any, target: Tensor) -> tuple[float, float | None, Any]:
+        """Gradients of the objective on noised `inputs`; returns its two losses, without their weights, and a part of the inputs.
 
-        Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
+        Noise was drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
-        inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
         objective = self.pruner.objective
         noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
         noise_sum, teacher_sum = 0.0, 0.0
         for piece, wanted, share in self.adapter.pieces(inputs, target, self.training.accumulate):
             piece = to_device(piece, self.device)
-            with self._autocast():
+            with autocast(self.training, self.device):
                 prediction = self.adapter.predict(self.student, piece).float()
-                noise_loss = F.mse_loss(prediction, wanted.to(self.device).float())
+                noise_loss = F.mse_loss(prediction, to_device(wanted, self.device).float())
                 loss = noise * noise_loss
                 if self.teacher is not None:
                     with torch.no_grad():
@@ -302,14 +301,6 @@ class FineTuning:
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
         return noise_sum, teacher_sum if self.teacher is not None else None, piece
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
-        dtype = self.training.dtype
-        enabled = dtype == "bfloat16" or (
-            dtype == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _dense(self) -> dict[str, Tensor]:
         """The dense value of every trained parameter: the Shadow's where it has one."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
+from compressor.training.arithmetic import eagerly
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
 
@@ -35,6 +36,7 @@ class Given:
         off: Any = getattr(model, "disable_gradient_checkpointing", None)  # models of diffusers
         if callable(off) and getattr(model, "is_gradient_checkpointing", False):
             off()
+        model._compiled_call_impl = None
         cast_(model, self.dtypes)
         for name, value in model.named_parameters():
             value.requires_grad_(name in self.trained)
@@ -80,7 +82,7 @@ def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> 
     if inputs is None:
         return
     training = [module for module in model.modules() if module.training]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), eagerly(model):
         try:
             answer = adapter.predict(model.eval(), inputs)
         finally:

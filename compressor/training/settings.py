@@ -51,6 +51,8 @@ class Training(BaseModel):
     """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
     gradient_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass, which saves memory for time; for models of diffusers."""
+    compiled: bool = False
+    """Whether student and teacher run under torch.compile, whose numbers differ from eager ones by rounding."""
     mode: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
 

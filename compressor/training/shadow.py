@@ -1,8 +1,9 @@
 """The Shadow: masked training on optimizer step hooks.
 
 The model always holds its true sparse weights; the dense weights live here, as fp32 masters do in mixed precision.
-Before an optimizer step every gradient is replaced by the estimator's and the dense weight put back; after it the new
-dense weight is stored, the pruner asked for masks, and the sparse weight written. So layers stay plain `nn.Linear` and
+Before an optimizer step every gradient is replaced by the estimator's and the dense weight put back; after it the pruner
+is asked for masks, and the sparse weight written. Nothing is copied for that: for the length of the step the parameter has the memory
+of the dense weight, and otherwise its own. So layers stay plain `nn.Linear` and
 `nn.Conv2d`: dense checkpoints load, torch.compile compiles once, export sees no extra operations, and masks are
 computed once per optimizer step, not once per forward. The price is one dense copy and one bool mask in memory.
 """
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from compressor.errors import CompressorError
 from compressor.sparsity.notation import parse
+from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import rounded
@@ -40,6 +42,7 @@ class Shadow:
         self.masks: dict[str, Mask] = {}
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
+        self._sparse: dict[str, Tensor] = {}  # the weights' own memory, while theirs is that of the dense ones
         trained = _learning_rates(optimizer)
         if missing := [name for name, weight in weights.items() if id(weight) not in trained]:
             raise CompressorError(
@@ -70,9 +73,8 @@ class Shadow:
 
         Raises CompressorError where its masks are not of these weights.
         """
-        for name, weight in self._weights.items():
+        for name in self._weights:
             self.dense[name].copy_(state["dense"][name])
-            weight.data.copy_(self.dense[name])
         device = {name: weight.device for name, weight in self.dense.items()}
         masks = {
             name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
@@ -80,7 +82,7 @@ class Shadow:
         }
         self.masks = checked_masks(masks, self.dense)
         self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
-        self._make_sparse()
+        self._make_sparse({})
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,44 +98,58 @@ class Shadow:
             mask = self.masks.get(name)
             if mask is not None and weight.grad is not None:
                 weight.grad = estimator.gradient(weight.grad, self.dense[name], mask)
-            weight.data.copy_(self.dense[name])
+            if weight.data_ptr() != self.dense[name].data_ptr():  # the same after a step that failed
+                self._sparse[name], weight.data = weight.data, self.dense[name]
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
-            mask, dense = self.masks.get(name), weight.detach()
+            mask, dense = self.masks.get(name), self.dense[name]
+            if weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
+                dense.copy_(weight.data)
             if mask is not None and weight.grad is not None:
                 shrunk = estimator.shrink(dense, mask, lr[id(weight)])
                 if shrunk is not dense:
-                    weight.data.copy_(shrunk)
-            self.dense[name].copy_(weight.data)
+                    dense.copy_(shrunk)
+            weight.data = self._sparse.pop(name)
         self._renew_masks()
         for name, count in self.flips.items():
             self.flipped[name] += count
 
     @torch.no_grad()
     def _renew_masks(self) -> None:
-        masks = checked_masks(self.pruner.masks(self.dense, self.progress, dict(self.masks)), self.dense)
-        for name, dense in self.dense.items():
-            old, new = self.masks.get(name), masks.get(name)
-            if old is None or new is None or old is new:
-                self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)
-            else:
-                self.flips[name] = (old.keep ^ new.keep).count_nonzero()
-        self.masks = masks
-        self._make_sparse()
+        before = self.masks
+        self.masks = checked_masks(self.pruner.masks(self.dense, self.progress, dict(before)), self.dense)
+        self._make_sparse(before)
 
     @torch.no_grad()
-    def _make_sparse(self) -> None:
-        """Mask the model's weights, which hold the dense values, in place, and round them where the method quantises.
+    def _make_sparse(self, before: Mapping[str, Mask]) -> None:
+        """Write the masked dense weights into the model, rounded where the method quantises, and count the flips since `before`.
 
         Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
         """
-        for name, mask in self.masks.items():
-            data = self._weights[name].data.masked_fill_(~mask.keep, 0.0)
+        for name, dense in self.dense.items():
+            mask, data = self.masks.get(name), self._weights[name].data
+            if mask is None:
+                data.copy_(dense)
+                self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)
+                continue
+            self.flips[name] = masked_(data, dense, mask, before.get(name))
             if self.pruner.quantise != "none":
                 data.copy_(rounded(data, self.pruner))
+
+
+def masked_(sparse: Tensor, dense: Tensor, mask: Mask, before: Mask | None) -> Tensor:
+    """Write `dense` under `mask` into `sparse`; how many entries of the mask changed since `before` (none without one), as int64."""
+    old = None if before is mask else before
+    tensors = (dense, sparse, mask.keep, *(() if old is None else (old.keep,)))
+    if kernels := kernels_for(*tensors):
+        return kernels.settle_(sparse, dense, mask.keep, None if old is None else old.keep)  # type: ignore[no-any-return]
+    torch.where(mask.keep, dense, dense.new_zeros(()), out=sparse)
+    if old is None:
+        return torch.zeros((), dtype=torch.int64, device=dense.device)
+    return (old.keep ^ mask.keep).count_nonzero()
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:

@@ -17,6 +17,7 @@ from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.packed import PackedMasks
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured, largest
+from compressor.sparsity.venom import Venom
 from compressor.training.calibration import Falls, check_calibration, from_matrix, matrix, observable, observe, visits
 from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
@@ -146,13 +147,13 @@ Choose = Callable[[int, Tensor], Tensor]
 def rule(pattern: Pattern, first: Tensor, shape: torch.Size) -> tuple[int, Choose]:
     """(span, choose): `choose(column, score)` says what stays of the `span` columns from `column` on, given their scores now.
 
-    `first` (out, columns) has the scores before any update, of a weight of `shape`. N:M and V:N:M choose in each group as it
-    comes up. With clustered rows, `first` says which rows share, once. Unstructured: `first` says how many stay of each column,
+    `first` (out, columns) has the scores before any update, of a weight of `shape`. N:M, V:N:M and venom choose in each group as
+    it comes up. With clustered rows, `first` says which rows share, once. Unstructured: `first` says how many stay of each column,
     and the scores now say which. SparseGPT keeps the same share of every 128 columns, although the columns that come first
     have more left to make up for them, and so can lose more; it left 1.5 to 3.5 times the error on inputs held out
     (plugins/obs/README.md). A pattern of another kind is chosen by `first` alone.
     """
-    if isinstance(pattern, NM):
+    if isinstance(pattern, (NM, Venom)):
         return pattern.m, lambda column, score: pattern.mask(score).keep
     once = matrix(pattern.mask(from_matrix(first, shape)).keep)
     if isinstance(pattern, Clustered):

@@ -1,0 +1,40 @@
+"""Where masks of tensors on a GPU are made: by Triton's kernels where they work, and otherwise by torch. Both give the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from compressor.errors import first_line
+
+LARGEST = 2**31 - 1
+"""The most entries of a tensor: the kernels count them in 32 bits."""
+
+
+def kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """`compressor.sparsity.triton_kernels` where it takes `tensors`; None where torch has to do it: on a CPU, without Triton."""
+    first = tensors[0]
+    if any(one.device != first.device or not one.is_contiguous() for one in tensors) or first.numel() > LARGEST:
+        return None
+    return _tried(first.get_device()) if first.device.type == "cuda" else None
+
+
+@cache
+def _tried(index: int) -> ModuleType | None:
+    """The kernels, once they gave on this GPU what torch gives; Triton needs a C compiler and a GPU that it knows."""
+    try:
+        from compressor.sparsity import triton_kernels
+    except ImportError:  # torch without CUDA, or for a system that has no Triton, comes without
+        return None
+    try:
+        wrong = triton_kernels.differences(torch.device("cuda", index))
+    except Exception as failure:  # a compiler's, a driver's: whatever it is, torch can do it
+        wrong = f"{type(failure).__name__}: {first_line(failure)}"
+    if wrong is not None:
+        warnings.warn(f"masks are made by torch, which is slower: Triton's kernels fail ({wrong})", stacklevel=2)
+        return None
+    return triton_kernels
