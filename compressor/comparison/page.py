@@ -107,6 +107,7 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
             drift=judged.row.drift,
             train=judged.row.train,
             by_steps=judged.by_steps,
+            **({} if judged.host is None else {"host": judged.host, "environment": judged.environment}),
         )
         for cell, judged in own
     ]
