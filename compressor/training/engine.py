@@ -23,7 +23,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
+from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of
 from compressor.training.lora import Adapters
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
@@ -120,7 +120,7 @@ class FineTuning:
         self.average = {name: value.clone() for name, value in self._dense().items()}
         self.done = 0
         self._nonfinite = 0
-        self._seen: Any = None  # what the model was last asked, and answered
+        self._seen = Asked()
         if previous is not None:
             self._restore(previous)
 
@@ -171,6 +171,7 @@ class FineTuning:
             "pruner": dict(self.pruner.state()),
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
+            "scale": self._seen.scale,
         }
 
     @no_exit()
@@ -208,6 +209,7 @@ class FineTuning:
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
+        self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 
     @no_exit()
     def advance(self) -> Step:
@@ -230,7 +232,8 @@ class FineTuning:
         loss = objective.noise * noise_loss + objective.teacher * answered
         grad_norm = float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._nonfinite, self._seen = 0, asked
+            self._nonfinite = 0
+            self._seen.note(*asked, noise_loss)
             if settings.clip:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
@@ -272,8 +275,9 @@ class FineTuning:
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, Any]:
-        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it.
+    def _backward(self, step: int, batch: Any) -> tuple[float, float | None, tuple[Any, Tensor]]:
+        """Gradients of the objective on `batch`, that of `step`; returns its two losses, without their weights, and a part of it with
+        what was to be answered.
 
         Noise is drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
@@ -295,7 +299,7 @@ class FineTuning:
                     teacher_sum += share * float(teacher_loss.detach())
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
-        return noise_sum, teacher_sum if self.teacher is not None else None, piece
+        return noise_sum, teacher_sum if self.teacher is not None else None, (piece, wanted)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
