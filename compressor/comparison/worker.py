@@ -26,7 +26,7 @@ from compressor import files, processes, saving, validation
 from compressor.adapter import to_device
 from compressor.discovery import blamed
 from compressor.environment import environment
-from compressor.errors import CompressorError, first_line
+from compressor.errors import CompressorError, first_line, memory_behind
 from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.similarity import ssim
@@ -204,7 +204,8 @@ def _tried(folder: Path, loaded: Inputs | None, tell: Callable[[str], None], hos
     try:
         found = _done(folder, loaded, tell, host)
     except (Exception, SystemExit) as error:  # whatever a model, a plugin or the machine raises: the others shall go on
-        reason = error if isinstance(error, CompressorError) else blamed(error)
+        known = isinstance(error, CompressorError) and memory_behind(error) is None
+        reason = error if known else blamed(error)
         text = f"{first_line(reason)}\n\n{traceback.format_exc()}"
         (folder / "error.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
         return loaded

@@ -17,7 +17,7 @@ from compressor.adapter import Adapter, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, memory
 from compressor.processes import refuse_ranks
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
@@ -73,7 +73,7 @@ class FineTuning:
     interrupted run; with it, `prepare` is not called again.
     """
 
-    @no_exit()
+    @no_exit("training")
     def __init__(
         self,
         model: nn.Module,
@@ -100,7 +100,8 @@ class FineTuning:
         masked = chosen(self.student, pruner, adapter, targets, ignore)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         if previous is None:
-            pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
+            with memory("calibration"):
+                pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
         else:
             pruner = pruner.restored(previous["pruner"])
@@ -154,7 +155,7 @@ class FineTuning:
             return self.shadow.masks
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
-    @no_exit()
+    @no_exit("training")
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
 
@@ -174,7 +175,7 @@ class FineTuning:
             "scale": self._seen.scale,
         }
 
-    @no_exit()
+    @no_exit("training")
     @torch.no_grad()
     def one_shot(self) -> Result:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
@@ -211,7 +212,7 @@ class FineTuning:
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
         self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 
-    @no_exit()
+    @no_exit("training")
     def advance(self) -> Step:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
         t, settings = self.done, self.training
@@ -251,7 +252,7 @@ class FineTuning:
         entries = sum(weight.numel() for weight in self.shadow.dense.values())
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
-    @no_exit()
+    @no_exit("training")
     def finish(self) -> Result:
         """Write the averaged weights, masked once, into the student, and give the result. The run is over then.
 
