@@ -182,6 +182,9 @@ def test_who_could_give_no_sign_of_life_gives_up_before_others_take_over(shared:
     assert far.is_lost("a") and here.state("a") == "held"
     far.renew()
     assert far.is_lost("a")
+    assert not far.take("a")
+    far.release("a", "free")  # what it was doing has ended
+    assert far.take("a") and not far.is_lost("a") and here.state("a") == "held"  # nobody has taken over: it goes on
 
 
 def test_a_claim_whose_writer_died_before_it_wrote_is_taken_after_a_while(

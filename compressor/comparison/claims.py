@@ -74,6 +74,7 @@ class _Found:
     state: State
     note: str
     patience: float
+    token: str = ""
 
 
 @dataclass(eq=False)
@@ -104,6 +105,7 @@ class Claims:
         self.out, self.folder, self.patience = out, out / FOLDER, patience
         self.holder = holder or Holder.here()
         self._clock = clock or _now
+        self._token = secrets.token_hex(8)
         self._held: dict[str, _Held] = {}
         self._before: dict[str, int] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
@@ -213,8 +215,16 @@ class Claims:
         with suppress(ValueError):
             told = json.loads(content)
         try:
-            state = told["state"] if told["state"] in ("free", "done", "failed") else "held"
-            return _Found(number, content, Holder(**told["holder"]), state, str(told["note"]), float(told["patience"]))
+            state: State = told["state"] if told["state"] in ("free", "done", "failed") else "held"
+            return _Found(
+                number,
+                content,
+                Holder(**told["holder"]),
+                state,
+                str(told["note"]),
+                float(told["patience"]),
+                str(told["token"]),
+            )
         except (TypeError, LookupError, ValueError):  # about to be written, or its process died before it was
             return _Found(number, content, None, "held", "", 0.0)
 
@@ -237,14 +247,16 @@ class Claims:
     def _write(self, held: _Held, state: State) -> None:
         """To the file that is open: where it is no longer the one of that name, nothing of others is touched."""
         held.beats += 1
-        told = {"state": state, "holder": asdict(self.holder), "note": held.note}
-        told |= {"patience": self.patience, "beats": held.beats}
+        told: dict[str, Any] = {"state": state, "holder": asdict(self.holder), "note": held.note}
+        told |= {"patience": self.patience, "beats": held.beats, "token": self._token}
         os.lseek(held.descriptor, 0, os.SEEK_SET)
         os.write(held.descriptor, json.dumps(told).ljust(_MOST_BYTES // 4).encode())
         os.fsync(held.descriptor)
 
     def _is_held(self, name: str, found: _Found) -> bool:
-        """Whether the claim `found` is that of a process which lives, as far as is known."""
+        """Whether the claim `found` is that of a process which lives, as far as is known, and has not given it up."""
+        if found.token == self._token:  # its own, which it gave up where it could give no sign of life
+            return name in self._held and self._held[name].number == found.number
         if (lives := _lives(found.holder, self.holder)) is not None:
             return lives
         content, since = self._seen.get(f"{name}.{found.number}", (None, 0.0))

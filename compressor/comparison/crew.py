@@ -80,10 +80,10 @@ class Crew:
             yield Progress("cells", 0, total, unbroken=True)
         while done < total:
             waiting += self._lost()
-            for folder, note in self._elsewhere(waiting):
-                waiting.remove(folder)
+            for gone, note in self._elsewhere(waiting):
+                waiting.remove(gone)
                 done += 1
-                yield Progress("cells", done, total, f"{folder.name} {note}".strip(), unbroken=True)
+                yield Progress("cells", done, total, f"{gone.name} {note}", unbroken=True)
             while self._has_room() and (taken := self._taken(waiting)) is not None:
                 self._give(self._idle(), taken)
             if done == total:
@@ -144,9 +144,8 @@ class Crew:
             state = self._claims.state(_claim(folder))
             if _is_done(folder):
                 found.append((folder, "elsewhere"))
-            elif (
-                state == "done"
-            ):  # a network's file system may show the file a minute later than what says that it is there
+                continue
+            if state == "done":  # a network's file system may show a file a minute after what says that it is there
                 self._unseen[folder] = self._unseen.get(folder, 0) + 1
             if state == "failed" or self._unseen.get(folder, 0) > _UNSEEN:
                 found.append((folder, f"failed elsewhere: {reason(folder)}"))
