@@ -23,8 +23,9 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of
+from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
+from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -69,8 +70,8 @@ class Result:
 class FineTuning:
     """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
 
-    `model` is left as it is: student and teacher are copies. `previous` is what `state` gave in an
-    interrupted run; with it, `prepare` is not called again.
+    `model` is left as it is, and to be left so: the student is a copy, the teacher may share its memory. `previous` is what
+    `state` gave in an interrupted run; with it, `prepare` is not called again.
     """
 
     @no_exit("training")
@@ -96,7 +97,7 @@ class FineTuning:
             checkpointed_(self.student)
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
-            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+            self.teacher = teacher_of(model, self.device)
         masked = chosen(self.student, pruner, adapter, targets, ignore)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         if previous is None:
@@ -118,7 +119,9 @@ class FineTuning:
             )
         self.shadow = self._sparse()
         verify(self.shadow.masks)
-        self.average = {name: value.clone() for name, value in self._dense().items()}
+        place = "cpu" if "ema" in training.offload else self.device
+        dense = self._dense().items() if training.ema else ()
+        self.average = {name: value.to(place, copy=True) for name, value in dense}
         self.done = 0
         self._nonfinite = 0
         self._seen = Asked()
@@ -130,8 +133,8 @@ class FineTuning:
         weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
         lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
         if not lora:
-            self.optimizer = self._optimizer(self.parameters)
-            return Shadow(weights, self.pruner, self.optimizer, progress)
+            self.optimizer = optimizer_of(self.training, self.parameters.values())
+            return Shadow(weights, self.pruner, self.optimizer, progress, outside="shadow" in self.training.offload)
         started = {name: weight.detach() for name, weight in weights.items()}
         masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
         for name, mask in masks.items():
@@ -139,15 +142,9 @@ class FineTuning:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in masks)
         adapters = Adapters(weights, masks, self.training.lora, self.training.seed)
-        self.optimizer = self._optimizer(adapters.matrices)
+        self.optimizer = optimizer_of(self.training, adapters.matrices.values())
         adapters.attach(self.optimizer)
         return adapters
-
-    def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self.training
-        return torch.optim.AdamW(
-            list(trained.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-        )
 
     def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
         """The masks of the finished weights, which are `dense` before them."""
@@ -168,7 +165,7 @@ class FineTuning:
             "model": self.student.state_dict(),
             "shadow": self.shadow.state(),
             "average": dict(self.average),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": stored(self.optimizer.state_dict()),
             "pruner": dict(self.pruner.state()),
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
@@ -181,7 +178,7 @@ class FineTuning:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
         if self.done:
             raise ValueError(f"{self.done} steps are done")
-        dense = self.shadow.dense
+        dense = {name: value.to(self.device) for name, value in self.shadow.dense.items()}
         masks = self._masks(dense, {})
         verify(masks)
         model = copy.deepcopy(self.student).eval()
@@ -202,10 +199,7 @@ class FineTuning:
     def _restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
-        optimizer = state["optimizer"]
-        self.optimizer.load_state_dict(
-            {**optimizer, "state": {int(index): value for index, value in optimizer["state"].items()}}
-        )
+        self.optimizer.load_state_dict(revived(state["optimizer"]))
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
@@ -217,8 +211,7 @@ class FineTuning:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
         t, settings = self.done, self.training
         lr = settings.lr_at(t)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         for parameter in self.parameters.values():
             parameter.grad = None
         batch = self.batches.batch(t)
@@ -262,14 +255,14 @@ class FineTuning:
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()
-        dense = {name: final[name] for name in self.shadow.dense}
+        dense = {name: final[name].to(self.device) for name in self.shadow.dense}
         masks = self.shadow.masks
         if steps:
             masks = self._masks(dense, dict(masks))
         verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
+                parameter.copy_(sparse(dense[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
         check_result(self.student, self.adapter, self._seen, self.done)
         sizes = {name: weight.numel() for name, weight in dense.items()}
@@ -317,9 +310,7 @@ class FineTuning:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         if self.training.ema:
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self._dense().values()), 1 - self.training.ema_at(step)
-            )
+            average_(self.average, self._dense(), 1 - self.training.ema_at(step))
 
     def _name_nonfinite(self, loss: float) -> str:
         bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]

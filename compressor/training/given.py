@@ -81,6 +81,15 @@ class Asked:
         self.scale = max(self.scale, first, float(wanted.detach().float().square().mean()))
 
 
+def teacher_of(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` frozen, in float32, on `device` and in eval mode. What is so already is shared, not copied: nobody writes to it."""
+    shared: dict[int, Any] = {}
+    for value in (*model.parameters(), *model.buffers()):
+        bare = value.detach()
+        shared[id(value)] = nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
+    return float32_(copy.deepcopy(model, shared)).to(device).eval()
+
+
 def refuse_skipped(steps: int, done: int) -> None:
     """Raise CompressorError where the last `steps` of a run of `done` steps were skipped, which left its model as it was before."""
     if steps:

@@ -27,16 +27,24 @@ class Shadow:
     """The dense weights behind `weights` (target parameters by name), which it keeps masked while `optimizer` steps.
 
     `progress`, the share of the steps that is done after the next one, is the caller's to set before each step.
+    With `outside` the dense weights are in the machine's memory, wherever `weights` are.
     `flips` counts, per weight name, the entries whose mask changed in the last step; `flipped` since the start.
     Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], pruner: Pruner, optimizer: Optimizer, progress: float = 0.0
+        self,
+        weights: Mapping[str, nn.Parameter],
+        pruner: Pruner,
+        optimizer: Optimizer,
+        progress: float = 0.0,
+        outside: bool = False,
     ) -> None:
         self.pruner = pruner
         self.progress = progress
-        self.dense: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.dense: dict[str, Tensor] = {
+            name: weight.detach().to("cpu" if outside else weight.device, copy=True) for name, weight in weights.items()
+        }
         self.masks: dict[str, Mask] = {}
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
@@ -73,12 +81,12 @@ class Shadow:
         for name, weight in self._weights.items():
             self.dense[name].copy_(state["dense"][name])
             weight.data.copy_(self.dense[name])
-        device = {name: weight.device for name, weight in self.dense.items()}
+        device = {name: weight.device for name, weight in self._weights.items()}
         masks = {
             name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
             for name, mask in state["masks"].items()
         }
-        self.masks = checked_masks(masks, self.dense)
+        self.masks = checked_masks(masks, self._weights)
         self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
         self._make_sparse()
 
@@ -94,9 +102,10 @@ class Shadow:
         estimator = self.pruner.estimator
         for name, weight in self._weights.items():
             mask = self.masks.get(name)
+            dense = self.dense[name].to(weight.device)
             if mask is not None and weight.grad is not None:
-                weight.grad = estimator.gradient(weight.grad, self.dense[name], mask)
-            weight.data.copy_(self.dense[name])
+                weight.grad = estimator.gradient(weight.grad, dense, mask)
+            weight.data.copy_(dense)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,8 +123,13 @@ class Shadow:
 
     @torch.no_grad()
     def _renew_masks(self) -> None:
-        masks = checked_masks(self.pruner.masks(self.dense, self.progress, dict(self.masks)), self.dense)
-        for name, dense in self.dense.items():
+        # the model has the dense weights now, and where they are outside it has them where masks are made
+        dense_weights = {
+            name: weight if weight.device == self._weights[name].device else self._weights[name].detach()
+            for name, weight in self.dense.items()
+        }
+        masks = checked_masks(self.pruner.masks(dense_weights, self.progress, dict(self.masks)), dense_weights)
+        for name, dense in dense_weights.items():
             old, new = self.masks.get(name), masks.get(name)
             if old is None or new is None or old is new:
                 self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)

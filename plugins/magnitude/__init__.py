@@ -27,4 +27,4 @@ class Magnitude(Pruner):
     separable = True
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
-        return previous or self.pattern.masks({name: weight.abs() for name, weight in weights.items()})
+        return previous or self.pattern.magnitude_masks(weights)

@@ -96,10 +96,9 @@ class SparseDM(Pruner):
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if self.fixed and previous:
             return previous
-        scores = {name: weight.abs() for name, weight in weights.items()}
         if not self.progressive:
-            return self.pattern.masks(scores, previous)
-        return {name: self._stage(score, progress).mask(score) for name, score in scores.items()}
+            return self.pattern.magnitude_masks(weights, previous)
+        return {name: self._stage(weight, progress).mask(weight.abs()) for name, weight in weights.items()}
 
     def _stage(self, weight: Tensor, progress: float) -> Pattern:
         """The pattern of the schedule in force for `weight` at `progress`."""

@@ -40,4 +40,4 @@ class STE(Pruner):
         return SRSTE(self.decay, self.decoupled)
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
-        return self.pattern.masks({name: weight.abs() for name, weight in weights.items()}, previous)
+        return self.pattern.magnitude_masks(weights, previous)
