@@ -6,12 +6,12 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compressor.errors import CompressorError, UsageError, did_you_mean
+from compressor.errors import CompressorError, UsageError, Work, did_you_mean, memory, memory_behind, memory_short
 
 _T = TypeVar("_T")
 
@@ -115,6 +115,8 @@ def distribution_of(entry: EntryPoint) -> str:
 
 def blamed(error: BaseException) -> CompressorError:
     """What is to be said of an `error` that nobody foresaw: which plugin's code it comes from, where it is one of others."""
+    if (behind := memory_behind(error)) is not None:
+        return memory_short(behind)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SystemExit):
         what = f"an exit (sys.exit, code {error.code!r}) before the end"
@@ -125,10 +127,14 @@ def blamed(error: BaseException) -> CompressorError:
 
 
 @contextmanager
-def no_exit() -> Iterator[None]:
-    """A plugin that ends the process is a CompressorError that names it: an exit code of 0 would say that a model was made."""
+def no_exit(doing: Work | None = None) -> Iterator[None]:
+    """A plugin that ends the process is a CompressorError that names it: an exit code of 0 would say that a model was made.
+
+    Where it is told what is being done (`doing`), memory that ends is said as in `memory`.
+    """
     try:
-        yield
+        with nullcontext() if doing is None else memory(doing):
+            yield
     except SystemExit as error:
         raise blamed(error) from error
 

@@ -6,9 +6,17 @@ error into an exit code, and only it prints.
 
 from __future__ import annotations
 
+import errno
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
+
+_Given = ParamSpec("_Given")
+_Event = TypeVar("_Event")
+_Result = TypeVar("_Result")
 
 
 class CompressorError(Exception):
@@ -45,6 +53,93 @@ class LockedError(CompressorError):
     """Another process works in the output directory."""
 
     exit_code = 4
+
+
+class MemoryShortError(CompressorError):
+    """The memory of the machine, or of a GPU, was not enough."""
+
+
+Work = Literal["training", "calibration", "sampling", "measuring", "lowering", "loading"]
+_LESS: dict[str, str] = {
+    "training": "Split each batch (train.accumulate=4 changes no number beyond rounding), give train.gradient_checkpointing=true, "
+    "train.optimizer=adamw-8bit or, on a GPU, train.offload=[optimizer,ema,shadow], or a smaller train.batch_size.",
+    "calibration": "Give a smaller train.batch_size, or let the method keep less: its card has the settings.",
+    "sampling": "Draw fewer at once: evaluate.batch_size, and with `compressor sample` --batch-size and --processes.",
+    "measuring": "Measure on fewer samples (evaluate.samples), or on smaller batches (evaluate.batch_size, evaluate.latency_batch).",
+    "lowering": "Lower for a smaller batch (--batch, or a smaller example), or name fewer backends.",
+    "loading": "Keep less of the data's pixels in memory (loading.cache_mb), end other programs, or take a machine with more memory.",
+}
+"""What to change, by what was done."""
+_SAID = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+"""Parts of what torch, CUDA, cuBLAS, cuDNN and the operating system say."""
+
+
+def memory_behind(error: BaseException | None) -> BaseException | None:
+    """The error behind `error`, or itself, that says that there is no memory left; None where there is none.
+
+    Much code takes whatever a library raises for a damaged file or a model that does not fit, and says so: what was behind it knows.
+    """
+    while error is not None and not isinstance(error, MemoryShortError):
+        if _is_memory_short(error):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _is_memory_short(error: BaseException) -> bool:
+    """Whether it does: Python's error, torch's on a GPU or not, or the system's."""
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's: this file does not need torch
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    named = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return named and any(part in str(error) for part in _SAID)
+
+
+def memory_short(error: BaseException, doing: str = "") -> MemoryShortError:
+    """What is to be said of an `error` of memory that came while `doing` something (`Work`)."""
+    said = first_line(error)
+    said = said[max(0, said.find("DefaultCPUAllocator")) :]  # before it is where in torch's own source it was found
+    during = f" while {_DURING.get(doing, doing)}" if doing else ""
+    hint = _LESS.get(doing, "Work on less at once (batch sizes, samples), or take a machine with more memory.")
+    return MemoryShortError(f"out of memory{during}: {said}", hint)
+
+
+_DURING = {"calibration": "calibrating"}
+
+
+@contextmanager
+def memory(doing: Work) -> Iterator[None]:
+    """An error in the block that says that memory is short, or has one behind it, is a MemoryShortError, which says what to change.
+
+    Also a decorator of functions; `memory_in` is one of generators. The innermost of several says what was done.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (behind := memory_behind(error)) is None:
+            raise
+        raise memory_short(behind, doing) from error
+
+
+def memory_in(
+    doing: Work,
+) -> Callable[[Callable[_Given, Generator[_Event, None, _Result]]], Callable[_Given, Generator[_Event, None, _Result]]]:
+    """As `memory`, a decorator of generators."""
+
+    def decorate(
+        function: Callable[_Given, Generator[_Event, None, _Result]],
+    ) -> Callable[_Given, Generator[_Event, None, _Result]]:
+        @wraps(function)
+        def wrapped(*args: _Given.args, **named: _Given.kwargs) -> Generator[_Event, None, _Result]:
+            with memory(doing):
+                return (yield from function(*args, **named))
+
+        return wrapped
+
+    return decorate
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:

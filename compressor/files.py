@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -32,6 +33,7 @@ LOCK = ".lock"
 _RUN = "run.json"
 _STRAY = re.compile(r"\.(partial|old|lock)-")
 _ANOTHER = "another process"
+_TOKEN = f"{secrets.randbelow(10**9):09d}"  # processes of two computers, or containers, may have one number
 _PATIENCE = 600.0
 """Seconds that a writer waits for another one of the same folder."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -70,7 +72,7 @@ def workshop(target: Path, wait: float = 0.0, needs: int = 0) -> Iterator[Path]:
     What former writers of `target` left when they died is put back where it is whole (`recover`), and else cleared. An error of
     the disk in the block is a CompressorError that names `target` and the bytes that are free.
     """
-    partial = target.parent / f".partial-{os.getpid()}-{target.name}"
+    partial = target.parent / f".partial-{os.getpid()}{_TOKEN}-{target.name}"
     with _said(target, needs), claimed(target, wait):
         _restore(target)
         for leftover in leftovers(target):  # their writers are gone: they would hold `target`
@@ -340,7 +342,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Where the block raises, `path` stays as it was and nothing is left beside it.
     """
     # with the process in its name: two that write the same file at once do not write into one
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}{_TOKEN}-{path.name}")
     try:
         yield partial
         sync(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -445,6 +446,67 @@ def test_a_learning_rate_that_diverges_leaves_no_model(tmp_path: Path, cli: Any,
     outcome = cli.trial(tmp_path / "out", "--set", "lr=1e10", "--set", "warmup=0", "--steps", steps)
     assert outcome.code == 1 and "Lower the learning rate" in outcome.err
     assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize("lr", [30.0, 100.0])
+def test_a_run_that_diverged_with_finite_numbers_gives_nothing_and_names_step_and_layer(
+    model: nn.Module, adapter: Adapter, samples: Tensor, lr: float
+) -> None:
+    training = compressor.Training(steps=4, batch_size=4, lr=lr, ema=0.0)
+    tuning = compressor.FineTuning(model, Magnitude(), adapter=adapter, data=samples, training=training)
+    tuning.state()
+    with refused("diverged", "the largest weights are those of"):
+        list(compressor.steps(tuning))
+        tuning.state()
+    with refused("step 4: diverged"):
+        tuning.finish()
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e3])
+def test_a_model_that_is_far_off_at_first_is_not_taken_for_one_that_diverged(
+    model: nn.Module, adapter: Adapter, samples: Tensor, factor: float
+) -> None:
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(factor)  # a thousand: the loss is some 10^12 times the mean square of the target
+    training = compressor.Training(steps=20, batch_size=4, lr=1e-2)
+    tuning = compressor.FineTuning(model, Magnitude(), adapter=adapter, data=samples, training=training)
+    for _ in compressor.steps(tuning):
+        tuning.state()
+    tuning.finish()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1.0])
+def test_a_batch_whose_target_is_next_to_nothing_is_no_divergence(
+    model: nn.Module, adapter: Adapter, size: float
+) -> None:
+    class Fading(type(adapter)):  # type: ignore[misc]
+        """What is to be answered last is `size` times what it is otherwise."""
+
+        def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+            inputs, target = super().noised(batch, rng)
+            return inputs, target * (size if bool(batch.sum() == 0) else 1.0)
+
+    batches = [torch.ones(4, 16), torch.zeros(4, 16)]
+    training = compressor.Training(steps=2, batch_size=4)
+    tuning = compressor.FineTuning(model, Magnitude(), adapter=Fading(), data=batches, training=training)
+    for _ in compressor.steps(tuning):
+        tuning.state()
+    tuning.finish()
+
+
+def test_what_a_loss_is_held_against_is_the_same_after_an_interruption(
+    model: nn.Module, adapter: Adapter, samples: Tensor
+) -> None:
+    training = compressor.Training(steps=6, batch_size=4)
+    given = {"adapter": adapter, "data": samples, "training": training}
+    whole = compressor.FineTuning(model, Magnitude(), **given)
+    for _ in range(3):
+        whole.advance()
+    resumed = compressor.FineTuning(model, Magnitude(), **given, previous=copy.deepcopy(whole.state()))
+    for one in (whole, resumed):
+        list(compressor.steps(one))
+    assert whole.state()["scale"] == resumed.state()["scale"] > 0
 
 
 def test_a_run_that_ends_in_steps_that_were_skipped_gives_nothing(

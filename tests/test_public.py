@@ -89,6 +89,9 @@ NEW_HELP: dict[str, list[str]] = {
 }
 NEW_HELP["compressor compare"] = [
     *NEW_HELP["compressor compare"],
+    "--devices cuda:N,… GPUs to use, one process on each. Default: all.",
+    "--shared Share DIR with the same command elsewhere: each takes cells that none has.",
+    "--patience SECONDS With --shared: after so much silence of another computer its cells are taken over. Default: 300. [x>=1]",
     "--max-error FLOAT RANGE With --lower: how far a lowered model may be from the weights judged; lets 8-bit kernels in. [0<x<=1]",
 ]
 _TOLERANCE = (

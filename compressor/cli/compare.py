@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from compressor.cli.command import Command
 from compressor.cli.options import budget_options, input_options, model_options, numbers, options, training_options
 from compressor.cli.report import show_comparison
-from compressor.cli.terminal import Output, drive
+from compressor.cli.terminal import Output, drive, watch
+
+if TYPE_CHECKING:
+    from compressor.comparison import Comparison
 
 _entry_options = options(
     click.option(
@@ -53,15 +57,31 @@ _condition_options = options(
 """How it is compared."""
 
 
+_places = options(
+    click.option(
+        "--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one."
+    ),
+    click.option("--devices", metavar="cuda:N,…", help="GPUs to use, one process on each. Default: all."),
+    click.option(
+        "--shared", is_flag=True, help="Share DIR with the same command elsewhere: each takes cells that none has."
+    ),
+    click.option(
+        "--patience",
+        type=click.FloatRange(1),
+        metavar="SECONDS",
+        help="With --shared: after so much silence of another computer its cells are taken over. Default: 300.",
+    ),
+)
+"""Where it is computed."""
+
+
 @click.command(cls=Command)
 @options(
     _entry_options,
     input_options,
     model_options,
     _condition_options,
-    click.option(
-        "--workers", type=click.IntRange(0), default=0, help="Processes. Default: one for each GPU, else one."
-    ),
+    _places,
     training_options,
     budget_options,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/compare-MODEL."),
@@ -76,6 +96,9 @@ def compare(
     lr_grid: str | None,
     sampler_steps: str | None,
     workers: int,
+    devices: str | None,
+    shared: bool,
+    patience: float | None,
     out: Path | None,
     overwrite: bool,
     **flags: Any,
@@ -91,15 +114,38 @@ def compare(
     if out is None:
         first = recipes.merged(recipes.read(configs[0]), common) if configs and not methods else common
         out = Path("runs") / f"compare-{first.get('model', recipes.Recipe().model)}"
-    planned = comparison.planned(
+    named = [name.strip() for name in devices.split(",")] if devices else []
+    plan = partial(
+        _planned, methods, configs, common, out, overwrite, numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
+        numbers(sampler_steps, int, "--sampler-steps 10,50"), **flags,
+    )  # fmt: skip
+    with comparison.sharing(out, shared, patience, overwrite) as claims:
+        planned = watch(comparison.measured_in_turn(plan, out, claims), output.quiet)
+        events = comparison.conduct(planned, out, workers, overwrite, named, claims)
+        drive(events, out, output.quiet, "the same command")
+    show_comparison(out, output.as_json)
+
+
+def _planned(
+    methods: str | None,
+    configs: tuple[Path, ...],
+    common: dict[str, Any],
+    out: Path,
+    overwrite: bool,
+    rates: tuple[float, ...],
+    sampler_steps: tuple[int, ...],
+    **flags: Any,
+) -> Comparison:
+    """The comparison that is wanted; what one in `out` has measured before is kept. `flags` are the rest."""
+    from compressor import comparison
+
+    return comparison.planned(
         [name.strip() for name in methods.split(",")] if methods else [],
         configs,
         common=common,
-        rates=numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
-        sampler_steps=numbers(sampler_steps, int, "--sampler-steps 10,50"),
+        rates=rates,
+        sampler_steps=sampler_steps,
         known={} if overwrite else comparison.matched_before(out),
         before={} if overwrite else comparison.evaluated_before(out),
-        **flags,  # preset, seeds, match, lower, max_error
+        **flags,
     )
-    drive(comparison.conduct(planned, out, workers, overwrite), out, output.quiet, "the same command")
-    show_comparison(out, output.as_json)

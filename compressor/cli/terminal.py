@@ -16,7 +16,7 @@ import click
 from compressor import processes
 from compressor.cli.streams import crashed
 from compressor.discovery import blamed
-from compressor.errors import CompressorError, first_line, printable
+from compressor.errors import CompressorError, MemoryShortError, first_line, memory_behind, memory_short, printable
 from compressor.processes import Interrupted
 
 if TYPE_CHECKING:
@@ -48,9 +48,13 @@ def errors(debug: bool) -> Iterator[None]:
     except (CompressorError, click.ClickException, click.exceptions.Exit, KeyboardInterrupt) as error:
         if isinstance(error, CompressorError):
             _trace(debug, error)
+        if (behind := memory_behind(error)) is not None:
+            raise memory_short(behind) from error
         raise
     except OSError as error:  # a path that cannot be used; the places that know more say more
         _trace(debug, error)
+        if memory_behind(error) is not None:
+            raise memory_short(error) from error
         where = f"{error.filename}: " if error.filename is not None else ""
         reason = error.strerror or first_line(error)
         hint = "Choose another path." if where else "The disk may be full, or a file gone."
@@ -60,6 +64,8 @@ def errors(debug: bool) -> Iterator[None]:
             raise KeyboardInterrupt from error
         _trace(debug, error)
         found = blamed(error)
+        if isinstance(found, MemoryShortError):  # nothing to be reported
+            raise found from error
         raise CompressorError(found.message, f"{found.hint} {crashed(error)}".strip()) from error
 
 

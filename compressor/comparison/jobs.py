@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor import files, saving
+from compressor.comparison.claims import PATIENCE, Claims, refuse_shared
 from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.page import Outcome, written
@@ -26,6 +29,8 @@ from compressor.report.content import Environment, Latency
 from compressor.runs.directory import locked
 from compressor.runs.latency import timed
 
+REPORT, MATCH = "report", "match"
+"""Claims besides those on cells: on writing the report, and on measuring what `--match latency` needs."""
 FOLDERS = ("dense", "cells", "trials")
 FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json", "match.json")
 
@@ -51,6 +56,42 @@ def matched_before(out: Path) -> dict[str, dict[str, float]]:
     return files.read_json(path) if path.is_file() else {}
 
 
+def sharing(
+    out: Path, shared: bool, patience: float | None = None, overwrite: bool = False
+) -> AbstractContextManager[Claims | None]:
+    """The claims on `out` where it is `shared`, to be entered; None where it is not. Raises UsageError for a folder with files of
+    others, and for settings that make no sense together."""
+    refuse_used(out)
+    if shared and overwrite:
+        raise UsageError(
+            "--overwrite with --shared: one process would remove what another one has just made",
+            "Remove the folder by hand before the first one starts, or leave --overwrite out.",
+        )
+    if patience is not None and not shared:
+        raise UsageError("--patience is for folders that several share", "Give --shared too.")
+    return Claims(out, patience or PATIENCE) if shared else nullcontext()
+
+
+def measured_in_turn(
+    plan: Callable[[], Comparison], out: Path, claims: Claims | None
+) -> Generator[Progress, None, Comparison]:
+    """What `plan` gives. Where it measures something (`--match latency`), of several that share `out` one does, and the others
+    take what it found."""
+    if claims is None:
+        return plan()
+    if (yield from claims.turn(MATCH, "prepare")):
+        found = plan()
+        if found.match == "latency":
+            _write_match(found, out)
+        claims.release(MATCH, "done")
+        return found
+    return plan()
+
+
+def _write_match(wanted: Comparison, out: Path) -> None:
+    files.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
+
+
 def evaluated_before(out: Path) -> dict[str, Any]:
     """The number of samples in the folder `out`, as settings below the user's: a comparison that goes on keeps it."""
     path = out / "dense" / JOB
@@ -61,27 +102,38 @@ def evaluated_before(out: Path) -> dict[str, Any]:
 
 
 def conduct(
-    wanted: Comparison, out: Path, workers: int = 0, overwrite: bool = False
+    wanted: Comparison,
+    out: Path,
+    workers: int = 0,
+    overwrite: bool = False,
+    devices: Sequence[str] = (),
+    claims: Claims | None = None,
 ) -> Generator[Progress, None, None]:
-    """Carry out `wanted` in the folder `out`, in `workers` processes (0: one for each GPU, else one). Yields progress.
+    """Carry out `wanted` in the folder `out`, in `workers` processes (0: one for each GPU, else one) or on these `devices`. Yields
+    progress.
 
-    Called again after an interruption it goes on, with other seeds or methods it adds to what is there. Raises
+    Called again after an interruption it goes on, with other seeds or methods it adds to what is there. With `claims`, of `out`,
+    it shares the work with all who have some of the same folder, and ends when all is done. Raises
     CompressorError where a cell of the folder was trained with other settings, before anything is changed, and where every cell
     failed.
     """
     refuse_used(out)
-    with locked(out):
+    with locked(out) if claims is None else nullcontext():
+        if claims is None:
+            refuse_shared(out)
+        else:
+            claims.announce(_plan(wanted, out))
         if overwrite:
             for name in _names(out):
                 path = out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         _refuse_others(wanted, out)
         if wanted.match == "latency":
-            files.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
+            _write_match(wanted, out)
         _prepare(wanted, out)
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
-        with Crew(_devices(wanted, workers)) as crew:
+        with Crew(_devices(wanted, workers, devices), claims) as crew:
             yield from crew.carry_out([out / "dense"])
             if not (out / "dense" / ROW).is_file():
                 raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")
@@ -96,12 +148,23 @@ def conduct(
             yield from crew.carry_out(folders)
         if not any((folder / ROW).is_file() for folder in folders):
             raise CompressorError(f"every cell failed; the first: {reason(folders[0])}", "See error.txt in each cell.")
+        if claims is not None and not (yield from claims.turn(REPORT, "report")):
+            return  # another one has written it
         times = yield from _latencies(wanted, cells, folders, out)
         failed |= _failed(cells, folders)
         facts = Environment(**environment(resolve_device(wanted.inputs.recipe.train.device)))
         done = [(cell, folder) for cell, folder in zip(cells, folders, strict=True) if (folder / ROW).is_file()]
         written(Outcome(wanted, out, done, times, rates, failed, facts))
+        if claims is not None:
+            claims.release(REPORT, "done")
         yield Progress("report", 1, 1)
+
+
+def _plan(wanted: Comparison, out: Path) -> str:
+    """A hash of what is to be done: that of two calls is the same where all that they do is."""
+    jobs = [_job(wanted, cell, out) for cell in (*wanted.trials(), *wanted.cells({}))]
+    rest = [wanted.lower, wanted.max_error, wanted.title]
+    return hashlib.sha256(json.dumps([jobs, rest], sort_keys=True).encode()).hexdigest()
 
 
 def _prepare(wanted: Comparison, out: Path) -> None:
@@ -139,7 +202,7 @@ def _job(wanted: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         "label": cell.label,
         "recipe": cell.recipe.model_dump(mode="json"),
         "first": cell.first,
-        "dense": str((out / "dense").absolute()),
+        "dense": os.path.join("..", "..", "dense"),  # from the job's folder: others may see it in another place
         "sampler_steps": [] if cell.tuning else list(wanted.sampler_steps),
     }
 
@@ -162,6 +225,8 @@ def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) ->
         before = files.read_json(folder / JOB)
         if any(before.get(key) != job[key] for key in job if key not in ("recipe", "dense")):
             (folder / ROW).unlink(missing_ok=True)
+        if before == job:
+            return
     files.write_json(folder / JOB, job)
 
 
@@ -202,15 +267,35 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _devices(wanted: Comparison, workers: int) -> list[str | None]:
-    """For each worker the GPU that it alone sees; None for the CPU, and where the recipe names one GPU itself."""
+def _devices(wanted: Comparison, workers: int, devices: Sequence[str] = ()) -> list[str | None]:
+    """For each worker the GPU that it alone sees; None for the CPU, and where the recipe names one GPU itself. `devices` are GPUs
+    as torch calls them, cuda:N, one for each worker. Raises UsageError for those that there are not."""
     named = wanted.inputs.recipe.train.device
+    if devices:
+        return _named_devices(devices, named, workers)
     if resolve_device(named).type != "cuda" or named not in ("auto", "cuda"):
         return [None] * max(1, workers)
-    count = torch.cuda.device_count()
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = seen.split(",") if seen else [str(index) for index in range(count)]
-    return [names[index % count] for index in range(workers or count)]
+    names = _visible()
+    return [names[index % len(names)] for index in range(workers or len(names))]
+
+
+def _visible() -> list[str]:
+    """The GPUs that there are, as CUDA_VISIBLE_DEVICES calls them."""
+    count, seen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[:count] if seen else [str(index) for index in range(count)]
+
+
+def _named_devices(devices: Sequence[str], recipe: str, workers: int) -> list[str | None]:
+    names = _visible()
+    known = {f"cuda:{index}": name for index, name in enumerate(names)}
+    if unknown := [device for device in devices if device not in known]:
+        there = ", ".join(known) or "none: this machine has no GPU that torch can use"
+        raise UsageError(f"--devices {unknown[0]!r}: no such GPU", f"There are {there}. On the CPU, give --workers N.")
+    if recipe not in ("auto", "cuda"):
+        raise UsageError(f"--devices, and the recipe's device is {recipe!r}", "Leave train.device at auto.")
+    if workers:
+        raise UsageError("--devices and --workers both say how many processes there are", "Give one of them.")
+    return [known[device] for device in devices]
 
 
 def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, float]:

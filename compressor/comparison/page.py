@@ -107,6 +107,7 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
             drift=judged.row.drift,
             train=judged.row.train,
             by_steps=judged.by_steps,
+            **_place(judged),
         )
         for cell, judged in own
     ]
@@ -134,6 +135,11 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
         sensitivity=bare.sensitivity,
         cells=tuple(cells),
     )
+
+
+def _place(judged: Judged) -> dict[str, Any]:
+    """Where a cell was made, if it is said."""
+    return {} if judged.host is None else {"host": judged.host, "environment": judged.environment}
 
 
 def _pattern(judged: Judged) -> str | None:

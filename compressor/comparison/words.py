@@ -192,6 +192,7 @@ def limitations(report: ComparisonReport) -> tuple[str, ...]:
         )
     if same := [e.label for e in entries if len(e.cells) > 1 and len({c.weights_sha256 for c in e.cells}) == 1]:
         found.append(f"Every seed gives the same weights with {', '.join(same)}: no interval over training.")
+    found += _places(report)
     grid = report.learning_rates.grid
     edge = [label for label, rate in report.learning_rates.chosen.items() if grid and rate in (min(grid), max(grid))]
     if edge and len(grid) > 2:
@@ -237,6 +238,23 @@ def limitations(report: ComparisonReport) -> tuple[str, ...]:
             f"{report.data.samples} real images; compare it only with values of the same setting."
         )
     return tuple(found)
+
+
+def _places(report: ComparisonReport) -> list[str]:
+    """What differs between the computers on which cells were made, where several made them."""
+    made = [cell.environment for entry in report.entries for cell in entry.cells if cell.environment is not None]
+    found = []
+    if len(hardware := sorted({place.hardware for place in made})) > 1:
+        found.append(
+            f"Cells were made on different hardware, {'; '.join(hardware)}: seconds of training cannot be compared."
+        )
+    versions = {tuple(sorted(place.versions.items())) for place in made}
+    if len(versions) > 1:
+        names = sorted({name for one in versions for name, _ in one if len({dict(v).get(name) for v in versions}) > 1})
+        found.append(
+            f"Cells were made with different versions of {', '.join(names)}: a part of a difference may be theirs."
+        )
+    return found
 
 
 def _pruned(report: ComparisonReport, entry: Entry) -> bool:

@@ -25,13 +25,14 @@ from torch import nn
 from compressor import files, processes, saving, validation
 from compressor.adapter import to_device
 from compressor.discovery import blamed
-from compressor.errors import CompressorError, first_line
+from compressor.environment import environment
+from compressor.errors import CompressorError, first_line, memory_behind
 from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.similarity import ssim
 from compressor.recipe import Recipe
 from compressor.report.compared import Judged
-from compressor.report.content import DENSE, Drift, Quality, Row, TrainSummary
+from compressor.report.content import DENSE, Drift, Environment, Quality, Row, TrainSummary
 from compressor.runs import directory, facts, finish
 from compressor.runs import run as runs
 from compressor.runs.inputs import Inputs, load_inputs, same_source, sharing
@@ -44,6 +45,7 @@ JOB, ROW, SEEN, RUN = "job.json", "row.json", "seen.safetensors", "run"
 ENDED = "ended"
 TIMES = tuple((index + 0.5) / 10 for index in range(10))
 _LOOKED_AT = 128
+_PATIENCE = 60.0  # seconds
 _AGAIN = "Remove {path}: what is missing is judged again."
 
 
@@ -66,13 +68,15 @@ def dense(found: Inputs, folder: Path, steps: list[int]) -> Generator[Progress, 
     files.write_json(folder / ROW, Judged(row=row, by_steps=by_steps, metric=judge.metric).as_json())
 
 
-def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Generator[Progress, None, None]:
-    """Fine-tune, then judge against the dense model."""
+def cell(
+    found: Inputs, folder: Path, job: Mapping[str, Any], host: str | None = None
+) -> Generator[Progress, None, None]:
+    """Fine-tune, then judge against the dense model. `host`: what this computer is called, where it is to be recorded."""
     run = folder / RUN
-    with directory.locked(run):
+    with directory.locked(run, _PATIENCE):  # a former worker may be about to end: nobody waits for it any more
         resumed = (run / "run.json").is_file()
         final = yield from runs.train(found, run, resume=resumed, keep_one_shot=job["first"])
-    stored = load_file(Path(job["dense"]) / SEEN)
+    stored = load_file(folder / job["dense"] / SEEN)
     given = Seen(stored.get("images"), stored["predictions"])
     judge = Judge(found)
     yield from judge.look()
@@ -95,6 +99,9 @@ def cell(found: Inputs, folder: Path, job: Mapping[str, Any]) -> Generator[Progr
         if bare.patterns:
             further["sensitivity"] = yield from _sensitivity(judge, model, list(bare.patterns))
         judged = judged.model_copy(update=further)
+    if host is not None:
+        made = Environment(**environment(judge.device))
+        judged = judged.model_copy(update={"host": host, "environment": made})
     files.write_json(folder / ROW, judged.as_json())
     finish.settle(run)
 
@@ -152,7 +159,7 @@ def _sensitivity(judge: Judge, bare: nn.Module, names: list[str]) -> Generator[P
     return found
 
 
-def main(given: TextIO, told: TextIO) -> int:
+def main(given: TextIO, told: TextIO, host: str | None = None) -> int:
     """Do the jobs of the folders whose names `given` has, a line each; what there is to say of them goes to `told`.
 
     The exit code is 0, or 143 where a job was stopped.
@@ -182,7 +189,7 @@ def main(given: TextIO, told: TextIO) -> int:
         with processes.terminated():
             while (folder := folders.get()) is not None:
                 busy.set()
-                loaded = _tried(folder, loaded, tell)
+                loaded = _tried(folder, loaded, tell, host)
                 busy.clear()
                 tell(ENDED)
     except processes.Interrupted as interrupted:
@@ -190,14 +197,15 @@ def main(given: TextIO, told: TextIO) -> int:
     return 0
 
 
-def _tried(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> Inputs | None:
+def _tried(folder: Path, loaded: Inputs | None, tell: Callable[[str], None], host: str | None) -> Inputs | None:
     """`_done`; why it failed is left in the folder."""
     with (folder / "error.txt").open("w", encoding="utf-8") as errors:
         os.dup2(errors.fileno(), 2)  # what libraries say of their end is kept with the job
     try:
-        found = _done(folder, loaded, tell)
+        found = _done(folder, loaded, tell, host)
     except (Exception, SystemExit) as error:  # whatever a model, a plugin or the machine raises: the others shall go on
-        reason = error if isinstance(error, CompressorError) else blamed(error)
+        known = isinstance(error, CompressorError) and memory_behind(error) is None
+        reason = error if known else blamed(error)
         text = f"{first_line(reason)}\n\n{traceback.format_exc()}"
         (folder / "error.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
         return loaded
@@ -205,7 +213,7 @@ def _tried(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> 
     return found
 
 
-def _done(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> Inputs:
+def _done(folder: Path, loaded: Inputs | None, tell: Callable[[str], None], host: str | None) -> Inputs:
     """Do the job of `folder`, with the model and the data of the one before (`loaded`) where they are the same."""
     job = files.read_json(folder / JOB)
     recipe = validation.validated(Recipe, job["recipe"], str(folder / JOB))
@@ -213,6 +221,6 @@ def _done(folder: Path, loaded: Inputs | None, tell: Callable[[str], None]) -> I
         found = sharing(recipe, loaded, loaded.adapter)
     else:
         found = load_inputs(recipe)
-    events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job)
+    events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job, host)
     processes.drive(events, lambda event: tell(json.dumps(asdict(event))), processes.TERMINATING)
     return found

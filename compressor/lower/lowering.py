@@ -11,7 +11,7 @@ from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import no_exit
-from compressor.errors import UsageError
+from compressor.errors import UsageError, memory_in
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups
 from compressor.lower.forms import guarded, planned
@@ -36,7 +36,7 @@ class Lowered:
     plan: Plan
 
 
-@no_exit()
+@no_exit("lowering")
 def lower(
     model: nn.Module,
     example_inputs: Any,
@@ -79,6 +79,7 @@ def lower(
     return result_of(steps)
 
 
+@memory_in("lowering")
 @torch.no_grad()
 def lowering(
     model: nn.Module,

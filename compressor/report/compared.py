@@ -40,6 +40,8 @@ class Judged(Value):
     one_shot: Row | None = None
     layers: List[Layer] = ()
     sensitivity: dict[str, float] = Field(default_factory=dict)
+    host: str | None = None
+    environment: Environment | None = None
 
 
 class Summary(Value):
@@ -68,6 +70,10 @@ class CellResult(Value):
     drift: List[Drift]
     train: TrainSummary
     by_steps: dict[str, Quality]
+    host: str | None = Field(
+        default=None, description="the computer that made it, of several that shared the comparison"
+    )
+    environment: Environment | None = Field(default=None, description="of that computer")
 
 
 class DenseRow(Row):

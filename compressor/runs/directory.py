@@ -37,13 +37,13 @@ OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn")
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the directory for this process; LockedError where another one has it. The lock dies with its process."""
+def locked(out: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold the directory for this process; LockedError where another one has it after `wait` seconds. The lock dies with it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompressorError(f"{out}: {error.strerror or error}", "Choose a folder that you may write to.") from error
-    with files.held(out):
+    with files.held(out, wait):
         yield
 
 

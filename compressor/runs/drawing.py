@@ -21,7 +21,7 @@ from compressor import files, saving
 from compressor.adapter import Adapter, Sampling
 from compressor.data.latents import Autoencoder
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, memory
 from compressor.processes import safe_path
 from compressor.progress import Progress
 from compressor.runs.pictures import save_grid, save_image
@@ -161,6 +161,7 @@ class _Worker:
         self.model = in_float32(model).to(device)
         self.autoencoder = Autoencoder(wanted.vae, device) if wanted.vae is not None else None
 
+    @memory("sampling")
     def __call__(self, first: int) -> Tensor:
         n = min(self.wanted.batch_size, self.wanted.n - first)
         images = self.adapter.sample(self.model, n, _noise_of(self.wanted, first), self.wanted.steps).float().cpu()

@@ -25,7 +25,7 @@ from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
 from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line, memory
 from compressor.progress import Progress, result_of
 from compressor.quality.evaluate import can_sample
 from compressor.quality.metric import Metric
@@ -196,6 +196,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     return inputs
 
 
+@memory("loading")
 def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     if recipe.pipeline is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor import cost
 from compressor.data.sets import ImageSet
 from compressor.environment import resolve_device
+from compressor.errors import memory_in
 from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.features import compared_with
@@ -67,6 +68,7 @@ class Judge:
             floor = evaluate.floor(features, settings)
             self.metric = MetricFacts(name=inputs.metric.name, extractor_sha256=inputs.metric.sha256, floor=floor)
 
+    @memory_in("measuring")
     def seen(self, variant: Variant) -> Generator[Progress, None, Seen]:
         """What `variant` draws and predicts."""
         inputs, settings = self.inputs, self.inputs.recipe.evaluate
@@ -76,6 +78,7 @@ class Judge:
         yield Progress(f"drift of {variant.name}", 0, 1)
         return Seen(images, drift.predictions(inputs.adapter, variant.working, inputs.data, settings, self.device))
 
+    @memory_in("measuring")
     def row(
         self, variant: Variant, seen: Seen, dense: Seen | None, sheet: Path | None
     ) -> Generator[Progress, None, Row]:
@@ -110,6 +113,7 @@ class Judge:
         yield from ()
         return {}
 
+    @memory_in("sampling")
     def drawn(self, name: str, model: nn.Module, steps: int | None = None) -> Generator[Progress, None, Tensor]:
         """The images that `model` draws, in `steps` sampler steps where they are not the recipe's."""
         settings = self.inputs.recipe.evaluate

@@ -23,7 +23,7 @@ from compressor import files, saving
 from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
-from compressor.errors import CompressorError, ReshapedError
+from compressor.errors import CompressorError, MemoryShortError, ReshapedError
 from compressor.processes import Interrupted
 from compressor.progress import Progress
 from compressor.recipe import Recipe
@@ -253,6 +253,8 @@ def _newest_checkpoint(inputs: Inputs, out: Path) -> tuple[dict[str, Any] | None
         try:
             files.verify(folder, needs=("state.json", "state.safetensors"))
             state = saving.load_state(folder)
+        except MemoryShortError:  # which says nothing of the checkpoint
+            raise
         except CompressorError as error:
             skipped.append(f"skipped {folder.name}: {error.message}")
             continue

@@ -13,7 +13,7 @@ from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, memory
 from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
@@ -75,6 +75,7 @@ def finished(out: Path) -> Finished:
     return Finished(out, adapter, dense, sparse, device, report, settings.evaluate.latency_batch)
 
 
+@memory("loading")
 def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
     """The adapter and the dense model that `recipe` names, in eval mode."""
     if _of_calls(recipe):
@@ -92,6 +93,7 @@ def saved_adapter(path: Path) -> Adapter:
     return saving.adapter_at(folder)
 
 
+@memory("loading")
 def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
     """The model of a run, or of a saved model's folder, with its adapter. Of a pipeline's run, the adapter knows its calls."""
     recipe = _recipe(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import made
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.saving import packing
 from compressor.sparsity.notation import parse
@@ -110,6 +110,7 @@ def save(
     commit(path, write, needs=sum(tensor.nbytes for tensor in tensors.values()))
 
 
+@memory("loading")
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, memory
 from compressor.files import read_json
 from compressor.foreign.bounded import check_regular
 
@@ -41,6 +41,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / "state.json").write_text(text, encoding="utf-8")
 
 
+@memory("loading")
 def load_state(folder: Path) -> dict[str, Any]:
     """What `save_state` wrote. Keys are strings, and tuples lists. Raises CompressorError for anything else."""
     try:

@@ -8,7 +8,7 @@ SparseDM code use. Ties go to the first entry, so exactly N of M survive whateve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -96,8 +96,8 @@ class Pattern(ABC):
     def magnitude_masks(
         self, weights: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None
     ) -> dict[str, Mask]:
-        """`masks` of the magnitudes |w| of `weights`, which need not be computed where a kernel takes them on the way."""
-        return self.masks({name: weight.abs() for name, weight in weights.items()}, previous)
+        """`masks` of the magnitudes |w| of `weights`, which are never all there at once."""
+        return self.masks(_Magnitudes(weights), previous)
 
     def verify(self, tensor: Tensor) -> None:
         """Raise CompressorError unless the nonzero entries of `tensor` (a weight or a keep) obey the pattern."""
@@ -107,8 +107,25 @@ class Pattern(ABC):
             raise CompressorError(f"not {self}: {broken} group(s) hold more nonzero entries than the pattern allows")
 
 
+class _Magnitudes(Mapping[str, Tensor]):
+    """|w| of weights by name, computed when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].abs()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 _LARGEST = 999_999
 _SMALL = 2**20
+_JOINED = 2**21  # entries of small matrices that are taken as one, at most: they are copied for it
 _CHUNK = 2**19  # entries at a time on a CPU: temporaries stay in its cache, and both threads busy
 
 
@@ -171,17 +188,30 @@ class NM(Pattern):
             kept.zero_().scatter_(0, order[: self.n].expand(-1, self.v, *order.shape[2:]), True)
 
     def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
-        """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one."""
-        if found := self._on_gpu(scores):
-            return found
-        joined = {n: s for n, s in scores.items() if s.dim() == 2 and s.numel() <= _SMALL and not self.misfit(s.shape)}
-        kinds = {(s.dtype, s.device) for s in joined.values()}
-        if self.v > 1 or len(joined) < 2 or len(kinds) > 1:
-            return super().masks(scores)
+        """As `Pattern.masks`. Groups of a matrix follow each other in memory, so small matrices are taken as one, up to a size."""
+        if on_gpu := self._on_gpu(scores):
+            return on_gpu
+        found: dict[str, Mask] = {}
+        joined: dict[str, Tensor] = {}
+        for name, score in scores.items():
+            if self.v > 1 or score.dim() != 2 or score.numel() > _SMALL or self.misfit(tuple(score.shape)):
+                found[name] = self.mask(score)
+                continue
+            others = [*joined.values(), score]
+            if len({(s.dtype, s.device) for s in others}) > 1 or sum(s.numel() for s in others) > _JOINED:
+                found |= self._as_one(joined)
+                joined = {}
+            joined[name] = score
+        found |= self._as_one(joined)
+        return {name: found[name] for name in scores}
+
+    def _as_one(self, joined: Mapping[str, Tensor]) -> dict[str, Mask]:
+        """The masks of small matrices of one kind."""
+        if len(joined) < 2:
+            return {name: self.mask(score) for name, score in joined.items()}
         keep = self.mask(torch.cat([s.flatten() for s in joined.values()]).view(-1, self.m)).keep.flatten()
         parts = torch.split(keep, [s.numel() for s in joined.values()])
-        found = {n: Mask(part.view(s.shape), self) for part, (n, s) in zip(parts, joined.items(), strict=True)}
-        return {n: found[n] if n in found else self.mask(s) for n, s in scores.items()}
+        return {n: Mask(part.view(s.shape), self) for part, (n, s) in zip(parts, joined.items(), strict=True)}
 
     def magnitude_masks(
         self, weights: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None

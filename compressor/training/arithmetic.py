@@ -81,7 +81,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 def described(training: Training, device: torch.device) -> dict[str, str]:
     """What numbers depend on besides versions and hardware, for `run.json`."""
     dtype = precision(training, device)
+    fused = device.type == "cuda" and training.optimizer == "adamw" and "optimizer" not in training.offload
+    name = "AdamW" if training.optimizer == "adamw" else "AdamW, moments in 8 bits"
     return {
         "passes": ("bfloat16 (autocast)" if dtype == torch.bfloat16 else "float32") + ", compiled" * training.compiled,
-        "optimizer": "AdamW, fused" if device.type == "cuda" else "AdamW",
+        "optimizer": name + ", fused" * fused,
     }

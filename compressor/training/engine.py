@@ -16,16 +16,17 @@ from compressor.adapter import Adapter, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, memory
 from compressor.processes import refuse_ranks
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer, select
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.arithmetic import adamw, autocast, compiled_, restore_optimizer
+from compressor.training.arithmetic import autocast, compiled_, restore_optimizer
 from compressor.training.feed import Feed
-from compressor.training.given import Given, check_result, checkpointed_, refuse_skipped, student_of
+from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
+from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -76,11 +77,11 @@ class Result:
 class FineTuning:
     """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
 
-    `model` is left as it is: student and teacher are copies. `previous` is what `state` gave in an
-    interrupted run; with it, `prepare` is not called again.
+    `model` is left as it is, and to be left so: the student is a copy, the teacher may share its memory. `previous` is what
+    `state` gave in an interrupted run; with it, `prepare` is not called again.
     """
 
-    @no_exit()
+    @no_exit("training")
     def __init__(
         self,
         model: nn.Module,
@@ -103,11 +104,12 @@ class FineTuning:
             checkpointed_(self.student)
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
-            self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+            self.teacher = teacher_of(model, self.device)
         masked = chosen(self.student, pruner, adapter, targets, ignore)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         if previous is None:
-            pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
+            with memory("calibration"):
+                pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
             self.surgery = pruner.surgery
         else:
             pruner = pruner.restored(previous["pruner"])
@@ -124,11 +126,13 @@ class FineTuning:
             )
         self.shadow = self._sparse()
         verify(self.shadow.masks)
-        self.average = {name: value.clone() for name, value in self._dense().items()}
+        place = "cpu" if "ema" in training.offload else self.device
+        dense = self._dense().items() if training.ema else ()
+        self.average = {name: value.to(place, copy=True) for name, value in dense}
         self.feed = Feed(adapter, self.batches, training, self.device)
         self.done = 0
         self._nonfinite = 0
-        self._seen: Any = None  # what the model was last asked, and answered
+        self._seen = Asked()
         if previous is not None:
             self._restore(previous)
         if training.compiled and training.steps:  # last: before, methods look into the layers
@@ -139,8 +143,8 @@ class FineTuning:
         weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
         lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
         if not lora:
-            self.optimizer = self._optimizer(self.parameters)
-            return Shadow(weights, self.pruner, self.optimizer, progress)
+            self.optimizer = optimizer_of(self.training, self.parameters.values(), self.device)
+            return Shadow(weights, self.pruner, self.optimizer, progress, outside="shadow" in self.training.offload)
         started = {name: weight.detach() for name, weight in weights.items()}
         masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
         for name, mask in masks.items():
@@ -148,12 +152,9 @@ class FineTuning:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in masks)
         adapters = Adapters(weights, masks, self.training.lora, self.training.seed)
-        self.optimizer = self._optimizer(adapters.matrices)
+        self.optimizer = optimizer_of(self.training, adapters.matrices.values(), self.device)
         adapters.attach(self.optimizer)
         return adapters
-
-    def _optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return adamw(trained.values(), self.training, self.device)
 
     def _masks(self, dense: Mapping[str, Tensor], previous: Mapping[str, Mask]) -> dict[str, Mask]:
         """The masks of the finished weights, which are `dense` before them."""
@@ -161,7 +162,7 @@ class FineTuning:
             return self.shadow.masks
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
-    @no_exit()
+    @no_exit("training")
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
 
@@ -174,19 +175,20 @@ class FineTuning:
             "model": self.student.state_dict(),
             "shadow": self.shadow.state(),
             "average": dict(self.average),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": stored(self.optimizer.state_dict()),
             "pruner": dict(self.pruner.state()),
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
+            "scale": self._seen.scale,
         }
 
-    @no_exit()
+    @no_exit("training")
     @torch.no_grad()
     def one_shot(self) -> Result:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
         if self.done:
             raise ValueError(f"{self.done} steps are done")
-        dense = self.shadow.dense
+        dense = {name: value.to(self.device) for name, value in self.shadow.dense.items()}
         masks = self._masks(dense, {})
         verify(masks)
         model = copy.deepcopy(self.student).eval()
@@ -207,19 +209,19 @@ class FineTuning:
     def _restore(self, state: Mapping[str, Any]) -> None:
         state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(state["model"])
-        restore_optimizer(self.optimizer, state["optimizer"])
+        restore_optimizer(self.optimizer, revived(state["optimizer"]))
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
+        self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 
-    @no_exit()
+    @no_exit("training")
     def advance(self) -> Step:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
         t, settings = self.done, self.training
         lr = settings.lr_at(t)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         for parameter in self.parameters.values():
             parameter.grad = None
         inputs, target = self.feed.at(t)
@@ -235,7 +237,8 @@ class FineTuning:
         loss = objective.noise * noise_loss + objective.teacher * answered
         grad_norm = float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._nonfinite, self._seen = 0, asked
+            self._nonfinite = 0
+            self._seen.note(*asked, noise_loss)
             if settings.clip:
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
@@ -254,7 +257,7 @@ class FineTuning:
         entries = sum(weight.numel() for weight in self.shadow.dense.values())
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
-    @no_exit()
+    @no_exit("training")
     def finish(self) -> Result:
         """Write the averaged weights, masked once, into the student, and give the result. The run is over then.
 
@@ -264,22 +267,23 @@ class FineTuning:
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()
-        dense = {name: final[name] for name in self.shadow.dense}
+        dense = {name: final[name].to(self.device) for name in self.shadow.dense}
         masks = self.shadow.masks
         if steps:
             masks = self._masks(dense, dict(masks))
         verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(sparse(final[name], masks[name], self.pruner) if name in masks else final[name])
+                parameter.copy_(sparse(dense[name], masks[name], self.pruner) if name in masks else final[name])
                 parameter.grad = None
         check_result(self.student, self.adapter, self._seen, self.done)
         sizes = {name: weight.numel() for name, weight in dense.items()}
         flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
         return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
 
-    def _backward(self, inputs: Any, target: Tensor) -> tuple[float, float | None, Any]:
-        """Gradients of the objective on noised `inputs`; returns its two losses, without their weights, and a part of the inputs.
+    def _backward(self, inputs: Any, target: Tensor) -> tuple[float, float | None, tuple[Any, Tensor]]:
+        """Gradients of the objective on noised `inputs`; returns its two losses, without their weights, and a part of the inputs with
+        what was to be answered.
 
         Noise was drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
@@ -300,7 +304,7 @@ class FineTuning:
                     teacher_sum += share * float(teacher_loss.detach())
             noise_sum += share * float(noise_loss.detach())
             (loss * share).backward()  # type: ignore[no-untyped-call]
-        return noise_sum, teacher_sum if self.teacher is not None else None, piece
+        return noise_sum, teacher_sum if self.teacher is not None else None, (piece, wanted)
 
     def _dense(self) -> dict[str, Tensor]:
         """The dense value of every trained parameter: the Shadow's where it has one."""
@@ -309,9 +313,7 @@ class FineTuning:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         if self.training.ema:
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self._dense().values()), 1 - self.training.ema_at(step)
-            )
+            average_(self.average, self._dense(), 1 - self.training.ema_at(step))
 
     def _name_nonfinite(self, loss: float) -> str:
         bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
 from compressor.training.arithmetic import eagerly
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
+
+_DIVERGED = 1000.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,34 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     return student if steps else _unfrozen(student)
 
 
+@dataclass
+class Asked:
+    """What a run was last asked, and what was to be answered; to be asked again when its model is checked.
+
+    `scale` is what a loss is held against: the largest mean square that was to be answered so far, or the loss of the first step
+    where that is larger. Before the first step it is 0, and nothing is judged by it.
+    """
+
+    inputs: Any = None
+    wanted: Tensor | None = None
+    scale: float = 0.0
+
+    def note(self, inputs: Any, wanted: Tensor, loss: float) -> None:
+        """A step was taken on `inputs` and more, whose answers were off by `loss`, without its weights, before it."""
+        first = loss if self.wanted is None and not self.scale else 0.0
+        self.inputs, self.wanted = inputs, wanted
+        self.scale = max(self.scale, first, float(wanted.detach().float().square().mean()))
+
+
+def teacher_of(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` frozen, in float32, on `device` and in eval mode. What is so already is shared, not copied: nobody writes to it."""
+    shared: dict[int, Any] = {}
+    for value in (*model.parameters(), *model.buffers()):
+        bare = value.detach()
+        shared[id(value)] = nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
+    return float32_(copy.deepcopy(model, shared)).to(device).eval()
+
+
 def refuse_skipped(steps: int, done: int) -> None:
     """Raise CompressorError where the last `steps` of a run of `done` steps were skipped, which left its model as it was before."""
     if steps:
@@ -72,24 +102,39 @@ def refuse_skipped(steps: int, done: int) -> None:
 
 
 @torch.no_grad()
-def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> None:
-    """Raise CompressorError unless all weights of `model` are finite, and its answer to `inputs` (None: nothing is asked) is.
+def check_result(model: nn.Module, adapter: Adapter, asked: Asked, step: int) -> None:
+    """Raise CompressorError unless all weights of `model` are finite, and its answer to what was last `asked` is finite and off by
+    less than a thousand times what is the scale of this run.
 
     A step that is too long leaves weights that are finite, and too large for any answer: its own loss, from before, does not tell.
+    Who answers zeros is off by the mean square of what was wanted; a model that is only bad, one that training begins from scratch
+    or that pruning broke, was as bad in the first step.
     """
     hint = "Lower the learning rate."
     check_finite(model.state_dict(), f"step {step}", hint)
-    if inputs is None:
+    if asked.wanted is None:
         return
     training = [module for module in model.modules() if module.training]
     with torch.random.fork_rng(range(torch.cuda.device_count())), eagerly(model):
         try:
-            answer = adapter.predict(model.eval(), inputs)
+            answer = adapter.predict(model.eval(), asked.inputs)
         finally:
             for module in training:
                 module.training = True
     if not bool(answer.isfinite().all()):
         raise CompressorError(f"step {step}: the model's answer is not finite any more", hint)
+    loss = float((answer.float() - asked.wanted.to(answer.device).float()).square().mean())
+    if asked.scale and not loss <= _DIVERGED * asked.scale:
+        largest = max(model.named_parameters(), key=lambda one: _magnitude(one[1]))[0]
+        raise CompressorError(
+            f"step {step}: diverged: the loss is {loss:.3g}, {loss / asked.scale:,.0f} times what it is held against (the mean square "
+            f"of what was to be answered, or the first loss); the largest weights are those of {largest}",
+            hint,
+        )
+
+
+def _magnitude(value: Tensor) -> float:
+    return float(value.detach().abs().max()) if value.numel() else 0.0
 
 
 def checkpointed_(model: nn.Module) -> nn.Module:

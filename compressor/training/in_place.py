@@ -12,7 +12,7 @@ from torch import nn
 from compressor.adapter import Adapter, with_rules
 from compressor.data.batches import as_batches
 from compressor.discovery import no_exit
-from compressor.errors import UsageError
+from compressor.errors import UsageError, memory
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
@@ -54,7 +54,8 @@ def prune_(
         rules = with_rules(adapter, targets, ignore)
         layers = chosen(model, pruner, adapter, targets, ignore)  # raises before anything is changed
         check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
-        pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
+        with memory("calibration"):
+            pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
         if pruner.surgery is not None:
             raise UsageError(
                 f"prune_: {type(pruner).__name__} removes structure", "Use compressor.prune, which works on a copy."

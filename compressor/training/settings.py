@@ -55,6 +55,10 @@ class Training(BaseModel):
     """Whether student and teacher run under torch.compile, whose numbers differ from eager ones by rounding."""
     mode: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """`adamw-8bit` keeps AdamW's two moments in 8 bits."""
+    offload: list[Literal["ema", "optimizer", "shadow"]] = Field(default_factory=list)
+    """What is kept in the machine's memory while a GPU trains: the average, the optimizer's state, the dense weights."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.

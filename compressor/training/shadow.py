@@ -29,16 +29,24 @@ class Shadow:
     """The dense weights behind `weights` (target parameters by name), which it keeps masked while `optimizer` steps.
 
     `progress`, the share of the steps that is done after the next one, is the caller's to set before each step.
+    With `outside` the dense weights are in the machine's memory, wherever `weights` are.
     `flips` counts, per weight name, the entries whose mask changed in the last step; `flipped` since the start.
     Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], pruner: Pruner, optimizer: Optimizer, progress: float = 0.0
+        self,
+        weights: Mapping[str, nn.Parameter],
+        pruner: Pruner,
+        optimizer: Optimizer,
+        progress: float = 0.0,
+        outside: bool = False,
     ) -> None:
         self.pruner = pruner
         self.progress = progress
-        self.dense: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.dense: dict[str, Tensor] = {
+            name: weight.detach().to("cpu" if outside else weight.device, copy=True) for name, weight in weights.items()
+        }
         self.masks: dict[str, Mask] = {}
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
@@ -73,14 +81,16 @@ class Shadow:
 
         Raises CompressorError where its masks are not of these weights.
         """
-        for name in self._weights:
+        for name, weight in self._weights.items():
             self.dense[name].copy_(state["dense"][name])
-        device = {name: weight.device for name, weight in self.dense.items()}
+            if not self._lends(name):
+                weight.data.copy_(self.dense[name])
+        device = {name: weight.device for name, weight in self._weights.items()}
         masks = {
             name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
             for name, mask in state["masks"].items()
         }
-        self.masks = checked_masks(masks, self.dense)
+        self.masks = checked_masks(masks, self._weights)
         self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
         self._make_sparse({})
 
@@ -95,33 +105,47 @@ class Shadow:
             raise CompressorError("the gradients are still scaled", "Call scaler.unscale_(optimizer) before the step.")
         estimator = self.pruner.estimator
         for name, weight in self._weights.items():
-            mask = self.masks.get(name)
+            mask, dense = self.masks.get(name), self.dense[name].to(weight.device)
             if mask is not None and weight.grad is not None:
-                weight.grad = estimator.gradient(weight.grad, self.dense[name], mask)
-            if weight.data_ptr() != self.dense[name].data_ptr():  # the same after a step that failed
-                self._sparse[name], weight.data = weight.data, self.dense[name]
+                weight.grad = estimator.gradient(weight.grad, dense, mask)
+            if not self._lends(name):
+                weight.data.copy_(dense)
+            elif weight.data_ptr() != dense.data_ptr():  # the same after a step that failed
+                self._sparse[name], weight.data = weight.data, dense
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
-            mask, dense = self.masks.get(name), self.dense[name]
+            lends, mask = self._lends(name), self.masks.get(name)
+            dense = self.dense[name] if lends else weight.detach()
             if weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
                 dense.copy_(weight.data)
             if mask is not None and weight.grad is not None:
                 shrunk = estimator.shrink(dense, mask, lr[id(weight)])
                 if shrunk is not dense:
                     dense.copy_(shrunk)
-            weight.data = self._sparse.pop(name)
+            if lends:
+                weight.data = self._sparse.pop(name)
+            else:
+                self.dense[name].copy_(dense)
         self._renew_masks()
         for name, count in self.flips.items():
             self.flipped[name] += count
 
     @torch.no_grad()
     def _renew_masks(self) -> None:
-        before = self.masks
-        self.masks = checked_masks(self.pruner.masks(self.dense, self.progress, dict(before)), self.dense)
+        before, there = self.masks, {name: self._there(name) for name in self._weights}
+        self.masks = checked_masks(self.pruner.masks(there, self.progress, dict(before)), there)
         self._make_sparse(before)
+
+    def _lends(self, name: str) -> bool:
+        """Whether a weight has the memory of its dense one while the optimizer steps, and no copy of it: where that is beside it."""
+        return self.dense[name].device == self._weights[name].device
+
+    def _there(self, name: str) -> Tensor:
+        """The dense weight where its weight is, which has its values already where it lends it no memory."""
+        return self.dense[name] if self._lends(name) else self._weights[name].detach()
 
     @torch.no_grad()
     def _make_sparse(self, before: Mapping[str, Mask]) -> None:
@@ -129,8 +153,8 @@ class Shadow:
 
         Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
         """
-        for name, dense in self.dense.items():
-            mask, data = self.masks.get(name), self._weights[name].data
+        for name, weight in self._weights.items():
+            mask, data, dense = self.masks.get(name), weight.data, self._there(name)
             if mask is None:
                 data.copy_(dense)
                 self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)
