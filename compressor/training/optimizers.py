@@ -19,8 +19,8 @@ _PARTS = ("codes", "scale", "qmap")
 
 
 def optimizer_of(settings: Training, trained: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """The AdamW of `settings` for what is `trained` on `device`. Raises UsageError where it needs a package that is not there, and for settings
-    that cannot hold together."""
+    """The AdamW of `settings` for what is `trained` on `device`. Raises UsageError where it needs a package that is not there, and for
+    settings that cannot hold together."""
     given: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     outside = "optimizer" in settings.offload
     if settings.mode == "lora" and "shadow" in settings.offload:

@@ -38,7 +38,7 @@ class FDScattering(Metric):
 
         A shorter side above 128 pixels is averaged down to it first. Raises CompressorError for other channels, or below 8 pixels.
         """
-        n, channels, *sides = images.shape
+        channels, *sides = images.shape[1:]
         if channels not in (1, 3) or min(sides) < _SMALLEST:
             raise CompressorError(
                 f"fd-scattering takes images of 1 or 3 channels and at least {_SMALLEST}x{_SMALLEST}, got {tuple(images.shape)}",
@@ -73,7 +73,7 @@ def _features(images: Tensor) -> Tensor:
 
 
 def _moduli(planes: Tensor, bank: Tensor) -> Tensor:
-    """The moduli of `planes` (n, 1, h, w) convolved, on a torus, with each wavelet of `bank` (k, h, w), its transform: (n, k, h, w)."""
+    """The moduli (n, k, h, w) of `planes` (n, 1, h, w) convolved, on a torus, with the wavelets whose transforms are `bank` (k, h, w)."""
     return torch.fft.ifft2(torch.fft.fft2(planes) * bank).abs()
 
 
