@@ -195,7 +195,7 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
 _LATER: Mapping[str, tuple[str, ...]] = {
     "": ("pipeline", "part", "prompts", "records", "record"),
     "evaluate": ("scores",),
-    "train": ("mode", "lora", "gradient_checkpointing"),
+    "train": ("mode", "lora", "gradient_checkpointing", "parallel"),
 }
 """Settings that came after the first recipes were hashed, by section."""
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
+from compressor.training.shards import local
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
 
@@ -76,7 +77,7 @@ def check_result(model: nn.Module, adapter: Adapter, inputs: Any, step: int) -> 
     A step that is too long leaves weights that are finite, and too large for any answer: its own loss, from before, does not tell.
     """
     hint = "Lower the learning rate."
-    check_finite(model.state_dict(), f"step {step}", hint)
+    check_finite({name: local(value) for name, value in model.state_dict().items()}, f"step {step}", hint)
     if inputs is None:
         return
     training = [module for module in model.modules() if module.training]

@@ -53,6 +53,8 @@ class Training(BaseModel):
     """Whether blocks are computed again in the backward pass, which saves memory for time; for models of diffusers."""
     mode: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the run: a copy of the model in each, or (FSDP2) some rows of every weight."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.

@@ -21,23 +21,32 @@ from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import rounded
+from compressor.training.shards import count_like, cut_like, local, part_of, part_of_count, refuse_unlocal
 
 
 class Shadow:
     """The dense weights behind `weights` (target parameters by name), which it keeps masked while `optimizer` steps.
 
+    Of weights that FSDP2 has cut, it holds and masks the rows of this process. `previous` are the masks to start from, if any.
     `progress`, the share of the steps that is done after the next one, is the caller's to set before each step.
     `flips` counts, per weight name, the entries whose mask changed in the last step; `flipped` since the start.
-    Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled.
+    Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled; UsageError where
+    a mask of a weight that is cut needs the rows of other processes.
     """
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], pruner: Pruner, optimizer: Optimizer, progress: float = 0.0
+        self,
+        weights: Mapping[str, nn.Parameter],
+        pruner: Pruner,
+        optimizer: Optimizer,
+        progress: float = 0.0,
+        previous: Mapping[str, Mask] | None = None,
     ) -> None:
+        refuse_unlocal(pruner.pattern, weights)
         self.pruner = pruner
         self.progress = progress
-        self.dense: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.masks: dict[str, Mask] = {}
+        self.dense: dict[str, Tensor] = {name: local(weight.detach()).clone() for name, weight in weights.items()}
+        self.masks: dict[str, Mask] = dict(previous or {})
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
         trained = _learning_rates(optimizer)
@@ -59,10 +68,12 @@ class Shadow:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as nested dicts of tensors."""
+        own = self._weights
+        masks = {n: {"keep": cut_like(m.keep, own[n]), "pattern": str(m.pattern)} for n, m in self.masks.items()}
         return {
-            "dense": dict(self.dense),
-            "masks": {name: {"keep": mask.keep, "pattern": str(mask.pattern)} for name, mask in self.masks.items()},
-            "flipped": dict(self.flipped),
+            "dense": {name: cut_like(dense, own[name]) for name, dense in self.dense.items()},
+            "masks": masks,
+            "flipped": {name: count_like(count, own[name]) for name, count in self.flipped.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -70,16 +81,20 @@ class Shadow:
 
         Raises CompressorError where its masks are not of these weights.
         """
-        for name, weight in self._weights.items():
-            self.dense[name].copy_(state["dense"][name])
-            weight.data.copy_(self.dense[name])
+        own = self._weights
+        for name, weight in own.items():
+            self.dense[name].copy_(part_of(state["dense"][name], weight))
+            local(weight.data).copy_(self.dense[name])
         device = {name: weight.device for name, weight in self.dense.items()}
         masks = {
-            name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
+            name: Mask(
+                (part_of(mask["keep"], own[name]) if name in own else mask["keep"]).to(device.get(name, "cpu")),
+                parse(mask["pattern"]),
+            )
             for name, mask in state["masks"].items()
         }
         self.masks = checked_masks(masks, self.dense)
-        self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
+        self.flipped = {n: part_of_count(count.to(device[n]), own[n]) for n, count in state["flipped"].items()}
         self._make_sparse()
 
     @torch.no_grad()
@@ -95,19 +110,19 @@ class Shadow:
         for name, weight in self._weights.items():
             mask = self.masks.get(name)
             if mask is not None and weight.grad is not None:
-                weight.grad = estimator.gradient(weight.grad, self.dense[name], mask)
-            weight.data.copy_(self.dense[name])
+                weight.grad = cut_like(estimator.gradient(local(weight.grad), self.dense[name], mask), weight)
+            local(weight.data).copy_(self.dense[name])
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
-            mask, dense = self.masks.get(name), weight.detach()
+            mask, dense = self.masks.get(name), local(weight.detach())
             if mask is not None and weight.grad is not None:
                 shrunk = estimator.shrink(dense, mask, lr[id(weight)])
                 if shrunk is not dense:
-                    weight.data.copy_(shrunk)
-            self.dense[name].copy_(weight.data)
+                    local(weight.data).copy_(shrunk)
+            self.dense[name].copy_(local(weight.data))
         self._renew_masks()
         for name, count in self.flips.items():
             self.flipped[name] += count
@@ -131,7 +146,7 @@ class Shadow:
         Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
         """
         for name, mask in self.masks.items():
-            data = self._weights[name].data.masked_fill_(~mask.keep, 0.0)
+            data = local(self._weights[name].data).masked_fill_(~mask.keep, 0.0)
             if self.pruner.quantise != "none":
                 data.copy_(rounded(data, self.pruner))
 
