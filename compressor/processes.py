@@ -121,6 +121,12 @@ class Team:
         dist.gather_object(value, found, dst=0, group=self._group)
         return [value] if found is None else found
 
+    def in_turn(self, mine: Sequence[_Result]) -> list[_Result]:
+        """In the first process all of a list of which each process has what stands at its rank, and at every `size`-th place from
+        there; in the others what they have."""
+        parts = self.gathered(list(mine))
+        return [parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts)))]
+
     def summed(self, *numbers: float) -> list[float]:
         """Each of `numbers` added up over all processes."""
         return list(numbers) if self.size == 1 else self._reduced(numbers, "SUM")
@@ -197,15 +203,16 @@ def together() -> Iterator[None]:
         with suppress(ValueError):  # not in the main thread
             for number in TERMINATING:  # the launcher ends those that are left: they end by themselves, with a word
                 signal.signal(number, signal.SIG_IGN)
+        lost = _is_lost(error)
         if here.leads:
-            refuse_failed(_WORD if _is_lost(error) else 0.0)
-            if _is_lost(error):
-                raise CompressorError(
-                    f"one of the {here.size} processes of this launch died: {first_line(error)[:200]}",
-                    "The launcher says which one. `compressor resume` goes on from the last checkpoint, with any number of processes.",
-                ) from error
-        elif not _is_lost(error):
+            refuse_failed(_WORD if lost else 0.0)
+        elif not lost:
             _post(here.rank, error)
+        if lost:
+            raise CompressorError(
+                f"one of the {here.size} processes of this launch died: {first_line(error)}",
+                "The launcher says which one. `compressor resume` goes on from the last checkpoint, with any number of processes.",
+            ) from error
         raise
 
 
@@ -234,7 +241,9 @@ def _post(rank: int, error: Exception) -> None:
     said = {
         "rank": rank,
         "message": error.message if isinstance(error, CompressorError) else f"{type(error).__name__}: {error}",
-        "hint": error.hint if isinstance(error, CompressorError) else "Run it in one process for the traceback.",
+        "hint": error.hint
+        if isinstance(error, CompressorError)
+        else "The crash file of that process, in the cache folder of its machine, has the traceback.",
         "code": error.exit_code if isinstance(error, CompressorError) else 1,
     }
     with suppress(RuntimeError, KeyError, ValueError):

@@ -185,7 +185,7 @@ def test_what_nohup_ignores_stays_ignored():
             "compressor.quality.evaluate.qualities", ("--set", "evaluate.metric=fd-digits"), marks=pytest.mark.slow
         ),
         ("compressor.plugins.wanda.observe", ("--method", "wanda", *UNMEASURED)),
-        pytest.param("compressor.runs.judge.drift.predictions", (), marks=pytest.mark.slow),
+        pytest.param("compressor.runs.judge.drift.answers", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_hears_while_it_samples_measures_and_calibrates(cli, tmp_path, monkeypatch, where, options):

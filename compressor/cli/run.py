@@ -12,13 +12,14 @@ from compressor.cli.options import options, recipe_options, resolved_recipe, run
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
 from compressor.errors import UsageError
+from compressor.processes import team
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
     from compressor.runs.inputs import Inputs
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @options(
     recipe_options,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD."),
@@ -50,23 +51,29 @@ def run(
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
+    from compressor.training.ranks import check_ranks
 
     recipe = resolved_recipe(config, settings, assignments)
     method = recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method
-    out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{method}")
-    refuse_busy_directory(out)
-    refuse_used_directory(out, overwrite)
-    refuse_full_disk(recipe, out)
+    here = team()
+    check_ranks(recipe.train)
+    if here.leads:
+        out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{method}")
+        refuse_busy_directory(out)
+        refuse_used_directory(out, overwrite)
+        refuse_full_disk(recipe, out)
+    out = Path(here.shared(str(out)))
     inputs = watch(prepared(recipe), output.quiet)
     _name_extractor(inputs)
     warn_of_idle_rules(inputs.model, recipe.ignore)
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
     drive(execute(inputs, out, overwrite=overwrite), out, output.quiet)
-    show_report(out, output.as_json)
+    if here.leads:
+        show_report(out, output.as_json)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @run_argument
 def resume(output: Output, directory: Path) -> None:
     """Continue an interrupted run, to the same result as if it had not been interrupted."""
@@ -79,22 +86,28 @@ def _continue(out: Path, output: Output) -> None:
     from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
+    from compressor.training.ranks import check_ranks
 
     if not out.is_dir():
         raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
+    here = team()
     was_reported = (out / "report.html").is_file()
-    if (reason := unfinished(out)) is None:
-        settle(out)
+    if (reason := here.shared(unfinished(out) if here.leads else "")) is None:
+        if here.leads:
+            settle(out)
         if not output.quiet:
             say(f"{out} is finished", err=True)
     else:
         refuse_unbegun(out)
         if was_reported:
             say(f"{out} has a report, but is not finished: {reason}", err=True)
-        inputs = watch(prepared(resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))), output.quiet)
+        recipe = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
+        check_ranks(recipe.train)
+        inputs = watch(prepared(recipe), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)
-    show_report(out, output.as_json)
+    if here.leads:
+        show_report(out, output.as_json)
 
 
 def _name_extractor(inputs: Inputs) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from compressor import files
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError
+from compressor.processes import ranks
 from compressor.runs.inputs import Inputs
 
 FILE = "run.json"
@@ -21,8 +22,11 @@ _CIRCUMSTANCES = ("versions", "hardware", "platform")
 def facts_of(inputs: Inputs) -> dict[str, Any]:
     """What the run of `inputs` is here and now: versions, hardware with the number of threads, platform, hashes and seed."""
     recipe = inputs.recipe
+    here = environment(resolve_device(recipe.train.device))
+    if (count := ranks()[1]) > 1:
+        here["hardware"] += f", {count} processes"
     return {
-        **environment(resolve_device(recipe.train.device)),
+        **here,
         **inputs.identity(),
         "method": inputs.method,
         "seed": recipe.train.seed,
