@@ -309,7 +309,7 @@ class FineTuning:
         """
         inputs, target = self.adapter.noised(batch, generator(self.training.seed, "noise", step))
         if self._seen is None:
-            self.ranks.refuse_different(self.shadow.masks, target)
+            self.ranks.refuse_different(self.shadow.masks, (inputs, target))
         objective = self.pruner.objective
         noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
         noise_sum, teacher_sum = 0.0, 0.0

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, Shared, plain
 from compressor.errors import CompressorError, UsageError
 from compressor.processes import ranks, team
 from compressor.sparsity.layers import Layer
@@ -136,8 +136,8 @@ class Ranks:
                     "Use train.parallel=ddp, or a method whose masks look at one row at a time.",
                 )
 
-    def refuse_different(self, masks: Mapping[str, Mask], data: Tensor | None = None) -> None:
-        """Raise CompressorError unless all processes have the same `masks`, and the same `data` where they are given.
+    def refuse_different(self, masks: Mapping[str, Mask], data: Any = None) -> None:
+        """Raise CompressorError unless all processes have the same `masks`, and the same `data` (nested tensors).
 
         Parts of cut weights differ: they are compared when they are whole.
         """
@@ -146,7 +146,8 @@ class Ranks:
         if not self.sharded:
             self.team.refuse_difference("the masks", _digest({name: mask.keep for name, mask in masks.items()}))
         if data is not None:
-            self.team.refuse_difference("the batches", _digest({"target": data}))
+            leaves = [plain(leaf) for leaf in tree_leaves(data) if isinstance(leaf, (Tensor, Shared))]
+            self.team.refuse_difference("the batches", _digest({str(n): leaf for n, leaf in enumerate(leaves)}))
 
     # --- A step. ---
 
