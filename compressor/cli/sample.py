@@ -53,7 +53,7 @@ def sample(
 ) -> None:
     """Draw images from the model of a run, or of a saved model's folder: a PNG each, and a sheet of the first 64.
 
-    The images depend on the seed and the batch size, not on the number of processes (torchrun's share the batches, too).
+    The images depend on the seed and the batch size, not on the number of processes.
     """
     from compressor import files
     from compressor.adapter import Sampling

@@ -165,9 +165,9 @@ class FineTuning:
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
     @no_exit()
-    def state(self) -> dict[str, Any]:
+    def state(self, whole: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings. Of several processes, all
-        call it, and the first has it whole, for any number of them.
+        call it, and the first has it `whole`, for any number of them.
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
@@ -184,7 +184,7 @@ class FineTuning:
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
         }
-        return self.ranks.whole(state)
+        return self.ranks.whole(state) if whole else state
 
     @no_exit()
     @torch.no_grad()
@@ -223,7 +223,8 @@ class FineTuning:
         ]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
+        if not self.ranks.sharded:  # else each process copies its parts, and reads no more of a file
+            state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
         self.student.load_state_dict(self.ranks.parts(state["model"], self.student.state_dict()))
         optimizer, trained = state["optimizer"], [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {int(index): value for index, value in optimizer["state"].items()}
