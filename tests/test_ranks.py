@@ -356,26 +356,17 @@ main()
 
 
 def torchrun(*command, **environment):
-    """The command under torchrun; how it ended and how many seconds it took."""
+    """The command in two processes under torchrun: its exit code, what it wrote to stdout and stderr, and the seconds that it took."""
     began = time.monotonic()
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            "0",
-            *map(str, command),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    return ended, time.monotonic() - began
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, **environment}}
+    process = subprocess.Popen([*launcher, *map(str, command)], **given)
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and with it what it started
+        pytest.fail(f"it hangs: {process.communicate(timeout=60)}")
+    return process.returncode, out, err, time.monotonic() - began
 
 
 @pytest.fixture(scope="module")
@@ -424,12 +415,12 @@ def test_torchrun_ends_with_the_model_and_the_report_of_one_process(alone, tmp_p
         "--set",
         f"train.parallel={parallel}",
     )
-    ended, _ = torchrun(*command)
-    assert ended.returncode == 0, ended.stderr
+    code, shown, err, _ = torchrun(*command)
+    assert code == 0, err
     assert close(out, alone)
     for own, expected in zip(rows(out), rows(alone), strict=True):
         assert own == pytest.approx(expected, rel=1e-3)
-    assert ended.stdout.count("report: ") == 1 and ended.stderr.count("prepare 0/1") == 1
+    assert shown.count("report: ") == 1 and err.count("prepare 0/1") == 1
     assert {path.name for path in out.iterdir()} == {path.name for path in alone.iterdir()}
     assert "2 processes" in json.loads((out / "run.json").read_text(encoding="utf-8"))["hardware"]
 
@@ -439,10 +430,10 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(alone, cli, tmp_p
     out, script = tmp_path / "run", tmp_path / "dying.py"
     script.write_text(DYING)
     fault = {"FAULT": "own", "FAULT_SIGNAL": "SIGKILL", "FAULT_STEP": "10"}
-    ended, _ = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
-    assert ended.returncode != 0
-    assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
-    assert "error: one of the 2 processes of this launch died" in ended.stderr
+    code, _, err, _ = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
+    assert code != 0
+    assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
+    assert "error: one of the 2 processes of this launch died" in err
     folders = sorted(out.glob("checkpoint-*"))
     assert [folder.name for folder in folders] == ["checkpoint-4", "checkpoint-8"]
     for folder in folders:
@@ -457,9 +448,9 @@ def test_sigterm_to_the_job_saves_a_checkpoint_as_for_one_process(alone, cli, tm
     out, script = tmp_path / "run", tmp_path / "dying.py"
     script.write_text(DYING)
     fault = {"FAULT": "job", "FAULT_SIGNAL": "SIGTERM", "FAULT_STEP": "10"}
-    ended, _ = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
-    assert ended.returncode != 0
-    assert ended.stderr.count("stopped; continue with: compressor resume") == 1, ended.stderr
+    code, _, err, _ = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
+    assert code != 0
+    assert err.count("stopped; continue with: compressor resume") == 1, err
     assert not (out / "model").exists()
     newest = max(int(folder.name.removeprefix("checkpoint-")) for folder in out.glob("checkpoint-*"))
     assert newest > 8 and newest % 4  # no checkpoint of the recipe's: the one of the signal
