@@ -147,9 +147,13 @@ class Team:
     def broadcast_(self, tensor: Any) -> None:
         """Write the first process's values into `tensor`, on whatever device it is."""
         if self.size > 1:
+            import torch
             import torch.distributed as dist
 
-            dist.broadcast(tensor, src=0, group=self._group if tensor.is_cpu else None)
+            held = tensor.detach().contiguous()
+            sent = held.flatten().view(torch.uint8)  # not every transport knows every dtype
+            dist.broadcast(sent, src=0, group=self._group if tensor.is_cpu else None)
+            tensor.detach().copy_(held)
 
     def refuse_difference(self, what: str, found: str) -> None:
         """Raise CompressorError in all processes unless `found` (a hash of `what`) is the same in all of them."""

@@ -217,7 +217,9 @@ class Ranks:
         for name, value in wholes.items():
             if isinstance(value, Tensor) and value.shape == likes[name].shape:
                 like = likes[name]
-                found[name] = shards.cut_like(shards.part_of(value, like).to(shards.local(like).device, copy=True), like)
+                found[name] = shards.cut_like(
+                    shards.part_of(value, like).to(shards.local(like).device, copy=True), like
+                )
         return found
 
     def agreed_masks(
