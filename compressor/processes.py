@@ -192,15 +192,18 @@ def _joined(rank: int, count: int) -> Team:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What fails in one of the processes of a launch ends all, and the first one raises the error: its own, or that of the other."""
+def together(*passing: type[Exception]) -> Iterator[None]:
+    """What fails in one of the processes of a launch ends all, and the first one raises the error: its own, or that of the other.
+
+    Exceptions of the kinds `passing` are an end in order, no error.
+    """
     if ranks()[1] == 1:
         yield
         return
     here = team()
     try:
         yield
-    except Interrupted:
+    except (Interrupted, *passing):
         refuse_failed()
         raise
     except Exception as error:

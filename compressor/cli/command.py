@@ -61,7 +61,7 @@ class Command(click.Command):
         with errors(debug):
             if self.name != "list" and not self.shared:
                 refuse_ranks(f"compressor {self.name}")
-            with together() if self.shared else nullcontext(), terminated():
+            with together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
                 return super().invoke(ctx)
 
 
