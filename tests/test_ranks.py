@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
-from conftest import TinyAdapter, tiny_model
+from conftest import UNMEASURED, TinyAdapter, tiny_model
 from launched import launched
 from safetensors.torch import load_file
 from torch import nn
@@ -434,7 +434,7 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(alone, cli, tmp_p
     out, script = tmp_path / "run", tmp_path / "dying.py"
     script.write_text(DYING)
     fault = {"FAULT": "own", "FAULT_SIGNAL": "SIGKILL", "FAULT_STEP": "10"}
-    code, _, err = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
+    code, _, err = torchrun(script, "run", "--out", out, *RUN, *UNMEASURED, **fault)
     assert code != 0
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
     assert "error: one of the 2 processes of this launch died" in err
@@ -452,7 +452,7 @@ def test_sigterm_to_the_job_saves_a_checkpoint_as_for_one_process(alone, cli, tm
     out, script = tmp_path / "run", tmp_path / "dying.py"
     script.write_text(DYING)
     fault = {"FAULT": "job", "FAULT_SIGNAL": "SIGTERM", "FAULT_STEP": "10"}
-    code, _, err = torchrun(script, "run", "--out", out, *RUN, *MEASURED, *QUICK, **fault)
+    code, _, err = torchrun(script, "run", "--out", out, *RUN, *UNMEASURED, **fault)
     assert code != 0
     assert err.count("stopped; continue with: compressor resume") == 1, err
     assert not (out / "model").exists()
