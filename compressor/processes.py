@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 
 _Result = TypeVar("_Result")
@@ -217,7 +217,7 @@ def together(*passing: type[Exception]) -> Iterator[None]:
             _post(here.rank, error)
         if lost:
             raise CompressorError(
-                f"one of the {here.size} processes of this launch died: {first_line(error)}",
+                f"one of the {here.size} processes of this launch died, or does not answer any more",
                 "The launcher says which one. `compressor resume` goes on from the last checkpoint, with any number of processes.",
             ) from error
         raise
