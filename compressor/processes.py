@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
 
-from compressor.errors import UsageError
+from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 
 _Result = TypeVar("_Result")
@@ -20,6 +24,12 @@ TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if h
 
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(minutes=30)
+"""How long a process waits for another one that is there and does not answer. One that died is noticed at once."""
+_WORD = 5.0
+"""Seconds that the first process waits for another one to say why it ended."""
+_TRANSPORT = ("gloo", "nccl", "connection closed by peer", "connection reset", "tcpstore")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -65,15 +75,207 @@ def _first(surroundings: Mapping[str, str], names: tuple[str, ...], otherwise: i
     return otherwise
 
 
-def refuse_ranks(what: str) -> None:
-    """Raise UsageError where this process is one of several that were launched together: `what` is not shared among them yet."""
+def refuse_ranks(what: str, why: str = "works in one only") -> None:
+    """Raise UsageError where this process is one of several that were launched together: `what` is not shared among them."""
     rank, count = ranks()
     if count > 1:
         raise UsageError(
-            f"{what} was launched as {count} processes (this is rank {rank}), and works in one only",
-            "Start it by itself, without torchrun, accelerate launch or mpirun. `compressor compare` and `compressor sample "
-            "--processes N` use several GPUs by themselves.",
+            f"{what} was launched as {count} processes (this is rank {rank}), and {why}",
+            "Start it by itself, without torchrun, accelerate launch or mpirun. `compressor run`, `resume`, `record` and `sample` "
+            "take torchrun and accelerate launch; `compressor compare` uses several GPUs by itself.",
         )
+
+
+class Team:
+    """The processes that a launcher started together, as one of them sees it. What it says travels between CPUs.
+
+    Every process has to call the same methods in the same order. Alone (`size` 1), each gives back what it got.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size = rank, size
+        self._group = group
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process: the one that writes and prints."""
+        return self.rank == 0
+
+    def shared(self, value: _Result) -> _Result:
+        """The `value` of the first process."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self._group)
+        return held[0]
+
+    def gathered(self, value: _Result) -> list[_Result]:
+        """In the first process the `value` of each, by rank; in the others that of their own alone."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, found, dst=0, group=self._group)
+        return [value] if found is None else found
+
+    def in_turn(self, mine: Sequence[_Result]) -> list[_Result]:
+        """In the first process all of a list of which each process has what stands at its rank, and at every `size`-th place from
+        there; in the others what they have."""
+        parts = self.gathered(list(mine))
+        return [parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts)))]
+
+    def summed(self, *numbers: float) -> list[float]:
+        """Each of `numbers` added up over all processes."""
+        return list(numbers) if self.size == 1 else self._reduced(numbers, "SUM")
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all processes."""
+        return number if self.size == 1 else int(self._reduced([number], "MAX")[0])
+
+    def _reduced(self, numbers: Sequence[float], how: str) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        held = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(held, getattr(dist.ReduceOp, how), group=self._group)
+        found: list[float] = held.tolist()
+        return found
+
+    def broadcast_(self, tensor: Any) -> None:
+        """Write the first process's values into `tensor`, on whatever device it is."""
+        if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
+            held = tensor.detach().contiguous()
+            sent = held.flatten().view(torch.uint8)  # not every transport knows every dtype
+            dist.broadcast(sent, src=0, group=self._group if tensor.is_cpu else None)
+            tensor.detach().copy_(held)
+
+    def refuse_difference(self, what: str, found: str) -> None:
+        """Raise CompressorError in all processes unless `found` (a hash of `what`) is the same in all of them."""
+        if self.size > 1 and self.largest(int(self.shared(found) != found)):
+            raise CompressorError(
+                f"{what} of the {self.size} processes differ",
+                "All must see the same weights, data and settings, and have the same versions and devices.",
+            )
+
+
+_ALONE = Team()
+
+
+def team() -> Team:
+    """Those that this process was launched with, of torchrun or accelerate. The first call waits until all are there.
+
+    Raises UsageError where another launcher started several.
+    """
+    rank, count = ranks()
+    return _joined(rank, count) if count > 1 else _ALONE
+
+
+@cache
+def _joined(rank: int, count: int) -> Team:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        if any(name not in os.environ for name in _MEETING):
+            refuse_ranks("this", "nothing says where they meet (MASTER_ADDR): torchrun or accelerate launch would")
+        devices = torch.cuda.device_count()
+        if (local := int(os.environ.get("LOCAL_RANK", "0"))) < devices:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=_PATIENCE)
+    return Team(rank, count, dist.new_group(backend="gloo", timeout=_PATIENCE))
+
+
+@contextmanager
+def together(*passing: type[Exception]) -> Iterator[None]:
+    """What fails in one of the processes of a launch ends all, and the first one raises the error: its own, or that of the other.
+
+    Exceptions of the kinds `passing` are an end in order, no error.
+    """
+    if ranks()[1] == 1:
+        yield
+        return
+    here = team()
+    try:
+        yield
+    except (Interrupted, *passing):
+        refuse_failed()
+        raise
+    except Exception as error:
+        with suppress(ValueError):  # not in the main thread
+            for number in TERMINATING:  # the launcher ends those that are left: they end by themselves, with a word
+                signal.signal(number, signal.SIG_IGN)
+        lost = _is_lost(error)
+        if here.leads:
+            refuse_failed(_WORD if lost else 0.0)
+        elif not lost:
+            _post(here.rank, error)
+        if lost:
+            raise CompressorError(
+                f"one of the {here.size} processes of this launch died, or does not answer any more",
+                "The launcher says which one. `compressor resume` goes on from the last checkpoint, with any number of processes.",
+            ) from error
+        raise
+
+
+def refuse_failed(wait: float = 0.0) -> None:
+    """Raise the error of another process of this launch, where one has failed; within `wait` seconds."""
+    if ranks()[1] == 1:
+        return
+    deadline = time.monotonic() + wait
+    with suppress(RuntimeError, KeyError, ValueError):  # the store may be gone, with the launcher
+        store = _store()
+        while not store.check([_failure()]):
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.05)
+        found = json.loads(store.get(_failure()))
+        raise _told(found)
+
+
+def _told(found: Mapping[str, Any]) -> CompressorError:
+    error = CompressorError(f"process {found['rank']}: {found['message']}", found["hint"])
+    error.exit_code = int(found["code"])
+    return error
+
+
+def _post(rank: int, error: Exception) -> None:
+    said = {
+        "rank": rank,
+        "message": error.message if isinstance(error, CompressorError) else f"{type(error).__name__}: {error}",
+        "hint": error.hint
+        if isinstance(error, CompressorError)
+        else "The crash file of that process, in the cache folder of its machine, has the traceback.",
+        "code": error.exit_code if isinstance(error, CompressorError) else 1,
+    }
+    with suppress(RuntimeError, KeyError, ValueError):
+        _store().compare_set(_failure(), "", json.dumps(said))
+
+
+def _failure() -> str:
+    return f"compressor/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _store() -> Any:
+    """The store at which the processes met; it is the launcher's, and outlives them."""
+    import torch.distributed as dist
+
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_WORD))
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether `error` says that another process does not answer any more."""
+    if error is None:
+        return False
+    text = f"{type(error).__name__} {error}".lower()
+    lost = isinstance(error, RuntimeError) and any(word in text for word in _TRANSPORT)
+    return lost or _is_lost(error.__cause__)
 
 
 @contextmanager

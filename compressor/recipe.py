@@ -197,7 +197,7 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
 _LATER: Mapping[str, tuple[str, ...]] = {
     "": ("pipeline", "part", "prompts", "records", "record", "from_scratch"),
     "evaluate": ("scores",),
-    "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload"),
+    "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload", "parallel"),
 }
 """Settings that came after the first recipes were hashed, by section."""
 

@@ -185,7 +185,7 @@ def test_what_nohup_ignores_stays_ignored():
             "compressor.quality.evaluate.qualities", ("--set", "evaluate.metric=fd-digits"), marks=pytest.mark.slow
         ),
         ("compressor.plugins.wanda.observe", ("--method", "wanda", *UNMEASURED)),
-        pytest.param("compressor.runs.judge.drift.predictions", (), marks=pytest.mark.slow),
+        pytest.param("compressor.runs.judge.drift.answers", (), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_hears_while_it_samples_measures_and_calibrates(cli, tmp_path, monkeypatch, where, options):
@@ -346,7 +346,11 @@ GIVEN = {
 }
 
 
-def test_every_command_but_list_is_refused_to_several_ranks(cli, here, monkeypatch):
+SHARED = {"run", "resume", "record", "sample"}
+"""The commands that the processes of a launch do together; see test_ranks.py."""
+
+
+def test_commands_that_are_not_shared_and_launchers_that_say_no_place_to_meet_are_refused(cli, here, monkeypatch):
     assert set(GIVEN) == set(app.list_commands(click.Context(app))) - {"list"}
     for size, rank in (("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         with monkeypatch.context() as launched:
@@ -359,7 +363,8 @@ def test_every_command_but_list_is_refused_to_several_ranks(cli, here, monkeypat
                     if number == "1":
                         assert outcome.err == outcome.out == ""
                     else:
-                        assert outcome.err.startswith(f"error: compressor {name} was launched as 2 processes")
+                        what = "this" if name in SHARED else f"compressor {name}"
+                        assert outcome.err.startswith(f"error: {what} was launched as 2 processes")
                 assert cli("list", "pruners").code == 0
     assert list(here.iterdir()) == []
 
@@ -387,15 +392,14 @@ def test_torchrun_ends_with_one_line_and_nothing_written(here):
         "2",
         "-m",
         "compressor.cli",
-        "run",
+        "compare",
         "--out",
         "out",
-        *BARE,
     ]
     ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode != 0
     assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
-    assert "error: compressor run was launched as 2 processes" in ended.stderr
+    assert "error: compressor compare was launched as 2 processes" in ended.stderr
     assert list(here.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from compressor.cli.record import record
 from compressor.cli.report import report
 from compressor.cli.run import resume, run
 from compressor.cli.sample import sample
-from compressor.cli.streams import flushed, settle
+from compressor.cli.streams import flushed, hushed, settle
 from compressor.cli.terminal import complain, say
 from compressor.cli.train import train
 from compressor.errors import CompressorError, UsageError, did_you_mean
@@ -69,6 +69,13 @@ app.add_command(merge_lora)
 def main() -> NoReturn:
     """The console script."""
     settle()
+    with hushed():
+        code = _ended()
+        sys.exit(flushed() or code)
+
+
+def _ended() -> int:
+    """Do what the arguments say; the exit code."""
     code = 0
     try:
         code = app.main(prog_name="compressor", standalone_mode=False) or 0  # the code of an Exit is returned
@@ -82,4 +89,4 @@ def main() -> NoReturn:
         say(f"error: {error.format_message()}", err=True)
         say(f"See {where} --help", err=True)
         code = error.exit_code
-    sys.exit(flushed() or code)
+    return code

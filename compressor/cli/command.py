@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from compressor.cli.terminal import Output, errors
 from compressor.errors import UsageError
-from compressor.processes import ranks, refuse_ranks, terminated
+from compressor.processes import ranks, refuse_ranks, terminated, together
 
 
 class Setting(click.Option):
@@ -20,16 +21,24 @@ class Command(click.Command):
     """A command that takes --json, --quiet and --debug, and whose errors end up in one line.
 
     Its function is called with `output`, an `Output`; with `settings`, where it has options of the class `Setting`; and with
-    its other options by their names.
+    its other options by their names. Where it is `shared`, the processes of a launch (torchrun) do it together.
     """
 
-    def __init__(self, name: str | None, *, params: list[click.Parameter] | None = None, **attributes: Any) -> None:
-        shared = [
+    def __init__(
+        self,
+        name: str | None,
+        *,
+        params: list[click.Parameter] | None = None,
+        shared: bool = False,
+        **attributes: Any,
+    ) -> None:
+        self.shared = shared
+        own = [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON."),
             click.Option(["--quiet", "-q"], is_flag=True, help="No progress."),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         ]
-        super().__init__(name, params=[*(params or []), *shared], **attributes)
+        super().__init__(name, params=[*(params or []), *own], **attributes)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments; an empty one is refused: of an unset variable of a shell, `--data "$DATA"`, nobody means that."""
@@ -41,25 +50,19 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command's function. In one of several processes that were launched together, only `list` works."""
+        """Call the command's function. In one of several processes that were launched together, those that are `shared` and `list`
+        work."""
         values = ctx.params
         debug = values.pop("debug")
-        values["output"] = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
+        quiet = values.pop("quiet") or ranks()[0] > 0
+        values["output"] = Output(as_json=values.pop("as_json"), quiet=quiet)
         if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
             values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
         with errors(debug):
-            if self.name != "list":
-                _refuse_ranks(f"compressor {self.name}")
-            with terminated():
+            if self.name != "list" and not self.shared:
+                refuse_ranks(f"compressor {self.name}")
+            with together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
                 return super().invoke(ctx)
-
-
-def _refuse_ranks(what: str) -> None:
-    """Raise UsageError in rank 0 of several; the others end without a word."""
-    rank, count = ranks()
-    if count > 1 and rank > 0:
-        raise click.exceptions.Exit(UsageError.exit_code)
-    refuse_ranks(what)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

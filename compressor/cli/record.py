@@ -12,7 +12,7 @@ from compressor.cli.options import options
 from compressor.cli.terminal import Output, print_json, say, watch
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @click.argument("pipeline", metavar="PIPELINE")
 @options(
     click.option("--prompts", required=True, metavar="FILE", help="One a line, or JSON objects of arguments (.jsonl)."),

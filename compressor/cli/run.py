@@ -15,13 +15,14 @@ from compressor.cli.options import options, recipe_options, resolved_recipe, run
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
 from compressor.errors import UsageError
+from compressor.processes import refuse_ranks, team
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
     from compressor.runs.inputs import Inputs
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @options(
     recipe_options,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD."),
@@ -88,13 +89,18 @@ def begin(
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
+    from compressor.training.ranks import check_ranks
 
     recipe = resolved_recipe(config, settings, assignments)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
-    out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{name}")
-    refuse_busy_directory(out)
-    refuse_used_directory(out, overwrite)
-    refuse_full_disk(recipe, out)
+    here = team()
+    check_ranks(recipe.train)
+    if here.leads:
+        out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{name}")
+        refuse_busy_directory(out)
+        refuse_used_directory(out, overwrite)
+        refuse_full_disk(recipe, out)
+    out = Path(here.shared(str(out)))
     inputs = watch(prepared(recipe), output.quiet)
     _name_extractor(inputs)
     warn_of_idle_rules(inputs.model, recipe.ignore)
@@ -103,12 +109,11 @@ def begin(
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
     drive(execute(inputs, out, overwrite=overwrite), out, output.quiet)
-    show_report(out, output.as_json)
-    if not output.as_json:
-        _name_pipeline(out)
+    if here.leads:
+        _show(out, output)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @run_argument
 @click.option(
     "--set", "assignments", multiple=True, metavar="evaluate.KEY=VALUE", help="Evaluate otherwise than the run says."
@@ -125,33 +130,42 @@ def _continue(out: Path, output: Output, evaluate: Mapping[str, Any] = MappingPr
     from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
+    from compressor.training.ranks import check_ranks
 
     if not out.is_dir():
         raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
+    here = team()
     was_reported = (out / "report.html").is_file()
-    if (reason := unfinished(out)) is None and evaluate:
+    reason = here.shared(unfinished(out) if here.leads else "")
+    if reason is None and evaluate:
+        refuse_ranks("judging a run again")
         again(out, evaluate, output)
         return
     if reason is None:
-        settle(out)
+        if here.leads:
+            settle(out)
         if not output.quiet:
             say(f"{out} is finished", err=True)
     else:
         refuse_unbegun(out)
         if was_reported:
             say(f"{out} has a report, but is not finished: {reason}", err=True)
-        inputs = watch(prepared(resolve(settings_with(out, evaluate)[1], str(out / "recipe.yaml"))), output.quiet)
+        recipe = resolve(settings_with(out, evaluate)[1], str(out / "recipe.yaml"))
+        check_ranks(recipe.train)
+        inputs = watch(prepared(recipe), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True), out, output.quiet)
-    show_report(out, output.as_json)
-    if not output.as_json:
-        _name_pipeline(out)
+    if here.leads:
+        _show(out, output)
 
 
-def _name_pipeline(out: Path) -> None:
-    """Say where the pipeline is, where models of the family have one, or why there is none."""
+def _show(out: Path, output: Output) -> None:
+    """The report, and where the pipeline is, where models of the family have one, or why there is none."""
     from compressor.runs.directory import NO_PIPELINE
 
+    show_report(out, output.as_json)
+    if output.as_json:
+        return
     if (out / "pipeline").is_dir():
         say(f"pipeline: {out / 'pipeline'}")
     elif (out / NO_PIPELINE).is_file():

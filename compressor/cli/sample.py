@@ -11,9 +11,10 @@ from compressor.cli.command import Command
 from compressor.cli.options import options, run_argument
 from compressor.cli.terminal import Output, print_json, say, watch
 from compressor.errors import CompressorError
+from compressor.processes import team
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @options(
     run_argument,
     click.option("--n", type=click.IntRange(1), default=64, show_default=True, help="Images."),
@@ -75,6 +76,8 @@ def sample(
         **flags,  # n, steps, batch_size, seed, device, vae
     )
     watch(drawing.draw(request, folder, processes, overwrite), output.quiet)
+    if not team().leads:
+        return
     if output.as_json:
         print_json(files.read_json(folder / drawing.FILE))
         return

@@ -10,11 +10,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, TextIO
 
 from compressor import __version__
 from compressor.files import cache_folder
+from compressor.processes import ranks
 
 
 class _Lossy(io.FileIO):
@@ -65,6 +68,17 @@ def _stream(raw: io.FileIO, before: TextIO | None) -> TextIO:
     """Text to `raw` as `before` writes it; with escapes where the encoding has no word."""
     encoding = "utf-8" if before is None else before.encoding
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Of several processes that were launched together, all but the first say nothing: each line would be there many times."""
+    rank, count = ranks()
+    if count == 1 or rank == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def flushed() -> int:

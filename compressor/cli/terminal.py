@@ -127,6 +127,7 @@ def drive(events: Generator[Progress, None, None], out: Path, quiet: bool, again
         with Ticker(console(stderr=True), quiet) as ticker:
             processes.drive(events, ticker.show)
     except Interrupted as interrupted:
+        processes.refuse_failed()
         say(f"stopped; continue with: {again or resume_command(out)}", err=True)
         raise click.exceptions.Exit(interrupted.exit_code) from None
 

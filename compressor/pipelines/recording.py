@@ -23,6 +23,7 @@ from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
+from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.words import size
 from compressor.seeds import generator
@@ -104,13 +105,16 @@ def recording(
 
     `pictures` are those of `index` with their very arguments, where some are no JSON.
 
+    The processes of a launch share the pictures; the first one writes.
+
     After the first picture, the disk space that all will take is told, and an error where there is less. Where another process
     records into `folder`, it is waited for. Raises CompressorError where `folder` has the records of another model, other pictures
     or another number of steps.
     """
-    if not _is_whole(folder, index):
+    here = team()
+    if not here.shared(here.leads and _is_whole(folder, index)):
         with ExitStack() as stack:
-            while (reason := _busy(folder, stack)) is not None:
+            while here.leads and (reason := _busy(folder, stack)) is not None:
                 yield Progress(STAGE, 0, len(index.pictures), f"waits: {reason}")
             yield from _recorded(opened, index, folder, pictures)
     yield Progress(STAGE, len(index.pictures), len(index.pictures))
@@ -143,27 +147,44 @@ def _recorded(
     opened: Opened, index: Index, folder: Path, pictures: Sequence[Picture] | None
 ) -> Generator[Progress, None, None]:
     """As `recording`, by who holds `folder`."""
-    begin(folder, index)
+    here, every = team(), list(index.pictures if pictures is None else pictures)
+    if here.leads:
+        begin(folder, index)
     known: set[str] = set()
+    there = here.shared(_there(folder, len(every), known) if here.leads else [])
+    lacking = [number for number in range(len(every)) if number not in there]
     told = False
-    for number, picture in enumerate(index.pictures if pictures is None else pictures):
-        path = storage.shard(folder, number)
-        yield Progress(STAGE, number, len(index.pictures), f"picture {number + 1}")
-        with suppress(CompressorError):  # not there, or damaged: it is made now
-            _, names = storage.outline(path)
+    for first in range(0, len(lacking), here.size):  # as many at once as there are processes
+        turn = lacking[first : first + here.size]
+        yield Progress(STAGE, turn[0], len(every), f"picture {turn[0] + 1}")
+        own = _calls(opened, index, every[turn[here.rank]]) if here.rank < len(turn) else []
+        for number, calls in zip(turn, here.gathered(own), strict=False):
+            path = storage.shard(folder, number)
+            if here.leads:
+                storage.write(path, calls, known)
+            if here.leads and not told:
+                told = True
+                yield Progress(STAGE, number + 1, len(every), _told(folder, path, len(every) - number - 1))
+    here.shared(None)  # the others read when all is written
+
+
+def _there(folder: Path, count: int, known: set[str]) -> list[int]:
+    """Which of `count` pictures are recorded in `folder` and not damaged; `known` gets the names of their tensors."""
+    found = []
+    for number in range(count):
+        with suppress(CompressorError):
+            _, names = storage.outline(storage.shard(folder, number))
             known.update(names)
-            continue
-        found = sample(opened, picture, index.steps, keep=True)
-        if not found.calls:
-            raise CompressorError(
-                f"{opened.name} never called {opened.part}", "Name the part that is called with --part."
-            )
-        storage.write(path, _some(found.calls, index.keep, picture.seed), known)
-        if not told:
-            told = True
-            yield Progress(
-                STAGE, number + 1, len(index.pictures), _told(folder, path, len(index.pictures) - number - 1)
-            )
+            found.append(number)
+    return found
+
+
+def _calls(opened: Opened, index: Index, picture: Picture) -> Sequence[Call]:
+    """The calls of `picture` that are kept."""
+    found = sample(opened, picture, index.steps, keep=True)
+    if not found.calls:
+        raise CompressorError(f"{opened.name} never called {opened.part}", "Name the part that is called with --part.")
+    return _some(found.calls, index.keep, picture.seed)
 
 
 def _some(calls: Sequence[Call], keep: int | None, seed: int) -> Sequence[Call]:

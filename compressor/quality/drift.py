@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -18,17 +20,32 @@ def sample_rmse(images: Tensor, dense: Tensor) -> Drift:
     return Drift(metric="sample_rmse", value=value, samples=len(images))
 
 
-@torch.no_grad()
 def predictions(
     adapter: Adapter, module: nn.Module, data: SampleSet, settings: Evaluation, device: torch.device
 ) -> Tensor:
     """What `module` predicts on up to 512 real images, noised at random timesteps: the same inputs for every model."""
-    found, data = [], data.unseen
-    for first in range(0, min(512, len(data)), settings.batch_size):
+    return torch.cat(list(answers(adapter, module, data, settings, device)))
+
+
+def answers(
+    adapter: Adapter,
+    module: nn.Module,
+    data: SampleSet,
+    settings: Evaluation,
+    device: torch.device,
+    rank: int = 0,
+    count: int = 1,
+) -> Iterator[Tensor]:
+    """As `predictions`, batch by batch.
+
+    Of `count` processes that share the batches, that of `rank` asks every one whose number it has modulo `count`.
+    """
+    data = data.unseen
+    for first in range(rank * settings.batch_size, min(512, len(data)), count * settings.batch_size):
         batch = data.take(torch.arange(first, min(first + settings.batch_size, 512, len(data))))
         inputs, _ = adapter.noised(batch, generator(settings.seed, "drift", first))
-        found.append(adapter.predict(module, to_device(inputs, device)).float().cpu())
-    return torch.cat(found)
+        with torch.no_grad():
+            yield adapter.predict(module, to_device(inputs, device)).float().cpu()
 
 
 def prediction_error(predicted: Tensor, dense: Tensor) -> Drift:

@@ -21,9 +21,14 @@ def can_sample(adapter: Adapter) -> bool:
     return type(adapter).sample is not Adapter.sample and not adapter.unsampled
 
 
-def sample(adapter: Adapter, module: nn.Module, settings: Evaluation) -> Iterator[Tensor]:
-    """`settings.samples` images in batches, on the CPU. The same settings give every model the same initial noise."""
-    for first in range(0, settings.drawn, settings.batch_size):
+def sample(
+    adapter: Adapter, module: nn.Module, settings: Evaluation, rank: int = 0, count: int = 1
+) -> Iterator[Tensor]:
+    """`settings.samples` images in batches, on the CPU. The same settings give every model the same initial noise.
+
+    Of `count` processes that share them, that of `rank` draws every batch whose number it has modulo `count`.
+    """
+    for first in range(rank * settings.batch_size, settings.drawn, count * settings.batch_size):
         n = min(settings.batch_size, settings.drawn - first)
         yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -22,7 +22,7 @@ from compressor.adapter import Adapter, Sampling
 from compressor.data.latents import Autoencoder
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, UsageError, memory
-from compressor.processes import safe_path
+from compressor.processes import safe_path, team
 from compressor.progress import Progress
 from compressor.runs.pictures import save_grid, save_image
 from compressor.runs.saved import saved_adapter, saved_model
@@ -53,14 +53,19 @@ def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -
     """Write `out`: NNNNNN.png for each image, or `latents.npz` where the model gives latents and no autoencoder is named;
     `sheet.png`, and `samples.json`. Yields progress.
 
+    The processes of a launch share the batches, and the first one writes.
+
     Raises UsageError where `out` is not empty; CompressorError where the model cannot be loaded or cannot sample; LockedError where
     another process works on `out`, or in the directory of the run around it.
     """
-    _refuse_used(out, overwrite)
+    leads = team().leads
+    if leads:
+        _refuse_used(out, overwrite)
     folder = saving.model_folder(Path(wanted.source))
     adapter = saved_adapter(Path(wanted.source)).sampling(wanted.how)
-    with files.claimed(out):
-        _refuse_used(out, overwrite)  # again: another process may have been faster
+    with files.claimed(out) if leads else nullcontext():
+        if leads:
+            _refuse_used(out, overwrite)  # again: another process may have been faster
         yield from _drawn(wanted, out, processes, folder, adapter)
 
 
@@ -72,7 +77,11 @@ def _drawn(wanted: Draw, out: Path, processes: int, folder: Path, adapter: Adapt
     for first, images in _batches(wanted, starts, processes):
         found[first] = images
         yield Progress("sample", sum(map(len, found.values())), wanted.n)
-    images = torch.cat([found[first] for first in starts])
+    here = team()
+    every = here.in_turn([found[first] for first in starts[here.rank :: here.size]])
+    if not here.leads:
+        return
+    images = torch.cat(every)
     pictures = images.shape[1] in (1, 3)
     facts = {
         **asdict(wanted),
@@ -115,9 +124,15 @@ def _refuse_used(out: Path, overwrite: bool) -> None:
 
 
 def _batches(wanted: Draw, starts: range, processes: int) -> Iterator[tuple[int, Tensor]]:
+    here = team()
+    if processes > 1 and here.size > 1:
+        raise UsageError(
+            f"--processes {processes} in each of {here.size} processes",
+            "Leave --processes out: those of the launch share the batches.",
+        )
     if processes == 1:
         worker = _Worker(wanted)
-        yield from ((first, worker(first)) for first in starts)
+        yield from ((first, worker(first)) for first in starts[here.rank :: here.size])
         return
     context = get_context("spawn")  # a fork after torch has used threads may hang
     count = min(processes, len(starts))

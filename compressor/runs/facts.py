@@ -11,6 +11,7 @@ from typing import Any
 from compressor import files
 from compressor.environment import environment, resolve_device
 from compressor.errors import CompressorError
+from compressor.processes import ranks
 from compressor.runs.inputs import Inputs
 from compressor.training.arithmetic import described
 
@@ -24,8 +25,11 @@ def facts_of(inputs: Inputs) -> dict[str, Any]:
     hashes and seed."""
     recipe = inputs.recipe
     device = resolve_device(recipe.train.device)
+    here = environment(device)
+    if (count := ranks()[1]) > 1:
+        here["hardware"] += f", {count} processes"
     return {
-        **environment(device),
+        **here,
         "arithmetic": described(recipe.train, device),
         **inputs.identity(),
         "method": inputs.method,

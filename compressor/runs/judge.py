@@ -14,6 +14,7 @@ from compressor import cost
 from compressor.data.sets import ImageSet
 from compressor.environment import resolve_device
 from compressor.errors import memory_in
+from compressor.processes import team
 from compressor.progress import Progress
 from compressor.quality import drift, evaluate
 from compressor.quality.features import compared_with
@@ -76,7 +77,15 @@ class Judge:
         if evaluate.can_sample(inputs.adapter) and settings.samples:
             images = yield from self.drawn(variant.name, variant.working)
         yield Progress(f"drift of {variant.name}", 0, 1)
-        return Seen(images, drift.predictions(inputs.adapter, variant.working, inputs.data, settings, self.device))
+        return Seen(images, self.predicted(variant.working))
+
+    def predicted(self, model: nn.Module) -> Tensor:
+        """What `model` predicts on real data. The processes of a launch share the batches; the first one has them all."""
+        here, inputs = team(), self.inputs
+        found = drift.answers(
+            inputs.adapter, model, inputs.data, inputs.recipe.evaluate, self.device, here.rank, here.size
+        )
+        return _joined(here.in_turn(list(found)))
 
     @memory_in("measuring")
     def row(
@@ -115,14 +124,20 @@ class Judge:
 
     @memory_in("sampling")
     def drawn(self, name: str, model: nn.Module, steps: int | None = None) -> Generator[Progress, None, Tensor]:
-        """The images that `model` draws, in `steps` sampler steps where they are not the recipe's."""
-        settings = self.inputs.recipe.evaluate
+        """The images that `model` draws, in `steps` sampler steps where they are not the recipe's. The processes of a launch share
+        the batches; the first one has them all."""
+        here, settings = team(), self.inputs.recipe.evaluate
         if steps is not None:
             settings = settings.model_copy(update={"sampler_steps": steps})
         drawn: list[Tensor] = []
         yield Progress(f"sample {name}", 0, settings.drawn)
-        for batch in evaluate.sample(self.inputs.adapter, model, settings):
+        for batch in evaluate.sample(self.inputs.adapter, model, settings, here.rank, here.size):
             decoded = batch if self.inputs.autoencoder is None else self.inputs.autoencoder.decode(batch)
             drawn.append(decoded)
-            yield Progress(f"sample {name}", sum(map(len, drawn)), settings.drawn)
-        return torch.cat(drawn)
+            done = min(here.size * sum(map(len, drawn)), settings.drawn)
+            yield Progress(f"sample {name}", done, settings.drawn)
+        return _joined(here.in_turn(drawn))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.zeros(0)

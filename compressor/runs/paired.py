@@ -17,8 +17,8 @@ from compressor.cost.timing import Times, side_by_side
 from compressor.errors import CompressorError
 from compressor.lower import Plan, lower
 from compressor.pipelines.recording import sample
+from compressor.processes import team
 from compressor.progress import Progress
-from compressor.quality import drift
 from compressor.quality.score import scored
 from compressor.quality.similarity import ssim
 from compressor.report import SIDE_BY_SIDE
@@ -42,20 +42,21 @@ class PairedJudge(Judge):
         self.prompts: list[str] = []
 
     def seen(self, variant: Variant) -> Generator[Progress, None, Seen]:
-        inputs, steps = self.inputs, self.inputs.recipe.record.steps
-        images: list[Tensor] = []
-        latents: list[Sequence[Tensor]] = []
+        steps = self.inputs.recipe.record.steps
+        mine: list[tuple[Sequence[Tensor], Tensor | None]] = []
+        here = team()  # its processes share the pictures
         with self.piped.opened.having(variant.model):
-            for number, picture in enumerate(self.pictures):
+            for number in range(here.rank, len(self.pictures), here.size):
                 yield Progress(f"sample {variant.name}", number, len(self.pictures))
-                found = sample(self.piped.opened, picture, steps)
-                latents.append(found.latents)
-                if found.images is not None:
-                    images.append(found.images)
+                found = sample(self.piped.opened, self.pictures[number], steps)
+                mine.append((found.latents, found.images))
+        every = here.in_turn(mine)
+        latents = [own for own, _ in every]
+        images = [own for _, own in every if own is not None]
         self.latents[variant.name] = latents
         yield Progress(f"drift of {variant.name}", 0, 1)
-        predictions = drift.predictions(inputs.adapter, variant.model, inputs.data, inputs.recipe.evaluate, self.device)
-        if images:
+        predictions = self.predicted(variant.model)
+        if images and here.leads:
             self.drawn_by[variant.name] = torch.cat(images)
             texts = [str(picture.arguments.get("prompt")) for picture in self.pictures]
             self.prompts = [text for text, own in zip(texts, images, strict=True) for _ in own]

@@ -11,6 +11,7 @@ from torch import nn
 
 from compressor import cost, files, saving
 from compressor.files import file_name
+from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
 from compressor.report.limitations import limitations
@@ -24,12 +25,15 @@ from compressor.training.pruner import Pruner, settings_of
 from compressor.weights import weights_sha256
 
 
-def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> Generator[Progress, None, Finished]:
+def build_report(
+    inputs: Inputs, out: Path, final: nn.Module | None = None
+) -> Generator[Progress, None, Finished | None]:
     """Evaluate and measure every row's very weights, and write the report.
 
-    `final` is the finished model, which is in `out` already; it is loaded from there where it is not given.
+    `final` is the finished model, which is in `out` already; it is loaded from there where it is not given. Of the processes of a
+    launch, all call it, and all but the first, which writes, get None.
     """
-    run = facts.read(out)
+    run = team().shared(facts.read(out) if team().leads else {})
     here = facts.facts_of(inputs)  # the numbers are measured here and now, wherever the run began
     yield Progress("one-shot", 0, 1)
     bare = one_shot(inputs, out / FOLDER)
@@ -48,6 +52,8 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
             *variants,
         )
     rows = yield from _judged(judge, variants, out / "samples")
+    if not team().leads:
+        return None
     layers = layer_rows(bare.layers, config.patterns, final, run["train"]["flipped"])
     report = _report(inputs, here, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)
     files.write_json(out / "report.json", report.as_json())
@@ -59,13 +65,18 @@ def build_report(inputs: Inputs, out: Path, final: nn.Module | None = None) -> G
 def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Generator[Progress, None, tuple[Row, ...]]:
     """The rows of `variants`, the first of which is the dense one; the others are held against it."""
     settings = judge.inputs.recipe.evaluate
-    yield from judge.look()
-    rows, dense = [], None
+    leads = team().leads
+    if leads:
+        yield from judge.look()
+    rows: list[Row] = []
+    dense = None
     for variant in variants:
         seen = yield from judge.seen(variant)
+        if not leads:
+            continue
         rows.append((yield from judge.row(variant, seen, dense, samples / f"{file_name(variant.name)}.png")))
         dense = dense or seen
-    if settings.latency_rounds:
+    if settings.latency_rounds and leads:
         yield Progress("latency", 0, 1)
         models = {variant.name: variant.model for variant in variants}
         times = cost.latencies(models, judge.inputs.adapter, settings.latency_batch, settings.latency_rounds)

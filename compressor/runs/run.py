@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Generator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
 from compressor.errors import CompressorError, MemoryShortError, ReshapedError
-from compressor.processes import Interrupted
+from compressor.processes import Interrupted, team
 from compressor.progress import Progress
 from compressor.recipe import Recipe
 from compressor.report import read_report, render
@@ -48,13 +50,14 @@ def execute(
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time.
 
     When it ends, the model and the report are there and are what was written (`finish.unfinished`); else it raises CompressorError.
+    Of the processes of a launch, all call it: they share training, sampling and drift; the first one writes, and does the rest alone.
     """
     with files.enough(out):
         yield from paced(inputs, _executed(inputs, out, resume, overwrite))
 
 
 def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, None]:
-    with locked(out):
+    with locked(out) if team().leads else nullcontext():
         final = yield from train(inputs, out, resume=resume, overwrite=overwrite)
         yield from _reported(inputs, out, final, inputs.recipe.lower)
 
@@ -79,6 +82,8 @@ def judge_again(inputs: Inputs, out: Path, before: Recipe) -> Generator[Progress
 def _reported(inputs: Inputs, out: Path, final: nn.Module | None, lowers: bool) -> Generator[Progress, None, None]:
     """Evaluate what is in `out`, or `final`, which is that, and write its report. The caller holds the directory."""
     finished = yield from build_report(inputs, out, final)
+    if finished is None:  # not the first process: its part is done
+        return
     if lowers:
         benched = yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
         if inputs.piped is not None and inputs.recipe.evaluate.latency_rounds:
@@ -98,6 +103,21 @@ def train(
     Returns the model that was trained; None where `model/` was whole already. With `keep_one_shot` the model before the first
     step stays in the directory, for the report.
     """
+    here = team()
+    facts = (yield from _begun(inputs, out, resume, overwrite)) if here.leads else {}
+    whole = here.shared(here.leads and "train" in facts and _is_whole(out / "model"))
+    if whole:
+        there = (out / "pipeline").is_dir() or (out / NO_PIPELINE).is_file()
+        if here.leads and inputs.adapter.writes_pipeline and not there:
+            commit_pipeline(inputs.adapter, saving.load(out / "model", copy.deepcopy(inputs.model)), out)
+        return None
+    if here.leads and (out / "model").exists():
+        yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
+    return (yield from _fine_tune(inputs, out, facts, keep_one_shot))
+
+
+def _begun(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, dict[str, Any]]:
+    """The facts of the run in `out`, which begins or goes on."""
     if resume:
         facts = yield from _resumed(inputs, out)
     else:
@@ -108,14 +128,7 @@ def train(
     text = recipes.dump(inputs.recipe)
     if not (out / RECIPE).is_file() or (out / RECIPE).read_text(encoding="utf-8") != text:
         files.write_text(out / RECIPE, text)  # last: with it, a run has begun; later, it may be evaluated otherwise
-    if "train" in facts and _is_whole(out / "model"):
-        there = (out / "pipeline").is_dir() or (out / NO_PIPELINE).is_file()
-        if inputs.adapter.writes_pipeline and not there:
-            commit_pipeline(inputs.adapter, saving.load(out / "model", copy.deepcopy(inputs.model)), out)
-        return None
-    if (out / "model").exists():
-        yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
-    return (yield from _fine_tune(inputs, out, facts, keep_one_shot))
+    return facts
 
 
 def _resumed(inputs: Inputs, out: Path) -> Generator[Progress, None, dict[str, Any]]:
@@ -142,7 +155,7 @@ def _fine_tune(
     inputs: Inputs, out: Path, facts: Mapping[str, Any], keep_one_shot: bool
 ) -> Generator[Progress, None, nn.Module]:
     """Train from the newest whole checkpoint, or from the start, and commit `model/`."""
-    settings = inputs.recipe.train
+    settings, here = inputs.recipe.train, team()
     previous, skipped = _newest_checkpoint(inputs, out)
     for note in skipped:
         yield Progress("fine-tune", 0, settings.steps, note)
@@ -151,33 +164,49 @@ def _fine_tune(
     every = inputs.recipe.checkpoint_every
     space.refuse_full_of(run, out, every, len(_checkpoints(out)), keep_one_shot)
     if keep_one_shot and not run.done:
-        one_shot.keep(run.one_shot(), out / one_shot.FOLDER, inputs)
+        untrained = run.one_shot()
+        if here.leads:
+            one_shot.keep(untrained, out / one_shot.FOLDER, inputs)
+        del untrained
     seconds = float(previous["seconds"]) if previous else 0.0
-    if lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done):
+    if here.leads and (lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done)):
         yield Progress("fine-tune", 0, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
     made = run_facts.facts_of(inputs)
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    with (out / "metrics.jsonl" if here.leads else Path(os.devnull)).open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
         try:
             if run.done < settings.steps:  # what was prepared is worth a checkpoint, too
-                yield Progress("fine-tune", run.done, settings.steps, unbroken=True)
+                yield from _stoppable(Progress("fine-tune", run.done, settings.steps, unbroken=True))
             for record in steps(run):
                 metrics.write(_line(record))
                 if record.step % every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
                     _checkpoint(out, run, seconds, made)
-                yield Progress("fine-tune", record.step, record.steps, _note(record), unbroken=True)
+                yield from _stoppable(Progress("fine-tune", record.step, record.steps, _note(record), unbroken=True))
         except Interrupted:
             metrics.flush()
             _checkpoint(out, run, seconds + time.perf_counter() - began, made)
             raise
         seconds += time.perf_counter() - began
     result = run.finish()
-    summary = {"steps": run.done, "seconds": seconds, "flipped": dict(result.flipped)}
-    run_facts.write(out, {**facts, "train": summary})
-    _commit_model(inputs, out, result)
+    if here.leads:
+        summary = {"steps": run.done, "seconds": seconds, "flipped": dict(result.flipped)}
+        run_facts.write(out, {**facts, "train": summary})
+        _commit_model(inputs, out, result)
     return result.model
+
+
+def _stoppable(event: Progress) -> Generator[Progress, None, None]:
+    """`event`, after a step. Where Interrupted is thrown in at it, all processes of the launch get it after this very step, whenever
+    each of them has heard the signal."""
+    stop = 0
+    try:
+        yield event
+    except Interrupted as interrupted:
+        stop = 1 + interrupted.exit_code
+    if stop := team().largest(stop):
+        raise Interrupted(stop - 1)
 
 
 def _line(record: Step) -> str:
@@ -220,8 +249,10 @@ def commit_pipeline(adapter: Adapter, model: nn.Module, out: Path) -> None:
 def _checkpoint(out: Path, run: FineTuning, seconds: float, made: Mapping[str, Any]) -> None:
     """Commit the state of `run`, with what its run is of; then remove all but the newest two, and those of later steps, which were
     damaged when this run went on without them."""
-    files.sync(out / "metrics.jsonl")  # whose lines up to here belong to it
     state = {"run": run.state(), "seconds": seconds, "made": made}
+    if not team().leads:
+        return
+    files.sync(out / "metrics.jsonl")  # whose lines up to here belong to it
     files.commit(
         out / f"{_CHECKPOINT}{run.done}",
         lambda folder: saving.save_state(folder, state),
@@ -249,18 +280,33 @@ def _newest_checkpoint(inputs: Inputs, out: Path) -> tuple[dict[str, Any] | None
     Raises CompressorError where it is of another run than that of `inputs`.
     """
     skipped: list[str] = []
-    for folder in _checkpoints(out):
+    here, found = team(), None
+    for folder in _checkpoints(out) if here.leads else ():
         try:
-            files.verify(folder, needs=("state.json", "state.safetensors"))
-            state = saving.load_state(folder)
+            state = _read_checkpoint(folder)
         except MemoryShortError:  # which says nothing of the checkpoint
             raise
         except CompressorError as error:
             skipped.append(f"skipped {folder.name}: {error.message}")
             continue
         run_facts.refuse_other_checkpoint(state.get("made"), inputs, folder)
-        return state, skipped
-    return None, skipped
+        found = folder.name, state
+        break
+    name = here.shared(None if found is None else found[0])
+    if name is None or found is not None:
+        return (None if found is None else found[1]), skipped
+    try:
+        return _read_checkpoint(out / name), skipped
+    except CompressorError as error:
+        raise CompressorError(
+            f"{error.message}: process {here.rank} does not see what the first one reads",
+            "Processes on several nodes need a folder that all nodes share.",
+        ) from error
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    files.verify(folder, needs=("state.json", "state.safetensors"))
+    return saving.load_state(folder)
 
 
 def _is_whole(folder: Path) -> bool:

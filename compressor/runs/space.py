@@ -39,7 +39,7 @@ def refuse_full_of(run: FineTuning, out: Path, every: int, there: int, keeps_one
     each `every` steps, of which `there` are there already."""
     weights = sum(value.nbytes for value in run.student.state_dict().values())
     trained = sum(value.nbytes for group in run.optimizer.param_groups for value in group["params"])
-    state = nbytes(run.state()) + (
+    state = nbytes(run.state(whole=False)) + (
         2 * trained if not run.done else 0
     )  # the optimizer's moments come with the first step
     ahead = max(0, (run.training.steps - 1) // every - run.done // every)

@@ -17,9 +17,8 @@ from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError, memory
-from compressor.processes import refuse_ranks
 from compressor.seeds import generator
-from compressor.sparsity.layers import Layer, select
+from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.arithmetic import autocast, compiled_, restore_optimizer
@@ -28,9 +27,13 @@ from compressor.training.given import Asked, Given, check_result, checkpointed_,
 from compressor.training.lora import Adapters
 from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
 from compressor.training.pruner import Pruner
+from compressor.training.pruner import choose_layers as choose_layers  # noqa: PLC0414  # others look for both here
+from compressor.training.pruner import chosen as chosen  # noqa: PLC0414
+from compressor.training.ranks import Ranks
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import Shadow, checked_masks, verify
+from compressor.training.shards import local, part_of
 from compressor.validation import validated
 from compressor.weights import bare
 
@@ -94,38 +97,45 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
-        refuse_ranks("fine-tuning")
+        self.ranks = Ranks(training)
         self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
-        self.student = student_of(model, training.steps).to(self.device).train()
+        self._source = model
+        self.student = student_of(model, training.steps).to(self.ranks.home(self.device)).train()
         if training.gradient_checkpointing and training.steps:
             checkpointed_(self.student)
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
-            self.teacher = teacher_of(model, self.device)
+            self.teacher = teacher_of(model, self.ranks.home(self.device))
         masked = chosen(self.student, pruner, adapter, targets, ignore)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
+        found = previous
         if previous is None:
             with memory("calibration"):
-                pruner = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
-            self.surgery = pruner.surgery
+                prepared = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
+            self.surgery = prepared.surgery
+            found = self.ranks.agreed(prepared, self.student)
+        if found is None:
+            pruner = prepared
         else:
-            pruner = pruner.restored(previous["pruner"])
-            removed = previous.get("surgery")
+            pruner = pruner.restored(found["pruner"])
+            removed = found.get("surgery")
             self.surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
         if self.surgery is not None:
             self.surgery.apply(self.student)
         self.pruner = pruner
-        self.layers = choose_layers(self.student, pruner, adapter, targets, ignore)
+        layers = choose_layers(self.student, pruner, adapter, targets, ignore)
+        self.layers, first = self.ranks.place(self.student, self.teacher, layers, pruner, self.device)
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise CompressorError(
                 "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
             )
-        self.shadow = self._sparse()
+        self.shadow = self._sparse(first)
         verify(self.shadow.masks)
+        self.ranks.check_first(self.shadow.masks, first)
         place = "cpu" if "ema" in training.offload else self.device
         dense = self._dense().items() if training.ema else ()
         self.average = {name: value.to(place, copy=True) for name, value in dense}
@@ -138,13 +148,13 @@ class FineTuning:
         if training.compiled and training.steps:  # last: before, methods look into the layers
             compiled_(self.device, self.student, self.teacher)
 
-    def _sparse(self) -> Shadow | Adapters:
+    def _sparse(self, first: Mapping[str, Mask]) -> Shadow | Adapters:
         """What keeps the weights sparse while `self.optimizer`, made here, trains them, or adapters of them alone."""
         weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
         lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
         if not lora:
             self.optimizer = optimizer_of(self.training, self.parameters.values(), self.device)
-            return Shadow(weights, self.pruner, self.optimizer, progress, outside="shadow" in self.training.offload)
+            return Shadow(weights, self.pruner, self.optimizer, progress, first, "shadow" in self.training.offload)
         started = {name: weight.detach() for name, weight in weights.items()}
         masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
         for name, mask in masks.items():
@@ -163,24 +173,27 @@ class FineTuning:
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
     @no_exit("training")
-    def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings.
+    def state(self, whole: bool = True) -> dict[str, Any]:
+        """Everything that the next step depends on, as nested dicts of tensors, numbers and strings. Of several processes, all
+        call it, and the first has it `whole`, for any number of them.
 
         The tensors are the run's own and change with the next step: save or copy them first.
         """
         check_result(self.student, self.adapter, self._seen, self.done)
         verify(self.shadow.masks)
-        return {
+        self.ranks.refuse_different(self.shadow.masks)
+        state = {
             "step": self.done,
             "model": self.student.state_dict(),
             "shadow": self.shadow.state(),
-            "average": dict(self.average),
+            "average": self.ranks.cut(self.average, self.parameters),
             "optimizer": stored(self.optimizer.state_dict()),
             "pruner": dict(self.pruner.state()),
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
             "scale": self._seen.scale,
         }
+        return self.ranks.whole(state) if whole else state
 
     @no_exit("training")
     @torch.no_grad()
@@ -188,31 +201,48 @@ class FineTuning:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
         if self.done:
             raise ValueError(f"{self.done} steps are done")
-        dense = {name: value.to(self.device) for name, value in self.shadow.dense.items()}
+        dense = self.ranks.whole(self.ranks.cut(self.shadow.dense, self.parameters), everywhere=True)
+        dense = {name: value.to(self.ranks.home(self.device)) for name, value in dense.items()}
         masks = self._masks(dense, {})
         verify(masks)
-        model = copy.deepcopy(self.student).eval()
+        model = self._plain().eval()
         own = dict(model.named_parameters())
         for name, weight in dense.items():
             own[name].copy_(sparse(weight, masks[name], self.pruner) if name in masks else weight)
         return Result(
-            self.given.returned(model), masks, self._layers(masks), (), dict.fromkeys(dense, 0.0), self.surgery
+            self.given.returned(model), masks, self._layers(masks, model), (), dict.fromkeys(dense, 0.0), self.surgery
         )
 
-    def _layers(self, masks: Mapping[str, Mask]) -> list[Layer]:
-        """Every layer, with the reason where it has none of `masks`."""
+    def _plain(self) -> nn.Module:
+        """A copy of the student that is nobody else's, and whole."""
+        if not self.ranks.sharded:
+            return copy.deepcopy(self.student)
+        model = student_of(self._source, self.training.steps)
+        if self.surgery is not None:
+            self.surgery.apply(model)
+        model.load_state_dict(self.ranks.whole(self.student.state_dict(), everywhere=True))
+        return model
+
+    def _layers(self, masks: Mapping[str, Mask], model: nn.Module) -> list[Layer]:
+        """Every layer with its weight in `model`, and the reason where it has none of `masks`."""
+        own = dict(model.named_parameters())
+        every = [replace(layer, weight=own.get(layer.name, layer.weight)) for layer in self.layers]
         return [
             replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
-            for layer in self.layers
+            for layer in every
         ]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
-        self.student.load_state_dict(state["model"])
-        restore_optimizer(self.optimizer, revived(state["optimizer"]))
+        if not self.ranks.sharded:  # else each process copies its parts, and reads no more of a file
+            state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
+        self.student.load_state_dict(self.ranks.parts(state["model"], self.student.state_dict()))
+        optimizer, trained = revived(state["optimizer"]), [p for g in self.optimizer.param_groups for p in g["params"]]
+        moments = {int(index): value for index, value in optimizer["state"].items()}
+        moments = {n: self.ranks.parts(value, dict.fromkeys(value, trained[n])) for n, value in moments.items()}
+        restore_optimizer(self.optimizer, {**optimizer, "state": moments})
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
-            value.copy_(state["average"][name])
+            value.copy_(part_of(state["average"][name], self.parameters[name]))
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
         self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 
@@ -227,7 +257,7 @@ class FineTuning:
         inputs, target = self.feed.at(t)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
-            torch.manual_seed(generator(settings.seed, "model", t).initial_seed())
+            torch.manual_seed(generator(settings.seed, "model", t, *self.ranks.key).initial_seed())
             noise_loss, teacher_loss, asked = self._backward(inputs, target)
         self.feed.ahead(t + 1)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -235,7 +265,7 @@ class FineTuning:
         objective = self.pruner.objective
         answered = noise_loss if self.adapter.answered else teacher_loss or 0.0
         loss = objective.noise * noise_loss + objective.teacher * answered
-        grad_norm = float(norm)
+        grad_norm = float(self.ranks.total(norm))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._nonfinite = 0
             self._seen.note(*asked, noise_loss)
@@ -245,7 +275,7 @@ class FineTuning:
             self.optimizer.step()
             self._update_average(t)
             counts = [*self.shadow.flips.values()]  # one transfer for all: each waits for the GPU
-            flips = float(torch.stack(counts).sum()) if counts else 0.0
+            flips = self.ranks.counted(float(torch.stack(counts).sum()) if counts else 0.0)
         else:
             self._nonfinite += 1
             if self._nonfinite > _TOLERATED_NONFINITE:
@@ -254,7 +284,7 @@ class FineTuning:
                 )
             flips = 0.0
         self.done = t + 1
-        entries = sum(weight.numel() for weight in self.shadow.dense.values())
+        entries = sum(self.parameters[name].numel() for name in self.shadow.dense)
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
     @no_exit("training")
@@ -274,12 +304,17 @@ class FineTuning:
         verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(sparse(dense[name], masks[name], self.pruner) if name in masks else final[name])
+                value = sparse(dense[name], masks[name], self.pruner) if name in masks else final[name]
+                local(parameter.data).copy_(value)
                 parameter.grad = None
         check_result(self.student, self.adapter, self._seen, self.done)
-        sizes = {name: weight.numel() for name, weight in dense.items()}
-        flipped = {name: float(count) / sizes[name] for name, count in self.shadow.flipped.items()}
-        return Result(self.given.returned(self.student), masks, self._layers(masks), (), flipped, self.surgery)
+        flipped = {
+            name: self.ranks.counted(float(count)) / self.parameters[name].numel()
+            for name, count in self.shadow.flipped.items()
+        }
+        model = self._plain() if self.ranks.sharded else self.student
+        masks = self.ranks.agreed_masks(masks, self.parameters, model)
+        return Result(self.given.returned(model), masks, self._layers(masks, model), (), flipped, self.surgery)
 
     def _backward(self, inputs: Any, target: Tensor) -> tuple[float, float | None, tuple[Any, Tensor]]:
         """Gradients of the objective on noised `inputs`; returns its two losses, without their weights, and a part of the inputs with
@@ -287,13 +322,15 @@ class FineTuning:
 
         Noise was drawn for the whole batch before it is split, so that `accumulate` does not change the numbers.
         """
+        if self._seen.wanted is None:
+            self.ranks.refuse_different(self.shadow.masks, (inputs, target))
         objective = self.pruner.objective
         noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
         noise_sum, teacher_sum = 0.0, 0.0
-        for piece, wanted, share in self.adapter.pieces(inputs, target, self.training.accumulate):
+        for piece, wanted, share, last in self.ranks.share(self.adapter, inputs, target, self.training.accumulate):
             piece = to_device(piece, self.device)
             with autocast(self.training, self.device):
-                prediction = self.adapter.predict(self.student, piece).float()
+                prediction = self.ranks.asked(self.student, self.adapter, piece, last).float()
                 noise_loss = F.mse_loss(prediction, to_device(wanted, self.device).float())
                 loss = noise * noise_loss
                 if self.teacher is not None:
@@ -303,12 +340,13 @@ class FineTuning:
                     loss = loss + objective.teacher * teacher_loss
                     teacher_sum += share * float(teacher_loss.detach())
             noise_sum += share * float(noise_loss.detach())
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            (loss * (share * self.ranks.team.size)).backward()  # type: ignore[no-untyped-call]
+        noise_sum, teacher_sum = self.ranks.team.summed(noise_sum, teacher_sum)
         return noise_sum, teacher_sum if self.teacher is not None else None, (piece, wanted)
 
     def _dense(self) -> dict[str, Tensor]:
         """The dense value of every trained parameter: the Shadow's where it has one."""
-        return {name: self.shadow.dense.get(name, p.detach()) for name, p in self.parameters.items()}
+        return {name: self.shadow.dense.get(name, local(p.detach())) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -359,32 +397,3 @@ def prune(
     records = list(steps(run))
     result = run.finish()
     return replace(result, steps=records)
-
-
-def choose_layers(
-    model: nn.Module,
-    pruner: Pruner,
-    adapter: Adapter,
-    targets: Sequence[str] | None,
-    ignore: Sequence[str] | None,
-) -> list[Layer]:
-    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
-    model = bare(model)
-    return select(
-        model,
-        pruner.pattern,
-        set(pruner.targets(model)),
-        adapter.targets if targets is None else targets,
-        adapter.ignore if ignore is None else ignore,
-    )
-
-
-def chosen(
-    model: nn.Module,
-    pruner: Pruner,
-    adapter: Adapter,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-) -> list[Layer]:
-    """The layers that get a mask: `choose_layers` without those that have a reason for none."""
-    return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
 from compressor.training.arithmetic import eagerly
+from compressor.training.shards import local
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
 
 _DIVERGED = 1000.0
@@ -111,7 +112,7 @@ def check_result(model: nn.Module, adapter: Adapter, asked: Asked, step: int) ->
     or that pruning broke, was as bad in the first step.
     """
     hint = "Lower the learning rate."
-    check_finite(model.state_dict(), f"step {step}", hint)
+    check_finite({name: local(value) for name, value in model.state_dict().items()}, f"step {step}", hint)
     if asked.wanted is None:
         return
     training = [module for module in model.modules() if module.training]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -14,9 +14,10 @@ from compressor.adapter import Adapter
 from compressor.data.batches import Batches
 from compressor.sparsity.codes import Quantise
 from compressor.sparsity.estimator import Estimator, StraightThrough
-from compressor.sparsity.layers import fitting
+from compressor.sparsity.layers import Layer, fitting, select
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.sparsity.surgery import Surgery
+from compressor.weights import bare
 
 Cost = Literal["macs", "density"]
 """What a share of a model may be of: its multiply-accumulates, or its weights."""
@@ -133,3 +134,32 @@ def settings_of(pruner: Pruner) -> dict[str, Any]:
     """The settings of a dataclass pruner by name, with their values; empty for other classes, which do not say what they keep."""
     fields: Mapping[str, Any] = getattr(type(pruner), "__dataclass_fields__", {})
     return {name: getattr(pruner, name) for name in setting_names(type(pruner)) if name in fields}
+
+
+def choose_layers(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> list[Layer]:
+    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    model = bare(model)
+    return select(
+        model,
+        pruner.pattern,
+        set(pruner.targets(model)),
+        adapter.targets if targets is None else targets,
+        adapter.ignore if ignore is None else ignore,
+    )
+
+
+def chosen(
+    model: nn.Module,
+    pruner: Pruner,
+    adapter: Adapter,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[Layer]:
+    """The layers that get a mask: `choose_layers` without those that have a reason for none."""
+    return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]

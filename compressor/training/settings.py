@@ -59,6 +59,8 @@ class Training(BaseModel):
     """`adamw-8bit` keeps AdamW's two moments in 8 bits."""
     offload: list[Literal["ema", "optimizer", "shadow"]] = Field(default_factory=list)
     """What is kept in the machine's memory while a GPU trains: the average, the optimizer's state, the dense weights."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the run: a copy of the model in each, or (FSDP2) some rows of every weight."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.

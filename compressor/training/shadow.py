@@ -23,15 +23,18 @@ from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import rounded
+from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
 
 class Shadow:
     """The dense weights behind `weights` (target parameters by name), which it keeps masked while `optimizer` steps.
 
     `progress`, the share of the steps that is done after the next one, is the caller's to set before each step.
-    With `outside` the dense weights are in the machine's memory, wherever `weights` are.
+    Of weights that FSDP2 has cut, it holds and masks the rows of this process. `previous` are the masks to start from, if any. With
+    `outside` the dense weights are in the machine's memory, wherever `weights` are.
     `flips` counts, per weight name, the entries whose mask changed in the last step; `flipped` since the start.
-    Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled.
+    Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled; UsageError where
+    a mask of a weight that is cut needs the rows of other processes.
     """
 
     def __init__(
@@ -40,14 +43,18 @@ class Shadow:
         pruner: Pruner,
         optimizer: Optimizer,
         progress: float = 0.0,
+        previous: Mapping[str, Mask] | None = None,
         outside: bool = False,
     ) -> None:
+        refuse_unlocal(pruner.pattern, weights)
+        optimizer = _that_steps(optimizer)
         self.pruner = pruner
         self.progress = progress
         self.dense: dict[str, Tensor] = {
-            name: weight.detach().to("cpu" if outside else weight.device, copy=True) for name, weight in weights.items()
+            name: local(weight.detach()).to("cpu" if outside else weight.device, copy=True)
+            for name, weight in weights.items()
         }
-        self.masks: dict[str, Mask] = {}
+        self.masks: dict[str, Mask] = dict(previous or {})
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
         self._sparse: dict[str, Tensor] = {}  # the weights' own memory, while theirs is that of the dense ones
@@ -70,10 +77,12 @@ class Shadow:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as nested dicts of tensors."""
+        own = self._weights
+        masks = {n: {"keep": cut_like(m.keep, own[n]), "pattern": str(m.pattern)} for n, m in self.masks.items()}
         return {
-            "dense": dict(self.dense),
-            "masks": {name: {"keep": mask.keep, "pattern": str(mask.pattern)} for name, mask in self.masks.items()},
-            "flipped": dict(self.flipped),
+            "dense": {name: cut_like(dense, own[name]) for name, dense in self.dense.items()},
+            "masks": masks,
+            "flipped": {name: count_like(count, own[name]) for name, count in self.flipped.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -81,17 +90,21 @@ class Shadow:
 
         Raises CompressorError where its masks are not of these weights.
         """
-        for name, weight in self._weights.items():
-            self.dense[name].copy_(state["dense"][name])
+        own = self._weights
+        for name, weight in own.items():
+            self.dense[name].copy_(part_of(state["dense"][name], weight))
             if not self._lends(name):
-                weight.data.copy_(self.dense[name])
-        device = {name: weight.device for name, weight in self._weights.items()}
+                local(weight.data).copy_(self.dense[name])
+        device = {name: weight.device for name, weight in own.items()}
         masks = {
-            name: Mask(mask["keep"].to(device.get(name, "cpu")), parse(mask["pattern"]))
+            name: Mask(
+                (part_of(mask["keep"], own[name]) if name in own else mask["keep"]).to(device.get(name, "cpu")),
+                parse(mask["pattern"]),
+            )
             for name, mask in state["masks"].items()
         }
-        self.masks = checked_masks(masks, self._weights)
-        self.flipped = {name: count.to(device[name]) for name, count in state["flipped"].items()}
+        self.masks = checked_masks(masks, {name: self._there(name) for name in own})
+        self.flipped = {n: part_of_count(count.to(device[n]), own[n]) for n, count in state["flipped"].items()}
         self._make_sparse({})
 
     @torch.no_grad()
@@ -107,9 +120,9 @@ class Shadow:
         for name, weight in self._weights.items():
             mask, dense = self.masks.get(name), self.dense[name].to(weight.device)
             if mask is not None and weight.grad is not None:
-                weight.grad = estimator.gradient(weight.grad, dense, mask)
+                weight.grad = cut_like(estimator.gradient(local(weight.grad), dense, mask), weight)
             if not self._lends(name):
-                weight.data.copy_(dense)
+                local(weight.data).copy_(dense)
             elif weight.data_ptr() != dense.data_ptr():  # the same after a step that failed
                 self._sparse[name], weight.data = weight.data, dense
 
@@ -118,8 +131,8 @@ class Shadow:
         estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
             lends, mask = self._lends(name), self.masks.get(name)
-            dense = self.dense[name] if lends else weight.detach()
-            if weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
+            dense = self._there(name)
+            if lends and weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
                 dense.copy_(weight.data)
             if mask is not None and weight.grad is not None:
                 shrunk = estimator.shrink(dense, mask, lr[id(weight)])
@@ -140,12 +153,12 @@ class Shadow:
         self._make_sparse(before)
 
     def _lends(self, name: str) -> bool:
-        """Whether a weight has the memory of its dense one while the optimizer steps, and no copy of it: where that is beside it."""
-        return self.dense[name].device == self._weights[name].device
+        """Whether a weight has the memory of its dense one while the optimizer steps, and no copy: both are whole, in one place."""
+        return self.dense[name].device == self._weights[name].device and not is_cut(self._weights[name])
 
     def _there(self, name: str) -> Tensor:
         """The dense weight where its weight is, which has its values already where it lends it no memory."""
-        return self.dense[name] if self._lends(name) else self._weights[name].detach()
+        return self.dense[name] if self._lends(name) else local(self._weights[name].detach())
 
     @torch.no_grad()
     def _make_sparse(self, before: Mapping[str, Mask]) -> None:
@@ -154,7 +167,7 @@ class Shadow:
         Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
         """
         for name, weight in self._weights.items():
-            mask, data, dense = self.masks.get(name), weight.data, self._there(name)
+            mask, data, dense = self.masks.get(name), local(weight.data), self._there(name)
             if mask is None:
                 data.copy_(dense)
                 self.flips[name] = torch.zeros((), dtype=torch.int64, device=dense.device)
@@ -174,6 +187,13 @@ def masked_(sparse: Tensor, dense: Tensor, mask: Mask, before: Mask | None) -> T
     if old is None:
         return torch.zeros((), dtype=torch.int64, device=dense.device)
     return (old.keep ^ mask.keep).count_nonzero()
+
+
+def _that_steps(optimizer: Any) -> Optimizer:
+    """The optimizer that has hooks: accelerate's, of `accelerator.prepare`, is one around it."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer  # type: ignore[no-any-return]
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
