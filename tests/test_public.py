@@ -111,6 +111,11 @@ A pipeline's run can also be drawn with caches and fewer steps, dense and sparse
 --cache NAME[:KEY=VALUE]… Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.
 --steps N,N,… Of a pipeline's run: also with these numbers of sampler steps.
 """.strip().splitlines()  # noqa: E501
+NEW_HELP["compressor export"] = [
+    "--to tensorrt-ready writes float16 (with --int8, 8 bits around products of 2:4) to RUN/tensorrt.onnx, and beside it the command "
+    "that builds an engine, and which layers TensorRT may take as sparse.",
+    "--batch N tensorrt-ready: what the engine is tuned for. [default: 16] [x>=1]",
+]
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
 NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
 NEW_HELP["compressor"] = [
