@@ -81,7 +81,7 @@ class OnnxRunner:
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, feed)), strict=True))
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """`adapter.predict` as a module of the tensors alone; what else the inputs hold is constant."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, example: Any) -> None:
@@ -105,7 +105,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
 
     Dim 0 of an input is the batch where the example has as many entries there as in its first input.
     """
-    flat, tensors = _Flat(module, adapter, example).eval(), tuple(tensors_of(example))
+    flat, tensors = Flat(module, adapter, example).eval(), tuple(tensors_of(example))
     batch, samples = torch.export.Dim("batch"), tensors[0].shape[:1]
     try:
         with _silence():
