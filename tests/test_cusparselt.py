@@ -179,7 +179,7 @@ def test_the_backends_are_registered_by_their_names():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
     entries = project["project"]["entry-points"]["compressor.backends"]
     made = {name: text for name, text in entries.items() if text.startswith("compressor.lower.cusparselt")}
-    assert set(made) == {"cusparselt", "cusparselt-int8", "cusparselt-fp8"}
+    assert set(made) == {"cusparselt", "cusparselt-direct", "cusparselt-int8", "cusparselt-fp8"}
     for name, text in made.items():
         assert getattr(cusparselt, text.partition(":")[2])().name == name
 
