@@ -240,7 +240,7 @@ class CuSparseLt(Backend):
         return cusparselt_library.described()
 
     def refusal(self, unit: Unit) -> str | None:
-        return self._wrong_dtype(unit) or _no_product(unit, self._multiple)
+        return self._wrong_dtype(unit) or no_sparse_product(unit, self._multiple, self._multiple)
 
     def build(self, unit: Unit) -> nn.Module:
         if reason := self.refusal(unit):
@@ -328,8 +328,9 @@ def _tokens(unit: Unit) -> int:
     return max(1, torch.Size(unit.input_shape).numel() // max(1, channels))
 
 
-def _no_product(unit: Unit, multiple: int) -> str | None:
-    """Why the unit's layers are no products of 2:4 weights whose sides are multiples of `multiple`; None where they are."""
+def no_sparse_product(unit: Unit, rows: int, columns: int) -> str | None:
+    """Why the unit's layers are no products of 2:4 weights (out, in) with `out` a multiple of `rows` and `in` of `columns`; None where
+    they are."""
     for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
         if isinstance(layer, nn.Conv2d) and (reason := no_product(layer)):
             return reason
@@ -338,8 +339,13 @@ def _no_product(unit: Unit, multiple: int) -> str | None:
         if pattern.grouped is None or not _implies_2_4(pattern.grouped):
             return f"{pattern}: sparse tensor cores take rows of 2:4, as in 2:4 and 4:2:4"
         out, inner = layer.weight.shape[:2]
-        if out % multiple or inner % multiple:
-            return f"a weight of {out} x {inner}: both must be multiples of {multiple}"
+        if out % rows or inner % columns:
+            wanted = (
+                f"both must be multiples of {rows}"
+                if rows == columns
+                else f"multiples of {rows} and {columns} are needed"
+            )
+            return f"a weight of {out} x {inner}: {wanted}"
     return None
 
 
