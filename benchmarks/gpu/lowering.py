@@ -177,7 +177,7 @@ class Cell:
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""
-        device, sparse = self.session.device, name.split()[0].rstrip(",") in SPARSE
+        device, sparse = self.session.device, name.split(maxsplit=1)[0].rstrip(",") in SPARSE
         rivals = {key: self.best[key] for key in dict.fromkeys((precision, BF16)) if key in self.best}
         calls = {name: call, **{rival: its for rival, its, _ in rivals.values()}}
         seconds = dict(zip(calls, interleaved(list(calls.values()), ROUNDS, device), strict=True))

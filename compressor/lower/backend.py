@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -78,6 +79,10 @@ class Backend(ABC):
     @abstractmethod
     def refusal(self, unit: Unit) -> str | None:
         """Why this backend does not take `unit`; None where `build` will work."""
+
+    def prepare(self, units: Sequence[Unit]) -> None:  # noqa: B027
+        """What is better done once for all `units` that will be built, a search in another process for example; nothing by default.
+        `build` works without it."""
 
     @abstractmethod
     def build(self, unit: Unit) -> nn.Module:

@@ -23,7 +23,7 @@ from compressor.errors import CompressorError
 from compressor.lower import cusparselt_direct, cusparselt_library
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_direct import Plans
-from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, search_together, tuned
 from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product, products_of
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM
@@ -75,15 +75,9 @@ class Packed(nn.Module):
         self.plans: Plans | None = None  # until what torch's operators give has been checked
         self.out, self.inner = weight.shape
         self.dtype = weight.dtype
-        self.multiple = 16 if weight.dtype.itemsize == 1 else 8
-        self.tokens = tokens + -tokens % self.multiple
-        product = Product(
-            tokens=self.tokens,
-            out=self.out,
-            inner=self.inner,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            bias=bias is not None,
-        )
+        self.multiple = _multiple_of(weight.dtype)
+        product = _product_of(tokens, self.out, self.inner, weight.dtype, bias is not None)
+        self.tokens = product.tokens
         self.told = False  # that another number of tokens came
         self.tuned: Tuned = tuned(product, weight.device.index or 0)
         packed = torch._cslt_compress(weight.contiguous())
@@ -172,6 +166,17 @@ class Packed(nn.Module):
         self.bias = bias
 
 
+def _multiple_of(dtype: torch.dtype) -> int:
+    """What the library wants numbers of tokens to be multiples of."""
+    return 16 if dtype.itemsize == 1 else 8
+
+
+def _product_of(tokens: int, out: int, inner: int, dtype: torch.dtype, bias: bool) -> Product:
+    """The product that is run for so many tokens."""
+    padded = tokens + -tokens % _multiple_of(dtype)
+    return Product(padded, out, inner, str(dtype).removeprefix("torch."), bias)
+
+
 _OTHER = "It would compute something else: use another version of torch."
 
 
@@ -248,6 +253,14 @@ class CuSparseLt(Backend):
         tokens = _tokens(unit)
         return by_products(unit, lambda layer: self._linear(layer, tokens))
 
+    def prepare(self, units: Sequence[Unit]) -> None:
+        """Search all their algorithms in one process."""
+        found = [self._product(unit, layer) for unit in units for layer in unit.layers]
+        search_together(found, units[0].device.index or 0)
+
+    def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
+        return _product_of(_tokens(unit), *layer.weight.shape[:2], unit.dtype, layer.bias is not None)
+
     _multiple = 16
 
     def _wrong_dtype(self, unit: Unit) -> str | None:
@@ -307,6 +320,9 @@ class CuSparseLtQuantised(CuSparseLt):
         if unit.dtype in (torch.bfloat16, torch.float16):
             return None
         return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+
+    def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
+        return _product_of(_tokens(unit), *layer.weight.shape[:2], self.dtype, False)
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return QuantisedSparseLinear(layer, tokens, self.dtype)
