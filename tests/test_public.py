@@ -38,7 +38,15 @@ NEW_NAMES = {
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
-    "compressor.backends": {"vnm-int8", "attention", "attention-int16", "dense-int8", "dense-fp8", "cusparselt-direct", "torchao-fp8"},
+    "compressor.backends": {
+        "vnm-int8",
+        "attention",
+        "attention-int16",
+        "dense-int8",
+        "dense-fp8",
+        "cusparselt-direct",
+        "torchao-fp8",
+    },
 }
 """By group."""
 _BUDGETS = [

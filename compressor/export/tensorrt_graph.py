@@ -201,7 +201,7 @@ def _pair(graph: onnx.ModelProto, name: str, scale: Tensor, axis: int | None, pa
     graph.graph.initializer.extend(
         [numpy_helper.from_array(scale.numpy(), f"{name}_scale"), numpy_helper.from_array(zero.numpy(), f"{name}_zero")]
     )
-    more = {} if axis is None else {"axis": axis}
+    more: dict[str, Any] = {} if axis is None else {"axis": axis}
     about = (f"{name}_scale", f"{name}_zero")
     pairs[name] = [
         helper.make_node("QuantizeLinear", [name, *about], [f"{name}_codes"], f"{name}_Q", **more),

@@ -259,7 +259,8 @@ class CuSparseLt(Backend):
         search_together(found, units[0].device.index or 0)
 
     def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
-        return _product_of(_tokens(unit), *layer.weight.shape[:2], unit.dtype, layer.bias is not None)
+        out, inner = layer.weight.shape[:2]
+        return _product_of(_tokens(unit), out, inner, unit.dtype, layer.bias is not None)
 
     _multiple = 16
 
@@ -322,7 +323,8 @@ class CuSparseLtQuantised(CuSparseLt):
         return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
 
     def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
-        return _product_of(_tokens(unit), *layer.weight.shape[:2], self.dtype, False)
+        out, inner = layer.weight.shape[:2]
+        return _product_of(_tokens(unit), out, inner, self.dtype, False)
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return QuantisedSparseLinear(layer, tokens, self.dtype)
