@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -397,3 +398,92 @@ def test_the_trial_finds_wrong_results_and_stale_memory(library):
 def test_the_trial_is_right_for_every_dtype(library, dtype, sides):
     product = Product(16, sides, 2 * sides, dtype, dtype == "bfloat16")
     worker.Trial(product, torch.device("cpu")).check(Algorithm(transposed=False))
+
+
+# --- What a trial does on a GPU, with its clock, its graphs and torch's private names imitated. ---
+
+
+class Event:
+    """A clock that goes by a millisecond with every product."""
+
+    products: Any = None
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.products)
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Any) -> float:
+        return float(end.at - self.at)
+
+
+def test_a_trial_times_products_by_the_gpus_own_clock(library, monkeypatch):
+    monkeypatch.setattr(Event, "products", library.calls)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def unrecorded(forward: Any, inputs: Any, warm_up: int) -> Any:
+        raise CompressorError("this is not recorded")
+
+    monkeypatch.setattr(worker, "captured", unrecorded)
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    assert trial.milliseconds([Algorithm(), Algorithm(2)], replays=3) == [1.0, 1.0]
+    assert not trial.recordable and {call["alg_id"] for call in library.calls} == {0, 2}
+    monkeypatch.setattr(
+        worker, "captured", lambda forward, inputs, warm_up: SimpleNamespace(replay=lambda: forward(inputs))
+    )
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    assert trial.milliseconds([Algorithm()], replays=1) == [1.0] and trial.recordable
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ((3, 1, 2, 12), (12, Algorithm(3))),
+        ((3, 4, 2, 12), (12, Algorithm(3, 4, 2))),
+        ((0, 1, -1, 0), (1, Algorithm())),
+        ((0, 1, -1, 10**6), (1000, Algorithm())),
+        (None, (worker.NO_LIMIT, None)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_librarys_own_search_is_asked(library, monkeypatch, said, wanted, dtype):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    asked = []
+
+    def mm_search(packed, right, bias, alpha, out_dtype, transposed):
+        asked.append((right.shape, out_dtype, transposed))
+        if said is None:
+            raise RuntimeError("not in this version")
+        return said
+
+    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=mm_search), raising=False)
+    product = Product(32, 32, 64, dtype, False)
+    assert worker.Trial(product, torch.device("cpu")).suggested() == wanted
+    assert asked == [((64, 32), torch.bfloat16 if dtype == "int8" else None, True)]
+
+
+def test_a_gpu_that_answers_no_more_ends_the_trial(library, monkeypatch):
+    def gone(device: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    with pytest.raises(worker.Poisoned, match="illegal instruction"):
+        trial.still_alive()
+    assert trial.major == 0
+    trial.device = torch.device("cuda", 0)
+    assert trial.major == 9
+
+
+def test_times_are_kept_for_a_gpu_and_these_versions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(cusparselt_tuning.cusparselt_library, "described", lambda: "0.8.1")
+    found = cusparselt_tuning._setting(1)
+    assert (found.device, found.hardware) == ("cuda", "GPU 1")
+    assert found.versions["cusparselt"] == "0.8.1" and {"torch", "cuda", "diffusion-compressor"} <= set(found.versions)
