@@ -67,7 +67,7 @@ test-nni:
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx,datasets,lora,lowbit,openvino,pipelines]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx,datasets,lora,torchao,openvino,pipelines]"
 	@# pip would compile on one core; left to the first import, it is done at every start where nothing may be written
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # some packages ship templates that do not compile
 	touch $(STAMP)

@@ -67,6 +67,12 @@ class Library:
         values = groups.gather(2, places)
         return torch.cat([values.flatten(1), places.flatten(1).float()], dim=1).to(weight.dtype)
 
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """The weight (out, inner) that `compress` was given, in float32."""
+        out, inner = packed.shape
+        values, places = packed.float().view(out, 2, inner // 4, 2).unbind(1)
+        return torch.zeros(out, inner // 4, 4).scatter_(2, places.long(), values).flatten(1)
+
     def sparse_mm(
         self,
         packed: Tensor,
@@ -89,10 +95,7 @@ class Library:
         assert right.shape[1] > 0 and right.shape[1] % (16 if eight else 8) == 0
         assert (out_dtype == BF16) if eight else (out_dtype is None)
         assert bias is None or (bias.dtype == packed.dtype and bias.shape == packed.shape[:1])
-        out, inner = packed.shape
-        values, places = packed.float().view(out, 2, inner // 4, 2).unbind(1)
-        dense = torch.zeros(out, inner // 4, 4).scatter_(2, places.long(), values).flatten(1)
-        result = dense @ right.float()
+        result = self.unpacked(packed) @ right.float()
         if bias is not None:
             result = result + bias.float()[:, None]
         result = self.fault(result.t()).t().to(out_dtype or packed.dtype)

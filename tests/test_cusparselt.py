@@ -179,7 +179,7 @@ def test_the_backends_are_registered_by_their_names():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
     entries = project["project"]["entry-points"]["compressor.backends"]
     made = {name: text for name, text in entries.items() if text.startswith("compressor.lower.cusparselt")}
-    assert set(made) == {"cusparselt", "cusparselt-int8", "cusparselt-fp8"}
+    assert set(made) == {"cusparselt", "cusparselt-direct", "cusparselt-int8", "cusparselt-fp8"}
     for name, text in made.items():
         assert getattr(cusparselt, text.partition(":")[2])().name == name
 
@@ -260,6 +260,75 @@ def test_the_search_is_asked_for_what_will_run(library, monkeypatch):
         Product(24, 32, 64, "bfloat16", False),
         Product(32, 32, 64, "int8", False),
     ]
+
+
+@pytest.mark.parametrize("backend", [CuSparseLt(), int8()], ids=lambda backend: backend.name)
+def test_all_products_of_a_model_are_searched_at_once(library, monkeypatch, backend):
+    asked: list[Product] = []
+    together: list[list[Product]] = []
+    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: asked.append(product) or Tuned(Algorithm()))
+    monkeypatch.setattr(cusparselt, "search_together", lambda products, index: together.append(list(products)))
+    pair = nn.Sequential(sparse_(nn.Linear(64, 128)), nn.GELU(), sparse_(nn.Linear(128, 64, bias=False)))
+    units = [unit(pair, (3, 7, 64)), unit(sparse_(nn.Conv2d(64, 32, 1)), (2, 64, 3, 3))]
+    backend.prepare(units)
+    for one in units:
+        backend.build(one)
+    assert together == [asked] and len(asked) == 3
+
+
+def test_lowering_prepares_every_backend_once_for_the_layers_that_it_takes(monkeypatch):
+    from compressor.errors import UsageError
+    from compressor.lower import Backend, lower
+
+    class Asked(Backend):
+        name = "asked"
+        said: Any = None
+
+        def __init__(self) -> None:
+            self.units: list[Any] = []
+
+        def unavailable(self, device):
+            return None
+
+        def refusal(self, given):
+            return "it is odd" if given.input_shape[-1] % 2 else None
+
+        def prepare(self, units):
+            self.units.append([one.input_shape for one in units])
+            if self.said is not None:
+                raise self.said
+
+        def build(self, given):
+            return given.module
+
+    for said in (None, RuntimeError("no"), SystemExit(1)):
+        backend = Asked()
+        backend.said = said
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+        lower(model, torch.zeros(4, 5), [backend], cache=False)
+        assert backend.units == [[(4, 8)]]  # two that are alike are one
+    backend.said = UsageError("COMPRESSOR_SEARCH_SECONDS is 'soon'", "")
+    with pytest.raises(UsageError, match="soon"):
+        lower(model, torch.zeros(4, 5), [backend], cache=False)
+
+
+def test_a_gpu_is_woken_before_anything_counts(monkeypatch):
+    from compressor.cost import timing
+
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def call() -> None:
+        calls.append(now[0])
+        now[0] += 0.03 if now[0] < 0.2 else 0.01  # slow until its clocks are up
+
+    (seconds,) = timing.interleaved([call], 3, CUDA, warm_up=0)
+    assert len(calls) == 7 + 3 and seconds == pytest.approx([0.01] * 3)
+    timing.interleaved([], 3, CUDA)
+    now[0], calls[:] = 0.0, []
+    timing.interleaved([call], 3, torch.device("cpu"), warm_up=0)
+    assert len(calls) == 3
 
 
 def test_negative_zeros_are_no_entries(library):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,16 @@ from compressor import CompressorError
 from compressor.errors import UsageError
 from compressor.lower import cusparselt_tuning
 from compressor.lower import cusparselt_worker as worker
-from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, candidates, searched, split_arguments, tuned
+from compressor.lower.cusparselt_tuning import (
+    Algorithm,
+    Product,
+    Tuned,
+    candidates,
+    search_together,
+    searched,
+    split_arguments,
+    tuned,
+)
 
 # --- Algorithms. ---
 
@@ -111,7 +123,11 @@ def test_the_fastest_right_algorithm_is_taken_and_kept_on_disk(act):
     found = tuned(PRODUCT, 0)
     assert found == Tuned(Algorithm(1), Algorithm(), 1.0)
     (request,) = requests(log)
-    assert Product(**request["product"]) == PRODUCT and request["skip"] == [] and request["device"] == 0
+    assert (
+        [Product(**one) for one in request["products"]] == [PRODUCT]
+        and request["skip"] == []
+        and request["device"] == 0
+    )
     tuned.cache_clear()
     assert tuned(PRODUCT, 0) == found and len(requests(log)) == 1
     assert tuned(Product(32, 32, 64, "bfloat16", True), 0) == found and len(requests(log)) == 2
@@ -215,6 +231,81 @@ def test_a_damaged_file_is_searched_again(act, tmp_path):
     assert len(requests(log)) == 3
 
 
+PRODUCTS = [Product(tokens, 32, 64, "bfloat16", True) for tokens in (24, 32, 40)]
+EACH = "for at, product in enumerate(request['products']):\n    say('product', None, at=at)\n"
+
+
+def test_all_products_are_searched_by_one_process(act):
+    log = act(EACH + f"    right({A!r}, 2.0); right({B!r}, 1.0 + product['tokens'])")
+    search_together([*PRODUCTS, PRODUCTS[0]], 0)
+    (request,) = requests(log)
+    assert [Product(**one) for one in request["products"]] == PRODUCTS
+    assert [tuned(product, 0).median_ms for product in PRODUCTS] == [2.0] * 3 and len(requests(log)) == 1
+    search_together(PRODUCTS, 0)  # all are on disk
+    assert len(requests(log)) == 1
+
+
+def test_a_product_that_ends_the_common_search_is_left_to_its_own(act):
+    log = act(
+        EACH
+        + f"    right({A!r}, 2.0)\n    if product['tokens'] == 32 and not request['skip']: say('trying', {B!r}); sys.exit(3)"
+    )
+    search_together([*PRODUCTS, Product(48, 32, 64, "bfloat16", True)], 0)
+    assert [[one["tokens"] for one in request["products"]] for request in requests(log)] == [[24, 32, 40, 48], [40, 48]]
+    assert [tuned(PRODUCTS[at], 0).note for at in (0, 2)] == [None, None] and len(requests(log)) == 2
+    assert B in str(tuned(PRODUCTS[1], 0).note) and len(requests(log)) == 4
+
+
+def test_a_common_search_that_does_not_start_leaves_all_to_their_own(act):
+    log = act("sys.exit('no CUDA-capable device is detected')")
+    search_together(PRODUCTS, 0)
+    search_together(PRODUCTS[:1], 0)
+    assert len(requests(log)) == 1
+    act(EACH + f"    say('trying', {A!r}); say('failed', {A!r}, why='wrong')")
+    search_together(PRODUCTS, 0)
+    with pytest.raises(CompressorError, match="no algorithm of cuSPARSELt"):
+        tuned(PRODUCTS[0], 0)
+
+
+def test_the_worker_takes_one_product_after_the_other(monkeypatch, capsys):
+    made = []
+
+    class Named(Trial):
+        def __init__(self, product: Product, device: torch.device) -> None:
+            super().__init__(deadly=2 if product.tokens == 40 else None)
+            made.append((product, device))
+
+        def suggested(self) -> tuple[int, None]:
+            return 3, None
+
+    class Ended(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    request = {
+        "products": [vars(one) for one in PRODUCTS],
+        "device": 0,
+        "seconds": 9.0,
+        "skip": [],
+        "found": False,
+        "ask": True,
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    monkeypatch.setattr(worker, "Trial", Named)
+    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+    monkeypatch.setattr(worker.os, "_exit", end)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(Ended, match="3"):
+        worker.main()
+    gc.unfreeze()
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["at"] for line in said if line["event"] == "product"] == [0, 1, 2]
+    assert said[-1] == {"event": "trying", "algorithm": "2,1,-1,1"} and [one for one, _ in made] == PRODUCTS
+
+
 @pytest.mark.parametrize("text", ["soon", "-1", "0", "inf"])
 def test_seconds_are_a_number(act, monkeypatch, text):
     monkeypatch.setenv(cusparselt_tuning.SECONDS_VARIABLE, text)
@@ -225,7 +316,7 @@ def test_seconds_are_a_number(act, monkeypatch, text):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_real_worker_starts_and_says_that_there_is_no_gpu():
-    request = {"product": vars(PRODUCT), "device": 0, "seconds": 1.0, "skip": [], "found": False, "ask": True}
+    request = {"products": [vars(PRODUCT)], "device": 0, "seconds": 1.0, "skip": [], "found": False, "ask": True}
     lines, ended = cusparselt_tuning._worker(request, 120.0)
     assert lines == [] and ended is not None and "no CUDA GPU" in ended
 
@@ -307,3 +398,92 @@ def test_the_trial_finds_wrong_results_and_stale_memory(library):
 def test_the_trial_is_right_for_every_dtype(library, dtype, sides):
     product = Product(16, sides, 2 * sides, dtype, dtype == "bfloat16")
     worker.Trial(product, torch.device("cpu")).check(Algorithm(transposed=False))
+
+
+# --- What a trial does on a GPU, with its clock, its graphs and torch's private names imitated. ---
+
+
+class Event:
+    """A clock that goes by a millisecond with every product."""
+
+    products: Any = None
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.products)
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Any) -> float:
+        return float(end.at - self.at)
+
+
+def test_a_trial_times_products_by_the_gpus_own_clock(library, monkeypatch):
+    monkeypatch.setattr(Event, "products", library.calls)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def unrecorded(forward: Any, inputs: Any, warm_up: int) -> Any:
+        raise CompressorError("this is not recorded")
+
+    monkeypatch.setattr(worker, "captured", unrecorded)
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    assert trial.milliseconds([Algorithm(), Algorithm(2)], replays=3) == [1.0, 1.0]
+    assert not trial.recordable and {call["alg_id"] for call in library.calls} == {0, 2}
+    monkeypatch.setattr(
+        worker, "captured", lambda forward, inputs, warm_up: SimpleNamespace(replay=lambda: forward(inputs))
+    )
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    assert trial.milliseconds([Algorithm()], replays=1) == [1.0] and trial.recordable
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ((3, 1, 2, 12), (12, Algorithm(3))),
+        ((3, 4, 2, 12), (12, Algorithm(3, 4, 2))),
+        ((0, 1, -1, 0), (1, Algorithm())),
+        ((0, 1, -1, 10**6), (1000, Algorithm())),
+        (None, (worker.NO_LIMIT, None)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_librarys_own_search_is_asked(library, monkeypatch, said, wanted, dtype):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    asked = []
+
+    def mm_search(packed, right, bias, alpha, out_dtype, transposed):
+        asked.append((right.shape, out_dtype, transposed))
+        if said is None:
+            raise RuntimeError("not in this version")
+        return said
+
+    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=mm_search), raising=False)
+    product = Product(32, 32, 64, dtype, False)
+    assert worker.Trial(product, torch.device("cpu")).suggested() == wanted
+    assert asked == [((64, 32), torch.bfloat16 if dtype == "int8" else None, True)]
+
+
+def test_a_gpu_that_answers_no_more_ends_the_trial(library, monkeypatch):
+    def gone(device: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    trial = worker.Trial(PRODUCT, torch.device("cpu"))
+    with pytest.raises(worker.Poisoned, match="illegal instruction"):
+        trial.still_alive()
+    assert trial.major == 0
+    trial.device = torch.device("cuda", 0)
+    assert trial.major == 9
+
+
+def test_times_are_kept_for_a_gpu_and_these_versions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(cusparselt_tuning.cusparselt_library, "described", lambda: "0.8.1")
+    found = cusparselt_tuning._setting(1)
+    assert (found.device, found.hardware) == ("cuda", "GPU 1")
+    assert found.versions["cusparselt"] == "0.8.1" and {"torch", "cuda", "diffusion-compressor"} <= set(found.versions)

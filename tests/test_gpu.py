@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, parse
 from compressor.lower import cusparselt
-from compressor.lower.cusparselt import CuSparseLt, fp8, int8
+from compressor.lower.cusparselt import CuSparseLt, CuSparseLtDirect, fp8, int8
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, tuned
 from compressor.lower.graphs import Graphed
 from compressor.lower.quantised import dense_fp8, dense_int8
+from compressor.lower.torchao_fp8 import TorchaoFp8
 from compressor.registry import build_pruner, pruner_class
 from compressor.saving.state import load_state, save_state
 from compressor.sparsity.on_gpu import kernels_for
@@ -74,7 +76,8 @@ class TestOnGpu:
             assert error(lowered(x), wanted) < 1e-2
 
     @pytest.mark.parametrize(
-        ("backend", "allowed"), [(int8(), 2e-2), (fp8(), 6e-2), (dense_int8(), 2e-2), (dense_fp8(), 6e-2)]
+        ("backend", "allowed"),
+        [(int8(), 2e-2), (fp8(), 6e-2), (TorchaoFp8(), 6e-2), (dense_int8(), 2e-2), (dense_fp8(), 6e-2)],
     )
     def test_8_bits_are_near_the_dense_layer(self, default, backend, allowed):
         if reason := backend.unavailable(torch.device("cuda")):
@@ -83,6 +86,32 @@ class TestOnGpu:
         lowered = backend.build(unit(layer, (1028, 512)))
         x = normal(1028, 512, dtype=BF16).cuda()
         assert error(lowered(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < allowed
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_a_planned_product_is_the_dense_one(self, default, bias):
+        if reason := CuSparseLtDirect().unavailable(torch.device("cuda")):
+            pytest.skip(reason)
+        layer: Any = on_gpu(sparse_(nn.Linear(512, 2048, bias=bias)))
+        lowered = CuSparseLtDirect().build(unit(layer, (2, 257, 512)))
+        wrapped = Graphed(lowered)
+        for tokens in (514, 8, 16, 24, 32, 40, 514):  # the plan of the first is the graph's, and kept
+            x = normal(tokens, 512, dtype=BF16).cuda()
+            wanted = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+            assert error(lowered(x), wanted) < 1e-2
+            with torch.no_grad():
+                given = normal(2, 257, 512, dtype=BF16, seed=tokens).cuda()
+                assert error(wrapped(given), F.linear(given, layer.weight, layer.bias)) < 1e-2
+
+    @pytest.mark.parametrize("approximate", ["none", "tanh"])
+    def test_a_planned_pair_is_the_dense_one(self, default, approximate):
+        if reason := CuSparseLtDirect().unavailable(torch.device("cuda")):
+            pytest.skip(reason)
+        pair: Any = on_gpu(
+            nn.Sequential(sparse_(nn.Linear(512, 2048)), nn.GELU(approximate), sparse_(nn.Linear(2048, 512)))
+        )
+        lowered = CuSparseLtDirect().build(unit(pair, (1028, 512)))
+        x = normal(1028, 512, dtype=BF16).cuda()
+        assert error(lowered(x), copy.deepcopy(pair).double()(x.double())) < 1.5e-2
 
     def test_the_search_finds_a_right_algorithm_and_no_fault(self, monkeypatch, tmp_path):
         on_gpu(nn.Linear(16, 16))

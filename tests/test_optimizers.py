@@ -112,7 +112,7 @@ def test_a_missing_package_is_one_clear_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(UsageError, match=r"needs torchao, which is not installed\npip install .*\[lowbit\]"):
+    with pytest.raises(UsageError, match=r"needs torchao, which is not installed\npip install .*\[torchao\]"):
         tuning(adapter, samples, **EIGHT)
 
 

@@ -38,7 +38,15 @@ NEW_NAMES = {
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
-    "compressor.backends": {"vnm-int8", "attention", "attention-int16", "dense-int8", "dense-fp8"},
+    "compressor.backends": {
+        "vnm-int8",
+        "attention",
+        "attention-int16",
+        "dense-int8",
+        "dense-fp8",
+        "cusparselt-direct",
+        "torchao-fp8",
+    },
 }
 """By group."""
 _BUDGETS = [
@@ -114,6 +122,11 @@ A pipeline's run can also be drawn with caches and fewer steps, dense and sparse
 --cache NAME[:KEY=VALUE]… Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.
 --steps N,N,… Of a pipeline's run: also with these numbers of sampler steps.
 """.strip().splitlines()  # noqa: E501
+NEW_HELP["compressor export"] = [
+    "--to tensorrt-ready writes float16 (with --int8, 8 bits around products of 2:4) to RUN/tensorrt.onnx, and beside it the command "
+    "that builds an engine, and which layers TensorRT may take as sparse.",
+    "--batch N tensorrt-ready: what the engine is tuned for. [default: 16] [x>=1]",
+]
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
 NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
 NEW_HELP["compressor"] = [

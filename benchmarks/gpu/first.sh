@@ -16,7 +16,8 @@ SECONDS_LEFT=${SECONDS_LEFT:-2400}
 LACKING="accelerate psutil diffusers importlib-metadata zipp regex requests charset-normalizer idna urllib3 certifi huggingface-hub httpx
 httpcore h11 anyio sniffio hf-xet tqdm pyyaml filelock fsspec packaging einops jinja2 markupsafe matplotlib contourpy cycler fonttools
 kiwisolver pyparsing python-dateutil six numpy pillow pydantic pydantic-core annotated-types typing-inspection typing-extensions rich
-markdown-it-py mdurl pygments ruamel.yaml safetensors torch-pruning click scipy pytest hypothesis sortedcontainers iniconfig pluggy"
+markdown-it-py mdurl pygments ruamel.yaml safetensors torch-pruning click scipy pytest hypothesis sortedcontainers iniconfig pluggy
+nvmath-python cuda-bindings cuda-core cuda-pathfinder torchao"
 # Cells in order of value, and the minutes that each is expected to take on an H100 with compiled forms.
 TRAINING=("dit-xl 128:4" "uvit-h 128:4" "uvit-s 128:2" "dit-xl 32:3")
 CELLS=("dit-xl 64:7" "uvit-h 16:7" "dit-xl 16:6" "uvit-h 64:7" "uvit-h 1:5" "dit-xl 1:5" "uvit-l 64:5" "uvit-s 64:4" "ddpm-cifar10 64:5")

@@ -47,8 +47,11 @@ CELLS = "dit-xl 64,uvit-h 16,dit-xl 16,uvit-h 64,uvit-h 1,dit-xl 1,uvit-l 64,uvi
 """In order of what they would teach: where 2:4 should gain most comes first, and what should gain nothing last."""
 BF16 = "bfloat16"
 DENSE = {"dense-fp8": "fp8", "dense-int8": "int8"}
-SPARSE = {"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"}
-TOLERANCES = {"cusparselt": None, "cusparselt-int8": 0.05, "cusparselt-fp8": 0.12}
+SPARSE = {
+    **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
+    **{"cusparselt-direct": BF16, "torchao-fp8": "fp8"},  # optional packages: a line says where one is missing
+}
+TOLERANCES = {"bfloat16": None, "int8": 0.05, "fp8": 0.12}
 """The largest relative error of a layer: rounding, and what 8 bits with a scale for each token and channel come to."""
 LARGEST_ERROR = 0.2
 ROUNDS = 21
@@ -153,7 +156,7 @@ class Cell:
     def chosen(self, backend: str) -> nn.Module:
         """The model with those layers on `backend` that gain on the dense ones of the same precision, timed alone."""
         rivals = [name for name, precision in DENSE.items() if precision == SPARSE[backend]]
-        tolerance, given = TOLERANCES[backend], ["eager", *rivals, backend]
+        tolerance, given = TOLERANCES[SPARSE[backend]], ["eager", *rivals, backend]
         plan = lower(self.dense, self.cast, given, tolerance=tolerance, compiled=False, cache=False).plan
         self.session.add({"cell": self.name, "plan": backend, "layers": plan.model_dump(mode="json")["layers"]})
         names = {layer.name for layer in plan.layers if layer.skips_zeros}
@@ -174,7 +177,7 @@ class Cell:
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""
-        device, sparse = self.session.device, name.startswith("cusparselt")
+        device, sparse = self.session.device, name.split(maxsplit=1)[0].rstrip(",") in SPARSE
         rivals = {key: self.best[key] for key in dict.fromkeys((precision, BF16)) if key in self.best}
         calls = {name: call, **{rival: its for rival, its, _ in rivals.values()}}
         seconds = dict(zip(calls, interleaved(list(calls.values()), ROUNDS, device), strict=True))

@@ -13,6 +13,8 @@ import torch
 _Key = TypeVar("_Key")
 WARM_UP = 3
 """Rounds before those that count."""
+_AWAKE = 0.2
+"""Seconds of turns before those that count, on a GPU: at rest its clocks are low, and they rise slowly."""
 _SHORT = 0.002  # seconds; shorter calls are repeated within a turn, so that the clock and its own cost do not count
 
 
@@ -36,6 +38,8 @@ def interleaved(
     calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, warm_up: int = WARM_UP
 ) -> list[list[float]]:
     """Seconds per call of each of `calls`, one number per round. The order of turns alternates from round to round."""
+    if device.type == "cuda":
+        _wake(calls, device)
     repeats = [1] * len(calls)
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + warm_up):
@@ -52,6 +56,15 @@ def interleaved(
             elif turn == warm_up - 1:
                 repeats[index] = max(1, min(100, int(_SHORT / max(seconds, 1e-7))))
     return times
+
+
+def _wake(calls: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Keep a GPU busy for `_AWAKE` seconds with all of `calls`."""
+    end = time.perf_counter() + _AWAKE
+    while calls and time.perf_counter() < end:
+        for call in calls:
+            call()
+        torch.cuda.synchronize(device)
 
 
 def median_ms(times: Sequence[float]) -> float:

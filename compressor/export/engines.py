@@ -1,4 +1,4 @@
-"""Other engines that run a model's graph on a CPU, in each precision: what a user would take instead of PyTorch."""
+"""Other engines that run a model's graph, in each precision: what a user would take instead of PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, first_line
-from compressor.export.graph import OnnxRunner, array_of, tensors_of
+from compressor.export.graph import Flat, OnnxRunner, array_of, tensors_of
 from compressor.export.onnx import export_onnx, random_inputs
-from compressor.report.content import ONNX, OPENVINO
+from compressor.lower.job import in_dtype
+from compressor.report.content import ONNX, OPENVINO, TENSORRT
 from compressor.seeds import generator
 
 OPENVINO_PACKAGES = ("openvino", "nncf")
@@ -143,3 +144,26 @@ def _compiled(core: Any, graph: Any, precision: str) -> Callable[[Any], Tensor]:
         return torch.from_numpy(next(iter(found.values())))
 
     return run
+
+
+def tensorrt(model: nn.Module, adapter: Adapter, example: Any, sparse: bool) -> Engine:
+    """`model` in TensorRT, through torch-tensorrt, in float16, for inputs as large as `example` and on its device. `sparse`: it may
+    take sparse kernels for weights of 2:4: TensorRT itself times both.
+
+    Raises CompressorError where torch-tensorrt is not installed or cannot build it.
+    """
+    if find_spec("torch_tensorrt") is None:
+        raise CompressorError(
+            "torch-tensorrt is not installed here", "Install the version for your torch: pip install torch-tensorrt"
+        )
+    import torch_tensorrt
+
+    flat = Flat(in_dtype(model, torch.float16).requires_grad_(False), adapter, example).eval()
+    try:
+        # Engines that can be refitted would not rely on where zeros are.
+        built = torch_tensorrt.compile(
+            flat, ir="dynamo", arg_inputs=tuple(tensors_of(example)), sparse_weights=sparse, immutable_weights=True
+        )
+    except Exception as error:  # whatever it raises for a model that it does not know
+        raise CompressorError(f"torch-tensorrt: {first_line(error)}") from error
+    return Engine(TENSORRT, "float16", lambda inputs: built(*tensors_of(inputs)))

@@ -45,16 +45,18 @@ class OnnxRunner:
     """Runs an exported file in ONNX Runtime on the CPU, with as many threads as PyTorch has now.
 
     Called with an adapter's inputs, it answers as `adapter.predict` does. Raises CompressorError where the file is not one
-    that ONNX Runtime reads. Instead of a path it takes a file's content.
+    that ONNX Runtime reads. Instead of a path it takes a file's content. `as_written` carries out node by node, and fuses nothing.
     """
 
-    def __init__(self, path: str | Path | bytes) -> None:
+    def __init__(self, path: str | Path | bytes, as_written: bool = False) -> None:
         require_packages()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Its threads wait by spinning, also after a run: whatever is timed next would be timed against them.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
@@ -68,14 +70,18 @@ class OnnxRunner:
     def __call__(self, inputs: Any) -> Tensor:
         return next(iter(self.outputs(inputs).values()))
 
+    def feed(self, inputs: Any) -> dict[str, Tensor]:
+        """The tensors of `inputs` by the names of the graph's."""
+        return dict(zip(self.names, tensors_of(inputs), strict=True))
+
     def outputs(self, inputs: Any) -> dict[str, Tensor]:
         """Every output of the graph by its name; a graph of this package has one, `prediction`."""
-        feed = dict(zip(self.names, map(array_of, tensors_of(inputs)), strict=True))
+        feed = {name: array_of(tensor) for name, tensor in self.feed(inputs).items()}
         names = [one.name for one in self.session.get_outputs()]
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, feed)), strict=True))
 
 
-class _Flat(nn.Module):
+class Flat(nn.Module):
     """`adapter.predict` as a module of the tensors alone; what else the inputs hold is constant."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, example: Any) -> None:
@@ -99,7 +105,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
 
     Dim 0 of an input is the batch where the example has as many entries there as in its first input.
     """
-    flat, tensors = _Flat(module, adapter, example).eval(), tuple(tensors_of(example))
+    flat, tensors = Flat(module, adapter, example).eval(), tuple(tensors_of(example))
     batch, samples = torch.export.Dim("batch"), tensors[0].shape[:1]
     try:
         with _silence():

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.errors import CompressorError, GateError, UsageError
@@ -34,9 +33,9 @@ from compressor.export.graph import (
     quantize,
     require_packages,
     stored_weights,
-    tensors_of,
     write,
 )
+from compressor.export.parity import TOLERANCE, Parity, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
 from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
@@ -52,57 +51,20 @@ if TYPE_CHECKING:
 __all__ = ["FORMS", "Exported", "OnnxRunner", "Parity", "export_onnx", "random_inputs", "refuse"]
 
 FORMS = ("dense", "gathered")
-TOLERANCE = 1e-4
-"""The largest difference from PyTorch that float32 may show, in standard deviations of the output."""
 INT8_TOLERANCE = 0.5
 """The largest root mean square difference that int8 may show, in standard deviations of the output. Its rounding costs the
 bundled models up to 0.26, at the lowest noise; at 0.5 a fifth of the answer's variance would be noise. That the file itself
 is right is checked apart, product by product and to `TOLERANCE`: this bounds what the rounding alone costs."""
 
-_DATA = re.compile(rf"-({'|'.join(FORMS)})-[0-9a-f]{{12}}\.data")
+_DATA = re.compile(rf"-({'|'.join((*FORMS, 'tensorrt'))})-[0-9a-f]{{12}}\.data")
 _ADVICE = {
-    "dense": "next: TensorRT skips the zeros of N:M weights with trt_sparsity_enable; ONNX Runtime's own kernels do not "
-    "(--form gathered, --int8). See docs/onnx.md.",
+    "dense": "next: for TensorRT, which looks for zeros, --to tensorrt-ready; ONNX Runtime's own kernels do not skip any (--form "
+    "gathered, --int8). See docs/onnx.md.",
     "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form. See docs/onnx.md.",
     "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality. See docs/onnx.md.",
 }
 _BATCHES = (1, 2, 5)
 _DRAWS = 3
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far ONNX Runtime was from PyTorch: the largest difference of any output value, and the largest root mean square
-    one, in standard deviations of the output; over `draws` random inputs at each of `batches`, every sample with a timestep
-    of its own. `bounded` is the one of the two that `tolerance` bounds: "max_error", with int8 "rms_error".
-
-    With int8, `integer_error` is how far any of the `integer_products` was from exact whole-number arithmetic on the same
-    inputs, in standard deviations of the product.
-    """
-
-    max_error: float
-    rms_error: float
-    tolerance: float
-    batches: tuple[int, ...]
-    draws: int
-    bounded: str = "max_error"
-    integer_error: float | None = None
-    integer_products: int = 0
-
-    def lines(self) -> list[str]:
-        """What a user wants to know of it."""
-        batches = ", ".join(map(str, self.batches))
-        if self.integer_error is None:
-            return [
-                f"parity: at most {self.max_error:.1e} standard deviations from PyTorch (root mean square "
-                f"{self.rms_error:.1e}), at batches {batches}; {self.tolerance:.0e} are allowed"
-            ]
-        return [
-            f"int8's cost: {self.rms_error:.1e} standard deviations from PyTorch (root mean square; at most "
-            f"{self.max_error:.1e}), at batches {batches}; {self.tolerance:.0e} are allowed",
-            f"int8's arithmetic: {self.integer_products} products, at most {self.integer_error:.1e} standard deviations from "
-            f"exact whole numbers; {TOLERANCE:.0e} are allowed",
-        ]
 
 
 @dataclass(frozen=True)
@@ -177,11 +139,11 @@ def export_onnx(
     model = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
     example = to_device(adapter.example_inputs(2), torch.device("cpu"))
     if patterns is None:
-        patterns = {name: p for name, layer in _layers(model).items() if (p := pattern_of(layer.weight)) is not None}
+        patterns = {name: p for name, layer in layers_of(model).items() if (p := pattern_of(layer.weight)) is not None}
     digest = weights_sha256(model)
     forward = _gathered_form(model, adapter, example, patterns) if form == "gathered" else _Form(model, (), {})
     names = input_names_of(example, input_names)
-    with _committed(path) as folder:
+    with committed(path) as folder:
         graph = graph_of(forward.module, adapter, example, names)
         if form == "dense":
             _verify_patterns(graph, model, adapter, example, patterns)
@@ -265,10 +227,25 @@ def _slower(unit: Unit) -> str | None:
 # --- What is checked. ---
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def layers_of(model: nn.Module) -> dict[str, Any]:
     """The Linear and convolution layers of `model`, by the name of their weight."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+
+
+def used_layers(model: nn.Module, adapter: Adapter, example: Any) -> set[str]:
+    """Those of `layers_of` that run when `adapter.predict` does."""
+    used = set[str]()
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, __, name=name: used.add(name))
+        for name, layer in layers_of(model).items()
+    ]
+    try:
+        adapter.predict(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return used
 
 
 def _verify_patterns(
@@ -276,13 +253,7 @@ def _verify_patterns(
 ) -> None:
     """Raise GateError unless the graph has every pruned weight that is used, as a constant that obeys its pattern where an
     engine looks for it: along the input channels."""
-    layers, used = _layers(model), set[str]()
-    hooks = [layer.register_forward_pre_hook(lambda _, __, name=name: used.add(name)) for name, layer in layers.items()]
-    try:
-        adapter.predict(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers, used = layers_of(model), used_layers(model, adapter, example)
     stored = stored_weights(graph)
     for name in sorted(used & patterns.keys()):
         zero = layers[name].weight == 0
@@ -295,26 +266,11 @@ def _verify_patterns(
 def _parity(model: nn.Module, adapter: Adapter, file: Path, int8: bool) -> Parity:
     """Compare the file with `model`, and an int8 file with its own arithmetic. Raises GateError where they differ by more
     than is allowed."""
-    runner, rng = OnnxRunner(file), torch.Generator().manual_seed(0)
     found = Parity(0.0, 0.0, TOLERANCE, _BATCHES, _DRAWS)
-    if int8:
-        found = replace(found, tolerance=INT8_TOLERANCE, bounded="rms_error", **_integer_parity(adapter, file))
-    for batch in _BATCHES:
-        example = adapter.example_inputs(batch)
-        for draw in range(_DRAWS):
-            inputs = random_inputs(example, adapter.num_classes, rng)
-            wanted = adapter.predict(model, inputs).double()
-            difference = (runner(inputs).double() - wanted) / (float(wanted.std(correction=0)) or 1.0)
-            errors = {"max_error": float(difference.abs().max()), "rms_error": float(difference.square().mean().sqrt())}
-            if not errors[found.bounded] <= found.tolerance:
-                raise GateError(
-                    f"the exported graph differs from PyTorch by {errors[found.bounded]:.1e} standard deviations of the output "
-                    f"{'(root mean square) ' if int8 else ''}at batch {batch}, draw {draw + 1}; {found.tolerance:.0e} are allowed",
-                    "No file was written. "
-                    + ("int8 costs this model too much: leave --int8 out." if int8 else "Please report this model."),
-                )
-            found = replace(found, **{name: max(getattr(found, name), error) for name, error in errors.items()})
-    return found
+    if not int8:
+        return parity(model, adapter, OnnxRunner(file), found, "Please report this model.")
+    found = replace(found, tolerance=INT8_TOLERANCE, bounded="rms_error", **_integer_parity(adapter, file))
+    return parity(model, adapter, OnnxRunner(file), found, "int8 costs this model too much: leave --int8 out.")
 
 
 def _integer_parity(adapter: Adapter, file: Path) -> dict[str, Any]:
@@ -339,25 +295,6 @@ def _integer_parity(adapter: Adapter, file: Path) -> dict[str, Any]:
     return {"integer_error": worst, "integer_products": len(errors[0])}
 
 
-def random_inputs(example: Any, classes: int, rng: torch.Generator) -> Any:
-    """Inputs like `example`, but random: noise for what has two dims or more; for numbers per sample up to twice those of
-    the example; for whole numbers up to those of the example, or `classes` where they are the last input."""
-    leaves, spec = tree_flatten(example)
-    tensors = tensors_of(example)
-
-    def drawn(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if leaf.is_floating_point():
-            if leaf.dim() > 1:
-                return torch.randn(leaf.shape, generator=rng).to(leaf.dtype)
-            return (2 * leaf.cpu() * torch.rand(leaf.shape, generator=rng)).to(leaf.dtype)
-        top = classes if classes and leaf is tensors[-1] else int(leaf.max()) + 1
-        return torch.randint(top, leaf.shape, generator=rng).to(leaf.dtype)
-
-    return tree_unflatten([drawn(leaf) for leaf in leaves], spec)
-
-
 # --- The file. ---
 
 
@@ -377,7 +314,7 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def _committed(path: Path) -> Iterator[Path]:
+def committed(path: Path) -> Iterator[Path]:
     """A folder whose files are moved beside `path` when all is well, the one called as `path` last; else nothing is left."""
     with workshop(path) as partial:
         yield partial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -83,6 +84,10 @@ class Backend(ABC):
     def left(self, pattern: Pattern) -> float:
         """The share of the multiplications by a weight of `pattern` that it still does, where it `skips_zeros`."""
         return pattern.density
+
+    def prepare(self, units: Sequence[Unit]) -> None:  # noqa: B027
+        """What is better done once for all `units` that will be built, a search in another process for example; nothing by default.
+        `build` works without it."""
 
     @abstractmethod
     def build(self, unit: Unit) -> nn.Module:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import first_line
+from compressor.errors import UsageError, first_line
 from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
 from compressor.lower.contest import BASE, Contest
@@ -38,6 +38,23 @@ def groups(found: Sequence[Found]) -> list[list[Found]]:
     for one in found:
         groups.setdefault(_key(one.unit), []).append(one)
     return list(groups.values())
+
+
+def prepare(job: Job) -> None:
+    """Let every backend do once what it needs for the layers that it takes. Where it cannot, it is heard of when it builds one.
+
+    Raises UsageError where a setting of the user's is wrong.
+    """
+    first = [group[0].unit for group in groups(job.found)]
+    for backend in job.backends:
+        units = [unit for unit in first if unit.kind in backend.takes and _refusal(backend, unit, job.device) is None]
+        try:
+            if units:
+                backend.prepare(units)
+        except UsageError:
+            raise
+        except (Exception, SystemExit):  # a plugin may raise anything
+            continue
 
 
 def _key(unit: Unit) -> str:

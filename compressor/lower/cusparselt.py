@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower import cusparselt_library
+from compressor.lower import cusparselt_direct, cusparselt_library
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, tuned
+from compressor.lower.cusparselt_direct import Plans
+from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, search_together, tuned
 from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product, products_of
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM, Pattern
 
 _PATTERN = NM(2, 4)
+_ERROR = 1e-2  # relative, of a plan against torch's call: roundings of 16 bits
 _CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple of 16
 
 # --- The operator: one argument list for every version of torch, and opaque to compilers. ---
@@ -67,19 +70,14 @@ class Packed(nn.Module):
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int, plans: Plans | None = None) -> None:
         super().__init__()
+        self.plans: Plans | None = None  # until what torch's operators give has been checked
         self.out, self.inner = weight.shape
         self.dtype = weight.dtype
-        self.multiple = 16 if weight.dtype.itemsize == 1 else 8
-        self.tokens = tokens + -tokens % self.multiple
-        product = Product(
-            tokens=self.tokens,
-            out=self.out,
-            inner=self.inner,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            bias=bias is not None,
-        )
+        self.multiple = _multiple_of(weight.dtype)
+        product = _product_of(tokens, self.out, self.inner, weight.dtype, bias is not None)
+        self.tokens = product.tokens
         self.told = False  # that another number of tokens came
         self.tuned: Tuned = tuned(product, weight.device.index or 0)
         packed = torch._cslt_compress(weight.contiguous())
@@ -87,6 +85,8 @@ class Packed(nn.Module):
         self.register_buffer("packed", packed.view(torch.uint8))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._verify(weight)
+        if plans is not None:
+            self._plan(plans, weight)
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows (tokens, in) -> (tokens, out): bfloat16 for 8-bit rows, else of their dtype."""
@@ -107,8 +107,28 @@ class Packed(nn.Module):
         padded = _padded(rows, -tokens % self.multiple)
         # What was searched for one number of tokens need not exist for another.
         algorithm = self.tuned.algorithm if padded.shape[0] == self.tokens else self.tuned.otherwise
-        out: Tensor = torch.ops.compressor.cslt_linear(padded, self.packed, self.bias, self.out, algorithm.numbers)
+        given = (padded, self.packed, self.bias, self.out, algorithm.numbers)
+        operators: Any = torch.ops.compressor
+        out: Tensor = (
+            operators.cslt_linear(*given) if self.plans is None else operators.cslt_planned(*given, self.plans.number)
+        )
         return out[:tokens]
+
+    def _plan(self, plans: Plans, weight: Tensor) -> None:
+        """Take `plans` from here on, after the same checks, and one of the GELU. Raises CompressorError where one fails."""
+        rows = torch.randn(self.tokens, self.inner, generator=torch.Generator().manual_seed(0)).to(weight)
+        wanted = self._product(rows).float()
+        if plans.gelu is not None:
+            self.plans = Plans()
+            self._verify(weight)
+            wanted = F.gelu(wanted, approximate=plans.gelu)
+        plans.fitted(rows, self.out, self.bias, self.tuned.algorithm)
+        self.plans = plans
+        if plans.gelu is None:
+            self._verify(weight)
+        error = float((self._product(rows).float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        if not error <= _ERROR:
+            raise CompressorError(f"{_library_is()}, planned, is off by {error:.1e}", _OTHER)
 
     def _tell(self, tokens: int) -> None:
         """Warn once where the algorithm that was searched is not the one that runs."""
@@ -146,6 +166,17 @@ class Packed(nn.Module):
         self.bias = bias
 
 
+def _multiple_of(dtype: torch.dtype) -> int:
+    """What the library wants numbers of tokens to be multiples of."""
+    return 16 if dtype.itemsize == 1 else 8
+
+
+def _product_of(tokens: int, out: int, inner: int, dtype: torch.dtype, bias: bool) -> Product:
+    """The product that is run for so many tokens."""
+    padded = tokens + -tokens % _multiple_of(dtype)
+    return Product(padded, out, inner, str(dtype).removeprefix("torch."), bias)
+
+
 _OTHER = "It would compute something else: use another version of torch."
 
 
@@ -163,9 +194,9 @@ def _padded(rows: Tensor, missing: int) -> Tensor:
 class SparseLinear(nn.Module):
     """x (..., in) -> (..., out), for inference."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, plans: Plans | None = None) -> None:
         super().__init__()
-        self.weight = Packed(matrix(layer), layer.bias, tokens)
+        self.weight = Packed(matrix(layer), layer.bias, tokens, plans)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.weight(x.reshape(-1, x.shape[-1]))
@@ -214,7 +245,7 @@ class CuSparseLt(Backend):
         return cusparselt_library.described()
 
     def refusal(self, unit: Unit) -> str | None:
-        return self._wrong_dtype(unit) or _no_product(unit, self._multiple)
+        return self._wrong_dtype(unit) or no_sparse_product(unit, self._multiple, self._multiple)
 
     def left(self, pattern: Pattern) -> float:
         return max(pattern.density, 0.5)  # the hardware multiplies two of four, also where 1:4 and 2:8 keep fewer
@@ -225,6 +256,15 @@ class CuSparseLt(Backend):
         tokens = _tokens(unit)
         return by_products(unit, lambda layer: self._linear(layer, tokens))
 
+    def prepare(self, units: Sequence[Unit]) -> None:
+        """Search all their algorithms in one process."""
+        found = [self._product(unit, layer) for unit in units for layer in unit.layers]
+        search_together(found, units[0].device.index or 0)
+
+    def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
+        out, inner = layer.weight.shape[:2]
+        return _product_of(_tokens(unit), out, inner, unit.dtype, layer.bias is not None)
+
     _multiple = 16
 
     def _wrong_dtype(self, unit: Unit) -> str | None:
@@ -234,6 +274,32 @@ class CuSparseLt(Backend):
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return SparseLinear(layer, tokens)
+
+
+class CuSparseLtDirect(CuSparseLt):
+    """The same products, planned once through nvmath-python, a GELU between two of them by the library too.
+
+    16 bits alone. For int8 the library could scale output channels, but not tokens: a pass over the result would stay.
+    """
+
+    name = "cusparselt-direct"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return super().unavailable(device) or cusparselt_direct.missing()
+
+    def build(self, unit: Unit) -> nn.Module:
+        if reason := self.refusal(unit):
+            raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
+        if isinstance(unit.module, nn.Sequential):
+            (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+            tokens, (first, second) = _tokens(unit), unit.layers
+            with suppress(CompressorError):  # the library has no GELU for every type: it stays between then
+                fused = SparseLinear(first, tokens, Plans(activation.approximate))
+                return nn.Sequential(fused, self._linear(second, tokens))
+        return super().build(unit)
+
+    def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
+        return SparseLinear(layer, tokens, Plans())
 
 
 class CuSparseLtQuantised(CuSparseLt):
@@ -259,6 +325,10 @@ class CuSparseLtQuantised(CuSparseLt):
             return None
         return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
 
+    def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
+        out, inner = layer.weight.shape[:2]
+        return _product_of(_tokens(unit), out, inner, self.dtype, False)
+
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return QuantisedSparseLinear(layer, tokens, self.dtype)
 
@@ -279,8 +349,9 @@ def _tokens(unit: Unit) -> int:
     return max(1, torch.Size(unit.input_shape).numel() // max(1, channels))
 
 
-def _no_product(unit: Unit, multiple: int) -> str | None:
-    """Why the unit's layers are no products of 2:4 weights whose sides are multiples of `multiple`; None where they are."""
+def no_sparse_product(unit: Unit, rows: int, columns: int) -> str | None:
+    """Why the unit's layers are no products of 2:4 weights (out, in) with `out` a multiple of `rows` and `in` of `columns`; None where
+    they are."""
     for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
         if isinstance(layer, nn.Conv2d) and (reason := no_product(layer)):
             return reason
@@ -289,8 +360,13 @@ def _no_product(unit: Unit, multiple: int) -> str | None:
         if pattern.grouped is None or not _implies_2_4(pattern.grouped):
             return f"{pattern}: sparse tensor cores take rows of 2:4, as in 2:4 and 4:2:4"
         out, inner = layer.weight.shape[:2]
-        if out % multiple or inner % multiple:
-            return f"a weight of {out} x {inner}: both must be multiples of {multiple}"
+        if out % rows or inner % columns:
+            wanted = (
+                f"both must be multiples of {rows}"
+                if rows == columns
+                else f"multiples of {rows} and {columns} are needed"
+            )
+            return f"a weight of {out} x {inner}: {wanted}"
     return None
 
 

@@ -22,7 +22,7 @@ _FIRST_TORCH = (2, 10)
 
 
 def _loaded() -> int | None:
-    """The version that the loaded file says it has, as 1000 major + 100 minor + patch; None where none is loaded."""
+    """The version that the loaded file says it has, 801 for 0.8.1, 1000 for 0.10.0; None where none is loaded."""
     try:
         library = ctypes.CDLL(_FILE, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
         parts = []
@@ -33,8 +33,12 @@ def _loaded() -> int | None:
             parts.append(value.value)
     except (OSError, AttributeError):
         return None
-    major, minor, patch = parts
-    return 1000 * major + 100 * minor + patch
+    return numbered(*parts)
+
+
+def numbered(major: int, minor: int, patch: int) -> int:
+    """A version as its header counts it: 0.8.1 is 801, 0.10.0 is 1000, 1.0.0 would be 1000000."""
+    return 1_000_000 * major + 100 * minor + patch
 
 
 def version() -> int | None:
@@ -53,8 +57,8 @@ def described() -> str:
 
 
 def dotted(version: int) -> str:
-    """801 as 0.8.1."""
-    return f"{version // 1000}.{version // 100 % 10}.{version % 100}"
+    """801 as 0.8.1, 1000 as 0.10.0."""
+    return f"{version // 1_000_000}.{version // 100 % 10_000}.{version % 100}"
 
 
 def missing(device: torch.device) -> str | None:

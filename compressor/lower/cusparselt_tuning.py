@@ -13,9 +13,9 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -164,7 +164,7 @@ def tuned(product: Product, index: int) -> Tuned:
     Raises CompressorError where the library was tried and none of its algorithms was right.
     """
     store = Cache(_setting(index))
-    key = f"cusparselt algorithms 1: {json.dumps(asdict(product))}"
+    key = _key(product)
     found = store.get(key)
     if found is not None and set(found) == {_NONE}:
         raise CompressorError(
@@ -174,8 +174,7 @@ def tuned(product: Product, index: int) -> Tuned:
     times = {} if found is None else {name: ms for name, (ms, *_) in found.items() if _is_algorithm(name)}
     note = None
     if not times:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()  # what this process keeps for later, the search in another one has need of now
+        _make_room()
         try:
             times, note = searched(product, index)
         except UsageError:
@@ -191,6 +190,12 @@ def tuned(product: Product, index: int) -> Tuned:
     chosen = Algorithm.parse(best)
     default = Algorithm(transposed=chosen.transposed)
     return Tuned(chosen, default if str(default) in times else chosen, times[best], note)
+
+
+def _make_room() -> None:
+    """Give back what this process keeps of the GPU's memory for later: the search in another one has need of it now."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def _is_algorithm(text: str) -> bool:
@@ -216,55 +221,102 @@ def searched(product: Product, index: int) -> tuple[dict[str, float], str | None
     """
     seconds = _seconds()
     end = time.monotonic() + seconds
-    times: dict[str, float] = {}
-    final: dict[str, float] = {}
-    tried: list[str] = []
-    died: list[str] = []
-    why = "no algorithm was tried"
-    ask = True
+    said, died, ask = _Said(), list[str](), True
     for _ in range(_WORKERS):
         request = {
-            "product": asdict(product),
+            "products": [asdict(product)],
             "device": index,
             "seconds": max(1.0, end - time.monotonic()),
-            "skip": tried,
-            "found": bool(times),
+            "skip": said.tried,
+            "found": bool(said.times),
             "ask": ask,  # the library how many algorithms it has, which it answers by trying some
         }
         lines, ended = _worker(request, seconds + _START)
-        pending: str | None = None
+        said.pending = None
         for line in lines:
-            name = line.get("algorithm")
-            if not isinstance(name, str) or not _is_algorithm(name):
-                continue
-            ms = line.get("ms")
-            if line.get("event") == "trying":
-                pending = name
-                tried.append(name)
-            elif line.get("event") == "failed":
-                pending, why = None, str(line.get("why"))
-            elif isinstance(ms, float) and math.isfinite(ms) and ms > 0:
-                pending = None
-                (final if line.get("event") == "final" else times)[name] = ms
+            said.hear(line)
         if ended is None:
             break
-        why = ended
-        if ask and not tried:
+        said.why = ended
+        if ask and not said.tried:
             ask = False
             continue
-        if pending is None:
+        if said.pending is None:
             break  # it ended for another reason than an algorithm
-        died.append(pending)
+        died.append(said.pending)
         if time.monotonic() > end:
             break
-    merged = times | final
-    best = sorted(merged, key=merged.__getitem__)[:KEPT]
-    kept = {name: merged[name] for name in merged if name in best or Algorithm.parse(name).default}
-    if not kept and tried:
-        raise CompressorError(f"no algorithm of cuSPARSELt gives {_named(product)} right: {why}")
+    kept = said.kept()
+    if not kept and said.tried:
+        raise CompressorError(f"no algorithm of cuSPARSELt gives {_named(product)} right: {said.why}")
     if died:
-        return kept, f"{len(died)} algorithm(s) ended the process that tried them: {' '.join(died)} ({why})"
-    return kept, None if kept else f"not tuned, the library's default is used: {why}"
+        return kept, f"{len(died)} algorithm(s) ended the process that tried them: {' '.join(died)} ({said.why})"
+    return kept, None if kept else f"not tuned, the library's default is used: {said.why}"
+
+
+def search_together(products: Iterable[Product], index: int) -> None:
+    """Search algorithms for all `products` that have none on disk in one process, which loads torch and the GPU's libraries once.
+
+    What it finds is kept on disk, where `tuned` looks. A product on which the process dies is left to `tuned`, and another process
+    goes on behind it.
+    """
+    store, seconds = Cache(_setting(index)), _seconds()
+    left = [product for product in dict.fromkeys(products) if store.get(_key(product)) is None]
+    if len(left) > 1:
+        _make_room()
+    for _ in range(_WORKERS):
+        if len(left) < 2:
+            return
+        request = {"products": [asdict(product) for product in left], "device": index, "seconds": seconds}
+        lines, ended = _worker({**request, "skip": [], "found": False, "ask": True}, _START + seconds * len(left))
+        heard: list[_Said] = []
+        for line in lines:
+            if line.get("event") == "product":
+                heard.append(_Said())
+            elif heard:
+                heard[-1].hear(line)
+        done = len(heard) if ended is None else len(heard) - 1
+        for product, said in zip(left[: max(0, done)], heard, strict=False):
+            if times := said.kept():
+                store.put(_key(product), {name: (ms,) for name, ms in times.items()})
+        if ended is None or not heard:
+            return
+        left = left[len(heard) :]
+
+
+def _key(product: Product) -> str:
+    return f"cusparselt algorithms 1: {json.dumps(asdict(product))}"
+
+
+@dataclass
+class _Said:
+    """What workers said of a product: the milliseconds of each algorithm, alone and side by side, and which they tried."""
+
+    times: dict[str, float] = field(default_factory=dict)
+    final: dict[str, float] = field(default_factory=dict)
+    tried: list[str] = field(default_factory=list)
+    pending: str | None = None
+    why: str = "no algorithm was tried"
+
+    def hear(self, line: dict[str, Any]) -> None:
+        """Take in an event."""
+        name, ms, event = line.get("algorithm"), line.get("ms"), line.get("event")
+        if not isinstance(name, str) or not _is_algorithm(name):
+            return
+        if event == "trying":
+            self.pending = name
+            self.tried.append(name)
+        elif event == "failed":
+            self.pending, self.why = None, str(line.get("why"))
+        elif isinstance(ms, float) and math.isfinite(ms) and ms > 0:
+            self.pending = None
+            (self.final if event == "final" else self.times)[name] = ms
+
+    def kept(self) -> dict[str, float]:
+        """The fastest, and the library's default."""
+        merged = self.times | self.final
+        best = sorted(merged, key=merged.__getitem__)[:KEPT]
+        return {name: merged[name] for name in merged if name in best or Algorithm.parse(name).default}
 
 
 def _seconds() -> float:

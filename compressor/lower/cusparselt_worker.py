@@ -182,11 +182,15 @@ def main() -> None:
     device = torch.device("cuda", request["device"])
     try:
         with torch.no_grad():
-            trial = Trial(Product(**request["product"]), device)
-            limit, winner = trial.suggested() if request["ask"] else (NO_LIMIT, None)
-            gc.freeze()  # torch may collect garbage before every recording
-            for line in search(trial, request["seconds"], limit, request["skip"], request["found"], winner):
-                print(json.dumps(line), flush=True)
+            for at, product in enumerate(request["products"]):
+                print(json.dumps({"event": "product", "at": at}), flush=True)
+                trial = Trial(Product(**product), device)
+                limit, winner = trial.suggested() if request["ask"] else (NO_LIMIT, None)
+                gc.freeze()  # torch may collect garbage before every recording
+                for line in search(trial, request["seconds"], limit, request["skip"], request["found"], winner):
+                    print(json.dumps(line), flush=True)
+                del trial
+                torch.cuda.empty_cache()
     except Poisoned as poisoned:
         # The line about the algorithm has been written; what is left is to say that this process is of no more use.
         print(poisoned, file=sys.stderr, flush=True)

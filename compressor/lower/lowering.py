@@ -13,7 +13,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.errors import UsageError, memory_in
 from compressor.lower.backend import Backend
-from compressor.lower.chooser import TOLERANCE, choose, groups
+from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
 from compressor.lower.forms import guarded, planned
 from compressor.lower.job import prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan, Search
@@ -110,6 +110,7 @@ def lowering(
     allowed = max_error or _WHOLE * (tolerance or loosest)
     if plan is not None:
         return Lowered(planned(job, plan, allowed), plan)
+    prepare(job)
     store = Cache(job.setting, read=cache)
     layers: list[LayerPlan] = []
     for done, group in enumerate(alike := groups(job.found)):

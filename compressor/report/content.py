@@ -18,7 +18,7 @@ PIPELINE, PIPELINE_LOWERED = "pipeline", "pipeline, lowered"
 """Backends of a latency that mean something to the report: the plan's choice, the model as it is or with its weights laid out for
 their products, and a whole pipeline with the model lowered or not."""
 
-ONNX, OPENVINO = "ONNX Runtime", "OpenVINO"
+ONNX, OPENVINO, TENSORRT = "ONNX Runtime", "OpenVINO", "TensorRT"
 """Engines: backends whose names begin so. After a comma, the precision of what is not in float32."""
 
 GAIN = 1.03
@@ -103,7 +103,7 @@ class Latency(Value):
     @property
     def of_engine(self) -> bool:
         """Whether another engine than PyTorch ran it."""
-        return self.backend.startswith((ONNX, OPENVINO))
+        return self.backend.startswith((ONNX, OPENVINO, TENSORRT))
 
     @property
     def is_gain(self) -> bool:

@@ -16,14 +16,14 @@ from compressor import cost, files, registry
 from compressor.adapter import to_device
 from compressor.cost.latency import latency
 from compressor.cost.timing import side_by_side
-from compressor.errors import UsageError
+from compressor.errors import CompressorError, UsageError
 from compressor.lower import Lowered, Plan, lowering
 from compressor.lower.forms import dense_forms
 from compressor.lower.job import in_dtype, lively
 from compressor.lower.plan import FILE
 from compressor.progress import Progress
 from compressor.report import render
-from compressor.report.content import EAGER, LOWERED, ONNX, Latency, Lowering, Report
+from compressor.report.content import EAGER, LOWERED, ONNX, TENSORRT, Latency, Lowering, Report
 from compressor.report.limitations import limitations
 from compressor.runs import trade_offs
 from compressor.runs.saved import Finished, finished
@@ -118,7 +118,9 @@ def measured(
                 digest=run.report.final.weights_sha256,
             )
             yield Progress("time", done, len(batches), f"batch {batch}")
-            entries += _timed(run, example, lowered, precision, batch, others, of_plan=plan is None)
+            further, missing = _tensorrt_forms(run, example) if run.device.type == "cuda" else ([], {})
+            left_out |= missing
+            entries += _timed(run, example, lowered, precision, batch, [*others, *further], of_plan=plan is None)
             plan = plan or lowered.plan
     assert plan is not None  # there is a batch
     plan.save(run.out / FILE)
@@ -216,6 +218,18 @@ def _engine_forms(run: Finished, folder: Path) -> tuple[list[_Form], dict[str, s
     sparse = export_onnx(run.sparse, run.adapter, folder / "sparse.onnx", form="gathered")
     name = f"{ONNX}, gathered" if sparse.gathered else ONNX
     return [*found, _Form(run.report.final.name, name, "float32", OnnxRunner(sparse.path))], left
+
+
+def _tensorrt_forms(run: Finished, example: Any) -> tuple[list[_Form], dict[str, str]]:
+    """The dense and the sparse model in TensorRT, on a GPU; or why not."""
+    from compressor.export.engines import tensorrt
+
+    rows = [(run.dense_row.name, run.dense, False), (run.report.final.name, run.sparse, True)]
+    try:
+        made = [(row, tensorrt(model, run.adapter, example, sparse)) for row, model, sparse in dict.fromkeys(rows)]
+    except CompressorError as error:
+        return [], {TENSORRT: f"{error.message}. {error.hint or ''}".strip()}
+    return [_Form(row, one.name, one.dtype, one.run) for row, one in made], {}
 
 
 def _densities(plan: Plan) -> dict[str, float]:

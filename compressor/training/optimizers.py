@@ -42,7 +42,7 @@ def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
     except ImportError as error:
         raise UsageError(
             "train.optimizer adamw-8bit needs torchao, which is not installed",
-            'pip install "diffusion-compressor[lowbit]"',
+            'pip install "diffusion-compressor[torchao]"',
         ) from error
 
     class Plain(AdamW8bit):  # type: ignore[misc]
