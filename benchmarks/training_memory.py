@@ -93,6 +93,7 @@ def main() -> None:
         before = json.loads(given.out.read_text())
         same = all(before[key] == facts[key] for key in ("environment", "seed", "steps"))
         facts["runs"] = [row for row in before["runs"] if same and row["batch"] not in given.batch]
+        facts |= {"earlier": before["earlier"]} if same and "earlier" in before else {}
     for batch in given.batch:
         base = 0.0
         for name in ["plain", *(name for name in given.only if name != "plain")]:

@@ -14,7 +14,7 @@ import torch
 
 from compressor.errors import CompressorError, first_line
 
-_PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors")
+_PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors", "torchao")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ import compressor
 from compressor import Adapter, CompressorError, saving
 from compressor.errors import UsageError
 from compressor.plugins.sparsedm import SparseDM
+from compressor.sparsity.estimator import StraightThrough
+from compressor.sparsity.notation import parse
+from compressor.sparsity.pattern import Mask
 from compressor.training.optimizers import Visiting, average_, optimizer_of, revived, stored
 from compressor.training.settings import Training
 
@@ -190,3 +195,33 @@ def test_on_a_gpu_what_is_offloaded_is_in_the_machines_memory_and_changes_little
         found.append(dict(run.finish().model.state_dict()))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_an_estimator_replaces_are_let_go(adapter: Adapter, samples: Tensor) -> None:
+    replaced: list[weakref.ref[Tensor]] = []
+
+    class Watched(StraightThrough):
+        def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
+            replaced.append(weakref.ref(grad))
+            return grad.clone()
+
+    run, there = tuning(adapter, samples), []
+    run.shadow.pruner = SimpleNamespace(estimator=Watched(), masks=run.pruner.masks, quantise="none")
+    run.optimizer.register_step_pre_hook(lambda *_: there.append(sum(one() is not None for one in replaced)))
+    run.advance()
+    assert len(replaced) == 2 and there == [0]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:2:4", "unstructured:0.5"])
+def test_masks_do_not_depend_on_how_many_matrices_are_taken_as_one(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(8, 16), (4, 8), (16, 16), (8, 4, 3, 3), (4, 4), (32, 32), (2, 4)]
+    weights = {str(index): torch.randn(shape, generator=rng) for index, shape in enumerate(shapes)}
+    wanted = {name: parse(pattern).mask(weight.abs()).keep for name, weight in weights.items()}
+    for most in (1, 100, 300, 10**6):
+        monkeypatch.setattr("compressor.sparsity.pattern._JOINED", most)
+        found = parse(pattern).magnitude_masks(weights)
+        assert list(found) == list(weights)
+        assert all(torch.equal(found[name].keep, keep) for name, keep in wanted.items())

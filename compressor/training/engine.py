@@ -260,8 +260,8 @@ class FineTuning:
             torch.manual_seed(generator(settings.seed, "model", t, *self.ranks.key).initial_seed())
             noise_loss, teacher_loss, asked = self._backward(inputs, target)
         self.feed.ahead(t + 1)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        # no name for the gradients: it would keep all of them in memory while estimators give new ones
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         objective = self.pruner.objective
         answered = noise_loss if self.adapter.answered else teacher_loss or 0.0
         loss = objective.noise * noise_loss + objective.teacher * answered
