@@ -266,7 +266,8 @@ def _store() -> Any:
     import torch.distributed as dist
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_WORD))
+    wait = timedelta(seconds=_WORD)
+    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=wait)  # type: ignore[attr-defined]
 
 
 def _is_lost(error: BaseException | None) -> bool:

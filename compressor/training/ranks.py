@@ -231,7 +231,7 @@ class Ranks:
 
     def agreed_masks(
         self, masks: Mapping[str, Mask], parameters: Mapping[str, Tensor], model: nn.Module
-    ) -> Mapping[str, Mask]:
+    ) -> dict[str, Mask]:
         """The finished `masks`, whole. Raises CompressorError unless all processes have the same, and the same weights in `model`."""
         if self.sharded:
             keeps = self.cut({name: mask.keep for name, mask in masks.items()}, parameters)
@@ -239,7 +239,7 @@ class Ranks:
         if self.team.size > 1:
             self.team.refuse_difference("the masks", _digest({name: mask.keep for name, mask in masks.items()}))
             self.team.refuse_difference("the weights", _digest(model.state_dict()))
-        return masks
+        return dict(masks)
 
     def whole(self, state: Mapping[str, Any], everywhere: bool = False) -> dict[str, Any]:
         """`state` with every tensor whole: in the first process, or `everywhere`. To be called by all."""

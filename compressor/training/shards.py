@@ -29,7 +29,7 @@ def is_cut(tensor: Any) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this process has; it shares memory with it."""
     part: Any = tensor
-    return part.to_local() if is_cut(tensor) else tensor  # type: ignore[no-any-return]
+    return part.to_local() if is_cut(tensor) else tensor
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
