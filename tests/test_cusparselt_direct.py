@@ -147,6 +147,13 @@ def test_split_k_by_kernels_is_told_to_the_library(bindings, monkeypatch):
     assert {"CONFIG_ID": 1, "SPLIT_K": 4, "SPLIT_K_MODE": 2} in chosen
 
 
+def test_segment_k_is_told_to_the_library(bindings):
+    lowered = CuSparseLtDirect().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
+    assert lowered is not None
+    chosen = [one["attributes"] for one in bindings.alive.values() if one["kind"] == "selection"]
+    assert {"CONFIG_ID": 3, "SPLIT_K": -1} in chosen  # its mode is the library's own
+
+
 def test_a_split_that_the_gpu_does_not_have_is_not_planned(bindings, monkeypatch):
     monkeypatch.setattr(cusparselt, "tuned", lambda *_: Tuned(Algorithm(1)))
     plans = cusparselt_direct.Plans()

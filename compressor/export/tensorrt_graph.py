@@ -127,7 +127,7 @@ def not_sparse(weight: Tensor, groups: int = 1) -> str | None:
         return f"a convolution in {groups} groups"
     if weight.shape[1] % 4:
         return f"{weight.shape[1]} input channels, no multiple of 4"
-    counts = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+    counts = (weight != 0).reshape(weight.shape[0], -1, 4, *weight.shape[2:]).sum(2)
     if int(counts.max()) > 2:
         share = float((counts > 2).double().mean())
         return f"{share:.0%} of its groups of four input channels have more than two entries"
