@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
+from click.shell_completion import ShellComplete
+from PIL import Image
 from pydantic import BaseModel
 
 from compressor import registry
@@ -19,28 +26,129 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("*/*/README.md")),
+    *sorted(ROOT.glob("examples/README.md")),
 ]
 
 
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, and the comment before it: `tested: NAME` or `not run: REASON`."""
+
+    language: str
+    text: str
+    tested: str
+    reason: str
+
+
+FENCE = re.compile(r"^(?:<!-- (tested|not run): (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(language, text, what if kind == "tested" else "", what if kind == "not run" else "")
+        for kind, what, language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
 def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block.text for block in blocks(page) if block.language == "python"]
+
+
+def runs(block: Block) -> bool:
+    return block.language == "python" and not block.tested and not block.reason
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_block_is_run_or_says_why_not(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(blocks(page)), "a fence that is indented, or not closed"
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for block in blocks(page):
+        assert block.language in ("python", "console", "json", "toml", "yaml", "text"), block
+        if block.tested:
+            assert f"def {block.tested}(" in written, block.tested
+        elif block.language == "json":
+            json.loads(block.text)
+        elif block.language != "python" and page.name != "README.md":  # whose commands are a new user's whole walk
+            assert block.reason, f"say why this is not run: <!-- not run: … -->\n{block.text}"
+        assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:tests|examples)/\w+\.py", block.reason)), block
+
+
+def commands(page: Path) -> list[str]:
+    """What a page shows of `compressor`, command by command, as a shell would see it."""
+    lines = [line for block in blocks(page) if block.language == "console" for line in block.text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("compressor ")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_commands_in_the_page_exist_with_their_options(page):
+    from compressor.cli.app import app
+
+    for line in commands(page):
+        name, *arguments = shlex.split(line, comments=True)[1:]
+        command = app.commands[name]
+        context = click.Context(command, info_name=name)
+        command.parse_args(context, arguments)  # raises for options and choices that are none
 
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "docs" / "writing_a_pruner.md", ROOT / "docs" / "lowering.md"],
-    ids=lambda p: p.name,
+    [page for page in PAGES if any(map(runs, blocks(page)))],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
 def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    blocks = python_blocks(page)
-    assert blocks
+    for number in range(9):  # what the page about data calls photos
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 36), (20 * number, 90, 120)).save(tmp_path / "photos" / f"{number}.png")
+    torch.manual_seed(0)
     names: dict[str, object] = {}
-    for block in blocks:
-        if found := re.match(r"# file: (\S+)\n", block):
-            (tmp_path / found[1]).write_text(block, encoding="utf-8")
-        exec(compile(block, str(page), "exec"), names)  # the page is ours
+    for block in filter(runs, blocks(page)):
+        if found := re.match(r"# file: (\S+)\n", block.text):
+            (tmp_path / found[1]).write_text(block.text, encoding="utf-8")
+        exec(compile(block.text, str(page), "exec"), names)  # the page is ours
+
+
+def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (shown,) = [block for block in blocks(ROOT / "docs" / "index.md") if block.tested]
+    smaller = ("evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.latency_rounds=0", "evaluate.bootstrap=0")
+    settings = [part for one in smaller for part in ("--set", one)]
+    for line in shown.text.splitlines():
+        name, *arguments = shlex.split(line)[1:]
+        outcome = cli(name, *arguments, *(settings if name == "run" else ["--steps", "2"]))
+        assert outcome.code == 0, outcome.err
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
+def test_the_metric_of_the_page_judges_a_run(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    page = blocks(ROOT / "docs" / "extending.md")
+    (metric,) = [block.text for block in page if block.text.startswith("# file: mine.py")]
+    (shown,) = [block.text for block in page if block.tested == "test_the_metric_of_the_page_judges_a_run"]
+    (tmp_path / "mine.py").write_text(metric, encoding="utf-8")
+    smaller = ("evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.latency_rounds=0", "train.batch_size=8")
+    outcome = cli(*shlex.split(shown)[1:], *(part for one in smaller for part in ("--set", one)))
+    assert outcome.code == 0, outcome.err
+    rows = json.loads((tmp_path / "judged" / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["quality"][0]["name"] == "fd-quarters" for row in rows)
+
+
+def test_the_recipe_of_the_page_is_one():
+    from compressor.recipe import Recipe, merged, parse_yaml
+
+    (shown,) = [block.text for block in blocks(ROOT / "docs" / "recipe.md") if block.language == "yaml"]
+    recipe = Recipe.model_validate(merged(parse_yaml(shown, "page")))
+    assert recipe.pattern == "2:4" and recipe.train.lr == 1e-4 and recipe.evaluate.samples == 512
+
+
+def test_the_shell_completes_commands_and_options():
+    from compressor.cli.app import app
+
+    complete = ShellComplete(app, {}, "compressor", "_COMPRESSOR_COMPLETE")
+    assert "inspect" in [item.value for item in complete.get_completions([], "ins")]
+    assert "--method" in [item.value for item in complete.get_completions(["run"], "--me")]
 
 
 def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch, cli):
