@@ -30,7 +30,10 @@ _LARGEST = 100_000
 def sources(root: Path = ROOT) -> dict[str, str]:
     """The page of each Markdown file that is one, both relative: to the repository and to the site."""
     inner = {f"docs/{page.name}": page.name for page in root.glob("docs/*.md")}
-    cards = {f"plugins/{card.parent.name}/README.md": f"methods/{card.parent.name}.md" for card in root.glob("plugins/*/README.md")}
+    cards = {
+        f"plugins/{card.parent.name}/README.md": f"methods/{card.parent.name}.md"
+        for card in root.glob("plugins/*/README.md")
+    }
     return dict(sorted((inner | OUTSIDE | cards).items()))
 
 

@@ -25,7 +25,9 @@ def main() -> None:
     prepared, stepping = accelerator.prepare(model, optimizer)
 
     weights = {name: p for name, p in model.named_parameters() if name.endswith("weight")}  # 1
-    shadow = compressor.Shadow(weights, pruner := SparseDM(), optimizer)  # 2: the optimizer itself, not what accelerate made of it
+    shadow = compressor.Shadow(
+        weights, pruner := SparseDM(), optimizer
+    )  # 2: the optimizer itself, not what accelerate made of it
     # An average of the model's sparse weights would not be sparse: average what is behind them.
     average = {name: p.detach().clone() for name, p in model.named_parameters()} | {
         name: dense.clone() for name, dense in shadow.dense.items()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from click.shell_completion import ShellComplete
 from PIL import Image
 from pydantic import BaseModel
 
+import compressor
 from compressor import registry
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +84,9 @@ def commands(page: Path) -> list[str]:
     return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("compressor ")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
 def test_the_commands_in_the_page_exist_with_their_options(page):
     from compressor.cli.app import app
 
@@ -91,10 +97,17 @@ def test_the_commands_in_the_page_exist_with_their_options(page):
         command.parse_args(context, arguments)  # raises for options and choices that are none
 
 
+LONG = {"deployment.md", "index.md", "extending.md"}
+"""Pages whose Python takes more than a few seconds; README.md, writing_a_pruner.md and lowering.md are looked at at once."""
+
+
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if any(map(runs, blocks(page)))],
-    ids=lambda p: p.relative_to(ROOT).as_posix(),
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in LONG else (), id=page.relative_to(ROOT).as_posix())
+        for page in PAGES
+        if any(map(runs, blocks(page)))
+    ],
 )
 def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -110,6 +123,7 @@ def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block.text, str(page), "exec"), names)  # the page is ours
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     (shown,) = [block for block in blocks(ROOT / "docs" / "index.md") if block.tested]
@@ -122,6 +136,7 @@ def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, cli):
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_metric_of_the_page_judges_a_run(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     page = blocks(ROOT / "docs" / "extending.md")
@@ -132,7 +147,7 @@ def test_the_metric_of_the_page_judges_a_run(tmp_path, monkeypatch, cli):
     outcome = cli(*shlex.split(shown)[1:], *(part for one in smaller for part in ("--set", one)))
     assert outcome.code == 0, outcome.err
     rows = json.loads((tmp_path / "judged" / "report.json").read_text(encoding="utf-8"))["rows"]
-    assert all(row["quality"][0]["name"] == "fd-quarters" for row in rows)
+    assert all(row["quality"][0]["metric"] == "fd-quarters" for row in rows)
 
 
 def test_the_recipe_of_the_page_is_one():
@@ -292,3 +307,98 @@ def test_a_table_in_a_page_is_the_committed_measurement(place):
     written = tables.written(results, make)
     assert written in page and tables.replaced(page, marker, written) == page
     assert tables.replaced(page, marker, "x") != page
+
+
+def load_gather():
+    spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
+    gather = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gather)
+    return gather
+
+
+def in_navigation() -> list[str]:
+    from compressor.recipe import parse_yaml
+
+    def pages(entries: Any) -> list[str]:
+        if isinstance(entries, str):
+            return [entries]
+        return [
+            page
+            for entry in entries
+            for page in pages(next(iter(entry.values())) if isinstance(entry, dict) else entry)
+        ]
+
+    return pages(parse_yaml((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), "mkdocs.yml")["nav"])
+
+
+def test_every_page_of_the_site_is_in_its_navigation_once():
+    made = {page for page in load_gather().gathered() if not page.startswith("source/")}
+    assert sorted(in_navigation()) == sorted(made)
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings, as the site and forges make them."""
+    found: set[str] = set()
+    for heading in re.findall(
+        r"^#+ (.+)$", re.sub(r"^````?\w*\n.*?^````?$", "", text, flags=re.M | re.S), re.MULTILINE
+    ):
+        plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", plain).strip()
+        found |= {name.replace(" ", "-"), re.sub(r"[-\s]+", "-", name)}
+    return found
+
+
+def test_links_of_the_site_lead_to_pages_and_headings():
+    gather = load_gather()
+    made = gather.gathered()
+    for page, text in made.items():
+        for target, anchor in (
+            gather.LINK.findall(re.sub(r"`[^`\n]*`", "", text)) if not page.startswith("source/") else ()
+        ):
+            if gather.is_outer(target):
+                continue
+            place = gather.normal(page, target)
+            assert place in made, f"{page}: {target}"
+            assert not anchor or anchor[1:] in anchors(made[place]), f"{page}: {target}{anchor}"
+        for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+            assert page.startswith("source/") or anchor in anchors(text), f"{page}: #{anchor}"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("zensical")
+    pytest.importorskip("mkdocstrings")
+    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "plugins", "model_zoo", "benchmarks", "examples", "compressor", ".github", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    gather = load_gather()
+    gather.PAGES = tmp_path / "build" / "pages"
+    gather.main()
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "No issues found" in done.stdout + done.stderr, done.stdout + done.stderr
+    page = (tmp_path / "build" / "site" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in compressor.__all__ if f'id="compressor.{name}"' not in page] == []
+
+
+def test_the_page_of_the_api_lists_what_the_package_exports():
+    listed = re.findall(
+        r"^::: compressor\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(compressor.__all__)
+    assert len(set(listed)) == len(listed)
+
+
+@pytest.mark.parametrize("name", compressor.__all__)
+def test_a_public_name_says_what_it_is(name):
+    thing = getattr(compressor, name)
+    assert thing.__dict__.get("__doc__") or (inspect.isroutine(thing) and thing.__doc__), name
+    if not inspect.isclass(thing):
+        return
+    own = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
+    for key, value in own.items():
+        value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if inspect.isfunction(value) or isinstance(value, property):
+            told = any((getattr(base, key, None).__doc__ or "").strip() for base in thing.__mro__ if hasattr(base, key))
+            assert told, f"{name}.{key}"
