@@ -1,5 +1,5 @@
-"""The pages of the documentation site, into build/pages: what lies in docs/, the pages that lie beside their code, and the source files
-that pages link to.
+"""The pages of the documentation site, into build/pages: what lies in docs/, the pages that lie beside their code, and the source
+files that pages link to.
 
 Markdown in the repository links to files as they lie there, so that it can be read there too. Here each such link is led to
 the page that shows the file, so that the site needs no address of a repository.
