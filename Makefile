@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint schema test-levels test-arm fuzz fuzz-readers soak test-nni wheel wheel-check
+.PHONY: demo test test-slow lint docs schema test-levels test-arm fuzz fuzz-readers soak test-nni wheel wheel-check
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -24,6 +24,12 @@ lint: $(STAMP)
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
 	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+	$(BIN)/codespell $$(git ls-files 2>/dev/null || find . -name '*.md')
+
+# The documentation site, into build/site; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python docs/gather.py
+	$(BIN)/zensical build --strict
 
 # The JSON schema of report.json, from the types that it is read and written by.
 schema: $(STAMP)
@@ -67,7 +73,7 @@ test-nni:
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,onnx,datasets,lora,torchao,openvino,pipelines]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,docs,onnx,datasets,lora,torchao,openvino,pipelines]"
 	@# pip would compile on one core; left to the first import, it is done at every start where nothing may be written
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # some packages ship templates that do not compile
 	touch $(STAMP)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import torch
+from click.shell_completion import ShellComplete
+from PIL import Image
 from pydantic import BaseModel
 
+import compressor
 from compressor import registry
 
 ROOT = Path(__file__).parent.parent
@@ -19,28 +30,140 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("*/*/README.md")),
+    *sorted(ROOT.glob("examples/README.md")),
 ]
 
 
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, and the comment before it: `tested: NAME` or `not run: REASON`."""
+
+    language: str
+    text: str
+    tested: str
+    reason: str
+
+
+FENCE = re.compile(r"^(?:<!-- (tested|not run): (.+?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(language, text, what if kind == "tested" else "", what if kind == "not run" else "")
+        for kind, what, language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
 def python_blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block.text for block in blocks(page) if block.language == "python"]
+
+
+def runs(block: Block) -> bool:
+    return block.language == "python" and not block.tested and not block.reason
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_block_is_run_or_says_why_not(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(blocks(page)), "a fence that is indented, or not closed"
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for block in blocks(page):
+        assert block.language in ("python", "console", "json", "toml", "yaml", "text"), block
+        if block.tested:
+            assert f"def {block.tested}(" in written, block.tested
+        elif block.language == "json":
+            json.loads(block.text)
+        elif block.language != "python" and page.name != "README.md":  # whose commands are a new user's whole walk
+            assert block.reason, f"say why this is not run: <!-- not run: … -->\n{block.text}"
+        assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:tests|examples)/\w+\.py", block.reason)), block
+
+
+def commands(page: Path) -> list[str]:
+    """What a page shows of `compressor`, command by command, as a shell would see it."""
+    lines = [line for block in blocks(page) if block.language == "console" for line in block.text.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.removeprefix("$ ").startswith("compressor ")]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_the_commands_in_the_page_exist_with_their_options(page):
+    from compressor.cli.app import app
+
+    for line in commands(page):
+        name, *arguments = shlex.split(line, comments=True)[1:]
+        command = app.commands[name]
+        context = click.Context(command, info_name=name)
+        command.parse_args(context, arguments)  # raises for options and choices that are none
+
+
+LONG = {"deployment.md", "index.md", "extending.md"}
+"""Pages whose Python takes more than a few seconds; README.md, writing_a_pruner.md and lowering.md are looked at at once."""
 
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "docs" / "writing_a_pruner.md", ROOT / "docs" / "lowering.md"],
-    ids=lambda p: p.name,
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in LONG else (), id=page.relative_to(ROOT).as_posix())
+        for page in PAGES
+        if any(map(runs, blocks(page)))
+    ],
 )
 def test_python_in_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    blocks = python_blocks(page)
-    assert blocks
+    for number in range(9):  # what the page about data calls photos
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 36), (20 * number, 90, 120)).save(tmp_path / "photos" / f"{number}.png")
+    torch.manual_seed(0)
     names: dict[str, object] = {}
-    for block in blocks:
-        if found := re.match(r"# file: (\S+)\n", block):
-            (tmp_path / found[1]).write_text(block, encoding="utf-8")
-        exec(compile(block, str(page), "exec"), names)  # the page is ours
+    for block in filter(runs, blocks(page)):
+        if found := re.match(r"# file: (\S+)\n", block.text):
+            (tmp_path / found[1]).write_text(block.text, encoding="utf-8")
+        exec(compile(block.text, str(page), "exec"), names)  # the page is ours
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_quick_start_run(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (shown,) = [block for block in blocks(ROOT / "docs" / "index.md") if block.tested]
+    smaller = ("evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.latency_rounds=0", "evaluate.bootstrap=0")
+    settings = [part for one in smaller for part in ("--set", one)]
+    for line in shown.text.splitlines():
+        name, *arguments = shlex.split(line)[1:]
+        outcome = cli(name, *arguments, *(settings if name == "run" else ["--steps", "2"]))
+        assert outcome.code == 0, outcome.err
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_metric_of_the_page_judges_a_run(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    page = blocks(ROOT / "docs" / "extending.md")
+    (metric,) = [block.text for block in page if block.text.startswith("# file: mine.py")]
+    (shown,) = [block.text for block in page if block.tested == "test_the_metric_of_the_page_judges_a_run"]
+    (tmp_path / "mine.py").write_text(metric, encoding="utf-8")
+    smaller = ("evaluate.samples=8", "evaluate.sampler_steps=2", "evaluate.latency_rounds=0", "train.batch_size=8")
+    outcome = cli(*shlex.split(shown)[1:], *(part for one in smaller for part in ("--set", one)))
+    assert outcome.code == 0, outcome.err
+    rows = json.loads((tmp_path / "judged" / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["quality"][0]["metric"] == "fd-quarters" for row in rows)
+
+
+def test_the_recipe_of_the_page_is_one():
+    from compressor.recipe import Recipe, merged, parse_yaml
+
+    (shown,) = [block.text for block in blocks(ROOT / "docs" / "recipe.md") if block.language == "yaml"]
+    recipe = Recipe.model_validate(merged(parse_yaml(shown, "page")))
+    assert recipe.pattern == "2:4" and recipe.train.lr == 1e-4 and recipe.evaluate.samples == 512
+
+
+def test_the_shell_completes_commands_and_options():
+    from compressor.cli.app import app
+
+    complete = ShellComplete(app, {}, "compressor", "_COMPRESSOR_COMPLETE")
+    assert "inspect" in [item.value for item in complete.get_completions([], "ins")]
+    assert "--method" in [item.value for item in complete.get_completions(["run"], "--me")]
 
 
 def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch, cli):
@@ -184,3 +307,98 @@ def test_a_table_in_a_page_is_the_committed_measurement(place):
     written = tables.written(results, make)
     assert written in page and tables.replaced(page, marker, written) == page
     assert tables.replaced(page, marker, "x") != page
+
+
+def load_gather():
+    spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
+    gather = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gather)
+    return gather
+
+
+def in_navigation() -> list[str]:
+    from compressor.recipe import parse_yaml
+
+    def pages(entries: Any) -> list[str]:
+        if isinstance(entries, str):
+            return [entries]
+        return [
+            page
+            for entry in entries
+            for page in pages(next(iter(entry.values())) if isinstance(entry, dict) else entry)
+        ]
+
+    return pages(parse_yaml((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), "mkdocs.yml")["nav"])
+
+
+def test_every_page_of_the_site_is_in_its_navigation_once():
+    made = {page for page in load_gather().gathered() if not page.startswith("source/")}
+    assert sorted(in_navigation()) == sorted(made)
+
+
+def anchors(text: str) -> set[str]:
+    """The names of a page's headings, as the site and forges make them."""
+    found: set[str] = set()
+    for heading in re.findall(
+        r"^#+ (.+)$", re.sub(r"^````?\w*\n.*?^````?$", "", text, flags=re.M | re.S), re.MULTILINE
+    ):
+        plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", plain).strip()
+        found |= {name.replace(" ", "-"), re.sub(r"[-\s]+", "-", name)}
+    return found
+
+
+def test_links_of_the_site_lead_to_pages_and_headings():
+    gather = load_gather()
+    made = gather.gathered()
+    for page, text in made.items():
+        for target, anchor in (
+            gather.LINK.findall(re.sub(r"`[^`\n]*`", "", text)) if not page.startswith("source/") else ()
+        ):
+            if gather.is_outer(target):
+                continue
+            place = gather.normal(page, target)
+            assert place in made, f"{page}: {target}"
+            assert not anchor or anchor[1:] in anchors(made[place]), f"{page}: {target}{anchor}"
+        for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+            assert page.startswith("source/") or anchor in anchors(text), f"{page}: #{anchor}"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("zensical")
+    pytest.importorskip("mkdocstrings")
+    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "plugins", "model_zoo", "benchmarks", "examples", "compressor", ".github", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    gather = load_gather()
+    gather.PAGES = tmp_path / "build" / "pages"
+    gather.main()
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "No issues found" in done.stdout + done.stderr, done.stdout + done.stderr
+    page = (tmp_path / "build" / "site" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in compressor.__all__ if f'id="compressor.{name}"' not in page] == []
+
+
+def test_the_page_of_the_api_lists_what_the_package_exports():
+    listed = re.findall(
+        r"^::: compressor\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(compressor.__all__)
+    assert len(set(listed)) == len(listed)
+
+
+@pytest.mark.parametrize("name", compressor.__all__)
+def test_a_public_name_says_what_it_is(name):
+    thing = getattr(compressor, name)
+    assert thing.__dict__.get("__doc__") or (inspect.isroutine(thing) and thing.__doc__), name
+    if not inspect.isclass(thing):
+        return
+    own = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
+    for key, value in own.items():
+        value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        if inspect.isfunction(value) or isinstance(value, property):
+            told = any((getattr(base, key, None).__doc__ or "").strip() for base in thing.__mro__ if hasattr(base, key))
+            assert told, f"{name}.{key}"

@@ -281,6 +281,13 @@ def test_costs_without_masks_are_dense(model: nn.Sequential, adapter: Adapter) -
     assert found.density == 1 and found.macs_effective == found.macs_dense == 2 * 16 * 32
 
 
+def test_a_model_that_has_no_dense_one_is_timed_against_itself(
+    model: nn.Sequential, adapter: Adapter, clock: Any
+) -> None:
+    found = latencies({"dense-continued": model}, adapter, 2, rounds=9)
+    assert found["dense-continued"].speedup_vs_dense == 1
+
+
 def test_latencies_are_relative_to_the_dense_one(model: nn.Sequential, adapter: Adapter, clock: Any) -> None:
     slower = nn.Sequential(nn.Linear(16, 16))
     model.register_forward_hook(lambda *_: clock.passes(2e-3))

@@ -23,14 +23,16 @@ def predictions(
 
 
 def latencies(models: Mapping[str, nn.Module], adapter: Adapter, batch_size: int, rounds: int) -> dict[str, Latency]:
-    """The latency of each model as it is, in float32, by the name of its row. The speed-ups are over the model called `dense`."""
+    """The latency of each model as it is, in float32, by the name of its row. The speed-ups are over the model called `dense`,
+    or over the first where none is: a model that was trained from random weights has no dense one beside it."""
     models = {name: in_float32(model) for name, model in models.items()}
-    first = next(models[DENSE].parameters())
+    against = DENSE if DENSE in models else next(iter(models))
+    first = next(models[against].parameters())
     example = to_device(adapter.example_inputs(batch_size), first.device)
     dtype = str(first.dtype).removeprefix("torch.")
     times = predictions(models, adapter, example, rounds, first.device)
     return {
-        name: latency(EAGER, first.device, dtype, batch_size, own, EAGER, times[DENSE]) for name, own in times.items()
+        name: latency(EAGER, first.device, dtype, batch_size, own, EAGER, times[against]) for name, own in times.items()
     }
 
 

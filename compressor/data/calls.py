@@ -200,6 +200,7 @@ class Recording(SampleSet):
 
     @property
     def name(self) -> str:  # type: ignore[override]
+        """What reports call these records."""
         return f"records of {self.index.part}"
 
     @property

@@ -56,6 +56,7 @@ class Merged:
 
     @property
     def removed(self) -> float:
+        """The share of the LoRA's norm that the masks removed, over all layers."""
         whole = math.sqrt(sum(layer.norm**2 for layer in self.layers))
         gone = math.sqrt(sum((layer.norm * layer.removed) ** 2 for layer in self.layers))
         return gone / whole if whole else 0.0
