@@ -113,6 +113,11 @@ A pipeline's run can also be drawn with caches and fewer steps, dense and sparse
 """.strip().splitlines()  # noqa: E501
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
 NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
+NEW_HELP["compressor report"] = [
+    "Given several finished RUNs, it shows their reports side by side. Nothing is trained or measured again; quality is compared "
+    "where model, data and metric are the same.",
+    "--out DIR Of several runs: write their pages there.",
+]
 NEW_HELP["compressor"] = [
     "record Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.",
     "merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks.",

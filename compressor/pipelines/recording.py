@@ -24,7 +24,7 @@ from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
 from compressor.progress import Progress
-from compressor.report.words import size
+from compressor.report.numbers import size
 from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
