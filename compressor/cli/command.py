@@ -41,14 +41,14 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command's function. In one of several processes that were launched together, only `list` works."""
+        """Call the command's function. In one of several processes that were launched together, only `list` and `doctor` work."""
         values = ctx.params
         debug = values.pop("debug")
         values["output"] = Output(as_json=values.pop("as_json"), quiet=values.pop("quiet"))
         if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
             values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
         with errors(debug):
-            if self.name != "list":
+            if self.name not in ("list", "doctor"):
                 _refuse_ranks(f"compressor {self.name}")
             with terminated():
                 return super().invoke(ctx)

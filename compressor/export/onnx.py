@@ -61,9 +61,9 @@ is right is checked apart, product by product and to `TOLERANCE`: this bounds wh
 _DATA = re.compile(rf"-({'|'.join(FORMS)})-[0-9a-f]{{12}}\.data")
 _ADVICE = {
     "dense": "next: TensorRT skips the zeros of N:M weights with trt_sparsity_enable; ONNX Runtime's own kernels do not "
-    "(--form gathered, --int8). See docs/onnx.md.",
-    "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form. See docs/onnx.md.",
-    "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality. See docs/onnx.md.",
+    "(--form gathered, --int8).",
+    "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form (`compressor bench`).",
+    "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality (`compressor sample`).",
 }
 _BATCHES = (1, 2, 5)
 _DRAWS = 3
