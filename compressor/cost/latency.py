@@ -40,12 +40,7 @@ def latency(
     """One entry of a row's `latency`: its `times`, compared with those of the dense form `against`."""
     speedup = dense.median_ms / times.median_ms
     interval = ratio_interval(dense, times) if dense is not times else None
-    if (
-        interval is not None
-    ):  # that of the median of ratios; the ratio of medians may lie beside it where rounds were unsteady
-        interval = (min(interval[0], speedup), max(interval[1], speedup))
-    return Latency(
-        **({} if interval is None else {"speedup_ci95": interval}),
+    entry = Latency(
         backend=backend,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=dtype,
@@ -55,3 +50,7 @@ def latency(
         against=against,
         speedup_vs_dense=speedup,
     )
+    if interval is None:
+        return entry
+    # that of the median of ratios: the ratio of medians may lie beside it where rounds were unsteady
+    return entry.model_copy(update={"speedup_ci95": (min(interval[0], speedup), max(interval[1], speedup))})

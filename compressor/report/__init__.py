@@ -121,8 +121,9 @@ def environment_of(html: bool) -> Environment:
         finalize=None if html else _plain,
     )
     environment.filters.update(_FILTERS)
-    environment.filters["breakable"] = breakable if html else str
+    environment.filters["breakable"] = breakable
     if not html:
+        environment.filters["breakable"] = str
         environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment
 

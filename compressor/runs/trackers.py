@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Tracking:
         self._trackers: dict[str, Any] = dict.fromkeys(names)
         self._failures: list[str] = []
         for name in names:
-            self._try(name, lambda name=name: self._start(name, settings))  # type: ignore[misc]
+            self._try(name, partial(self._start, name, settings))
 
     def _start(self, name: str, settings: Mapping[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -68,7 +69,7 @@ class Tracking:
             key: value for key, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)
         }
         for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(known, step=step.step))  # type: ignore[misc]
+            self._try(name, partial(tracker.log, known, step=step.step))
         return self._said()
 
     def finish(self) -> list[str]:
