@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor import lower as lower
     from compressor import testing as testing
     from compressor.adapter import Adapter
     from compressor.data.batches import Samples
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from compressor.data.sets import Images, ImageSet, Records, SampleSet
     from compressor.errors import CompressorError
     from compressor.lower import Backend, Lowered, Plan
+    from compressor.lower.lowering import lower as lower  # a package that can be called: the verb, to type checkers
     from compressor.runs.lora import Merged, merge_lora
     from compressor.runs.placed import apply, prune, record
     from compressor.saving.model import load, save

@@ -108,7 +108,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
         raise UsageError(
-            f"{where}{line}: {problem}", "Each key stands once; docs/recipe.md has all settings."
+            f"{where}{line}: {problem}", "Each key stands once; the recipe.yaml of any run has all settings."
         ) from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise UsageError(f"{where}: {error}", "A recipe is YAML.") from error

@@ -48,9 +48,7 @@ def check_pruner(pruner: Pruner | type[Pruner]) -> None:
     wrong = [found for found in findings(pruner) if found.fault is not None]
     if wrong:
         lines = "\n".join(f"  {found.check}, {found.family}: {found.fault}" for found in wrong)
-        raise CompressorError(
-            f"the pruner breaks {len(wrong)} promises:\n{lines}", "docs/writing_a_pruner.md has them."
-        )
+        raise CompressorError(f"the pruner breaks {len(wrong)} promises:\n{lines}", "help(compressor.Pruner) has them.")
 
 
 def findings(pruner: Pruner | type[Pruner]) -> Iterator[Finding]:

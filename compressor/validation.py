@@ -41,7 +41,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
         found = repr(first["input"])
         raise UsageError(
             f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}",
-            "docs/recipe.md says what each setting allows.",
+            "The recipe.yaml of any run has every setting with a value that is allowed.",
         ) from error
 
 

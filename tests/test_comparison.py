@@ -111,13 +111,13 @@ def test_the_pages_say_what_the_figures_do(compared, cli):
         assert entry["label"] in page and entry["label"] in text and entry["label"] in outcome.out
     assert page.count("<svg") == 6 and page.count("data:image/png") == 4
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert "lowest fd-digits" in outcome.out and "3 pairs" in page
+    assert "fd-digits lies from" in outcome.out and "3 pairs" in page
     assert "Sparse weights were not lowered" in text and "intervals over so few are wide" in text
     before = {name: (out / name).read_bytes() for name in ("report.html", "report.md", "report.csv")}
     render(out)
     assert before == {name: (out / name).read_bytes() for name in before}
     again = cli("report", out)
-    assert again.code == 0 and "lowest fd-digits" in again.out
+    assert again.code == 0 and "fd-digits lies from" in again.out
 
 
 def test_the_table_of_cells_is_complete(compared):
@@ -369,8 +369,60 @@ def test_entries_with_fewer_seeds_or_without_chance_are_said_to_be(compared):
     assert f"Every seed gives the same weights with {last['label']}:" in found
     first["macs_effective"] = 1  # a pruned one, of the lowest score
     typed = ComparisonReport.model_validate(report)
-    assert ", over 1 seed;" in words.headline(typed)
+    assert f"({first['label']}, over 1 seed)" in words.headline(typed)
     assert any(cell.endswith(", n = 1") for _, _, cells in words.rows(typed) for cell in cells)
+
+
+def judged(means, told, seeds=3):
+    """A comparison of pruned methods with these means, and whether pairs of them are told apart."""
+    report = files.read_json(Path(__file__).parent / "before" / "comparison" / "report.json")
+    entry = report["entries"][0]
+    report["seeds"] = list(range(seeds))
+    quality = {name: {"mean": mean, "ci95": [mean - 1, mean + 1], "n": seeds} for name, mean in means.items()}
+    report["entries"] = [{**entry, "label": name, "quality": quality[name]} for name in means]
+    pairs = [(a, b) for at, a in enumerate(means) for b in list(means)[at + 1 :]]
+    report["differences"] = [
+        {"a": a, "b": b, "mean": means[a] - means[b], "ci95": [-1, 1], "n": seeds, "significant": f"{a}{b}" in told}
+        for a, b in pairs
+    ]
+    return ComparisonReport.model_validate(report)
+
+
+@pytest.mark.parametrize(
+    ("told", "said", "unsaid"),
+    [
+        ((), "No winner on uvit-digits: 0 of 3 differences between pruned methods are larger", "best of"),
+        (("ab", "ac"), "a is the best of the pruned methods on uvit-digits: fd-digits 80.0 [79.0, 81.0]", "No "),
+        (("ac",), "No single winner on uvit-digits: b cannot be told apart from a over 3 seeds. a beats c", "best of"),
+        (("bc",), "No winner on uvit-digits: 3 seeds do not tell a, the lowest, from any other", "best of"),
+    ],
+)
+def test_the_verdict_agrees_with_the_statistics(told, said, unsaid):
+    report = judged({"b": 81.0, "a": 80.0, "c": 90.0}, {*told, *(pair[::-1] for pair in told)})
+    text = words.headline(report)
+    assert said in text and unsaid not in text and "lower is better; dense has 71.6" in text, text
+
+
+def test_one_seed_gives_no_verdict_and_one_method_no_winner():
+    assert words.headline(judged({"a": 8.0, "b": 9.0}, (), seeds=1)).startswith("No verdict on uvit-digits: one seed")
+    assert "No other pruned method is there." in words.headline(judged({"a": 8.0}, ()))
+
+
+def test_a_summary_of_a_comparison_claims_no_speed_within_the_noise():
+    time = {"backend": "eager", "device": "cpu", "dtype": "float32", "batch": 4, "median_ms": 2.0, "iqr_ms": 0.1}
+    for backend, interval, said in (
+        ("eager", None, "no gain beyond the noise"),
+        ("lowered", [0.9, 1.9], "no gain beyond the noise"),
+        ("lowered", [1.1, 1.9], "Faster than dense: a"),
+    ):
+        report = judged({"a": 80.0}, ()).as_json()
+        own = {**time, "backend": backend, "against": backend, "speedup_vs_dense": 1.4, "speedup_ci95": interval}
+        report["entries"][0]["latency"] = report["dense"]["latency"] = [own]
+        typed = ComparisonReport.model_validate(report)
+        assert said.lower() in dict(words.summary(typed))["Speed"].lower()
+        [cell] = [cells[7] for label, _, cells in words.rows(typed) if label == "a"]
+        assert ("1.40x" in cell) == (backend == "lowered") and ("within noise" in cell) == (interval == [0.9, 1.9])
+    assert dict(words.summary(typed))["Against dense"].startswith("Worse beyond the seeds' noise: a")
 
 
 def test_seeds_that_make_no_difference_give_no_interval():

@@ -453,7 +453,7 @@ def test_the_command_writes_checks_and_says_what_to_do(cli, saved):
         "parity",
         "20 of 20",
         "sample (batch, 1, 8, 8)",
-        "docs/onnx.md",
+        "next: run it in ONNX Runtime",
     ):
         assert part in outcome.out
     again = cli("export", saved, "--to", "onnx")

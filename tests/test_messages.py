@@ -47,7 +47,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("compare --preset sparsedm", 2, ("'sparsedm'", "sparsedm-ablation")),
     # values
     ("run --pattern 5:4", 2, ("5:4",)),
-    ("run --steps -1", 2, ("steps", "found -1", "docs/recipe.md")),
+    ("run --steps -1", 2, ("steps", "found -1", "recipe.yaml")),
     ("run --set train.lr=nan", 2, ("train.lr", "nan")),
     ("run --dtype float8", 2, ("dtype", "float8", "bfloat16")),
     ("run --device abacus", 1, ("device 'abacus' cannot be used", "Use auto, cpu, cuda or cuda:0.")),

@@ -129,7 +129,41 @@ NEW_HELP["compressor export"] = [
 ]
 NEW_HELP["compressor merge-lora"] = _MERGE_LORA.strip().splitlines()
 NEW_HELP["compressor record"] = _RECORD.strip().splitlines()
+NEW_HELP["compressor report"] = [
+    "Given several finished RUNs, it shows their reports side by side. Nothing is trained or measured again; quality is compared "
+    "where model, data and metric are the same.",
+    "--out DIR Of several runs: write their pages there.",
+]
+_LOG_WITH = "--log-with NAME Send the steps to tensorboard, wandb, trackio or mlflow too. May be repeated."
+NEW_HELP["compressor run"] = [*NEW_HELP["compressor run"], _LOG_WITH]
+NEW_HELP["compressor resume"] = [_LOG_WITH]
+NEW_HELP["compressor doctor"] = """
+Usage: compressor doctor [OPTIONS]
+Look at this machine: hardware, kernels, versions, what is missing and the command that gets it.
+Nothing is changed, downloaded or measured.
+Options:
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+""".strip().splitlines()
+NEW_HELP["compressor push"] = """
+Usage: compressor push [OPTIONS] RUN [OWNER/NAME]
+Upload a finished run's model to the hub of Hugging Face, with samples and a model card from its report.
+`compressor.load("OWNER/NAME")` reads it there. A repository that is there already keeps its visibility.
+Options:
+--public A repository that everybody sees. Default: a private one.
+--revision BRANCH Upload to this branch, which is made where it is not there.
+--message TEXT Of the commit. [default: Upload by compressor]
+--folder DIR Write the folder, and upload nothing.
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+""".strip().splitlines()
 NEW_HELP["compressor"] = [
+    "doctor Look at this machine: hardware, kernels, versions, what is missing and the command that gets it.",
+    "push Upload a finished run's model to the hub of Hugging Face, with samples and a model card from its report.",
     "record Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.",
     "merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks.",
 ]

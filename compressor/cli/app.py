@@ -10,6 +10,7 @@ import click
 from compressor import __version__
 from compressor.cli.check_plugin import check_plugin
 from compressor.cli.compare import compare
+from compressor.cli.doctor import doctor
 from compressor.cli.evaluate import evaluate
 from compressor.cli.export import export
 from compressor.cli.inspect import inspect
@@ -17,6 +18,7 @@ from compressor.cli.list import list_plugins
 from compressor.cli.lower import bench, lower
 from compressor.cli.merge_lora import merge_lora
 from compressor.cli.plan import plan
+from compressor.cli.push import push
 from compressor.cli.record import record
 from compressor.cli.report import report
 from compressor.cli.run import resume, run
@@ -64,6 +66,8 @@ for _command in (
 ):
     app.add_command(_command)
 app.add_command(merge_lora)
+app.add_command(doctor)
+app.add_command(push)
 
 
 def main() -> NoReturn:

@@ -50,8 +50,8 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command's function. In one of several processes that were launched together, those that are `shared` and `list`
-        work."""
+        """Call the command's function. In one of several processes that were launched together, those that are `shared`, `list` and
+        `doctor` work."""
         values = ctx.params
         debug = values.pop("debug")
         quiet = values.pop("quiet") or ranks()[0] > 0
@@ -59,7 +59,7 @@ class Command(click.Command):
         if names := {option.name for option in self.params if isinstance(option, Setting) and option.name}:
             values["settings"] = _given({name: values.pop(name) for name in sorted(names)})
         with errors(debug):
-            if self.name != "list" and not self.shared:
+            if self.name not in ("list", "doctor") and not self.shared:
                 refuse_ranks(f"compressor {self.name}")
             with together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
                 return super().invoke(ctx)

@@ -99,7 +99,8 @@ def bench(
         print_json(benched.as_json())
         return
     from compressor.cli.tables import plain_table
-    from compressor.report.words import SPEEDS, TRADE_OFFS, speeds, trade_offs
+    from compressor.report.timings import SPEEDS, speeds
+    from compressor.report.words import TRADE_OFFS, trade_offs
 
     for setting, lines in speeds(benched.report):
         print_table(plain_table((setting, *SPEEDS), lines))

@@ -93,6 +93,14 @@ training_options = options(
 )
 """Training, and any other setting."""
 
+tracking_option = click.option(
+    "--log-with",
+    multiple=True,
+    metavar="NAME",
+    help="Send the steps to tensorboard, wandb, trackio or mlflow too. May be repeated.",
+)
+"""Trackers beside metrics.jsonl."""
+
 budget_options = options(
     setting(
         "--quick", "budget", flag_value="quick", help="A look: few samples, the metric alone, few rounds of timing."

@@ -72,9 +72,9 @@ def record(
     if output.as_json:
         print_json(facts)
         return
-    from compressor.report import words
+    from compressor.report import numbers
 
     say(
         f"{out}: {facts['calls']} calls of {facts['part']} to learn from, {facts['unseen_calls']} to be judged on, "
-        f"{words.size(size)}"
+        f"{numbers.size(size)}"
     )

@@ -7,14 +7,32 @@ from pathlib import Path
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import run_argument
+from compressor.cli.options import options
 from compressor.cli.terminal import Output, print_json, print_table, say
+from compressor.errors import CompressorError, UsageError
 
 
 @click.command(cls=Command)
-@run_argument
-def report(output: Output, directory: Path) -> None:
-    """Write the pages of a run's or a comparison's report again, and show the table."""
+@options(
+    click.argument("runs", nargs=-1, required=True, metavar="RUN", type=click.Path(path_type=Path)),
+    click.option(
+        "--out", metavar="DIR", type=click.Path(path_type=Path), help="Of several runs: write their pages there."
+    ),
+)
+def report(output: Output, runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write the pages of a run's or a comparison's report again, and show the table.
+
+    Given several finished RUNs, it shows their reports side by side. Nothing is trained or measured again; quality is compared where
+    model, data and metric are the same.
+    """
+    if len(runs) > 1:
+        _show_beside(runs, output.as_json, out)
+        return
+    [directory] = runs
+    if out is not None:
+        raise UsageError(
+            "--out with one run", "Its pages lie in its own directory: leave --out out, or give a second run."
+        )
     if _is_comparison(directory):
         from compressor.comparison.page import render as render_comparison
 
@@ -25,6 +43,39 @@ def report(output: Output, directory: Path) -> None:
 
     render(directory)
     show_report(directory, output.as_json)
+
+
+def _show_beside(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
+    from compressor.cli.tables import plain_table
+    from compressor.report import read_report
+    from compressor.report.beside import beside, write
+
+    for directory in runs:
+        if _is_comparison(directory):
+            raise UsageError(f"{directory} is a comparison", "Give the directories of finished runs.")
+        if not (directory / "report.json").is_file():
+            raise CompressorError(
+                f"{directory / 'report.json'}: no such file",
+                "Give directories of finished runs; `compressor resume` finishes one.",
+            )
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{', '.join(names)}: the same run twice", "Give each once.")
+    found = beside({name: read_report(run / "report.json") for name, run in zip(names, runs, strict=True)})
+    if out is not None:
+        write(found, out)
+    if as_json:
+        print_json(found.as_json())
+        return
+    print_table(plain_table(("", *found.names), [(title, *cells) for title, _, cells in found.columns]))
+    for line in found.refused:
+        say(f"quality is not compared: {line}")
+    for line in found.verdict:
+        say(line)
+    if out is not None:
+        say(f"report: {out / 'report.html'}")
 
 
 def _is_comparison(directory: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import click
 
 from compressor.cli.command import Command
 from compressor.cli.evaluate import again, evaluation, settings_with
-from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting
+from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting, tracking_option
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
 from compressor.errors import UsageError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command, shared=True)
 @options(
     recipe_options,
+    tracking_option,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD."),
     setting("--lower", is_flag=True, default=None, help="At the end, lower the model and report its measured speed."),
     click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
@@ -38,14 +39,15 @@ def run(
     out: Path | None,
     overwrite: bool,
     resumes: bool,
+    log_with: tuple[str, ...],
 ) -> None:
     """Prune a model, fine-tune it, and report.
 
     Without options: the bundled U-ViT, 2:4, SparseDM, on bundled images, in a few minutes on a CPU.
     """
-    if resumes and _resumed(output, config, settings, assignments, out, overwrite):
+    if resumes and _resumed(output, config, settings, assignments, out, overwrite, log_with):
         return
-    begin(output, config, settings, assignments, out, overwrite)
+    begin(output, config, settings, assignments, out, overwrite, log_with=log_with)
 
 
 def _resumed(
@@ -55,6 +57,7 @@ def _resumed(
     assignments: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    log_with: tuple[str, ...],
 ) -> bool:
     """Continue the run in `out`; False where settings are given and none has begun there: then it is to be started.
 
@@ -71,7 +74,7 @@ def _resumed(
     if given and begun:
         refuse_other_settings(out, resolved_recipe(config, settings, assignments))
     if begun or not given:
-        _continue(out, output)
+        _continue(out, output, log_with=log_with)
     return begun or not given
 
 
@@ -83,14 +86,17 @@ def begin(
     out: Path | None,
     overwrite: bool,
     name: str | None = None,
+    log_with: Sequence[str] = (),
 ) -> None:
     """Start the run that the options say. Where no `out` is given, its directory is called by its model and `name` (its method)."""
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
+    from compressor.runs.trackers import checked as checked_trackers
     from compressor.training.ranks import check_ranks
 
+    names = checked_trackers(log_with)
     recipe = resolved_recipe(config, settings, assignments)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
     here = team()
@@ -108,7 +114,7 @@ def begin(
         say(f"warning: {unfit}", err=True)
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
-    drive(execute(inputs, out, overwrite=overwrite), out, output.quiet)
+    drive(execute(inputs, out, overwrite=overwrite, log_with=names), out, output.quiet)
     if here.leads:
         _show(out, output)
 
@@ -118,20 +124,25 @@ def begin(
 @click.option(
     "--set", "assignments", multiple=True, metavar="evaluate.KEY=VALUE", help="Evaluate otherwise than the run says."
 )
-def resume(output: Output, directory: Path, assignments: tuple[str, ...]) -> None:
+@tracking_option
+def resume(output: Output, directory: Path, assignments: tuple[str, ...], log_with: tuple[str, ...]) -> None:
     """Continue an interrupted run, to the same result as if it had not been interrupted."""
     from compressor import recipe as recipes
 
-    _continue(directory, output, evaluation(recipes.merged(*map(recipes.assignment, assignments))))
+    _continue(directory, output, evaluation(recipes.merged(*map(recipes.assignment, assignments))), log_with)
 
 
-def _continue(out: Path, output: Output, evaluate: Mapping[str, Any] = MappingProxyType({})) -> None:
+def _continue(
+    out: Path, output: Output, evaluate: Mapping[str, Any] = MappingProxyType({}), log_with: Sequence[str] = ()
+) -> None:
     from compressor.runs.directory import refuse_unbegun
     from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
+    from compressor.runs.trackers import checked as checked_trackers
     from compressor.training.ranks import check_ranks
 
+    names = checked_trackers(log_with)
     if not out.is_dir():
         raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     here = team()
@@ -154,7 +165,7 @@ def _continue(out: Path, output: Output, evaluate: Mapping[str, Any] = MappingPr
         check_ranks(recipe.train)
         inputs = watch(prepared(recipe), output.quiet)
         _name_extractor(inputs)
-        drive(execute(inputs, out, resume=True), out, output.quiet)
+        drive(execute(inputs, out, resume=True, log_with=names), out, output.quiet)
     if here.leads:
         _show(out, output)
 

@@ -18,7 +18,7 @@ from compressor.progress import Progress, duration
 
 if TYPE_CHECKING:
     from compressor.lower.plan import LayerPlan, Plan
-    from compressor.report.content import Latency, Report
+    from compressor.report.content import Report, Row
 
 
 _EVERY = 5.0  # seconds between lines of progress
@@ -114,10 +114,11 @@ class Ticker:
 
 
 def rows_table(report: Report) -> Table:
-    """The report's rows: quality, drift, cost, latency."""
+    """The report's rows: quality, drift, cost, and latency at one batch size."""
     metric = report.metric.name if report.metric else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
     lines, given = [], report.rows[0]  # which is dense, or the only one
+    standing = report.final.standing
     for row in report.rows:
         cells = [row.name]
         if metric:
@@ -128,16 +129,23 @@ def rows_table(report: Report) -> Table:
         cells.append(f"{error.value:.2%}" if error else "—")
         cells.append(f"{row.nonzero_params / given.params:.1%}")
         cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / given.macs_dense:.0%})")
-        cells.append(_latency(row.standing) if row.standing else "—")
+        cells.append("—" if standing is None else _latency(report, row, standing.batch))
         cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
         lines.append(cells)
-    table = plain_table([*columns, "latency", "fine-tuning"], lines)
+    batch = "" if standing is None else f", batch {standing.batch}"
+    table = plain_table([*columns, f"latency{batch}", "fine-tuning"], lines)
     table.title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
     return table
 
 
-def _latency(entry: Latency) -> str:
-    gain = f", {entry.speedup_vs_dense:.2f}x over {entry.against}" if entry.backend == "lowered" else ""
+def _latency(report: Report, row: Row, batch: int) -> str:
+    from compressor.report import timings
+
+    if (entry := timings.at(report, row, batch)) is None:
+        return "—"
+    gain = ""
+    if entry.backend == "lowered":
+        gain = f", {timings.ratio(entry, timings.skips(report, row, entry), f' over {entry.against}')}"
     return f"{entry.median_ms:.1f} ms{gain}"
 
 
@@ -174,7 +182,7 @@ def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table
 
 def planning_lines(facts: Mapping[str, Any]) -> list[str]:
     """The sentences of `compressor plan`."""
-    from compressor.report.words import count, size
+    from compressor.report.numbers import count, size
 
     before, after = facts["before"], facts["after"]
     lines = [

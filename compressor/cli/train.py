@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import budget_options, options, setting, training_options
+from compressor.cli.options import budget_options, options, setting, tracking_option, training_options
 from compressor.cli.run import begin
 from compressor.cli.terminal import Output
 
@@ -27,6 +27,7 @@ from compressor.cli.terminal import Output
     setting("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures."),
     training_options,
     budget_options,
+    tracking_option,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-trained."),
     click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
 )
@@ -37,10 +38,11 @@ def train(
     assignments: tuple[str, ...],
     out: Path | None,
     overwrite: bool,
+    log_with: tuple[str, ...],
 ) -> None:
     """Train a dense model from random weights, to be pruned then.
 
     Its size: --set architecture.embed_dim=256 and the like; docs/training.md. Prune it with `compressor run --weights DIR`.
     """
     dense = {"from_scratch": True, "method": "dense-continued"}
-    begin(output, config, {**settings, **dense}, assignments, out, overwrite, "trained")
+    begin(output, config, {**settings, **dense}, assignments, out, overwrite, "trained", log_with)

@@ -269,7 +269,7 @@ def _told(pruner: Pruner, share: float, measure: Cost) -> dict[str, Any]:
     if not settings:
         raise CompressorError(
             f"{type(pruner).__name__}: with_cost() changes no setting",
-            "It gives a copy with other settings, or None; see docs/writing_a_pruner.md.",
+            "It gives a copy with other settings, or None; help(compressor.Pruner.with_cost) has it.",
         )
     return settings
 

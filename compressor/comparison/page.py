@@ -21,6 +21,7 @@ from compressor.errors import CompressorError, printable
 from compressor.report import charts, data_uri, environment_of, read_comparison, read_metrics, resource
 from compressor.report.compared import CellResult, ComparisonReport, DenseRow, Entry, Judged, LearningRates, Match
 from compressor.report.content import DataFacts, Environment, Latency
+from compressor.report.in_short import glossary
 
 _LAST = ("latency_ms", "latency_iqr_ms", "latency_backend", "steps", "seconds", "lr", "weights_sha256")
 _COSTS = ("params", "nonzero_params", "size_bytes", "macs_dense", "macs_effective", "density")
@@ -160,11 +161,14 @@ def render(out: Path) -> None:
 
 def _pages(report: ComparisonReport, out: Path) -> dict[str, str]:
     """Every page by its file's name."""
+    columns = words.columns(report)
     shown = {
         "report": report,
         "headline": words.headline(report),
+        "summary": words.summary(report),
         "rows": words.rows(report),
-        "columns": words.columns(report),
+        "columns": columns,
+        "glossary": glossary(report.metric.name if report.metric else None, [*columns, "speed-up"]),
         "pairs": words.pairs(report),
         "by_steps": words.by_steps(report),
         "layers": words.layers(report),

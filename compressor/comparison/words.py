@@ -6,29 +6,123 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
-from compressor.report.words import NONE, count, number, percent, size, with_interval
+from compressor.report.content import LOWERED
+from compressor.report.numbers import NONE, count, number, percent, size, with_interval
+from compressor.report.timings import ratio
 
 _Point = tuple[str, float, float, Sequence[float] | None]
 
 
 def headline(report: ComparisonReport) -> str:
-    """What was found, in a sentence or two."""
-    metric, n = report.compared_by, len(report.seeds)
-    scores = {e.label: e.quality or e.drift[metric] for e in _scored(report)}
-    best = min((e for e in _scored(report) if _pruned(report, e)), key=lambda e: scores[e.label].mean, default=None)
-    if best is None:
+    """The verdict: who is better than whom by more than the seeds' noise, and nothing more."""
+    metric, pruned = report.compared_by, [e for e in _scored(report) if _pruned(report, e)]
+    if not pruned:
         return f"{len(report.entries)} methods on {report.model}, none of which removes a multiplication."
-    shown = scores[best.label]
-    seeds = "1 seed" if shown.n == 1 else f"{shown.n} seeds"
-    found = _interval(shown, metric)
-    text = f"{best.label} has the lowest {metric.replace('_', ' ')} of the pruned models on {report.model}: {found}"
-    dense = report.dense.quality
-    text += f", over {seeds}; dense is {number(dense[0].value)}." if dense else f", over {seeds}."
-    known = [pair.significant for pair in report.differences if pair.significant is not None]
-    if not known:
-        return f"{text} One seed cannot tell methods apart." if n == 1 else text
-    told = sum(known)
-    return f"{text} {told} of {len(known)} differences between methods {'is' if told == 1 else 'are'} larger than the seeds' noise."
+    scores = {e.label: _score(report, e) for e in pruned}
+    ordered = sorted(scores, key=lambda label: scores[label].mean)
+    best, called = ordered[0], metric.replace("_", " ")
+    dense = f"; dense has {number(report.dense.quality[0].value)}" if report.dense.quality else ""
+    n = len(report.seeds)
+    told = {frozenset((pair.a, pair.b)): pair.significant for pair in report.differences}
+    pairs_told = [told.get(frozenset((a, b))) for at, a in enumerate(ordered) for b in ordered[at + 1 :]]
+    beaten = [label for label in ordered[1:] if told.get(frozenset((best, label)))]
+    level = [label for label in ordered if label not in beaten]
+    low, high = scores[best], scores[ordered[-1]]
+    if len(ordered) == 1:
+        found = f"{called} {_interval(low, metric)}{_over(low)}, lower is better{dense}"
+        return f"{best} on {report.model}: {found}. No other pruned method is there."
+    ends = f"{_mean(low, metric)} ({_seen(best, low, n)}) to {_mean(high, metric)} ({_seen(ordered[-1], high, n)})"
+    reach = f"{called} lies from {ends}, lower is better{dense}."
+    if n == 1:
+        return f"No verdict on {report.model}: one seed cannot tell methods apart. Their {reach}"
+    if not any(pairs_told):
+        count_of = (
+            f"0 of {len(pairs_told)} differences between pruned methods {'is' if len(pairs_told) == 1 else 'are'}"
+        )
+        return f"No winner on {report.model}: {count_of} larger than the noise of {n} seeds. Their {reach}"
+    if len(level) == 1:
+        found = f"{called} {_interval(low, metric)}{_over(low)}, lower is better{dense}"
+        beats = "It beats each of the others by more than the seeds' noise."
+        return f"{best} is the best of the pruned methods on {report.model}: {found}. {beats}"
+    if not beaten:
+        return f"No winner on {report.model}: {n} seeds do not tell {best}, the lowest, from any other pruned method. Their {reach}"
+    return (
+        f"No single winner on {report.model}: {_listed(level[1:])} cannot be told apart from {best} over {n} seeds. "
+        f"{best} beats {_listed(beaten)} by more than the seeds' noise. Their {reach}"
+    )
+
+
+def summary(report: ComparisonReport) -> list[tuple[str, str]]:
+    """(what about, what was found), beside the verdict."""
+    found = []
+    pruned = [entry for entry in report.entries if _pruned(report, entry)]
+    if report.dense.quality:
+        value = report.dense.quality[0].value
+        groups: dict[str, list[str]] = {}
+        for entry in pruned:
+            if entry.quality is not None:
+                groups.setdefault(_beside(entry.quality, value), []).append(entry.label)
+        said = "; ".join(f"{what}: {_listed(labels, 12)}" for what, labels in groups.items())
+        if said:
+            found.append(("Against dense", f"{said[0].upper()}{said[1:]}. The dense model has {number(value)}."))
+    if pruned:
+        macs = _reach([entry.macs_effective / report.dense.macs_dense for entry in pruned])
+        sizes = _reach([entry.size_bytes / report.dense.size_bytes for entry in pruned])
+        found.append(("Cost", f"Pruned methods keep {macs} of the multiplications and {sizes} of the file."))
+    timed = [entry for entry in pruned if entry.latency]
+    if timed:
+        gained = [e.label for e in timed if less_work(report, e) and e.latency[-1].is_gain]
+        others = [e.label for e in timed if e.label not in gained]
+        text = [f"faster than dense: {_listed(gained, 12)}"] if gained else []
+        text += [f"no gain beyond the noise on this machine: {_listed(others, 12)}"] if others else []
+        found.append(("Speed", f"{'; '.join(text)}.".capitalize()))
+    return found
+
+
+def less_work(report: ComparisonReport, entry: Entry) -> bool:
+    """Whether the form that an entry was timed in can be faster for what was pruned: dense kernels skip no zeros."""
+    return entry.latency[-1].backend == LOWERED or entry.macs_dense < report.dense.macs_dense
+
+
+def _beside(own: Summary, dense: float) -> str:
+    if own.ci95 is None:
+        return "no interval over seeds"
+    low, high = own.ci95
+    return (
+        "worse beyond the seeds' noise"
+        if low > dense
+        else "better beyond the seeds' noise"
+        if high < dense
+        else "not told apart"
+    )
+
+
+def _reach(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _listed(labels: Sequence[str], most: int = 4) -> str:
+    shown = list(labels[:most])
+    if len(labels) > most:
+        shown.append(f"{len(labels) - most} more")
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _over(found: Summary) -> str:
+    return f" over {found.n} seed{'s' if found.n > 1 else ''}"
+
+
+def _seen(label: str, found: Summary, seeds: int) -> str:
+    return label if found.n == seeds else f"{label},{_over(found)}"
+
+
+def _mean(found: Summary, metric: str) -> str:
+    return percent(found.mean) if metric == "prediction_error" else number(found.mean)
+
+
+def _score(report: ComparisonReport, entry: Entry) -> Summary:
+    return entry.quality or entry.drift[report.compared_by]
 
 
 def _scored(report: ComparisonReport) -> list[Entry]:
@@ -55,7 +149,7 @@ def columns(report: ComparisonReport) -> list[str]:
     metric = report.metric.name if report.metric else "quality"
     timed = report.dense.latency
     kind = f", {timed[-1].backend}" if timed else ""
-    first = [f"{metric}, mean [95%]", f"one-shot {metric}", "prediction error", "SSIM with dense"]
+    first = [f"{metric}, mean [95%]; lower is better", f"one-shot {metric}", "prediction error", "SSIM with dense"]
     return [*first, "nonzero", "file", "MACs, effective", f"latency{kind}", "fine-tuning"]
 
 
@@ -80,7 +174,7 @@ def _cells(report: ComparisonReport, shown: Entry | DenseRow) -> list[str]:
     macs = f"{count(shown.macs_effective)} ({shown.macs_effective / dense.macs_dense:.0%})"
     if shown.latency:
         time = shown.latency[-1]
-        gain = "" if entry is None else f" ({time.speedup_vs_dense:.2f}x)"
+        gain = "" if entry is None else f" ({ratio(time, less_work(report, entry))})"
         latency = f"{number(time.median_ms)} ms{gain}, IQR {number(time.iqr_ms)}"
     nonzero = f"{shown.nonzero_params / dense.params:.0%}"
     return [score, bare, error, alike, nonzero, size(shown.size_bytes), macs, latency, train]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter, to_device
-from compressor.cost.timing import Times, side_by_side
+from compressor.cost.timing import Times, ratio_interval, side_by_side
 from compressor.report.content import DENSE, EAGER, Latency
 from compressor.weights import in_float32
 
@@ -40,7 +40,9 @@ def latency(
     backend: str, device: torch.device, dtype: str, batch: int, times: Times, against: str, dense: Times
 ) -> Latency:
     """One entry of a row's `latency`: its `times`, compared with those of the dense form `against`."""
-    return Latency(
+    speedup = dense.median_ms / times.median_ms
+    interval = ratio_interval(dense, times) if dense is not times else None
+    entry = Latency(
         backend=backend,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=dtype,
@@ -48,5 +50,9 @@ def latency(
         median_ms=times.median_ms,
         iqr_ms=times.iqr_ms,
         against=against,
-        speedup_vs_dense=dense.median_ms / times.median_ms,
+        speedup_vs_dense=speedup,
     )
+    if interval is None:
+        return entry
+    # that of the median of ratios: the ratio of medians may lie beside it where rounds were unsteady
+    return entry.model_copy(update={"speedup_ci95": (min(interval[0], speedup), max(interval[1], speedup))})

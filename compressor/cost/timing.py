@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ _SHORT = 0.002  # seconds; shorter calls are repeated within a turn, so that the
 
 @dataclass(frozen=True)
 class Times:
-    """The median and the interquartile range of a call's times, in milliseconds."""
+    """The median and the interquartile range of a call's times, in milliseconds, and its seconds per call by round."""
 
     median_ms: float
     iqr_ms: float
+    seconds: tuple[float, ...] = ()
 
 
 def side_by_side(
@@ -31,7 +33,7 @@ def side_by_side(
 ) -> dict[_Key, Times]:
     """The times of each of `calls`, which take turns (`interleaved`)."""
     seconds = interleaved(list(calls.values()), rounds, device, warm_up)
-    return {key: Times(median_ms(own), iqr_ms(own)) for key, own in zip(calls, seconds, strict=True)}
+    return {key: Times(median_ms(own), iqr_ms(own), tuple(own)) for key, own in zip(calls, seconds, strict=True)}
 
 
 def interleaved(
@@ -65,6 +67,23 @@ def _wake(calls: Sequence[Callable[[], object]], device: torch.device) -> None:
         for call in calls:
             call()
         torch.cuda.synchronize(device)
+
+
+def ratio_interval(slower: Times, faster: Times) -> tuple[float, float] | None:
+    """An interval that holds the median of `slower` over `faster` with at least 95%, from the rounds in which both took turns.
+
+    Its ends are two of the paired ratios: how many of them lie below the median is a coin toss for each, whatever their distribution,
+    as long as rounds do not depend on each other. None where the rounds are not paired or too few, below six.
+    """
+    if len(slower.seconds) != len(faster.seconds):
+        return None
+    ratios = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True) if b > 0)
+    n = len(ratios)
+    outside, below = 0.0, 0
+    while below < n // 2 and 2 * (outside + math.comb(n, below) / 2**n) <= 0.05:
+        outside += math.comb(n, below) / 2**n
+        below += 1
+    return (ratios[below - 1], ratios[n - below]) if below else None
 
 
 def median_ms(times: Sequence[float]) -> float:

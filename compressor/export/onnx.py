@@ -59,9 +59,9 @@ is right is checked apart, product by product and to `TOLERANCE`: this bounds wh
 _DATA = re.compile(rf"-({'|'.join((*FORMS, 'tensorrt'))})-[0-9a-f]{{12}}\.data")
 _ADVICE = {
     "dense": "next: for TensorRT, which looks for zeros, --to tensorrt-ready; ONNX Runtime's own kernels do not skip any (--form "
-    "gathered, --int8). See docs/onnx.md.",
-    "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form. See docs/onnx.md.",
-    "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality. See docs/onnx.md.",
+    "gathered, --int8).",
+    "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form.",
+    "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality.",
 }
 _BATCHES = (1, 2, 5)
 _DRAWS = 3

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from compressor.lower.backend import Backend, Unit
-from compressor.lower.lowering import Lowered, lower, lowering
-from compressor.lower.plan import Plan
+from compressor.lower.backend import Backend as Backend
+from compressor.lower.backend import Unit as Unit
+from compressor.lower.lowering import Lowered as Lowered
+from compressor.lower.lowering import lower, lowering
+from compressor.lower.plan import Plan as Plan
 
-__all__ = ["Backend", "Lowered", "Plan", "Unit", "lower", "lowering"]
+__all__ = ["lower", "lowering"]  # what `help(compressor.lower)` shows: the verb, not pages of every class
 
 
 class _Callable(ModuleType):

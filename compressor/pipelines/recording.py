@@ -25,7 +25,7 @@ from compressor.errors import CompressorError, LockedError, UsageError, did_you_
 from compressor.pipelines.opened import Opened, takes
 from compressor.processes import team
 from compressor.progress import Progress
-from compressor.report.words import size
+from compressor.report.numbers import size
 from compressor.seeds import generator
 from compressor.weights import weights_sha256
 

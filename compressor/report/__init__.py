@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
 from compressor.report.content import Report
 from compressor.report.further import direction, further
+from compressor.report.in_short import glossary, summary
+from compressor.report.numbers import count, number, percent, size, with_interval
+from compressor.report.timings import SPEEDS, speeds
 
 SIDE_BY_SIDE = "side-by-side.png"
 """In a run's `samples/`, where its variants drew the same pictures."""
@@ -61,19 +65,24 @@ def render(run: str | Path) -> None:
 def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[str, str]:
     """The page and the Markdown."""
     pictures = {row.name: name for row in report.rows if (name := _picture(run, row.name)) is not None}
+    columns, layer_speeds = words.columns(report), words.layer_speeds(report)
     facts = {
         "report": report,
         "headline": words.headline(report),
-        "columns": words.columns(report),
+        "summary": summary(report),
+        "columns": columns,
+        "glossary": glossary(report.metric.name if report.metric else None, [title for title, _, _ in columns]),
         "further": further(report),
         "direction": direction(report),
         "lowering": report.lowering,
         "lowering_sentence": words.lowering_sentence(report),
-        "speeds": words.speeds(report),
-        "speed_columns": words.SPEEDS,
+        "speeds": speeds(report),
+        "speed_columns": SPEEDS,
         "trade_offs": words.trade_offs(report),
         "trade_off_columns": words.TRADE_OFFS,
-        "layer_speeds": words.layer_speeds(report),
+        "layer_speeds": layer_speeds,
+        "refusals": words.refusals(layer_speeds),
+        "dense_reasons": words.dense_reasons(report.layers),
         "pruned": [layer for layer in report.layers if layer.reason is None],
         "skipped": [layer for layer in report.layers if layer.reason is not None],
     }
@@ -111,10 +120,26 @@ def environment_of(html: bool) -> Environment:
         lstrip_blocks=True,
         finalize=None if html else _plain,
     )
-    environment.filters.update(words.FILTERS)
+    environment.filters.update(_FILTERS)
+    environment.filters["breakable"] = breakable
     if not html:
+        environment.filters["breakable"] = str
         environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment
+
+
+_FILTERS: dict[str, Callable[..., str]] = {
+    "number": number,
+    "percent": percent,
+    "count": count,
+    "size": size,
+    "with_interval": with_interval,
+}
+
+
+def breakable(name: object) -> Markup:
+    """A layer's name for a page: it may go on in a new line after a dot, and nowhere else."""
+    return Markup(".<wbr>").join(str(name).split("."))
 
 
 def _plain(value: Any) -> str:

@@ -16,7 +16,7 @@ from compressor.errors import printable
 _FIRST = "#6b7280"
 _P = ParamSpec("_P")
 Line = tuple[str, Sequence[float]]
-_STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
+_STYLE: Any = {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
 _COLOURS = (
     *("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#92400e", "#475569"),
     *("#1e40af", "#f59e0b", "#10b981"),
@@ -84,7 +84,7 @@ def line_chart(lines: Sequence[Line], label: str, many: bool = False) -> str:
 @_styled
 def curve_chart(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], across: str, label: str) -> str:
     """An SVG of named lines (horizontal values, vertical values); the vertical axis is logarithmic where that is possible."""
-    figure, axes = _figure(label, (4.0, 2.9))
+    figure, axes = _figure(label, (4.0, 2.6))
     for (name, at, values), (colour, dashes, marker) in zip(lines, _looks(), strict=False):
         axes.plot(at, values, dashes, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=_literal(name))
     if all(value > 0 for _, _, values in lines for value in values):
@@ -100,7 +100,7 @@ def scatter_chart(points: Sequence[tuple[str, float, float, Sequence[float] | No
 
     Less is better on both axes. The first is the one that all others come from.
     """
-    figure, axes = _figure(label, (4.0, 3.1))
+    figure, axes = _figure(label, (4.0, 2.8))
     axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
     for (name, x, y, interval), (colour, _, marker) in zip(points, chain([(_FIRST, "-", "o")], _looks()), strict=False):
         beaten = any(a <= x and b <= y and (a < x or b < y) for _, a, b, _ in points)
@@ -138,6 +138,7 @@ def _logarithmic(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
+    axes.set_ylabel(f"{axes.get_ylabel()} (log scale)")
     low, high = axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
@@ -159,7 +160,10 @@ def _figure(label: str, size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _legend_below(figure: Any, axes: Any) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    handles, names = axes.get_legend_handles_labels()
+    columns = 1 if max(map(len, names), default=0) > 24 else 2
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(names) // columns))  # the axes keep their height
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _svg(figure: Any, salt: str) -> str:

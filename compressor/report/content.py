@@ -6,6 +6,7 @@ small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,6 +91,9 @@ class Latency(Value):
     iqr_ms: float
     against: str = Field(description="the backend of the dense row that the speed-up is relative to")
     speedup_vs_dense: float = Field(description="measured on the weights of this row, interleaved with dense")
+    speedup_ci95: Interval = Field(
+        default=None, description="of the speed-up, from the rounds in which both took turns; null where they were few"
+    )
     error: float | None = Field(
         default=None,
         description="root mean square difference from the same weights in eager float32, in standard deviations of the output",
@@ -107,7 +111,14 @@ class Latency(Value):
 
     @property
     def is_gain(self) -> bool:
-        return gains(self.speedup_vs_dense)
+        """Whether the speed-up is one: large enough, and above 1 with its whole interval."""
+        return gains(self.speedup_vs_dense) and (self.speedup_ci95 is None or self.speedup_ci95[0] > 1)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether it is slower, as surely as `is_gain` says that it is faster."""
+        slower = 0 < self.speedup_vs_dense < 1 and gains(1 / self.speedup_vs_dense)
+        return slower and (self.speedup_ci95 is None or self.speedup_ci95[1] < 1)
 
 
 class TrainSummary(Value):
@@ -158,7 +169,15 @@ class Row(Costs, _Named):
     @property
     def standing(self) -> Latency | None:
         """The latency that stands for the row: that of the plan where it was lowered, else the first."""
-        own = [entry for entry in self.latency if entry.backend not in (PIPELINE, PIPELINE_LOWERED)]
+        return self._first(self.latency)
+
+    def standing_at(self, batch: int) -> Latency | None:
+        """As `standing`, of the times with this batch size alone."""
+        return self._first([entry for entry in self.latency if entry.batch == batch])
+
+    @staticmethod
+    def _first(entries: Sequence[Latency]) -> Latency | None:
+        own = [entry for entry in entries if entry.backend not in (PIPELINE, PIPELINE_LOWERED)]
         planned = [entry for entry in own if entry.of_plan]
         older = [entry for entry in own if entry.backend == LOWERED]  # files from before `of_plan`
         return next(iter((*planned, *older, *own)), None)

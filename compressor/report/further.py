@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.report.content import Report
-from compressor.report.words import NONE, with_interval
+from compressor.report.numbers import NONE, with_interval
 
 _ABOUT = {
     "kid": "kernel distance; 95% interval",

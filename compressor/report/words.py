@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from compressor.report.content import (
-    DENSE,
-    EAGER,
-    LOWERED,
-    ONE_SHOT,
-    PIPELINE,
-    PIPELINE_LOWERED,
-    Latency,
-    Report,
-    Row,
-    TrainSummary,
-)
-
-NONE = "—"
-
-
-class Measured(Protocol):
-    """A number with its interval: quality, a floor."""
-
-    @property
-    def value(self) -> float: ...
-
-    @property
-    def ci95(self) -> tuple[float, float] | None: ...
+from compressor.report import timings
+from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, Layer, Report, Row, TrainSummary
+from compressor.report.numbers import NONE, count, number, percent, size, with_interval
 
 
 def headline(report: Report) -> str:
@@ -43,30 +22,29 @@ def headline(report: Report) -> str:
         if alike is not None and error is not None:  # paired: held against the dense model, picture by picture
             return (
                 f"{what}: {percent(error.value)} prediction error on calls that it did not see, and pictures with SSIM "
-                f"{number(alike.value)} to the dense model's from the same noise.{_gain(final)}"
+                f"{number(alike.value)} to the dense model's from the same noise.{_gain(report, final)}"
             )
-        return f"{what}: quality was not measured.{_gain(final)}"
+        return f"{what}: quality was not measured.{_gain(report, final)}"
     others = [
         f"{number(row.quality[0].value)} {name}"
         for name in (DENSE, ONE_SHOT)
         if (row := report.row(name)) is not None and row is not final and row.quality
     ]
     against = f", against {' and '.join(others)}" if others else ""
-    return (
-        f"{what}: {final.quality[0].metric} {with_interval(final.quality[0])}{against}; lower is better.{_gain(final)}"
-    )
+    return f"{what}: {final.quality[0].metric} {with_interval(final.quality[0])}{against}; lower is better.{_gain(report, final)}"
 
 
-def _gain(row: Row) -> str:
+def _gain(report: Report, row: Row) -> str:
     """The sentence on speed, where a lowered model has some."""
     entry = row.standing
-    if entry is None or entry.backend != LOWERED or _verdict(row, entry):
+    if entry is None or entry.backend != LOWERED or not entry.is_gain or not timings.skips(report, row, entry):
         return ""
     return f" Lowered, it runs {entry.speedup_vs_dense:.2f}x as fast as dense at its best ({entry.against})."
 
 
-def columns(report: Report) -> list[tuple[str, str, list[str]]]:
-    """The table, a measure at a time: (title, explanation, one text per row of the report)."""
+def columns(report: Report, each_batch: bool = False) -> list[tuple[str, str, list[str]]]:
+    """The table, a measure at a time: (title, explanation, one text per row of the report). Titles of times name the batch size where
+    there are several, or with `each_batch`."""
     table: list[tuple[str, str, Callable[[Row], str]]] = []
     if report.metric:
         table.append(
@@ -100,49 +78,13 @@ def columns(report: Report) -> list[tuple[str, str, list[str]]]:
         ("MACs, dense", "every multiplication; one sample, one pass", lambda r: count(r.macs_dense)),
         ("MACs, effective", "zeros not counted", lambda r: count(r.macs_effective)),
         ("MACs, lowered", "without what a kernel really skips", lambda r: count(r.macs_lowered)),
-        ("latency", "median; IQR: interquartile range", _latency),
-        ("speed-up", "measured against dense, same run", _speedup),
     ]
+    found = [(title, about, [text(row) for row in report.rows]) for title, about, text in table]
+    found += timings.measures(report, each_batch)
     if any(row.of_pipeline for row in report.rows):
-        table.append(("whole pipeline", "one picture; median, and against dense", _pipeline))
-    table.append(("fine-tuning", "steps, seconds", lambda r: _training(r.train)))
-    return [(title, about, [text(row) for row in report.rows]) for title, about, text in table]
-
-
-def number(value: float) -> str:
-    """Three significant digits; all of those before the point."""
-    if value == 0:
-        return "0"
-    rounded = f"{value:.2e}"
-    exponent = int(rounded.partition("e")[2])
-    return rounded if exponent < -3 else f"{value:,.{max(0, 2 - exponent)}f}"
-
-
-def percent(value: float) -> str:
-    """A share in per cent."""
-    return f"{number(100 * value)}%"
-
-
-def count(value: float) -> str:
-    """A count with a letter: 599 k, 10.3 M, 12.2 G."""
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:  # what rounds to 1,000 k is 1 M
-            return f"{number(value / factor)} {letter}"
-    return f"{value:,.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes, in powers of 1000."""
-    text = count(value)
-    return f"{text}B" if text[-1].isalpha() else f"{text} B"
-
-
-def with_interval(entry: Measured) -> str:
-    """A metric's value, with its interval where there is one."""
-    if not entry.ci95:
-        return number(entry.value)
-    low, high = entry.ci95
-    return f"{number(entry.value)} [{number(low)}, {number(high)}]"
+        pipelines = [timings.pipeline(report, row) for row in report.rows]
+        found.append(("whole pipeline", "one picture; median, and against dense", pipelines))
+    return [*found, ("fine-tuning", "steps, seconds", [_training(row.train) for row in report.rows])]
 
 
 def _drift(row: Row, metric: str, text: Callable[[float], str]) -> str:
@@ -153,21 +95,6 @@ def _drift(row: Row, metric: str, text: Callable[[float], str]) -> str:
 def _score(row: Row, name: str) -> str:
     entry = next((entry for entry in row.scores if entry.name == name), None)
     return NONE if entry is None else with_interval(entry)
-
-
-def _latency(row: Row) -> str:
-    if (entry := row.standing) is None:
-        return NONE
-    setting = f"{entry.backend}, {entry.dtype}, batch {entry.batch}"
-    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}; {setting})"
-
-
-def _pipeline(row: Row) -> str:
-    if (entry := row.of_pipeline) is None:
-        return NONE
-    over = "" if row.name == DENSE else f"; {entry.speedup_vs_dense:.2f}x" + _verdict(row, entry)
-    how = "" if entry.backend == PIPELINE else "; lowered"
-    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}{how}){over}"
 
 
 def sampler_line(report: Report) -> str:
@@ -191,19 +118,6 @@ def _training(train: TrainSummary) -> str:
     return f"{train.steps:,} in {train.seconds:.0f} s" if train.steps else NONE
 
 
-def _verdict(row: Row, entry: Latency) -> str:
-    if not entry.is_gain:
-        return ", no gain"
-    return "" if row.macs_lowered < row.macs_dense else ", the same kernels: noise"
-
-
-def _speedup(row: Row) -> str:
-    if (entry := row.standing) is None or row.name == DENSE:
-        return NONE
-    against = "" if entry.against == EAGER else f" over {entry.against} dense"
-    return f"{entry.speedup_vs_dense:.2f}x" + against + _verdict(row, entry)
-
-
 def lowering_sentence(report: Report) -> str:
     """What lowering came to: the form that was chosen, and how many layers run on which backend."""
     plan = report.lowering
@@ -220,40 +134,6 @@ def lowering_sentence(report: Report) -> str:
         f"The model runs as \u201c{plan.choice}\u201d: {plan.reason}. {how} {layers}.{parity} "
         f"Measured on {plan.setting.hardware} with {plan.setting.threads} threads."
     )
-
-
-SPEEDS = ("form", "median", "error", "over eager dense", "over the best dense form")
-"""The columns of `speeds`, after the weights."""
-
-
-def speeds(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Every latency of a lowered run, a setting at a time: (setting, lines of weights and `SPEEDS`).
-
-    The speed-ups are over the dense model in eager mode, and over its fastest form that is no less exact. Engines stand with float32,
-    whatever their precision.
-    """
-    if report.lowering is None:
-        return []
-    settings: dict[tuple[str, int, str], list[tuple[Row, Latency]]] = {}
-    for row in report.rows:
-        if row.name not in (DENSE, report.method):  # the others were timed before, at another time
-            continue
-        for entry in row.latency:
-            dtype = "float32" if entry.of_engine else entry.dtype
-            settings.setdefault((entry.device, entry.batch, dtype), []).append((row, entry))
-    found = []
-    for (device, batch, dtype), entries in sorted(settings.items(), key=lambda item: (item[0][2], item[0][1])):
-        base = next((e for row, e in entries if row.name == DENSE and e.backend == EAGER), None)
-        lines: list[tuple[str, ...]] = []
-        for row, entry in entries:
-            whole = entry.backend in (PIPELINE, PIPELINE_LOWERED)
-            over_eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and not whole else NONE
-            over = f"{entry.speedup_vs_dense:.2f}x over {entry.against}"
-            time = f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})"
-            error = NONE if entry.error is None else f"{entry.error:.1e}"
-            lines.append((row.name, entry.backend, time, error, over_eager, over))
-        found.append((f"batch {batch}, {dtype}, {device}", lines))
-    return found
 
 
 TRADE_OFFS = ("weights", "form", "cache", "steps", "median", "speed-up", "RMSE", "SSIM")
@@ -302,7 +182,7 @@ def layer_speeds(report: Report) -> list[dict[str, Any]]:
         if eager is None or chosen is None:
             continue
         shape = ", ".join(" × ".join(map(str, sizes)) for sizes in layer.shapes)
-        refused = "; ".join(f"{c.backend}: {c.refused}" for c in layer.candidates if c.refused)
+        refused = [f"{c.backend}: {c.refused}" for c in layer.candidates if c.refused]
         found.append(
             {
                 "name": layer.name or "the whole model",
@@ -312,7 +192,8 @@ def layer_speeds(report: Report) -> list[dict[str, Any]]:
                 "sparse": layer.skips_zeros,
                 "eager_ms": eager,
                 "chosen_ms": chosen,
-                "reason": layer.reason + (f" ({refused})" if refused else ""),
+                "reason": layer.reason,
+                "refused": refused,
             }
         )
     slowest = max((line["eager_ms"] for line in found), default=1.0)
@@ -322,10 +203,26 @@ def layer_speeds(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-FILTERS: dict[str, Callable[..., str]] = {
-    "number": number,
-    "percent": percent,
-    "count": count,
-    "size": size,
-    "with_interval": with_interval,
-}
+def refusals(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Why backends were left out of `layer_speeds`, each reason once: (backend and reason, the layers that it holds for)."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for refusal in line["refused"]:
+            found.setdefault(refusal, []).append(line["name"])
+    return [(refusal, _layers_of(names, len(lines))) for refusal, names in found.items()]
+
+
+def dense_reasons(layers: Sequence[Layer]) -> list[tuple[str, str]]:
+    """Why layers are dense, each reason once: (reason, the layers)."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.reason is not None:
+            found.setdefault(layer.reason, []).append(layer.name)
+    return [(reason, _layers_of(names, len(layers))) for reason, names in found.items()]
+
+
+def _layers_of(names: Sequence[str], of: int) -> str:
+    if len(names) == of:
+        return f"all {of} layers" if of > 1 else names[0]
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

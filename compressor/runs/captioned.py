@@ -25,7 +25,10 @@ from compressor.weights import bare
 
 DEFAULTS = {**piped.DEFAULTS, "evaluate": {**piped.DEFAULTS["evaluate"], "samples": 0}}
 """Pictures are the pipeline's to draw."""
-_FOLDER = "Beside a pipeline, data is a folder of pictures with captions: docs/pipelines.md. Or leave it out, and give --prompts."
+_FOLDER = (
+    "Beside a pipeline, data is a folder of pictures with captions, such as cat.png and cat.txt. Or leave it out, and give "
+    "--prompts."
+)
 
 
 def is_captioned(recipe: Recipe) -> bool:

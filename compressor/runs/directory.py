@@ -33,7 +33,7 @@ OWN_FILES = (
 
 
 _UNDONE = r"\.(partial|old)-.*"
-OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn")
+OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn", "trackers")
 
 
 @contextmanager

@@ -205,7 +205,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
     start.refuse_scratch(recipe, pruner)
     if recipe.data is None:
         raise UsageError(
-            f"{recipe.model} has no default data", "Give --data FOLDER or FILE, or a bundled set's name; docs/data.md."
+            f"{recipe.model} has no default data",
+            "Give --data FOLDER or FILE, or a bundled set's name (`compressor list data`).",
         )
     metric = _metric(recipe.evaluate)
     resolve_device(recipe.train.device)
@@ -344,7 +345,7 @@ def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
         reason = first_line(error)
         raise UsageError(
             f"{data.name}: {adapter.name} cannot take {_held(data)}: {reason}",
-            "Arrays are called as the model's arguments; see docs/adapters.md.",
+            "Arrays are called as the model's arguments; help(compressor.Adapter) has an adapter's.",
         ) from error
     if found != tuple(target.shape):
         raise UsageError(

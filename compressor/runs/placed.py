@@ -82,7 +82,7 @@ def prune(
     rules = {"targets": targets, "ignore": ignore}
     if not is_pipeline(model):
         if adapter is None or data is None:
-            raise UsageError("prune: a module needs adapter= and data=", "docs/writing_a_pruner.md has an example.")
+            raise UsageError("prune: a module needs adapter= and data=", "Give both: help(compressor.prune).")
         if prompts is not None or record is not None or part is not None:
             raise UsageError("prune: prompts, part and record are for pipelines", "Leave them out for a module.")
         return engine.prune(model, pruner, adapter=adapter, data=data, **rules, **training)

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from compressor.runs.pace import paced
 from compressor.runs.paired import PairedJudge
 from compressor.runs.rows import build_report
 from compressor.runs.speed import measured
+from compressor.runs.trackers import Tracking
 from compressor.sparsity.surgery import surgery_of
 from compressor.training.engine import FineTuning, Result, Step, steps
 
@@ -45,20 +46,24 @@ _CHECKPOINT = "checkpoint-"
 
 
 def execute(
-    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False
+    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False, log_with: Sequence[str] = ()
 ) -> Generator[Progress, None, None]:
     """Carry out the run in `out`, yielding its progress. The caller may throw `Interrupted` into it at any time.
+
+    Steps are sent to the trackers `log_with` too (`trackers.checked`), whose failures are said and change nothing.
 
     When it ends, the model and the report are there and are what was written (`finish.unfinished`); else it raises CompressorError.
     Of the processes of a launch, all call it: they share training, sampling and drift; the first one writes, and does the rest alone.
     """
     with files.enough(out):
-        yield from paced(inputs, _executed(inputs, out, resume, overwrite))
+        yield from paced(inputs, _executed(inputs, out, resume, overwrite, log_with))
 
 
-def _executed(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, None]:
+def _executed(
+    inputs: Inputs, out: Path, resume: bool, overwrite: bool, log_with: Sequence[str]
+) -> Generator[Progress, None, None]:
     with locked(out) if team().leads else nullcontext():
-        final = yield from train(inputs, out, resume=resume, overwrite=overwrite)
+        final = yield from train(inputs, out, resume=resume, overwrite=overwrite, log_with=log_with)
         yield from _reported(inputs, out, final, inputs.recipe.lower)
 
 
@@ -96,7 +101,13 @@ def _reported(inputs: Inputs, out: Path, final: nn.Module | None, lowers: bool) 
 
 
 def train(
-    inputs: Inputs, out: Path, *, resume: bool = False, overwrite: bool = False, keep_one_shot: bool = True
+    inputs: Inputs,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_one_shot: bool = True,
+    log_with: Sequence[str] = (),
 ) -> Generator[Progress, None, nn.Module | None]:
     """The first part of `execute`: up to a whole `model/`. The caller holds the directory (`locked`).
 
@@ -113,7 +124,7 @@ def train(
         return None
     if here.leads and (out / "model").exists():
         yield Progress("fine-tune", 0, inputs.recipe.train.steps, "model/ is damaged and is made again")
-    return (yield from _fine_tune(inputs, out, facts, keep_one_shot))
+    return (yield from _fine_tune(inputs, out, facts, keep_one_shot, log_with))
 
 
 def _begun(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generator[Progress, None, dict[str, Any]]:
@@ -152,7 +163,7 @@ def _resumed(inputs: Inputs, out: Path) -> Generator[Progress, None, dict[str, A
 
 
 def _fine_tune(
-    inputs: Inputs, out: Path, facts: Mapping[str, Any], keep_one_shot: bool
+    inputs: Inputs, out: Path, facts: Mapping[str, Any], keep_one_shot: bool, log_with: Sequence[str]
 ) -> Generator[Progress, None, nn.Module]:
     """Train from the newest whole checkpoint, or from the start, and commit `model/`."""
     settings, here = inputs.recipe.train, team()
@@ -172,6 +183,7 @@ def _fine_tune(
     if here.leads and (lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done)):
         yield Progress("fine-tune", 0, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
     made = run_facts.facts_of(inputs)
+    tracking = Tracking(log_with if here.leads else (), out, inputs.recipe.model_dump(mode="json"))
     with (out / "metrics.jsonl" if here.leads else Path(os.devnull)).open("a", encoding="utf-8") as metrics:
         began = time.perf_counter()
         try:
@@ -179,6 +191,8 @@ def _fine_tune(
                 yield from _stoppable(Progress("fine-tune", run.done, settings.steps, unbroken=True))
             for record in steps(run):
                 metrics.write(_line(record))
+                for failure in tracking.log(record):
+                    yield Progress("trackers", 1, 1, failure)
                 if record.step % every == 0 and record.step < record.steps:
                     seconds, began = seconds + time.perf_counter() - began, time.perf_counter()
                     metrics.flush()
@@ -188,6 +202,10 @@ def _fine_tune(
             metrics.flush()
             _checkpoint(out, run, seconds + time.perf_counter() - began, made)
             raise
+        finally:
+            failures = tracking.finish()
+        for failure in failures:
+            yield Progress("trackers", 1, 1, failure)
         seconds += time.perf_counter() - began
     result = run.finish()
     if here.leads:

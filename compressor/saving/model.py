@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import made
-from compressor.errors import CompressorError, memory
+from compressor.errors import CompressorError, UsageError, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.saving import packing
+from compressor.saving.hub import fetched, is_repository
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import FILE as SURGERY
@@ -111,14 +112,22 @@ def save(
 
 
 @memory("loading")
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | None = None, *, revision: str | None = None) -> nn.Module:
     """The pruned model saved at `path` (a run directory or its `model/` folder), ready to use, in eval mode.
+
+    A `path` that is not on the disk and reads OWNER/NAME is a repository of the hub of Hugging Face, `revision` a branch, a tag
+    or a commit there; its safetensors and JSON alone are fetched.
 
     `model` is filled and returned where given (with its original shape, whatever the method removed of it), and keeps its
     dtypes; else the registered model named in the file is built, in the dtypes of the file. Every hash and
     every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
     them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
     """
+    if is_repository(path):
+        with fetched(str(path), revision) as folder:
+            return _loaded(folder, model)
+    if revision is not None:
+        raise UsageError(f"{path}: a revision is one of the hub, and this is a folder", "Leave revision out.")
     folder = model_folder(Path(path))
     while True:
         before = _identity(folder)

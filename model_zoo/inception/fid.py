@@ -64,7 +64,7 @@ class FID(Metric):
         return self._network
 
 
-_NO_DOWNLOAD = "Nothing is downloaded: docs/metrics.md says where the file is published."
+_NO_DOWNLOAD = "Nothing is downloaded: it is the file of torch-fidelity, weights-inception-2015-12-05-6726825d.pth."
 
 
 def as_rgb(images: Tensor) -> Tensor:

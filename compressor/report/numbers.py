@@ -1,0 +1,53 @@
+"""How a report's numbers are written for people."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+NONE = "—"
+
+
+class Measured(Protocol):
+    """A number with its interval: quality, a floor."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def ci95(self) -> tuple[float, float] | None: ...
+
+
+def number(value: float) -> str:
+    """Three significant digits; all of those before the point."""
+    if value == 0:
+        return "0"
+    rounded = f"{value:.2e}"
+    exponent = int(rounded.partition("e")[2])
+    return rounded if exponent < -3 else f"{value:,.{max(0, 2 - exponent)}f}"
+
+
+def percent(value: float) -> str:
+    """A share in per cent."""
+    return f"{number(100 * value)}%"
+
+
+def count(value: float) -> str:
+    """A count with a letter: 599 k, 10.3 M, 12.2 G."""
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:  # what rounds to 1,000 k is 1 M
+            return f"{number(value / factor)} {letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes, in powers of 1000."""
+    text = count(value)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+
+
+def with_interval(entry: Measured) -> str:
+    """A metric's value, with its interval where there is one."""
+    if not entry.ci95:
+        return number(entry.value)
+    low, high = entry.ci95
+    return f"{number(entry.value)} [{number(low)}, {number(high)}]"
