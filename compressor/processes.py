@@ -201,9 +201,10 @@ def together(*passing: type[Exception]) -> Iterator[None]:
         yield
         return
     here = team()
+    in_order: tuple[type[BaseException], ...] = (Interrupted, *passing)
     try:
         yield
-    except (Interrupted, *passing):
+    except in_order:
         refuse_failed()
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from compressor.comparison import jobs
 from compressor.comparison.page import render as render_comparison
 from compressor.errors import CompressorError
 from compressor.report import read_comparison, read_report, render
+from compressor.runs import facts
 from compressor.runs.inputs import load_inputs, resolve
 
 BEFORE = Path(__file__).parent / "before"
@@ -54,8 +56,13 @@ def test_a_comparison_reads_and_is_shown(old: Path) -> None:
 def test_a_run_would_resume_with_the_same_recipe_weights_and_data(old: Path) -> None:
     before = json.loads((old / "run" / "run.json").read_text(encoding="utf-8"))
     path = old / "run" / "recipe.yaml"
-    identity = load_inputs(resolve(recipes.read(path), str(path))).identity()
+    inputs = load_inputs(resolve(recipes.read(path), str(path)))
+    identity = inputs.identity(evaluated=True)
     assert identity == {key: before[key] for key in identity}
+    facts.refuse_other(before, inputs, path)
+    other = inputs.recipe.model_copy(update={"checkpoint_every": 7})
+    with pytest.raises(CompressorError, match="the recipe changed"):
+        facts.refuse_other(before, replace(inputs, recipe=other), path)
 
 
 COMMON = {

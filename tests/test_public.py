@@ -38,6 +38,9 @@ NEW_NAMES = {
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
+    "compressor.models": {"uvit"},
+    "compressor.data": {"pictures-32"},
+    "compressor.metrics": {"fd-scattering"},
     "compressor.backends": {
         "vnm-int8",
         "attention",
@@ -168,6 +171,64 @@ NEW_HELP["compressor"] = [
     "merge-lora Merge a LoRA of your own into the sparse model of a run, under its masks.",
 ]
 """The lines that a command's help has gained, such as "compressor run": ["--option TEXT What it does."]."""
+NEW_HELP["compressor train"] = """
+Usage: compressor train [OPTIONS]
+Train a dense model from random weights, to be pruned then.
+Its size: --set architecture.embed_dim=256 and the like; docs/training.md. Prune it with `compressor run --weights DIR`.
+Options:
+--config FILE A recipe (YAML).
+--model NAME uvit, ddpm or dit, which take the size of the data; any other of `compressor list models`.
+--data PATH|NAME A folder of pictures, CIFAR, .npz, … (docs/data.md), or a bundled set.
+--vae DIR An AutoencoderKL of diffusers, for models of latents: it encodes pictures.
+--steps INTEGER Fine-tuning steps; 0 is one-shot pruning.
+--seed INTEGER Seed of everything random.
+--device TEXT auto, cpu, cuda, cuda:1, …
+--dtype TEXT auto, float32 or bfloat16 (autocast).
+--train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha).
+--set KEY=VALUE Any setting, e.g. train.lr=1e-4.
+--quick A look: few samples, the metric alone, few rounds of timing.
+--full For publication: as many samples as real images, whatever it costs.
+--log-with NAME Send the steps to tensorboard, wandb, trackio or mlflow too. May be repeated.
+-o, --out DIR Default: runs/MODEL-trained.
+--overwrite Replace a former run in DIR; other files in it stay.
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+""".strip().splitlines()
+NEW_HELP["compressor evaluate"] = """
+Usage: compressor evaluate [OPTIONS] RUN
+Judge a finished run again, in another way: its report is made anew, its model stays.
+What is not given stays as it was. A run with `--lower`, or one that was benched, is timed again, too.
+Options:
+--samples INTEGER RANGE Images per row; 0 draws none. [x>=0]
+--metric NAME `compressor list metrics` shows all.
+--sampler NAME ddim, ddpm, dpm-solver++, unipc, euler-maruyama.
+--spacing NAME Of ddim's timesteps: uniform, trailing, quadratic.
+--sampler-steps INTEGER RANGE Steps of the sampler. [1<=x<=999]
+--guidance FLOAT RANGE Scale of classifier-free guidance; 1 is none. [x>=0]
+--inception-weights FILE Measure FID with these weights (docs/metrics.md).
+--quick A look: few samples, the metric alone, few rounds of timing.
+--full For publication: as many samples as real images, whatever it costs.
+--set KEY=VALUE Any setting of `evaluate`.
+--json Print the result as JSON.
+-q, --quiet No progress.
+--debug Show the traceback of an error.
+-h, --help Show this message and exit.
+""".strip().splitlines()
+NEW_HELP["compressor resume"] = [
+    *NEW_HELP.get("compressor resume", []),
+    "--set evaluate.KEY=VALUE Evaluate otherwise than the run says.",
+]
+NEW_HELP["compressor sample"] = [
+    *NEW_HELP.get("compressor sample", []),
+    "--class INTEGER RANGE Draw images of this class; may be repeated, in turn then. Default: each image's by chance. [x>=0]",
+]
+NEW_HELP["compressor"] = [
+    *NEW_HELP.get("compressor", []),
+    "evaluate Judge a finished run again, in another way: its report is made anew, its model stays.",
+    "train Train a dense model from random weights, to be pruned then.",
+]
 
 
 def lines(text: str | list[str]) -> list[str]:

@@ -78,8 +78,8 @@ def started(recipe: Recipe, adapter: Adapter) -> nn.Module:
 
 def refuse_unasked(recipe: Recipe, named: bool) -> None:
     """Raise UsageError where pictures were given and no model was `named`: they would be made to fit the small default model."""
-    of_its_own = recipe.data is None or recipe.data in registry.names("data") or Path(recipe.data).is_file()
-    if not (named or of_its_own or recipe.pipeline):
+    pictures = recipe.data is not None and (recipe.data.startswith("hf:") or Path(recipe.data).is_dir())
+    if pictures and recipe.pipeline is None and not named and recipe.data not in registry.names("data"):
         raise UsageError(
             f"data is {recipe.data}, and no model was chosen: the default, {recipe.model}, is for 8x8 digits",
             "Give --model NAME with its --weights, or train one on the data: compressor train --model uvit --data …",

@@ -74,7 +74,8 @@ def _features(images: Tensor) -> Tensor:
 
 def _moduli(planes: Tensor, bank: Tensor) -> Tensor:
     """The moduli (n, k, h, w) of `planes` (n, 1, h, w), convolved on a torus with wavelets whose transforms are `bank` (k, h, w)."""
-    return torch.fft.ifft2(torch.fft.fft2(planes) * bank).abs()
+    moduli: Tensor = torch.fft.ifft2(torch.fft.fft2(planes) * bank).abs()
+    return moduli
 
 
 @lru_cache(maxsize=8)
