@@ -23,6 +23,7 @@ SINGULAR = {
     "metrics": "metric",
     "backends": "backend",
     "scores": "score",
+    "patterns": "pattern",
 }
 _OWN = "compressor_user_"
 """How the modules of users' own files are called."""

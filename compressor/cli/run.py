@@ -89,6 +89,7 @@ def begin(
     log_with: Sequence[str] = (),
 ) -> None:
     """Start the run that the options say. Where no `out` is given, its directory is called by its model and `name` (its method)."""
+    from compressor.data.sets import ImageSet
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
@@ -112,6 +113,11 @@ def begin(
     warn_of_idle_rules(inputs.model, recipe.ignore)
     if unfit := inputs.unfit():
         say(f"warning: {unfit}", err=True)
+    if inputs.metric is None and inputs.recipe.evaluate.samples and isinstance(inputs.pictures, ImageSet):
+        say(
+            "no quality is measured: --set evaluate.metric=fd-scattering needs no network; `compressor list metrics`",
+            err=True,
+        )
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
     drive(execute(inputs, out, overwrite=overwrite, log_with=names), out, output.quiet)

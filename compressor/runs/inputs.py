@@ -10,22 +10,20 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressor import recipe as recipes
 from compressor import registry, validation
-from compressor.adapter import Adapter, Sampling, to_device
+from compressor.adapter import Adapter, Sampling
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
-from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.data.sets import ImageSet, SampleSet
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError, UsageError, first_line, memory
+from compressor.errors import CompressorError, UsageError, memory
 from compressor.progress import Progress, result_of
 from compressor.quality.evaluate import can_sample
 from compressor.quality.metric import Metric
@@ -33,11 +31,11 @@ from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
 from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs import captioned as captioning
+from compressor.runs import fits, start
 from compressor.runs import piped as piping
-from compressor.runs import start
 from compressor.runs.piped import Piped
-from compressor.seeds import generator
 from compressor.sparsity.layers import select
+from compressor.sparsity.notation import refuse_unreadable
 from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
@@ -84,6 +82,7 @@ class Inputs:
 
     def check(self) -> None:
         """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""
+        refuse_unreadable(self.pruner.pattern)
         model = surveyed(self.model, self.recipe.train.steps)
         layers = choose_layers(model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
         dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
@@ -220,8 +219,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
         recipe = start.fitted(recipe, data)
         adapter = adapter_of(recipe)
         model = start.started(recipe, adapter)
-    _check_shapes(adapter, data, recipe.loading.size)
-    adapter = _asked(adapter, in_float32(model), data)
+    fits.check_shapes(adapter, data, recipe.loading.size)
+    adapter = fits.asked(adapter, in_float32(model), data)
     if recipe.evaluate.samples and adapter.unsampled:
         raise UsageError(
             adapter.unsampled,
@@ -229,7 +228,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         )
     recipe = _proportioned(recipe, adapter, model, pictures)
     if metric is not None and recipe.evaluate.samples:
-        _check_metric(metric, recipe, pictures, len(data))
+        fits.check_metric(metric, recipe, pictures, len(data))
     found = Inputs(recipe, adapter, model, data, _batches(recipe, data), pruner, metric, pictures, autoencoder)
     found.check()
     return found
@@ -265,21 +264,6 @@ def _pruner(recipe: Recipe) -> Pruner:
 
 def _batches(recipe: Recipe, data: SampleSet) -> Samples:
     return Samples(data, recipe.train.batch_size, recipe.train.seed, recipe.loading.flip)
-
-
-def _check_metric(metric: Metric, recipe: Recipe, pictures: SampleSet, count: int) -> None:
-    """Refuse pictures that cannot be measured, or not with so few samples."""
-    if not isinstance(pictures, ImageSet):
-        raise UsageError(
-            f"{metric.name} compares images, and {pictures.name} holds records",
-            "Measure no such metric: --set evaluate.metric=null",
-        )
-    if recipe.evaluate.drawn < 2 or count < 4:
-        raise UsageError(
-            f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {count}",
-            "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
-        )
-    metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
 
 
 def _proportioned(recipe: Recipe, adapter: Adapter, model: nn.Module, real: SampleSet) -> Recipe:
@@ -325,77 +309,3 @@ def _taking(settings: Evaluation) -> list[str]:
 def _on_the_hub(name: str) -> bool:
     """Whether `name` can only be one of the Hugging Face hub: owner/name, and no file or folder."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not os.path.exists(name)
-
-
-@torch.no_grad()
-def _asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
-    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where those of its own would be
-    guessed: where `data` holds the model's arguments, whose sizes nothing else tells, or where it has none.
-
-    Data that the model cannot take is refused by asking it: only the adapter knows what it means.
-    """
-    try:
-        batch = data.take(torch.arange(_unmistakable(data)) % len(data))
-        inputs, target = adapter.noised(batch, generator("check"))
-        given = to_device(inputs, next(model.parameters()).device)
-        found = tuple(adapter.predict(model, given).shape)
-    except UsageError:
-        raise  # of what the user said, not of the data
-    except Exception as error:  # whatever an adapter or a model raises
-        reason = first_line(error)
-        raise UsageError(
-            f"{data.name}: {adapter.name} cannot take {_held(data)}: {reason}",
-            "Arrays are called as the model's arguments; help(compressor.Adapter) has an adapter's.",
-        ) from error
-    if found != tuple(target.shape):
-        raise UsageError(
-            f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
-            "The target has the shape of what the model predicts.",
-        )
-    if isinstance(data, Records):
-        return adapter.exampled(inputs)
-    try:
-        adapter.example_inputs(1)
-    except CompressorError:
-        return adapter.exampled(inputs)
-    return adapter
-
-
-def _unmistakable(data: SampleSet) -> int:
-    """How many samples to ask with, so that no array of `data` passes for samples that all of them share."""
-    shared = (
-        {len(data.arrays[name]) for name in data.shared if data.arrays[name].dim()}
-        if isinstance(data, Records)
-        else set()
-    )
-    return next(size for size in count(2) if size not in shared)
-
-
-def _held(data: SampleSet) -> str:
-    return f"its arrays ({data.describe()})" if isinstance(data, Records) else f"its images {data.shape}"
-
-
-def _check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
-    """Refuse data that the model cannot take, or that was not brought to `size`, before anything is trained on it."""
-    if size is not None and (data.shape is None or data.shape[1:] != (size, size)):
-        raise UsageError(
-            f"loading.size: {data.name} holds {'records' if data.shape is None else f'images {data.shape}'}",
-            "Only pictures of a folder or a Hugging Face set are resized: leave loading.size out.",
-        )
-    expected = adapter.image_shape
-    if expected is not None and data.shape not in (None, expected):
-        raise UsageError(
-            f"{data.name}: images are {data.shape}, {adapter.name} takes {expected}",
-            "Channels, height and width must agree; resize the images, or choose another model.",
-        )
-    if isinstance(data, Records):
-        return
-    labels = data.labels if isinstance(data, ImageSet) else None
-    if adapter.num_classes and (
-        labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < adapter.num_classes
-    ):
-        found = "none" if labels is None else f"{int(labels.min())} to {int(labels.max())}"
-        raise UsageError(
-            f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
-            "Give a folder with a subfolder per class, or an .npz file with an array `labels`.",
-        )

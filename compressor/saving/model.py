@@ -21,7 +21,7 @@ from compressor.errors import CompressorError, UsageError, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.saving import packing
 from compressor.saving.hub import fetched, is_repository
-from compressor.sparsity.notation import parse
+from compressor.sparsity.notation import parse, refuse_unreadable
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import FILE as SURGERY
 from compressor.sparsity.surgery import Surgery, surgery_of
@@ -84,6 +84,8 @@ def save(
     longer than a writer waits (10 minutes).
     """
     path = Path(path)
+    for pattern in {mask.pattern for mask in masks.values()}:
+        refuse_unreadable(pattern)
     recover(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")

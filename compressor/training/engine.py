@@ -16,7 +16,7 @@ from compressor.adapter import Adapter, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
-from compressor.errors import CompressorError, memory
+from compressor.errors import CompressorError
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
@@ -111,20 +111,8 @@ class FineTuning:
             self.teacher = teacher_of(model, self.ranks.home(self.device))
         masked = chosen(self.student, pruner, adapter, targets, ignore)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
-        found = previous
-        if previous is None:
-            with memory("calibration"):
-                prepared = pruner.prepare(self.student, with_rules(adapter, targets, ignore), self.batches)
-            self.surgery = prepared.surgery
-            found = self.ranks.agreed(prepared, self.student)
-        if found is None:
-            pruner = prepared
-        else:
-            pruner = pruner.restored(found["pruner"])
-            removed = found.get("surgery")
-            self.surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
-        if self.surgery is not None:
-            self.surgery.apply(self.student)
+        rules = with_rules(adapter, targets, ignore)
+        pruner, self.surgery = self.ranks.prepared(pruner, self.student, rules, self.batches, previous)
         self.pruner = pruner
         layers = choose_layers(self.student, pruner, adapter, targets, ignore)
         self.layers, first = self.ranks.place(self.student, self.teacher, layers, pruner, self.device)

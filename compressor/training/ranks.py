@@ -19,10 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor.adapter import Adapter, Shared, plain
-from compressor.errors import CompressorError, UsageError
+from compressor.data.batches import Batches
+from compressor.errors import CompressorError, UsageError, memory
 from compressor.processes import ranks, team
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
+from compressor.sparsity.surgery import Surgery
 from compressor.training import shards
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
@@ -87,6 +89,23 @@ class Ranks:
         return torch.device("cpu") if self.sharded else device
 
     # --- Before training. ---
+
+    def prepared(
+        self, pruner: Pruner, model: nn.Module, adapter: Adapter, batches: Batches, previous: Mapping[str, Any] | None
+    ) -> tuple[Pruner, Surgery | None]:
+        """`pruner` after its `prepare`, or as in the state `previous` of a run, and what it removes, also of `model` itself."""
+        found = previous
+        if previous is None:
+            with memory("calibration"):
+                pruner = pruner.prepare(model, adapter, batches)
+            surgery, found = pruner.surgery, self.agreed(pruner, model)
+        if found is not None:
+            pruner = pruner.restored(found["pruner"])
+            removed = found.get("surgery")
+            surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
+        if surgery is not None:
+            surgery.apply(model)
+        return pruner, surgery
 
     def agreed(self, pruner: Pruner, model: nn.Module) -> Mapping[str, Any] | None:
         """What the first process's method has found in `prepare`, which every process has done, as in a checkpoint; None where this

@@ -1,0 +1,104 @@
+"""Whether data, model and metric fit each other, found out before anything is trained."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+from torch import nn
+
+from compressor.adapter import Adapter, to_device
+from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.errors import CompressorError, UsageError, first_line
+from compressor.quality.metric import Metric
+from compressor.recipe import Recipe
+from compressor.seeds import generator
+
+
+@torch.no_grad()
+def asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
+    """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where those of its own would be
+    guessed: where `data` holds the model's arguments, whose sizes nothing else tells, or where it has none.
+
+    Data that the model cannot take is refused by asking it: only the adapter knows what it means.
+    """
+    try:
+        batch = data.take(torch.arange(_unmistakable(data)) % len(data))
+        inputs, target = adapter.noised(batch, generator("check"))
+        given = to_device(inputs, next(model.parameters()).device)
+        found = tuple(adapter.predict(model, given).shape)
+    except UsageError:
+        raise  # of what the user said, not of the data
+    except Exception as error:  # whatever an adapter or a model raises
+        reason = first_line(error)
+        raise UsageError(
+            f"{data.name}: {adapter.name} cannot take {_held(data)}: {reason}",
+            "Arrays are called as the model's arguments; help(compressor.Adapter) has an adapter's.",
+        ) from error
+    if found != tuple(target.shape):
+        raise UsageError(
+            f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
+            "The target has the shape of what the model predicts.",
+        )
+    if isinstance(data, Records):
+        return adapter.exampled(inputs)
+    try:
+        adapter.example_inputs(1)
+    except CompressorError:
+        return adapter.exampled(inputs)
+    return adapter
+
+
+def _unmistakable(data: SampleSet) -> int:
+    """How many samples to ask with, so that no array of `data` passes for samples that all of them share."""
+    shared = (
+        {len(data.arrays[name]) for name in data.shared if data.arrays[name].dim()}
+        if isinstance(data, Records)
+        else set()
+    )
+    return next(size for size in count(2) if size not in shared)
+
+
+def _held(data: SampleSet) -> str:
+    return f"its arrays ({data.describe()})" if isinstance(data, Records) else f"its images {data.shape}"
+
+
+def check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:
+    """Refuse data that the model cannot take, or that was not brought to `size`, before anything is trained on it."""
+    if size is not None and (data.shape is None or data.shape[1:] != (size, size)):
+        raise UsageError(
+            f"loading.size: {data.name} holds {'records' if data.shape is None else f'images {data.shape}'}",
+            "Only pictures of a folder or a Hugging Face set are resized: leave loading.size out.",
+        )
+    expected = adapter.image_shape
+    if expected is not None and data.shape not in (None, expected):
+        raise UsageError(
+            f"{data.name}: images are {data.shape}, {adapter.name} takes {expected}",
+            "Channels, height and width must agree; resize the images, or choose another model.",
+        )
+    if isinstance(data, Records):
+        return
+    labels = data.labels if isinstance(data, ImageSet) else None
+    if adapter.num_classes and (
+        labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < adapter.num_classes
+    ):
+        found = "none" if labels is None else f"{int(labels.min())} to {int(labels.max())}"
+        raise UsageError(
+            f"{data.name}: labels are {found}, {adapter.name} takes 0 to {adapter.num_classes - 1}",
+            "Give a folder with a subfolder per class, or an .npz file with an array `labels`.",
+        )
+
+
+def check_metric(metric: Metric, recipe: Recipe, pictures: SampleSet, count: int) -> None:
+    """Refuse pictures that cannot be measured, or not with so few samples."""
+    if not isinstance(pictures, ImageSet):
+        raise UsageError(
+            f"{metric.name} compares images, and {pictures.name} holds records",
+            "Measure no such metric: --set evaluate.metric=null",
+        )
+    if recipe.evaluate.drawn < 2 or count < 4:
+        raise UsageError(
+            f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {count}",
+            "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
+        )
+    metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
