@@ -315,4 +315,9 @@ def test_two_methods_at_once_are_refused(tmp_path, cli):
 
 
 def test_resume_takes_no_other_settings(tmp_path, cli):
-    assert cli("run", "--resume", "--steps", 5, "--out", tmp_path / "out").code == 2
+    out = tmp_path / "out"
+    given = ("--method", "magnitude", "--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0", "--out", out)
+    assert cli("run", "--steps", 0, *given).code == 0
+    done = cli("run", "--resume", "--steps", 5, *given)
+    assert done.code == 2 and "train.steps is 0 there, not 5" in done.err
+    assert cli("run", "--resume", "--overwrite", "--out", out).code == 2

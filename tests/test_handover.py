@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import compressor.report as report_package
 from compressor import comparison, files, registry, weights
 from compressor.plugins.magnitude import Magnitude
-from compressor.runs import inputs
+from compressor.runs import inputs, start
 from compressor.saving import model as saved_models
 
 
@@ -77,7 +77,7 @@ def test_a_comparison_is_planned_on_one_model_and_one_set_of_data(
     folder.mkdir()
     for index in range(6):
         (tmp_path / f"{index}.png").rename(folder / f"{index}.png")
-    decoded = counted(monkeypatch, inputs, "read_data", lambda *_: "data")
+    decoded = counted(monkeypatch, start, "read_data", lambda *_: "data")
     read = counted(monkeypatch, weights, "load_file", lambda _, path, *__: Path(path).name)
     common = {"weights": str(pretrained), "data": str(folder), "evaluate": {"samples": 0}}
     wanted = comparison.planned(["magnitude", "sparsedm", "structured"], [], None, common, seeds=1)

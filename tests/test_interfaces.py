@@ -232,6 +232,10 @@ KNOWN_NAMES = {
     ("compressor/recipe.py", "uvit-digits"): "the model of a recipe that names none",
     ("compressor/recipe.py", "sparsedm"): "the method of a recipe that names none",
     ("compressor/data/outsized.py", "depth"): "a setting of models in configurations, which is no pruner",
+    ("compressor/cli/train.py", "dense-continued"): "what training without masks is",
+    ("compressor/runs/machine.py", "fid"): "an extra of this package, which `doctor` looks for",
+    ("compressor/runs/machine.py", "nni"): "an extra of this package, which `doctor` looks for",
+    ("compressor/report/in_short.py", "fid"): "whose features a reader may know",
     ("compressor/environment.py", "diffusers"): "the library, whose version a report has",
 }
 

@@ -70,7 +70,7 @@ def test_a_state_that_is_elsewhere_gives_the_numbers_of_adamw(adapter: Adapter, 
 
 
 def test_hooks_of_an_optimizer_whose_state_visits_are_called_once(model: nn.Module) -> None:
-    optimizer = optimizer_of(Training(offload=["optimizer"]), model.parameters())
+    optimizer = optimizer_of(Training(offload=["optimizer"]), model.parameters(), torch.device("cpu"))
     assert isinstance(optimizer, Visiting)
     called = []
     optimizer.register_step_pre_hook(lambda *_: called.append("before"))
@@ -101,7 +101,7 @@ def test_moments_in_8_bits_take_a_quarter_and_learn_as_well(adapter: Adapter, sa
 def test_a_state_is_stored_in_plain_tensors_and_revived(model: nn.Module) -> None:
     pytest.importorskip("torchao")
     weight = nn.Parameter(torch.randn(64, 64))
-    optimizer = optimizer_of(Training(optimizer="adamw-8bit"), [weight])
+    optimizer = optimizer_of(Training(optimizer="adamw-8bit"), [weight], torch.device("cpu"))
     weight.grad = torch.randn(64, 64)
     optimizer.step()
     before = optimizer.state_dict()

@@ -60,7 +60,7 @@ TRAP = "import pathlib; pathlib.Path({path!r}).write_text('ran')"
 def test_a_worker_runs_no_file_of_the_working_folder(here, tmp_path):
     for name in ("einops", "json", "torch", "multiprocessing", "encodings"):
         (here / f"{name}.py").write_text(TRAP.format(path=str(tmp_path / "trapped")))
-    worker = crew._started(None, 1)
+    worker = crew._started(None, 1, "here")
     worker.process.stdin.close()
     assert worker.process.wait(120) == 0
     worker.process.stdout.close()
@@ -343,15 +343,18 @@ GIVEN = {
     "sample": ("run",),
     "inspect": ("uvit-digits",),
     "merge-lora": ("run", "lora.safetensors"),
+    "train": (),
+    "evaluate": ("run",),
+    "push": ("run", "owner/name"),
 }
 
 
-SHARED = {"run", "resume", "record", "sample"}
+SHARED = {"run", "resume", "record", "sample", "train"}
 """The commands that the processes of a launch do together; see test_ranks.py."""
 
 
 def test_commands_that_are_not_shared_and_launchers_that_say_no_place_to_meet_are_refused(cli, here, monkeypatch):
-    assert set(GIVEN) == set(app.list_commands(click.Context(app))) - {"list"}
+    assert set(GIVEN) == set(app.list_commands(click.Context(app))) - {"list", "doctor"}
     for size, rank in (("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
         with monkeypatch.context() as launched:
             launched.setenv(size, "2")

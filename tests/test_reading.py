@@ -584,7 +584,7 @@ def trained(out: Path) -> tuple[str, dict[str, Any]]:
 
 def test_a_run_on_a_folder_is_the_same_with_workers_and_without_memory(cli: Any, folder: Path, tmp_path: Path) -> None:
     damage(folder)
-    arguments = ("--data", folder, "--set", "flip=true", "--set", "loading.skip_damaged=true")
+    arguments = ("--model", "uvit-digits", "--data", folder, "--set", "flip=true", "--set", "loading.skip_damaged=true")
     first = cli.trial(tmp_path / "memory", *arguments)
     second = cli.trial(tmp_path / "lazy", *arguments, "--set", "cache_mb=0", "--set", "workers=2")
     assert (first.code, second.code) == (0, 0), first.err + second.err
@@ -629,5 +629,6 @@ def test_a_metric_of_images_refuses_records(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_name_of_a_hugging_face_set_stays_as_it_is_in_the_recipe() -> None:
-    assert inputs.resolve({"data": "hf:owner/name:train"}, "here").data == "hf:owner/name:train"
+    hub = {"model": "uvit-digits", "data": "hf:owner/name:train"}
+    assert inputs.resolve(hub, "here").data == "hf:owner/name:train"
     assert inputs.resolve({"data": "name"}, "here").data == os.path.abspath("name")

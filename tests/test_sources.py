@@ -21,7 +21,11 @@ from compressor.weights import untied_state
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 UVIT, DIT = PUBLISHED["uvit"], PUBLISHED["dit"]
-PROCESSES = {name: one["process"] for name, one in {**UVIT, **DIT}.items()} | PUBLISHED["ddpm"] | {"uvit-digits": "vp"}
+PROCESSES = (
+    {name: one["process"] for name, one in {**UVIT, **DIT}.items()}
+    | PUBLISHED["ddpm"]
+    | {"uvit-digits": "vp", "uvit": "vp"}
+)
 SMALL = {
     "uvit": {"embed_dim": 8, "depth": 2, "num_heads": 2, "img_size": 8},
     "dit": {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8},

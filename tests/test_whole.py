@@ -424,8 +424,9 @@ def test_an_edited_run_json_is_not_reported(finished, tmp_path, cli) -> None:
 
 
 def test_other_versions_are_recorded_and_said() -> None:
-    before = {"versions": {"torch": "1", "numpy": "2"}, "hardware": "a, 2 threads", "platform": "x"}
-    now = {"versions": {"torch": "3", "numpy": "2"}, "hardware": "a, 1 threads", "platform": "x"}
+    same = {"platform": "x", "arithmetic": {"passes": "float32", "optimizer": "AdamW"}}
+    before = {"versions": {"torch": "1", "numpy": "2"}, "hardware": "a, 2 threads", **same}
+    now = {"versions": {"torch": "3", "numpy": "2"}, "hardware": "a, 1 threads", **same}
     found = dict(before)
     assert facts.resumed(found, now, 4) == ["torch 1, now 3", "hardware a, 2 threads, now a, 1 threads"]
     assert found["resumed"] == [{"step": 4, **now}]

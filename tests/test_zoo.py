@@ -27,7 +27,7 @@ PUBLISHED = {
     "dit-xl-2-512": (675, 524.6),
 }
 BUNDLED = ("uvit-digits", "ddpm-digits")
-FROM_WEIGHTS = ("ddpm", "diffusers", "dit")
+FROM_WEIGHTS = ("ddpm", "diffusers", "dit", "uvit")
 
 
 def sketch(name):

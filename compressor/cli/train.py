@@ -13,7 +13,7 @@ from compressor.cli.run import begin
 from compressor.cli.terminal import Output
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @options(
     click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="A recipe (YAML)."),
     setting(

@@ -110,8 +110,7 @@ class ReadyForTensorRT:
         return [
             *found,
             f"build, in {self.path.parent}: {self.command}",
-            "next: look for lines with (Sparsity) in its output: eligible layers, and those for which a sparse kernel was faster. "
-            "See docs/onnx.md.",
+            "next: look for lines with (Sparsity) in its output: eligible layers, and those for which a sparse kernel was faster.",
         ]
 
 

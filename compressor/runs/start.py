@@ -79,7 +79,8 @@ def started(recipe: Recipe, adapter: Adapter) -> nn.Module:
 def refuse_unasked(recipe: Recipe, named: bool) -> None:
     """Raise UsageError where pictures were given and no model was `named`: they would be made to fit the small default model."""
     pictures = recipe.data is not None and (recipe.data.startswith("hf:") or Path(recipe.data).is_dir())
-    if pictures and recipe.pipeline is None and not named and recipe.data not in registry.names("data"):
+    told = named or recipe.weights is not None or recipe.pipeline is not None
+    if pictures and not told and recipe.data not in registry.names("data"):
         raise UsageError(
             f"data is {recipe.data}, and no model was chosen: the default, {recipe.model}, is for 8x8 digits",
             "Give --model NAME with its --weights, or train one on the data: compressor train --model uvit --data …",
