@@ -68,7 +68,7 @@ def test_every_block_is_run_or_says_why_not(page):
     assert text.count("\n```") == 2 * len(blocks(page)), "a fence that is indented, or not closed"
     written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for block in blocks(page):
-        assert block.language in ("python", "console", "json", "toml", "yaml", "text"), block
+        assert block.language in ("python", "console", "bash", "json", "toml", "yaml", "text"), block
         if block.tested:
             assert f"def {block.tested}(" in written, block.tested
         elif block.language == "json":

@@ -40,7 +40,10 @@ def colours(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=sorted(SMALL))
+@pytest.fixture(
+    scope="module",
+    params=["uvit", pytest.param("ddpm", marks=pytest.mark.slow), pytest.param("dit", marks=pytest.mark.slow)],
+)
 def trained(request, tmp_path_factory, cli, colours):
     """A small model of each family, trained for three steps; (its name, its run)."""
     out = tmp_path_factory.mktemp(request.param) / "run"
