@@ -258,7 +258,7 @@ def test_two_workers_and_a_comparison_without_a_metric(cli, tmp_path):
     assert outcome.code == 0, outcome.err
     report = report_of(out)
     assert {entry["label"]: len(entry["cells"]) for entry in report["entries"]} == {"magnitude": 1, "sparsedm": 1}
-    assert report["compared_by"] == "prediction_error" and "lowest prediction error" in outcome.out
+    assert report["compared_by"] == "prediction_error" and "No verdict on uvit-digits" in outcome.out
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 3  # no quality to trade off
 
 

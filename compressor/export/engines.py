@@ -67,6 +67,7 @@ def has_openvino() -> bool:
     return all(find_spec(name) is not None for name in OPENVINO_PACKAGES)
 
 
+@_signal_stack_kept()
 def engines(
     model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False
 ) -> tuple[list[Engine], dict[str, str]]:
@@ -124,6 +125,7 @@ def _openvino_int8(path: Path, adapter: Adapter) -> Engine:
     return Engine(f"{OPENVINO}, int8", "int8", _compiled(core, made, "f32"))
 
 
+@_signal_stack_kept()
 def _compiled(core: Any, graph: Any, precision: str) -> Callable[[Any], Tensor]:
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -132,8 +134,7 @@ def _compiled(core: Any, graph: Any, precision: str) -> Callable[[Any], Tensor]:
         "ENABLE_HYPER_THREADING": False,
     }
     try:
-        with _signal_stack_kept():
-            compiled = core.compile_model(graph, "CPU", settings)
+        compiled = core.compile_model(graph, "CPU", settings)
     except Exception as error:  # openvino's own
         raise CompressorError(f"OpenVINO: {first_line(error)}") from error
     request = compiled.create_infer_request()

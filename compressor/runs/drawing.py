@@ -90,7 +90,8 @@ def _drawn(wanted: Draw, out: Path, processes: int, folder: Path, adapter: Adapt
         "weights_sha256": saving.read_config(folder).weights_sha256,
         "shape": list(images.shape),
     }
-    labels = [adapter.drawn_labels(len(found[first]), _noise_of(wanted, first)) for first in starts]
+    sizes = {first: min(wanted.batch_size, wanted.n - first) for first in starts}
+    labels = [adapter.drawn_labels(sizes[first], _noise_of(wanted, first)) for first in starts]
     facts["labels"] = [label for batch in labels if batch is not None for label in batch.tolist()] or None
 
     def write(target: Path) -> None:
