@@ -17,7 +17,7 @@ from torch import nn
 
 from compressor import recipe as recipes
 from compressor import registry, validation
-from compressor.adapter import Adapter, Sampling
+from compressor.adapter import Adapter, Sampling, with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
 from compressor.data.latents import Autoencoder
@@ -92,9 +92,9 @@ class Inputs:
     def unfit(self) -> str:
         """A sentence on what the rules choose and the pattern does not fit, where that is a twentieth of the weights or more."""
         recipe, pattern = self.recipe, self.pruner.pattern
-        rules = (recipe.targets or self.adapter.targets, recipe.ignore or self.adapter.ignore)
+        rules = with_rules(self.adapter, recipe.targets, recipe.ignore)
         every = {name for name, _ in self.model.named_parameters()} if self.pruner.targets(self.model) else set()
-        wanted = select(self.model, Unstructured(1.0), every, *rules)
+        wanted = select(self.model, Unstructured(1.0), every, rules.targets, rules.ignore)
         sizes = {one.name: one.weight.numel() for one in wanted if one.reason is None}
         left = {one.name: pattern.misfit(tuple(one.weight.shape)) for one in wanted if one.name in sizes}
         left = {name: reason for name, reason in left.items() if reason}
