@@ -29,7 +29,7 @@ from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
 from compressor.files import LOCK
 from compressor.quality.similarity import ssim
-from compressor.report import schema
+from compressor.report import limitations, read_report, schema
 from compressor.report.compared import ComparisonReport, Summary
 from compressor.runs import latency
 
@@ -70,6 +70,12 @@ def test_every_method_has_every_seed_and_the_same_budget(compared):
         assert list(entry["by_steps"]) == ["1"]
     rates = {json.dumps(entry["recipe_train"], sort_keys=True) for entry in report["entries"]}
     assert len(rates) == 1
+
+
+def test_what_it_will_take_is_told_before_the_first_training(compared):
+    said = compared[1].err
+    told = re.search(r"about .+ in all.*: 6 trainings of 3 steps.* of dense-continued, 12 times 32 samples", said)
+    assert told and told.start() < said.index("cells 0/")
 
 
 def test_a_cell_is_what_a_run_of_its_recipe_gives(compared, cli, tmp_path):
@@ -371,6 +377,15 @@ def test_entries_with_fewer_seeds_or_without_chance_are_said_to_be(compared):
     typed = ComparisonReport.model_validate(report)
     assert f"({first['label']}, over 1 seed)" in words.headline(typed)
     assert any(cell.endswith(", n = 1") for _, _, cells in words.rows(typed) for cell in cells)
+
+
+def test_a_sampler_that_diffusers_cannot_repeat_is_said_to_be_one(compared, finished):
+    report = {**report_of(compared[0]), "sampler": "DDIM, quadratic spacing"}
+    assert "spacing=trailing" in " ".join(words.limitations(ComparisonReport.model_validate(report)))
+    run = read_report(finished / "report.json")
+    assert "quadratic" not in " ".join(limitations.limitations(run)).lower()
+    changed = run.model_copy(update={"sampler": "DDIM, quadratic spacing"})
+    assert "--spacing trailing" in " ".join(limitations.limitations(changed))
 
 
 def judged(means, told, seeds=3):

@@ -136,7 +136,10 @@ def test_a_decoder_is_pruned_like_a_denoiser(folders, cli, tmp_path):
 
 def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     folder = folders("sd3")
-    assert cli(*command(folder, tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES)).code == 0
+    outcome = cli(*command(folder, tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES))
+    assert outcome.code == 0 and "sample one-shot" in outcome.err and "sample magnitude" not in outcome.err
+    bare, final = files.read_json(tmp_path / "run" / "report.json")["rows"][1:]
+    assert bare["drift"] == final["drift"] and len(final["drift"]) == 4  # the same weights, drawn once
     opened = open_pipeline(folder)
     written = open_pipeline(tmp_path / "run" / "pipeline")
     picture = files.read_json(next((Path(tmp_path) / "run").glob("recipe.yaml")).with_name("report.json"))["recipe"][

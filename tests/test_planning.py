@@ -22,6 +22,10 @@ def test_costs_are_those_of_the_run(cli, tmp_path, method):
         assert facts["after"][key] == pytest.approx(rows[-1][key], rel=1e-3)
     assert facts["fine_tuning"]["steps"] == 3
     assert facts["fine_tuning"]["seconds"] == pytest.approx(3 * facts["fine_tuning"]["seconds_per_step"])
+    evaluation = facts["evaluation"]
+    assert (evaluation["rows"], evaluation["samples"], evaluation["sampler_steps"]) == (3, 898, 25)
+    assert evaluation["seconds"] == evaluation["sampling_seconds"] + evaluation["latency_seconds"] > 0
+    assert facts["seconds"] == facts["fine_tuning"]["seconds"] + evaluation["seconds"]
     assert facts["lowering"] is None
     masked = [layer for layer in facts["layers"] if layer["pattern"]]
     assert len(masked) == (20 if method == "sparsedm" else 0)
@@ -33,6 +37,7 @@ def test_it_says_what_lowering_gains_and_which_layers_stay_dense(cli, tmp_path, 
     assert outcome.code == 0, outcome.err
     assert "15 of 25 layers get a mask" in outcome.out and "ignored by a rule" in outcome.out
     assert "as fast as the best dense form" in outcome.out and "fine-tuning" not in outcome.out
+    assert "evaluation: 2 rows of 898 samples in 25 steps" in outcome.out and "in all: about" in outcome.out
     assert list(tmp_path.iterdir()) == [tmp_path / "cache"]  # nothing else is written
 
 

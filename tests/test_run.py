@@ -267,6 +267,8 @@ def test_no_steps_is_one_shot_pruning(cli, tmp_path):
     assert outcome.code == 0, outcome.err
     _dense, one_shot, final = report_of(tmp_path / "run")["rows"]
     assert final["weights_sha256"] == one_shot["weights_sha256"]
+    assert "drift of one-shot" in outcome.err and "drift of sparsedm" not in outcome.err  # the same weights, once
+    assert (final["drift"], final["quality"]) == (one_shot["drift"], one_shot["quality"])
     assert metrics_of(tmp_path / "run") == []
     jsonschema.Draft202012Validator(SCHEMA).validate(report_of(tmp_path / "run"))
 

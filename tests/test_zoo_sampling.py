@@ -34,17 +34,22 @@ def bent(images, index):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("steps", [1, 10, 50])
-def test_ddim_is_that_of_diffusers(prediction, clip, steps):
+@pytest.mark.parametrize(("spacing", "called"), [("uniform", "leading"), ("trailing", "trailing")])
+def test_ddim_is_that_of_diffusers(prediction, clip, steps, spacing, called):
     process = Process(DISCRETE.log_alpha_bars, prediction, clip)
     theirs = diffusers.DDIMScheduler(
-        trained_betas=BETAS.tolist(), prediction_type=prediction, clip_sample=clip, set_alpha_to_one=True
+        trained_betas=BETAS.tolist(),
+        prediction_type=prediction,
+        clip_sample=clip,
+        set_alpha_to_one=True,
+        timestep_spacing=called,
     )
     theirs.set_timesteps(steps)
     noise = torch.randn(2, 1, 4, 4, generator=rng(), dtype=torch.float64)
     expected = noise
     for t in theirs.timesteps:
         expected = theirs.step(bent(expected, int(t)), t, expected, use_clipped_model_output=True).prev_sample
-    found = draw(bent, noise, process, Sampling("ddim", "uniform"), steps, rng())
+    found = draw(bent, noise, process, Sampling("ddim", spacing), steps, rng())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

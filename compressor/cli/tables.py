@@ -200,6 +200,11 @@ def planning_lines(facts: Mapping[str, Any]) -> list[str]:
     if (training := facts["fine_tuning"]) is not None:
         lines.append(
             f"fine-tuning: {training['steps']:,} steps at {1000 * training['seconds_per_step']:.0f} ms, about "
-            f"{training['seconds'] / 60:.1f} minutes, without evaluation"
+            f"{duration(training['seconds'])}"
         )
+    if (judging := facts["evaluation"])["seconds"]:
+        drawn = f"{judging['rows']} rows of {judging['samples']:,} samples in {judging['sampler_steps']} steps"
+        parts = {drawn: judging["sampling_seconds"], "timing": judging["latency_seconds"]}
+        lines.append(f"evaluation: {', '.join(f'{name} {duration(took)}' for name, took in parts.items() if took)}")
+    lines.append(f"in all: about {duration(facts['seconds'])}, besides loading and the metric") 
     return lines

@@ -19,6 +19,7 @@ from compressor import files, saving
 from compressor.comparison.claims import PATIENCE, Claims, refuse_shared
 from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
+from compressor.comparison.foretold import foretold
 from compressor.comparison.page import Outcome, written
 from compressor.comparison.worker import JOB, ROW, RUN, read_row
 from compressor.environment import environment, resolve_device
@@ -133,7 +134,10 @@ def conduct(
         _prepare(wanted, out)
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
-        with Crew(_devices(wanted, workers, devices), claims) as crew:
+        places = _devices(wanted, workers, devices)
+        every = [(cell, _place(cell, out)) for cell in (*wanted.trials(), *wanted.cells({}))]
+        yield from foretold(wanted, every, sum(place is not None for place in places))
+        with Crew(places, claims) as crew:
             yield from crew.carry_out([out / "dense"])
             if not (out / "dense" / ROW).is_file():
                 raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")

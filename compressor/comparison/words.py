@@ -7,6 +7,7 @@ from typing import Any
 
 from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
 from compressor.report.content import LOWERED
+from compressor.report.limitations import QUADRATIC
 from compressor.report.numbers import NONE, count, number, percent, size, with_interval
 from compressor.report.timings import ratio
 
@@ -326,12 +327,20 @@ def limitations(report: ComparisonReport) -> tuple[str, ...]:
     control = next((entry for entry in entries if not _pruned(report, entry)), None)
     if control is None and report.dense.quality:
         found.append("Without dense-continued, nobody knows what the same training does to the dense model.")
-    if report.dense.quality and report.metric:
-        found.append(
-            f"{report.metric.name} is measured on {report.evaluate['samples']} samples against "
-            f"{report.data.samples} real images; compare it only with values of the same setting."
-        )
-    return tuple(found)
+    return (*found, *_of_the_metric(report))
+
+
+def _of_the_metric(report: ComparisonReport) -> list[str]:
+    """What holds for its figures."""
+    if not report.dense.quality or report.metric is None:
+        return []
+    found = [
+        f"{report.metric.name} is measured on {report.evaluate['samples']} samples against "
+        f"{report.data.samples} real images; compare it only with values of the same setting."
+    ]
+    if "quadratic" in report.sampler:
+        found.append(f"{QUADRATIC}; figures that it can repeat come of `--set evaluate.spacing=trailing`.")
+    return found
 
 
 def _places(report: ComparisonReport) -> list[str]:

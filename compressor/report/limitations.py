@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from compressor.report.content import DENSE, ONNX, Report
 
+QUADRATIC = "Quadratic spacing of DDIM's steps is not among those of diffusers' schedulers"
+
 
 def limitations(report: Report) -> tuple[str, ...]:
     """What the reader must know, said from the facts of this run."""
@@ -45,6 +47,8 @@ def limitations(report: Report) -> tuple[str, ...]:
         found.append(
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
+    if "quadratic" in report.sampler and any(row.quality for row in report.rows):
+        found.append(f"{QUADRATIC}; figures that it can repeat come of `compressor evaluate DIR --spacing trailing`.")
     if final.latency and lowering is None:
         found.append("Latency is one machine's, in eager mode; the machine may have been busy with other work.")
     return tuple(found)

@@ -16,6 +16,7 @@ from compressor.report.content import DENSE
 from compressor.runs.inputs import Inputs
 from compressor.runs.latency import timed
 from compressor.runs.one_shot import OneShot, layer_rows
+from compressor.runs.pace import drawn_rows, evaluation_seconds
 from compressor.training.engine import FineTuning, Result
 from compressor.weights import in_float32
 
@@ -24,17 +25,20 @@ WARM_UP, PROBE = 2, 5
 
 def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, dict[str, Any]]:
     """The facts, as JSON: costs `before` and `after`, `layers`, whether structure is `removed`, `lowering` (None where not asked
-    for), `fine_tuning`.
+    for), `fine_tuning`, `evaluation`, and the `seconds` of both together.
 
     Costs and lowering are those of the method without fine-tuning, whose zeros lie where others will, but are as many. The time of
-    fine-tuning is that of a few steps, times their number.
+    fine-tuning is that of a few steps, times their number; that of evaluation follows from a few steps of the sampler, and leaves out
+    the metric, and a whole pipeline's pictures.
     """
     recipe = found.recipe
     yield Progress("one-shot", 0, 1)
     run = found.fine_tuning()
     result = run.one_shot()
     bare = OneShot.of(result)
-    fine_tuning = (yield from _probed(run)) if recipe.train.steps else None
+    fine_tuning = (yield from probed(run)) if recipe.train.steps else None
+    yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
+    evaluation = _evaluated(found)
     del run  # what training holds is not needed for what follows
     facts: dict[str, Any] = {
         "model": recipe.model,
@@ -49,6 +53,8 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
         "removed": result.surgery is not None,
         "lowering": None,
         "fine_tuning": fine_tuning,
+        "evaluation": evaluation,
+        "seconds": sum(part["seconds"] for part in (fine_tuning, evaluation) if part is not None),
     }
     if lower:
         facts["lowering"] = yield from _lowered(found, result)
@@ -80,7 +86,21 @@ def _lowered(found: Inputs, result: Result) -> Generator[Progress, None, dict[st
     return facts
 
 
-def _probed(run: FineTuning) -> Generator[Progress, None, dict[str, Any]]:
+def _evaluated(found: Inputs) -> dict[str, Any]:
+    """The time of evaluation, as far as it can be foretold."""
+    settings, by_stage = found.recipe.evaluate, evaluation_seconds(found)
+    timing = by_stage.pop("latency", 0.0)
+    return {
+        "rows": len(drawn_rows(found)) if by_stage else 0,
+        "samples": settings.drawn if by_stage else 0,
+        "sampler_steps": settings.sampler_steps,
+        "sampling_seconds": sum(by_stage.values()),
+        "latency_seconds": timing,
+        "seconds": sum(by_stage.values()) + timing,
+    }
+
+
+def probed(run: FineTuning) -> Generator[Progress, None, dict[str, Any]]:
     """The time of fine-tuning, from a few steps of `run`."""
     total, seconds = run.training.steps, []
     count = min(WARM_UP + PROBE, total)

@@ -79,6 +79,10 @@ class Judge:
         yield Progress(f"drift of {variant.name}", 0, 1)
         return Seen(images, self.predicted(variant.working))
 
+    def renamed(self, seen: Seen, was: str, name: str) -> Seen:
+        """`seen` of the row `was` as that of the row `name`, whose weights are the same."""
+        return seen
+
     def predicted(self, model: nn.Module) -> Tensor:
         """What `model` predicts on real data. The processes of a launch share the batches; the first one has them all."""
         here, inputs = team(), self.inputs

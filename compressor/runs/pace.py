@@ -43,7 +43,7 @@ def paced(inputs: Inputs, events: Generator[Progress, None, None]) -> Generator[
         if not probed:  # the run holds its directory by now, so that what is stopped here can be resumed
             probed = True
             yield from _handed(Progress("probe", 0, 1, "how long a sample and a forward pass take"), events)
-            expected.update(_evaluation_seconds(inputs))
+            expected.update(evaluation_seconds(inputs))
         if event.stage == "fine-tune":
             steps.tick(event.done)
             if (each := steps.seconds) is not None:
@@ -81,8 +81,9 @@ class Clock:
             self.seconds = median(self._times[n + 1] - self._times[n] for n in range(_FIRST, _LAST))
 
 
-def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
-    """The expected seconds of each stage of evaluation, by the stage's name."""
+def evaluation_seconds(inputs: Inputs) -> dict[str, float]:
+    """The expected seconds of each stage of a run's evaluation that can be foretold, by the stage's name: sampling of each row, and
+    `latency`. Not of a whole pipeline's pictures, nor of the metric."""
     recipe, adapter = inputs.recipe, inputs.adapter
     settings = recipe.evaluate
     device = resolve_device(recipe.train.device)
@@ -92,7 +93,7 @@ def _evaluation_seconds(inputs: Inputs) -> dict[str, float]:
     seconds: dict[str, float] = {}
     if can_sample(adapter) and settings.drawn:
         row = sampling_seconds(adapter, model, settings)
-        seconds |= {f"sample {name}": row for name in names}
+        seconds |= {f"sample {name}": row for name in drawn_rows(inputs)}
     if settings.latency_rounds:
         with suppress(CompressorError), torch.no_grad():  # no example inputs: nothing will be timed
             example = to_device(adapter.example_inputs(settings.latency_batch), device)
@@ -142,6 +143,12 @@ def _rows(inputs: Inputs) -> tuple[str, ...]:
     return (inputs.method,) if inputs.recipe.from_scratch else (DENSE, ONE_SHOT, inputs.method)
 
 
+def drawn_rows(inputs: Inputs) -> tuple[str, ...]:
+    """Those that are sampled: without training the last two are the same weights."""
+    names = _rows(inputs)
+    return names if inputs.recipe.train.steps or len(names) == 1 else names[:-1]
+
+
 def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
     """What the run will take, in all and by phase, and what was chosen for it."""
     settings = inputs.recipe.evaluate
@@ -149,7 +156,7 @@ def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
     phases = {
         "so far": gone,
         f"fine-tuning ({inputs.recipe.train.steps:,} steps)": expected.get("fine-tune", 0.0),
-        f"sampling ({len(_rows(inputs))} rows of {settings.drawn:,} in {settings.sampler_steps} steps)": sampling,
+        f"sampling ({len(drawn_rows(inputs))} rows of {settings.drawn:,} in {settings.sampler_steps} steps)": sampling,
         "latency": expected.get("latency", 0.0),
     }
     parts = [f"{name} {duration(value)}" for name, value in phases.items() if value >= _SILENT]

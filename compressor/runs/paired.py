@@ -62,6 +62,12 @@ class PairedJudge(Judge):
             self.prompts = [text for text, own in zip(texts, images, strict=True) for _ in own]
         return Seen(self.drawn_by.get(variant.name), predictions)
 
+    def renamed(self, seen: Seen, was: str, name: str) -> Seen:
+        self.latents[name] = self.latents[was]
+        if was in self.drawn_by:
+            self.drawn_by[name] = self.drawn_by[was]
+        return seen
+
     def row(
         self, variant: Variant, seen: Seen, dense: Seen | None, sheet: Path | None
     ) -> Generator[Progress, None, Row]:

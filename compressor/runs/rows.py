@@ -17,7 +17,7 @@ from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, L
 from compressor.report.limitations import limitations
 from compressor.runs import facts
 from compressor.runs.inputs import Inputs
-from compressor.runs.judge import Judge, Variant
+from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
 from compressor.runs.paired import PairedJudge
 from compressor.runs.saved import Finished
@@ -70,8 +70,13 @@ def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Gener
         yield from judge.look()
     rows: list[Row] = []
     dense = None
+    last: tuple[Variant, Seen] | None = None
     for variant in variants:
-        seen = yield from judge.seen(variant)
+        if last is not None and last[0].weights_sha256 == variant.weights_sha256:  # without training: not drawn twice
+            seen = judge.renamed(last[1], last[0].name, variant.name)
+        else:
+            seen = yield from judge.seen(variant)
+        last = variant, seen
         if not leads:
             continue
         rows.append((yield from judge.row(variant, seen, dense, samples / f"{file_name(variant.name)}.png")))
