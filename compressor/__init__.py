@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compressor.sparsity.notation import parse
     from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
     from compressor.sparsity.surgery import Surgery
+    from compressor.training.average import Average
     from compressor.training.engine import FineTuning, Result, Step, choose_layers, steps
     from compressor.training.in_place import prune_
     from compressor.training.pruner import Objective, Preset, Pruner, found
@@ -50,6 +51,7 @@ _HOMES = {
     "sparsity.notation": ("parse",),
     "sparsity.pattern": ("NM", "Mask", "Pattern", "Unstructured"),
     "sparsity.surgery": ("Surgery",),
+    "training.average": ("Average",),
     "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "steps"),
     "training.in_place": ("prune_",),
     "training.pruner": ("Objective", "Preset", "Pruner", "found"),
@@ -61,6 +63,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "NM",
     "Adapter",
+    "Average",
     "Backend",
     "CompressorError",
     "Estimator",

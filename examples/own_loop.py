@@ -25,13 +25,8 @@ def main() -> None:
     prepared, stepping = accelerator.prepare(model, optimizer)
 
     weights = {name: p for name, p in model.named_parameters() if name.endswith("weight")}  # 1
-    shadow = compressor.Shadow(
-        weights, pruner := SparseDM(), optimizer
-    )  # 2: the optimizer itself, not what accelerate made of it
-    # An average of the model's sparse weights would not be sparse: average what is behind them.
-    average = {name: p.detach().clone() for name, p in model.named_parameters()} | {
-        name: dense.clone() for name, dense in shadow.dense.items()
-    }
+    shadow = compressor.Shadow(weights, SparseDM(), stepping)  # 2
+    average = compressor.Average(model, shadow, DECAY)  # of the dense weights: one of sparse weights is not sparse
 
     basis = torch.randn(4, 16)
     for step in range(STEPS):
@@ -42,14 +37,10 @@ def main() -> None:
         shadow.progress = (step + 1) / STEPS  # 3
         stepping.step()
         stepping.zero_grad()
-        for name, value in ({name: p.detach() for name, p in model.named_parameters()} | shadow.dense).items():
-            average[name].lerp_(value, 1 - DECAY)
+        average.update()
     shadow.close()  # 4
 
-    masks = pruner.masks({name: average[name] for name in weights}, 1.0, shadow.masks)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(masks[name].apply(average[name]) if name in masks else average[name])
+    masks = average.write_()
     zeros = sum(int((weights[name] == 0).sum()) for name in masks) / sum(weights[name].numel() for name in masks)
     print(f"loss {loss.item():.3f}, zeros {zeros:.1%}")
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,7 @@ BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "public.json").read
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 NEW_NAMES = {
+    "Average",
     "Merged",
     "Recording",
     "apply",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor import NM, CompressorError, Estimator, Exact, Mask, Pruner, Shadow, StraightThrough
+from compressor import NM, Average, CompressorError, Estimator, Exact, Mask, Pruner, Shadow, StraightThrough
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SRSTE
 
@@ -317,3 +318,90 @@ def test_a_restored_shadow_holds_the_same_weights_and_masks(
         assert torch.equal(copy.masks[name].keep, shadow.masks[name].keep)
         assert torch.equal(weight, weights_of(model)[name])
         assert int(copy.flipped[name]) == int(shadow.flipped[name])
+
+
+# --- An average of the weights. ---
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+class Loop:
+    """A training loop of a user's own, with an average beside it."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.model = small()
+        self.optimizer = adamw(self.model.parameters())
+        self.shadow = Shadow(weights_of(self.model), Renewing(), self.optimizer)
+        self.average = Average(self.model, self.shadow, decay)
+
+    def step(self, number: int) -> None:
+        batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+        self.model(batch).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_an_average_is_of_dense_weights_and_is_masked_once() -> None:
+    loop = Loop()
+    parameters = dict(loop.model.named_parameters())
+    dense = {name: value.clone() for name, value in {**parameters, **loop.shadow.dense}.items()}
+    usual = {name: value.detach().clone() for name, value in parameters.items()}
+    for number in range(30):
+        loop.step(number)
+        loop.average.update()
+        share = 1 - min(0.9, (1 + number) / (10 + number))
+        for name, value in parameters.items():
+            dense[name] = dense[name] + share * (loop.shadow.dense.get(name, value).detach() - dense[name])
+            usual[name].lerp_(value.detach(), share)
+    masks = loop.average.write_()
+    assert masks.keys() == loop.shadow.weights.keys()
+    for name, value in parameters.items():
+        keep = PATTERN.mask(dense[name].abs()).keep if name in masks else torch.ones_like(value, dtype=torch.bool)
+        torch.testing.assert_close(value.detach(), (dense[name] * keep).detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(CompressorError):  # what it is there for: an average of sparse weights
+        for name in masks:
+            PATTERN.verify(usual[name])
+
+
+def test_an_average_is_looked_at_without_a_trace() -> None:
+    loops = Loop(), Loop()
+    for number in range(12):
+        for loop in loops:
+            loop.step(number)
+            loop.average.update()
+        with loops[0].average.applied() as masks:
+            assert not torch.equal(loops[0].model[0].weight, loops[1].model[0].weight)
+            for name, mask in masks.items():
+                mask.pattern.verify(loops[0].model.get_parameter(name))
+        with pytest.raises(KeyboardInterrupt), loops[0].average.applied():
+            raise KeyboardInterrupt
+    for one, other in zip(loops[0].model.parameters(), loops[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_average_goes_on_where_it_was() -> None:
+    first, second = Loop(), Loop()
+    for number in range(9):
+        for loop in (first, second):
+            loop.step(number)
+        first.average.update()
+        if number == 4:
+            second.average.restore(copy.deepcopy(first.average.state()))
+        elif number > 4:
+            second.average.update()
+    assert first.average.updates == second.average.updates == 9
+    for name, value in first.average.values.items():
+        assert torch.equal(value, second.average.values[name])
+    with pytest.raises(CompressorError, match="another model"):
+        first.average.restore({"updates": 1, "values": {"0.weight": torch.zeros(1)}})
+
+
+def test_what_no_average_can_be_made_of_is_refused() -> None:
+    loop = Loop()
+    with pytest.raises(CompressorError, match="decay 1.0"):
+        Average(loop.model, loop.shadow, 1.0)
+    with pytest.raises(CompressorError, match="no parameter of this model"):
+        Average(small(1), loop.shadow)

@@ -81,4 +81,9 @@ class Training(BaseModel):
 
     def ema_at(self, step: int) -> float:
         """The EMA decay of `step`: `ema`, reached gradually so that a short run does not average in its start."""
-        return min(self.ema, (1 + step) / (10 + step))
+        return gradual(self.ema, step)
+
+
+def gradual(decay: float, step: int) -> float:
+    """The decay of an average at its update number `step`, from 0: `decay`, reached gradually."""
+    return min(decay, (1 + step) / (10 + step))

@@ -70,6 +70,11 @@ class Shadow:
         self._renew_masks()
         self.flipped: dict[str, Tensor] = {name: torch.zeros_like(count) for name, count in self.flips.items()}
 
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that it was made for, by the names that it was given."""
+        return self._weights
+
     def close(self) -> None:
         """Take the hooks off the optimizer; the model keeps its sparse weights."""
         for handle in self._handles:
