@@ -362,8 +362,7 @@ def test_an_average_is_of_dense_weights_and_is_masked_once() -> None:
         keep = PATTERN.mask(dense[name].abs()).keep if name in masks else torch.ones_like(value, dtype=torch.bool)
         torch.testing.assert_close(value.detach(), (dense[name] * keep).detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(CompressorError):  # what it is there for: an average of sparse weights
-        for name in masks:
-            PATTERN.verify(usual[name])
+        PATTERN.verify(usual["0.weight"])
 
 
 def test_an_average_is_looked_at_without_a_trace() -> None:
@@ -401,7 +400,7 @@ def test_an_average_goes_on_where_it_was() -> None:
 
 def test_what_no_average_can_be_made_of_is_refused() -> None:
     loop = Loop()
-    with pytest.raises(CompressorError, match="decay 1.0"):
+    with pytest.raises(CompressorError, match=r"decay 1\.0"):
         Average(loop.model, loop.shadow, 1.0)
     with pytest.raises(CompressorError, match="no parameter of this model"):
         Average(small(1), loop.shadow)

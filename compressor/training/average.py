@@ -30,12 +30,16 @@ class Average:
 
     def __init__(self, model: nn.Module, shadow: Shadow, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise UsageError(f"decay {decay!r}", "Give a share from 0 to below 1: 0.9999 averages over some 10,000 steps.")
+            raise UsageError(
+                f"decay {decay!r}", "Give a share from 0 to below 1: 0.9999 averages over some 10,000 steps."
+            )
         self.decay, self.updates = decay, 0
         self._shadow, self._parameters = shadow, dict(model.named_parameters())
         self._names = {name: _named(name, weight, self._parameters) for name, weight in shadow.weights.items()}
         if cut := [name for name, weight in self._parameters.items() if is_cut(weight)]:
-            raise UsageError(f"{cut[0]} is spread over processes", "`compressor run` averages under FSDP2; here, use DDP.")
+            raise UsageError(
+                f"{cut[0]} is spread over processes", "`compressor run` averages under FSDP2; here, use DDP."
+            )
         self.values: dict[str, Tensor] = {name: value.clone() for name, value in self._now().items()}
 
     @torch.no_grad()
