@@ -2,6 +2,8 @@
 
 A room is a file or a folder directly under `compressor/`. An import inside a function counts as one at the top does: it is only
 later. Imports for type checkers alone may lead anywhere but up.
+
+`python tests/test_layout.py` draws the rooms and their arrows anew, in docs/design.md.
 """
 
 from __future__ import annotations
@@ -229,6 +231,37 @@ def test_the_house_has_few_doors() -> None:
     assert len(doors) <= MOST_ROOMS
 
 
+DESIGN = ROOT / "docs" / "design.md"
+BEGINS, ENDS = "<!-- not run: drawn by tests/test_layout.py -->\n```text\n", "```"
+
+
+def drawing() -> str:
+    """Every room on its floor, from the top, with the rooms that it imports at run time, the nearest floors first.
+
+    What `errors` gives, everybody needs: it is left out.
+    """
+    leads = {(room(arrow.source), room(arrow.target)) for arrow in RUN}
+    width = max(len(name) for rooms in FLOORS for name in rooms)
+    lines = []
+    for number, rooms in reversed(list(enumerate(FLOORS, 1))):
+        for place, name in enumerate(sorted(rooms)):
+            below = {target for source, target in leads if source == name} - {name, FRONT, "errors"}
+            targets = ", ".join(sorted(below, key=lambda other: (-floor(other), other)))
+            lines.append(f"{'' if place else number:>2}  {name:{width}}{f'  -> {targets}' if targets else ''}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def drawn(page: str, picture: str) -> str:
+    """`page` with `picture` in the place of the one that it has."""
+    start = page.index(BEGINS) + len(BEGINS)
+    return page[:start] + picture + page[page.index(ENDS, start) :]
+
+
+def test_the_drawing_of_the_rooms_is_that_of_the_imports() -> None:
+    page = DESIGN.read_text(encoding="utf-8")
+    assert page == drawn(page, drawing()), "python tests/test_layout.py draws it anew"
+
+
 # --- The checks can fail. ---
 
 
@@ -264,3 +297,7 @@ def test_circles_are_found() -> None:
 
 def test_long_functions_are_found() -> None:
     assert long_functions("def f():\n    pass\n\n\ndef g():\n    a = 1\n    return a\n", most=2) == {"g"}
+
+
+if __name__ == "__main__":
+    DESIGN.write_text(drawn(DESIGN.read_text(encoding="utf-8"), drawing()), encoding="utf-8")
