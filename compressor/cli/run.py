@@ -45,21 +45,15 @@ def run(
 
     Without options: the bundled U-ViT, 2:4, SparseDM, on bundled images, in a few minutes on a CPU.
     """
-    if resumes and _resumed(output, config, settings, assignments, out, overwrite, log_with):
+    recipe = resolved_recipe(config, settings, assignments)
+    given = bool(config or assignments or settings)
+    if resumes and _resumed(output, recipe if given else None, out, overwrite, log_with):
         return
-    begin(output, config, settings, assignments, out, overwrite, log_with=log_with)
+    begin(output, recipe, out, overwrite, log_with=log_with)
 
 
-def _resumed(
-    output: Output,
-    config: Path | None,
-    settings: dict[str, Any],
-    assignments: tuple[str, ...],
-    out: Path | None,
-    overwrite: bool,
-    log_with: tuple[str, ...],
-) -> bool:
-    """Continue the run in `out`; False where settings are given and none has begun there: then it is to be started.
+def _resumed(output: Output, recipe: Recipe | None, out: Path | None, overwrite: bool, log_with: Sequence[str]) -> bool:
+    """Continue the run in `out`; False where a `recipe` is given and none has begun there: then it is to be started.
 
     So the same command can be given again, by a queue that starts jobs anew.
     """
@@ -69,26 +63,23 @@ def _resumed(
         raise UsageError("--resume needs the run's directory", "Give it with --out DIR.")
     if overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "Give one of them.")
-    given = bool(config or assignments or settings)
     begun = (out / RECIPE).is_file()
-    if given and begun:
-        refuse_other_settings(out, resolved_recipe(config, settings, assignments))
-    if begun or not given:
+    if recipe is not None and begun:
+        refuse_other_settings(out, recipe)
+    if begun or recipe is None:
         _continue(out, output, log_with=log_with)
-    return begun or not given
+    return begun or recipe is None
 
 
 def begin(
     output: Output,
-    config: Path | None,
-    settings: dict[str, Any],
-    assignments: tuple[str, ...],
+    recipe: Recipe,
     out: Path | None,
     overwrite: bool,
     name: str | None = None,
     log_with: Sequence[str] = (),
 ) -> None:
-    """Start the run that the options say. Where no `out` is given, its directory is called by its model and `name` (its method)."""
+    """Start the run of `recipe`. Where no `out` is given, its directory is called by its model and `name` (its method)."""
     from compressor.data.sets import ImageSet
     from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
     from compressor.runs.inputs import prepared
@@ -98,7 +89,6 @@ def begin(
     from compressor.training.ranks import check_ranks
 
     names = checked_trackers(log_with)
-    recipe = resolved_recipe(config, settings, assignments)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
     here = team()
     check_ranks(recipe.train)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import budget_options, options, setting, tracking_option, training_options
+from compressor.cli.options import budget_options, options, resolved_recipe, setting, tracking_option, training_options
 from compressor.cli.run import begin
 from compressor.cli.terminal import Output
 
@@ -45,4 +45,4 @@ def train(
     Its size: --set architecture.embed_dim=256 and the like; docs/training.md. Prune it with `compressor run --weights DIR`.
     """
     dense = {"from_scratch": True, "method": "dense-continued"}
-    begin(output, config, {**settings, **dense}, assignments, out, overwrite, "trained", log_with)
+    begin(output, resolved_recipe(config, {**settings, **dense}, assignments), out, overwrite, "trained", log_with)
