@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint docs schema test-levels test-arm fuzz fuzz-readers soak test-nni wheel wheel-check
+.PHONY: demo test test-slow lint docs schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
 
 demo: $(STAMP)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -51,6 +51,10 @@ fuzz: $(STAMP)
 # Random kill -9 rounds over runs, comparisons, recordings and saves: what is continued ends bit for bit as what was left alone.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seed $(or $(SEED),0) --rounds $(or $(ROUNDS),50) --seconds $(or $(SECONDS),3600)
+
+# Pruning, saving, loading and lowering again and again in one process, which must not grow.
+cycles: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cycles.py --seed $(or $(SEED),0) --cycles $(or $(CYCLES),500)
 
 # Hostile files for every reader of files.
 fuzz-readers: $(STAMP)

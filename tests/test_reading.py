@@ -11,6 +11,7 @@ import pickle
 import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from compressor import CompressorError, Images, Samples, read_data
 from compressor.data.reading import plain_pickle
@@ -282,6 +283,33 @@ def test_a_picture_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypat
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(CompressorError, match=r"bomb.png: Image size \(1600 pixels\) exceeds limit"):
             read_data(tmp_path, RGB)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_small_file_that_claims_to_be_a_large_picture_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / f"claims.{kind.lower()}"
+    smooth(0, (10, 12)).save(path, kind)
+    content = path.read_bytes()
+    if kind == "PNG":
+        head = content[12:16] + struct.pack(">II", 10, 2**23) + content[24:29]
+        path.write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
+    else:  # the entry of the height, which is a SHORT or a LONG of 12
+        at = next(
+            i for i in range(len(content)) if content[i : i + 2] == b"\x01\x01" and content[i + 8 : i + 10] == b"\x0c\0"
+        )
+        path.write_bytes(content[: at + 2] + struct.pack("<HII", 4, 1, 2**23) + content[at + 12 :])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(CompressorError, match=r"bytes that claim to be 10x8388608 pixels"):
+        read_data(tmp_path, RGB)
+
+
+def test_a_large_picture_of_one_colour_packs_well_and_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (5000, 5000), (9, 99, 199)).save(tmp_path / "plain.png")  # 75 MB in some 80 kB
+    assert 500 < 5000 * 5000 * 3 / (tmp_path / "plain.png").stat().st_size < 1032
+    images = read_data(tmp_path, RGB).images(torch.arange(1))
+    assert torch.equal((images[0, :, 0, 0] * 127.5 + 127.5).round(), torch.tensor([9.0, 99.0, 199.0]))
 
 
 def test_pixels_of_unknown_range_and_formats_that_run_programs_are_refused(tmp_path: Path) -> None:

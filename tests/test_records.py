@@ -17,7 +17,7 @@ from torch import nn
 import compressor
 from compressor import CompressorError, Recording
 from compressor.data import calls as storage
-from compressor.data.calls import Call
+from compressor.data.calls import INDEX, Call
 from compressor.pipelines import recording as recorder
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import opened
@@ -182,6 +182,17 @@ def test_a_damaged_picture_is_named_and_made_again(pipe, tmp_path, cut):
     with pytest.raises(CompressorError, match="picture-00001"):
         Recording.opened(tmp_path / "records")
     assert made(pipe, tmp_path / "records").sha256 == records.sha256
+
+
+def test_a_recording_of_held_out_pictures_alone_is_refused(pipe, tmp_path):
+    made(pipe, tmp_path / "records")
+    path = tmp_path / "records" / INDEX
+    index = json.loads(path.read_text(encoding="utf-8"))
+    for picture in index["pictures"]:
+        picture["unseen"] = True
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(CompressorError, match="no calls to learn from"):
+        Recording.opened(tmp_path / "records")
 
 
 def test_a_flipped_bit_is_found_when_it_is_read(pipe, tmp_path):

@@ -192,7 +192,12 @@ class Recording(SampleSet):
         lost = next((ref for call in found._listed for ref in _references(call) if ref not in found._homes), None)
         if lost is not None:
             raise CompressorError(f"{folder}: a tensor of its calls is in none of its files", _AGAIN)
-        return found.part_of(unseen=False)
+        if not len(own := found.part_of(unseen=False)):
+            raise CompressorError(
+                f"{folder}: no calls to learn from: it has those of held-out pictures alone",
+                "Record again: `compressor record --n N --unseen K` holds K of its pictures out, besides N.",
+            )
+        return own
 
     def part_of(self, unseen: bool) -> Recording:
         """The calls of the pictures that fine-tuning leaves out, or of the others."""

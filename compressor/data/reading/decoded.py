@@ -26,6 +26,8 @@ from compressor.data.sets import Images, ImageSet, images_sha256
 from compressor.errors import CompressorError, first_line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows more, some of which run other programs
+_LARGEST, _RATIO = 64 * 2**20, 1100
+"""A picture may come to so many bytes, or to so many times those of its file: zlib, by which PNG is packed, reaches 1032."""
 _AT_ONCE = 64
 _SMALL = 2000  # fewer pictures than these are decoded before workers would have started
 
@@ -63,6 +65,8 @@ def decode(content: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             side = 4 * max(height, width)
             opened.draft(None, (side, side))  # a JPEG of ten megapixels need not be decoded in full
+            if math.prod(opened.size) * len(opened.getbands()) > max(_LARGEST, _RATIO * len(content)):
+                raise ValueError(f"{len(content)} bytes that claim to be {opened.width}x{opened.height} pixels")
             image = ImageOps.exif_transpose(_eight_bit(opened))
     if image.has_transparency_data:
         image = image.convert("RGBA")

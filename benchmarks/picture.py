@@ -1,0 +1,85 @@
+"""One picture of what pruning does to samples: a line per model, a column per noise, the same noise in all lines.
+
+    compressor run --config benchmarks/recipes/sparsedm.yaml --out runs/picture/published ...
+    python benchmarks/picture.py runs/picture/published runs/picture/best --names published best --out docs/samples.png
+
+The first lines are the dense model and its one-shot pruning, as the first run has them; then comes each run's own model. Nothing is
+chosen: the columns are the first ones of the sampler's order, with the seed of the runs' evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+import compressor
+from compressor import recipe as recipes
+from compressor.quality.evaluate import sample
+from compressor.report import read_report
+from compressor.report.content import DENSE, ONE_SHOT
+from compressor.runs.inputs import Inputs, load_inputs, resolve
+from compressor.weights import in_float32
+
+GAP, HEAD, SIZE = 3, 190, 56
+
+
+def drawn(found: Inputs, model: nn.Module, count: int) -> Tensor:
+    """The first `count` samples, (n, channels, h, w) in [-1, 1]."""
+    settings = found.recipe.evaluate.model_copy(update={"samples": count, "batch_size": count})
+    (images,) = sample(found.adapter, in_float32(model).eval(), settings)
+    return images
+
+
+def picture(image: Tensor) -> Image.Image:
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0)
+    factor = max(1, SIZE // max(image.shape[1:]))
+    made = Image.fromarray(pixels.contiguous().numpy())
+    return made.resize((made.width * factor, made.height * factor), Image.Resampling.NEAREST)
+
+
+def sheet(lines: dict[str, tuple[str, Tensor]]) -> Image.Image:
+    """A line for each entry: its name, what is to be said below it, its pictures."""
+    rows = {name: (said, [picture(image) for image in images]) for name, (said, images) in lines.items()}
+    size = max(one.width for _, row in rows.values() for one in row) + GAP
+    width = HEAD + size * max(len(row) for _, row in rows.values())
+    made = Image.new("RGB", (width + GAP, size * len(rows) + GAP), "white")
+    writer = ImageDraw.Draw(made)
+    for number, (name, (said, row)) in enumerate(rows.items()):
+        top = GAP + number * size
+        writer.text((8, top + size // 2 - 20), name, fill="black", font=ImageFont.load_default(17))
+        writer.text((8, top + size // 2 + 3), said, fill="#555555", font=ImageFont.load_default(12))
+        for column, one in enumerate(row):
+            made.paste(one, (HEAD + column * size, top))
+    return made
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("runs", type=Path, nargs="+")
+    options.add_argument("--names", nargs="+", help="what the models of the runs are called; default: their methods")
+    options.add_argument("--count", type=int, default=14)
+    options.add_argument("--out", type=Path, required=True)
+    given = options.parse_args()
+    reports = [read_report(run / "report.json") for run in given.runs]
+    inputs = [load_inputs(resolve(recipes.read(run / "recipe.yaml"), str(run))) for run in given.runs]
+    first = inputs[0]
+    figures = {row.name: row.quality[0] for row in reports[0].rows}
+    models = {"dense": (figures[DENSE], first.model), "one-shot 2:4": (figures[ONE_SHOT], first.one_shot().model)}
+    for place, (run, report) in enumerate(zip(given.runs, reports, strict=True)):
+        name = given.names[place] if given.names else report.method
+        models[name] = (report.final.quality[0], compressor.load(run))
+    made = sheet(
+        {
+            name: (f"{found.metric} {found.value:.3g}", drawn(first, model, given.count))
+            for name, (found, model) in models.items()
+        }
+    )
+    made.save(given.out, "PNG", optimize=True)
+    print(f"{given.out}: {made.width}x{made.height}, {given.out.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
