@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+CORE := $(VENV)/.core
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 TYPED := build/typed
 
 .PHONY: demo test test-slow lint docs schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
 
-demo: $(STAMP)
+demo: $(CORE)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
 
 test: $(STAMP)
@@ -75,9 +78,16 @@ test-nni:
 	.venv-nni/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-nni/constraints.txt -e ".[nni,test]"
 	HF_HUB_OFFLINE=1 .venv-nni/bin/python -m pytest tests/test_nni.py
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
+# What a user needs, for the demo.
+$(CORE): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[test,lint,docs,onnx,datasets,lora,torchao,openvino,pipelines]"
+	$(PIP) -e .
+	touch $(CORE)
+
+# And what tests, linters and the site need.
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[test,lint,docs,onnx,datasets,lora,torchao,openvino,pipelines]"
 	@# pip would compile on one core; left to the first import, it is done at every start where nothing may be written
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # some packages ship templates that do not compile
-	touch $(STAMP)
+	touch $(CORE) $(STAMP)

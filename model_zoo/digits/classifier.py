@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
-from compressor.quality.metric import Metric
-from compressor.weights import load_strictly, read_weights, weights_sha256
+from compressor.model_zoo.generic.classified import Classifier, FDOfClassifier
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 
 
-class DigitsClassifier(nn.Module):
+class DigitsClassifier(Classifier):
     """(n, 1, 8, 8) in [-1, 1] -> (n, 10) logits; `features` gives the 64 activations before the last layer."""
 
     def __init__(self) -> None:
@@ -39,32 +35,11 @@ class DigitsClassifier(nn.Module):
         return out
 
 
-class FDDigits(Metric):
+class FDDigits(FDOfClassifier):
     """`fd-digits`: for one-channel 8x8 images."""
 
     name = "fd-digits"
+    shape = (1, 8, 8)
 
     def __init__(self) -> None:
-        self._classifier = DigitsClassifier()
-        load_strictly(self._classifier, read_weights(WEIGHTS), WEIGHTS)
-        self._classifier.eval()
-
-    def features(self, images: Tensor) -> Tensor:
-        return self._extracted(self._classifier.features, images)
-
-    def spatial(self, images: Tensor) -> Tensor:
-        """The first seven maps, (n, 112), as Nash et al. 2021 take the first seven of Inception's."""
-        return self._extracted(lambda x: self._classifier.maps(x)[:, :7].flatten(1), images)
-
-    @torch.no_grad()
-    def _extracted(self, extract: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        if images.shape[1:] != (1, 8, 8):
-            raise CompressorError(
-                f"fd-digits takes images (n, 1, 8, 8), got {tuple(images.shape)}",
-                "Choose another metric with --set evaluate.metric=NAME, or none with --set evaluate.metric=null",
-            )
-        return extract(images.cpu().float())
-
-    @property
-    def sha256(self) -> str:
-        return weights_sha256(self._classifier)
+        super().__init__(DigitsClassifier(), WEIGHTS)

@@ -5,8 +5,6 @@ Writes the weights and a provenance file beside them. The bundled files came fro
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from compressor.adapter import Adapter
@@ -22,11 +19,11 @@ from compressor.discovery import load
 from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
 from compressor.model_zoo.digits.classifier import DigitsClassifier
 from compressor.model_zoo.digits.dataset import images
+from compressor.model_zoo.generic.provenance import save_tensors, save_with_facts
 from compressor.model_zoo.uvit.sizes import digits as uvit_digits
 from compressor.seeds import generator
 from compressor.training.engine import FineTuning, steps
 from compressor.training.settings import Training
-from compressor.weights import weights_sha256
 
 
 @click.group()
@@ -108,33 +105,15 @@ def _dense(adapter: Adapter, out: Path, seed: int, count: int, lr: float) -> Non
             seconds = time.perf_counter() - began
             click.echo(f"{record.step}/{count}  loss {sum(losses[-200:]) / 200:.4f}  {seconds:.0f} s", err=True)
         if record.step % 4000 == 0:
-            _save_tensors(run.average, out / f"{adapter.name}-step{record.step}.safetensors")
+            save_tensors(run.average, out / f"{adapter.name}-step{record.step}.safetensors")
     model = run.finish().model
     facts = {"training": training.model_dump(mode="json"), "final_loss": round(sum(losses[-500:]) / 500, 5)}
     _save(model, out / f"{adapter.name}.safetensors", seed, data.sha256, began, facts)
 
 
 def _save(model: nn.Module, path: Path, seed: int, data: str, began: float, facts: dict[str, Any]) -> None:
-    _save_tensors(model.state_dict(), path)
-    provenance = {
-        "file": path.name,
-        "recipe": "python -m compressor.model_zoo.digits.train",
-        "seed": seed,
-        **facts,
-        "data_sha256": data,
-        "weights_sha256": weights_sha256(model),
-        "seconds": round(time.perf_counter() - began),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    path.with_suffix(".json").write_text(json.dumps(provenance, indent=2) + "\n")
-    click.echo(json.dumps(provenance, indent=2))
-
-
-def _save_tensors(tensors: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    path.chmod(0o644)  # safetensors writes 0600
+    facts = {"seed": seed, **facts, "data_sha256": data}
+    click.echo(save_with_facts(model, path, "python -m compressor.model_zoo.digits.train", began, facts))
 
 
 if __name__ == "__main__":
