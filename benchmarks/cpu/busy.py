@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -29,7 +30,7 @@ import compressor
 from compressor import registry
 from compressor.cost.timing import interleaved
 from compressor.environment import environment
-from compressor.lower.contest import Contest, medians, needed
+from compressor.lower.contest import Contest, needed
 from compressor.lower.forms import dense_forms
 from compressor.report.content import gains
 
@@ -90,12 +91,12 @@ def main(lowerings: int, rounds: int, batch: int, seed: int, out: str) -> None:
             }
             for name, one in [("quiet", quiet), *((f"busy {at}", one) for at, one in enumerate(found))]
         ],
-        "median_ms": medians(times),
+        "median_ms": {name: median(own) for name, own in times.items()},
         "rounds": rounds,
         "batch": batch,
         "seed": seed,
         "cores": cores,
-        **environment(),
+        **environment(CPU),
     }
     slower = {other: sum(_slower(held, f"busy {at}", other) for at in range(lowerings)) for other in held.dense}
     result["slower"] = slower
