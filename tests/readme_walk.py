@@ -1,4 +1,4 @@
-"""The README as a new user walks it: every command of its block, as written, one after another, in a folder with what it names.
+"""The README as a new user walks it: every command of its blocks, as written, one after another, in a folder with what it names.
 
     python tests/readme_walk.py PYTHON [--folder DIR] [--whole] [--log FILE]
 
@@ -34,6 +34,7 @@ SHORTER = {
     "bench": ("--batches 1 --no-compiled", ""),
     "plan": ("--steps 2 --no-lower", _TRAINED),
     "sample": ("--n 4 --steps 2", ""),
+    "export": ("", ""),
 }
 """By command: what is put behind it, and the settings that are."""
 LEFT = (
@@ -45,16 +46,22 @@ LEFT = (
 """What must be there at the end."""
 
 
+def blocks(language: str) -> list[str]:
+    """The README's blocks of `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
 def block(language: str, holding: str) -> str:
-    """The README's block of `language` that has `holding` in it."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    return next(text for text in found if holding in text)
+    """The one that has `holding` in it."""
+    return next(text for text in blocks(language) if holding in text)
 
 
 def commands() -> list[str]:
-    """Those of the README's block, without what is said beside them."""
-    lines = block("console", "compressor run --pipeline").splitlines()
-    return [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    """Those of the README's blocks, without what is said beside them; all but how to install."""
+    lines = [line for text in blocks("console") for line in text.splitlines()]
+    return [
+        shlex.join(shlex.split(line, comments=True)) for line in lines if line.startswith(("compressor ", "torchrun "))
+    ]
 
 
 def shorter(words: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import subprocess
@@ -225,3 +226,27 @@ def test_the_benchmark_measures_sparse_models_without_zero_layers(benchmark):
     assert all(bool(parameter.any()) for parameter in model.parameters() if parameter.dim() > 1)
     with torch.no_grad():
         assert benchmark.Tensors(model)(*subject.inputs(2)).shape == (2, 1, 8, 8)
+
+
+# --- The others. ---
+
+SCRIPTS = sorted(path for path in GPU.parent.rglob("*.py") if path.name != "imitation.py")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(GPU.parent).as_posix())
+def test_a_benchmark_finds_what_it_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are run once in a while, and what they are made of moves."""
+    monkeypatch.syspath_prepend(str(path.parent))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            wanted = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            wanted = [(str(node.module), alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in wanted:
+            if module.partition(".")[0] not in ("compressor", *(script.stem for script in SCRIPTS)):
+                continue
+            found = importlib.import_module(module)
+            if name and not hasattr(found, name):
+                importlib.import_module(f"{module}.{name}")
