@@ -41,7 +41,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
     "compressor.models": {"uvit"},
     "compressor.data": {"pictures-32"},
-    "compressor.metrics": {"fd-scattering"},
+    "compressor.metrics": {"fd-pictures", "fd-scattering"},
     "compressor.backends": {
         "vnm-int8",
         "attention",

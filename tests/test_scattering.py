@@ -1,6 +1,8 @@
-"""The metric without a network: what its features hold, and that they see what eyes see."""
+"""The metric without a network: what its features hold, and that they see what eyes see; and so do those of the bundled pictures."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ import torch.nn.functional as F
 from compressor.errors import CompressorError
 from compressor.model_zoo.generic.scattering import _GRID, FDScattering, _moduli, _wavelets
 from compressor.model_zoo.pictures import images
+from compressor.model_zoo.pictures.classifier import WEIGHTS, PicturesClassifier
 from compressor.quality.frechet import frechet_distance, gaussian
 from compressor.registry import metric
+from compressor.weights import load_strictly, read_weights
 
 PLACES = _GRID * _GRID
 
@@ -66,9 +70,10 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_more_damage_is_further_away(pictures, damage):
+@pytest.mark.parametrize("name", ["fd-scattering", "fd-pictures"])
+def test_more_damage_is_further_away(pictures, damage, name):
     real, other = pictures
-    extract = FDScattering().features
+    extract = metric(name).features
     reference = gaussian(extract(real).double())
     away = [frechet_distance(reference, gaussian(extract(DAMAGES[damage](other, much)).double())) for much in (1, 2, 3)]
     alike = frechet_distance(reference, gaussian(extract(other).double()))
@@ -85,3 +90,19 @@ def test_what_it_does_not_take_is_refused(shape):
 def test_sizes_of_any_kind_give_finite_features(shape):
     found = FDScattering().features(torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert len(found) == shape[0] and bool(found.isfinite().all())
+
+
+def test_the_network_of_the_pictures_knows_held_out_ones(pictures):
+    data, network = images().unseen, PicturesClassifier()
+    load_strictly(network, read_weights(WEIGHTS), WEIGHTS)
+    pixels, labels = data.take(torch.arange(len(data)))
+    with torch.no_grad():
+        right = float((network(pixels).argmax(1) == labels).float().mean())
+    facts = json.loads(WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    assert right == pytest.approx(facts["held_out_accuracy"], abs=0.005) and right > 0.75
+    assert facts["weights_sha256"] == metric("fd-pictures").sha256 and facts["data_sha256"] == images().sha256
+
+
+def test_the_metric_of_the_pictures_takes_nothing_else():
+    with pytest.raises(CompressorError, match=r"fd-pictures takes images \(n, 3, 32, 32\), got \(2, 1, 32, 32\)"):
+        metric("fd-pictures").features(torch.zeros(2, 1, 32, 32))
