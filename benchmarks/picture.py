@@ -1,6 +1,7 @@
 """One picture of what pruning does to samples: a line per model, a column per noise, the same noise in all lines.
 
-    compressor run --config benchmarks/recipes/sparsedm.yaml --out runs/picture/published ...
+    compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --out runs/picture/published
+    compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --set settings.preset=best --out runs/picture/best
     python benchmarks/picture.py runs/picture/published runs/picture/best --names published best --out docs/samples.png
 
 The first lines are the dense model and its one-shot pruning, as the first run has them; then comes each run's own model. Nothing is
