@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -57,7 +58,12 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
         model.eval()
         accuracy = float((model(pixels).argmax(1) == labels).float().mean())
         small = float(F.mse_loss(model.small(model.features(pixels)), _small(pixels)) / _small(pixels).var(0).mean())
-    facts = {"seed": seed, "epochs": epochs, "held_out": len(labels), "held_out_accuracy": round(accuracy, 4)}
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "epochs": epochs,
+        "held_out": len(labels),
+        "held_out_accuracy": round(accuracy, 4),
+    }
     facts |= {"held_out_error_of_small": round(small, 4), "data_sha256": data.sha256}
     recipe = "python -m compressor.model_zoo.pictures.train classifier"
     click.echo(save_with_facts(model, out / "classifier.safetensors", recipe, began, facts))
