@@ -22,12 +22,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, comparison, files
 from compressor.comparison import words
+from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import refuse_used
 from compressor.comparison.page import render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
 from compressor.files import LOCK
+from compressor.progress import Progress
 from compressor.quality.similarity import ssim
 from compressor.report import limitations, read_report, schema
 from compressor.report.compared import ComparisonReport, Summary
@@ -72,10 +74,28 @@ def test_every_method_has_every_seed_and_the_same_budget(compared):
     assert len(rates) == 1
 
 
-def test_what_it_will_take_is_told_before_the_first_training(compared):
-    said = compared[1].err
-    told = re.search(r"about .+ in all.*: 6 trainings of 3 steps.* of dense-continued, 12 times 32 samples", said)
-    assert told and told.start() < said.index("cells 0/")
+def test_what_it_will_take_is_told_once_by_the_first_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    wanted = comparison.planned(
+        ["magnitude", "sparsedm"], [], None, {"train": {"steps": 100}}, seeds=2, sampler_steps=(50,)
+    )
+
+    def events():
+        yield Progress("dense: sample dense", 0, 898)
+        now[0] += 10
+        yield Progress("dense: sample dense", 898, 898)
+        for step in range(20):
+            for cell in ("magnitude-seed-0", "sparsedm-seed-0"):
+                now[0] += 0.5
+                yield Progress(f"{cell}: fine-tune", step, 100, unbroken=True)
+
+    found = list(Outlook(wanted, wanted.cells({}), 2).told(events()))
+    (told,) = [event for event in found if event.stage == "estimate"]
+    # 4 trainings of 100 steps of 1 s, two at a time; 4 times 25 and 50 sampler steps, and twice 25 without training, of 10 s for 25
+    assert told.note.startswith("about 5 min 40 s in all") and "400 steps together" in told.note and told.unbroken
+    assert "one of magnitude-seed-0, 14 times 898 samples" in told.note
+    assert len(found) == 2 + 40 + 1 and found.index(told) < 25
 
 
 def test_a_cell_is_what_a_run_of_its_recipe_gives(compared, cli, tmp_path):

@@ -1,44 +1,58 @@
-"""What a comparison will take, told before its first training."""
+"""What a comparison will take, told when its first training has begun."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from pathlib import Path
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 from compressor.comparison.entries import Cell, Comparison
-from compressor.comparison.worker import ROW, RUN
 from compressor.progress import Progress, duration
-from compressor.runs.estimate import probed
-from compressor.runs.pace import evaluation_seconds
+from compressor.runs.pace import Clock
 
 
-def foretold(wanted: Comparison, folders: Sequence[tuple[Cell, Path]], gpus: int) -> Generator[Progress, None, None]:
-    """Say it, of the cells of `folders` that are not done, on so many `gpus` (0: the CPU, which its processes share).
+class Outlook:
+    """Hears the progress of a comparison's processes, and says once what all will take: the trainings `left`, in so many `workers`.
 
-    A few steps of the first entry are timed, and its sampling; the others are taken to cost as much, which is said.
+    It follows from the first steps of the training that begins first and from the time of the dense model's samples, where they were
+    drawn now: nothing is computed for it, and nothing of a method is run in this process, which has to outlive its failures.
     """
-    left = [(cell, folder) for cell, folder in folders if not (folder / ROW).is_file()]
-    if not left:
-        return
-    first = wanted.inputs
-    label = next(iter(wanted.recipes))
-    fine_tuning = None
-    if any(cell.recipe.train.steps for cell, _ in left):
-        fine_tuning = yield from probed(first.fine_tuning())
-    yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
-    by_stage = evaluation_seconds(first)
-    by_stage.pop("latency", None)
-    row = next(iter(by_stage.values()), 0.0)
-    more = sum(wanted.sampler_steps) / first.recipe.evaluate.sampler_steps
-    training = 0.0 if fine_tuning is None else fine_tuning["seconds_per_step"]
-    steps = sum(cell.recipe.train.steps for cell, _ in left)
-    rows = sum((1 if cell.tuning else 1 + more) + cell.first for cell, _ in left)
-    total = (training * steps + row * rows) / max(1, min(gpus, len(left)))
-    begun = sum((folder / RUN).is_dir() for _, folder in left)
-    parts = [
-        f"{len(left)} trainings of {steps // len(left):,} steps, each step taken to last as long as one of {label}",
-        f"{rows:.0f} times {first.recipe.evaluate.drawn:,} samples" if row else "",
-        f"{begun} of them begun, taken as new" if begun else "",
-    ]
-    note = f"about {duration(total)} in all, besides loading, metrics and timing: {', '.join(filter(None, parts))}"
-    yield Progress("estimate", 1, 1, note)
+
+    def __init__(self, wanted: Comparison, left: Sequence[Cell], workers: int) -> None:
+        self._wanted, self._left, self._workers = wanted, left, workers
+        self._clock, self._cell = Clock(), ""
+        self._began: float | None = None
+        self._row = 0.0
+        self._said = False
+
+    def told(self, events: Iterable[Progress]) -> Iterator[Progress]:
+        """`events`, and the sentence among them."""
+        for event in events:
+            yield event
+            self._hear(event)
+            if not self._said and self._clock.seconds is not None:
+                self._said = True
+                yield Progress("estimate", 1, 1, self._sentence(self._clock.seconds), unbroken=event.unbroken)
+
+    def _hear(self, event: Progress) -> None:
+        job, _, stage = event.stage.partition(": ")
+        if (job, stage) == ("dense", "sample dense"):
+            if not event.done:
+                self._began = time.perf_counter()
+            elif event.done == event.total and self._began is not None:
+                self._row = time.perf_counter() - self._began
+        elif stage == "fine-tune" and self._cell in ("", job):
+            self._cell = job
+            self._clock.tick(event.done)
+
+    def _sentence(self, each: float) -> str:
+        steps = sum(cell.recipe.train.steps for cell in self._left)
+        settings = self._wanted.inputs.recipe.evaluate
+        more = sum(self._wanted.sampler_steps) / settings.sampler_steps
+        rows = sum((1 if cell.tuning else 1 + more) + cell.first for cell in self._left)
+        total = each * steps / max(1, min(self._workers, len(self._left))) + self._row * rows
+        parts = [
+            f"{len(self._left)} trainings, {steps:,} steps together, each taken to last as long as one of {self._cell}"
+        ]
+        if self._row:
+            parts.append(f"{rows:.0f} times {settings.drawn:,} samples")
+        return f"about {duration(total)} in all, besides loading, metrics and timing: {', '.join(parts)}"

@@ -19,7 +19,7 @@ from compressor import files, saving
 from compressor.comparison.claims import PATIENCE, Claims, refuse_shared
 from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
-from compressor.comparison.foretold import foretold
+from compressor.comparison.foretold import Outlook
 from compressor.comparison.page import Outcome, written
 from compressor.comparison.worker import JOB, ROW, RUN, read_row
 from compressor.environment import environment, resolve_device
@@ -135,21 +135,21 @@ def conduct(
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
         places = _devices(wanted, workers, devices)
-        every = [(cell, _place(cell, out)) for cell in (*wanted.trials(), *wanted.cells({}))]
-        yield from foretold(wanted, every, sum(place is not None for place in places))
+        every = (*wanted.trials(), *wanted.cells({}))
+        outlook = Outlook(wanted, [cell for cell in every if not (_place(cell, out) / ROW).is_file()], len(places))
         with Crew(places, claims) as crew:
-            yield from crew.carry_out([out / "dense"])
+            yield from outlook.told(crew.carry_out([out / "dense"]))
             if not (out / "dense" / ROW).is_file():
                 raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")
             if trials := wanted.trials():
                 folders = [_folder(wanted, cell, out) for cell in trials]
-                yield from crew.carry_out(folders)
+                yield from outlook.told(crew.carry_out(folders))
                 rates = _best_rates(trials, folders)
                 failed = _failed(trials, folders)
                 files.write_json(out / "rates.json", rates)
             cells = wanted.cells(rates)
             folders = [_folder(wanted, cell, out) for cell in cells]
-            yield from crew.carry_out(folders)
+            yield from outlook.told(crew.carry_out(folders))
         if not any((folder / ROW).is_file() for folder in folders):
             raise CompressorError(f"every cell failed; the first: {reason(folders[0])}", "See error.txt in each cell.")
         if claims is not None and not (yield from claims.turn(REPORT, "report")):

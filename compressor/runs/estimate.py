@@ -36,7 +36,7 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
     run = found.fine_tuning()
     result = run.one_shot()
     bare = OneShot.of(result)
-    fine_tuning = (yield from probed(run)) if recipe.train.steps else None
+    fine_tuning = (yield from _probed(run)) if recipe.train.steps else None
     yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
     evaluation = _evaluated(found)
     del run  # what training holds is not needed for what follows
@@ -100,7 +100,7 @@ def _evaluated(found: Inputs) -> dict[str, Any]:
     }
 
 
-def probed(run: FineTuning) -> Generator[Progress, None, dict[str, Any]]:
+def _probed(run: FineTuning) -> Generator[Progress, None, dict[str, Any]]:
     """The time of fine-tuning, from a few steps of `run`."""
     total, seconds = run.training.steps, []
     count = min(WARM_UP + PROBE, total)
