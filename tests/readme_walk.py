@@ -118,6 +118,7 @@ class Walk:
         for name, holding in (("first.py", "compressor.prune("), ("my_pruner.py", "class MyPruner")):
             (self.folder / name).write_text(block("python", holding), encoding="utf-8")
             self.play([str(self.python), name])
+        self.play(shorter(shlex.split("compressor run --pruner my_pruner.py:MyPruner --out runs/mine")))
         if not (self.folder / "sparse" / "model.safetensors").is_file():
             raise RuntimeError("compressor.save left no model")
 

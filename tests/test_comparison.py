@@ -93,7 +93,7 @@ def test_what_it_will_take_is_told_once_by_the_first_steps(monkeypatch):
     found = list(Outlook(wanted, wanted.cells({}), 2).told(events()))
     (told,) = [event for event in found if event.stage == "estimate"]
     # 4 trainings of 100 steps of 1 s, two at a time; 4 times 25 and 50 sampler steps, and twice 25 without training, of 10 s for 25
-    assert told.note.startswith("about 5 min 40 s in all") and "400 steps together" in told.note and told.unbroken
+    assert told.note.startswith("about 4 min 30 s in all") and "400 steps together" in told.note and told.unbroken
     assert "one of magnitude-seed-0, 14 times 898 samples" in told.note
     assert len(found) == 2 + 40 + 1 and found.index(told) < 25
 

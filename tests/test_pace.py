@@ -187,3 +187,15 @@ def test_a_resumed_stage_counts_from_where_it_began(monkeypatch: pytest.MonkeyPa
     lines = shown(events, 0.3, monkeypatch)
     left = re.search(r"(\d+) (s|min)", lines[-1])
     assert left is not None and (left[2] == "min" or int(left[1]) >= 20), "a hundred steps of 0.3 s, not one"
+
+
+def test_a_clock_begins_anew_where_a_run_goes_on() -> None:
+    clock = pace.Clock()
+    clock.tick(0)  # what is said before the first step, of a damaged checkpoint
+    for step in range(500, 512):
+        clock.tick(step)
+    assert clock.seconds is not None and clock.seconds >= 0
+    again = pace.Clock()
+    for _ in range(20):
+        again.tick(0)
+    assert again.seconds is None

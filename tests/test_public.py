@@ -114,6 +114,10 @@ _MAX_ERROR = (
     "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. "
     "[0<x<=1]"
 )
+NEW_HELP["compressor plan"] = [
+    *NEW_HELP.get("compressor plan", []),
+    "The time of evaluation, and of the whole, is told too.",
+]
 NEW_HELP["compressor lower"] = [
     "--no-compiled Leave them out on a GPU too, where they are tried by default.",
     _TOLERANCE,

@@ -404,3 +404,18 @@ def test_what_no_average_can_be_made_of_is_refused() -> None:
         Average(loop.model, loop.shadow, 1.0)
     with pytest.raises(CompressorError, match="no parameter of this model"):
         Average(small(1), loop.shadow)
+
+
+def test_an_average_of_half_precision_moves_on() -> None:
+    model = small().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    shadow = Shadow(weights_of(model), Magnitude(PATTERN), optimizer)
+    average = Average(model, shadow, 0.999)
+    before = average.values["0.bias"].clone()
+    with torch.no_grad():
+        model[0].bias.add_(0.5)
+    for _ in range(20_000 // 10):
+        average.update()
+    torch.testing.assert_close(average.values["0.bias"], before + 0.5, rtol=0, atol=0.08)
+    average.write_()
+    assert model[0].bias.dtype == torch.bfloat16 and not torch.equal(model[0].bias.float(), before)

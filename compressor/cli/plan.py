@@ -22,6 +22,8 @@ def plan(
 
     Takes the options of `run`: which layers qualify, what is left of parameters, bytes and multiply-accumulates, how fast the
     lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
+
+    The time of evaluation, and of the whole, is told too.
     """
     from compressor.runs.estimate import planned_run
     from compressor.runs.inputs import prepared

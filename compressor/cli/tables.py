@@ -206,5 +206,6 @@ def planning_lines(facts: Mapping[str, Any]) -> list[str]:
         drawn = f"{judging['rows']} rows of {judging['samples']:,} samples in {judging['sampler_steps']} steps"
         parts = {drawn: judging["sampling_seconds"], "timing": judging["latency_seconds"]}
         lines.append(f"evaluation: {', '.join(f'{name} {duration(took)}' for name, took in parts.items() if took)}")
-    lines.append(f"in all: about {duration(facts['seconds'])}, besides loading and the metric")
+    besides = "loading and the metric" if judging["rows"] else "loading, and what a pipeline draws"
+    lines.append(f"in all: about {duration(facts['seconds'])}, besides {besides}")
     return lines

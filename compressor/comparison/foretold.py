@@ -19,7 +19,7 @@ class Outlook:
 
     def __init__(self, wanted: Comparison, left: Sequence[Cell], workers: int) -> None:
         self._wanted, self._left, self._workers = wanted, left, workers
-        self._clock, self._cell = Clock(), ""
+        self._clocks: dict[str, Clock] = {}
         self._began: float | None = None
         self._row = 0.0
         self._said = False
@@ -29,9 +29,12 @@ class Outlook:
         for event in events:
             yield event
             self._hear(event)
-            if not self._said and self._clock.seconds is not None:
+            known = next(
+                ((job, clock.seconds) for job, clock in self._clocks.items() if clock.seconds is not None), None
+            )
+            if known is not None and not self._said:
                 self._said = True
-                yield Progress("estimate", 1, 1, self._sentence(self._clock.seconds), unbroken=event.unbroken)
+                yield Progress("estimate", 1, 1, self._sentence(*known), unbroken=event.unbroken)
 
     def _hear(self, event: Progress) -> None:
         job, _, stage = event.stage.partition(": ")
@@ -40,19 +43,21 @@ class Outlook:
                 self._began = time.perf_counter()
             elif event.done == event.total and self._began is not None:
                 self._row = time.perf_counter() - self._began
-        elif stage == "fine-tune" and self._cell in ("", job):
-            self._cell = job
-            self._clock.tick(event.done)
+        elif stage == "fine-tune" and not self._said:
+            self._clocks.setdefault(job, Clock()).tick(event.done)
 
-    def _sentence(self, each: float) -> str:
+    def _sentence(self, job: str, each: float) -> str:
         steps = sum(cell.recipe.train.steps for cell in self._left)
         settings = self._wanted.inputs.recipe.evaluate
         more = sum(self._wanted.sampler_steps) / settings.sampler_steps
         rows = sum((1 if cell.tuning else 1 + more) + cell.first for cell in self._left)
-        total = each * steps / max(1, min(self._workers, len(self._left))) + self._row * rows
-        parts = [
-            f"{len(self._left)} trainings, {steps:,} steps together, each taken to last as long as one of {self._cell}"
-        ]
+        total = (each * steps + self._row * rows) / max(1, min(self._workers, len(self._left)))
+        parts = [f"{len(self._left)} trainings, {steps:,} steps together, each taken to last as long as one of {job}"]
         if self._row:
             parts.append(f"{rows:.0f} times {settings.drawn:,} samples")
-        return f"about {duration(total)} in all, besides loading, metrics and timing: {', '.join(parts)}"
+        rest = (
+            "loading, metrics and timing"
+            if self._row or not settings.drawn
+            else "loading, sampling, metrics and timing"
+        )
+        return f"about {duration(total)} in all, besides {rest}, begun trainings taken as new: {', '.join(parts)}"

@@ -339,7 +339,7 @@ def _of_the_metric(report: ComparisonReport) -> list[str]:
         f"{report.data.samples} real images; compare it only with values of the same setting."
     ]
     if "quadratic" in report.sampler:
-        found.append(f"{QUADRATIC}; figures that it can repeat come of `--set evaluate.spacing=trailing`.")
+        found.append(f"{QUADRATIC}; figures that diffusers can repeat come from `--set evaluate.spacing=trailing`.")
     return found
 
 

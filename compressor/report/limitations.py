@@ -48,7 +48,9 @@ def limitations(report: Report) -> tuple[str, ...]:
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
     if "quadratic" in report.sampler and any(row.quality for row in report.rows):
-        found.append(f"{QUADRATIC}; figures that it can repeat come of `compressor evaluate DIR --spacing trailing`.")
+        found.append(
+            f"{QUADRATIC}; figures that diffusers can repeat come from `compressor evaluate DIR --spacing trailing`."
+        )
     if final.latency and lowering is None:
         found.append("Latency is one machine's, in eager mode; the machine may have been busy with other work.")
     return tuple(found)

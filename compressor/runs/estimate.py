@@ -37,9 +37,9 @@ def planned_run(found: Inputs, lower: bool = True) -> Generator[Progress, None, 
     result = run.one_shot()
     bare = OneShot.of(result)
     fine_tuning = (yield from _probed(run)) if recipe.train.steps else None
+    del run  # what training holds is not needed for what follows
     yield Progress("probe", 0, 1, "how long a sample and a forward pass take")
     evaluation = _evaluated(found)
-    del run  # what training holds is not needed for what follows
     facts: dict[str, Any] = {
         "model": recipe.model,
         "method": found.method,

@@ -64,19 +64,21 @@ def _handed(event: Progress, events: Generator[Progress, None, None]) -> Iterato
 
 
 class Clock:
-    """The median time of a step, from when each was done: known once a few have been."""
+    """The median time of a step, from when each was done: known once a few have been, one after another."""
 
     def __init__(self) -> None:
-        self._times: dict[int, float] = {}
-        self._first: int | None = None
+        self._times: list[float] = []
+        self._done = -1
         self.seconds: float | None = None
 
     def tick(self, done: int) -> None:
-        """Step number `done` has just ended."""
-        if self.seconds is not None:
+        """Step number `done` has just ended. Where it does not follow on the one before, as where a run goes on, it is a beginning."""
+        if self.seconds is not None or done == self._done:
             return
-        self._first = done if self._first is None else self._first
-        self._times[done - self._first] = time.perf_counter()
+        if done != self._done + 1:
+            self._times = []
+        self._done = done
+        self._times.append(time.perf_counter())
         if len(self._times) > _LAST:
             self.seconds = median(self._times[n + 1] - self._times[n] for n in range(_FIRST, _LAST))
 

@@ -72,7 +72,8 @@ def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Gener
     dense = None
     last: tuple[Variant, Seen] | None = None
     for variant in variants:
-        if last is not None and last[0].weights_sha256 == variant.weights_sha256:  # without training: not drawn twice
+        same = last is not None and last[0].weights_sha256 == variant.weights_sha256
+        if team().shared(same) and last is not None:  # without training: not drawn twice
             seen = judge.renamed(last[1], last[0].name, variant.name)
         else:
             seen = yield from judge.seen(variant)

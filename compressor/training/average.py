@@ -23,7 +23,8 @@ class Average:
 
     Masks move, so that an average of *sparse* weights is not sparse. This one is of the dense weights behind the masks, and of
     the other parameters as they are; where it is used, it is masked once. `decay` is reached gradually: after n updates it is at most
-    (1 + n) / (10 + n). Buffers are not averaged. Memory: one copy of the parameters, on their device.
+    (1 + n) / (10 + n). Buffers and what is no float are not averaged. Memory: a copy of the parameters where they are, in float32 at
+    least, since in half precision an average stands still; `applied` takes another one.
 
     Raises UsageError for a decay outside [0, 1), for weights of the shadow that are not the model's, and for those that FSDP2 has cut.
     """
@@ -34,27 +35,29 @@ class Average:
                 f"decay {decay!r}", "Give a share from 0 to below 1: 0.9999 averages over some 10,000 steps."
             )
         self.decay, self.updates = decay, 0
-        self._shadow, self._parameters = shadow, dict(model.named_parameters())
+        self._shadow, self._parameters = shadow, {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         self._names = {name: _named(name, weight, self._parameters) for name, weight in shadow.weights.items()}
         if cut := [name for name, weight in self._parameters.items() if is_cut(weight)]:
             raise UsageError(
                 f"{cut[0]} is spread over processes", "`compressor run` averages under FSDP2; here, use DDP."
             )
-        self.values: dict[str, Tensor] = {name: value.clone() for name, value in self._now().items()}
+        self.values: dict[str, Tensor] = {
+            name: value.to(_wide(value), copy=True) for name, value in self._now().items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights of now. To be called after each step of the optimizer."""
-        average_(self.values, self._now(), 1 - gradual(self.decay, self.updates))
+        now = {name: value.to(self.values[name].dtype) for name, value in self._now().items()}
+        average_(self.values, now, 1 - gradual(self.decay, self.updates))
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[dict[str, Mask]]:
         """The model has the average, masked, while the block runs, and its own weights again after it. Gives the masks."""
         own = {name: weight.detach().clone() for name, weight in self._parameters.items()}
-        masks = self.write_()
         try:
-            yield masks
+            yield self.write_()
         finally:
             with torch.no_grad():
                 for name, value in own.items():
@@ -69,7 +72,8 @@ class Average:
         pruner, dense = self._shadow.pruner, {name: self.values[own] for name, own in self._names.items()}
         masks = checked_masks(pruner.masks(dense, 1.0, dict(self._shadow.masks)), dense)
         verify(masks)
-        masked = {own: sparse(dense[n], masks[n], pruner) for n, own in self._names.items() if n in masks}
+        weights = {n: dense[n].to(self._parameters[own].dtype) for n, own in self._names.items() if n in masks}
+        masked = {own: sparse(weights[n], masks[n], pruner) for n, own in self._names.items() if n in masks}
         for name, weight in self._parameters.items():
             weight.copy_(masked.get(name, self.values[name]))
         return masks
@@ -100,3 +104,7 @@ def _named(name: str, weight: nn.Parameter, parameters: Mapping[str, nn.Paramete
         if parameter is weight:
             return own
     raise UsageError(f"{name} of the shadow is no parameter of this model", "Give both the same model.")
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
