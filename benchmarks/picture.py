@@ -22,6 +22,7 @@ from compressor.quality.evaluate import sample
 from compressor.report import read_report
 from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs.inputs import Inputs, load_inputs, resolve
+from compressor.runs.pictures import picture
 from compressor.weights import in_float32
 
 GAP, HEAD, SIZE = 3, 190, 56
@@ -34,16 +35,14 @@ def drawn(found: Inputs, model: nn.Module, count: int) -> Tensor:
     return images
 
 
-def picture(image: Tensor) -> Image.Image:
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().expand(3, -1, -1).permute(1, 2, 0)
-    factor = max(1, SIZE // max(image.shape[1:]))
-    made = Image.fromarray(pixels.contiguous().numpy())
+def enlarged(image: Tensor) -> Image.Image:
+    factor, made = max(1, SIZE // max(image.shape[1:])), picture(image).convert("RGB")
     return made.resize((made.width * factor, made.height * factor), Image.Resampling.NEAREST)
 
 
 def sheet(lines: dict[str, tuple[str, Tensor]]) -> Image.Image:
     """A line for each entry: its name, what is to be said below it, its pictures."""
-    rows = {name: (said, [picture(image) for image in images]) for name, (said, images) in lines.items()}
+    rows = {name: (said, [enlarged(image) for image in images]) for name, (said, images) in lines.items()}
     size = max(one.width for _, row in rows.values() for one in row) + GAP
     width = HEAD + size * max(len(row) for _, row in rows.values())
     made = Image.new("RGB", (width + GAP, size * len(rows) + GAP), "white")

@@ -42,6 +42,7 @@ LEFT = (
     "runs/*/model/model.safetensors",
     "runs/compare-*/report.html",
     "runs/*/pipeline/model_index.json",
+    "runs/*/model.onnx",
 )
 """What must be there at the end."""
 

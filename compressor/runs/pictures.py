@@ -21,11 +21,11 @@ def save_grid(images: Tensor, path: Path) -> None:
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
         sheet[:, top : top + height, left : left + width] = image
-    picture = _picture(sheet)
+    made = picture(sheet)
     factor = max(1, 32 // max(height, width))
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial:
-        picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
+        made.resize((made.width * factor, made.height * factor), Image.Resampling.NEAREST).save(partial, "PNG")
 
 
 def save_side_by_side(columns: Mapping[str, Tensor], path: Path, most: int = 16) -> None:
@@ -43,8 +43,8 @@ def save_side_by_side(columns: Mapping[str, Tensor], path: Path, most: int = 16)
         left = gap + column * (width + gap)
         writer.text((left + 2, 6), name, fill="black", font=ImageFont.load_default(13))
         for line in range(lines):
-            picture = _picture(images[line]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, head + line * (height + gap)))
+            shown = picture(images[line]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left, head + line * (height + gap)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as partial:
         sheet.save(partial, "PNG")
@@ -52,10 +52,11 @@ def save_side_by_side(columns: Mapping[str, Tensor], path: Path, most: int = 16)
 
 def save_image(image: Tensor, path: Path) -> None:
     """A PNG of one image (channels, h, w) in [-1, 1], 1 or 3 channels."""
-    _picture(image).save(path, "PNG")
+    picture(image).save(path, "PNG")
 
 
-def _picture(image: Tensor) -> Image.Image:
+def picture(image: Tensor) -> Image.Image:
+    """One image (channels, h, w) in [-1, 1], 1 or 3 channels."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]
     return Image.fromarray(shown.contiguous().numpy())

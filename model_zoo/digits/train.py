@@ -12,13 +12,14 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import load
 from compressor.model_zoo.ddpm.sizes import digits as ddpm_digits
 from compressor.model_zoo.digits.classifier import DigitsClassifier
 from compressor.model_zoo.digits.dataset import images
+from compressor.model_zoo.generic.classified import fit
 from compressor.model_zoo.generic.provenance import save_tensors, save_with_facts
 from compressor.model_zoo.uvit.sizes import digits as uvit_digits
 from compressor.seeds import generator
@@ -43,19 +44,15 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
     order = torch.randperm(len(data), generator=generator(seed, "split"))
     held_out, train = order[: len(data) // 5], order[len(data) // 5 :]
     model = DigitsClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(epochs):
-        rng = generator(seed, "classifier", epoch)
-        for rows in torch.split(train[torch.randperm(len(train), generator=rng)], 64):
-            pixels, labels = data.take(rows)
-            dy, dx = torch.randint(-1, 2, (2,), generator=rng).tolist()
-            shifted = F.pad(pixels, (1, 1, 1, 1), value=-1.0)[..., 1 + dy : 9 + dy, 1 + dx : 9 + dx]
-            loss = F.cross_entropy(model(shifted), labels, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
+
+    def loss_of(rows: Tensor, rng: torch.Generator) -> Tensor:
+        pixels, labels = data.take(rows)
+        dy, dx = torch.randint(-1, 2, (2,), generator=rng).tolist()
+        shifted = F.pad(pixels, (1, 1, 1, 1), value=-1.0)[..., 1 + dy : 9 + dy, 1 + dx : 9 + dx]
+        return F.cross_entropy(model(shifted), labels, label_smoothing=0.05)
+
+    for _ in fit(model, train, loss_of, seed, epochs):
+        pass
     pixels, labels = data.take(held_out)
     with torch.no_grad():
         accuracy = float((model.eval()(pixels).argmax(1) == labels).float().mean())

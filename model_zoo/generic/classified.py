@@ -1,9 +1,9 @@
-"""The Fréchet distance in the features of a small classifier that is bundled with its data."""
+"""The Fréchet distance in the features of a small classifier that is bundled with its data, and how such a one is trained."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.quality.metric import Metric
+from compressor.seeds import generator
 from compressor.weights import load_strictly, read_weights, weights_sha256
 
 
@@ -22,6 +23,28 @@ class Classifier(nn.Module):
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor: ...
+
+
+def fit(
+    model: Classifier, rows: Tensor, loss_of: Callable[[Tensor, torch.Generator], Tensor], seed: int, epochs: int
+) -> Iterator[float]:
+    """Train `model` on the numbers `rows` (n,) of a data set, 64 at a time: AdamW and cosine. Gives the mean loss of each epoch.
+
+    `loss_of` gives the loss of some rows; what it varies by chance it draws from the generator.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for epoch in range(epochs):
+        rng = generator(seed, "classifier", epoch)
+        losses = []
+        for part in torch.split(rows[torch.randperm(len(rows), generator=rng)], 64):
+            loss = loss_of(part, rng)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        schedule.step()
+        yield sum(losses) / len(losses)
 
 
 class FDOfClassifier(Metric):

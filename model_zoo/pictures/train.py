@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.model_zoo.generic.classified import fit
 from compressor.model_zoo.generic.provenance import save_with_facts
 from compressor.model_zoo.pictures.classifier import PicturesClassifier
 from compressor.model_zoo.pictures.dataset import images
-from compressor.seeds import generator
 
 _SHIFT = 2
 
@@ -37,22 +37,14 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
     began = time.perf_counter()
     data = images()
     model = PicturesClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(epochs):
-        rng = generator(seed, "classifier", epoch)
-        losses = []
-        for rows in torch.split(torch.randperm(len(data), generator=rng), 64):
-            pixels, labels = data.take(rows)
-            loss = _loss(model, _varied(pixels, rng), labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        schedule.step()
-        if epoch % 5 == 4:
-            seconds = time.perf_counter() - began
-            click.echo(f"{epoch + 1}/{epochs}  loss {sum(losses) / len(losses):.4f}  {seconds:.0f} s", err=True)
+
+    def loss_of(rows: Tensor, rng: torch.Generator) -> Tensor:
+        pixels, labels = data.take(rows)
+        return _loss(model, _varied(pixels, rng), labels)
+
+    for epoch, loss in enumerate(fit(model, torch.arange(len(data)), loss_of, seed, epochs), 1):
+        if epoch % 5 == 0:
+            click.echo(f"{epoch}/{epochs}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s", err=True)
     pixels, labels = data.unseen.take(torch.arange(len(data.unseen)))
     with torch.no_grad():
         model.eval()
