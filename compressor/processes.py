@@ -213,7 +213,8 @@ def together(*passing: type[Exception]) -> Iterator[None]:
                 signal.signal(number, signal.SIG_IGN)
         lost = _is_lost(error)
         if here.leads:
-            refuse_failed(_WORD if lost else 0.0)
+            if lost or not isinstance(error, CompressorError):  # else it is this one's own, whoever was faster
+                refuse_failed(_WORD if lost else 0.0)
         elif not lost:
             _post(here.rank, error)
         if lost:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,6 +305,7 @@ def test_two_processes_record_the_calls_that_one_records(cli, tmp_path):
 
 FAULTY = """
 import sys
+import time
 from compressor import processes
 from compressor.plugins.magnitude import Magnitude
 
@@ -324,6 +326,17 @@ def test_an_error_of_one_process_is_the_one_error_of_all(cli, here, monkeypatch)
     assert len(re.findall("^error: ", first.err, re.MULTILINE)) == 1 and second.err == second.out == ""
     assert "error: process 1: ValueError: no luck" in first.err
     assert not (here / "run" / "model").exists()
+
+
+def test_the_first_process_tells_its_own_error_though_another_was_faster():
+    def late(rank):
+        with processes.together():
+            if processes.team().leads:
+                while not processes._store().check([processes._failure()]):
+                    time.sleep(0.01)
+            raise UsageError("the batch cannot be shared")
+
+    assert [error.message for error in launched(late)] == ["the batch cannot be shared"] * 2
 
 
 @pytest.mark.slow
