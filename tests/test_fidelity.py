@@ -220,6 +220,54 @@ def test_a_row_has_the_distance_first_and_then_every_measure() -> None:
     assert values["sfd-digits"].value > 0
 
 
+# --- Against what is held out from training. ---
+
+
+@pytest.mark.usefixtures("small_blocks")
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 5, 9]), st.sampled_from([1, 3, 8]), st.sampled_from([1, 4, 7]))
+@settings(max_examples=60, deadline=None)
+def test_copying_is_the_share_of_pairs_in_which_the_sample_is_nearer(seed: int, m: int, n: int, k: int) -> None:
+    def whole(count: int, side: int) -> Tensor:  # whole numbers, so that distances tie
+        return torch.randint(-2, 3, (count, 2), generator=generator(seed, side)).double()
+
+    seen, unseen, points = whole(m, 0), whole(n, 1), whole(k, 2)
+    own, new = (
+        [min(sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) for y in seen) for x in side]
+        for side in (points, unseen)
+    )
+    expected = sum((a < b) + (a == b) / 2 for a in own for b in new) / (len(own) * len(new))
+    assert fidelity.copying(seen, unseen, points) == pytest.approx(expected, abs=1e-12)
+
+
+def test_copies_and_new_images_are_told_apart() -> None:
+    seen, unseen = draw(400, 3, seed=0), draw(200, 3, seed=1)
+    assert fidelity.copying(seen, unseen, seen[:50]) > 0.99
+    assert abs(fidelity.copying(seen, unseen, draw(300, 3, seed=2)) - 0.5) < 0.06
+    assert fidelity.copying(seen, unseen, draw(300, 3, seed=2, shift=9.0)) < 0.01
+
+
+def test_what_is_held_out_is_measured_against_where_there_is_some() -> None:
+    seen, unseen, images = draw(60, 4, seed=0), draw(30, 4, seed=1), draw(20, 4, seed=2).view(20, 1, 2, 2)
+    choice = validated(Evaluation, {"bootstrap": 5, "measures": ["copying", "kid_unseen"]}, "here")
+    first, copies, distance = qualities(Flat(), images, Reference.of(seen, None, 0, unseen), choice)
+    assert (copies.metric, distance.metric) == ("copying-flat", "kid_unseen-flat")
+    assert copies.value == fidelity.copying(seen, unseen, images.flatten(1)) and copies.ci95 is None
+    assert distance.value == pytest.approx(float(fidelity.kid(unseen, images.flatten(1), choice.seed)[0].mean()))
+    assert distance.ci95 is not None
+    assert qualities(Flat(), images, Reference.of(seen, None, 0), choice) == [first]
+
+
+def test_the_features_of_held_out_pictures_are_taken_where_they_are_wanted() -> None:
+    pixels = torch.randint(0, 256, (24, 1, 2, 2), generator=generator(0), dtype=torch.uint8)
+    whole = Images("mine", pixels[:16], held_out=Images("mine, held out", pixels[16:]))
+    _, found = kept_features.compared_with(Flat(), whole, Evaluation())
+    assert found.unseen is not None and torch.equal(found.unseen, real_features(Flat(), whole.unseen).double())
+    assert len(found.features) == 16
+    without = validated(Evaluation, {"measures": ["kid"]}, "here")
+    assert kept_features.compared_with(Flat(), whole, without)[1].unseen is None
+    assert kept_features.compared_with(Flat(), Images("mine", pixels), Evaluation())[1].unseen is None
+
+
 @pytest.mark.parametrize("wanted", [[], ["recall"], ["sfd", "kid"]])
 def test_only_the_measures_that_are_asked_for_are_taken(wanted: list[str]) -> None:
     images, features = draw(20, 4, seed=0).view(20, 1, 2, 2), draw(30, 4, seed=1)

@@ -34,7 +34,10 @@ def compared_with(metric: Metric, data: ImageSet, settings: Evaluation) -> tuple
     """The features (n, d) of all images of `data`, and what generated images are compared with."""
     features = remembered("features", metric, data, real_features)
     spatial = remembered("spatial", metric, data, real_spatial) if "sfd" in settings.measures else None
-    return features, Reference.of(features, spatial, settings.seed)
+    unseen = None
+    if data.unseen is not data and {"kid_unseen", "copying"}.intersection(settings.measures):
+        unseen = remembered("features", metric, data.unseen, real_features)
+    return features, Reference.of(features, spatial, settings.seed, unseen)
 
 
 def remembered(

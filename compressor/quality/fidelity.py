@@ -32,18 +32,21 @@ _BLOCK_ENTRIES = 4 * 1024 * 1024
 class Reference:
     """The real images as these measures see them: `features` (n, d), at most `LIMIT` of them, and the statistics of all.
 
-    `spatial` are the statistics of the spatial features, where the extractor has some.
+    `spatial` are the statistics of the spatial features, where the extractor has some; `unseen` (m, d) those of the images that are
+    held out from training, where there are some, at most `LIMIT`.
     """
 
     features: Tensor
     gaussian: Gaussian
     spatial: Gaussian | None = None
+    unseen: Tensor | None = None
 
     @classmethod
-    def of(cls, features: Tensor, spatial: Tensor | None, seed: int) -> Reference:
-        """The reference that `features` (n, d) and `spatial` (n, e) of all real images make."""
+    def of(cls, features: Tensor, spatial: Tensor | None, seed: int, unseen: Tensor | None = None) -> Reference:
+        """The reference that `features` (n, d) and `spatial` (n, e) of all real images make, and `unseen` (m, d) of those held out."""
         statistics = None if spatial is None else gaussian(spatial)
-        return cls(drawn(features, seed, "real"), gaussian(features), statistics)
+        held_out = None if unseen is None else drawn(unseen, seed, "unseen")
+        return cls(drawn(features, seed, "real"), gaussian(features), statistics, held_out)
 
     @cached_property
     def _squared_radii(self) -> dict[int, Tensor]:
@@ -61,17 +64,24 @@ def measures(
 ) -> list[Quality]:
     """The entries of a report row for `settings.measures`, from the features (n, d) of its generated images.
 
-    `metric` made the features. `sfd` is left out where there are no spatial features.
+    `metric` made the features. `sfd` is left out where there are no spatial features, `kid_unseen` and `copying` where no images
+    are held out.
     """
     real, fake = reference.features, drawn(features, settings.seed, "generated")
     entries = []
     for measure in dict.fromkeys(settings.measures):
         interval = None
         samples = len(fake)
-        if measure == "kid":
-            values, size = kid(real, fake, settings.seed)
+        if measure in ("kid", "kid_unseen"):
+            if (other := real if measure == "kid" else reference.unseen) is None:
+                continue
+            values, size = kid(other, fake, settings.seed)
             value = float(values.mean())
             interval = jackknife(values, size, len(fake)) if settings.bootstrap else None
+        elif measure == "copying":
+            if reference.unseen is None:
+                continue
+            value = copying(real, reference.unseen, fake)
         elif measure == "precision":
             value = precision(reference.squared_radii(3), real, fake)
         elif measure == "recall":
@@ -200,6 +210,23 @@ def coverage(squared: Tensor, centres: Tensor, points: Tensor) -> float:
         for rows in _blocks(len(centres), len(points))
     ]
     return float(torch.cat(held).double().mean())
+
+
+def copying(seen: Tensor, unseen: Tensor, points: Tensor) -> float:
+    """How likely one of `points` is nearer to all that was `seen` than one of the `unseen` is; ties count a half.
+
+    A half is as near as new images are; towards 1, `points` are copies. It is the Mann-Whitney statistic of the distances, over the
+    number of pairs. Source: Meehan et al. 2020, "A non-parametric test to detect data-copying in generative models", sec. 3,
+    with the whole space as one cell.
+    """
+    new, own = (
+        torch.cat([_squared_distances(x[rows], seen).amin(1) for rows in _blocks(len(x), len(seen))])
+        for x in (unseen, points)
+    )
+    ordered = new.sort().values
+    nearer = len(new) - torch.searchsorted(ordered, own, right=True)
+    level = torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own)
+    return float((nearer + level / 2).double().mean()) / len(new)
 
 
 def _holding(squared: Tensor, centres: Tensor, points: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ _ABOUT = {
     "density": "how densely real images lie around samples; 1 is alike",
     "coverage": "share of real images with a sample near by",
     "sfd": "Fréchet distance of spatial features",
+    "kid_unseen": "kernel distance from real images that nothing was trained on; 95% interval",
+    "copying": "how likely a sample is nearer to training images than a held-out one is; 0.5 is alike, 1 are copies",
     "sfid": "Fréchet distance of spatial features",
 }
-_LOWER = ("kid", "sfd", "sfid")
+_LOWER = ("kid", "sfd", "sfid", "kid_unseen")
+_HIGHER = ("precision", "recall", "density", "coverage")
 
 
 def further(report: Report) -> list[tuple[str, str, list[str]]]:
@@ -30,7 +33,7 @@ def direction(report: Report) -> str:
     """The sentence that says which of the further measures are better low, and which high."""
     names = [name for name, _, _ in further(report) if _measure(name) in _ABOUT]
     low = [name for name in names if _measure(name) in _LOWER]
-    high = [name for name in names if name not in low]
+    high = [name for name in names if _measure(name) in _HIGHER]
     parts = [f"{way} is better for {', '.join(group)}" for way, group in (("Lower", low), ("higher", high)) if group]
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
