@@ -151,6 +151,13 @@ class Adapter(ABC):
         never split, and `predict` sees the tensor. Student and teacher both see these very inputs.
         """
 
+    def noised_evenly(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        """As `noised`, with times that are drawn with one in each n-th of their range, for a batch of n, in random order.
+
+        For training (`train.times: even`): what it sees of the times varies less from batch to batch. Default: as `noised` draws them.
+        """
+        return self.noised(batch, rng)
+
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
         """As `noised`, with the noise of one `time` for the whole batch: from 0 (none) to 1 (nothing but noise).
 

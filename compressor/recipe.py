@@ -197,7 +197,7 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
 _LATER: Mapping[str, tuple[str, ...]] = {
     "": ("pipeline", "part", "prompts", "records", "record", "from_scratch"),
     "evaluate": ("scores",),
-    "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload", "parallel"),
+    "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload", "parallel", "times"),
 }
 """Settings that came after the first recipes were hashed, by section."""
 
@@ -207,7 +207,7 @@ def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:
     as earlier versions had it, less the budget, which has done its work). Settings of later versions are left out where they have
     their default, so that the runs of earlier ones are still known."""
     found = recipe.model_dump(mode="json", exclude={"evaluate": {"budget"} if evaluated else True})
-    default = Recipe().model_dump(mode="json")
+    default = before()
     for section, names in _LATER.items():
         if section not in ("", *found):
             continue
@@ -216,6 +216,11 @@ def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:
             if own[name] == usual[name]:
                 del own[name]
     return found
+
+
+def before() -> dict[str, Any]:
+    """The defaults as JSON, with what recipes of earlier versions meant where they do not name a setting."""
+    return Recipe(train=Training().settled({})).model_dump(mode="json")
 
 
 def dump(recipe: Recipe) -> str:

@@ -176,7 +176,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     """As `load_inputs`, with its progress: the calls of a pipeline may have to be recorded first."""
     if recipe.pipeline is None:
         return load_inputs(recipe)
-    pruner = _pruner(recipe)
+    recipe, pruner = _method(recipe)
     start.refuse_scratch(recipe, pruner)
     if captioning.is_captioned(recipe):
         adapter, model, told = yield from captioning.captioned(recipe, adapter_of(recipe))
@@ -200,7 +200,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     if recipe.pipeline is not None:
         return result_of(prepared(recipe))
-    pruner = _pruner(recipe)
+    recipe, pruner = _method(recipe)
     start.refuse_scratch(recipe, pruner)
     if recipe.data is None:
         raise UsageError(
@@ -242,24 +242,25 @@ def same_source(recipe: Recipe, other: Recipe) -> bool:
 
 def sharing(recipe: Recipe, loaded: Inputs, adapter: Adapter) -> Inputs:
     """What `recipe` names, with the model and the data of `loaded`: nothing of either is loaded again."""
+    recipe, pruner = _method(recipe)
     resolve_device(recipe.train.device)
     if recipe.evaluate.samples is None:
         recipe = recipe.model_copy(update={"evaluate": loaded.recipe.evaluate})
-    found = replace(
-        loaded, recipe=recipe, adapter=adapter, pruner=_pruner(recipe), batches=_batches(recipe, loaded.data)
-    )
+    found = replace(loaded, recipe=recipe, adapter=adapter, pruner=pruner, batches=_batches(recipe, loaded.data))
     found.check()
     return found
 
 
-def _pruner(recipe: Recipe) -> Pruner:
+def _method(recipe: Recipe) -> tuple[Recipe, Pruner]:
+    """The method of `recipe`, and `recipe` with what it leaves to the method."""
     cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
     if (cls.__name__ if recipe.pruner else recipe.method) in (DENSE, ONE_SHOT):
         raise UsageError(
             f"a method cannot be called {DENSE!r} or {ONE_SHOT!r}: reports have rows of that name", "Rename it."
         )
     own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
-    return registry.build_pruner(cls, own)
+    pruner = registry.build_pruner(cls, own)
+    return recipe.model_copy(update={"train": recipe.train.settled(pruner.training)}), pruner
 
 
 def _batches(recipe: Recipe, data: SampleSet) -> Samples:

@@ -81,9 +81,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 def described(training: Training, device: torch.device) -> dict[str, str]:
     """What numbers depend on besides versions and hardware, for `run.json`."""
     dtype = precision(training, device)
-    fused = device.type == "cuda" and training.optimizer == "adamw" and "optimizer" not in training.offload
-    name = "AdamW" if training.optimizer == "adamw" else "AdamW, moments in 8 bits"
+    names = {"muon": "Muon for matrices, AdamW for the rest", "adamw-8bit": "AdamW, moments in 8 bits"}
+    name = names.get(training.optimizer, "AdamW")
+    fused = device.type == "cuda" and name == "AdamW" and "optimizer" not in training.offload
     return {
         "passes": ("bfloat16 (autocast)" if dtype == torch.bfloat16 else "float32") + ", compiled" * training.compiled,
         "optimizer": name + ", fused" * fused,
+        **({"times": "even"} if training.times == "even" else {}),
     }

@@ -97,6 +97,7 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
+        training = training.settled(pruner.training)
         self.ranks = Ranks(training)
         self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
@@ -141,7 +142,8 @@ class FineTuning:
         weights = {layer.name: self.parameters[layer.name] for layer in self.layers if layer.reason is None}
         lora, progress = self.training.mode == "lora", 0.0 if self.training.steps else 1.0
         if not lora:
-            self.optimizer = optimizer_of(self.training, self.parameters.values(), self.device)
+            matrices = [layer.weight for layer in self.layers]
+            self.optimizer = optimizer_of(self.training, self.parameters.values(), self.device, matrices)
             return Shadow(weights, self.pruner, self.optimizer, progress, first, "shadow" in self.training.offload)
         started = {name: weight.detach() for name, weight in weights.items()}
         masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)

@@ -51,7 +51,8 @@ class Feed:
             []
         ):  # an adapter that draws from the global generator too repeats itself all the same
             torch.default_generator.manual_seed(generator(self.training.seed, "model", step).initial_seed())
-            return self.adapter.noised(batch, generator(self.training.seed, "noise", step))
+            noised = self.adapter.noised_evenly if self.training.times == "even" else self.adapter.noised
+            return noised(batch, generator(self.training.seed, "noise", step))
 
 
 def _pinned(leaf: Tensor | Shared) -> Tensor | Shared:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.errors import UsageError
 from compressor.training.arithmetic import adamw
+from compressor.training.muon import Muon
 from compressor.training.settings import Training
 
 _EIGHT = "eight-bit"
@@ -18,14 +19,19 @@ _EIGHT = "eight-bit"
 _PARTS = ("codes", "scale", "qmap")
 
 
-def optimizer_of(settings: Training, trained: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """The AdamW of `settings` for what is `trained` on `device`. Raises UsageError where it needs a package that is not there, and for
-    settings that cannot hold together."""
+def optimizer_of(
+    settings: Training, trained: Iterable[nn.Parameter], device: torch.device, matrices: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of `settings` for what is `trained` on `device`; `matrices` are those of it that are weights of layers. Raises
+    UsageError where it needs a package that is not there, and for settings that cannot hold together."""
     given: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     outside = "optimizer" in settings.offload
     if settings.mode == "lora" and "shadow" in settings.offload:
         raise UsageError("train.offload shadow with train.mode lora: adapters have no shadow", "Leave shadow out.")
-    if settings.optimizer == "adamw":
+    if settings.optimizer == "muon":
+        _refuse_muon(settings)
+        return Muon(trained, matrices, **given)
+    if settings.optimizer in ("auto", "adamw"):
         return Visiting(trained, **given) if outside else adamw(trained, settings, device)
     if outside:
         raise UsageError(
@@ -33,6 +39,20 @@ def optimizer_of(settings: Training, trained: Iterable[nn.Parameter], device: to
             "Leave one of the two out: offload takes all of the state off the GPU, adamw-8bit three quarters of it.",
         )
     return _eight_bit()(list(trained), **given)
+
+
+def _refuse_muon(settings: Training) -> None:
+    """Raise UsageError for settings under which the matrices, or their momentum, are not whole where the step is taken."""
+    other = {
+        "train.mode lora": settings.mode == "lora",
+        "train.parallel fsdp": settings.parallel == "fsdp",
+        "train.offload optimizer": "optimizer" in settings.offload,
+    }
+    for what in (name for name, given in other.items() if given):
+        raise UsageError(
+            f"train.optimizer muon with {what}: its step is that of a whole matrix, with its momentum beside it",
+            "Use train.optimizer=adamw, or leave the other out.",
+        )
 
 
 def _eight_bit() -> Callable[..., torch.optim.Optimizer]:

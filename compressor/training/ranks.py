@@ -47,7 +47,7 @@ def check_ranks(training: Training) -> None:
             "Use train.parallel=ddp, or train.mode=full.",
         )
     untried = [f"train.{name}" for name in ("compiled", "offload") if getattr(training, name)]
-    untried += ["train.optimizer adamw-8bit"] * (training.optimizer != "adamw")
+    untried += ["train.optimizer adamw-8bit"] * (training.optimizer == "adamw-8bit")
     if untried and (training.parallel == "fsdp" or training.compiled):
         raise UsageError(
             f"{untried[0]} with {count} processes{' and train.parallel fsdp' * (training.parallel == 'fsdp')}: not tried yet",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,10 +203,13 @@ class DiffusersAdapter(Adapter):
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         return self._noised(batch, None, rng)
 
+    def noised_evenly(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, "even", rng)
+
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
         return self._noised(batch, time, rng)
 
-    def _noised(self, batch: Any, at: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
+    def _noised(self, batch: Any, at: float | Literal["even"] | None, rng: torch.Generator) -> tuple[Any, Tensor]:
         if isinstance(batch, Mapping) and "target" in batch:
             given = {name: value for name, value in batch.items() if name != "target"}
             return marked(self._convention, given), plain(batch["target"])

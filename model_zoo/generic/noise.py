@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from compressor.errors import UsageError, first_line
 from compressor.model_zoo.generic.conventions import HOW_TO_RECORD
 from compressor.model_zoo.generic.pretrained import quiet
-from compressor.model_zoo.sampling import Process
+from compressor.model_zoo.sampling import Process, even
 
 _FLOW = (
     "FlowMatchEulerDiscreteScheduler",
@@ -95,23 +95,26 @@ class Noise:
         """Whether it is rectified flow."""
         return self.log_alpha_bars is None
 
-    def noised(self, clean: Tensor, rng: torch.Generator, at: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def noised(
+        self, clean: Tensor, rng: torch.Generator, at: float | Literal["even"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(timesteps (n,), noised, what the model shall answer) for `clean` (n, …), all drawn from `rng`.
 
-        `at` is the time of all of them, from 0 to 1, where they shall not be drawn. Of rectified flow the timesteps are
-        sigma, the share of noise, times their number.
+        `at` is the time of all of them, from 0 to 1; `even`: drawn with one in each n-th of that (`model_zoo.sampling.even`);
+        None: each drawn for itself. Of rectified flow the timesteps are sigma, the share of noise, times their number.
         """
         n, shape = len(clean), (-1, *[1] * (clean.dim() - 1))
+        shares = None if at is None else even(n, rng) if at == "even" else torch.full((n,), at, dtype=torch.float64)
         if self.log_alpha_bars is None:
             # Liu et al. 2022, rectified flow: x_s = (1 - s) x + s noise, velocity noise - x
-            share = torch.rand(n, generator=rng) if at is None else torch.full((n,), at)
+            share = torch.rand(n, generator=rng) if shares is None else shares.float()
             noise = torch.randn(clean.shape, generator=rng)
             mixed = (1 - share.view(shape)) * clean + share.view(shape) * noise
             return share * self.timesteps, mixed, noise - clean
-        if at is None:
+        if shares is None:
             time = torch.randint(self.timesteps, (n,), generator=rng)
         else:
-            time = torch.full((n,), min(int(at * self.timesteps), self.timesteps - 1))
+            time = (shares * self.timesteps).long().clamp(max=self.timesteps - 1)
         noise = torch.randn(clean.shape, generator=rng)
         logs = self.log_alpha_bars[time]
         signal = torch.exp(0.5 * logs).float().view(shape)

@@ -94,15 +94,18 @@ class UViTAdapter(Adapter):
         return model.eval()
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
-        return self._noised(batch, None, rng)
+        return self._noised(batch, self.times.drawn(_count(batch), rng), rng)
+
+    def noised_evenly(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        return self._noised(batch, self.times.drawn(_count(batch), rng, evenly=True), rng)
 
     def noised_at(self, batch: Any, time: float, rng: torch.Generator) -> tuple[Any, Tensor]:
-        return self._noised(batch, time, rng)
+        return self._noised(
+            batch, self.times.at_shares(torch.full((_count(batch),), time, dtype=torch.float64)).float(), rng
+        )
 
-    def _noised(self, batch: Any, time: float | None, rng: torch.Generator) -> tuple[Any, Tensor]:
+    def _noised(self, batch: Any, times: Tensor, rng: torch.Generator) -> tuple[Any, Tensor]:
         images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        n = len(images)
-        times = self.times.drawn(n, rng) if time is None else torch.full((n,), self.times.at(time))
         noise = torch.randn(images.shape, generator=rng)
         if not self.num_classes:
             labels = None
@@ -162,3 +165,8 @@ class UViTAdapter(Adapter):
     def image_shape(self) -> tuple[int, int, int]:
         size = int(self.config["img_size"])
         return int(self.config["in_chans"]), size, size
+
+
+def _count(batch: Any) -> int:
+    """The number of images in a batch, which may have labels."""
+    return len(batch[0]) if isinstance(batch, (tuple, list)) else len(batch)

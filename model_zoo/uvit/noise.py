@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.model_zoo.sampling import Process
+from compressor.model_zoo.sampling import Process, even
 
 TRAIN_TIMESTEPS = 1000
 
@@ -22,13 +22,17 @@ class Times(ABC):
 
     continuous: bool
 
-    @abstractmethod
-    def drawn(self, count: int, rng: torch.Generator) -> Tensor:
-        """`count` times (count,), as training draws them."""
+    def drawn(self, count: int, rng: torch.Generator, evenly: bool = False) -> Tensor:
+        """`count` times (count,), as training draws them: each for itself, or `evenly` (`compressor.model_zoo.sampling.even`)."""
+        return self.at_shares(even(count, rng)) if evenly else self._drawn(count, rng)
 
     @abstractmethod
-    def at(self, share: float) -> float:
-        """The time at `share` of all of them: from 0 (the least noise) to 1 (the most)."""
+    def _drawn(self, count: int, rng: torch.Generator) -> Tensor:
+        """`count` times (count,), each drawn for itself."""
+
+    @abstractmethod
+    def at_shares(self, shares: Tensor) -> Tensor:
+        """The times at `shares` (count,) of all of them: from 0 (the least noise) to 1 (the most)."""
 
     @abstractmethod
     def log_alpha_bar(self, times: Tensor) -> Tensor:
@@ -58,11 +62,11 @@ class ContinuousTimes(Times):
 
     continuous = True
 
-    def drawn(self, count: int, rng: torch.Generator) -> Tensor:
+    def _drawn(self, count: int, rng: torch.Generator) -> Tensor:
         return torch.rand(count, generator=rng)
 
-    def at(self, share: float) -> float:
-        return share
+    def at_shares(self, shares: Tensor) -> Tensor:
+        return shares
 
     def log_alpha_bar(self, times: Tensor) -> Tensor:
         return -(0.1 * times + 9.95 * times**2)
@@ -83,11 +87,11 @@ class DiscreteTimes(Times):
 
     continuous = False
 
-    def drawn(self, count: int, rng: torch.Generator) -> Tensor:
+    def _drawn(self, count: int, rng: torch.Generator) -> Tensor:
         return torch.randint(1, TRAIN_TIMESTEPS + 1, (count,), generator=rng).float()
 
-    def at(self, share: float) -> float:
-        return 1.0 + min(int(share * TRAIN_TIMESTEPS), TRAIN_TIMESTEPS - 1)
+    def at_shares(self, shares: Tensor) -> Tensor:
+        return 1.0 + (shares * TRAIN_TIMESTEPS).floor().clamp(max=TRAIN_TIMESTEPS - 1)
 
     def log_alpha_bar(self, times: Tensor) -> Tensor:
         roots = torch.linspace(0.00085**0.5, 0.0120**0.5, TRAIN_TIMESTEPS, dtype=torch.float64)
