@@ -21,6 +21,8 @@ _RECIPES = ("sparsedm-best", "sparsedm-V4", "best-V4", "sparsedm-V4-clustered", 
 RUNS = {
     "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
     "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
+    "muon-uvit": ("--config benchmarks/recipes/best-muon.yaml --model uvit-digits --steps 300", 5),
+    "muon-ddpm": ("--config benchmarks/recipes/best-muon.yaml --model ddpm-digits --steps 300", 5),
     "ablation-uvit": ("--preset sparsedm-ablation --model uvit-digits --steps 200 --sampler-steps 25", 3),
     "ablation-ddpm": ("--preset sparsedm-ablation --model ddpm-digits --steps 200 --sampler-steps 25", 3),
     "methods-uvit": (

@@ -244,6 +244,30 @@ def gap(result: dict[str, Any]) -> str:
     )
 
 
+def muon(result: dict[str, Any], other: dict[str, Any]) -> str:
+    """What Muon and even times change of the preset `best`, paired by seed with `other`, where it has AdamW and independent times."""
+    (entry,) = result["entries"]
+    with_muon = {cell["seed"]: cell for cell in entry["cells"]}
+    before = {e["label"]: {cell["seed"]: cell for cell in e["cells"]} for e in other["entries"]}
+    seeds = sorted(with_muon)
+    paper, adamw, now = (
+        mean(one[seed]["value"] for seed in seeds) for one in (before["paper"], before["best"], with_muon)
+    )
+    found = summary([with_muon[seed]["value"] - before["best"][seed]["value"] for seed in seeds])
+    dense = other["dense"]["quality"][0]["value"]
+    shares = []
+    for what in ("prediction_error", "sample_rmse"):
+        ratios = summary([with_muon[seed]["drift"][what] / before["best"][seed]["drift"][what] for seed in seeds])
+        shares.append(f"{ratios.mean:.2f} [{ratios.ci95[0]:.2f}, {ratios.ci95[1]:.2f}]")
+    return (
+        f"`{result['model']}`, seeds {seeds[0]} to {seeds[-1]}, {entry['recipe_train']['steps']} steps: fd-digits {now:.2f} in "
+        f"place of {adamw:.2f}, a change of {_signed(found, '+.2f')}. Of the gap between `paper`, {paper:.2f}, and dense, "
+        f"{dense:.2f}, that closes {(paper - now) / (paper - dense):.0%} in place of {(paper - adamw) / (paper - dense):.0%}. "
+        f"The prediction error is {shares[0]} of what it was, and the samples are {shares[1]} as far from the dense model's "
+        "(root mean square)."
+    )
+
+
 def by_steps(result: dict[str, Any]) -> str:
     """The metric by number of sampler steps."""
     usual = str(result["evaluate"]["sampler_steps"])
@@ -332,6 +356,8 @@ TABLES = (
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),
     ("docs/results.md", "gap-ddpm", "comparison_best-ddpm.json", gap),
+    ("docs/results.md", "muon-uvit", "comparison_muon-uvit.json comparison_best-uvit.json", muon),
+    ("docs/results.md", "muon-ddpm", "comparison_muon-ddpm.json comparison_best-ddpm.json", muon),
     ("docs/results.md", "best-uvit", "comparison_best-uvit.json", comparison),
     ("docs/results.md", "best-ddpm", "comparison_best-ddpm.json", comparison),
     ("docs/results.md", "effects-uvit", "comparison_ablation-uvit.json", effects),

@@ -207,7 +207,7 @@ def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:
     as earlier versions had it, less the budget, which has done its work). Settings of later versions are left out where they have
     their default, so that the runs of earlier ones are still known."""
     found = recipe.model_dump(mode="json", exclude={"evaluate": {"budget"} if evaluated else True})
-    default = before()
+    default = Recipe().model_dump(mode="json")
     for section, names in _LATER.items():
         if section not in ("", *found):
             continue
@@ -216,11 +216,6 @@ def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:
             if own[name] == usual[name]:
                 del own[name]
     return found
-
-
-def before() -> dict[str, Any]:
-    """The defaults as JSON, with what recipes of earlier versions meant where they do not name a setting."""
-    return Recipe(train=Training().settled({})).model_dump(mode="json")
 
 
 def dump(recipe: Recipe) -> str:

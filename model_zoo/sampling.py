@@ -258,12 +258,12 @@ def guided(
 
 
 def even(count: int, rng: torch.Generator) -> Tensor:
-    """`count` numbers in [0, 1), one in each of as many equal parts of it, in random order.
+    """`count` numbers (float64) from 0 to 1, one in each of as many equal parts, in random order.
 
     A mean over times so drawn has the expectation of one over independent times, and less variance.
     Source: stratified sampling; for the times of a diffusion model, Kingma et al. 2021, "Variational Diffusion Models", I.1.
     """
-    return (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
+    return (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)).double() / count
 
 
 def dropped(labels: Tensor, null_label: int | None, share: float, rng: torch.Generator) -> Tensor:

@@ -248,13 +248,15 @@ def test_copies_and_new_images_are_told_apart() -> None:
 
 def test_what_is_held_out_is_measured_against_where_there_is_some() -> None:
     seen, unseen, images = draw(60, 4, seed=0), draw(30, 4, seed=1), draw(20, 4, seed=2).view(20, 1, 2, 2)
-    choice = validated(Evaluation, {"bootstrap": 5, "measures": ["copying", "kid_unseen"]}, "here")
-    first, copies, distance = qualities(Flat(), images, Reference.of(seen, None, 0, unseen), choice)
+    choice = validated(Evaluation, {"bootstrap": 5, "measures": ["recall"]}, "here")
+    *others, distance, copies = qualities(Flat(), images, Reference.of(seen, None, 0, unseen), choice)
     assert (copies.metric, distance.metric) == ("copying-flat", "kid_unseen-flat")
     assert copies.value == fidelity.copying(seen, unseen, images.flatten(1)) and copies.ci95 is None
     assert distance.value == pytest.approx(float(fidelity.kid(unseen, images.flatten(1), choice.seed)[0].mean()))
     assert distance.ci95 is not None
-    assert qualities(Flat(), images, Reference.of(seen, None, 0), choice) == [first]
+    assert qualities(Flat(), images, Reference.of(seen, None, 0), choice) == others
+    alone = validated(Evaluation, {"bootstrap": 5, "measures": []}, "here")
+    assert qualities(Flat(), images, Reference.of(seen, None, 0, unseen), alone) == others[:1]
 
 
 def test_the_features_of_held_out_pictures_are_taken_where_they_are_wanted() -> None:
@@ -263,7 +265,7 @@ def test_the_features_of_held_out_pictures_are_taken_where_they_are_wanted() -> 
     _, found = kept_features.compared_with(Flat(), whole, Evaluation())
     assert found.unseen is not None and torch.equal(found.unseen, real_features(Flat(), whole.unseen).double())
     assert len(found.features) == 16
-    without = validated(Evaluation, {"measures": ["kid"]}, "here")
+    without = validated(Evaluation, {"measures": []}, "here")
     assert kept_features.compared_with(Flat(), whole, without)[1].unseen is None
     assert kept_features.compared_with(Flat(), Images("mine", pixels), Evaluation())[1].unseen is None
 

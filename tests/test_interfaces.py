@@ -219,6 +219,17 @@ def test_weights_choose_the_metric_that_takes_them(monkeypatch, tmp_path):
     assert "evaluate.metric=fid" in caught.value.hint
 
 
+def test_a_registered_data_set_says_what_its_models_are_judged_by():
+    def metric(**given):
+        return inputs.resolve(given, "here").evaluate.metric
+
+    assert metric(model="uvit", data="pictures-32") == "fd-pictures"
+    assert metric(model="uvit", data="digits") == "fd-digits"
+    assert metric(model="uvit", data="pictures-32", evaluate={"metric": "fd-digits"}) == "fd-digits"
+    assert metric(model="uvit", data="photos/") is None
+    assert metric() == "fd-digits"
+
+
 def test_measures_are_named_by_their_metric():
     assert Dino().measure_name("recall") == "recall-dino"
     assert registry.metric("fid").measure_name("sfd") == "sfid"

@@ -16,7 +16,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from compressor import files, saving
-from compressor import recipe as recipes
 from compressor.comparison.claims import PATIENCE, Claims, refuse_shared
 from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
@@ -242,7 +241,7 @@ def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str])
     before = files.read_json(folder / JOB).get("recipe")
     if not isinstance(before, dict):
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
-    defaults = recipes.before()  # of settings that are newer than the job
+    defaults = Recipe().model_dump(mode="json")  # of settings that are newer than the job
     for key in identity:
         before.setdefault(key, defaults[key])
         if isinstance(defaults[key], dict) and isinstance(before.get(key), dict):

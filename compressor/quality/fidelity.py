@@ -64,24 +64,22 @@ def measures(
 ) -> list[Quality]:
     """The entries of a report row for `settings.measures`, from the features (n, d) of its generated images.
 
-    `metric` made the features. `sfd` is left out where there are no spatial features, `kid_unseen` and `copying` where no images
-    are held out.
+    `metric` made the features. `sfd` is left out where there are no spatial features. Where images are held out, `kid_unseen` and
+    `copying` come last, unless no measures are wanted.
     """
     real, fake = reference.features, drawn(features, settings.seed, "generated")
+    unseen = reference.features if reference.unseen is None else reference.unseen
     entries = []
-    for measure in dict.fromkeys(settings.measures):
+    of_unseen = ("kid_unseen", "copying") if settings.measures and reference.unseen is not None else ()
+    for measure in dict.fromkeys((*settings.measures, *of_unseen)):
         interval = None
         samples = len(fake)
         if measure in ("kid", "kid_unseen"):
-            if (other := real if measure == "kid" else reference.unseen) is None:
-                continue
-            values, size = kid(other, fake, settings.seed)
+            values, size = kid(unseen if measure == "kid_unseen" else real, fake, settings.seed)
             value = float(values.mean())
             interval = jackknife(values, size, len(fake)) if settings.bootstrap else None
         elif measure == "copying":
-            if reference.unseen is None:
-                continue
-            value = copying(real, reference.unseen, fake)
+            value = copying(real, unseen, fake)
         elif measure == "precision":
             value = precision(reference.squared_radii(3), real, fake)
         elif measure == "recall":

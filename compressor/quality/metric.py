@@ -21,6 +21,9 @@ class Metric(ABC):
     """The setting of `evaluate` that names a file with the extractor's weights, for an extractor that comes without. Who gives
     such a file means this metric, where none is named."""
 
+    data: str | None = None
+    """The registered data set whose models this metric judges, where neither the model nor the user names another."""
+
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Features (n, d), float, of `images` (n, channels, height, width) in [-1, 1].

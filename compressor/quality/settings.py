@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd", "kid_unseen", "copying"]
+Measure = Literal["kid", "precision", "recall", "density", "coverage", "sfd"]
 Budget = Literal["auto", "quick", "full"]
 
 LOOK, USUAL, PUBLISHED = 64, 1024, 50_000

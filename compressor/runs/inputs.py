@@ -39,6 +39,7 @@ from compressor.sparsity.notation import refuse_unreadable
 from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
+from compressor.training.optimizers import check_optimizer
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import check_quantise
 from compressor.weights import in_float32, weights_sha256
@@ -83,6 +84,7 @@ class Inputs:
     def check(self) -> None:
         """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""
         refuse_unreadable(self.pruner.pattern)
+        check_optimizer(self.recipe.train)
         model = surveyed(self.model, self.recipe.train.steps)
         layers = choose_layers(model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
         dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
@@ -134,7 +136,7 @@ class Inputs:
 
 
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
-    """The validated recipe: the model's own defaults below `settings`, file names made absolute.
+    """The validated recipe: the metric of a registered data set, and the model's own defaults, below `settings`; file names absolute.
 
     Who gives a metric's weights means that metric, where none is named. Raises UsageError for anything unknown.
     """
@@ -159,6 +161,7 @@ def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
     defaults = [registry.adapter(early.model).defaults if early.pipeline is None else of_pipeline]
     own = defaults[0].get("evaluate", {})
     defaults.append({"evaluate": of_budget(early.evaluate.budget, own)})
+    defaults.insert(0, {"evaluate": {"metric": _usual_metric(early.data)}})
     if takers := _taking(early.evaluate):
         defaults.append({"evaluate": {"metric": takers[0]}})
     return validation.validated(Recipe, recipes.merged(*defaults, settings, absolute), where)
@@ -176,7 +179,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
     """As `load_inputs`, with its progress: the calls of a pipeline may have to be recorded first."""
     if recipe.pipeline is None:
         return load_inputs(recipe)
-    recipe, pruner = _method(recipe)
+    pruner = _pruner(recipe)
     start.refuse_scratch(recipe, pruner)
     if captioning.is_captioned(recipe):
         adapter, model, told = yield from captioning.captioned(recipe, adapter_of(recipe))
@@ -200,7 +203,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Find and load what `recipe` names. The cheap checks come first."""
     if recipe.pipeline is not None:
         return result_of(prepared(recipe))
-    recipe, pruner = _method(recipe)
+    pruner = _pruner(recipe)
     start.refuse_scratch(recipe, pruner)
     if recipe.data is None:
         raise UsageError(
@@ -242,25 +245,24 @@ def same_source(recipe: Recipe, other: Recipe) -> bool:
 
 def sharing(recipe: Recipe, loaded: Inputs, adapter: Adapter) -> Inputs:
     """What `recipe` names, with the model and the data of `loaded`: nothing of either is loaded again."""
-    recipe, pruner = _method(recipe)
     resolve_device(recipe.train.device)
     if recipe.evaluate.samples is None:
         recipe = recipe.model_copy(update={"evaluate": loaded.recipe.evaluate})
-    found = replace(loaded, recipe=recipe, adapter=adapter, pruner=pruner, batches=_batches(recipe, loaded.data))
+    found = replace(
+        loaded, recipe=recipe, adapter=adapter, pruner=_pruner(recipe), batches=_batches(recipe, loaded.data)
+    )
     found.check()
     return found
 
 
-def _method(recipe: Recipe) -> tuple[Recipe, Pruner]:
-    """The method of `recipe`, and `recipe` with what it leaves to the method."""
+def _pruner(recipe: Recipe) -> Pruner:
     cls = registry.pruner_class_from_file(recipe.pruner) if recipe.pruner else registry.pruner_class(recipe.method)
     if (cls.__name__ if recipe.pruner else recipe.method) in (DENSE, ONE_SHOT):
         raise UsageError(
             f"a method cannot be called {DENSE!r} or {ONE_SHOT!r}: reports have rows of that name", "Rename it."
         )
     own = {**recipe.settings, **({"pattern": recipe.pattern} if recipe.pattern is not None else {})}
-    pruner = registry.build_pruner(cls, own)
-    return recipe.model_copy(update={"train": recipe.train.settled(pruner.training)}), pruner
+    return registry.build_pruner(cls, own)
 
 
 def _batches(recipe: Recipe, data: SampleSet) -> Samples:
@@ -294,6 +296,15 @@ def _metric(settings: Evaluation) -> Metric | None:
             f"Leave evaluate.inception_weights out{other}",
         )
     return metric.with_weights(Path(getattr(settings, metric.weights_setting)))
+
+
+def _usual_metric(data: str | None) -> str | None:
+    """The registered metric that models of the registered set `data` are judged by, where there is one."""
+    for name in registry.names("metrics") if data in registry.names("data") else ():
+        with suppress(CompressorError):  # one that cannot be loaded is nobody's usual metric
+            if registry.metric(name).data == data:
+                return name
+    return None
 
 
 def _taking(settings: Evaluation) -> list[str]:

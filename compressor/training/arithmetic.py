@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.errors import UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line
 from compressor.training.settings import Training
 
 _CHOSEN = ("fused", "foreach", "capturable")
@@ -70,8 +70,17 @@ def adamw(trained: Iterable[nn.Parameter], training: Training, device: torch.dev
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load the `state_dict` of an optimizer into `optimizer`, which goes on with the code of its own device.
 
-    Keys of `state["state"]` may be strings, as JSON has them.
+    Keys of `state["state"]` may be strings, as JSON has them. Raises CompressorError for the state of another kind of optimizer.
     """
+    shapes = [
+        [(len(group["params"]), group.get("muon")) for group in one]
+        for one in (state["param_groups"], optimizer.param_groups)
+    ]
+    if shapes[0] != shapes[1]:
+        raise CompressorError(
+            "the state is that of another optimizer",
+            "Go on with the train.optimizer, and the layers, that it was saved with.",
+        )
     own = [{key: group[key] for key in _CHOSEN if key in group} for group in optimizer.param_groups]
     groups = [{**group, **chosen} for group, chosen in zip(state["param_groups"], own, strict=True)]
     moments = {int(index): value for index, value in state["state"].items()}
@@ -87,5 +96,4 @@ def described(training: Training, device: torch.device) -> dict[str, str]:
     return {
         "passes": ("bfloat16 (autocast)" if dtype == torch.bfloat16 else "float32") + ", compiled" * training.compiled,
         "optimizer": name + ", fused" * fused,
-        **({"times": "even"} if training.times == "even" else {}),
     }

@@ -97,7 +97,6 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
-        training = training.settled(pruner.training)
         self.ranks = Ranks(training)
         self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training

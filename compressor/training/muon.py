@@ -24,8 +24,9 @@ _AS_ADAMW = 0.2
 class Muon(torch.optim.Optimizer):
     """Muon for those of `matrices` that have at least 16 rows and 16 columns, AdamW for all else that is `trained`.
 
-    Kernels of convolutions are (out, rest) matrices. `lr`, `betas` and `weight_decay` are AdamW's. All of it is in float32, on CPUs
-    as on GPUs: torch's own Muon multiplies in bfloat16, 28 times slower on a CPU without such products, and takes no kernels.
+    Of kernels of convolutions the first dim counts as rows, all others as columns. `lr` and `weight_decay` hold for both, `betas` are
+    AdamW's. All of it is in float32, on CPUs as on GPUs: torch's own Muon multiplies in bfloat16, 28 times slower on a CPU without
+    such products, and takes no kernels.
     """
 
     def __init__(self, trained: Iterable[nn.Parameter], matrices: Collection[nn.Parameter], **settings: Any) -> None:

@@ -24,31 +24,31 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """The optimizer of `settings` for what is `trained` on `device`; `matrices` are those of it that are weights of layers. Raises
     UsageError where it needs a package that is not there, and for settings that cannot hold together."""
+    check_optimizer(settings)
     given: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    outside = "optimizer" in settings.offload
-    if settings.mode == "lora" and "shadow" in settings.offload:
-        raise UsageError("train.offload shadow with train.mode lora: adapters have no shadow", "Leave shadow out.")
     if settings.optimizer == "muon":
-        _refuse_muon(settings)
         return Muon(trained, matrices, **given)
-    if settings.optimizer in ("auto", "adamw"):
-        return Visiting(trained, **given) if outside else adamw(trained, settings, device)
-    if outside:
+    if settings.optimizer == "adamw":
+        return Visiting(trained, **given) if "optimizer" in settings.offload else adamw(trained, settings, device)
+    return _eight_bit()(list(trained), **given)
+
+
+def check_optimizer(settings: Training) -> None:
+    """Raise UsageError for settings of the optimizer that cannot hold together. Needs no model."""
+    lora, outside = settings.mode == "lora", "optimizer" in settings.offload
+    if lora and "shadow" in settings.offload:
+        raise UsageError("train.offload shadow with train.mode lora: adapters have no shadow", "Leave shadow out.")
+    if settings.optimizer == "adamw-8bit" and outside:
         raise UsageError(
             "train.optimizer adamw-8bit with train.offload optimizer: a state in 8 bits stays where its weight is",
             "Leave one of the two out: offload takes all of the state off the GPU, adamw-8bit three quarters of it.",
         )
-    return _eight_bit()(list(trained), **given)
-
-
-def _refuse_muon(settings: Training) -> None:
-    """Raise UsageError for settings under which the matrices, or their momentum, are not whole where the step is taken."""
-    other = {
-        "train.mode lora": settings.mode == "lora",
+    apart = {
+        "train.mode lora": lora,
         "train.parallel fsdp": settings.parallel == "fsdp",
-        "train.offload optimizer": "optimizer" in settings.offload,
+        "train.offload optimizer": outside,
     }
-    for what in (name for name, given in other.items() if given):
+    for what in (name for name, given in apart.items() if given and settings.optimizer == "muon"):
         raise UsageError(
             f"train.optimizer muon with {what}: its step is that of a whole matrix, with its momentum beside it",
             "Use train.optimizer=adamw, or leave the other out.",

@@ -6,7 +6,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -71,8 +70,6 @@ class Pruner(ABC):
     """How pruned weights are trained."""
     objective: Objective = Objective()
     """What fine-tuning minimises."""
-    training: Mapping[str, str] = MappingProxyType({})
-    """What `optimizer` and `times` of `compressor.Training` are where the user leaves them `auto`."""
     quantise: Quantise = "none"
     """What is left under masks is rounded to: with `int8`, it is trained and saved as 8-bit codes times a scale per output row."""
     surgery: Surgery | None = None

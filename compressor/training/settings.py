@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compressor.errors import UsageError
-from compressor.validation import validated
-
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _NotNegative = Annotated[float, Field(ge=0)]
-
-
-_ASKED = ("optimizer", "times")
 
 
 class Lora(BaseModel):
@@ -62,35 +55,14 @@ class Training(BaseModel):
     """Whether student and teacher run under torch.compile, whose numbers differ from eager ones by rounding."""
     mode: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
-    optimizer: Literal["auto", "adamw", "adamw-8bit", "muon"] = "auto"
-    """`auto` is what the method asks for, AdamW where it asks for nothing. `adamw-8bit` keeps AdamW's two moments in 8 bits;
-    `muon` makes the steps of matrices orthogonal (`compressor.training.muon`)."""
-    times: Literal["auto", "independent", "even"] = "auto"
-    """How the times of a batch are drawn: each for itself, or one in each n-th of their range. `auto` is what the method asks for,
-    independent where it asks for nothing. Adapters that draw no times, or know no other way, draw them as they do."""
+    optimizer: Literal["adamw", "adamw-8bit", "muon"] = "adamw"
+    """`adamw-8bit` keeps AdamW's two moments in 8 bits; `muon` makes the steps of matrices orthogonal (`compressor.training.muon`)."""
+    times: Literal["independent", "even"] = "independent"
+    """How the times of a batch are drawn: each for itself, or one in each n-th of their range (`Adapter.noised_evenly`)."""
     offload: list[Literal["ema", "optimizer", "shadow"]] = Field(default_factory=list)
     """What is kept in the machine's memory while a GPU trains: the average, the optimizer's state, the dense weights."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the run: a copy of the model in each, or (FSDP2) some rows of every weight."""
-
-    def settled(self, asked: Mapping[str, str]) -> Training:
-        """These settings without `auto` in `optimizer` and `times`, of which a method has `asked` for some.
-
-        What the rest cannot be together with is not taken: Muon needs whole matrices, and its state beside them.
-        Raises UsageError where anything else is asked for, or what is not allowed.
-        """
-        if unknown := sorted(asked.keys() - _ASKED):
-            raise UsageError(f"a method asks for training with {unknown[0]!r}", f"Allowed: {' and '.join(_ASKED)}.")
-        found: dict[str, str] = {}
-        if self.optimizer == "auto":
-            found["optimizer"] = asked.get("optimizer", "adamw")
-            if found["optimizer"] == "muon" and (
-                self.mode == "lora" or self.parallel == "fsdp" or "optimizer" in self.offload
-            ):
-                found["optimizer"] = "adamw"
-        if self.times == "auto":
-            found["times"] = asked.get("times", "independent")
-        return validated(Training, {**self.model_dump(), **found}, "the method's training") if found else self
 
     def lr_at(self, step: int) -> float:
         """The learning rate of `step` (from 0): linear warm-up, then the schedule down to zero at the end.

@@ -39,6 +39,7 @@ class FDDigits(FDOfClassifier):
     """`fd-digits`: for one-channel 8x8 images."""
 
     name = "fd-digits"
+    data = "digits"
     shape = (1, 8, 8)
 
     def __init__(self) -> None:

@@ -48,6 +48,7 @@ class FDPictures(FDOfClassifier):
     """`fd-pictures`: for 32x32 pictures in colour like the bundled ones."""
 
     name = "fd-pictures"
+    data = "pictures-32"
     shape = (3, 32, 32)
 
     def __init__(self) -> None:

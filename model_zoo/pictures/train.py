@@ -1,7 +1,6 @@
-"""Training of what is bundled with the pictures: `python -m compressor.model_zoo.pictures.train [classifier|uvit] --out DIR`.
+"""Training of what is bundled with the pictures: `python -m compressor.model_zoo.pictures.train classifier --out DIR`.
 
-Writes the weights and a provenance file beside them. The bundled classifier came from the default settings; the U-ViT from a run of
-`compressor train` with the recipe benchmarks/recipes/uvit-pictures.yaml, which may be ended at any checkpoint.
+Writes the weights and a provenance file beside them. The bundled files came from the default settings.
 """
 
 from __future__ import annotations
@@ -15,13 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor import recipe as recipes
-from compressor import registry
 from compressor.model_zoo.generic.classified import fit
 from compressor.model_zoo.generic.provenance import save_with_facts
 from compressor.model_zoo.pictures.classifier import PicturesClassifier
 from compressor.model_zoo.pictures.dataset import images
-from compressor.saving.state import load_state
 
 _SHIFT = 2
 
@@ -63,27 +59,6 @@ def classifier(out: Path, seed: int, epochs: int) -> None:
     facts |= {"held_out_error_of_small": round(small, 4), "data_sha256": data.sha256}
     recipe = "python -m compressor.model_zoo.pictures.train classifier"
     click.echo(save_with_facts(model, out / "classifier.safetensors", recipe, began, facts))
-
-
-@main.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("trained"), show_default=True)
-def uvit(run: Path, out: Path) -> None:
-    """The dense U-ViT: the average of the weights at the last checkpoint of RUN, in half precision."""
-    folder = max(run.glob("checkpoint-*"), key=lambda one: int(one.name.rpartition("-")[2]))
-    found, recipe = load_state(folder), recipes.read(run / "recipe.yaml")
-    state, began = found["run"], time.perf_counter() - found["seconds"]
-    adapter = registry.adapter(recipe["model"]).opened(None, recipe["architecture"])
-    model = adapter.build()
-    average: dict[str, Tensor] = state["average"]
-    model.load_state_dict({**state["model"], **average})
-    facts = {
-        "architecture": recipe["architecture"],
-        "training": {**recipe["train"], "steps": state["step"]},
-        "data_sha256": images().sha256,
-    }
-    command = "compressor train --config benchmarks/recipes/uvit-pictures.yaml, then " + __name__ + " uvit"
-    click.echo(save_with_facts(model.half(), out / "uvit-pictures.safetensors", command, began, facts))
 
 
 def _varied(pixels: Tensor, rng: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ class Times(ABC):
 
     def drawn(self, count: int, rng: torch.Generator, evenly: bool = False) -> Tensor:
         """`count` times (count,), as training draws them: each for itself, or `evenly` (`compressor.model_zoo.sampling.even`)."""
-        return self.at_shares(even(count, rng)) if evenly else self._drawn(count, rng)
+        return self.at_shares(even(count, rng)).float() if evenly else self._drawn(count, rng)
 
     @abstractmethod
     def _drawn(self, count: int, rng: torch.Generator) -> Tensor:

@@ -24,7 +24,6 @@ from compressor.training.pruner import Objective, Pruner
 from .presets import PRESETS
 
 _TEACHER = 0.1
-_BEST_TRAINING = {"optimizer": "muon", "times": "even"}
 _START = {"paper": "pretrained", "best": "obs"}
 
 _PROGRESSIVE = (NM(31, 32), NM(15, 16), NM(7, 8), NM(3, 4))
@@ -87,10 +86,6 @@ class SparseDM(Pruner):
         if alone:
             return Objective(noise=0.0, teacher=1.0)
         return Objective(teacher=_TEACHER if self.teacher is None else self.teacher)
-
-    @property
-    def training(self) -> Mapping[str, str]:  # type: ignore[override]
-        return _BEST_TRAINING if self.preset == "best" else {}
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         if self.starts_from == "obs":
