@@ -35,8 +35,9 @@ def compared_with(metric: Metric, data: ImageSet, settings: Evaluation) -> tuple
     features = remembered("features", metric, data, real_features)
     spatial = remembered("spatial", metric, data, real_spatial) if "sfd" in settings.measures else None
     unseen = None
-    if data.unseen is not data and settings.measures:
-        unseen = remembered("features", metric, data.unseen, real_features)
+    held_out = data.unseen
+    if isinstance(held_out, ImageSet) and held_out is not data and settings.measures:
+        unseen = remembered("features", metric, held_out, real_features)
     return features, Reference.of(features, spatial, settings.seed, unseen)
 
 

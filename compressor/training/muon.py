@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     such products, and takes no kernels.
     """
 
-    def __init__(self, trained: Iterable[nn.Parameter], matrices: Collection[nn.Parameter], **settings: Any) -> None:
+    def __init__(self, trained: Iterable[nn.Parameter], matrices: Collection[Tensor], **settings: Any) -> None:
         trained, known = list(trained), {id(weight) for weight in matrices}
         orthogonal = [weight for weight in trained if id(weight) in known and is_matrix(weight)]
         own = {id(weight) for weight in orthogonal}

@@ -20,7 +20,7 @@ _PARTS = ("codes", "scale", "qmap")
 
 
 def optimizer_of(
-    settings: Training, trained: Iterable[nn.Parameter], device: torch.device, matrices: Collection[nn.Parameter] = ()
+    settings: Training, trained: Iterable[nn.Parameter], device: torch.device, matrices: Collection[Tensor] = ()
 ) -> torch.optim.Optimizer:
     """The optimizer of `settings` for what is `trained` on `device`; `matrices` are those of it that are weights of layers. Raises
     UsageError where it needs a package that is not there, and for settings that cannot hold together."""
