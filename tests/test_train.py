@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from compressor import recipe, saving
+import compressor
+from compressor import recipe, registry, saving
 from compressor.errors import CompressorError
 from compressor.model_zoo.pictures import GROUPS, images
 from compressor.model_zoo.pictures.make import Emoji
 from compressor.runs import inputs, start
+from compressor.runs.run import execute
 
 QUICK = ["train.batch_size=4", "train.warmup=0", "evaluate.samples=0", "evaluate.latency_rounds=0"]
 SMALL = {
@@ -235,3 +240,41 @@ def test_held_out_pictures_are_no_variants_of_the_others():
     assert len({one.family for one in [*waves, Emoji((0x1F44B,), 1, "")]}) == 1
     runners = [(0x1F3C3,), (0x1F3C3, 0x200D, 0x2640, 0xFE0F), (0x1F3C3, 0x1F3FD, 0x200D, 0x2642, 0xFE0F)]
     assert len({Emoji(code, 1, "").family for code in runners}) == 1
+
+
+# --- The weights of a run of uvit-pictures. ---
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_weights_of_a_run_are_written_with_their_facts(tmp_path, monkeypatch, whole):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    run = tmp_path / "run"
+    script = importlib.import_module("uvit_pictures")
+    tiny = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
+    given = {
+        "model": "uvit",
+        "data": "pictures-32",
+        "architecture": tiny,
+        "from_scratch": True,
+        "method": "dense-continued",
+    }
+    short = {"steps": 3, "batch_size": 4, "optimizer": "muon", "times": "even", "ema": 0.5}
+    unjudged = {"samples": 0, "latency_rounds": 0}
+    recipe = inputs.resolve({**given, "train": short, "evaluate": unjudged, "checkpoint_every": 1}, "test")
+    progress = execute(inputs.load_inputs(recipe), run)
+    for _ in progress:
+        if not whole and (run / "checkpoint-2").is_dir():
+            progress.close()
+    result = CliRunner().invoke(script.main, [str(run), "--out", str(tmp_path / "made")], catch_exceptions=False)
+    facts = json.loads((tmp_path / "made" / "uvit-pictures.json").read_text(encoding="utf-8"))
+    assert result.exit_code == 0 and facts["training"]["steps"] == (3 if whole else 2)
+    assert facts["architecture"]["embed_dim"] == 16 and facts["training"]["optimizer"] == "muon"
+    adapter = registry.adapter("uvit").opened(None, facts["architecture"])
+    loaded = adapter.load(str(tmp_path / "made" / "uvit-pictures.safetensors"))
+    if whole:
+        expected = compressor.load(run).state_dict()
+    else:
+        state = saving.load_state(run / "checkpoint-2")["run"]
+        expected = {**state["model"], **state["average"]}
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name].half().to(value.dtype)), name
