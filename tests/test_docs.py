@@ -93,7 +93,8 @@ def test_the_commands_in_the_page_exist_with_their_options(page):
     for line in commands(page):
         name, *arguments = shlex.split(line, comments=True)[1:]
         command = app.commands[name]
-        context = click.Context(command, info_name=name)
+        # with its parent: a command keeps the help option that the first context gives it, for all later ones of the process
+        context = click.Context(command, parent=click.Context(app, **app.context_settings), info_name=name)
         command.parse_args(context, arguments)  # raises for options and choices that are none
 
 
