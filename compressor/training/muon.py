@@ -31,10 +31,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, trained: Iterable[nn.Parameter], matrices: Collection[Tensor], **settings: Any) -> None:
         trained, known = list(trained), {id(weight) for weight in matrices}
-        orthogonal = [weight for weight in trained if id(weight) in known and is_matrix(weight)]
-        own = {id(weight) for weight in orthogonal}
-        rest = [weight for weight in trained if id(weight) not in own]
-        groups = [{"params": params, "muon": params is orthogonal} for params in (orthogonal, rest) if params]
+        own = [weight for weight in trained if id(weight) in known and is_matrix(weight)]
+        taken = {id(weight) for weight in own}
+        rest = [weight for weight in trained if id(weight) not in taken]
+        groups = [{"params": params, "muon": params is own} for params in (own, rest) if params]
         super().__init__(groups, settings)
         self._rest = torch.optim.AdamW(rest, **settings) if rest else None
 
