@@ -3,11 +3,14 @@
     compressor train --config benchmarks/recipes/uvit-pictures.yaml --out runs/uvit-pictures
     python benchmarks/uvit_pictures.py runs/uvit-pictures --out trained
 
+A run that starts from such weights (`compressor run --method dense-continued --weights FILE`) has their facts within its own.
 The run may be interrupted at any step: of one that is not finished, the average of the weights at the last checkpoint is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import time
 from pathlib import Path
@@ -33,13 +36,20 @@ def main(run: Path, out: Path) -> None:
     model, steps, seconds = averaged(run, recipe) if checkpoints(run) else finished(run)
     facts = {
         "architecture": recipe["architecture"],
-        "weights": recipe["weights"],
+        **({"started_from": started_from(Path(recipe["weights"]))} if recipe["weights"] else {}),
         "training": {**recipe["train"], "steps": steps},
         "data_sha256": images().sha256,
     }
     command = "compressor train --config benchmarks/recipes/uvit-pictures.yaml; python benchmarks/uvit_pictures.py"
     began = time.perf_counter() - seconds
     click.echo(save_with_facts(model.half(), out / "uvit-pictures.safetensors", command, began, facts))
+
+
+def started_from(weights: Path) -> dict[str, Any]:
+    """The hash of the file that a run started from, with the facts that lie beside it."""
+    beside = weights.with_suffix(".json")
+    facts: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return {**facts, "file_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
 def checkpoints(run: Path) -> list[Path]:

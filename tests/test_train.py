@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -269,8 +270,10 @@ def test_the_weights_of_a_run_are_written_with_their_facts(tmp_path, monkeypatch
     facts = json.loads((tmp_path / "made" / "uvit-pictures.json").read_text(encoding="utf-8"))
     assert result.exit_code == 0 and facts["training"]["steps"] == (3 if whole else 2)
     assert facts["architecture"]["embed_dim"] == 16 and facts["training"]["optimizer"] == "muon"
+    made = tmp_path / "made" / "uvit-pictures.safetensors"
+    assert script.started_from(made) == {**facts, "file_sha256": hashlib.sha256(made.read_bytes()).hexdigest()}
     adapter = registry.adapter("uvit").opened(None, facts["architecture"])
-    loaded = adapter.load(str(tmp_path / "made" / "uvit-pictures.safetensors"))
+    loaded = adapter.load(str(made))
     if whole:
         expected = compressor.load(run).state_dict()
     else:
