@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.foreign.bounded import check_regular, check_unpacked, check_zip
+from compressor.foreign.bounded import check_regular, check_unpacked, check_zip, mapping
 from compressor.foreign.pickles import check_keys
 from compressor.foreign.sound import refuse_unsound
 
@@ -112,7 +112,8 @@ def _tensors(path: Path, mapped: bool) -> dict[str, Tensor]:
         ) from error
     try:
         if path.suffix == ".safetensors":
-            state = _header(path) if mapped else load_file(path)
+            with mapping():
+                state = _header(path) if mapped else load_file(path)
         else:
             # the format before torch 1.6, which is no zip file, cannot be mapped
             zipped = zipfile.is_zipfile(path)

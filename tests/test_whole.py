@@ -23,6 +23,7 @@ from faults import DONE, KILLED, KINDS, Fault, each, in_a_process
 import compressor
 from compressor import NM, files, saving
 from compressor.errors import CompressorError, LockedError, UsageError
+from compressor.foreign.bounded import mapping
 from compressor.runs import directory, facts, finish
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -171,6 +172,23 @@ def test_a_run_directory_is_loaded_whose_model_was_being_replaced(tmp_path) -> N
     compressor.save(tmp_path / "run" / "model", *models[0])
     (tmp_path / "run" / "model").rename(tmp_path / "run" / ".old-model")
     assert number(tmp_path / "run", models) == 0
+
+
+def test_a_file_that_is_gone_before_torch_maps_it_is_missing(tmp_path, monkeypatch) -> None:
+    gone = tmp_path / "gone.safetensors"
+    with pytest.raises(FileNotFoundError), mapping():
+        torch.UntypedStorage.from_file(
+            str(gone), False, 8
+        )  # what safetensors calls, once it has seen that the file is there
+    with pytest.raises(RuntimeError, match="another"), mapping():
+        raise RuntimeError("another (2)")
+    path, models = tmp_path / "model", [pruned(0)]
+    compressor.save(path, *models[0])
+    monkeypatch.setattr(
+        "compressor.saving.model.load_file", lambda _: torch.UntypedStorage.from_file(str(gone), False, 8)
+    )
+    with pytest.raises(CompressorError, match="No such file"):
+        number(path, models)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor import files, validation
 from compressor.data.sets import SampleSet
 from compressor.errors import CompressorError
-from compressor.foreign.bounded import check_regular
+from compressor.foreign.bounded import check_regular, mapping
 
 INDEX = "index.json"
 _AGAIN = "Record again: remove this file and repeat the command; the other pictures are kept."
@@ -250,7 +250,7 @@ class Recording(SampleSet):
         path = self._homes[digest]
         try:
             check_regular(path)
-            with safe_open(path, framework="pt") as file:
+            with mapping(), safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(digest)
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{path}: {error}", _AGAIN) from error
@@ -277,7 +277,7 @@ def outline(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(the calls, as they are written; the names of the tensors) in a picture's file. Raises CompressorError."""
     try:
         check_regular(path)
-        with safe_open(path, framework="pt") as file:
+        with mapping(), safe_open(path, framework="pt") as file:
             calls = json.loads((file.metadata() or {})["calls"])
             names = list(file.keys())
         if not isinstance(calls, list) or not all(map(_is_call, calls)):

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
@@ -31,6 +34,19 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
 }
+
+
+@contextmanager
+def mapping() -> Iterator[None]:
+    """Where torch cannot open a file that it is to map, because it has gone a moment before, it says so with a RuntimeError: in the
+    block that is the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"unable to open file .*\((\d+)\)$", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def open_regular(path: str | bytes | os.PathLike[str]) -> BufferedReader:

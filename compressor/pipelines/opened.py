@@ -17,6 +17,7 @@ from compressor.data.outsized import check_pipeline
 from compressor.environment import quiet_libraries
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
+from compressor.foreign.bounded import mapping
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
@@ -170,7 +171,7 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
     counts: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         try:
-            with safe_open(path, framework="pt") as file:
+            with mapping(), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     kind = file.get_slice(name).get_dtype()
                     counts[kind] = counts.get(kind, 0) + 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.data.sets import ImageSet
 from compressor.errors import CompressorError
 from compressor.files import cache_folder, replacing
+from compressor.foreign.bounded import mapping
 from compressor.quality.fidelity import Reference
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
@@ -66,7 +67,8 @@ def cache_path(kind: str, metric: Metric, data: ImageSet) -> Path:
 
 def _read(path: Path, rows: int) -> Tensor | None:
     try:
-        found = load_file(path)
+        with mapping():
+            found = load_file(path)
     except (OSError, SafetensorError):
         return None
     features = found.get("features")

@@ -19,6 +19,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import made
 from compressor.errors import CompressorError, UsageError, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
+from compressor.foreign.bounded import mapping
 from compressor.saving import packing
 from compressor.saving.hub import fetched, is_repository
 from compressor.sparsity.notation import parse, refuse_unreadable
@@ -242,7 +243,8 @@ def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str
 def _reading(path: Path) -> Iterator[None]:
     """What goes wrong in the block is a CompressorError that names `path`."""
     try:
-        yield
+        with mapping():
+            yield
     except (SafetensorError, OSError) as error:
         raise CompressorError(f"{path}: {error}", "The file is damaged; use another copy.") from error
     except CompressorError as error:

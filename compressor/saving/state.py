@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, memory
 from compressor.files import read_json
-from compressor.foreign.bounded import check_regular
+from compressor.foreign.bounded import check_regular, mapping
 
 _DAMAGED = "It is damaged, or of another version; use another copy."
 
@@ -46,7 +46,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     """What `save_state` wrote. Keys are strings, and tuples lists. Raises CompressorError for anything else."""
     try:
         check_regular(folder / "state.safetensors")
-        tensors = load_file(folder / "state.safetensors")
+        with mapping():
+            tensors = load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:
         raise CompressorError(f"{folder / 'state.safetensors'}: {error}", _DAMAGED) from error
 

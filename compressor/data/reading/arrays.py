@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from compressor.data.naming import nested
 from compressor.data.sets import SHARED, Images, Records, SampleSet
 from compressor.errors import CompressorError
-from compressor.foreign.bounded import check_regular, check_unpacked, open_regular
+from compressor.foreign.bounded import check_regular, check_unpacked, mapping, open_regular
 
 SUFFIXES = (".npz", ".npy", ".safetensors")
 _NOISY = ("sample", "hidden_states")  # what diffusers calls what is noised
@@ -60,9 +60,11 @@ def _arrays(path: Path) -> dict[str, _Array]:
 def _tensors(path: Path) -> dict[str, _Array]:
     check_regular(path)
     wide = (torch.float16, torch.float32, torch.float64)
+    with mapping():
+        found = load_file(path)
     return {
         name: (tensor.float() if tensor.is_floating_point() and tensor.dtype not in wide else tensor).numpy()
-        for name, tensor in load_file(path).items()  # numpy has no bfloat16: float32 holds it exactly
+        for name, tensor in found.items()  # numpy has no bfloat16: float32 holds it exactly
     }
 
 
