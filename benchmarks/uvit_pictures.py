@@ -9,7 +9,6 @@ The run may be interrupted at any step: of one that is not finished, the average
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -21,7 +20,7 @@ import click
 import compressor
 from compressor import recipe as recipes
 from compressor import registry
-from compressor.files import verify
+from compressor.files import file_sha256, verify
 from compressor.model_zoo.generic.provenance import save_with_facts
 from compressor.model_zoo.pictures import images
 from compressor.report import read_report
@@ -49,7 +48,7 @@ def started_from(weights: Path) -> dict[str, Any]:
     """The hash of the file that a run started from, with the facts that lie beside it."""
     beside = weights.with_suffix(".json")
     facts: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return {**facts, "file_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    return {**facts, "file_sha256": file_sha256(weights)}
 
 
 def checkpoints(run: Path) -> list[Path]:
