@@ -78,7 +78,7 @@ def test_the_benchmark_refuses_to_measure_without_a_gpu(measuring, benchmark, tm
 
 @pytest.mark.slow
 def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, report, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "compiled", lambda model: model)
+    monkeypatch.setattr(measuring, "compiled", lambda model, mode="": model)
     out, page, plot = tmp_path / "out.jsonl", tmp_path / "gpu.md", tmp_path / "gpu.svg"
     call = ["--imitate", "--cells", "dit-xl 64", "--backends", "cusparselt,cusparselt-int8", "--out", str(out)]
     script("imitation")
@@ -86,13 +86,14 @@ def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, repor
     assert done.exit_code == 0, done.output
     lines = out.read_text(encoding="utf-8").splitlines()
     forms = {line["form"]: line for line in map(json.loads, lines) if "form" in line}
-    assert {"dense", "dense, compiled", "dense-int8", "cusparselt everywhere", "cusparselt-int8 everywhere"} <= set(
-        forms
-    )
-    assert set(forms["cusparselt-int8 everywhere"]["against"]) & {"dense-int8", "dense-int8, compiled"}
-    assert set(forms["cusparselt everywhere"]["against"]) <= {"dense", "dense, channels last", "dense, compiled"}
-    assert forms["cusparselt everywhere"]["error"] < 0.02 < 10 * forms["cusparselt-int8 everywhere"]["error"]
-    last = max(at for at, line in enumerate(lines) if "cusparselt-int8 everywhere" in line)
+    sparse, eight = "cusparselt everywhere, compiled", "cusparselt-int8 everywhere, compiled"
+    assert {"dense", "dense, compiled", "dense, autotuned", "dense-int8, compiled", sparse, eight} <= set(forms)
+    assert "dense-int8, compiled" in forms[eight]["against"]
+    assert set(forms[sparse]["against"]) <= {"dense", "dense, compiled", "dense, autotuned"}
+    assert forms[sparse]["error"] < 0.02 < 10 * forms[eight]["error"]
+    (products,) = (line["products"] for line in map(json.loads, lines) if "products" in line)
+    assert any({"eager", "dense-int8", "cusparselt", "cusparselt-int8"} <= set(one["ms"]) for one in products)
+    last = max(at for at, line in enumerate(lines) if eight in line)
     out.write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")  # it ended there
     assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0
     again = out.read_text(encoding="utf-8").splitlines()
@@ -169,11 +170,14 @@ def test_a_form_that_fails_is_one_result_among_others(measuring, tmp_path, monke
     forms = {
         line["form"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "form" in line
     }
-    assert "no compiler" in forms["dense, compiled"]["failed"] and "median_ms" in forms["cusparselt everywhere"]
+    assert "no compiler" in forms["dense, autotuned"]["failed"]
+    assert "median_ms" in forms["cusparselt everywhere, compiled"]
 
 
-def _broken(model: Any) -> Any:
-    raise RuntimeError("no compiler")
+def _broken(model: Any, mode: str = "") -> Any:
+    if mode:
+        raise RuntimeError("no compiler")
+    return model
 
 
 def line(

@@ -37,7 +37,7 @@ def imitated(benchmark: ModuleType) -> Iterator[None]:
             (cusparselt.CuSparseLtQuantised, "unavailable", lambda self, device: None),
             (quantised.DenseQuantised, "unavailable", lambda self, device: None),
             (cusparselt, "tuned", lambda product, index: Tuned(Algorithm())),
-            (benchmark, "compiled", lambda model: model),
+            (benchmark, "compiled", lambda model, mode="": model),
             (benchmark, "ROUNDS", 3),
         ):
             stack.enter_context(patch.object(owner, name, value))

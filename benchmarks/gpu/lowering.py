@@ -3,10 +3,13 @@
     python benchmarks/gpu/lowering.py --cells "dit-xl 64,uvit-h 16" --backends cusparselt,cusparselt-fp8
     python benchmarks/gpu/lowering.py --imitate          # anywhere: the same steps with an imitated GPU; its times mean nothing
 
-A cell is one model at one batch, with random weights. Dense forms come first (as they are, channels last, compiled; each as a CUDA
-graph), in bfloat16 and in 8 bits; then 2:4, with every layer that the library takes on it (`everywhere`) and with those that gain when
-timed alone (`chosen`). A form takes turns with the fastest dense form of its precision and with the fastest in bfloat16, so that every
-ratio is of the same rounds. What is in the file is not measured again; a form that fails is noted and left. README.md has more.
+A cell is one model at one batch, with random weights. Its products are timed alone first, dense and 2:4, in every precision. Then
+forms of the whole model, each a CUDA graph: dense ones (as they are, channels last, compiled, and with `--autotune` by
+`max-autotune`), in bfloat16 and in 8 bits; then 2:4, compiled, with every layer that the library takes on it (`everywhere`) and with
+those that gained when timed alone (`chosen`). A form takes turns with the fastest dense form of its precision and with the fastest in
+bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block, once for all of them, on both sides
+alike: the whole of a large model takes minutes. What is in the file is not measured again; a form that fails is noted and left.
+README.md has more.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -33,13 +37,14 @@ from compressor import registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
 from compressor.errors import first_line
-from compressor.lower import cusparselt_library, lower
-from compressor.lower.chooser import relative
+from compressor.lower import cusparselt_library
+from compressor.lower.chooser import choose, groups, prepare, relative
 from compressor.lower.contest import Contest
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
 from compressor.lower.forms import channels_last
 from compressor.lower.graphs import captured
-from compressor.lower.job import in_dtype
+from compressor.lower.job import in_dtype, prepared
+from compressor.lower.plan import Cache, LayerPlan
 from compressor.lower.units import find_units, put
 
 OUT = Path(__file__).parent / "lowering.jsonl"
@@ -49,13 +54,15 @@ BF16 = "bfloat16"
 DENSE = {"dense-fp8": "fp8", "dense-int8": "int8"}
 SPARSE = {
     **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
-    **{"cusparselt-direct": BF16, "torchao-fp8": "fp8"},  # optional packages: a line says where one is missing
+    "torchao-fp8": "fp8",  # an optional package: a line says where it is missing
 }
-TOLERANCES = {"bfloat16": None, "int8": 0.05, "fp8": 0.12}
-"""The largest relative error of a layer: rounding, and what 8 bits with a scale for each token and channel come to."""
+"""`cusparselt-direct` is none of them: in a graph its kernels are those of `cusparselt`, and its plans are numbered by layer, so that
+no block would be compiled as another one is."""
+TOLERANCE = 0.12
+"""The largest relative error of a layer: what fp8 with a scale for each token and channel comes to, and more."""
 LARGEST_ERROR = 0.2
-ROUNDS = 21
-SUSTAINED_S = 2.0
+ROUNDS = 15
+SUSTAINED_S = 1.0
 """Of one form alone: a card that is at its power limit slows down, which short turns do not show."""
 
 
@@ -124,22 +131,28 @@ class Cell:
         self.dense = in_dtype(model, torch.bfloat16)
         self.cast = tree_map_only(Tensor, lambda x: x.bfloat16() if x.dim() > 1 else x, self.inputs)
 
-    def forms(self, backends: list[str]) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    def forms(self, backends: list[str], autotune: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
         """Name, precision and how it is made, of every form: dense ones first."""
         yield "dense", BF16, lambda: self.dense
-        if any(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in self.dense.modules()):
+        if convolutional(self.dense):
             yield "dense, channels last", BF16, lambda: channels_last(self.dense)
         yield "dense, compiled", BF16, lambda: compiled(self.dense)
+        if autotune:
+            yield "dense, autotuned", BF16, lambda: compiled(self.dense, "max-autotune-no-cudagraphs")
         wanted = {SPARSE[backend] for backend in backends}
         for backend, precision in DENSE.items():
             if precision in wanted:
-                yield backend, precision, lambda backend=backend: self.on(backend)  # type: ignore[misc]
                 yield f"{backend}, compiled", precision, lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
         for backend in backends:
-            precision = SPARSE[backend]
-            yield f"{backend} everywhere", precision, lambda backend=backend: self.on(backend)  # type: ignore[misc]
-            yield f"{backend} everywhere, compiled", precision, lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
-            yield f"{backend} chosen, compiled", precision, lambda backend=backend: compiled(self.chosen(backend))  # type: ignore[misc]
+            yield f"{backend} everywhere, compiled", SPARSE[backend], lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
+        for backend in backends:
+            names = self.gaining(backend)
+            if names and names != self.taken(backend):
+                yield (
+                    f"{backend} chosen, compiled",
+                    SPARSE[backend],
+                    lambda backend=backend, names=names: compiled(self.on(backend, names)),  # type: ignore[misc]
+                )
 
     def on(self, backend: str, names: set[str] | None = None) -> nn.Module:
         """The model with every unit that `backend` takes on it, or those called `names`."""
@@ -153,27 +166,46 @@ class Cell:
                 form = put(form, one.at, takes.build(one.unit))
         return form
 
-    def chosen(self, backend: str) -> nn.Module:
-        """The model with those layers on `backend` that gain on the dense ones of the same precision, timed alone."""
-        rivals = [name for name, precision in DENSE.items() if precision == SPARSE[backend]]
-        tolerance, given = TOLERANCES[SPARSE[backend]], ["eager", *rivals, backend]
-        plan = lower(self.dense, self.cast, given, tolerance=tolerance, compiled=False, cache=False).plan
-        self.session.add({"cell": self.name, "plan": backend, "layers": plan.model_dump(mode="json")["layers"]})
-        names = {layer.name for layer in plan.layers if layer.skips_zeros}
-        if not names:
-            raise RuntimeError("no layer gains when it is timed alone")
-        return self.on(backend, names)
+    def time_products(self, backends: list[str]) -> None:
+        """Every layer alone, in every backend, once; written as they are, one line for the cell."""
+        own = [line["products"] for line in self.session.lines if line.get("cell") == self.name and "products" in line]
+        if not own:
+            rivals = [name for name, precision in DENSE.items() if precision in {SPARSE[one] for one in backends}]
+            job = prepared(self.dense, self.cast, ["eager", *rivals, *backends], None, None, quantising=True)
+            prepare(job)
+            store = Cache(job.setting, read=False)
+            own = [[summary(choose(group, job, TOLERANCE, store)) for group in groups(job.found)]]
+            self.session.add({"cell": self.name, "products": own[0]})
+        self.products: list[dict[str, Any]] = own[0]
+
+    def taken(self, backend: str) -> set[str]:
+        """The layers that ran in `backend`."""
+        return {name for one in self.products if backend in one["ms"] for name in one["at"]}
+
+    def gaining(self, backend: str) -> set[str]:
+        """Those that ran faster there than in the dense backend of the same precision."""
+        rival = next((name for name, precision in DENSE.items() if precision == SPARSE[backend]), "eager")
+        return {
+            name
+            for one in self.products
+            if one["ms"].get(backend, math.inf) < one["ms"].get(rival, one["ms"]["eager"])
+            for name in one["at"]
+        }
 
     def error(self, form: nn.Module) -> float:
         """Relative, against float32."""
         return relative(form(*self.cast)[:: self.step].cpu(), self.wanted)
 
-    def calls(self, form: nn.Module) -> dict[str, Form]:
-        """Ways to call it: as it is, and as a graph, which is a replay without the copies in and out."""
-        ways: dict[str, Form] = {"": lambda: form(*self.cast)}
-        if self.session.device.type == "cuda":
-            ways[", graph"] = captured(lambda given: form(*given), self.cast).replay
-        return ways
+    def call(self, form: nn.Module) -> Form:
+        """It as a graph on a GPU: a replay, without the copies in and out."""
+        if self.session.device.type != "cuda":
+            return lambda: form(*self.cast)
+        replay = captured(lambda given: form(*given), self.cast).replay
+
+        def call(alive: nn.Module = form) -> None:  # a replay reads weights that it does not own
+            replay()
+
+        return call
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""
@@ -197,9 +229,40 @@ class Cell:
             self.best[precision] = (name, call, median)
 
 
-def compiled(model: nn.Module) -> Any:
-    """The model under torch.compile as well as it can."""
-    return torch.compile(model, mode="max-autotune-no-cudagraphs")  # graphs are made here, for all forms alike
+def compiled(model: nn.Module, mode: str = "default") -> nn.Module:
+    """A copy whose repeated blocks are compiled; what lies around them runs as it is."""
+    torch.compiler.reset()
+    form = copy.deepcopy(model)
+    kinds = {type(one) for lists in form.modules() if isinstance(lists, nn.ModuleList) for one in lists}
+    blocks = [name for name, module in form.named_modules() if type(module) in kinds]
+    for name in blocks:
+        if not any(name.startswith(f"{other}.") for other in blocks):
+            form.get_submodule(name).compile(mode=mode, dynamic=False)
+    return form
+
+
+def convolutional(model: nn.Module) -> bool:
+    """Whether most of the weights are those of convolutions."""
+    share = {
+        kind: sum(m.weight.numel() for m in model.modules() if isinstance(m, kind)) for kind in (nn.Conv2d, nn.Linear)
+    }
+    return share[nn.Conv2d] > share[nn.Linear]
+
+
+def summary(layers: list[LayerPlan]) -> dict[str, Any]:
+    """What was timed of layers that run alike."""
+    first = layers[0]
+    return {
+        **{
+            "at": [layer.name for layer in layers],
+            "shapes": first.shapes,
+            "gflop": first.gflop,
+            "patterns": first.patterns,
+        },
+        "ms": {one.backend: one.median_ms for one in first.candidates if one.median_ms is not None},
+        "error": {one.backend: one.error for one in first.candidates if one.error is not None},
+        "refused": {one.backend: one.refused for one in first.candidates if one.refused is not None},
+    }
 
 
 def sustained(call: Form, device: torch.device, seconds: float) -> float:
@@ -215,14 +278,15 @@ def sustained(call: Form, device: torch.device, seconds: float) -> float:
 
 
 @torch.no_grad()
-def run(name: str, subject: Subject, batch: int, session: Session, backends: list[str]) -> None:
+def run(name: str, subject: Subject, batch: int, session: Session, backends: list[str], autotune: bool) -> None:
     """Measure what is missing of one cell."""
     done = session.of(name)
     if any(line.get("cell") == name and set(backends) <= set(line.get("complete", ())) for line in session.lines):
         return
     cell = Cell(name, subject, batch, session)
     cell.prepare()
-    for form, precision, make in cell.forms(backends):
+    cell.time_products(backends)
+    for form, precision, make in cell.forms(backends, autotune):
         rival = _is_best_rival(form, precision, done)
         if session.over or (form in done and not rival):
             continue
@@ -231,16 +295,14 @@ def run(name: str, subject: Subject, batch: int, session: Session, backends: lis
             error = cell.error(made)
             if not error < LARGEST_ERROR:
                 raise RuntimeError(f"its output differs by {error:.1e}")
-            for way, call in cell.calls(made).items():
-                if form + way in done:
-                    known = done[form + way].get("median_ms")
-                    if known is not None and (precision not in cell.best or known < cell.best[precision][2]):
-                        cell.best[precision] = (form + way, call, known)
-                else:
-                    cell.measure(form + way, precision, call, error)
+            call = cell.call(made)
+            if form in done:
+                cell.best[precision] = (form, call, done[form]["median_ms"])
+            else:
+                cell.measure(form, precision, call, error)
         except Exception as failure:  # a form that does not run is one result among others
             session.add({"cell": name, "form": form, "failed": f"{type(failure).__name__}: {first_line(failure)}"})
-        made = None
+        made = call = None
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -250,24 +312,27 @@ def run(name: str, subject: Subject, batch: int, session: Session, backends: lis
 
 
 def _is_best_rival(form: str, precision: str, done: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether a dense form that is done is the fastest of its precision, in one of its ways: others are still timed against it."""
+    """Whether a dense form that is done is the fastest of its precision: others are still timed against it."""
     own = {name: line for name, line in done.items() if line.get("precision") == precision and not line.get("sparse")}
     if not own:
         return False
     best = min(own, key=lambda name: own[name]["median_ms"])
-    return best.removesuffix(", graph") == form
+    return best == form
 
 
 @click.command()
 @click.option("--cells", default=CELLS, show_default=True, help="Models, each with a batch.")
 @click.option("--backends", default=",".join(SPARSE), show_default=True)
-@click.option("--search-seconds", default=6, show_default=True, help="To search algorithms for a product.")
+@click.option("--autotune/--no-autotune", default=True, show_default=True, help="A dense form by `max-autotune`.")
+@click.option("--search-seconds", default=2, show_default=True, help="To search algorithms for a product.")
 @click.option("--seconds", default=540.0, show_default=True, help="No form is begun after this.")
 @click.option(
     "--imitate", is_flag=True, help="With an imitated GPU and small models: tries the steps, measures nothing."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
-def main(cells: str, backends: str, search_seconds: int, seconds: float, imitate: bool, out: Path) -> None:
+def main(
+    cells: str, backends: str, autotune: bool, search_seconds: int, seconds: float, imitate: bool, out: Path
+) -> None:
     """Time 2:4 models against dense ones, form by form."""
     wanted = [tuple(part.rsplit(" ", 1)) for part in cells.split(",")]
     chosen = [name for name in backends.split(",") if name]
@@ -285,6 +350,7 @@ def main(cells: str, backends: str, search_seconds: int, seconds: float, imitate
         if reason := registry.backend("cusparselt").unavailable(device):
             raise click.ClickException(reason)
     os.environ.setdefault(SECONDS_VARIABLE, str(search_seconds))
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would run the rest as it is, and not say so
     about = environment(device)
     about["versions"] |= {"cuda": torch.version.cuda, "cusparselt": cusparselt_library.described()}
     about["imitation"] = imitate
@@ -296,7 +362,7 @@ def main(cells: str, backends: str, search_seconds: int, seconds: float, imitate
             if session.over:
                 click.echo(f"{name} {batch}: no time left; the same call again goes on")
                 continue
-            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen)
+            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen, autotune)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def plain(model: nn.Module) -> Callable[..., Tensor]:
 def made_sparse(subject: Subject, device: torch.device) -> nn.Module:
     """The model with random weights, its layers' smallest halves of every four removed, in float32 on `device`."""
     torch.manual_seed(0)
-    model = subject.build().eval().requires_grad_(False)
+    with device:
+        model = subject.build().eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():  # some layers begin as zeros, on which hardware is faster
             nn.init.normal_(parameter, std=0.02)
