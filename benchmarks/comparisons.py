@@ -18,6 +18,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 _RECIPES = ("sparsedm-best", "sparsedm-V4", "best-V4", "sparsedm-V4-clustered", "sparsedm-V2", "structured-68")
+_PICTURES = "--model uvit-pictures --steps 200 --set train.batch_size=128 --set evaluate.samples=1000 --set evaluate.latency_rounds=0"
 RUNS = {
     "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
     "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
@@ -29,6 +30,11 @@ RUNS = {
         "--methods dense-continued,magnitude,structured,depth,wanda,obs,sr-ste,sparsedm --model uvit-digits --steps 600 "
         + " ".join(f"--config benchmarks/recipes/{name}.yaml" for name in _RECIPES),
         3,
+    ),
+    "methods-pictures": (f"--methods dense-continued,magnitude,structured,depth,wanda,obs,sr-ste {_PICTURES}", 3),
+    "best-pictures": (
+        f"--methods sparsedm --config benchmarks/recipes/sparsedm-best.yaml --config benchmarks/recipes/best-muon.yaml {_PICTURES}",
+        5,
     ),
     "cpu-uvit": (
         "--config benchmarks/recipes/structured-68.yaml --config benchmarks/recipes/best-V4.yaml --model uvit-digits --steps 600 "
@@ -80,7 +86,9 @@ def main(only: tuple[str, ...], workers: int, folder: Path) -> None:
         out = folder.absolute() / name
         if not (out / "report.json").is_file():
             command = [sys.executable, "-m", "compressor.cli", "compare", *options.split(), "--seeds", str(seeds)]
-            judged = ["--set", "evaluate.samples=1797"]  # as many as real images
+            judged = (
+                [] if "evaluate.samples" in options else ["--set", "evaluate.samples=1797"]
+            )  # as many as real digits
             subprocess.run([*command, *judged, "--workers", str(workers), "--out", str(out)], cwd=ROOT, check=True)
         found = slim(json.loads((out / "report.json").read_text(encoding="utf-8")))
         path = ROOT / "benchmarks" / "results" / f"comparison_{name}.json"

@@ -33,9 +33,11 @@ from compressor.saving import load_state
 def main(run: Path, out: Path) -> None:
     recipe = recipes.read(run / "recipe.yaml")
     model, steps, seconds = averaged(run, recipe) if checkpoints(run) else finished(run)
+    adapter = registry.adapter(recipe["model"]).opened(None, recipe["architecture"])
+    weights = recipe["weights"] or getattr(adapter, "weights", None)
     facts = {
-        "architecture": recipe["architecture"],
-        **({"started_from": started_from(Path(recipe["weights"]))} if recipe["weights"] else {}),
+        "architecture": dict(getattr(adapter, "config", {})),
+        **({"started_from": started_from(Path(weights))} if weights else {}),
         "training": {**recipe["train"], "steps": steps},
         "data_sha256": images().sha256,
     }

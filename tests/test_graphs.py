@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +153,19 @@ def test_without_a_gpu_everything_runs_as_it_did():
     assert wrapped.module.calls == 1 and wrapped._recordings == {}
     with pytest.raises(CompressorError, match="on one GPU"):
         captured(lambda x: x, torch.ones(2))
+
+
+def test_a_replay_keeps_the_weights_that_it_reads(monkeypatch):
+    """A graph holds addresses alone: were the weights freed, it would read what comes to lie there next, or nothing at all."""
+    monkeypatch.setattr(graphs, "_device", lambda tensors: torch.device("cuda", 0))
+    monkeypatch.setattr(graphs, "_recorded", lambda run, device, warm_up: (lambda: None, run()))
+    layer = nn.Linear(4, 4)
+    alive = weakref.ref(layer)
+    replay = graphs.captured(layer, torch.ones(2, 4)).replay
+    del layer
+    gc.collect()
+    replay()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None

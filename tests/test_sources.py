@@ -24,7 +24,7 @@ UVIT, DIT = PUBLISHED["uvit"], PUBLISHED["dit"]
 PROCESSES = (
     {name: one["process"] for name, one in {**UVIT, **DIT}.items()}
     | PUBLISHED["ddpm"]
-    | {"uvit-digits": "vp", "uvit": "vp"}
+    | {"uvit-digits": "vp", "uvit-pictures": "vp", "uvit": "vp"}
 )
 SMALL = {
     "uvit": {"embed_dim": 8, "depth": 2, "num_heads": 2, "img_size": 8},

@@ -26,7 +26,7 @@ PUBLISHED = {
     "dit-xl-2-256": (675, 118.6),
     "dit-xl-2-512": (675, 524.6),
 }
-BUNDLED = ("uvit-digits", "ddpm-digits")
+BUNDLED = ("uvit-digits", "uvit-pictures", "ddpm-digits")
 FROM_WEIGHTS = ("ddpm", "diffusers", "dit", "uvit")
 
 

@@ -120,6 +120,7 @@ class Cell:
     batch: int
     session: Session
     best: dict[str, tuple[str, Form, float]] = field(default_factory=dict)
+    products: list[dict[str, Any]] = field(default_factory=list)
 
     def prepare(self) -> None:
         """Its weights and inputs, and what float32 gives for a part of the batch."""
@@ -176,7 +177,7 @@ class Cell:
             store = Cache(job.setting, read=False)
             own = [[summary(choose(group, job, TOLERANCE, store)) for group in groups(job.found)]]
             self.session.add({"cell": self.name, "products": own[0]})
-        self.products: list[dict[str, Any]] = own[0]
+        self.products = own[0]
 
     def taken(self, backend: str) -> set[str]:
         """The layers that ran in `backend`."""
@@ -200,12 +201,7 @@ class Cell:
         """It as a graph on a GPU: a replay, without the copies in and out."""
         if self.session.device.type != "cuda":
             return lambda: form(*self.cast)
-        replay = captured(lambda given: form(*given), self.cast).replay
-
-        def call(alive: nn.Module = form) -> None:  # a replay reads weights that it does not own
-            replay()
-
-        return call
+        return captured(lambda given: form(*given), self.cast).replay
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""
@@ -278,14 +274,19 @@ def sustained(call: Form, device: torch.device, seconds: float) -> float:
 
 
 @torch.no_grad()
-def run(name: str, subject: Subject, batch: int, session: Session, backends: list[str], autotune: bool) -> None:
+def run(
+    name: str, subject: Subject, batch: int, session: Session, backends: list[str], autotune: bool, alone: bool
+) -> None:
     """Measure what is missing of one cell."""
     done = session.of(name)
-    if any(line.get("cell") == name and set(backends) <= set(line.get("complete", ())) for line in session.lines):
+    own = [line for line in session.lines if line.get("cell") == name]
+    whole = any(set(backends) <= set(line.get("complete", ())) for line in own)
+    if whole and (not alone or any("products" in line for line in own)):
         return
     cell = Cell(name, subject, batch, session)
     cell.prepare()
-    cell.time_products(backends)
+    if alone:
+        cell.time_products(backends)
     for form, precision, make in cell.forms(backends, autotune):
         rival = _is_best_rival(form, precision, done)
         if session.over or (form in done and not rival):
@@ -324,6 +325,12 @@ def _is_best_rival(form: str, precision: str, done: Mapping[str, dict[str, Any]]
 @click.option("--cells", default=CELLS, show_default=True, help="Models, each with a batch.")
 @click.option("--backends", default=",".join(SPARSE), show_default=True)
 @click.option("--autotune/--no-autotune", default=True, show_default=True, help="A dense form by `max-autotune`.")
+@click.option(
+    "--alone/--whole",
+    default=True,
+    show_default=True,
+    help="Products alone, too; without them there are no `chosen` forms.",
+)
 @click.option("--search-seconds", default=2, show_default=True, help="To search algorithms for a product.")
 @click.option("--seconds", default=540.0, show_default=True, help="No form is begun after this.")
 @click.option(
@@ -331,7 +338,14 @@ def _is_best_rival(form: str, precision: str, done: Mapping[str, dict[str, Any]]
 )
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(
-    cells: str, backends: str, autotune: bool, search_seconds: int, seconds: float, imitate: bool, out: Path
+    cells: str,
+    backends: str,
+    autotune: bool,
+    alone: bool,
+    search_seconds: int,
+    seconds: float,
+    imitate: bool,
+    out: Path,
 ) -> None:
     """Time 2:4 models against dense ones, form by form."""
     wanted = [tuple(part.rsplit(" ", 1)) for part in cells.split(",")]
@@ -362,7 +376,7 @@ def main(
             if session.over:
                 click.echo(f"{name} {batch}: no time left; the same call again goes on")
                 continue
-            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen, autotune)
+            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen, autotune, alone)
 
 
 if __name__ == "__main__":

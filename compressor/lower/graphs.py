@@ -21,7 +21,8 @@ _RECORDINGS = 4  # each keeps its own memory, so a wrapper takes a few shapes, n
 
 
 class Captured:
-    """A recorded forward. Its parameters and all that it reads besides `inputs` must stay where they were.
+    """A recorded forward. Its parameters and all that it reads besides `inputs` must stay where they were; what `forward` holds is
+    kept for that.
 
     Not for several threads or streams at once: a recording has one set of buffers.
     """
@@ -36,8 +37,9 @@ class Captured:
             with torch.no_grad():
                 return forward(self._inputs)
 
+        self._forward = forward  # a graph owns the memory of its own results, and not that of the weights which it reads
         try:
-            self.replay, self._outputs = _recorded(run, device, warm_up)
+            self._replay, self._outputs = _recorded(run, device, warm_up)
         except Exception as error:  # whatever the model does that a graph cannot hold
             line = (str(error).splitlines() or [""])[0]
             raise CompressorError(
@@ -48,6 +50,10 @@ class Captured:
             # A tensor inside an unknown container would be overwritten by the next replay, in the caller's hands.
             if not (leaf is None or isinstance(leaf, (Tensor, int, float, str))):
                 raise CompressorError(f"a recorded forward gave {type(leaf).__name__}", "Return tensors.")
+
+    def replay(self) -> None:
+        """Run it as it is, on the inputs that were last given. Whoever keeps this method keeps the weights, too."""
+        self._replay()
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs for `inputs`, which have the shapes and dtypes of the recorded ones, and the same other values."""
