@@ -18,7 +18,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 _RECIPES = ("sparsedm-best", "sparsedm-V4", "best-V4", "sparsedm-V4-clustered", "sparsedm-V2", "structured-68")
-_PICTURES = "--model uvit-pictures --steps 200 --set train.batch_size=128 --set evaluate.samples=1000 --set evaluate.latency_rounds=0"
+_PICTURES = "--model uvit-pictures --steps 200 --set train.batch_size=128 --set evaluate.samples=512 --set evaluate.latency_rounds=0"
 RUNS = {
     "best-uvit": ("--preset sparsedm-best --model uvit-digits --steps 300", 5),
     "best-ddpm": ("--preset sparsedm-best --model ddpm-digits --steps 300 --sampler-steps 25", 10),
@@ -31,10 +31,11 @@ RUNS = {
         + " ".join(f"--config benchmarks/recipes/{name}.yaml" for name in _RECIPES),
         3,
     ),
-    "methods-pictures": (f"--methods dense-continued,magnitude,structured,depth,wanda,obs,sr-ste {_PICTURES}", 3),
+    "methods-pictures": (f"--methods dense-continued,magnitude,structured,depth,wanda,sr-ste {_PICTURES}", 2),
+    "obs-pictures": (f"--methods obs {_PICTURES}", 1),
     "best-pictures": (
         f"--methods sparsedm --config benchmarks/recipes/sparsedm-best.yaml --config benchmarks/recipes/best-muon.yaml {_PICTURES}",
-        5,
+        3,
     ),
     "cpu-uvit": (
         "--config benchmarks/recipes/structured-68.yaml --config benchmarks/recipes/best-V4.yaml --model uvit-digits --steps 600 "

@@ -3,16 +3,22 @@
     compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --out runs/picture/published
     compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --set settings.preset=best --out runs/picture/best
     python benchmarks/picture.py runs/picture/published runs/picture/best --names published best --out docs/samples.png
+    python benchmarks/picture.py --comparison runs/comparisons/best-pictures --entries sparsedm sparsedm-best \\
+        --names published best --out docs/pictures.png
 
-The first lines are the dense model and its one-shot pruning, as the first run has them; then comes each run's own model. Nothing is
-chosen: the columns are the first ones of the sampler's order, with the seed of the runs' evaluation.
+The first lines are the dense model and its one-shot pruning, as the first run has them; then comes each run's own model. Of a
+comparison come its first seed's pictures, as it left them, and only the one-shot model is drawn. Nothing is chosen: the columns are
+the first ones of the sampler's order, with the seed of the runs' evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -36,7 +42,7 @@ def drawn(found: Inputs, model: nn.Module, count: int) -> Tensor:
 
 
 def enlarged(image: Tensor) -> Image.Image:
-    factor, made = max(1, SIZE // max(image.shape[1:])), picture(image).convert("RGB")
+    factor, made = max(1, round(SIZE / max(image.shape[1:]))), picture(image).convert("RGB")
     return made.resize((made.width * factor, made.height * factor), Image.Resampling.NEAREST)
 
 
@@ -56,13 +62,46 @@ def sheet(lines: dict[str, tuple[str, Tensor]]) -> Image.Image:
     return made
 
 
+def grid(path: Path, size: int, count: int) -> Tensor:
+    """The first `count` pictures (count, channels, size, size) in [-1, 1] of a grid with a pixel between them."""
+    whole = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    across = whole.shape[2] // (size + 1)
+    places = [(1 + at // across * (size + 1), 1 + at % across * (size + 1)) for at in range(count)]
+    return torch.stack([whole[:, top : top + size, left : left + size] for top, left in places])
+
+
+def compared(folder: Path, entries: list[str], names: list[str], count: int) -> dict[str, tuple[str, Tensor]]:
+    """The lines of a comparison: dense, one-shot of the first of its `entries`, and these."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    cells = [folder / "cells" / f"{entry}-seed-{report['seeds'][0]}" for entry in entries]
+    recipe = json.loads((cells[0] / "job.json").read_text(encoding="utf-8"))["recipe"]
+    recipe["train"]["device"] = "auto"  # wherever it was trained
+    first = load_inputs(resolve(recipe, str(folder)))
+    rows = [json.loads((cell / "row.json").read_text(encoding="utf-8")) for cell in cells]
+    size = first.adapter.image_shape[-1] if first.adapter.image_shape else 0
+    lines = {
+        "dense": (report["dense"]["quality"][0], grid(folder / "dense" / "samples.png", size, count)),
+        "one-shot 2:4": (rows[0]["one_shot"]["quality"][0], drawn(first, first.one_shot().model, count)),
+    }
+    for name, cell, row in zip(names or entries, cells, rows, strict=True):
+        lines[name] = (row["row"]["quality"][0], grid(cell / "samples.png", size, count))
+    return {
+        name: (f"{report['metric']['name']} {found['value']:.3g}", images) for name, (found, images) in lines.items()
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("runs", type=Path, nargs="+")
+    options.add_argument("runs", type=Path, nargs="*")
+    options.add_argument("--comparison", type=Path, help="a folder of `compressor compare` in place of runs")
+    options.add_argument("--entries", nargs="+", default=[])
     options.add_argument("--names", nargs="+", help="what the models of the runs are called; default: their methods")
     options.add_argument("--count", type=int, default=14)
     options.add_argument("--out", type=Path, required=True)
     given = options.parse_args()
+    if given.comparison:
+        save(sheet(compared(given.comparison, given.entries, given.names, given.count)), given.out)
+        return
     reports = [read_report(run / "report.json") for run in given.runs]
     inputs = [load_inputs(resolve(recipes.read(run / "recipe.yaml"), str(run))) for run in given.runs]
     first = inputs[0]
@@ -77,8 +116,12 @@ def main() -> None:
             for name, (found, model) in models.items()
         }
     )
-    made.save(given.out, "PNG", optimize=True)
-    print(f"{given.out}: {made.width}x{made.height}, {given.out.stat().st_size:,} bytes")
+    save(made, given.out)
+
+
+def save(made: Image.Image, out: Path) -> None:
+    made.save(out, "PNG", optimize=True)
+    print(f"{out}: {made.width}x{made.height}, {out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

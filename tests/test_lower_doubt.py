@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, Backend, CompressorError, registry
 from compressor.files import cache_folder
-from compressor.lower import Unit
+from compressor.lower import Unit, chooser
 from compressor.lower.chooser import _few_rows, relative
 from compressor.lower.forms import deviation
 from compressor.lower.job import lively
@@ -428,3 +429,19 @@ def test_times_of_another_version_of_a_backend_are_not_used(
         compressor.lower(net(), X, ["eager", Versioned(lambda y: y, version=version)])
         files.append(len(list((tmp_path / "compressor" / "timings").iterdir())))
     assert files[0] == files[1] < files[2]
+
+
+@pytest.mark.parametrize("quantises", [False, True])
+def test_a_kernel_is_checked_with_all_rows_of_the_example(quantises):
+    """For fewer rows a backend may take another kernel, which is then not the one that was checked."""
+    layers = [nn.Linear(8, 8) for _ in range(2)]
+    group = [SimpleNamespace(unit=SimpleNamespace(module=layer, dtype=torch.float32)) for layer in layers]
+
+    def right_for_few(layer):
+        return lambda x: layer(x) * (1 if len(x) < 6 else 2)
+
+    backend = SimpleNamespace(quantises=quantises, build=lambda unit: right_for_few(unit.module))
+    x = torch.randn(6, 8)
+    found = chooser._errors(backend, [right_for_few(layers[0])], group, x, x[:2], layers[0].double()(x[:2].double()))
+    layers[0].float()
+    assert found == [pytest.approx(1), pytest.approx(1)]

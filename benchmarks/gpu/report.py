@@ -53,8 +53,8 @@ def ratio(dense: Line, sparse: Line) -> float:
     return float(beside["ratio"]) if beside else float(dense["median_ms"] / sparse["median_ms"])
 
 
-def verdict(precision: str, dense: Line, sparse: Line) -> str:
-    """What a pair decides, in words."""
+def verdict(precision: str, dense: Line, sparse: Line, wide: float | None = None) -> str:
+    """What a pair decides, in words. `wide` is the sparse form's speed over the fastest dense one in bfloat16."""
     gain = ratio(dense, sparse)
     noise = _NOISE * max(dense["iqr_ms"] / dense["median_ms"], sparse["iqr_ms"] / sparse["median_ms"])
     held = dense["sustained_ms"] / sparse["sustained_ms"]
@@ -63,6 +63,8 @@ def verdict(precision: str, dense: Line, sparse: Line) -> str:
     if gain < 1:
         return "2:4 is slower: stay dense"
     kept = "" if held >= gain / 1.05 else f"; {held:.2f}x when run for seconds"
+    if wide is not None and wide < 1:
+        return f"gains, and is slower than bfloat16: stay dense{kept}"  # added when the first results were there
     return ("goal met" if gain >= GOALS[precision] else f"gains, below the goal of {GOALS[precision]}x") + kept
 
 
@@ -75,17 +77,25 @@ def table(lines: Sequence[Line]) -> str:
     found = pairs(lines)
     bf16 = {cell: dense for cell, precision, dense, _ in found if precision == "bfloat16"}
     for cell, precision, dense, sparse in found:
-        over = bf16[cell]["median_ms"] / sparse["median_ms"] if cell in bf16 else None
+        over = ratio(bf16[cell], sparse) if cell in bf16 else None
         name, batch = cell.rsplit(" ", 1)
         times = " | ".join(f"{one['form']} | {one['median_ms']:.2f}" for one in (dense, sparse))
         rows.append(
             f"| {name}, {batch} | {precision} | {times} "
             f"| {ratio(dense, sparse):.2f}x | {'' if over is None else f'{over:.2f}x'} | {sparse['error']:.1e} "
-            f"| {verdict(precision, dense, sparse)} |"
+            f"| {verdict(precision, dense, sparse, over)} |"
         )
     failed = [line for line in lines if "failed" in line]
     more = ["", *(f"- {line['cell']}, {line['form']}: {line['failed']}" for line in failed)] if failed else []
     return "\n".join(rows + more)
+
+
+def _rounds(lines: Sequence[Line]) -> int:
+    return max((one["rounds"] for line in lines for one in line.get("against", {}).values()), default=0)
+
+
+def _tuned(lines: Sequence[Line]) -> bool:
+    return any(line["form"] == "dense, autotuned" and "median_ms" in line for line in lines)
 
 
 def page(about: Sequence[Line], lines: Sequence[Line]) -> str:
@@ -99,7 +109,8 @@ def page(about: Sequence[Line], lines: Sequence[Line]) -> str:
         versions = one["versions"]
         said.append(
             f"{one['hardware']}; torch {versions['torch']}, CUDA {versions['cuda']}, cuSPARSELt {versions['cusparselt'] or 'none'}. "
-            "Forms in turns, medians of 21 rounds; a ratio is the median of those of single rounds. Random weights."
+            f"Forms in turns, medians of {_rounds(lines)} rounds; a ratio is the median of those of single rounds. Random weights. "
+            f"Blocks are compiled one by one{'' if _tuned(lines) else ', without `max-autotune`'}; every form is a CUDA graph."
         )
     return "\n".join([*said, "", table(lines)])
 

@@ -82,7 +82,7 @@ def choose(
     for backend in able:
         try:
             modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-            errors[backend.name] = _errors(backend, modules, group, sample, wanted)
+            errors[backend.name] = _errors(backend, modules, group, x, sample, wanted)
             calls[backend.name] = _calls(modules, x)
         except (Exception, SystemExit) as failure:  # a kernel may refuse a shape only when it runs
             refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
@@ -119,16 +119,17 @@ def choose(
 
 
 def _errors(
-    backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor, wanted: Tensor
+    backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor, sample: Tensor, wanted: Tensor
 ) -> list[float]:
     """How far each layer of `group` is from float64 in `backend`, of which `modules` are the first ones; `wanted` is what the first
-    gives there. Rounding is alike in all of them; what 8 bits lose is each weight's own."""
+    gives for `sample`, the first rows of x. They run on all of x: a kernel for fewer rows may be another one. Rounding is alike in all
+    of them; what 8 bits lose is each weight's own."""
     first = _error(modules[0], group[0].unit, x, wanted)
     if not backend.quantises:
         return [first] * len(group)
     others = itertools.chain(modules[1:], (backend.build(one.unit) for one in group[len(modules) :]))
     rest = zip(others, (one.unit for one in group[1:]), strict=True)
-    return [first, *(_error(module, unit, x, _reference(unit, x)) for module, unit in rest)]
+    return [first, *(_error(module, unit, x, _reference(unit, sample)) for module, unit in rest)]
 
 
 def _rounds(
@@ -205,7 +206,7 @@ def _reference(unit: Unit, x: Tensor) -> Tensor:
 
 def _error(module: nn.Module, unit: Unit, x: Tensor, wanted: Tensor) -> float:
     out = module(x)
-    return relative(out, wanted) if out.dtype == unit.dtype else math.inf
+    return relative(out[: len(wanted)] if wanted.dim() else out, wanted) if out.dtype == unit.dtype else math.inf
 
 
 def relative(out: Tensor, wanted: Tensor) -> float:

@@ -20,7 +20,15 @@ _LATENT = {"in_chans": 4, "num_classes": 1001}  # 1,000 classes and the empty on
 _HUGE_LATENT = {**_LATENT, "conv": False}
 _HUGE_TRAINING: dict[str, Any] = {"times": DiscreteTimes(), "unlabelled": 0.1}
 
-PICTURES_CONFIG = {"img_size": 32, "patch_size": 4, "in_chans": 3, "num_classes": 10, "embed_dim": 256, "depth": 4, "num_heads": 8}
+PICTURES_CONFIG = {
+    "img_size": 32,
+    "patch_size": 4,
+    "in_chans": 3,
+    "num_classes": 10,
+    "embed_dim": 256,
+    "depth": 4,
+    "num_heads": 8,
+}
 DIGITS_CONFIG = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 4}
 
 
