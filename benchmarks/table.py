@@ -225,10 +225,8 @@ def gap(result: dict[str, Any]) -> str:
     """How much of the way from the published recipe to the dense model the preset `best` makes up for."""
     values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
     drift = {e["label"]: {c["seed"]: c["drift"]["prediction_error"] for c in e["cells"]} for e in result["entries"]}
-    for table in (values, drift):  # as other comparisons call the two
-        table.update(
-            {new: table[old] for new, old in (("paper", "sparsedm"), ("best", "sparsedm-best")) if old in table}
-        )
+    for own in (values, drift):  # as other comparisons call the two
+        own |= {new: own[old] for new, old in (("paper", "sparsedm"), ("best", "sparsedm-best")) if old in own}
     seeds = sorted(values["paper"])
     found = summary([values["paper"][seed] - values["best"][seed] for seed in seeds])
     errors = summary([drift["paper"][seed] - drift["best"][seed] for seed in seeds])
@@ -358,20 +356,19 @@ TABLES = (
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
-    ("docs/results.md", "gap-uvit", "comparison_best-uvit.json", gap),
-    ("docs/results.md", "gap-ddpm", "comparison_best-ddpm.json", gap),
-    ("docs/results.md", "gap-pictures", "comparison_best-pictures.json", gap),
-    ("docs/results.md", "best-pictures", "comparison_best-pictures.json", comparison),
-    ("docs/results.md", "methods-pictures", "comparison_methods-pictures.json", comparison),
-    ("docs/results.md", "obs-pictures", "comparison_obs-pictures.json", comparison),
+    *(("docs/results.md", f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm", "pictures")),
+    *(
+        ("docs/results.md", f"best-{it}", f"comparison_best-{it}.json", comparison)
+        for it in ("uvit", "ddpm", "pictures")
+    ),
+    *(
+        ("docs/results.md", f"{it}-pictures", f"comparison_{it}-pictures.json", comparison)
+        for it in ("best", "methods", "obs")
+    ),
     ("docs/results.md", "muon-uvit", "comparison_muon-uvit.json comparison_best-uvit.json", muon),
     ("docs/results.md", "muon-ddpm", "comparison_muon-ddpm.json comparison_best-ddpm.json", muon),
-    ("docs/results.md", "best-uvit", "comparison_best-uvit.json", comparison),
-    ("docs/results.md", "best-ddpm", "comparison_best-ddpm.json", comparison),
-    ("docs/results.md", "effects-uvit", "comparison_ablation-uvit.json", effects),
-    ("docs/results.md", "effects-ddpm", "comparison_ablation-ddpm.json", effects),
-    ("docs/results.md", "ablation-uvit", "comparison_ablation-uvit.json", comparison),
-    ("docs/results.md", "ablation-ddpm", "comparison_ablation-ddpm.json", comparison),
+    *(("docs/results.md", f"effects-{it}", f"comparison_ablation-{it}.json", effects) for it in ("uvit", "ddpm")),
+    *(("docs/results.md", f"ablation-{it}", f"comparison_ablation-{it}.json", comparison) for it in ("uvit", "ddpm")),
     ("docs/results.md", "by-steps", "comparison_best-uvit.json", by_steps),
     ("docs/results.md", "rows", "comparison_methods-uvit.json", rows),
     ("docs/results.md", "equal-latency", "comparison_latency-uvit.json", equal_latency),

@@ -50,13 +50,20 @@ def gathered(root: Path = ROOT) -> dict[str, str]:
                 return match[0]
             target = normal(name, target)
             place = known.get("docs/index.md" if target == "README.md" else target)
-            if place is None:
+            if target in pictures(root):
+                place = posixpath.basename(target)
+            elif place is None:
                 linked.add(target)
                 place = f"source/{target}.md"
             return posixpath.relpath(place, posixpath.dirname(page) or ".") + (match[2] or "")
 
         made[page] = LINK.sub(led, (root / name).read_text(encoding="utf-8"))
     return made | {f"source/{target}.md": shown(root, target) for target in sorted(linked)}
+
+
+def pictures(root: Path = ROOT) -> set[str]:
+    """The pictures that lie in docs/, relative to the repository: the site has them as they are."""
+    return {f"docs/{picture.name}" for picture in root.glob("docs/*.png")}
 
 
 def is_outer(target: str) -> bool:
@@ -89,7 +96,8 @@ def main() -> None:
         path = PAGES / page
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "docs" / "site.css", PAGES / "site.css")
+    for file in ("docs/site.css", *pictures()):
+        shutil.copy(ROOT / file, PAGES)
 
 
 if __name__ == "__main__":

@@ -431,6 +431,7 @@ def test_times_of_another_version_of_a_backend_are_not_used(
     assert files[0] == files[1] < files[2]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("quantises", [False, True])
 def test_a_kernel_is_checked_with_all_rows_of_the_example(quantises):
     """For fewer rows a backend may take another kernel, which is then not the one that was checked."""

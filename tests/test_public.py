@@ -39,7 +39,7 @@ NEW_NAMES = {
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.scores": {"clip-score"},
-    "compressor.models": {"uvit"},
+    "compressor.models": {"uvit", "uvit-pictures"},
     "compressor.data": {"pictures-32"},
     "compressor.metrics": {"fd-pictures", "fd-scattering"},
     "compressor.backends": {
