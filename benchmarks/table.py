@@ -347,6 +347,7 @@ def _range(interval: list[float] | None) -> str:
     return "—" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
+_FOUND = "docs/results.md"
 TABLES = (
     ("README.md", "methods", "comparison_methods-uvit.json", comparison),
     ("README.md", "lowering", "lowering_cpu.json", short_lowering),
@@ -356,26 +357,19 @@ TABLES = (
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
-    *(("docs/results.md", f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm", "pictures")),
-    *(
-        ("docs/results.md", f"best-{it}", f"comparison_best-{it}.json", comparison)
-        for it in ("uvit", "ddpm", "pictures")
-    ),
-    *(
-        ("docs/results.md", f"{it}-pictures", f"comparison_{it}-pictures.json", comparison)
-        for it in ("best", "methods", "obs")
-    ),
-    ("docs/results.md", "muon-uvit", "comparison_muon-uvit.json comparison_best-uvit.json", muon),
-    ("docs/results.md", "muon-ddpm", "comparison_muon-ddpm.json comparison_best-ddpm.json", muon),
-    *(("docs/results.md", f"effects-{it}", f"comparison_ablation-{it}.json", effects) for it in ("uvit", "ddpm")),
-    *(("docs/results.md", f"ablation-{it}", f"comparison_ablation-{it}.json", comparison) for it in ("uvit", "ddpm")),
-    ("docs/results.md", "by-steps", "comparison_best-uvit.json", by_steps),
-    ("docs/results.md", "rows", "comparison_methods-uvit.json", rows),
-    ("docs/results.md", "equal-latency", "comparison_latency-uvit.json", equal_latency),
-    ("docs/results.md", "as-fast", "comparison_cpu-uvit.json", as_fast),
-    ("docs/results.md", "structured", "structured.json", structured),
-    ("docs/results.md", "8-bits", "quantised.json", in_8_bits),
-    ("docs/results.md", "trials", "sparsedm_trials.json", trials),
+    *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm", "pictures")),
+    *((_FOUND, f"best-{it}", f"comparison_best-{it}.json", comparison) for it in ("uvit", "ddpm", "pictures")),
+    *((_FOUND, f"{it}-pictures", f"comparison_{it}-pictures.json", comparison) for it in ("methods", "obs")),
+    *((_FOUND, f"muon-{it}", f"comparison_muon-{it}.json comparison_best-{it}.json", muon) for it in ("uvit", "ddpm")),
+    *((_FOUND, f"effects-{it}", f"comparison_ablation-{it}.json", effects) for it in ("uvit", "ddpm")),
+    *((_FOUND, f"ablation-{it}", f"comparison_ablation-{it}.json", comparison) for it in ("uvit", "ddpm")),
+    (_FOUND, "by-steps", "comparison_best-uvit.json", by_steps),
+    (_FOUND, "rows", "comparison_methods-uvit.json", rows),
+    (_FOUND, "equal-latency", "comparison_latency-uvit.json", equal_latency),
+    (_FOUND, "as-fast", "comparison_cpu-uvit.json", as_fast),
+    (_FOUND, "structured", "structured.json", structured),
+    (_FOUND, "8-bits", "quantised.json", in_8_bits),
+    (_FOUND, "trials", "sparsedm_trials.json", trials),
 )
 """Page, marker, files of results, and how the table is written."""
 
