@@ -33,7 +33,7 @@ wheels() {
 install() {
     test -x "$ENVIRONMENT/bin/python" || "$PYTHON" -m venv --system-site-packages "$ENVIRONMENT"
     # What the machine has already stays: it belongs together with its torch.
-    "$ENVIRONMENT/bin/python" - "$WHEELS"/*.whl << 'END' | xargs "$ENVIRONMENT/bin/python" -m pip install --quiet --no-index --no-deps --force-reinstall
+    "$ENVIRONMENT/bin/python" - "$WHEELS"/*.whl << 'END' | xargs -r "$ENVIRONMENT/bin/python" -m pip install --quiet --no-index --no-deps --force-reinstall
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
