@@ -39,7 +39,7 @@ def sources(root: Path = ROOT) -> dict[str, str]:
 
 def gathered(root: Path = ROOT) -> dict[str, str]:
     """The text of every page by its place in the site. Raises FileNotFoundError for a link that leads nowhere."""
-    known = sources(root)
+    known, drawn = sources(root), pictures(root)
     made: dict[str, str] = {}
     linked: set[str] = set()
     for name, page in known.items():
@@ -50,7 +50,7 @@ def gathered(root: Path = ROOT) -> dict[str, str]:
                 return match[0]
             target = normal(name, target)
             place = known.get("docs/index.md" if target == "README.md" else target)
-            if target in pictures(root):
+            if target in drawn:
                 place = posixpath.basename(target)
             elif place is None:
                 linked.add(target)
