@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, CompressorError, Plan
+from compressor.cost.contention import Cores
 from compressor.environment import usable_cores
 from compressor.lower import contest, job, vnm_kernels
 from compressor.lower.contest import Contest
@@ -286,6 +287,59 @@ def test_what_is_still_open_is_not_stored_and_measured_again(monkeypatch: pytest
     plan = compressor.lower(Model(), X, backends).plan
     assert all("could not be told apart from eager in 200 rounds" in layer.reason for layer in plan.layers)
     assert not list(tmp_path.rglob("timings/*.json"))
+
+
+# --- Cores that others have. ---
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
+    """Lets other programs have this share of the time of the cores, of a process of so many threads."""
+
+    def share(value: float, threads: int = 2) -> None:
+        counted = iter(Cores(float(at), value / (1 - value) * at) for at in range(1000))
+        monkeypatch.setattr(Cores, "now", lambda: next(counted))
+        monkeypatch.setattr(contest, "usable_cores", lambda: 2.0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    return share
+
+
+GAINING = (SLOW[0], Fake("sparse", seconds=2e-3 / 1.4))
+
+
+def test_on_a_busy_machine_more_has_to_be_gained(taken: Callable[..., None], tmp_path: Path) -> None:
+    taken(0.45)
+    plan = compressor.lower(Model(), X, GAINING).plan
+    assert plan.choice == "eager" and plan.taken == pytest.approx(0.45)
+    assert plan.reason.startswith("the lowered model has 1.") and plan.reason.endswith(
+        "less than the 1.50x that are asked while other programs have the cores for 45% of the time: lower again when the machine "
+        "does nothing else: not taken"
+    )
+    assert not list(tmp_path.rglob("timings/*.json"))  # these times are of no other use
+    assert compressor.lower(Model(), X, (SLOW[0], Fake("sparse", seconds=1e-3))).plan.choice == "lowered"
+
+
+@pytest.mark.parametrize(("share", "threads", "told"), [(0.05, 2, 0.05), (0.45, 1, None), (0.45, 3, None)])
+def test_cores_that_others_have_count_for_threads_that_wait_for_each_other(
+    taken: Callable[..., None], tmp_path: Path, share: float, threads: int, told: float | None
+) -> None:
+    """Not for a single thread, and not where the process has more threads than cores and takes them from itself."""
+    taken(share, threads)
+    plan = compressor.lower(Model(), X, GAINING).plan
+    assert plan.choice == "lowered" and plan.taken == (told and pytest.approx(told))
+    assert list(tmp_path.rglob("timings/*.json"))
+
+
+def test_the_time_that_threads_wait_for_a_core_is_read_as_the_kernel_counts_it(tmp_path: Path) -> None:
+    assert Cores.now(tmp_path) is None
+    for thread, text in (("1", "1000000000 3000000000 12\n"), ("2", "2000000000 0 1\n"), ("3", "gone")):
+        (tmp_path / "proc/self/task" / thread).mkdir(parents=True)
+        (tmp_path / "proc/self/task" / thread / "schedstat").write_text(text)
+    found = Cores.now(tmp_path)
+    assert found is not None and (found.ran, found.waited) == pytest.approx((3.0, 3.0))
+    assert found.taken_since(Cores(2.0, 2.5)) == pytest.approx(1 / 3)
+    assert found.taken_since(Cores(4.0, 4.0)) == 0.0  # threads that ended took theirs with them
 
 
 # --- Plans and caches of elsewhere. ---

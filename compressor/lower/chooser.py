@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from compressor.cost.contention import Cores
 from compressor.errors import UsageError, first_line
 from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
@@ -142,14 +143,15 @@ def _rounds(
 ) -> contest.Rounds:
     """The times of `calls` by round, for one of `share` layers that each call runs: from the store, or measured.
 
-    What is still open after the last round is not stored: the machine may have been busy."""
+    What is still open after the last round is not stored, nor what was measured on a busy machine."""
     found = store.get(key)
     if found is not None and set(found) == set(calls) and contest.decided(found, skipping):
         store.used = True
         return found
+    began = Cores.now()
     measured = contest.timed(calls, _ROUNDS, device, skipping)
     found = {name: tuple(ms / share for ms in own) for name, own in measured.items()}
-    if contest.decided(found, skipping):
+    if contest.decided(found, skipping) and not contest.busy(contest.taken_since(began, device)):
         store.put(key, found)
     return found
 

@@ -4,21 +4,26 @@ On a busy machine times have no shape that could be relied on. What else it does
 within single rounds: by how many rounds one won. Were it not faster, each would be won with a chance of a half at most, whatever
 the times' distribution; that many wins must then be too unlikely (a sign test). While that is open, more rounds are measured, up to a
 bound.
+
+What no number of rounds evens out is that threads wait for each other: a form in which they meet more often loses more where other
+programs take their cores. So there a gain has to be larger than such a machine makes up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import comb
 from statistics import median
 
 import torch
 
+from compressor.cost.contention import Cores
 from compressor.cost.timing import interleaved
+from compressor.environment import usable_cores
 from compressor.lower.plan import Against
-from compressor.report.content import GAIN, gains
+from compressor.report.content import GAIN
 
 Rounds = Mapping[str, tuple[float, ...]]
 """Milliseconds of each form, one number per round."""
@@ -31,8 +36,31 @@ _CHANCE = 0.001
 for each form that is tried."""
 _MOST = 8
 """Rounds at most, in times of those that are measured first."""
+BUSY = 0.1
+"""The share of the time in which threads had to wait for a core, from which on the machine is busy."""
+ASKED_BUSY = 1.5
+"""The gain that is asked for there, of several threads."""
+_AGAIN = "lower again when the machine does nothing else"
 _HOPE, _SMALL = 1.1, 0.05
 """More rounds are worth it while a form may be this much faster, by a test that is wrong this often: it only saves time."""
+
+
+def taken_since(began: Cores | None, device: torch.device) -> float | None:
+    """The share of the time since `began` in which other programs had the cores that this one wanted: where times depend on that, for
+    several threads on a CPU, and they do not take cores from each other. None where it is not known, or does not matter."""
+    threads = torch.get_num_threads()
+    now = Cores.now() if device.type == "cpu" and 1 < threads <= usable_cores() else None
+    return None if began is None or now is None else now.taken_since(began)
+
+
+def busy(taken: float | None) -> bool:
+    """Whether so much was `taken` that times tell little about an idle machine."""
+    return taken is not None and taken > BUSY
+
+
+def asked(taken: float | None) -> float:
+    """The speed-up that counts where so much was `taken`."""
+    return ASKED_BUSY if busy(taken) else GAIN
 
 
 def timed(
@@ -88,6 +116,7 @@ class Verdict:
     opponent: str
     ratio: float
     doubt: str = ""
+    taken: float | None = None
 
     def reason(self, who: str | None = None, none: str = "no sparse kernel takes this layer") -> str:
         """It in words: of `best`, or of `who`; `none` where there is no sparse form."""
@@ -97,7 +126,12 @@ class Verdict:
         if self.choice == self.best:
             return f"{self.ratio:.2f}x the speed of {self.opponent}, the best dense form"
         has = f"{who or self.best} has {self.ratio:.2f}x the speed of {self.opponent}"
-        return f"{has}{'' if gains(self.ratio) else f', less than the {GAIN:.2f}x that are asked'}{doubt}"
+        if self.ratio >= asked(self.taken):
+            return has + doubt
+        less = f"{has}, less than the {asked(self.taken):.2f}x that are asked"
+        if busy(self.taken):
+            return f"{less} while other programs have the cores for {self.taken:.0%} of the time: {_AGAIN}"
+        return less + doubt
 
 
 @dataclass(frozen=True)
@@ -110,16 +144,18 @@ class Contest:
     medians: Mapping[str, float]
     against: Mapping[str, Mapping[str, Against]]
     sparse: frozenset[str]
+    taken: float | None = None
+    """The share of the time in which other programs had the cores, where that matters (`taken_since`)."""
 
     @classmethod
-    def of(cls, rounds: Rounds, sparse: Iterable[str]) -> Contest:
-        """That of `rounds`."""
+    def of(cls, rounds: Rounds, sparse: Iterable[str], taken: float | None = None) -> Contest:
+        """That of `rounds`, in which so much of the cores was `taken`."""
         apart = frozenset(sparse) & set(rounds)
         against = {
             name: {other: _against(own, rounds[other]) for other in rounds if other not in apart and other != name}
             for name, own in rounds.items()
         }
-        return cls({name: median(own) for name, own in rounds.items()}, against, apart)
+        return cls({name: median(own) for name, own in rounds.items()}, against, apart, taken)
 
     def without(self, names: Collection[str]) -> Contest:
         """That of the forms but for `names`."""
@@ -129,7 +165,7 @@ class Contest:
             for name, own in self.against.items()
             if name not in names
         }
-        return Contest(medians, against, self.sparse - set(names))
+        return replace(self, medians=medians, against=against, sparse=self.sparse - set(names))
 
     @property
     def dense(self) -> list[str]:
@@ -143,7 +179,7 @@ class Contest:
 
     def faster(self, name: str, other: str, sure: bool) -> bool:
         """Whether `name` gains on the dense `other`; beyond doubt where `sure`."""
-        return gains(self.ratio(name, other)) and (not sure or self._clear(name, other))
+        return self.ratio(name, other) >= asked(self.taken) and (not sure or self._clear(name, other))
 
     def _clear(self, name: str, other: str) -> bool:
         found = self.against.get(name, {}).get(other)
@@ -156,15 +192,16 @@ class Contest:
         base = min(faster or [BASE], key=self.medians.__getitem__)
         unclear = [(name, BASE) for name in self.dense if name != BASE and self._doubtful(name, BASE)]
         if not self.sparse:
-            return Verdict(base, None, base, 1.0, self._doubt(unclear if base == BASE else ()))
+            return Verdict(base, None, base, 1.0, self._doubt(unclear if base == BASE else ()), self.taken)
         winning = [name for name in self.sparse if all(self.faster(name, other, sure) for other in self.dense)]
         best = min(sorted(winning or self.sparse), key=self.medians.__getitem__)
         opponent = min(self.dense, key=lambda other: self.ratio(best, other))
         ratio = self.ratio(best, opponent)
         if winning:
-            return Verdict(best, best, opponent, ratio)
-        of_best = [(best, other) for other in self.dense if gains(ratio) and self._doubtful(best, other)]
-        return Verdict(base, best, opponent, ratio, self._doubt([*of_best, *(unclear if base == BASE else ())]))
+            return Verdict(best, best, opponent, ratio, taken=self.taken)
+        of_best = [(best, other) for other in self.dense if self._doubtful(best, other)]
+        doubt = self._doubt([*of_best, *(unclear if base == BASE else ())])
+        return Verdict(base, best, opponent, ratio, doubt, self.taken)
 
     def _doubtful(self, name: str, other: str) -> bool:
         return self.faster(name, other, sure=False) and not self._clear(name, other)
@@ -172,10 +209,7 @@ class Contest:
     def _doubt(self, pairs: Iterable[tuple[str, str]]) -> str:
         for name, other in pairs:  # the first says enough
             if (found := self.against.get(name, {}).get(other)) is not None:
-                return (
-                    f"{name} could not be told apart from {other} in {found.rounds} rounds, of which it won {found.wins}: lower again "
-                    "when the machine does nothing else"
-                )
+                return f"{name} could not be told apart from {other} in {found.rounds} rounds, of which it won {found.wins}: {_AGAIN}"
         return ""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.adapter import Adapter
+from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
 from compressor.lower import contest
@@ -137,8 +138,9 @@ def guarded(
     forms = {name: form for name, form in forms.items() if name in errors}
     calls: dict[str, Callable[[], object]] = {name: partial(forward, form) for name, form in forms.items()}
     sparse = {name for name in forms if name.startswith("lowered")}
+    began = Cores.now()
     rounds = contest.timed(calls, _ROUNDS, device, sparse)
-    held = Contest.of(rounds, sparse)
+    held = Contest.of(rounds, sparse, contest.taken_since(began, device))
     products = {"dense": _products(job, dense), "lowered": _products(job, {one.name: one.choice for one in layers})}
     choice, reason = _chosen(held, products)
     opponent = min(held.dense, key=held.medians.__getitem__)
@@ -171,6 +173,7 @@ def guarded(
         notes=tuple(notes),
         search=search,
         backends=_versions(job, layers),
+        taken=held.taken,
     )
     chosen = forms[choice]
     return chosen if "compiled" in choice else own(chosen), plan

@@ -145,6 +145,9 @@ class Plan(_Value):
     """Layers whose form in the dense form `dense` quantises nothing: the whole model's error would be above what is allowed."""
     backends: dict[str, str] = Field(default_factory=dict)
     """The versions of the backends that were timed: of compiled kernels the instruction set and a digest of their files."""
+    taken: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share of the time in which other programs had the cores while the model's forms were timed, with several threads on a CPU;
+    None where it is not known."""
 
     @property
     def lowered(self) -> bool:
