@@ -276,6 +276,22 @@ def test_a_run_reloads_without_pickle_and_is_smaller(name, cli, tmp_path):
     assert not (tmp_path / "run" / "pipeline").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "noise", "teacher"), [({}, 1, 0), ({"teacher": 0.5}, 1, 0.5), ({"teacher_only": True}, 0, 1)]
+)
+def test_the_dense_model_teaches_the_smaller_one(settings, noise, teacher, adapter, model, samples):
+    tuning = compressor.FineTuning(
+        model,
+        Structured(density=0.5, score="random", **settings),
+        adapter=adapter,
+        data=samples,
+        training=compressor.Training(steps=1, batch_size=16),
+    )
+    (step,) = compressor.steps(tuning)
+    assert (step.teacher_loss is not None) == bool(teacher)
+    assert step.loss == pytest.approx(noise * step.noise_loss + teacher * (step.teacher_loss or 0.0))
+
+
 def test_an_interrupted_run_goes_on_with_the_same_structure(adapter, model, samples):
     training = compressor.Training(steps=6, batch_size=16)
 
@@ -409,7 +425,16 @@ def test_frozen_layers_and_those_that_are_no_targets_keep_their_outputs(adapter,
 
 
 @pytest.mark.parametrize(
-    "bad", [{"macs": 0.0}, {"macs": 1.5}, {"density": 0.0}, {"threshold": 1.0}, {"timesteps": 0}, {"score": "l1"}]
+    "bad",
+    [
+        {"macs": 0.0},
+        {"macs": 1.5},
+        {"density": 0.0},
+        {"threshold": 1.0},
+        {"timesteps": 0},
+        {"score": "l1"},
+        {"teacher": -1.0},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(CompressorError, match=f"structured: {next(iter(bad))}"):

@@ -56,6 +56,11 @@ class Objective:
     noise: float = 1.0
     teacher: float = 0.0
 
+    @classmethod
+    def taught(cls, teacher: float, alone: bool) -> Objective:
+        """With that weight of the teacher beside the noise, or with the teacher `alone`."""
+        return cls(noise=0.0, teacher=1.0) if alone else cls(teacher=teacher)
+
 
 class Pruner(ABC):
     """A compression method. Subclasses are frozen dataclasses (their fields are the method's settings) or plain classes.

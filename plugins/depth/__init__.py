@@ -58,7 +58,7 @@ class Depth(Pruner):
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]  # derived from the settings, which are what is set
-        return Objective(noise=0.0, teacher=1.0) if self.teacher_only else Objective(teacher=self.teacher)
+        return Objective.taught(self.teacher, self.teacher_only)
 
     def with_cost(self, share: float, measure: Cost = "macs") -> Self | None:
         return replace(self, macs=share) if measure == "macs" else None  # blocks hold no like share of the weights

@@ -83,9 +83,7 @@ class SparseDM(Pruner):
     @property
     def objective(self) -> Objective:  # type: ignore[override]
         alone = self.preset == "best" if self.teacher_only is None else self.teacher_only
-        if alone:
-            return Objective(noise=0.0, teacher=1.0)
-        return Objective(teacher=_TEACHER if self.teacher is None else self.teacher)
+        return Objective.taught(_TEACHER if self.teacher is None else self.teacher, alone)
 
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         if self.starts_from == "obs":

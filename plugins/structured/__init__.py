@@ -14,7 +14,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, first_line, one_of
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.pruner import Cost, Pruner, found
+from compressor.training.pruner import Cost, Objective, Pruner, found
 from compressor.weights import twin
 
 from .groups import find_groups
@@ -33,6 +33,7 @@ class Structured(Pruner):
     of every group instead. `score`: `magnitude` (sum of squares), `random`, `taylor` (|w ∂L/∂w|, L over all times),
     `diff-pruning` (Σ_t |w ∂L_t/∂w| over the times from the least noise on, up to the first whose loss is below `threshold`
     times the largest yet), or `diff-pruning-released` (|w Σ_t ∂L_t/∂w| over the same times, as the authors' scripts have it).
+    `teacher`: the weight of the dense model's prediction in fine-tuning, beside the noise; `teacher_only`: learn from it alone.
     `timesteps`: batches that all but the first two look at. `multiple`: widths stay multiples of it where they were.
     The outputs of layers that the run's rules leave out stay, and those of frozen layers.
 
@@ -46,6 +47,8 @@ class Structured(Pruner):
     timesteps: int = 32
     multiple: int = 8
     seed: int = 0
+    teacher: float = 0.0
+    teacher_only: bool = False
     surgery: Surgery | None = found()
     compared = True
 
@@ -59,6 +62,12 @@ class Structured(Pruner):
         for name, whole in (("timesteps", self.timesteps), ("multiple", self.multiple)):
             if whole < 1:
                 raise UsageError(f"structured: {name} must be at least 1, got {whole}")
+        if not 0 <= self.teacher < float("inf"):
+            raise UsageError(f"structured: teacher must be a number of at least 0, got {self.teacher!r}")
+
+    @property
+    def objective(self) -> Objective:  # type: ignore[override]  # derived from the settings, which are what is set
+        return Objective.taught(self.teacher, self.teacher_only)
 
     def with_cost(self, share: float, measure: Cost = "macs") -> Self:
         return replace(self, density=share) if measure == "density" else replace(self, macs=share, density=None)
