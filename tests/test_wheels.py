@@ -37,6 +37,7 @@ def wheel_of(folder: Path, tag: str, files: set[str], name_tag: str = "") -> Pat
     wheel = folder / f"some-1-{name_tag or tag}.whl"
     with zipfile.ZipFile(wheel, "w") as packed:
         packed.writestr("some-1.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
+        packed.writestr("some-1.dist-info/METADATA", "Name: some\n\n")
         for file in files:
             packed.writestr(file, "")
     return wheel
@@ -65,6 +66,7 @@ def test_a_wheel_with_other_files_or_another_tag_is_refused(building: ModuleType
     tag, files = building.tag(HERE), building.contents() - {building.KERNELS}
     stale = wheel_of(tmp_path, tag, files - {"compressor/py.typed"} | {"compressor/gone.py"})
     assert list(building.wrong(stale, HERE)) == [
+        "its description is not wheels/DESCRIPTION.md",
         "missing: compressor/lower/_vnm.abi3.so",
         "missing: compressor/py.typed",
         "not of the packages: compressor/gone.py",
@@ -92,12 +94,10 @@ def test_a_wheel_is_built_for_any_python_from_3_11_on(building: ModuleType, tmp_
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_package_is_built_without_the_kernels(building: ModuleType, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    for name in building.FOLDERS:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in building.BESIDE:
-        shutil.copy(ROOT / name, source)
+def test_of_the_source_distribution_a_wheel_is_built_without_a_compiler_too(
+    building: ModuleType, tmp_path: Path
+) -> None:
+    source = building.source(tmp_path / "source")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*pip, str(source)], env={**os.environ, "CC": "no-such-compiler"}, check=True)
     (wheel,) = tmp_path.glob("*.whl")

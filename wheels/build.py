@@ -1,4 +1,4 @@
-"""Wheels with the compiled kernels inside, for Linux on x86-64 and 64-bit Arm, and a check of what is in them.
+"""The source distribution, wheels with the compiled kernels inside for Linux on x86-64 and 64-bit Arm, and a check of what is in them.
 
     python wheels/build.py [--out dist] [x86_64 aarch64]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"compressor": "compressor", "plugins": "compressor/plugins", "model_zoo": "compressor/model_zoo"}
 """The folders of the code, and where they lie once installed."""
-BESIDE = ("pyproject.toml", "README.md", "LICENSE")
+BESIDE = ("pyproject.toml", "README.md", "LICENSE", "wheels/DESCRIPTION.md")
 GLIBC = (2, 17)
 """The oldest that the kernels run on; `manylinux_2_17` says so."""
 KERNELS = "compressor/lower/_vnm.abi3.so"
@@ -47,6 +47,27 @@ def compiler(architecture: str) -> str:
     return found
 
 
+def copy_sources(to: Path) -> Path:
+    """What a distribution is made of, copied into the new folder `to`; that."""
+    for folder in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__", *(f"*{suffix}" for suffix in _NO_SOURCE))
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
+    for file in BESIDE:
+        (to / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, to / file)
+    return to
+
+
+def source(out: Path) -> Path:
+    """The source distribution, in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        code = f"from setuptools import build_meta; build_meta.build_sdist({str(out.absolute())!r})"
+        copied = copy_sources(Path(name) / "source")
+        subprocess.run([sys.executable, "-c", code], cwd=copied, check=True, stdout=subprocess.DEVNULL)
+    return max(out.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
+
+
 def build(architecture: str, out: Path, *options: str) -> Path:
     """The wheel for `architecture`, in the folder `out`; `options` are further ones of pip.
 
@@ -54,12 +75,7 @@ def build(architecture: str, out: Path, *options: str) -> Path:
     """
     gcc = compiler(architecture)
     with tempfile.TemporaryDirectory() as name:
-        copied = Path(name) / "source"
-        for folder in FOLDERS:
-            ignored = shutil.ignore_patterns("__pycache__", *(f"*{suffix}" for suffix in _NO_SOURCE))
-            shutil.copytree(ROOT / folder, copied / folder, ignore=ignored)
-        for file in BESIDE:
-            shutil.copy(ROOT / file, copied)
+        copied = copy_sources(Path(name) / "source")
         environment = {
             **os.environ,
             "CC": gcc,
@@ -93,6 +109,12 @@ def wrong(wheel: Path, architecture: str) -> Iterator[str]:
     with zipfile.ZipFile(wheel) as packed, tempfile.TemporaryDirectory() as name:
         found = {file for file in packed.namelist() if ".dist-info/" not in file}
         (about,) = (file for file in packed.namelist() if file.endswith(".dist-info/WHEEL"))
+        told = packed.read(about.replace("WHEEL", "METADATA")).decode()
+        if (
+            told.partition("\n\n")[2].strip()
+            != (ROOT / "wheels" / "DESCRIPTION.md").read_text(encoding="utf-8").strip()
+        ):
+            yield "its description is not wheels/DESCRIPTION.md"
         tags = re.findall(r"^Tag: (.+)$", packed.read(about).decode(), re.MULTILINE)
         if tags != [tag(architecture)] or not wheel.stem.endswith(tag(architecture)):
             yield f"its tag is {', '.join(tags)} and not {tag(architecture)}"
@@ -131,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if architecture not in MACHINES:
             parser.error(f"no wheel for {architecture!r}, but for {', '.join(MACHINES)}")
         print(build(architecture, given.out), flush=True)
+    print(source(given.out), flush=True)
 
 
 if __name__ == "__main__":
