@@ -87,7 +87,7 @@ $(CORE): $(SOURCES)
 # And what tests, linters and the site need.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[test,lint,docs,onnx,datasets,lora,torchao,openvino,pipelines]"
+	$(PIP) -e ".[test,lint,docs,onnx,datasets,lora,torchao,openvino,pipelines,trackers]"
 	@# pip would compile on one core; left to the first import, it is done at every start where nothing may be written
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # some packages ship templates that do not compile
 	touch $(CORE) $(STAMP)

@@ -37,6 +37,15 @@ RUNS = {
         f"--methods sparsedm --config benchmarks/recipes/sparsedm-best.yaml --config benchmarks/recipes/best-muon.yaml {_PICTURES}",
         3,
     ),
+    "best-pictures-more": (
+        f"--methods sparsedm --config benchmarks/recipes/sparsedm-best.yaml --seed 3 {_PICTURES}",
+        2,
+    ),
+    "obs-pictures-more": (f"--methods obs --seed 1 {_PICTURES}", 2),
+    "taught-pictures": (
+        f"--config benchmarks/recipes/structured-taught.yaml --config benchmarks/recipes/depth-taught.yaml {_PICTURES}",
+        2,
+    ),
     "cpu-uvit": (
         "--config benchmarks/recipes/structured-68.yaml --config benchmarks/recipes/best-V4.yaml --model uvit-digits --steps 600 "
         "--set evaluate.latency_rounds=0",
@@ -48,7 +57,7 @@ RUNS = {
         1,
     ),
 }
-"""Name: options of `compressor compare`, and seeds."""
+"""Name: options of `compressor compare`, and seeds. Those on pictures make one table (`merged.py`)."""
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:

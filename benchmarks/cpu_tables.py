@@ -112,3 +112,44 @@ def peaks(result: dict[str, Any]) -> str:
             "From `benchmarks/cpu/roofline.py`.",
         ]
     )
+
+
+_MODELS = {"uvit-s2": "U-ViT-S/2, 32x32", "ddpm-cifar10": "DDPM UNet, CIFAR-10"}
+
+
+def lowering(result: dict[str, Any]) -> str:
+    """The speed of lowered models against dense ones."""
+    lines = [
+        "| model | pattern | precision | batch | eager dense, ms | best dense, ms | lowered, ms | over eager | over best dense |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    cells = list(result["cells"].values())
+    for cell in cells:
+        times, speed = cell["median_ms"], cell["speedup"]
+        eager = times.get("eager float32", times["eager"])
+        best = f"{times[cell['best_dense']]:.1f} ({_DENSE[cell['best_dense']]})"
+        precision = cell["dtype"] + (", AVX2 only" if cell["level"] == "avx2" else "")
+        lines.append(
+            f"| {_MODELS[cell['model']]} | {cell['pattern']} | {precision} | {cell['batch']} | {eager:.1f} | {best} "
+            f"| {times['lowered']:.1f} | {speed['over eager float32']:.2f}x | {speed['over best dense']:.2f}x |"
+        )
+    first = cells[0]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Whole forward passes, random weights; in turns, medians of "
+            f"{_rounds(cells)} rounds, seed {first['seed']}; {first['hardware']}; "
+            f"torch {first['versions']['torch']}. Eager dense is float32 in "
+            "every line; the best dense form is the fastest of eager, prepacked and compiled in the line's own precision. "
+            "U-ViT: every Linear of every block; UNet: every layer that the pattern fits. From `benchmarks/cpu/lowering.py`.",
+        ]
+    )
+
+
+def _rounds(cells: list[dict[str, Any]]) -> str:
+    counts = sorted({cell["n"] for cell in cells})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+_DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}

@@ -10,7 +10,8 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import int8, opponents, peaks
+from cpu_tables import int8, lowering, opponents, peaks
+from merged import merged
 from quantised import table as in_8_bits
 
 from compressor.comparison.statistics import summary
@@ -18,51 +19,6 @@ from compressor.report.compared import Summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_MODELS = {"uvit-s2": "U-ViT-S/2, 32x32", "ddpm-cifar10": "DDPM UNet, CIFAR-10"}
-
-
-def lowering(result: dict[str, Any]) -> str:
-    """The speed of lowered models against dense ones."""
-    lines = [
-        "| model | pattern | precision | batch | eager dense, ms | best dense, ms | lowered, ms | over eager | over best dense |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    cells = list(result["cells"].values())
-    for cell in cells:
-        times, speed = cell["median_ms"], cell["speedup"]
-        eager = times.get("eager float32", times["eager"])
-        best = f"{times[cell['best_dense']]:.1f} ({_DENSE[cell['best_dense']]})"
-        precision = cell["dtype"] + (", AVX2 only" if cell["level"] == "avx2" else "")
-        lines.append(
-            f"| {_MODELS[cell['model']]} | {cell['pattern']} | {precision} | {cell['batch']} | {eager:.1f} | {best} "
-            f"| {times['lowered']:.1f} | {speed['over eager float32']:.2f}x | {speed['over best dense']:.2f}x |"
-        )
-    first = cells[0]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Whole forward passes, random weights; in turns, medians of "
-            f"{_rounds(cells)} rounds, seed {first['seed']}; {first['hardware']}; "
-            f"torch {first['versions']['torch']}. Eager dense is float32 in "
-            "every line; the best dense form is the fastest of eager, prepacked and compiled in the line's own precision. "
-            "U-ViT: every Linear of every block; UNet: every layer that the pattern fits. From `benchmarks/cpu/lowering.py`.",
-        ]
-    )
-
-
-def short_lowering(result: dict[str, Any]) -> str:
-    """The same for batch 4, on everything that this machine has."""
-    cells = {name: cell for name, cell in result["cells"].items() if cell["batch"] == 4 and not cell["level"]}
-    return lowering({**result, "cells": cells})
-
-
-def _rounds(cells: list[dict[str, Any]]) -> str:
-    counts = sorted({cell["n"] for cell in cells})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-_DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
 
 
 def onnx(result: dict[str, Any]) -> str:
@@ -347,19 +303,35 @@ def _range(interval: list[float] | None) -> str:
     return "—" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
+def together(*results: dict[str, Any]) -> str:
+    """One table of several comparisons."""
+    return comparison(merged(*results))
+
+
+def together_gap(*results: dict[str, Any]) -> str:
+    """`gap` over the seeds of several comparisons."""
+    return gap(merged(*results))
+
+
 _FOUND = "docs/results.md"
+_OF_PICTURES = (
+    "methods-pictures",
+    "best-pictures",
+    "obs-pictures",
+)
+PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
 TABLES = (
-    ("README.md", "methods", "comparison_methods-uvit.json", comparison),
-    ("README.md", "lowering", "lowering_cpu.json", short_lowering),
+    *((page, "methods", PICTURES, together) for page in ("README.md", _FOUND)),
+    (_FOUND, "methods-uvit", "comparison_methods-uvit.json", comparison),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/lowering.md", "int8", "int8_cpu.json", int8),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
-    *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm", "pictures")),
-    *((_FOUND, f"best-{it}", f"comparison_best-{it}.json", comparison) for it in ("uvit", "ddpm", "pictures")),
-    *((_FOUND, f"{it}-pictures", f"comparison_{it}-pictures.json", comparison) for it in ("methods", "obs")),
+    *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm")),
+    (_FOUND, "gap-pictures", PICTURES, together_gap),
+    *((_FOUND, f"best-{it}", f"comparison_best-{it}.json", comparison) for it in ("uvit", "ddpm")),
     *((_FOUND, f"muon-{it}", f"comparison_muon-{it}.json comparison_best-{it}.json", muon) for it in ("uvit", "ddpm")),
     *((_FOUND, f"effects-{it}", f"comparison_ablation-{it}.json", effects) for it in ("uvit", "ddpm")),
     *((_FOUND, f"ablation-{it}", f"comparison_ablation-{it}.json", comparison) for it in ("uvit", "ddpm")),

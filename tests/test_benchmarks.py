@@ -18,6 +18,60 @@ from click.testing import CliRunner
 
 from compressor import NM
 
+# --- Tables of several comparisons. ---
+
+
+def comparison_of(hardware: str, **values: dict[int, float]) -> dict[str, Any]:
+    """A slim report with these values of each entry by seed."""
+    entries = [
+        {
+            "label": label,
+            "settings": {},
+            "pattern": "2:4",
+            "recipe_train": dict.fromkeys(
+                ("steps", "batch_size", "accumulate", "lr", "warmup", "schedule", "dtype"), 1
+            ),
+            "cells": [{"seed": seed, "value": value, "drift": {"ssim": value / 10}} for seed, value in own.items()],
+        }
+        for label, own in values.items()
+    ]
+    return {
+        "title": hardware,
+        "entries": entries,
+        "model": "m",
+        "weights_sha256": "0",
+        "sampler": "s",
+        "match": {"by": "macs"},
+        "evaluate": {"samples": 8, "latency_rounds": 0},
+        "metric": {"name": "fd", "extractor_sha256": "1"},
+        "data": {"sha256": "2"},
+        "environment": {"hardware": hardware, "versions": {"torch": "2"}},
+    }
+
+
+def test_comparisons_of_one_evaluation_and_budget_make_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(GPU.parent)
+    merged = importlib.import_module("merged").merged
+    first, second = comparison_of("GPU", a={0: 1.0, 1: 3.0}), comparison_of("CPU", b={0: 5.0}, a={2: 5.0})
+    found = merged(first, second)
+    a, b = found["entries"]
+    assert [cell["seed"] for cell in a["cells"]] == [0, 1, 2] and a["quality"]["mean"] == 3.0 and a["quality"]["n"] == 3
+    assert a["drift"]["ssim"]["mean"] == pytest.approx(0.3) and b["quality"]["ci95"] is None
+    assert found["environment"]["hardware"] == "GPU and CPU" and found["seeds"] == [0, 1, 2]
+    assert [cell["seed"] for cell in first["entries"][0]["cells"]] == [0, 1]  # what is given stays
+    others: list[tuple[str, Any, str]] = [
+        ("evaluate", {"samples": 9}, "another evaluation"),
+        ("weights_sha256", "3", "another weights_sha256"),
+        ("entries", comparison_of("", a={1: 2.0})["entries"], "a seed stands twice"),
+    ]
+    for name, value, words in others:
+        with pytest.raises(ValueError, match=words):
+            merged(first, {**second, name: value})
+    second["entries"][0]["recipe_train"]["steps"] = 2
+    with pytest.raises(ValueError, match="another budget"):
+        merged(first, second)
+
+
 # --- The benchmark, as far as it goes without a GPU. ---
 
 

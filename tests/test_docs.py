@@ -367,6 +367,26 @@ def test_links_of_the_site_lead_to_pages_and_headings():
             assert page.startswith("source/") or anchor in anchors(text), f"{page}: #{anchor}"
 
 
+def test_the_readme_is_short_and_says_in_this_order_what_a_stranger_asks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    asked = (
+        "![",
+        "<!-- methods -->",
+        "## Install",
+        "## Use",
+        "## Which method",
+        "## Is it faster",
+        "## What it does not do",
+    )
+    places = [text.index(one) for one in asked]
+    assert places == sorted(places)
+    first, *_ = re.findall(r"^```console\ncompressor (.*?)^```$", text, re.M | re.S)
+    assert len(first.splitlines()) == 4
+    python = re.search(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    assert python is not None and len([line for line in python[1].splitlines() if line]) <= 8
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path):
     pytest.importorskip("zensical")

@@ -156,3 +156,34 @@ def test_a_sketch_has_shapes_and_no_memory(model):
     assert all(p.is_meta for p in empty.parameters())
     assert not any(p.is_meta for p in model.parameters())
     assert empty(torch.zeros(3, 16, device="meta")).shape == (3, 16)
+
+
+def test_a_model_of_diffusers_does_not_write_a_folder_that_would_not_load(tmp_path):
+    from diffusers import UNet2DModel
+
+    whole = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    Surgery().apply(same := copy.deepcopy(whole))
+    narrow = copy.deepcopy(whole)
+    some = tuple(range(16))
+    Surgery(
+        {
+            "time_embedding.linear_1.weight": {0: some},
+            "time_embedding.linear_1.bias": {0: some},
+            "time_embedding.linear_2.weight": {1: some},
+        },
+        {"time_embedding.linear_1": {"out_features": 16}, "time_embedding.linear_2": {"in_features": 16}},
+    ).apply(narrow)
+    assert narrow(torch.zeros(1, 3, 8, 8), 0).sample.shape == (1, 3, 8, 8)
+    for one in (narrow, copy.deepcopy(narrow)):
+        with pytest.raises(CompressorError, match="a folder that does not load"):
+            one.save_pretrained(tmp_path / "narrow")
+    assert not (tmp_path / "narrow").exists()
+    for name, one in (("whole", whole), ("same", same)):
+        one.save_pretrained(tmp_path / name)
+        UNet2DModel.from_pretrained(tmp_path / name)

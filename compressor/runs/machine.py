@@ -20,6 +20,8 @@ PACKAGE = "diffusion-compressor"
 _FOR = {
     "onnx": "export to ONNX, and ONNX Runtime beside our kernels",
     "openvino": "OpenVINO beside our kernels",
+    "cusparselt": "2:4 on NVIDIA GPUs with products planned once (the backend cusparselt-direct)",
+    "torchao": "2:4 in fp8 on NVIDIA's Hopper, and AdamW in 8 bits on GPUs",
     "datasets": "data sets of Hugging Face (hf:OWNER/NAME)",
     "fid": "FID with the weights of Inception",
     "lora": "training of adapters (--train lora)",
@@ -27,7 +29,7 @@ _FOR = {
     "trackers": "TensorBoard (--log-with tensorboard)",
     "nni": "pruners of NNI, in an environment of their own",
 }
-_NOT_FOR_USERS = ("test", "lint")
+_NOT_FOR_USERS = ("test", "lint", "docs")
 _FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "sve", "i8mm", "bf16"),

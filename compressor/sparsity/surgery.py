@@ -43,7 +43,8 @@ class Surgery:
     def apply(self, model: nn.Module) -> None:
         """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
 
-        The model remembers what was removed of it (`surgery_of`), so that saving it needs nobody to tell.
+        The model remembers what was removed of it (`surgery_of`), so that saving it needs nobody to tell; a `save_pretrained` of its
+        own is an error from then on.
         """
         self._check(model)
         modules = dict(model.named_modules())
@@ -63,6 +64,8 @@ class Surgery:
             model.set_submodule(name, Bypass(_parameters(modules[name]), self.passed.get(name, ())))
         before = surgery_of(model)
         vars(model)[_MEMORY] = self if before is None else self._after(before)
+        if (self.kept or self.removed) and callable(getattr(model, "save_pretrained", None)):
+            vars(model)["save_pretrained"] = _Refused()
 
     def _after(self, first: Surgery) -> Surgery:
         """The one surgery that does what `first` and then this one does."""
@@ -136,6 +139,16 @@ class Surgery:
                     raise CompressorError(
                         f"surgery: {name}.{attribute} is {old!r} and cannot become {str(new)[:40]}", _HINT
                     )
+
+
+class _Refused:
+    """In place of a model's own `save_pretrained`: its configuration still has what was removed, so the folder would not load."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise CompressorError(
+            "save_pretrained would write a folder that does not load: the model has less than its configuration says",
+            "compressor.save keeps what was removed too, and compressor.load reads it.",
+        )
 
 
 class Bypass(nn.Module):
