@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 SOURCES := pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 TYPED := build/typed
 
-.PHONY: demo test test-slow lint docs schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
+.PHONY: demo test test-slow lint docs look schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
 
 demo: $(CORE)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -33,6 +33,11 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/gather.py
 	$(BIN)/zensical build --strict
+
+# The site and the demo's report in Chromium, wide and narrow, light and dark: pictures in build/screens, an error where a page is too wide.
+look: docs demo
+	$(PIP) -e ".[screens]"
+	$(BIN)/python docs/screens.py runs/demo/report.html build/site
 
 # The JSON schema of report.json, from the types that it is read and written by.
 schema: $(STAMP)

@@ -2,7 +2,7 @@
 
     compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --out runs/picture/published
     compressor run --steps 600 --set train.lr=1e-3 --set evaluate.samples=1797 --set settings.preset=best --out runs/picture/best
-    python benchmarks/picture.py runs/picture/published runs/picture/best --names published best --out docs/samples.png
+    python benchmarks/picture.py runs/picture/published runs/picture/best --names published best --out samples.png
     python benchmarks/picture.py --comparison runs/comparisons/best-pictures --entries sparsedm sparsedm-best \\
         --names published best --out docs/pictures.png
 

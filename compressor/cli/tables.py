@@ -17,7 +17,7 @@ from compressor.errors import printable
 from compressor.progress import Progress, duration
 
 if TYPE_CHECKING:
-    from compressor.lower.plan import LayerPlan, Plan
+    from compressor.lower.plan import Form, LayerPlan, Plan
     from compressor.report.content import Report, Row
 
 
@@ -166,10 +166,22 @@ def plan_tables(plan: Plan) -> list[Table]:
         lines.append((name, shape, pattern, *cells, first.choice, first.reason))
     layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
     forms = [
-        (f.name, f"{f.median_ms:.2f} ms", f"{f.speedup:.2f}x", "" if f.error is None else f"{f.error:.1e}")
+        (f.name, f"{f.median_ms:.2f} ms", _gained(f, plan), "" if f.error is None else f"{f.error:.1e}")
         for f in plan.forms
     ]
     return [layers, plain_table(("whole model", "median", "over the best dense form", "error"), forms)]
+
+
+def _gained(form: Form, plan: Plan) -> str:
+    """The speed of `form` over the fastest dense one, and whether chance explains it."""
+    from compressor.lower.contest import needed
+
+    best = min((one for one in plan.forms if one.dense), key=lambda one: one.median_ms)
+    beside = form.against.get(best.name)
+    if form.name == best.name or beside is None:
+        return f"{form.speedup:.2f}x"
+    sure = max(beside.wins, beside.rounds - beside.wins) >= needed(beside.rounds)
+    return f"{form.speedup:.2f}x{'' if sure else ', within noise'}"
 
 
 def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:

@@ -29,7 +29,7 @@ _FOR = {
     "trackers": "TensorBoard (--log-with tensorboard)",
     "nni": "pruners of NNI, in an environment of their own",
 }
-_NOT_FOR_USERS = ("test", "lint", "docs")
+_NOT_FOR_USERS = ("test", "lint", "docs", "screens")
 _FLAGS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "sve", "i8mm", "bf16"),

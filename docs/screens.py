@@ -1,0 +1,81 @@
+"""Looks at pages in Chromium as readers do: wide and narrow, light and dark.
+
+    python docs/screens.py [--out build/screens] [--shot FILE.png] PAGE.html …      # or folders of pages: build/site
+
+Each page is opened at 1280 and 390 pixels in both colour schemes and written as a picture into `--out`; one that is wider than its
+window, or cuts off text in a cell, is named, and the exit code is 1. `--shot` keeps the first page's first screen, wide and light,
+for the documentation. Needs playwright (`pip install -c constraints.txt playwright`) and an installed Chromium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from playwright.sync_api import Page, sync_playwright
+
+WIDTHS = (1280, 390)
+SCHEMES = ("light", "dark")
+_HEIGHT = 900
+_TOO_WIDE = """() => {
+  const wide = document.documentElement.scrollWidth - window.innerWidth;
+  const cut = [...document.querySelectorAll("td, th, dd, p, li, h1, h2")].filter(one =>
+    one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX === "hidden");
+  const told = cut.map(one => `cut off: ${one.textContent.trim().slice(0, 60)}`);
+  return wide > 0 ? [`${wide} pixels wider than the window`, ...told] : told;
+}"""
+
+
+def found(places: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    """Every page under `places`, with a name for its pictures."""
+    for place in places:
+        for page in sorted(place.rglob("*.html")) if place.is_dir() else [place]:
+            name = page.relative_to(place).with_suffix("") if place.is_dir() else Path(place.parent.name, place.stem)
+            yield "-".join(name.parts), page.resolve()
+
+
+def looked_at(page: Page, name: str, file: Path, width: int, out: Path) -> list[str]:
+    """The faults of one page as wide as that, in both schemes; its pictures are in `out`."""
+    page.set_viewport_size({"width": width, "height": _HEIGHT})
+    faults = []
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        page.goto(file.as_uri())
+        page.screenshot(path=out / f"{name}-{width}-{scheme}.png", full_page=True)
+        faults += [f"{name}, {width} pixels, {scheme}: {fault}" for fault in page.evaluate(_TOO_WIDE)]
+    return faults
+
+
+@click.command()
+@click.argument("pages", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/screens"), show_default=True)
+@click.option("--shot", type=click.Path(path_type=Path))
+def main(pages: tuple[Path, ...], out: Path, shot: Path | None) -> None:
+    if (program := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        raise click.ClickException("no Chromium is installed; on Debian: apt-get install chromium")
+    out.mkdir(parents=True, exist_ok=True)
+    faults: list[str] = []
+    with sync_playwright() as players:
+        browser = players.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page()
+        names = list(found(pages))
+        for name, file in names:
+            for width in WIDTHS:
+                faults += looked_at(page, name, file, width, out)
+        if shot is not None:
+            page.set_viewport_size({"width": WIDTHS[0], "height": _HEIGHT})
+            page.emulate_media(color_scheme="light")
+            page.goto(names[0][1].as_uri())
+            page.screenshot(path=shot)
+        browser.close()
+    click.echo(f"{len(names)} pages in {out}, each at {' and '.join(map(str, WIDTHS))} pixels, {' and '.join(SCHEMES)}")
+    if faults:
+        click.echo("\n".join(faults), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
