@@ -59,6 +59,14 @@ def test_the_plan_lies_beside_the_report_and_has_every_layer(lowered: Path) -> N
     assert names == {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def test_what_there_is_to_note_of_the_kernels_is_said_by_the_run_too(cli: Any, copied: Path) -> None:
+    plan = Plan.read(copied)
+    plan.model_copy(update={"notes": (*plan.notes, "the kernels run on one thread")}).save(copied / "lowering.json")
+    outcome = cli("resume", copied)
+    assert outcome.code == 0 and "note: the kernels run on one thread" in outcome.err
+    assert "note:" not in cli("resume", copied, "--quiet").err
+
+
 def test_macs_lowered_are_those_that_kernels_leave(lowered: Path) -> None:
     report, plan = read(lowered), Plan.read(lowered)
     final = report["rows"][-1]

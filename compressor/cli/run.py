@@ -168,9 +168,14 @@ def _continue(
 
 def _show(out: Path, output: Output) -> None:
     """The report, and where the pipeline is, where models of the family have one, or why there is none."""
+    from compressor.lower.plan import FILE as PLAN
+    from compressor.lower.plan import Plan
     from compressor.runs.directory import NO_PIPELINE
 
     show_report(out, output.as_json)
+    if (out / PLAN).is_file() and not output.quiet:
+        for note in Plan.read(out).notes:
+            say(f"note: {note}", err=True)
     if output.as_json:
         return
     if (out / "pipeline").is_dir():

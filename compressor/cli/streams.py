@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any, TextIO
 
 from compressor import __version__
@@ -111,15 +110,19 @@ def crashed(error: BaseException) -> str:
 
 def _packages() -> list[str]:
     """What this toolkit asks for when it is installed."""
+    from importlib import metadata
+
     try:
-        asked = requires("diffusion-compressor") or []
-    except PackageNotFoundError:
+        asked = metadata.requires("diffusion-compressor") or []
+    except metadata.PackageNotFoundError:
         asked = []
     return sorted({re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in asked})
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata
+
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
