@@ -12,13 +12,15 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import click
 from playwright.sync_api import Page, sync_playwright
 
 WIDTHS = (1280, 390)
-SCHEMES = ("light", "dark")
+SCHEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 _HEIGHT = 900
 _TOO_WIDE = """() => {
   const wide = document.documentElement.scrollWidth - window.innerWidth;
@@ -37,16 +39,11 @@ def found(places: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
             yield "-".join(name.parts), page.resolve()
 
 
-def looked_at(page: Page, name: str, file: Path, width: int, out: Path) -> list[str]:
-    """The faults of one page as wide as that, in both schemes; its pictures are in `out`."""
-    page.set_viewport_size({"width": width, "height": _HEIGHT})
-    faults = []
-    for scheme in SCHEMES:
-        page.emulate_media(color_scheme=scheme)
-        page.goto(file.as_uri())
-        page.screenshot(path=out / f"{name}-{width}-{scheme}.png", full_page=True)
-        faults += [f"{name}, {width} pixels, {scheme}: {fault}" for fault in page.evaluate(_TOO_WIDE)]
-    return faults
+def looked_at(page: Page, file: Path, picture: Path) -> list[str]:
+    """The faults of one page; it is drawn as `picture`."""
+    page.goto(file.as_uri())
+    page.screenshot(path=picture, full_page=True)
+    return [f"{picture.stem}: {fault}" for fault in page.evaluate(_TOO_WIDE)]
 
 
 @click.command()
@@ -60,16 +57,16 @@ def main(pages: tuple[Path, ...], out: Path, shot: Path | None) -> None:
     faults: list[str] = []
     with sync_playwright() as players:
         browser = players.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page()
         names = list(found(pages))
-        for name, file in names:
-            for width in WIDTHS:
-                faults += looked_at(page, name, file, width, out)
-        if shot is not None:
-            page.set_viewport_size({"width": WIDTHS[0], "height": _HEIGHT})
-            page.emulate_media(color_scheme="light")
-            page.goto(names[0][1].as_uri())
-            page.screenshot(path=shot)
+        for width, scheme in product(WIDTHS, SCHEMES):
+            # a reader of its own: the site remembers which scheme it was first seen in
+            page = browser.new_page(viewport={"width": width, "height": _HEIGHT}, color_scheme=scheme)
+            for name, file in names:
+                faults += looked_at(page, file, out / f"{name}-{width}-{scheme}.png")
+            if shot is not None and (width, scheme) == (WIDTHS[0], SCHEMES[0]):
+                page.goto(names[0][1].as_uri())
+                page.screenshot(path=shot)
+            page.close()
         browser.close()
     click.echo(f"{len(names)} pages in {out}, each at {' and '.join(map(str, WIDTHS))} pixels, {' and '.join(SCHEMES)}")
     if faults:
