@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from ruamel.yaml import YAML
 from test_report import example
 
 import compressor
@@ -35,6 +37,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = example()
     report["rows"][2]["weights_sha256"] = compressor.saving.read_config(run / "model").weights_sha256
     report["limitations"] = ["<b>Not</b> lowered."]
+    report["recipe"] |= {"method": "sparsedm", "data": "/home/somebody/pictures", "train": {"steps": 5}}
     (run / "report.json").write_text(json.dumps(report))
     (run / "samples").mkdir()
     for row in ("dense", "sparsedm"):
@@ -151,6 +154,13 @@ def test_push_uploads_model_samples_and_card_to_a_private_repository(pruned: Pat
         "![dense](samples/dense.png)",
     ):
         assert part in text
+    front = YAML(typ="safe").load(text.split("---")[1])
+    [index] = front["model-index"]
+    [result] = index["results"]
+    assert index["name"] == "me/digits" and result["dataset"]["name"] == "digits"
+    assert result["metrics"] == [{"type": "fd-digits", "name": "fd-digits", "value": 4.1}] and "2:4" in front["tags"]
+    settings = json.loads(re.findall(r"```json\n(.*?)\n```", text)[0])
+    assert settings == {"method": "sparsedm", "train": {"steps": 5}} and "/home/somebody" not in text
     assert "- &lt;b>Not&lt;/b> lowered." in text and "decay=0.0002" in text and str(pruned) not in text
     assert cli("push", pruned, "me/digits", "--public").code == 0 and api.done[-2][1]["private"] is False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -65,7 +66,7 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
     budget = ", ".join(f"{key} {train[key]}" for key in ("steps", "batch_size", "lr", "dtype") if key in train)
     where = name or "FOLDER"
     parts = [
-        _front(report),
+        _front(report, name),
         f"# {cell(report.method)} on {cell(report.model)}",
         f"{cell(headline(report))}",
         *[f"- **{about}**: {cell(found)}" for about, found in summary(report)],
@@ -79,6 +80,8 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
         f"- pretrained weights: `{report.weights_sha256}`",
         f"- data: {cell(report.data.name)}, {report.data.samples} {report.data.kind}, `{report.data.sha256}`",
         f"- this model's weights: `{report.final.weights_sha256}`",
+        "The settings of the recipe, without its paths:",
+        f"```json\n{json.dumps({key: report.recipe[key] for key in _RECIPE if key in report.recipe})}\n```",
         "## What was measured",
         "\n".join(table),
         *[
@@ -107,8 +110,19 @@ _LIMITS = (
 )
 
 
-def _front(report: Report) -> str:
+_RECIPE = ("method", "settings", "pattern", "targets", "ignore", "train")
+
+
+def _front(report: Report, name: str | None) -> str:
+    """What the hub reads: tags, and the metric. YAML takes JSON's texts and numbers."""
     metrics = ""
+    if report.metric is not None and report.final.quality:
+        data, metric = (json.dumps(printable(text)) for text in (report.data.name, report.metric.name))
+        metrics = (
+            f"model-index:\n- name: {json.dumps(name or printable(report.model))}\n  results:\n"
+            f"  - task: {{type: unconditional-image-generation}}\n    dataset: {{name: {data}, type: {data}}}\n"
+            f"    metrics:\n    - {{type: {metric}, name: {metric}, value: {report.final.quality[0].value:.6g}}}\n"
+        )
     tags = [
         "compressor",
         "diffusion",
