@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 import compressor
 from compressor import registry
@@ -40,6 +41,19 @@ def test_doctor_says_what_runs_here_and_how_to_get_the_rest(cli: Any, monkeypatc
     assert found["threads"] == torch.get_num_threads() and found["versions"]["torch"] == torch.__version__
     shown = cli("doctor")
     assert shown.code == 0 and "pip install 'diffusion-compressor[onnx]'" in shown.out and "onnxruntime" in shown.out
+
+
+def test_every_extra_of_users_says_what_it_is_for() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for_users = set(settings["project"]["optional-dependencies"]) - set(machine._NOT_FOR_USERS)
+    assert for_users == set(machine._FOR) and all(machine._FOR.values())
+
+
+def test_templates_of_issues_are_forms() -> None:
+    for name in ("fault", "idea"):
+        form = YAML(typ="safe").load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
+        assert form["name"] and form["description"]
+        assert all(one["type"] == "markdown" or one["attributes"]["label"] for one in form["body"])
 
 
 def test_missing_kernels_say_how_to_get_them() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import CompressorError
-from compressor.lower import Unit
+from compressor.lower import Unit, vnm_kernels
 from compressor.lower.vnm import VNM, VNMConv, VNMLinear, VNMPair, kernels
 from compressor.lower.vnm_weight import KernelWeight
 from compressor.sparsity.clustered import Clustered
@@ -382,6 +382,31 @@ def test_the_runtime_is_torchs_own_where_there_is_another(tmp_path: Path) -> Non
     command = [sys.executable, "-c", script, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert out.split() == ["None", "True", "True"], out
+
+
+@pytest.mark.parametrize(
+    ("maps", "said"),
+    [
+        (
+            "7f-80 r-xp 0 0 1 /a/libgomp.so.1\n7f-80 r-xp 0 0 1 /b/libiomp5.so",
+            "is not the only one in this process (/a/libgomp.so.1, /b/",
+        ),
+        ("7f-80 r-xp 0 0 1 /a/libc.so", "is not the only one in this process (none)"),
+        (None, "cannot be found on this system"),
+    ],
+)
+def test_where_torchs_runtime_is_not_clear_kernels_say_that_they_run_on_one_thread(
+    maps: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **_: object) -> str:
+        if maps is None:
+            raise PermissionError(path)
+        return maps
+
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(Path, "read_text", read)
+    address, note = vnm_kernels._threads()
+    assert address == 0 and note is not None and said in note and note.endswith("the kernels run on one thread")
 
 
 def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:

@@ -243,6 +243,17 @@ def test_held_out_pictures_are_no_variants_of_the_others():
     assert len({Emoji(code, 1, "").family for code in runners}) == 1
 
 
+def test_held_out_pictures_are_never_trained_on():
+    prepared = inputs.load_inputs(
+        inputs.resolve({"model": "uvit-pictures", "data": "pictures-32", "method": "magnitude"}, "test")
+    )
+    whole = len(prepared.data)
+    steps = -(-whole // prepared.recipe.train.batch_size)
+    seen = {picture.numpy().tobytes() for step in range(steps) for picture in prepared.batches.batch(step)[0]}
+    unseen = {picture.numpy().tobytes() for picture in prepared.data.unseen.stream([torch.arange(459)]).__next__()[0]}
+    assert whole == 3182 and len(unseen) == 459 and len(seen) > 0.99 * whole and not seen & unseen
+
+
 # --- The weights of a run of uvit-pictures. ---
 
 
