@@ -153,3 +153,32 @@ def _rounds(cells: list[dict[str, Any]]) -> str:
 
 
 _DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+
+
+def sway(result: dict[str, Any]) -> str:
+    """How much the speed of one form over another changes where processes take the cores."""
+    lines = [
+        "| model, batch | processes that spin | cores taken | lowered over eager | lowered over prepacked | prepacked over eager |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for cell in result["cells"]:
+        over = cell["lowered over"]
+        lines.append(
+            f"| `{cell['model']}`, {cell['pattern']}, {cell['batch']} | {cell['processes']} | {cell['taken']:.1%} "
+            f"| {over['eager']:.2f}x | {over['dense']:.2f}x | {cell['dense over eager']:.2f}x |"
+        )
+    changes = []
+    for cell in result["cells"]:
+        (idle,) = (o for o in result["cells"] if o["model"] == cell["model"] and not o["processes"])
+        pairs = [(cell["lowered over"][name], idle["lowered over"][name]) for name in cell["lowered over"]]
+        changes += [busy / quiet for busy, quiet in [*pairs, (cell["dense over eager"], idle["dense over eager"])]]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The largest change of a ratio is {max(changes):.2f}x, the smallest {min(changes):.2f}x. Sparse forms were kept whatever "
+            f"they gained; in turns, medians of {result['rounds']} rounds, seed {result['seed']}; {result['hardware']}; "
+            f"torch {result['versions']['torch']}. "
+            "From `benchmarks/cpu/sway.py`.",
+        ]
+    )

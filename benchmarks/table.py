@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import int8, lowering, opponents, peaks
+from cpu_tables import int8, lowering, opponents, peaks, sway
 from merged import merged
 from quantised import table as in_8_bits
 
@@ -325,6 +325,7 @@ TABLES = (
     (_FOUND, "methods-uvit", "comparison_methods-uvit.json", comparison),
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/lowering.md", "int8", "int8_cpu.json", int8),
+    ("docs/lowering.md", "sway", "sway_cpu.json", sway),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),

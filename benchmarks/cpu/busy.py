@@ -25,14 +25,17 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 import compressor
 from compressor import registry
+from compressor.adapter import Adapter
 from compressor.cost.timing import interleaved
 from compressor.environment import environment
 from compressor.lower.contest import Contest, needed
 from compressor.lower.forms import dense_forms
 from compressor.report.content import gains
+from compressor.weights import in_float32
 
 CPU = torch.device("cpu")
 
@@ -50,6 +53,17 @@ def busy(count: int) -> Iterator[None]:
             one.wait()
 
 
+@torch.no_grad()
+def pruned(adapter: Adapter, rule: str) -> nn.Module:
+    """The adapter's model with its pretrained weights, where it has them, pruned by magnitude wherever `rule` fits."""
+    bundled = adapter.name.endswith(("-digits", "-pictures"))
+    model, pattern = in_float32(adapter.load(None) if bundled else adapter.build()).eval(), compressor.parse(rule)
+    for weight in model.parameters():
+        if weight.dim() > 1 and pattern.misfit(tuple(weight.shape)) is None:
+            weight.copy_(pattern.mask(weight.abs()).apply(weight))
+    return model
+
+
 @click.command()
 @click.option("--lowerings", default=6, show_default=True)
 @click.option("--rounds", default=61, show_default=True)
@@ -59,12 +73,7 @@ def busy(count: int) -> Iterator[None]:
 def main(lowerings: int, rounds: int, batch: int, seed: int, out: str) -> None:
     torch.manual_seed(seed)
     adapter = registry.adapter("uvit-digits")
-    model, example = adapter.load(None).eval(), adapter.example_inputs(batch)
-    pattern = compressor.parse("4:2:4")
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1 and pattern.misfit(tuple(weight.shape)) is None:
-                weight.copy_(pattern.mask(weight.abs()).apply(weight))
+    model, example = pruned(adapter, "4:2:4"), adapter.example_inputs(batch)
     lower = partial(compressor.lower, model, example, adapter=adapter, cache=False)
     cores = len(os.sched_getaffinity(0))
     found = []
@@ -85,6 +94,7 @@ def main(lowerings: int, rounds: int, batch: int, seed: int, out: str) -> None:
             {
                 "choice": one.plan.choice,
                 "reason": one.plan.reason,
+                "taken": one.plan.taken,
                 "layers": {layer.name: layer.choice for layer in one.plan.layers},
                 "rounds_of_the_model": next((a.rounds for f in one.plan.forms for a in f.against.values()), 0),
                 "against": {other: beside.model_dump() for other, beside in held.against[name].items()},
