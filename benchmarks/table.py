@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import int8, lowering, opponents, peaks, sway
+from cpu_tables import int8, lowering, opponents, peaks, sway, tokens
 from merged import merged
 from quantised import table as in_8_bits
 
@@ -326,6 +326,7 @@ TABLES = (
     ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
     ("docs/lowering.md", "int8", "int8_cpu.json", int8),
     ("docs/lowering.md", "sway", "sway_cpu.json", sway),
+    ("docs/lowering.md", "tokens", "tokens_cpu.json", tokens),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),

@@ -31,6 +31,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(ROOT.glob("*/*/README.md")),
     *sorted(ROOT.glob("examples/README.md")),
+    ROOT / "wheels" / "DESCRIPTION.md",  # what an index of packages shows
 ]
 
 

@@ -319,17 +319,20 @@ def test_scratch_is_given_back_when_its_thread_ends() -> None:
     assert threads(100) - before < 20_000  # KiB; each thread takes about a MiB
 
 
-def test_the_same_input_gives_the_same_bits_whatever_the_threads() -> None:
+@pytest.mark.parametrize("tokens", [300, 9])
+def test_the_same_input_gives_the_same_bits_whatever_the_threads(level: str, tokens: int) -> None:
+    """With 64 there are more of them than vectors of tokens."""
     pattern = NM(2, 4, 4)
-    lowered = VNMLinear(KernelWeight(sparse((64, 64), pattern), None, pattern, block=64))
-    x = normal(300, 64)
+    weights = [KernelWeight(sparse((64, 64), pattern), None, pattern, block=64) for _ in range(2)]
+    x = normal(tokens, 64)
     before = torch.get_num_threads()
-    outs = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        outs += [lowered(x) for _ in range(3)]
-    torch.set_num_threads(before)
-    assert all(torch.equal(out, outs[0]) for out in outs)
+    for lowered in (VNMLinear(weights[0]), VNMPair(weights[0], weights[1], False).requires_grad_(False)):
+        outs = []
+        for count in (1, 2, 3, 64):
+            torch.set_num_threads(count)
+            outs += [lowered(x) for _ in range(3)]
+        torch.set_num_threads(before)
+        assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_operators_work_under_compile_and_export() -> None:

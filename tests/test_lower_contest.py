@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, CompressorError, Plan
 from compressor.cost.contention import Cores
-from compressor.environment import usable_cores
+from compressor.environment import give_back, usable_cores
 from compressor.lower import contest, job, vnm_kernels
 from compressor.lower.contest import Contest
 from compressor.lower.forms import dense_forms
@@ -287,6 +288,18 @@ def test_what_is_still_open_is_not_stored_and_measured_again(monkeypatch: pytest
     plan = compressor.lower(Model(), X, backends).plan
     assert all("could not be told apart from eager in 200 rounds" in layer.reason for layer in plan.layers)
     assert not list(tmp_path.rglob("timings/*.json"))
+
+
+def test_memory_that_lowering_needed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed by the process, it would be kept by the C library; elsewhere than with glibc there is no call for it."""
+    given: list[str] = []
+    monkeypatch.setattr(import_module("compressor.lower.lowering"), "give_back", lambda: given.append("back"))
+    plan = compressor.lower(Model(), X, SLOW, cache=False).plan
+    compressor.lower(Model(), X, SLOW, plan=plan)
+    assert given == ["back", "back"]
+    give_back()
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace())
+    give_back()
 
 
 # --- Cores that others have. ---

@@ -643,6 +643,8 @@ static size_t NAME(plan)(job *j, int threads) {
     j->tiles = (vectors + most - 1) / most;
     if (j->tiles % threads && vectors >= (j->tiles / threads + 1) * threads)
         j->tiles = (j->tiles / threads + 1) * threads;
+    else if (j->tiles < threads)
+        j->tiles = vectors; /* fewer than there are threads: a vector each is sooner done than some of them in a few tiles */
     size_t stride = (size_t)((vectors + j->tiles - 1) / j->tiles) * VW;
     size_t rows = inner + a->rows + (a->lanes == CODES ? 2 : 0);
     if (j->kind == 1)

@@ -11,6 +11,7 @@ from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import no_exit
+from compressor.environment import give_back
 from compressor.errors import UsageError, memory_in
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
@@ -109,7 +110,9 @@ def lowering(
     loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
     allowed = max_error or _WHOLE * (tolerance or loosest)
     if plan is not None:
-        return Lowered(planned(job, plan, allowed), plan)
+        lowered = Lowered(planned(job, plan, allowed), plan)
+        give_back()
+        return lowered
     prepare(job)
     store = Cache(job.setting, read=cache)
     layers: list[LayerPlan] = []
@@ -124,4 +127,5 @@ def lowering(
     yield Progress("lower", len(alike), len(alike), "whole model")
     compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
+    give_back()
     return Lowered(form, made)
