@@ -23,7 +23,7 @@ def merged(*reports: dict[str, Any]) -> dict[str, Any]:
             if _budget(entry) != _budget(first["entries"][0]):
                 raise ValueError(f"{report['title']}: {entry['label']}: another budget")
             known = entries.setdefault(entry["label"], {**entry, "cells": []})
-            if (known["settings"], known["pattern"]) != (entry["settings"], entry["pattern"]):
+            if _method(known) != _method(entry):
                 raise ValueError(f"{report['title']}: {entry['label']} is another method")
             known["cells"] += entry["cells"]
     for label, entry in entries.items():
@@ -46,6 +46,11 @@ def _judged(report: dict[str, Any]) -> list[Any]:
     how = {key: value for key, value in report["evaluate"].items() if not key.startswith("latency")}
     metric = {key: report["metric"][key] for key in ("name", "extractor_sha256")}
     return [(how, metric, report["data"]["sha256"], report["match"]["by"]), *(report[what] for what in _ALIKE)]
+
+
+def _method(entry: dict[str, Any]) -> tuple[Any, ...]:
+    train = {key: value for key, value in entry["recipe_train"].items() if key not in ("seed", "device")}
+    return entry["method"], entry["settings"], entry["pattern"], train
 
 
 def _budget(entry: dict[str, Any]) -> dict[str, Any]:

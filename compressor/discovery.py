@@ -32,7 +32,7 @@ _OWN = "compressor_user_"
 
 
 def entry_points(**which: str) -> EntryPoints:
-    """Those of installed packages. What reads them takes a tenth of the time of `compressor --help`, which asks for none."""
+    """Those of installed packages. What reads them is imported where it is needed: `compressor --help` asks for none."""
     from importlib.metadata import entry_points
 
     return entry_points(**which)

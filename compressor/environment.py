@@ -1,4 +1,4 @@
-"""What a number depends on besides its recipe: versions and hardware; and other libraries, kept quiet."""
+"""What a number depends on besides its recipe: versions and hardware; other libraries, kept quiet, and the C library's memory."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 WIDTHS = (1280, 390)
 SCHEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 _HEIGHT = 900
+_PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _TOO_WIDE = """() => {
   const wide = document.documentElement.scrollWidth - window.innerWidth;
   const cut = [...document.querySelectorAll("td, th, dd, p, li, h1, h2")].filter(one =>
@@ -51,7 +52,7 @@ def looked_at(page: Page, file: Path, picture: Path) -> list[str]:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/screens"), show_default=True)
 @click.option("--shot", type=click.Path(path_type=Path))
 def main(pages: tuple[Path, ...], out: Path, shot: Path | None) -> None:
-    if (program := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+    if (program := next(filter(None, map(shutil.which, _PROGRAMS)), None)) is None:
         raise click.ClickException("no Chromium is installed; on Debian: apt-get install chromium")
     out.mkdir(parents=True, exist_ok=True)
     faults: list[str] = []

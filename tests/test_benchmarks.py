@@ -26,6 +26,7 @@ def comparison_of(hardware: str, **values: dict[int, float]) -> dict[str, Any]:
     entries = [
         {
             "label": label,
+            "method": label,
             "settings": {},
             "pattern": "2:4",
             "recipe_train": dict.fromkeys(

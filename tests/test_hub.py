@@ -37,7 +37,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = example()
     report["rows"][2]["weights_sha256"] = compressor.saving.read_config(run / "model").weights_sha256
     report["limitations"] = ["<b>Not</b> lowered."]
-    report["recipe"] |= {"method": "sparsedm", "data": "/home/somebody/pictures", "train": {"steps": 5}}
+    report["recipe"] |= {
+        "method": "another, which is not the report's",
+        "data": "/home/somebody/pictures",
+        "train": {"steps": 5},
+    }
     (run / "report.json").write_text(json.dumps(report))
     (run / "samples").mkdir()
     for row in ("dense", "sparsedm"):

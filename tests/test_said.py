@@ -29,6 +29,7 @@ class Mine(Magnitude):
 """
 
 
+@pytest.mark.slow
 def test_a_pruner_in_a_file_is_compared_with_registered_ones(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,9 @@ def test_what_there_is_to_note_of_the_kernels_is_said_by_the_run_too(cli: Any, c
     outcome = cli("resume", copied)
     assert outcome.code == 0 and "note: the kernels run on one thread" in outcome.err
     assert "note:" not in cli("resume", copied, "--quiet").err
+    (copied / "lowering.json").write_text("{}")  # the run is finished and shown all the same
+    outcome = cli("resume", copied)
+    assert outcome.code == 0 and "note: " in outcome.err
 
 
 def test_macs_lowered_are_those_that_kernels_leave(lowered: Path) -> None:

@@ -62,10 +62,10 @@ def source(out: Path) -> Path:
     """The source distribution, in the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        code = f"from setuptools import build_meta; build_meta.build_sdist({str(out.absolute())!r})"
+        code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out.absolute())!r}))"
         copied = copy_sources(Path(name) / "source")
-        subprocess.run([sys.executable, "-c", code], cwd=copied, check=True, stdout=subprocess.DEVNULL)
-    return max(out.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime)
+        done = subprocess.run([sys.executable, "-c", code], cwd=copied, check=True, stdout=subprocess.PIPE, text=True)
+    return out / done.stdout.splitlines()[-1]
 
 
 def build(architecture: str, out: Path, *options: str) -> Path:

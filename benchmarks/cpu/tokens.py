@@ -119,7 +119,9 @@ def measured(cell: str) -> dict[str, Any]:
     plan = compressor.lower(model, inputs, cache=False).plan
     with tempfile.TemporaryDirectory() as folder:
         plan.save(path := Path(folder) / "lowering.json")
-        taken = {name: json.loads(_again(cell, option)) for name, option in (("as it is", ""), ("lowered", str(path)))}
+        memory_mib = {
+            name: json.loads(_again(cell, option)) for name, option in (("as it is", ""), ("lowered", str(path)))
+        }
     return {
         "choice": plan.choice,
         "reason": plan.reason,
@@ -130,7 +132,7 @@ def measured(cell: str) -> dict[str, Any]:
         "layers": dict(Counter(layer.choice for layer in plan.layers)),
         "taken": plan.taken,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "memory_mib": taken,
+        "memory_mib": memory_mib,
     }
 
 
@@ -138,7 +140,7 @@ def _again(cell: str, plan: str = "", whole: bool = False) -> str:
     """What this script prints for one cell in a process of its own."""
     more = ["--whole"] if whole else ["--plan", plan]
     command = [sys.executable, __file__, "--only", cell, "--alone", *more]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
 
 
 @click.command()

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from compressor.cli.command import Command
 from compressor.cli.options import numbers, options, run_argument, speed_options
-from compressor.cli.terminal import Output, print_json, print_table, say, watch
+from compressor.cli.terminal import Output, print_json, print_table, say, say_notes, watch
 from compressor.errors import CompressorError, UsageError
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def lower(output: Output, directory: Path, batch: int | None, compiled: bool, no
     for table in plan_tables(plan):
         print_table(table)
     say(f"{plan.choice}: {plan.reason}")
-    for note in plan.notes:
-        say(f"note: {note}", err=True)
+    say_notes(plan.notes)
     say(f"report: {directory / 'report.html'}")
 
 

@@ -13,8 +13,8 @@ from compressor.cli.command import Command
 from compressor.cli.evaluate import again, evaluation, settings_with
 from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting, tracking_option
 from compressor.cli.report import show_report
-from compressor.cli.terminal import Output, drive, say, warn_of_idle_rules, watch
-from compressor.errors import UsageError
+from compressor.cli.terminal import Output, drive, say, say_notes, warn_of_idle_rules, watch
+from compressor.errors import CompressorError, UsageError
 from compressor.processes import refuse_ranks, team
 
 if TYPE_CHECKING:
@@ -174,8 +174,10 @@ def _show(out: Path, output: Output) -> None:
 
     show_report(out, output.as_json)
     if (out / PLAN).is_file() and not output.quiet:
-        for note in Plan.read(out).notes:
-            say(f"note: {note}", err=True)
+        try:
+            say_notes(Plan.read(out).notes)
+        except CompressorError as error:  # the run is done all the same
+            say_notes([error.message])
     if output.as_json:
         return
     if (out / "pipeline").is_dir():

@@ -94,6 +94,12 @@ def say(text: str, err: bool = False) -> None:
         click.echo(printable(text), err=err)
 
 
+def say_notes(notes: Sequence[str]) -> None:
+    """What a plan of lowering notes, on stderr."""
+    for note in notes:
+        say(f"note: {note}", err=True)
+
+
 @contextmanager
 def _results() -> Iterator[None]:
     try:

@@ -146,8 +146,8 @@ class Plan(_Value):
     backends: dict[str, str] = Field(default_factory=dict)
     """The versions of the backends that were timed: of compiled kernels the instruction set and a digest of their files."""
     taken: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The share of the time in which other programs had the cores while the model's forms were timed, with several threads on a CPU;
-    None where it is not known."""
+    """The share of the time in which other programs had the cores while the model's forms were timed; None where it is not known, and
+    where it does not matter: with one thread, with more threads than cores, and on a GPU."""
 
     @property
     def lowered(self) -> bool:

@@ -65,6 +65,7 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
     train = report.recipe.get("train", {})
     budget = ", ".join(f"{key} {train[key]}" for key in ("steps", "batch_size", "lr", "dtype") if key in train)
     where = name or "FOLDER"
+    recipe = {"method": report.method, **{key: report.recipe[key] for key in _RECIPE if key in report.recipe}}
     parts = [
         _front(report, name),
         f"# {cell(report.method)} on {cell(report.model)}",
@@ -81,7 +82,7 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
         f"- data: {cell(report.data.name)}, {report.data.samples} {report.data.kind}, `{report.data.sha256}`",
         f"- this model's weights: `{report.final.weights_sha256}`",
         "The settings of the recipe, without its paths:",
-        f"```json\n{json.dumps({key: report.recipe[key] for key in _RECIPE if key in report.recipe})}\n```",
+        f"```json\n{json.dumps(recipe)}\n```",
         "## What was measured",
         "\n".join(table),
         *[
@@ -110,18 +111,21 @@ _LIMITS = (
 )
 
 
-_RECIPE = ("method", "settings", "pattern", "targets", "ignore", "train")
+_RECIPE = ("settings", "pattern", "targets", "ignore", "train")
 
 
 def _front(report: Report, name: str | None) -> str:
     """What the hub reads: tags, and the metric. YAML takes JSON's texts and numbers."""
     metrics = ""
-    if report.metric is not None and report.final.quality:
-        data, metric = (json.dumps(printable(text)) for text in (report.data.name, report.metric.name))
+    if report.metric is not None and report.final.quality and report.data.kind == "images":
+        named, data, metric = (
+            json.dumps(printable(text), ensure_ascii=False)
+            for text in (name or report.model, report.data.name, report.metric.name)
+        )
         metrics = (
-            f"model-index:\n- name: {json.dumps(name or printable(report.model))}\n  results:\n"
+            f"model-index:\n- name: {named}\n  results:\n"
             f"  - task: {{type: unconditional-image-generation}}\n    dataset: {{name: {data}, type: {data}}}\n"
-            f"    metrics:\n    - {{type: {metric}, name: {metric}, value: {report.final.quality[0].value:.6g}}}\n"
+            f"    metrics:\n    - {{type: {metric}, name: {metric}, value: {report.final.quality[0].value:.6f}}}\n"
         )
     tags = [
         "compressor",

@@ -44,7 +44,7 @@ class Surgery:
         """Carry it out on `model`, in place; all of it, or, where it does not fit, nothing and a CompressorError.
 
         The model remembers what was removed of it (`surgery_of`), so that saving it needs nobody to tell; a `save_pretrained` of its
-        own is an error from then on.
+        own is an error from then on (not one of a module inside it, nor of one that it lies in).
         """
         self._check(model)
         modules = dict(model.named_modules())
