@@ -31,11 +31,11 @@ _OWN = "compressor_user_"
 """How the modules of users' own files are called."""
 
 
-def entry_points(**which: str) -> EntryPoints:
-    """Those of installed packages. What reads them is imported where it is needed: `compressor --help` asks for none."""
+def entry_points(group: str, **which: str) -> EntryPoints:
+    """Those of installed packages in `group`. What reads them is imported where it is needed: `compressor --help` asks for none."""
     from importlib.metadata import entry_points
 
-    return entry_points(**which)
+    return entry_points(group=group).select(**which)
 
 
 def names(kind: str) -> list[str]:
