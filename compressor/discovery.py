@@ -31,11 +31,12 @@ _OWN = "compressor_user_"
 """How the modules of users' own files are called."""
 
 
-def entry_points(group: str, **which: str) -> EntryPoints:
+def entry_points(group: str, name: str | None = None) -> EntryPoints:
     """Those of installed packages in `group`. What reads them is imported where it is needed: `compressor --help` asks for none."""
     from importlib.metadata import entry_points
 
-    return entry_points(group=group).select(**which)
+    found = entry_points(group=group)
+    return found if name is None else found.select(name=name)
 
 
 def names(kind: str) -> list[str]:
