@@ -57,7 +57,8 @@ RUNS = {
         1,
     ),
 }
-"""Name: options of `compressor compare`, and seeds. Those on pictures make one table (`merged.py`)."""
+"""Name: options of `compressor compare`, and seeds. Those on pictures make one table (`merged.py`), as far as they were
+measured: `obs-pictures-more` and `taught-pictures` were not."""
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:

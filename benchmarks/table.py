@@ -317,6 +317,7 @@ _FOUND = "docs/results.md"
 _OF_PICTURES = (
     "methods-pictures",
     "best-pictures",
+    "best-pictures-more",
     "obs-pictures",
 )
 PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
