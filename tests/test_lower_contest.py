@@ -352,9 +352,8 @@ def test_the_time_that_threads_wait_for_a_core_is_read_as_the_kernel_counts_it(t
     found = Cores.now(tmp_path)
     assert found is not None and found.threads == {"1": pytest.approx((1.0, 3.0)), "2": pytest.approx((2.0, 0.0))}
     assert found.taken_since(Cores({"1": (0.0, 2.5), "2": (2.0, 0.0)})) == pytest.approx(1 / 3)
-    assert (
-        found.taken_since(Cores({"1": (1.0, 3.0), "5": (500.0, 9.0)})) == 0.0
-    )  # the fifth has ended, the second is new
+    # the fifth has ended, the second is new
+    assert found.taken_since(Cores({"1": (1.0, 3.0), "5": (500.0, 9.0)})) == 0.0
 
 
 def test_a_dense_form_that_a_busy_machine_passes_over_is_named_and_no_doubt_is_told_of_what_has_lost() -> None:

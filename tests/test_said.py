@@ -54,9 +54,8 @@ def test_the_words_of_a_page_are_explained() -> None:
 def test_pages_have_a_dark_form_and_a_narrow_one() -> None:
     style = (Path(compressor.report.__file__).parent / "style.css").read_text(encoding="utf-8")
     assert "@media (prefers-color-scheme: dark)" in style and "@media (max-width: 40rem)" in style
-    assert re.search(
-        r"\.scroll \{ overflow-x: auto", style
-    )  # what is still too wide moves by itself, not with the page
+    # what is still too wide moves by itself, not with the page
+    assert re.search(r"\.scroll \{ overflow-x: auto", style)
 
 
 def test_a_run_says_which_layers_stay_dense(cli: Any, tmp_path: Path) -> None:
