@@ -279,11 +279,13 @@ def test_two_workers_and_a_comparison_without_a_metric(cli, tmp_path):
     out = tmp_path / "out"
     outcome = cli(
         *("compare", "--methods", "magnitude,sparsedm", "--seeds", "1", "--workers", "2", "--out", out, *TINY),
-        *("--set", "evaluate.metric=null"),
+        *("--set", "evaluate.metric=null", "--set", "evaluate.latency_rounds=0"),
     )
     assert outcome.code == 0, outcome.err
+    assert not (out / "latency.json").exists()  # and no model was loaded for it
     report = report_of(out)
     assert {entry["label"]: len(entry["cells"]) for entry in report["entries"]} == {"magnitude": 1, "sparsedm": 1}
+    assert not any(entry["latency"] for entry in report["entries"])
     assert report["compared_by"] == "prediction_error" and "No verdict on uvit-digits" in outcome.out
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 3  # no quality to trade off
 

@@ -23,7 +23,9 @@ def test_costs_are_those_of_the_run(cli, tmp_path, method):
     assert facts["fine_tuning"]["steps"] == 3
     assert facts["fine_tuning"]["seconds"] == pytest.approx(3 * facts["fine_tuning"]["seconds_per_step"])
     evaluation = facts["evaluation"]
-    assert (evaluation["rows"], evaluation["samples"], evaluation["sampler_steps"]) == (3, 898, 25)
+    drawn = 2 if method == "dense-continued" else 3  # which begins with the dense model's own weights
+    assert (evaluation["rows"], evaluation["samples"], evaluation["sampler_steps"]) == (drawn, 898, 25)
+    assert len({row["weights_sha256"] for row in rows}) == drawn
     assert evaluation["seconds"] == evaluation["sampling_seconds"] + evaluation["latency_seconds"] > 0
     assert facts["seconds"] == facts["fine_tuning"]["seconds"] + evaluation["seconds"]
     assert facts["lowering"] is None

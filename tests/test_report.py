@@ -166,12 +166,23 @@ def test_names_cannot_carry_markup(tmp_path):
     report, evil = example(), "<script>alert(1)</script>|x"
     report["model"] = report["method"] = report["layers"][0]["name"] = report["rows"][2]["name"] = evil
     report["settings"] = {evil: evil}
-    report["limitations"] = [evil]
+    report["limitations"] = [evil, f"`{evil}`"]
     report["data"]["name"] = evil
     run = written(tmp_path / "run", report)
     render(run)
     assert "<script" not in (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_commands_in_sentences_are_code_on_the_page_and_as_they_are_in_markdown(tmp_path):
+    report = example()
+    report["limitations"] = ["Say `compressor lower` & measure."]
+    run = written(tmp_path / "run", report)
+    render(run)
+    assert "<li>Say <code>compressor lower</code> &amp; measure.</li>" in (run / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert "Say `compressor lower` & measure." in (run / "report.md").read_text(encoding="utf-8")
 
 
 def test_missing_parts_are_left_out(tmp_path):

@@ -42,6 +42,10 @@ CELLS = {
 }
 
 
+_TORCH = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+"""What PyTorch's forms of the dense model are called here."""
+
+
 def adapter_of(cell: str) -> Adapter:
     """The adapter of a cell's model; a DiT of one block."""
     name = cell.rpartition(" ")[0]
@@ -63,7 +67,7 @@ def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
     return len(taken)
 
 
-def measured(cell: str, rounds: int, max_error: float) -> dict[str, Any]:
+def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[str, Any]:
     _, pattern, batch = CELLS[cell]
     torch.manual_seed(0)
     adapter = adapter_of(cell)
@@ -74,14 +78,15 @@ def measured(cell: str, rounds: int, max_error: float) -> dict[str, Any]:
     count = pruned(sparse, adapter, pattern)
     example = lively(example, partial(adapter.predict, sparse))  # on zeros, errors are small and products fast
     plans = {
-        "lowered, float32": compressor.lower(sparse, example, adapter=adapter, cache=False),
-        "lowered, 8 bits": compressor.lower(sparse, example, adapter=adapter, max_error=max_error, cache=False),
+        "lowered, float32": compressor.lower(sparse, example, adapter=adapter, compiled=compiled, cache=False),
+        "lowered, 8 bits": compressor.lower(
+            sparse, example, adapter=adapter, compiled=compiled, max_error=max_error, cache=False
+        ),
     }
     plan = plans["lowered, float32"].plan
     torch_forms = dense_forms(dense, example, plan, adapter=adapter)
     calls: dict[str, Any] = {
-        {"eager": "eager", "dense": "prepacked"}[name]: lambda form=form: adapter.predict(form, example)
-        for name, form in torch_forms.items()
+        _TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()
     }
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         others, left = engines(dense, adapter, Path(folder), openvino=True)
@@ -116,8 +121,9 @@ def measured(cell: str, rounds: int, max_error: float) -> dict[str, Any]:
 @click.option("--only", type=click.Choice(list(CELLS)), multiple=True, help="These cells alone.")
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--max-error", default=0.05, show_default=True)
+@click.option("--compiled", is_flag=True, help="Forms under torch.compile too; takes minutes.")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(only: tuple[str, ...], rounds: int, max_error: float, out: Path | None) -> None:
+def main(only: tuple[str, ...], rounds: int, max_error: float, compiled: bool, out: Path | None) -> None:
     from importlib.metadata import version
 
     facts: dict[str, Any] = environment(torch.device("cpu"))
@@ -125,7 +131,7 @@ def main(only: tuple[str, ...], rounds: int, max_error: float, out: Path | None)
     cells = json.loads(out.read_text())["cells"] if out is not None and out.exists() else {}
     facts |= {"threads": torch.get_num_threads(), "cells": cells}
     for cell in only or CELLS:
-        facts["cells"][cell] = measured(cell, rounds, max_error)
+        facts["cells"][cell] = measured(cell, rounds, max_error, compiled)
         click.echo(json.dumps({cell: facts["cells"][cell]}, indent=1))
         if out is not None:
             out.write_text(json.dumps(facts, indent=1) + "\n")

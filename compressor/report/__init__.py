@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from compressor import files, validation
 from compressor.errors import CompressorError, printable
@@ -122,8 +122,9 @@ def environment_of(html: bool) -> Environment:
     )
     environment.filters.update(_FILTERS)
     environment.filters["breakable"] = breakable
+    environment.filters["marked"] = marked
     if not html:
-        environment.filters["breakable"] = str
+        environment.filters["breakable"] = environment.filters["marked"] = str
         environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     return environment
 
@@ -140,6 +141,11 @@ _FILTERS: dict[str, Callable[..., str]] = {
 def breakable(name: object) -> Markup:
     """A layer's name for a page: it may go on in a new line after a dot, and nowhere else."""
     return Markup(".<wbr>").join(str(name).split("."))
+
+
+def marked(sentence: str) -> Markup:
+    """A sentence for a page: what is between `backticks` is code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
 
 
 def _plain(value: Any) -> str:

@@ -40,7 +40,7 @@ from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.given import surveyed
 from compressor.training.optimizers import check_optimizer
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, chosen
 from compressor.training.rounding import check_quantise
 from compressor.weights import in_float32, weights_sha256
 
@@ -80,6 +80,12 @@ class Inputs:
     def working(self) -> nn.Module:
         """The model in float32: itself, or a copy where it is in half precision."""
         return in_float32(self.model)
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether fine-tuning begins with the dense model as it is: the method prunes nothing and changes no weight before."""
+        unprepared = type(self.pruner).prepare is Pruner.prepare and self.pruner.surgery is None
+        return unprepared and not chosen(self.model, self.pruner, self.adapter, self.recipe.targets, self.recipe.ignore)
 
     def check(self) -> None:
         """Raise UsageError where the method finds no layer, or a rule is wrong, before anything is written."""

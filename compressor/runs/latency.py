@@ -32,8 +32,6 @@ def timed(
     settings = found.recipe.evaluate
     device = resolve_device(found.recipe.train.device)
     on = {name: in_float32(model).to(device).eval() for name, model in models.items()}
-    if not settings.latency_rounds:
-        return {name: [] for name in models}
     yield Progress("latency", 0, 1, "eager")
     eager = latencies(on, found.adapter, settings.latency_batch, settings.latency_rounds)
     entries = {name: [entry] for name, entry in eager.items()}

@@ -146,9 +146,12 @@ def _rows(inputs: Inputs) -> tuple[str, ...]:
 
 
 def drawn_rows(inputs: Inputs) -> tuple[str, ...]:
-    """Those that are sampled: without training the last two are the same weights."""
+    """Those that are sampled: weights that are those of the row before are not sampled again."""
     names = _rows(inputs)
-    return names if inputs.recipe.train.steps or len(names) == 1 else names[:-1]
+    if len(names) == 1:
+        return names
+    same = ONE_SHOT if inputs.starts_dense else None, None if inputs.recipe.train.steps else inputs.method
+    return tuple(name for name in names if name not in same)
 
 
 def _sentence(inputs: Inputs, expected: dict[str, float], gone: float) -> str:
