@@ -7,6 +7,7 @@ CORE := $(VENV)/.core
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 TYPED := build/typed
+SHORT := --steps 20 --set train.batch_size=16 --set evaluate.samples=64 --set evaluate.bootstrap=10 --set evaluate.latency_rounds=3
 
 .PHONY: demo test test-slow lint docs look schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
 
@@ -25,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	@# mypy follows folders, not the packaging's mapping: give it the tree as it is installed
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/compressor
-	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(TYPED)/compressor/
+	@ln -s $(CURDIR)/compressor/* $(CURDIR)/plugins $(CURDIR)/model_zoo $(CURDIR)/tests/typed_use.py $(TYPED)/compressor/
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 	$(BIN)/codespell $$(git ls-files 2>/dev/null || find . -name '*.md')
 
@@ -37,7 +38,10 @@ docs: $(STAMP)
 # The site and the demo's report in Chromium, wide and narrow, light and dark: pictures in build/screens, an error where a page is too wide.
 look: docs demo
 	$(PIP) -e ".[screens]"
-	$(BIN)/python docs/screens.py runs/demo/report.html build/site
+	$(BIN)/compressor compare --methods dense-continued,magnitude,structured --seeds 2 --out runs/looked-at --overwrite $(SHORT)
+	$(BIN)/compressor run --method structured --out runs/looked-at-run --overwrite $(SHORT)
+	$(BIN)/compressor report runs/demo runs/looked-at-run --out runs/looked-at-beside
+	$(BIN)/python docs/screens.py runs/demo/report.html runs/looked-at/report.html runs/looked-at-beside build/site
 
 # The JSON schema of report.json, from the types that it is read and written by.
 schema: $(STAMP)

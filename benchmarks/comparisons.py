@@ -32,6 +32,10 @@ RUNS = {
         3,
     ),
     "methods-pictures": (f"--methods dense-continued,magnitude,structured,depth,wanda,sr-ste {_PICTURES}", 2),
+    "methods-pictures-more": (
+        f"--methods dense-continued,magnitude,structured,depth,wanda,sr-ste --seed 2 {_PICTURES}",
+        1,
+    ),
     "obs-pictures": (f"--methods obs {_PICTURES}", 1),
     "best-pictures": (
         f"--methods sparsedm --config benchmarks/recipes/sparsedm-best.yaml --config benchmarks/recipes/best-muon.yaml {_PICTURES}",
@@ -43,7 +47,8 @@ RUNS = {
     ),
     "obs-pictures-more": (f"--methods obs --seed 1 {_PICTURES}", 2),
     "taught-pictures": (
-        f"--config benchmarks/recipes/structured-taught.yaml --config benchmarks/recipes/depth-taught.yaml {_PICTURES}",
+        f"--config benchmarks/recipes/structured-taught.yaml --config benchmarks/recipes/depth-taught.yaml "
+        f"--set settings.macs=0.552 {_PICTURES}",  # what 2:4 leaves, which no entry here tells
         2,
     ),
     "cpu-uvit": (

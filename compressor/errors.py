@@ -156,10 +156,15 @@ def one_of(where: str, found: str, allowed: Sequence[str]) -> None:
         raise UsageError(f"{where}: there is no {found!r}", did_you_mean(str(found), allowed))
 
 
+_LONGEST = 200
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, short enough for a message: its first line, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][: _LONGEST - 1]}…"
 
 
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})

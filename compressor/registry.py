@@ -85,6 +85,19 @@ def pruner_class_from_file(reference: str) -> type[Pruner]:
     return _checked_class(from_file(reference, "--pruner"), reference)
 
 
+def _hints(cls: type[Pruner]) -> dict[str, Any]:
+    """The types of what the constructor of `cls` takes. What a dataclass inherits is annotated in the words of other modules."""
+    owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    made = vars(owner).get("__dataclass_params__")
+    try:
+        return get_type_hints(owner if made is not None and made.init else owner.__init__)
+    except NameError as error:
+        raise UsageError(
+            f"{cls.__name__}: the type of a setting is not known where it is used: {error}",
+            "Import it there, not under TYPE_CHECKING alone.",
+        ) from error
+
+
 def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
     """An instance of `cls` with `settings` as constructor arguments, checked against their annotated types.
 
@@ -97,7 +110,7 @@ def build_pruner(cls: type[Pruner], settings: Mapping[str, Any]) -> Pruner:
     from compressor.sparsity.pattern import Pattern
     from compressor.training.pruner import setting_names
 
-    hints = get_type_hints(cls.__init__)
+    hints = _hints(cls)
     allowed = setting_names(cls)
     arguments: dict[str, Any] = {}
     for name, value in settings.items():

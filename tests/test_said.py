@@ -15,8 +15,9 @@ from torch import nn
 
 import compressor
 import compressor.report
-from compressor import Adapter, Plan, files
+from compressor import Adapter, Plan, files, read_data, registry
 from compressor.cli.tables import plan_tables
+from compressor.errors import UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.report.in_short import glossary
 
@@ -27,6 +28,83 @@ from compressor.plugins.magnitude import Magnitude
 class Mine(Magnitude):
     pass
 """
+
+
+DERIVED = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressor.plugins.magnitude import Magnitude
+
+
+@dataclass(frozen=True)
+class Stronger(Magnitude):
+    power: float = 1.0
+
+
+class Given(Stronger):
+    def __init__(self, power: float = 2.0, twice: bool = False):
+        super().__init__(power=power * (1 + twice))
+
+
+@dataclass(frozen=True)
+class Unknown(Magnitude):
+    power: Power = 1.0
+"""
+
+
+def test_a_method_with_settings_of_its_own_may_derive_from_a_bundled_one(tmp_path: Path) -> None:
+    """Whose settings have types that its own file does not import."""
+    path = tmp_path / "derived.py"
+    path.write_text(DERIVED)
+    built = {name: registry.pruner_class_from_file(f"{path}:{name}") for name in ("Stronger", "Given", "Unknown")}
+    found: Any = registry.build_pruner(built["Stronger"], {"power": 3.0, "pattern": "1:4"})
+    assert (found.power, str(found.pattern)) == (3.0, "1:4")
+    found = registry.build_pruner(built["Given"], {"twice": True})
+    assert found.power == 4.0
+    with pytest.raises(UsageError, match=r"Unknown: the type of a setting is not known.*'Power'"):
+        registry.build_pruner(built["Unknown"], {"power": 1.0})
+
+
+def test_a_class_in_place_of_a_pruner_is_named() -> None:
+    adapter = registry.adapter("uvit-digits")
+    made: Any = Magnitude
+    with pytest.raises(UsageError, match="the pruner is the class Magnitude"):
+        compressor.prune(adapter.load(None), made, adapter=adapter, data=registry.images("digits"), steps=0)
+
+
+def test_methods_may_be_listed_by_the_name_of_the_option(cli: Any) -> None:
+    assert cli("list", "methods").out == cli("list", "pruners").out != ""
+
+
+def test_every_backend_says_what_it_is() -> None:
+    said = {one.name: one.summary for one in registry.listing("backends")}
+    assert said and not [name for name, summary in said.items() if summary == f"The backend `{name}`."]
+
+
+def test_a_comparison_in_place_of_a_run_is_named(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "cells").mkdir()
+    files.write_json(tmp_path / "report.json", {"kind": "comparison"})
+    for command in ("lower", "evaluate", "bench"):
+        done = cli(command, tmp_path)
+        assert done.code and "comparison" in done.err and "cells/NAME/run" in done.err, (command, done.err)
+
+
+def test_colours_that_a_model_does_not_take_are_spoken_of_and_weights_are_timed_once(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "photos" / f"{number}.png")
+    given = ("run", "--data", tmp_path / "photos", "--model", "uvit-digits", "--method", "magnitude", "--steps", "0")
+    judged = ("samples=4", "sampler_steps=1", "bootstrap=0", "latency_rounds=2")
+    few = [part for one in judged for part in ("--set", f"evaluate.{one}")]
+    done = cli(*given, *few, "--out", tmp_path / "run")
+    assert done.code == 0 and "photos is in colour, uvit-digits is not" in done.err
+    _, before, after = files.read_json(tmp_path / "run" / "report.json")["rows"]
+    assert before["weights_sha256"] == after["weights_sha256"] and before["latency"] == after["latency"] != []
+    for path in (tmp_path / "photos").iterdir():
+        Image.open(path).convert("L").convert("RGB").save(path)
+    assert not read_data(tmp_path / "photos", (1, 8, 8)).greyed and not read_data(tmp_path / "photos", (3, 8, 8)).greyed
 
 
 @pytest.mark.slow

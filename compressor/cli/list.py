@@ -21,6 +21,7 @@ def list_plugins(output: Output, kind: str) -> None:
     """
     from compressor import registry
 
+    kind = "pruners" if kind == "methods" else kind  # as the other commands call them
     if kind and kind not in registry.KINDS:
         raise UsageError(f"nothing is called {kind!r}", did_you_mean(kind, registry.KINDS))
     listings = {name: registry.listing(name) for name in ([kind] if kind else registry.KINDS)}

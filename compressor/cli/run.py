@@ -110,6 +110,11 @@ def begin(
         )
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
+    if inputs.pictures.greyed:
+        say(
+            f"warning: {inputs.pictures.name} is in colour, {inputs.adapter.name} is not: it is pruned and judged in grey",
+            err=True,
+        )
     drive(execute(inputs, out, overwrite=overwrite, log_with=names), out, output.quiet)
     if here.leads:
         _show(out, output)

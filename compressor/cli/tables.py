@@ -134,7 +134,7 @@ def rows_table(report: Report) -> Table:
         lines.append(cells)
     batch = "" if standing is None else f", batch {standing.batch}"
     table = plain_table([*columns, f"latency{batch}", "fine-tuning"], lines)
-    table.title = escape(printable(f"{report.model}, {report.pattern or 'dense'}"))
+    table.title = escape(printable(f"{report.model}, {report.pattern or 'no mask'}"))
     return table
 
 

@@ -21,10 +21,12 @@ SHARED = "[shared]"
 
 
 class SampleSet(ABC):
-    """Samples that are taken by their indices. `name` is for reports; `skipped` counts what was damaged and left out."""
+    """Samples that are taken by their indices. `name` is for reports; `skipped` counts what was damaged and left out, `greyed` says
+    that pictures had colours which the samples have not."""
 
     name: str
     skipped: int = 0
+    greyed: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
@@ -115,6 +117,7 @@ class Images(ImageSet):
     labels: Tensor | None = None
     skipped: int = 0
     held_out: Images | None = None
+    greyed: bool = False
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])

@@ -334,12 +334,12 @@ class CuSparseLtQuantised(CuSparseLt):
 
 
 def int8() -> CuSparseLtQuantised:
-    """The backend `cusparselt-int8`."""
+    """2:4 weights in int8 on NVIDIA GPUs, by cuSPARSELt."""
     return CuSparseLtQuantised(torch.int8)
 
 
 def fp8() -> CuSparseLtQuantised:
-    """The backend `cusparselt-fp8`."""
+    """2:4 weights in fp8 on NVIDIA GPUs, by cuSPARSELt."""
     return CuSparseLtQuantised(torch.float8_e4m3fn)
 
 

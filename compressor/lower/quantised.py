@@ -206,10 +206,10 @@ class DenseQuantised(Backend):
 
 
 def dense_int8() -> DenseQuantised:
-    """The backend `dense-int8`."""
+    """Dense products in int8, on GPUs: what 2:4 in 8 bits has to beat."""
     return DenseQuantised(torch.int8)
 
 
 def dense_fp8() -> DenseQuantised:
-    """The backend `dense-fp8`."""
+    """Dense products in fp8, on GPUs: what 2:4 in 8 bits has to beat."""
     return DenseQuantised(torch.float8_e4m3fn)

@@ -36,9 +36,17 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
+_CELLS = "Give the folder of one of its trainings: cells/NAME/run."
+
+
 def read_report(path: Path) -> Report:
     """The report of a run, from its file. Raises CompressorError, with the field at fault, where it is not one."""
-    return validation.from_file(Report, path, "a report", "Run the recipe again.")
+    try:
+        return validation.from_file(Report, path, "a report", "Run the recipe again.")
+    except CompressorError:
+        if (path.parent / "cells").is_dir():
+            raise CompressorError(f"{path}: the report of a comparison, not of a run", _CELLS) from None
+        raise
 
 
 def read_comparison(path: Path) -> ComparisonReport:

@@ -49,12 +49,13 @@ def folder_for_hub(run: Path, out: Path, name: str | None = None) -> list[str]:
         pictures[path.name] = rows.get(path.stem, path.stem)
     if not pictures:
         (out / "samples").rmdir()
-    files.write_text(out / "README.md", card(report, pictures, name))
+    files.write_text(out / "README.md", card(report, pictures, name, piped=(run / "pipeline").is_dir()))
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
 
-def card(report: Report, pictures: dict[str, str] | None = None, name: str | None = None) -> str:
-    """The model card: what was done, what was measured on what, what it is not good for. `pictures`: rows by file in `samples/`."""
+def card(report: Report, pictures: dict[str, str] | None = None, name: str | None = None, piped: bool = False) -> str:
+    """The model card: what was done, what was measured on what, what it is not good for. `pictures`: rows by file in `samples/`;
+    `piped`: whether the run left a pipeline of diffusers, too."""
     cell = _plain
     rows = [cell(row.name) for row in report.rows]
     table = [f"| |{' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
@@ -74,6 +75,7 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
         "## Use",
         f'```python\nimport compressor\n\nmodel = compressor.load("{cell(where)}")\n```',
         "It takes safetensors and JSON alone; nothing in the repository is run. Other libraries do not read packed weights.",
+        *([_PIPED] if piped else []),
         "## How it was made",
         f"- method: {cell(report.method)}, settings {settings}",
         f"- pattern: {cell(report.pattern or 'no mask')}",
@@ -105,6 +107,10 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
     return _joined(parts)
 
 
+_PIPED = (
+    "The run left a pipeline of diffusers with the same weights, unpacked, in its folder `pipeline/`. It is not in this repository; "
+    "`DiffusionPipeline.from_pretrained(…).push_to_hub(…)` puts it into one of its own."
+)
 _LIMITS = (
     "It draws what its data show, with their gaps and leanings; nobody has looked for harmful pictures.",
     "The licences of the pretrained weights and of the data hold for it too.",

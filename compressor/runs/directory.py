@@ -98,6 +98,10 @@ def _leaves(settings: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[t
 def refuse_unbegun(out: Path) -> None:
     """Raise UsageError where `out` is a directory in which no run has begun: there is nothing to continue."""
     if out.is_dir() and not (out / RECIPE).is_file():
+        if (out / "cells").is_dir():
+            raise UsageError(
+                f"{out} is a comparison, not a run", "Give the folder of one of its trainings: cells/NAME/run."
+            )
         found = contents(out)
         again = " --overwrite" if any(name != _FACTS for name in found) and _FACTS in found else ""
         raise UsageError(

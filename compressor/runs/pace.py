@@ -91,7 +91,6 @@ def evaluation_seconds(inputs: Inputs) -> dict[str, float]:
     device = resolve_device(recipe.train.device)
     home = next(inputs.model.parameters()).device
     model = in_float32(inputs.model).to(device).eval()
-    names = _rows(inputs)
     seconds: dict[str, float] = {}
     if can_sample(adapter) and settings.drawn:
         row = sampling_seconds(adapter, model, settings)
@@ -101,7 +100,7 @@ def evaluation_seconds(inputs: Inputs) -> dict[str, float]:
             example = to_device(adapter.example_inputs(settings.latency_batch), device)
             adapter.predict(model, example)
             forward = _timed(lambda: adapter.predict(model, example), device)
-            seconds["latency"] = len(names) * (settings.latency_rounds + WARM_UP) * forward
+            seconds["latency"] = len(drawn_rows(inputs)) * (settings.latency_rounds + WARM_UP) * forward
     inputs.model.to(home)  # training needs the memory of the device for itself
     return seconds
 
@@ -146,7 +145,7 @@ def _rows(inputs: Inputs) -> tuple[str, ...]:
 
 
 def drawn_rows(inputs: Inputs) -> tuple[str, ...]:
-    """Those that are sampled: weights that are those of the row before are not sampled again."""
+    """Those that are sampled and timed: weights that are those of the row before are not once more."""
     names = _rows(inputs)
     if len(names) == 1:
         return names

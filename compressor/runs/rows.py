@@ -84,10 +84,16 @@ def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Gener
         dense = dense or seen
     if settings.latency_rounds and leads:
         yield Progress("latency", 0, 1)
-        models = {variant.name: variant.model for variant in variants}
+        first: dict[str, Variant] = {}  # nor timed twice
+        for variant in variants:
+            first.setdefault(variant.weights_sha256, variant)
+        models = {variant.name: variant.model for variant in first.values()}
         times = cost.latencies(models, judge.inputs.adapter, settings.latency_batch, settings.latency_rounds)
         whole = yield from judge.whole(variants)
-        own = {name: (time, *([whole[name]] if name in whole else [])) for name, time in times.items()}
+        own = {
+            v.name: (times[first[v.weights_sha256].name], *([whole[v.name]] if v.name in whole else []))
+            for v in variants
+        }
         rows = [row.model_copy(update={"latency": own[row.name]}) for row in rows]
     return tuple(rows)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data.batches import Batches
+from compressor.errors import UsageError
 from compressor.sparsity.codes import Quantise
 from compressor.sparsity.estimator import Estimator, StraightThrough
 from compressor.sparsity.layers import Layer, fitting, select
@@ -149,6 +150,8 @@ def choose_layers(
     ignore: Sequence[str] | None,
 ) -> list[Layer]:
     """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    if isinstance(pruner, type):
+        raise UsageError(f"the pruner is the class {pruner.__name__}", f"Give an instance: {pruner.__name__}().")
     model = bare(model)
     return select(
         model,

@@ -27,7 +27,7 @@ GROUPS = (
 def images() -> Images:
     """Emoji drawn in Noto's style, pixels (n, 3, 32, 32) uint8 on white, labels 0 to 8 (`GROUPS`).
 
-    A tenth is held out (`unseen`): no picture of it differs from one of the others in skin tone or in who is drawn alone.
+    An eighth is held out (`unseen`): no picture of it differs from one of the others in skin tone or in who is drawn alone.
     """
     with np.load(Path(__file__).with_name("pictures.npz")) as file:
         pixels = torch.from_numpy(file["images"].transpose(0, 3, 1, 2).copy())

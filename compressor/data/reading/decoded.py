@@ -28,6 +28,7 @@ from compressor.errors import CompressorError, first_line
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows more, some of which run other programs
 _LARGEST, _RATIO = 64 * 2**20, 1100
 """A picture may come to so many bytes, or to so many times those of its file: zlib, by which PNG is packed, reaches 1032."""
+_GREY = 16  # levels of 255 by which the channels of a grey picture may differ, as JPEG makes them
 _AT_ONCE = 64
 _SMALL = 2000  # fewer pictures than these are decoded before workers would have started
 
@@ -160,6 +161,7 @@ class Decoded(ImageSet):
     workers: int
     labels: Tensor | None = None
     skipped: int = 0
+    greyed: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -231,9 +233,16 @@ def read_pictures(
             kept = kept[whole]
         else:
             digest = images_sha256(torch.uint8, (len(rows), *decoder.shape), pieces(rows), labels)
+    greyed = shape[0] == 1 and _coloured(pictures.content(int(rows[0])))
     if kept is not None:
-        return Images(pictures.name, kept, labels, len(damaged))
-    return Decoded(pictures.name, decoder, rows, digest, workers, labels, len(damaged))
+        return Images(pictures.name, kept, labels, len(damaged), greyed=greyed)
+    return Decoded(pictures.name, decoder, rows, digest, workers, labels, len(damaged), greyed)
+
+
+def _coloured(content: bytes) -> bool:
+    """Whether the picture in `content` is one in colour, and not greys that are stored as one."""
+    pixels = decode(content, (3, 64, 64)).astype(np.int16)
+    return int(np.abs(pixels - pixels[:1]).max()) > _GREY
 
 
 def _damage(pictures: Pictures, reasons: dict[int, str], hint: str) -> CompressorError:
