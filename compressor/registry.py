@@ -90,7 +90,7 @@ def _hints(cls: type[Pruner]) -> dict[str, Any]:
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
     made = vars(owner).get("__dataclass_params__")
     try:
-        return get_type_hints(owner if made is not None and made.init else owner.__init__)
+        return get_type_hints(owner if made is not None and made.init else vars(owner)["__init__"])
     except NameError as error:
         raise UsageError(
             f"{cls.__name__}: the type of a setting is not known where it is used: {error}",
