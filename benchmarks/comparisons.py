@@ -63,7 +63,7 @@ RUNS = {
     ),
 }
 """Name: options of `compressor compare`, and seeds. Those on pictures make one table (`merged.py`), as far as they were
-measured: `obs-pictures-more` and `taught-pictures` were not."""
+measured: `taught-pictures` was not."""
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:

@@ -202,6 +202,18 @@ def gap(result: dict[str, Any]) -> str:
     )
 
 
+def with_obs(*results: dict[str, Any]) -> str:
+    """What `obs` has over the preset `best`, paired by seed: both begin with the same weights."""
+    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in merged(*results)["entries"]}
+    own, best = values["obs"], values["sparsedm-best"]
+    seeds = sorted(own.keys() & best)
+    found = summary([own[seed] - best[seed] for seed in seeds])
+    return (
+        f"Of the same {len(seeds)} seeds, `obs` has {mean(own[s] for s in seeds):.2f} and `best` {mean(best[s] for s in seeds):.2f}: "
+        f"a difference of {found.mean:+.2f} [{found.ci95[0]:+.2f}, {found.ci95[1]:+.2f}]."
+    )
+
+
 def muon(result: dict[str, Any], other: dict[str, Any]) -> str:
     """What Muon and even times change of the preset `best`, paired by seed with `other`, where it has AdamW and independent times."""
     (entry,) = result["entries"]
@@ -319,6 +331,7 @@ _OF_PICTURES = (
     "best-pictures",
     "best-pictures-more",
     "obs-pictures",
+    "obs-pictures-more",
 )
 PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
 TABLES = (
@@ -334,6 +347,7 @@ TABLES = (
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm")),
     (_FOUND, "gap-pictures", PICTURES, together_gap),
+    (_FOUND, "obs-pictures", PICTURES, with_obs),
     *((_FOUND, f"best-{it}", f"comparison_best-{it}.json", comparison) for it in ("uvit", "ddpm")),
     *((_FOUND, f"muon-{it}", f"comparison_muon-{it}.json comparison_best-{it}.json", muon) for it in ("uvit", "ddpm")),
     *((_FOUND, f"effects-{it}", f"comparison_ablation-{it}.json", effects) for it in ("uvit", "ddpm")),
