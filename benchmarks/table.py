@@ -328,6 +328,7 @@ def together_gap(*results: dict[str, Any]) -> str:
 _FOUND = "docs/results.md"
 _OF_PICTURES = (
     "methods-pictures",
+    "methods-pictures-more",
     "best-pictures",
     "best-pictures-more",
     "obs-pictures",

@@ -156,6 +156,9 @@ def one_of(where: str, found: str, allowed: Sequence[str]) -> None:
         raise UsageError(f"{where}: there is no {found!r}", did_you_mean(str(found), allowed))
 
 
+OF_COMPARISON = "Give the folder of one of its trainings: cells/NAME/run."
+"""What to do where a comparison is given and a run is wanted."""
+
 _LONGEST = 200
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from compressor import files, validation
-from compressor.errors import CompressorError, printable
+from compressor.errors import OF_COMPARISON, CompressorError, printable
 from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
@@ -36,16 +36,13 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
-_CELLS = "Give the folder of one of its trainings: cells/NAME/run."
-
-
 def read_report(path: Path) -> Report:
     """The report of a run, from its file. Raises CompressorError, with the field at fault, where it is not one."""
     try:
         return validation.from_file(Report, path, "a report", "Run the recipe again.")
     except CompressorError:
         if (path.parent / "cells").is_dir():
-            raise CompressorError(f"{path}: the report of a comparison, not of a run", _CELLS) from None
+            raise CompressorError(f"{path}: the report of a comparison, not of a run", OF_COMPARISON) from None
         raise
 
 

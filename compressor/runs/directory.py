@@ -11,7 +11,7 @@ from typing import Any
 
 from compressor import files
 from compressor import recipe as recipes
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import OF_COMPARISON, CompressorError, UsageError
 from compressor.recipe import Recipe
 
 NO_PIPELINE = "pipeline.txt"
@@ -99,9 +99,7 @@ def refuse_unbegun(out: Path) -> None:
     """Raise UsageError where `out` is a directory in which no run has begun: there is nothing to continue."""
     if out.is_dir() and not (out / RECIPE).is_file():
         if (out / "cells").is_dir():
-            raise UsageError(
-                f"{out} is a comparison, not a run", "Give the folder of one of its trainings: cells/NAME/run."
-            )
+            raise UsageError(f"{out} is a comparison, not a run", OF_COMPARISON)
         found = contents(out)
         again = " --overwrite" if any(name != _FACTS for name in found) and _FACTS in found else ""
         raise UsageError(
