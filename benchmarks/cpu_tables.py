@@ -140,8 +140,7 @@ def lowering(result: dict[str, Any]) -> str:
             "",
             "Whole forward passes, random weights; in turns, medians of "
             f"{_rounds(cells)} rounds, seed {first['seed']}; {first['hardware']}; "
-            f"torch {first['versions']['torch']}. With AVX-512 and its bf16 products, "
-            "but for the lines that say AVX2 only. Eager dense is float32 in "
+            f"torch {first['versions']['torch']}. Eager dense is float32 in "
             "every line; the best dense form is the fastest of eager, prepacked and compiled in the line's own precision. "
             "U-ViT: every Linear of every block; UNet: every layer that the pattern fits. From `benchmarks/cpu/lowering.py`.",
         ]

@@ -177,9 +177,14 @@ def _said(found: Summary) -> str:
     return "helps" if high < 0 else "hurts" if low > 0 else "not told apart"
 
 
+def _values(result: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """The metric by label and seed."""
+    return {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
+
+
 def gap(result: dict[str, Any]) -> str:
     """How much of the way from the published recipe to the dense model the preset `best` makes up for."""
-    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in result["entries"]}
+    values = _values(result)
     drift = {e["label"]: {c["seed"]: c["drift"]["prediction_error"] for c in e["cells"]} for e in result["entries"]}
     for own in (values, drift):  # as other comparisons call the two
         own |= {new: own[old] for new, old in (("paper", "sparsedm"), ("best", "sparsedm-best")) if old in own}
@@ -204,7 +209,7 @@ def gap(result: dict[str, Any]) -> str:
 
 def with_obs(*results: dict[str, Any]) -> str:
     """What `obs` has over the preset `best`, paired by seed: both begin with the same weights."""
-    values = {e["label"]: {cell["seed"]: cell["value"] for cell in e["cells"]} for e in merged(*results)["entries"]}
+    values = _values(merged(*results))
     own, best = values["obs"], values["sparsedm-best"]
     seeds = sorted(own.keys() & best)
     found = summary([own[seed] - best[seed] for seed in seeds])

@@ -323,10 +323,10 @@ def _latencies(
     for cell, folder in zip(cells, folders, strict=True):
         if (folder / ROW).is_file():
             first.setdefault(cell.label, folder)
-    hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     settings = wanted.inputs.recipe.evaluate
     if not settings.latency_rounds:
         return {label: [] for label in ("dense", *first)}
+    hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
     if wanted.max_error is not None:
         key["max_error"] = wanted.max_error

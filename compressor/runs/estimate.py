@@ -76,12 +76,13 @@ def _lowered(found: Inputs, result: Result) -> Generator[Progress, None, dict[st
         "layers_that_skip_zeros": len(lowered.plan.skipping()),
         "hardware": lowered.plan.setting.hardware,
     }
-    if result.surgery is not None and recipe.evaluate.latency_rounds:  # the plan holds the smaller model against itself
+    if result.surgery is not None:  # the plan holds the smaller model against itself
         models = {DENSE: found.model, "smaller": result.model}
-        facts |= {
-            "reason": "channels or blocks are removed: the model is smaller for every kernel",
-            "speedup_vs_dense": (yield from timed(found, models, lowered=True))["smaller"][-1].speedup_vs_dense,
-        }
+        if entries := (yield from timed(found, models, lowered=True))["smaller"]:
+            facts |= {
+                "reason": "channels or blocks are removed: the model is smaller for every kernel",
+                "speedup_vs_dense": entries[-1].speedup_vs_dense,
+            }
     return facts
 
 

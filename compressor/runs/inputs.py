@@ -81,7 +81,7 @@ class Inputs:
         """The model in float32: itself, or a copy where it is in half precision."""
         return in_float32(self.model)
 
-    @property
+    @cached_property
     def starts_dense(self) -> bool:
         """Whether fine-tuning begins with the dense model as it is: the method prunes nothing and changes no weight before."""
         unprepared = type(self.pruner).prepare is Pruner.prepare and self.pruner.surgery is None

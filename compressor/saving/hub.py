@@ -49,16 +49,10 @@ def fetched(name: str, revision: str | None = None) -> Iterator[Path]:
     try:
         cached = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES), etag_timeout=10))
     except Exception as error:  # the hub's own errors, and those of the network beneath
-        said, hint = (
-            first_line(error),
-            "Check the name, the revision and the network; a folder is given with its whole path.",
-        )
+        said, hint = first_line(error), "Check the name, the revision and the network"
         if is_offline():
-            said, hint = (
-                "not in the hub's cache",
-                "HF_HUB_OFFLINE is set: unset it, or give a folder with its whole path.",
-            )
-        raise CompressorError(f"{where}: {said}", hint) from error
+            said, hint = "not in the hub's cache", "HF_HUB_OFFLINE is set: unset it"
+        raise CompressorError(f"{where}: {said}", f"{hint}, or give a folder, with its whole path.") from error
     with tempfile.TemporaryDirectory(prefix="compressor-") as text:
         folder = Path(text)
         for file in FILES:  # the cache has links out of its folder, which a saved model may not have
