@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import hashlib
 import json
 import time
@@ -522,6 +523,20 @@ def test_views_of_one_tensor_are_stored_apart(tmp_path):
     saving.save_state(tmp_path, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
     loaded = saving.load_state(tmp_path)
     assert same(loaded, {"whole": whole, "part": whole[2:4], "transposed": whole.view(2, 3).T})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what a process has mapped is told on Linux alone")
+def test_a_state_that_was_read_does_not_keep_its_file(tmp_path):
+    """A mapped file that is deleted takes its place on the disk until the mapping ends: a resumed run would need one more."""
+    saving.save_state(tmp_path, {"optimizer": [torch.ones(1 << 18)]})
+    gc.disable()
+    try:
+        loaded = saving.load_state(tmp_path)
+        mapped = Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+    assert str(tmp_path) not in mapped
+    assert loaded["optimizer"][0].sum() == 1 << 18
 
 
 def test_a_folder_that_is_no_saved_model_is_not_replaced(tmp_path, model):

@@ -21,18 +21,8 @@ _DAMAGED = "It is damaged, or of another version; use another copy."
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write nested dicts and lists of tensors, numbers and strings into `folder`: safetensors and JSON, no pickle."""
     tensors: dict[str, Tensor] = {}
-
-    def stored(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            key = str(len(tensors))
-            tensors[key] = value.detach().cpu().contiguous().clone()
-            return {"tensor": key}
-        if isinstance(value, Mapping):
-            return {"dict": {str(key): stored(inner) for key, inner in value.items()}}
-        return [stored(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
     try:
-        text = json.dumps(stored(state), allow_nan=False)
+        text = json.dumps(_stored(state, tensors), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CompressorError(
             f"a state holds what cannot be saved: {error}", "Allowed: tensors, finite numbers, strings, lists, dicts."
@@ -51,15 +41,28 @@ def load_state(folder: Path) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:
         raise CompressorError(f"{folder / 'state.safetensors'}: {error}", _DAMAGED) from error
 
-    def restored(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return tensors[value["tensor"]]
-            return {key: restored(inner) for key, inner in value["dict"].items()}
-        return [restored(inner) for inner in value] if isinstance(value, list) else value
-
     try:
-        tree: dict[str, Any] = restored(read_json(folder / "state.json"))
+        tree: dict[str, Any] = _restored(read_json(folder / "state.json"), tensors)
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CompressorError(f"{folder / 'state.json'}: not a saved state: {error!r}", _DAMAGED) from error
     return tree
+
+
+def _stored(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON has it. Its tensors go to `tensors`, by the names that stand in their place."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _stored(inner, tensors) for key, inner in value.items()}}
+    return [_stored(inner, tensors) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_stored` was given. Tensors are copies: a mapped one would keep the file's space on the disk when it is deleted."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]].clone()
+        return {key: _restored(inner, tensors) for key, inner in value["dict"].items()}
+    return [_restored(inner, tensors) for inner in value] if isinstance(value, list) else value
