@@ -221,21 +221,22 @@ static const int NAME(most)[4] = {R1, R2, R4, R8};
 static int NAME(pass)(const matrix *m) { return NAME(most)[v_log(m)]; }
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
-/* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at every tap.
- * `panel` starts at block b0; `tap_at[tap]` is where a tap's rows start; a row of `out` is `out_stride` floats, and the row
+/* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
+ * `panel` starts at block b0; `tap_at[row]` is where the rows of that row's tap start; a row of `out` is `out_stride` floats, and the row
  * of group g0 the first, unless the matrix has an order of its own. With CODES these rows are whole numbers, see `sum_of`,
- * and start at block b0; else what `out` holds of the blocks before b0 is added to. */
+ * and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
-                           const size_t *tap_at, const int *gaps, float *out, size_t out_stride, int vectors) {
+                           const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride,
+                           int vectors) {
     int passes = NAME(passes)(m, vectors);
     int groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
         int steps = channels / m->group * m->kept;
         size_t before = (size_t)(b * m->block / m->group * m->kept) * m->taps;
-        for (int tap = 0; tap < m->taps; tap++) {
+        for (int tap = column; tap < m->taps; tap += columns) {
             size_t first = (before + (size_t)tap * steps) * groups;
-            const float *rows = panel + tap_at[tap] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
+            const float *rows = panel + tap_at[tap / columns] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
             for (int g = g0; g < g1; g += RUN) {
                 strip p = {.index = m->index + first + (size_t)g * steps,
                           .weights = (const lane *)m->values + (first + (size_t)g * steps) * m->v,
@@ -277,6 +278,14 @@ INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
     else
         memcpy(&whole, p, left > 0 ? left : 0);
     return whole;
+}
+
+/* The same where it is written: nothing after the row's end. */
+INLINE void NAME(keep)(float *p, vu x, int left) {
+    if (left >= VW)
+        NAME(store)(p, (vf)x);
+    else
+        memcpy(p, &x, left * 4);
 }
 
 /* VW entries of a row of fp32 or (`half`) bf16 of which `left` are left, as fp32, zeros after its end. */
@@ -416,7 +425,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     NAME(gather_tokens)(j, m, t0, count, panel, stride, inverse);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
-        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, NULL, out, stride, vectors);
+        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, 0, 1, NULL, out, stride, vectors);
         if (m->lanes == CODES)
             NAME(scatter_sums)(j, m, scale, out, stride, n, rows, t0, count);
         else
@@ -479,7 +488,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     NAME(gather_tokens)(j, a, t0, count, panel, stride, inverse);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
-        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, NULL, hidden, stride, vectors);
+        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, 0, 1, NULL, hidden, stride, vectors);
         if (codes)
             NAME(hidden_codes)(j, n, rows, scale, hidden, pairs, hidden_scale, inverse, stride);
         else if (b->lanes) {
@@ -496,7 +505,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
         NAME(multiply)(b, 0, b->rows / b->v, n / b->block, (n + rows + b->block - 1) / b->block, b->lanes ? pairs : hidden,
-                       stride, here, NULL, codes ? sums : out, stride, vectors);
+                       stride, here, 0, 1, NULL, codes ? sums : out, stride, vectors);
         if (codes)
             NAME(add_sums)(b, sums, hidden_scale, out, stride, n == 0);
     }
@@ -529,30 +538,50 @@ static void NAME(gather_row)(const job *j, const matrix *m, int64_t image, int c
     }
 }
 
-/* The rows of `images` images that a tile needs, once per horizontal tap, so that every tap of every pixel lies where a vector can be
- * loaded: panel[column tap][panel row of a channel][image][(pixel rows + taps - 1) * width]. With CODES four channels at a time become
- * the six rows of pairs of their group, by way of `four`. */
-static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, float *panel,
-                                size_t stride, size_t each, float *four) {
-    for (int column = 0; column < j->side; column++) {
-        int shift = column - j->side / 2;
-        float *copy = panel + (size_t)column * panel_rows(m) * stride;
-        for (int i = 0; i < images; i++) {
-            if (m->lanes != CODES) {
-                for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, copy + c * stride + i * each);
-                continue;
-            }
-            float unit = j->largest[image + i], inverse;
-            scales_of(&unit, &inverse, 1, m->largest);
-            for (int g = 0; g < m->inner / 4; g++) {
-                for (int c = 0; c < 4; c++) NAME(gather_row)(j, m, image + i, 4 * g + c, row, rows, shift, four + c * (each + VW));
-                for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
-                    vf x[4];
-                    UNROLL for (int c = 0; c < 4; c++) x[c] = NAME(load)(four + c * (each + VW) + p);
-                    NAME(code_pairs)(x, NAME(all)(inverse), copy + (size_t)g * 6 * stride + i * each + p, stride);
-                }
-            }
+/* Pixels [q, q + VW) of a channel of `area` pixels, zeros before and after it. */
+INLINE vu NAME(pixels)(const char *channel, int half, int64_t q, int64_t area) {
+    if (q >= 0 && q + VW <= area)
+        return NAME(entries)(channel + q * (half ? 2 : 4), half, VW);
+    vu found = {0};
+    for (int i = 0; i < VW; i++)
+        if (q + i >= 0 && q + i < area)
+            found[i] = half ? (uint32_t)((const uint16_t *)channel)[q + i] << 16 : ((const lane *)channel)[q + i];
+    return found;
+}
+
+/* What gather_row does, of four channels at a time, which become the six rows of pairs of their group. `within` has bits for the
+ * pixels whose neighbour `shift` to the right is in their own line. */
+static void NAME(gather_codes)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within, float *panel,
+                               size_t stride, size_t each) {
+    int bytes = j->half ? 2 : 4;
+    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
+    float unit = j->largest[image], inverse;
+    scales_of(&unit, &inverse, 1, m->largest);
+    for (int g = 0; g < m->inner / 4; g++) {
+        const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
+        for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
+            vu here = (vu)NAME(load)(within + p);
+            vf four[4];
+            UNROLL for (int c = 0; c < 4; c++) four[c] = (vf)(NAME(pixels)(x + c * area * bytes, j->half, first + (int64_t)p, area) & here);
+            NAME(code_pairs)(four, NAME(all)(inverse), panel + (size_t)g * 6 * stride + p, stride);
         }
+    }
+}
+
+/* The rows of `images` images that a tile needs, as the taps of one column see them, so that every tap of every pixel lies where a
+ * vector can be loaded: panel[panel row of a channel][image][(pixel rows + taps - 1) * width]. */
+static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, int column,
+                                float *panel, size_t stride, size_t each, float *within) {
+    int shift = column - j->side / 2, w = j->width;
+    for (size_t p = 0; p < each + VW && m->lanes == CODES; p++) {
+        int x = (int)(p % (size_t)w) + shift;
+        ((int32_t *)within)[p] = x >= 0 && x < w ? -1 : 0;
+    }
+    for (int i = 0; i < images; i++) {
+        if (m->lanes == CODES)
+            NAME(gather_codes)(j, m, image + i, row, shift, within, panel + i * each, stride, each);
+        else
+            for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
     }
 }
 
@@ -564,44 +593,46 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     size_t each = (size_t)(rows + 2 * reach) * w;
     size_t stride = images * each + VW; /* a last vector may read past the last pixel */
     int per_image = (count + VW - 1) / VW, vectors = images * per_image;
-    float *panel = scratch, *four = panel + j->side * panel_rows(m) * stride, *out = four + (m->lanes == CODES ? 4 * (each + VW) : 0);
+    float *panel = scratch, *within = panel + panel_rows(m) * stride, *out = within + (m->lanes == CODES ? each + VW : 0);
     size_t out_stride = (size_t)vectors * VW;
-    size_t tap_at[49];
+    size_t tap_at[7];
     int places[PLACES];
-    for (int tap = 0; tap < m->taps; tap++)
-        tap_at[tap] = (size_t)(tap % j->side) * panel_rows(m) * stride + (size_t)(tap / j->side) * w + (p0 - row * w);
+    for (int tap = 0; tap < j->side; tap++) tap_at[tap] = (size_t)tap * w + (p0 - row * w);
     for (int r = 0; r < vectors; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     int blocks = (m->inner + m->block - 1) / m->block;
-    int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
-    NAME(gather_pixels)(j, m, image, images, row, rows, panel, stride, each, four);
-    for (int n = 0; n < m->rows; n += chunk) {
-        int some = m->rows - n < chunk ? m->rows - n : chunk;
-        NAME(multiply)(m, n / m->v, (n + some) / m->v, 0, blocks, panel, stride, tap_at, images > 1 ? places : NULL, out,
+    for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
+        NAME(gather_pixels)(j, m, image, images, row, rows, column, panel, stride, each, within);
+        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, tap_at, column, j->side, images > 1 ? places : NULL, out,
                        out_stride, vectors);
-        for (int i = 0; i < images; i++) {
-            vf unit = {0};
-            if (m->lanes == CODES) {
-                float scale = j->largest[image + i], inverse;
-                scales_of(&scale, &inverse, 1, m->largest);
-                unit = NAME(all)(scale);
+    }
+    for (int i = 0; i < images; i++) {
+        vf unit = {0};
+        if (m->lanes == CODES) {
+            float scale = j->largest[image + i], inverse;
+            scales_of(&scale, &inverse, 1, m->largest);
+            unit = NAME(all)(scale);
+        }
+        for (int o = 0; o < m->rows; o++) {
+            float *from = out + o * out_stride + i * per_image * VW;
+            size_t at = ((image + i) * m->rows + o) * (size_t)area + p0;
+            for (int p = 0; p < count && m->lanes == CODES; p += VW) {
+                vf y = NAME(sum_of)(m, o, from + p, (const float *)&unit, m->bias);
+                if (j->half)
+                    NAME(store)(from + p, y);
+                else
+                    NAME(keep)((float *)j->y + at + p, (vu)y, count - p);
             }
-            for (int o = 0; o < some; o++) {
-                float *from = out + o * out_stride + i * per_image * VW;
-                for (int p = 0; p < count && m->lanes == CODES; p += VW)
-                    NAME(store)(from + p, NAME(sum_of)(m, n + o, from + p, (const float *)&unit, m->bias));
-                size_t at = ((image + i) * m->rows + n + o) * (size_t)area + p0;
-                if (j->half) {
-                    uint16_t *to = (uint16_t *)j->y + at;
-                    for (int p = 0; p < count; p += VW) {
-                        vh bits = __builtin_convertvector(NAME(round16)(NAME(load)(from + p)), vh);
-                        if (count - p >= VW)
-                            *(vh *)(to + p) = bits;
-                        else
-                            memcpy(to + p, &bits, (count - p) * 2);
-                    }
-                } else
-                    memcpy((float *)j->y + at, from, count * 4);
-            }
+            if (j->half) {
+                uint16_t *to = (uint16_t *)j->y + at;
+                for (int p = 0; p < count; p += VW) {
+                    vh bits = __builtin_convertvector(NAME(round16)(NAME(load)(from + p)), vh);
+                    if (count - p >= VW)
+                        *(vh *)(to + p) = bits;
+                    else
+                        memcpy(to + p, &bits, (count - p) * 2);
+                }
+            } else if (m->lanes != CODES)
+                memcpy((float *)j->y + at, from, count * 4);
         }
     }
 }
@@ -637,7 +668,7 @@ static size_t NAME(plan)(job *j, int threads) {
             vectors = whole * j->images_per_tile;
         size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
         size_t stride = rows * j->width + VW;
-        return (j->side * inner * stride + (a->lanes == CODES ? 4 * (stride + VW) : 0) + (size_t)a->rows * vectors * VW) * 4;
+        return (inner * stride + (a->lanes == CODES ? stride + VW : 0) + (size_t)a->rows * vectors * VW) * 4;
     }
     int64_t vectors = (j->tokens + VW - 1) / VW;
     j->tiles = (vectors + most - 1) / most;
@@ -681,14 +712,8 @@ static void NAME(work)(void *argument) {
     }
 }
 
-/* A vector of a row of which `left` numbers are left: zeros after its end, and nothing written there. */
+/* A vector of a row of which `left` numbers are left: zeros after its end. */
 INLINE vu NAME(floats)(const float *p, int left) { return NAME(part)((const char *)p, (ptrdiff_t)left * 4); }
-INLINE void NAME(keep)(float *p, vu x, int left) {
-    if (left >= VW)
-        NAME(store)(p, (vf)x);
-    else
-        memcpy(p, &x, left * 4);
-}
 
 /* --- Attention: a tile of queries is the panel, in lanes; keys, and then values, are what it is multiplied by. --- */
 

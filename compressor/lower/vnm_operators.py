@@ -170,7 +170,7 @@ def _conv(
         job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
         job = job._replace(side=side, height=height, width=width)
         if scale is not None:
-            largest = torch.linalg.vector_norm(x, torch.inf, dim=(1, 2, 3)).float()
+            largest = torch.maximum(x.amax((1, 2, 3)), x.amin((1, 2, 3)).neg()).float()  # vector_norm takes 18x as long
             job = job._replace(largest=largest.data_ptr())
         _run(job, _matrix(values, index, bias, order, scale, numbers))
     return y
