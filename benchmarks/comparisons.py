@@ -33,7 +33,7 @@ RUNS = {
     ),
     "methods-pictures": (f"--methods dense-continued,magnitude,structured,depth,wanda,sr-ste {_PICTURES}", 2),
     "methods-pictures-more": (
-        f"--methods dense-continued,magnitude,structured,depth --seed 2 {_PICTURES}",
+        f"--methods dense-continued,magnitude,structured,depth,wanda,sr-ste --seed 2 {_PICTURES}",
         1,
     ),
     "obs-pictures": (f"--methods obs {_PICTURES}", 1),
