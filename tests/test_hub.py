@@ -169,6 +169,20 @@ def test_push_uploads_model_samples_and_card_to_a_private_repository(pruned: Pat
     assert cli("push", pruned, "me/digits", "--public").code == 0 and api.done[-2][1]["private"] is False
 
 
+def test_a_card_tells_of_the_pipeline_that_is_not_pushed(pruned: Path, cli: Any, tmp_path: Path) -> None:
+    piped = shutil.copytree(pruned, tmp_path / "piped")
+    (piped / "pipeline").mkdir()
+    (piped / "pipeline" / "model_index.json").write_text("{}")
+    said = {}
+    for run in (pruned, piped):
+        outcome = cli("push", run, "--folder", tmp_path / f"of {run.name}")
+        assert outcome.code == 0, outcome.err
+        said[run] = (tmp_path / f"of {run.name}" / "README.md").read_text()
+    assert "pipeline" not in said[pruned]
+    assert "in its folder `pipeline/`. It is not in this repository" in said[piped]
+    assert not (tmp_path / "of piped" / "pipeline").exists()
+
+
 def test_push_offline_or_without_a_network_is_one_error(
     pruned: Path, cli: Any, api: type[Api], monkeypatch: pytest.MonkeyPatch
 ) -> None:

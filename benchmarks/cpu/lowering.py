@@ -86,6 +86,7 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
     from compressor.cost.timing import interleaved, iqr_ms, median_ms
     from compressor.environment import environment
     from compressor.lower.forms import dense_forms
+    from compressor.lower.vnm_kernels import level
 
     torch.manual_seed(seed)
     model, example, adapter = built(cell["model"], cell["batch"])
@@ -128,6 +129,7 @@ def measured(cell: dict[str, Any], rounds: int, seed: int, compiled: bool) -> di
         "notes": list(plan.notes),
         "layers": layer_groups(plan),
         "threads": torch.get_num_threads(),
+        "instructions": {"torch": torch.backends.cpu.get_cpu_capability(), "kernels": level()},
         **{key: about[key] for key in ("hardware", "versions", "platform")},
     }
 
