@@ -35,6 +35,9 @@ from compressor.report import limitations, read_report, schema
 from compressor.report.compared import ComparisonReport, Summary
 from compressor.runs import latency
 
+pytestmark = pytest.mark.xdist_group("comparison")
+"""The comparison of this file is made once, not once for each worker."""
+
 FEW = str(Path(__file__).with_name("few_digits.npz"))
 TINY = (
     *("--data", FEW),

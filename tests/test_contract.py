@@ -13,10 +13,10 @@ FEWER = {"timesteps": 4}
 """For methods that look at so many times first: the promises are the same, and kept in a third of the time."""
 
 
-LONG = {"structured", "depth", "obs"}
-"""Those that look for long before they prune: two thirds of the time of all."""
+QUICK = {"sparsedm", "magnitude"}
+"""Those that are checked each time; all the others where the slow tests run."""
 METHODS = [
-    pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in registry.names("pruners")
     if name != "nni"  # tests/test_nni.py
 ]

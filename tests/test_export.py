@@ -22,6 +22,9 @@ from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
 from compressor.lower.units import pattern_of
 from compressor.weights import state_sha256, weights_sha256
 
+pytestmark = pytest.mark.xdist_group("export")
+"""The models of this file are exported once, not once for each worker."""
+
 WIDE = NM(2, 4, 96)  # V divides every width of the bundled model
 
 

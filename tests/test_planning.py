@@ -9,7 +9,7 @@ import pytest
 from compressor import files
 
 
-@pytest.mark.parametrize("method", ["sparsedm", "structured", "dense-continued"])
+@pytest.mark.parametrize("method", ["sparsedm", pytest.param("structured", marks=pytest.mark.slow), "dense-continued"])
 def test_costs_are_those_of_the_run(cli, tmp_path, method):
     planned = cli("plan", "--method", method, "--steps", "3", "--set", "train.batch_size=8", "--no-lower", "--json")
     assert planned.code == 0, planned.err

@@ -612,6 +612,7 @@ def trained(out: Path) -> tuple[str, dict[str, Any]]:
     return report["rows"][-1]["weights_sha256"], report["data"]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_is_the_same_with_workers_and_without_memory(cli: Any, folder: Path, tmp_path: Path) -> None:
     damage(folder)
     arguments = ("--model", "uvit-digits", "--data", folder, "--set", "flip=true", "--set", "loading.skip_damaged=true")

@@ -70,7 +70,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["fd-scattering", "fd-pictures"])
+@pytest.mark.parametrize("name", [pytest.param("fd-scattering", marks=pytest.mark.slow), "fd-pictures"])
 def test_more_damage_is_further_away(pictures, damage, name):
     real, other = pictures
     extract = metric(name).features

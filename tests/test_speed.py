@@ -15,6 +15,9 @@ from compressor import Plan, registry, saving
 from compressor.report import schema
 from compressor.weights import weights_sha256
 
+pytestmark = pytest.mark.xdist_group("speed")
+"""The runs of this file are lowered once, not once for each worker."""
+
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory, cli: Any) -> Path:

@@ -25,6 +25,9 @@ from compressor.export.tensorrt import export_tensorrt
 from compressor.lower.job import in_dtype
 from compressor.weights import state_sha256
 
+pytestmark = pytest.mark.xdist_group("tensorrt")
+"""The models of this file are exported once, not once for each worker."""
+
 TWO_OF_FOUR = NM(2, 4)
 
 

@@ -69,7 +69,9 @@ def said(folder: Path) -> str | None:
 # --- A fault at every step of a commit. ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "killed" else pytest.mark.slow) for kind in KINDS]
+)
 def test_a_fault_at_any_step_of_a_commit_leaves_the_old_or_the_new_and_the_next_one_works(kind, fresh) -> None:
     def before() -> Path:
         folder = fresh()
