@@ -61,7 +61,7 @@ def opponents(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Random weights, pruned by magnitude; in turns, medians of {cells[0]['rounds']} rounds, seed {cells[0]['seed']}, "
+            f"Random weights, pruned by magnitude; in turns, medians of {_rounds(cells, 'rounds')} rounds, seed {cells[0]['seed']}, "
             f"{result['threads']} threads; {result['hardware'].rpartition(',')[0]}, interquartile ranges of up to {spread:.0%} of the "
             f"median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO {versions['openvino']}, NNCF "
             f"{versions['nncf']}. 8 bits with `max_error` {cells[0]['max_error']:g}. In brackets the error: the root mean square "
@@ -147,8 +147,8 @@ def lowering(result: dict[str, Any]) -> str:
     )
 
 
-def _rounds(cells: list[dict[str, Any]]) -> str:
-    counts = sorted({cell["n"] for cell in cells})
+def _rounds(cells: list[dict[str, Any]], key: str = "n") -> str:
+    counts = sorted({cell[key] for cell in cells})
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
