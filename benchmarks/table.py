@@ -338,6 +338,7 @@ _OF_PICTURES = (
     "best-pictures-more",
     "obs-pictures",
     "obs-pictures-more",
+    "taught-pictures",
 )
 PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
 TABLES = (
