@@ -17,12 +17,13 @@ from compressor import NM, parse
 from compressor.lower import cusparselt
 from compressor.lower.cusparselt import CuSparseLt, CuSparseLtDirect, fp8, int8
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, tuned
+from compressor.lower.dense import DenseGelu
 from compressor.lower.graphs import Graphed
 from compressor.lower.quantised import dense_fp8, dense_int8
 from compressor.lower.torchao_fp8 import TorchaoFp8
 from compressor.registry import build_pruner, pruner_class
 from compressor.saving.state import load_state, save_state
-from compressor.sparsity.on_gpu import kernels_for
+from compressor.sparsity.on_gpu import checked, kernels_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -86,6 +87,34 @@ class TestOnGpu:
         lowered = backend.build(unit(layer, (1028, 512)))
         x = normal(1028, 512, dtype=BF16).cuda()
         assert error(lowered(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())) < allowed
+
+    @pytest.mark.parametrize(
+        ("backend", "allowed"),
+        [
+            (int8(), 3e-2),
+            (fp8(), 9e-2),
+            (TorchaoFp8(), 9e-2),
+            (dense_int8(), 3e-2),
+            (dense_fp8(), 9e-2),
+            (DenseGelu(), 1e-2),
+        ],
+    )
+    @pytest.mark.parametrize("approximate", ["none", "tanh"])
+    def test_a_pair_with_its_gelu_in_a_kernel_is_near_the_dense_one(self, default, backend, allowed, approximate):
+        pair: Any = on_gpu(
+            nn.Sequential(sparse_(nn.Linear(512, 1536)), nn.GELU(approximate), sparse_(nn.Linear(1536, 512)))
+        )
+        whole = unit(pair, (1028, 512))
+        if reason := backend.unavailable(torch.device("cuda")) or backend.refusal(whole):
+            pytest.skip(reason)
+        lowered = backend.build(whole)
+        x = normal(1028, 512, dtype=BF16).cuda()
+        wanted = copy.deepcopy(pair).double()(x.double())
+        assert error(lowered(x), wanted) < allowed and error(Graphed(lowered)(x), wanted) < allowed
+
+    def test_inputs_are_quantised_by_the_kernel(self):
+        on_gpu(nn.Linear(16, 16))
+        assert checked("compressor.lower.triton_quantised", 0, "") is not None
 
     @pytest.mark.parametrize("bias", [True, False])
     def test_a_planned_product_is_the_dense_one(self, default, bias):

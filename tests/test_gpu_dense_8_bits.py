@@ -15,8 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compressor
 from compressor import Backend, CompressorError, Plan
-from compressor.lower import Unit, forms
+from compressor.lower import Unit, forms, quantised
+from compressor.lower.backend import Kind
 from compressor.lower.contest import Contest
+from compressor.lower.dense import DenseGelu
 from compressor.lower.job import prepared
 from compressor.lower.quantised import DenseQuantised, dense_fp8, dense_int8
 
@@ -53,6 +55,29 @@ def test_pairs_and_1x1_convolutions(backend):
     x = normal(2, 64, 6, 6, dtype=BF16)
     made = backend.build(unit(conv, (2, 64, 6, 6), None))
     assert error(made(x), F.conv2d(x.double(), conv.weight.double(), conv.bias.double())) < allowed(backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_what_lies_between_two_products_is_one_pass(backend, approximate, monkeypatch):
+    calls: list[tuple[str, bool]] = []
+    real = quantised.gelu_quantised
+    monkeypatch.setattr(
+        quantised,
+        "gelu_quantised",
+        lambda x, dtype, gelu: (calls.append((gelu, x.dtype == BF16)), real(x, dtype, gelu))[1],
+    )
+    torch.manual_seed(0)
+    pair: Any = nn.Sequential(nn.Linear(64, 128), nn.GELU(approximate), nn.Linear(128, 64)).to(BF16)
+    made = backend.build(unit(pair, (3, 7, 64), None))
+    x = normal(3, 7, 64, dtype=BF16)
+    assert error(made(x), copy.deepcopy(pair).double()(x.double())) < 0.1
+    # a product that scales itself gives bfloat16; the other's whole numbers are scaled on the way to the codes
+    assert calls == [("", True), (approximate, made.first.scales_itself)]
+    with pytest.raises(CompressorError, match="for inference"):
+        made(x.requires_grad_())
+    with pytest.raises(CompressorError, match="was cast"):
+        copy.deepcopy(made).half()(normal(3, 7, 64, dtype=FP16))
 
 
 @BACKENDS
@@ -102,6 +127,60 @@ def test_what_is_refused():
         dense_fp8().refusal(unit(nn.Linear(64, 32), (4, 64), None, torch.float32))
     )
     assert "stays dense" in str(dense_int8().refusal(unit(nn.Conv2d(64, 32, 3), (1, 64, 4, 4), None)))
+
+
+# --- Dense in 16 bits with the GELU in the first product. Where this runs on a CPU, torch takes the exact GELU: near enough. ---
+
+
+def feed_forward(gelu: str = "tanh", bias: bool = True) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128, bias=bias), nn.GELU(gelu), nn.Linear(128, 32))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 64), (5, 64), (0, 64), (64,)])
+def test_a_pair_with_its_gelu_in_a_product(shape):
+    pair = feed_forward().to(BF16)
+    made = DenseGelu().build(unit(pair, (3, 7, 64), None))
+    x = normal(*shape, dtype=BF16)
+    out = made(x)
+    assert out.shape == (*shape[:-1], 32) and out.dtype == BF16
+    if out.numel():
+        assert error(out, copy.deepcopy(pair).double()(x.double())) < 1e-2
+    with pytest.raises(CompressorError, match="for inference"):
+        made(normal(5, 64, dtype=BF16).requires_grad_())
+    before = made(x)
+    with torch.no_grad():
+        pair[0].weight.zero_()
+    assert torch.equal(made(x), before)  # the first layer's weight is its own
+
+
+def test_the_operator_with_a_gelu_takes_what_it_is_given_on_a_gpu():
+    first, second = nn.Linear(64, 128, device="meta"), nn.Linear(128, 32, device="meta")
+    with FakeTensorMode(), torch.no_grad():  # gradients would ask a driver that is not there
+        for layer in (first, second):
+            for name, shape in (("weight", (layer.out_features, layer.in_features)), ("bias", (layer.out_features,))):
+                setattr(layer, name, nn.Parameter(torch.empty(shape, device="cuda", dtype=BF16)))
+        pair = nn.Sequential(first, nn.GELU("tanh"), second)
+        out = DenseGelu().build(Unit("layer", pair, (3, 7, 64), BF16, CUDA, (None, None)))(
+            torch.empty(3, 7, 64, device="cuda", dtype=BF16)
+        )
+        assert out.shape == (3, 7, 32) and out.dtype == BF16 and out.device.type == "cuda"
+
+
+def test_which_pairs_have_their_gelu_in_a_product(machine):
+    machine((9, 0), None)
+    backend = DenseGelu()
+    assert backend.unavailable(CUDA) is None and "the model is on cpu" in str(backend.unavailable(torch.device("cpu")))
+    assert not backend.skips_zeros and not backend.quantises and backend.takes == {Kind.PAIR}
+    for pair, dtype, reason in (
+        (feed_forward("none"), BF16, "the exact one"),
+        (feed_forward(), torch.float32, "lower with dtype=torch.bfloat16"),
+        (feed_forward(bias=False), FP16, "no bias"),
+    ):
+        wanted = unit(pair, (3, 64), None, dtype)
+        assert reason in str(backend.refusal(wanted))
+        with pytest.raises(CompressorError, match="has no GELU by cuBLASLt"):
+            backend.build(wanted)
 
 
 # --- Dense in 8 bits is the opponent, within the error that is allowed. ---

@@ -6,15 +6,13 @@ Only a GPU can show their speed, and that what ptxas makes of them gives the sam
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETS, in_the_interpreter, needs_triton, run_in_the_interpreter
 from torch import Tensor, nn
 
 import compressor
@@ -27,29 +25,18 @@ from compressor.sparsity.pattern import Mask
 from compressor.training import shadow
 
 NAME = "compressor.sparsity.triton_kernels"
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks once, when it is imported
-needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: it comes with torch for CUDA"
-)
 
 
 @pytest.fixture
 def interpreted() -> ModuleType:
-    if not INTERPRETS:
-        pytest.skip("needs TRITON_INTERPRET=1: test_all_of_this_file_in_the_interpreter starts it so")
-    return importlib.import_module(NAME)
+    return in_the_interpreter(NAME)
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETS, reason="it is what runs")
 def test_all_of_this_file_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-rs", __file__]
-    made = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert made.returncode == 0, made.stdout
-    assert "TRITON_INTERPRET=1" not in made.stdout  # none of those that need it was skipped
+    run_in_the_interpreter(__file__)
 
 
 def scores(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -236,11 +223,11 @@ def test_kernels_that_fail_are_left_with_one_warning(monkeypatch) -> None:
 
     monkeypatch.setitem(sys.modules, NAME, Broken(NAME))
     monkeypatch.setattr("compressor.sparsity.triton_kernels", Broken(NAME), raising=False)
-    on_gpu._tried.cache_clear()
+    on_gpu.checked.cache_clear()
     with pytest.warns(UserWarning, match="RuntimeError: no C compiler") as seen:
         assert on_gpu._tried(0) is None and on_gpu._tried(0) is None
     assert len(seen) == 1
-    on_gpu._tried.cache_clear()
+    on_gpu.checked.cache_clear()
 
 
 # --- The Shadow's memory. ---

@@ -47,6 +47,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
         "attention",
         "attention-int16",
         "dense-int8",
+        "dense-gelu",
         "dense-fp8",
         "cusparselt-direct",
         "torchao-fp8",

@@ -6,9 +6,10 @@
 A cell is one model at one batch, with random weights. Its products are timed alone first, dense and 2:4, in every precision. Then
 forms of the whole model, each a CUDA graph: dense ones (as they are, channels last, compiled, and with `--autotune` by
 `max-autotune`), in bfloat16 and in 8 bits; then 2:4, compiled, with every layer that the library takes on it (`everywhere`) and with
-those that gained when timed alone (`chosen`). A form takes turns with the fastest dense form of its precision and with the fastest in
-bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block, once for all of them, on both sides
-alike: the whole of a large model takes minutes. What is in the file is not measured again; a form that fails is noted and left.
+each layer on what is fastest alone in that precision (`chosen`). A form takes turns with the fastest dense form of its precision and
+with the fastest in bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block, once for all of
+them, on both sides alike: the whole of a large model takes minutes. What is in the file is not measured again; a form that fails is
+noted and left.
 README.md has more.
 """
 
@@ -17,11 +18,10 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ from compressor import registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
 from compressor.errors import first_line
-from compressor.lower import cusparselt_library
+from compressor.lower import Backend, cusparselt_library
 from compressor.lower.chooser import choose, groups, prepare, relative
 from compressor.lower.contest import Contest
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
@@ -45,23 +45,24 @@ from compressor.lower.forms import channels_last
 from compressor.lower.graphs import captured
 from compressor.lower.job import in_dtype, prepared
 from compressor.lower.plan import Cache, LayerPlan
-from compressor.lower.units import find_units, put
+from compressor.lower.units import Found, find_units, put
 
 OUT = Path(__file__).parent / "lowering.jsonl"
 CELLS = "dit-xl 64,uvit-h 16,dit-xl 16,uvit-h 64,uvit-h 1,dit-xl 1,uvit-l 64,uvit-s 64,ddpm-cifar10 64"
 """In order of what they would teach: where 2:4 should gain most comes first, and what should gain nothing last."""
 BF16 = "bfloat16"
 DENSE = {"dense-fp8": "fp8", "dense-int8": "int8"}
+WIDE = {"eager": BF16, "dense-gelu": BF16}
 SPARSE = {
     **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
-    "torchao-fp8": "fp8",  # an optional package: a line says where it is missing
+    **{"cusparselt-direct": BF16, "torchao-fp8": "fp8"},  # of optional packages: a line says where they are missing
 }
-"""`cusparselt-direct` is none of them: in a graph its kernels are those of `cusparselt`, and its plans are numbered by layer, so that
-no block would be compiled as another one is."""
 TOLERANCE = 0.12
 """The largest relative error of a layer: what fp8 with a scale for each token and channel comes to, and more."""
 LARGEST_ERROR = 0.2
 ROUNDS = 15
+ALIKE = 4
+"""Layers of one shape that are timed alone, with a weight each, for all that are like them."""
 SUSTAINED_S = 1.0
 """Of one form alone: a card that is at its power limit slows down, which short turns do not show."""
 
@@ -120,6 +121,7 @@ class Cell:
     batch: int
     session: Session
     best: dict[str, tuple[str, Form, float]] = field(default_factory=dict)
+    found: list[Found] = field(default_factory=list)
     products: list[dict[str, Any]] = field(default_factory=list)
 
     def prepare(self) -> None:
@@ -131,6 +133,7 @@ class Cell:
         self.wanted = model(*tree_map_only(Tensor, lambda x: x[:: self.step], self.inputs)).double().cpu()
         self.dense = in_dtype(model, torch.bfloat16)
         self.cast = tree_map_only(Tensor, lambda x: x.bfloat16() if x.dim() > 1 else x, self.inputs)
+        self.found, _ = find_units(self.dense, lambda: self.dense(*self.cast))
 
     def forms(self, backends: list[str], autotune: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
         """Name, precision and how it is made, of every form: dense ones first."""
@@ -138,6 +141,8 @@ class Cell:
         if convolutional(self.dense):
             yield "dense, channels last", BF16, lambda: channels_last(self.dense)
         yield "dense, compiled", BF16, lambda: compiled(self.dense)
+        if self.fits("dense-gelu"):
+            yield "dense-gelu, compiled", BF16, lambda: compiled(self.on("dense-gelu"))
         if autotune:
             yield "dense, autotuned", BF16, lambda: compiled(self.dense, "max-autotune-no-cudagraphs")
         wanted = {SPARSE[backend] for backend in backends}
@@ -146,52 +151,60 @@ class Cell:
                 yield f"{backend}, compiled", precision, lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
         for backend in backends:
             yield f"{backend} everywhere, compiled", SPARSE[backend], lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
-        for backend in backends:
-            names = self.gaining(backend)
-            if names and names != self.taken(backend):
+        for precision in dict.fromkeys(SPARSE[backend] for backend in backends) if self.products else ():
+            choices = self.fastest(precision)
+            if set(choices.values()) & set(SPARSE):
                 yield (
-                    f"{backend} chosen, compiled",
-                    SPARSE[backend],
-                    lambda backend=backend, names=names: compiled(self.on(backend, names)),  # type: ignore[misc]
+                    f"2:4 {precision} chosen, compiled",
+                    precision,
+                    lambda choices=choices: compiled(self.put_on(choices)),  # type: ignore[misc]
                 )
 
-    def on(self, backend: str, names: set[str] | None = None) -> nn.Module:
-        """The model with every unit that `backend` takes on it, or those called `names`."""
+    def on(self, backend: str) -> nn.Module:
+        """The model with every unit that `backend` takes on it."""
         takes = registry.backend(backend)
         if reason := takes.unavailable(self.session.device):
             raise RuntimeError(reason)
+        return self.put_on({one.at: backend for one in self.units(takes)})
+
+    def put_on(self, choices: Mapping[str, str]) -> nn.Module:
+        """The model with the units of `choices` on the backend that each names."""
+        backends = {name: registry.backend(name) for name in set(choices.values())}
         form = copy.deepcopy(self.dense)
-        found, _ = find_units(form, lambda: form(*self.cast))
-        for one in found:
-            if one.unit.kind in takes.takes and (names is None or one.at in names) and takes.refusal(one.unit) is None:
-                form = put(form, one.at, takes.build(one.unit))
+        for one in self.found:
+            if one.at in choices:
+                form = put(form, one.at, backends[choices[one.at]].build(one.unit))
         return form
+
+    def units(self, takes: Backend) -> list[Found]:
+        """Those of the model that a backend takes."""
+        return [one for one in self.found if one.unit.kind in takes.takes and takes.refusal(one.unit) is None]
+
+    def fits(self, backend: str) -> bool:
+        """Whether `backend` takes anything of the model."""
+        return bool(self.units(registry.backend(backend)))
 
     def time_products(self, backends: list[str]) -> None:
         """Every layer alone, in every backend, once; written as they are, one line for the cell."""
         own = [line["products"] for line in self.session.lines if line.get("cell") == self.name and "products" in line]
         if not own:
             rivals = [name for name, precision in DENSE.items() if precision in {SPARSE[one] for one in backends}]
-            job = prepared(self.dense, self.cast, ["eager", *rivals, *backends], None, None, quantising=True)
+            job = prepared(self.dense, self.cast, [*WIDE, *rivals, *backends], None, None, quantising=True)
             prepare(job)
             store = Cache(job.setting, read=False)
-            own = [[summary(choose(group, job, TOLERANCE, store)) for group in groups(job.found)]]
+            own = [[summary(group, choose(group[:ALIKE], job, TOLERANCE, store)[0]) for group in groups(job.found)]]
             self.session.add({"cell": self.name, "products": own[0]})
         self.products = own[0]
 
-    def taken(self, backend: str) -> set[str]:
-        """The layers that ran in `backend`."""
-        return {name for one in self.products if backend in one["ms"] for name in one["at"]}
-
-    def gaining(self, backend: str) -> set[str]:
-        """Those that ran faster there than in the dense backend of the same precision."""
-        rival = next((name for name, precision in DENSE.items() if precision == SPARSE[backend]), "eager")
-        return {
-            name
-            for one in self.products
-            if one["ms"].get(backend, math.inf) < one["ms"].get(rival, one["ms"]["eager"])
-            for name in one["at"]
-        }
+    def fastest(self, precision: str) -> dict[str, str]:
+        """The backend that is fastest alone for each layer, of those in `precision`, dense ones included."""
+        own = {name for name, its in (SPARSE | DENSE | WIDE).items() if its == precision}
+        found = {}
+        for one in self.products:
+            times = {name: ms for name, ms in one["ms"].items() if name in own}
+            if times:
+                found |= dict.fromkeys(one["at"], min(times, key=times.__getitem__))
+        return found
 
     def error(self, form: nn.Module) -> float:
         """Relative, against float32."""
@@ -205,7 +218,7 @@ class Cell:
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""
-        device, sparse = self.session.device, name.split(maxsplit=1)[0].rstrip(",") in SPARSE
+        device, sparse = self.session.device, name.split(maxsplit=1)[0] in {*SPARSE, "2:4"}
         rivals = {key: self.best[key] for key in dict.fromkeys((precision, BF16)) if key in self.best}
         calls = {name: call, **{rival: its for rival, its, _ in rivals.values()}}
         seconds = dict(zip(calls, interleaved(list(calls.values()), ROUNDS, device), strict=True))
@@ -245,12 +258,11 @@ def convolutional(model: nn.Module) -> bool:
     return share[nn.Conv2d] > share[nn.Linear]
 
 
-def summary(layers: list[LayerPlan]) -> dict[str, Any]:
-    """What was timed of layers that run alike."""
-    first = layers[0]
+def summary(group: Sequence[Found], first: LayerPlan) -> dict[str, Any]:
+    """What was timed of layers that run alike, of the first of them."""
     return {
         **{
-            "at": [layer.name for layer in layers],
+            "at": [one.at for one in group],
             "shapes": first.shapes,
             "gflop": first.gflop,
             "patterns": first.patterns,

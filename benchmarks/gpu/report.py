@@ -75,7 +75,11 @@ def table(lines: Sequence[Line]) -> str:
         "|---|---|---|---:|---|---:|---:|---:|---:|---|",
     ]
     found = pairs(lines)
-    bf16 = {cell: dense for cell, precision, dense, _ in found if precision == "bfloat16"}
+    wide = [line for line in lines if line.get("precision") == "bfloat16" and not line["sparse"]]
+    bf16 = {
+        cell: min((line for line in wide if line["cell"] == cell), key=lambda line: line["median_ms"])
+        for cell in {line["cell"] for line in wide}
+    }
     for cell, precision, dense, sparse in found:
         over = ratio(bf16[cell], sparse) if cell in bf16 else None
         name, batch = cell.rsplit(" ", 1)

@@ -52,16 +52,22 @@ def uvit(adapter: Any) -> Subject:
 
 
 def dit() -> Subject:
-    """DiT-XL/2 for 256x256 images: diffusers' DiTTransformer2DModel with the published model's sizes."""
+    """DiT-XL/2 for 256x256 images: diffusers' DiTTransformer2DModel with the published model's sizes; q, k and v are one product."""
 
     def build() -> nn.Module:
         from diffusers import DiTTransformer2DModel
+        from diffusers.models.attention_processor import FusedAttnProcessor2_0
 
-        return DiTTransformer2DModel(
+        model = DiTTransformer2DModel(
             **{"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 32},
             **{"in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000},
             **{"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "attention_bias": True},
         )
+        for block in model.transformer_blocks:
+            block.attn1.fuse_projections()
+            block.attn1.set_processor(FusedAttnProcessor2_0())
+            del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        return model
 
     def inputs(batch: int) -> tuple[Any, ...]:
         return torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.zeros(batch, dtype=torch.int64)

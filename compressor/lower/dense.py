@@ -1,4 +1,4 @@
-"""The dense forms that a sparse kernel has to beat: the layer as it is, and oneDNN with the weight packed beforehand.
+"""The dense forms that a sparse kernel has to beat: the layer as it is, oneDNN with a packed weight, cuBLASLt with a GELU.
 
 On the CPU torch lays a weight out anew, or multiplies by a slower library, on every call; packed once, the same dense
 layer can be twice as fast. A speed-up over the first alone would be no speed-up.
@@ -62,9 +62,57 @@ class OneDNN(Backend):
         layers = unit.layers
         if len(layers) == 1:
             return PrepackedLinear(layers[0], tokens)
-        (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
-        gelu = PrepackedLinear(layers[0], tokens, f"gelu{activation.approximate}")
+        gelu = PrepackedLinear(layers[0], tokens, f"gelu{_activation(unit).approximate}")
         return nn.Sequential(gelu, PrepackedLinear(layers[1], tokens))
+
+
+class DenseGelu(Backend):
+    """A feed-forward pair on an NVIDIA GPU whose GELU is done by cuBLASLt with the first product: the best dense form of it there.
+
+    cuBLASLt has the GELU by tanh alone.
+    """
+
+    name = "dense-gelu"
+    takes = frozenset({Kind.PAIR})
+    skips_zeros = False
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"cuBLASLt runs on NVIDIA GPUs, the model is on {device}"
+        return None if torch.version.hip is None else "this torch is for AMD GPUs, where this was never tried"
+
+    def refusal(self, unit: Unit) -> str | None:
+        if unit.dtype not in (torch.bfloat16, torch.float16):
+            return f"cuBLASLt does a GELU with products of 16 bits, not {unit.dtype}: lower with dtype=torch.bfloat16"
+        if _activation(unit).approximate != "tanh":
+            return "its GELU is the exact one, and cuBLASLt has that by tanh"
+        return "its first layer has no bias, which cuBLASLt adds before a GELU" if unit.layers[0].bias is None else None
+
+    def build(self, unit: Unit) -> nn.Module:
+        if reason := self.refusal(unit):
+            raise CompressorError(f"{unit.name} has no GELU by cuBLASLt: {reason}")
+        return nn.Sequential(LinearGelu(unit.layers[0]), unit.layers[1])
+
+
+class LinearGelu(nn.Module):
+    """x (..., in) -> GELU by tanh of (..., out), for inference, by one product on a GPU."""
+
+    weight: Tensor
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.register_buffer("weight", layer.weight.detach().clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        refuse_gradients(x)
+        out: Tensor = torch.ops.compressor.linear_gelu(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return out.reshape(*x.shape[:-1], self.weight.shape[0])
+
+
+def _activation(unit: Unit) -> nn.GELU:
+    (found,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
+    return found
 
 
 class _Immutable(nn.Module):

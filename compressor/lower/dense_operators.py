@@ -1,4 +1,4 @@
-"""oneDNN's products with packed weights as operators of torch that torch.compile accepts.
+"""Dense products as operators of torch that torch.compile leaves as they are: oneDNN's with packed weights, cuBLASLt's with a GELU.
 
 A packed weight is opaque: a compiler can neither look into it nor make one up. So these operators take its number, and
 weights are found by that for as long as a module holds them. Only compiled models call them: torch's own take the weight itself.
@@ -71,6 +71,20 @@ def _fake_conv(
     after = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, p, s, d in sides]
     return x.new_empty((*x.shape[: -len(kernel) - 1], out, *after))
 
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (tokens, in), weight (out, in), bias (out,) -> (tokens, out). A compiler would take torch's operator apart again."""
+    out: Tensor = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return out
+
+
+def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+_library.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_library.impl("linear_gelu", _linear_gelu, "CompositeExplicitAutograd")
+_torch_library.register_fake("compressor::linear_gelu", _fake_linear_gelu, lib=_library)
 
 for _name, _real, _fake in (("packed_linear", _linear, _fake_linear), ("packed_conv", _conv, _fake_conv)):
     _library.impl(_name, _real, "CPU")

@@ -18,10 +18,47 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.sparsity.codes import LARGEST, quantised
+from compressor.sparsity.codes import LARGEST, gelu_quantised, quantised
+from compressor.sparsity.on_gpu import checked
 
 _LEAST_ROWS = 32
 """Rows that a product of whole numbers is padded to: torch asks for more than 16."""
+
+# --- Inputs in 8 bits: an operator, opaque to compilers, which would make two passes of it. ---
+
+_torch_library: Any = torch.library  # it has no annotations
+_library = _torch_library.Library("compressor", "FRAGMENT")
+_library.define(
+    "quantised_rows(Tensor x, bool whole, str gelu, Tensor? by_row, Tensor? by_column, Tensor? bias) -> (Tensor, Tensor)"
+)
+
+
+def _rows(
+    x: Tensor, whole: bool, gelu: str, by_row: Tensor | None, by_column: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`gelu_quantised` of x (rows, in), or of what `rescaled` makes of it, in int8 where `whole`, else in fp8."""
+    dtype = torch.int8 if whole else torch.float8_e4m3fn
+    if x.is_cuda:
+        kernels = checked("compressor.lower.triton_quantised", x.get_device(), "inputs are quantised by torch")
+        if kernels is not None and kernels.takes(x):
+            found: tuple[Tensor, Tensor] = kernels.quantised(x, dtype, gelu, by_row, by_column, bias)
+            return found
+    if by_row is not None and by_column is not None:
+        x = rescaled(x, by_row, by_column, bias, torch.float32)
+    return gelu_quantised(x, dtype, gelu)
+
+
+def _fake_rows(
+    x: Tensor, whole: bool, gelu: str, by_row: Tensor | None, by_column: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.int8 if whole else torch.float8_e4m3fn)
+    return codes, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+_library.impl("quantised_rows", _rows, "CompositeExplicitAutograd")
+_torch_library.register_fake("compressor::quantised_rows", _fake_rows, lib=_library)
+
+# --- Layers. ---
 
 
 class QuantisedLinear(nn.Module):
@@ -37,8 +74,11 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.register_buffer("scale", scale.flatten())
-        self.quantise, self.rescale = fused(quantised), fused(rescaled)
+        self.rescale = fused(rescaled)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    scales_itself = False
+    """Whether the kernel of its product applies the scales and the bias, so that `scaled` is no pass of its own."""
 
     @property
     @abstractmethod
@@ -52,15 +92,43 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) in x's dtype. Raises CompressorError where gradients are wanted, or the model was cast."""
         refuse_gradients(x)
+        return self.scaled(*self.codes_of(x), x.dtype).reshape(*x.shape[:-1], self.out)
+
+    def codes_of(self, x: Tensor, gelu: str = "", *scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes (tokens, in) and scales (tokens, 1) of x (..., in), or of its GELU; with `scales` (by token, by channel, a bias), of
+        what these make of x. Raises CompressorError where the model was cast."""
         if self.scale.dtype != torch.float32:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
-        codes, scale = self.quantise(x.reshape(-1, x.shape[-1]), self.dtype)
-        return self.scaled(codes, scale, x.dtype).reshape(*x.shape[:-1], self.out)
+        rows, given = x.reshape(-1, x.shape[-1]), scales or (None, None, None)
+        found: tuple[Tensor, Tensor] = torch.ops.compressor.quantised_rows(rows, self.dtype == torch.int8, gelu, *given)
+        return found
 
     def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The product with both scales and the bias: codes (tokens, in) with `scale` (tokens, 1) -> (tokens, out) in `dtype`."""
         out: Tensor = self.rescale(self.product(codes), scale, self.scale, self.bias, dtype)
         return out
+
+
+class QuantisedPair(nn.Module):
+    """Linear, GELU, Linear in 8-bit products: x (..., in) -> (..., out), for inference.
+
+    What lies between the products is one pass: the first one's scales and bias, the GELU, the codes for the second.
+    """
+
+    def __init__(self, first: QuantisedLinear, gelu: str, second: QuantisedLinear) -> None:
+        super().__init__()
+        self.first, self.gelu, self.second = first, gelu, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype. Raises CompressorError where gradients are wanted, or the model was cast."""
+        refuse_gradients(x)
+        first, second = self.first, self.second
+        codes, scale = first.codes_of(x)
+        if first.scales_itself:
+            codes, scale = second.codes_of(first.scaled(codes, scale, x.dtype), self.gelu)
+        else:
+            codes, scale = second.codes_of(first.product(codes), self.gelu, scale, first.scale, first.bias)
+        return second.scaled(codes, scale, x.dtype).reshape(*x.shape[:-1], second.out)
 
 
 class Conv1x1(nn.Module):
@@ -95,7 +163,10 @@ def by_products(unit: Unit, made: Callable[[nn.Linear | nn.Conv2d], nn.Module]) 
     layers = [made(layer) for layer in unit.layers]
     if isinstance(unit.module, nn.Sequential):
         (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
-        return nn.Sequential(layers[0], nn.GELU(activation.approximate), layers[1])
+        first, second = layers
+        if isinstance(first, QuantisedLinear) and isinstance(second, QuantisedLinear):
+            return QuantisedPair(first, activation.approximate, second)
+        return nn.Sequential(first, nn.GELU(activation.approximate), second)
     return Conv1x1(layers[0]) if isinstance(unit.module, nn.Conv2d) else layers[0]
 
 
@@ -141,6 +212,8 @@ class _Dense(QuantisedLinear):
 
 
 class _DenseFp8(_Dense):
+    scales_itself = True
+
     def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         if self.bias is not None and self.bias.dtype != dtype:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")

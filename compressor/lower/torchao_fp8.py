@@ -34,6 +34,7 @@ class SparseFp8(QuantisedLinear):
 
     packed: Tensor
     meta: Tensor
+    scales_itself = True
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         codes, scale = quantised(matrix(layer), _DTYPE)

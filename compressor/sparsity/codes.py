@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -27,6 +28,11 @@ def quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if not dtype.is_floating_point:
         codes = codes.round()
     return codes.clamp(-largest, largest).to(dtype), scale
+
+
+def gelu_quantised(rows: Tensor, dtype: torch.dtype, gelu: str) -> tuple[Tensor, Tensor]:
+    """`quantised`, of GELU(rows) in float32 where `gelu` is its `approximate`: "none" or "tanh"; of `rows` where it is ""."""
+    return quantised(F.gelu(rows.float(), approximate=gelu) if gelu else rows, dtype)
 
 
 def fake_quantised(weight: Tensor) -> Tensor:

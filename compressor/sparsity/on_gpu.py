@@ -1,9 +1,13 @@
-"""Where masks of tensors on a GPU are made: by Triton's kernels where they work, and otherwise by torch. Both give the same bits."""
+"""Where masks of tensors on a GPU are made: by Triton's kernels where they work, and otherwise by torch. Both give the same bits.
+
+`checked` is how any module of such kernels is tried before it is used.
+"""
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -23,18 +27,25 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
     return _tried(first.get_device()) if first.device.type == "cuda" else None
 
 
-@cache
 def _tried(index: int) -> ModuleType | None:
-    """The kernels, once they gave on this GPU what torch gives; Triton needs a C compiler and a GPU that it knows."""
+    return checked("compressor.sparsity.triton_kernels", index, "masks are made by torch")
+
+
+@cache
+def checked(name: str, index: int, otherwise: str) -> ModuleType | None:
+    """The module `name` of kernels, once they gave on GPU `index` what torch gives; Triton needs a C compiler and a GPU that it knows.
+
+    None, and a warning that says `otherwise`, where they do not; None without one where there is no Triton.
+    """
     try:
-        from compressor.sparsity import triton_kernels
+        kernels = import_module(name)
     except ImportError:  # torch without CUDA, or for a system that has no Triton, comes without
         return None
     try:
-        wrong = triton_kernels.differences(torch.device("cuda", index))
+        wrong = kernels.differences(torch.device("cuda", index))
     except Exception as failure:  # a compiler's, a driver's: whatever it is, torch can do it
         wrong = f"{type(failure).__name__}: {first_line(failure)}"
     if wrong is not None:
-        warnings.warn(f"masks are made by torch, which is slower: Triton's kernels fail ({wrong})", stacklevel=2)
+        warnings.warn(f"{otherwise}, which is slower: Triton's kernels fail ({wrong})", stacklevel=2)
         return None
-    return triton_kernels
+    return kernels
