@@ -81,8 +81,9 @@ def _form(name: str, cells: list[dict[str, Any]]) -> str:
 def _time(cell: dict[str, Any], name: str) -> str:
     if name not in cell["median_ms"]:
         return "—"
-    error = cell["error"][name]
-    return f"{cell['median_ms'][name]:.0f}" + (f" ({error:.1%})" if error > _ROUNDING else "")
+    error, choice = cell["error"][name], cell["speedup"].get(name, {}).get("choice", "")
+    compiled = ", compiled" if choice.endswith(", compiled") else ""
+    return f"{cell['median_ms'][name]:.0f}" + (f" ({error:.1%})" if error > _ROUNDING else "") + compiled
 
 
 def peaks(result: dict[str, Any]) -> str:
@@ -152,7 +153,12 @@ def _rounds(cells: list[dict[str, Any]], key: str = "n") -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-_DENSE = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+_DENSE = {
+    "eager": "eager",
+    "dense": "prepacked",
+    "eager, compiled": "compiled",
+    "dense, compiled": "prepacked, compiled",
+}
 
 
 def sway(result: dict[str, Any]) -> str:

@@ -218,7 +218,7 @@ def test_a_lowered_model_is_one_graph(taken: list[tuple[int, ...]]) -> None:
     model = Model().eval()
     compiled = torch.compile(lowered(model), fullgraph=True, backend="aot_eager")
     assert error(compiled(X), model(X).double()) < 1e-5
-    assert taken == []  # a compiler has attention of its own
+    assert len(taken) == 2  # traced once, and again nowhere
     exported = torch.export.export(lowered(model), (X,)).module()
     assert error(exported(X), model(X).double()) < 1e-5
 

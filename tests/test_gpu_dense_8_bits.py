@@ -18,7 +18,7 @@ from compressor import Backend, CompressorError, Plan
 from compressor.lower import Unit, forms, quantised
 from compressor.lower.backend import Kind
 from compressor.lower.contest import Contest
-from compressor.lower.dense import DenseGelu
+from compressor.lower.dense import DenseGelu, LinearGelu
 from compressor.lower.job import prepared
 from compressor.lower.quantised import DenseQuantised, dense_fp8, dense_int8
 
@@ -74,6 +74,12 @@ def test_what_lies_between_two_products_is_one_pass(backend, approximate, monkey
     assert error(made(x), copy.deepcopy(pair).double()(x.double())) < 0.1
     # a product that scales itself gives bfloat16; the other's whole numbers are scaled on the way to the codes
     assert calls == [("", True), (approximate, made.first.scales_itself)]
+    for shape in ((0, 64), (64,)):
+        assert made(normal(*shape, dtype=BF16)).shape == shape
+    compiled: Any = torch.compile(made, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), made(x))
+    torch.compiler.reset()
     with pytest.raises(CompressorError, match="for inference"):
         made(x.requires_grad_())
     with pytest.raises(CompressorError, match="was cast"):
@@ -149,22 +155,22 @@ def test_a_pair_with_its_gelu_in_a_product(shape):
     with pytest.raises(CompressorError, match="for inference"):
         made(normal(5, 64, dtype=BF16).requires_grad_())
     before = made(x)
+    assert not before.requires_grad
     with torch.no_grad():
         pair[0].weight.zero_()
-    assert torch.equal(made(x), before)  # the first layer's weight is its own
+        pair[2].weight.zero_()
+    assert torch.equal(made(x), before)  # its weights are its own
 
 
 def test_the_operator_with_a_gelu_takes_what_it_is_given_on_a_gpu():
-    first, second = nn.Linear(64, 128, device="meta"), nn.Linear(128, 32, device="meta")
-    with FakeTensorMode(), torch.no_grad():  # gradients would ask a driver that is not there
-        for layer in (first, second):
-            for name, shape in (("weight", (layer.out_features, layer.in_features)), ("bias", (layer.out_features,))):
-                setattr(layer, name, nn.Parameter(torch.empty(shape, device="cuda", dtype=BF16)))
-        pair = nn.Sequential(first, nn.GELU("tanh"), second)
-        out = DenseGelu().build(Unit("layer", pair, (3, 7, 64), BF16, CUDA, (None, None)))(
-            torch.empty(3, 7, 64, device="cuda", dtype=BF16)
-        )
-        assert out.shape == (3, 7, 32) and out.dtype == BF16 and out.device.type == "cuda"
+    given = normal(5, 64, dtype=BF16), normal(128, 64, dtype=BF16), normal(128, dtype=BF16)
+    torch.library.opcheck(torch.ops.compressor.linear_gelu, given, test_utils=("test_schema", "test_faketensor"))
+    first = nn.Linear(64, 128, device="meta")
+    with FakeTensorMode():
+        for name, shape in (("weight", (128, 64)), ("bias", (128,))):
+            setattr(first, name, nn.Parameter(torch.empty(shape, device="cuda", dtype=BF16)))
+        out = LinearGelu(first)(torch.empty(3, 7, 64, device="cuda", dtype=BF16))
+        assert out.shape == (3, 7, 128) and out.dtype == BF16 and out.device.type == "cuda"
 
 
 def test_which_pairs_have_their_gelu_in_a_product(machine):

@@ -354,7 +354,7 @@ def test_operators_work_under_compile_and_export() -> None:
         if isinstance(module, VNMLinear):
             torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *w.arguments, 6))
         else:
-            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *w.arguments, 3, 6))
+            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *w.arguments, None, 3, 6))
 
 
 def test_only_one_openmp_runtime_is_loaded() -> None:

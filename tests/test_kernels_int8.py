@@ -416,3 +416,19 @@ def test_a_convolution_is_built_in_8_bits_and_is_near(level: str) -> None:
     with torch.no_grad():
         out, wanted = VNMInt8().build(one)(x), layer(x)
     assert 1e-4 < float((out - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_magnitudes_of_a_convolution_are_for_a_compiler_to_see() -> None:
+    """It takes them as it makes the input; the operator has to be given them."""
+    pattern = NM(2, 4, 4)
+    packed = int8(sparse(8, 4, pattern).unsqueeze(-1).unsqueeze(-1), None, pattern)
+    module, x = VNMConv(packed, 1), normal(2, 4, 5, 5)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for given in (x, x.to(memory_format=torch.channels_last), x[:, :, 1:, 1:], x[:0]):
+            assert torch.equal(compiled(given), module(given.contiguous()))
+        for largest in (None, torch.ones(3), torch.ones(2, dtype=torch.float64)):
+            with pytest.raises(CompressorError, match="largest magnitude of each image"):
+                torch.ops.compressor.vnm_conv(x, *packed.arguments, largest, 1, packed.tile)
+    torch.compiler.reset()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, Backend, CompressorError, Plan, registry
 from compressor.errors import UsageError
-from compressor.lower import Unit
+from compressor.lower import Unit, forms
+from compressor.lower.dense import Eager
 from compressor.lower.forms import dense_forms
 from compressor.lower.units import find_units, pattern_of
 
@@ -430,6 +431,44 @@ def test_dense_forms_are_of_the_weights_that_are_given(net: nn.Module) -> None:
     with torch.no_grad():
         for form in forms.values():
             assert torch.allclose(form(x), other(x), atol=1e-5)
+
+
+def test_forms_under_a_compiler_keep_what_was_fastest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model as it is, its best dense form and the lowered one; a plan that chose one of them is applied as it was timed."""
+    seen: list[list[float]] = []
+
+    def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+        seen.append([module.seconds for module in model.modules() if isinstance(module, Copy)])
+        return forms.own(model)
+
+    class Patterned(Fake):
+        def refusal(self, unit: Unit) -> str | None:
+            return None if unit.patterns[0] else "no pattern"
+
+    monkeypatch.setattr(forms, "_compiled", compiled)
+    model = nn.Sequential(sparsify(nn.Linear(16, 16), NM(2, 4, 4)), nn.Linear(16, 8))
+    backends = [Fake("onednn", seconds=2e-3, skips_zeros=False), Patterned("vnm", seconds=1e-3)]
+    monkeypatch.setattr(Eager, "build", lambda self, unit: Copy(unit.module, 4e-3))
+    plan = compressor.lower(model, X, backends, compiled=True, cache=False).plan
+    assert [layer.choice for layer in plan.layers] == ["vnm", "onednn"]
+    assert seen == [[], [2e-3, 2e-3], [1e-3, 2e-3]]
+    for name, wanted in (("dense, compiled", [2e-3, 2e-3]), ("lowered, compiled", [1e-3, 2e-3])):
+        assert plan.form(name) is not None
+        compressor.lower(model, X, backends, plan=plan.model_copy(update={"choice": name}))
+        assert seen[-1] == wanted
+    found = forms.dense_forms(model, X, plan)
+    assert {"eager, compiled", "dense, compiled"} <= set(found) and seen[-2:] == [
+        [],
+        [],
+    ]  # by the real ones of these names
+
+
+def test_a_dense_form_that_is_the_model_as_it_is_is_compiled_once(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "_compiled", lambda model, device: forms.own(model))
+    names = {form.name for form in lowered(net, "eager", compiled=True).plan.forms}
+    assert "eager, compiled" in names and "dense, compiled" not in names
 
 
 # --- Backends from elsewhere. ---

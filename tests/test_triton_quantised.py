@@ -14,11 +14,12 @@ import pytest
 import torch
 from interpreter import INTERPRETS, in_the_interpreter, needs_triton, run_in_the_interpreter
 
+from compressor import CompressorError
 from compressor.lower import quantised
 from compressor.lower.quantised import rescaled
 from compressor.sparsity.codes import gelu_quantised
 
-# NumPy warns of what a GPU does in silence: an exponential that overflows makes a GELU of it, and NaN a number.
+# NumPy warns where a GPU is silent: of an exponential that becomes infinite, as in a GELU, and of NaN that becomes a whole number.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 
 NAME = "compressor.lower.triton_quantised"
@@ -69,6 +70,22 @@ def test_rows_that_do_not_lie_close_and_sizes_that_it_does_not_take(eight) -> No
 
 
 @needs_triton
+def test_a_gelu_of_negative_numbers_keeps_its_digits(eight) -> None:
+    x = torch.linspace(-9, -3, 256).repeat(3, 1) - torch.arange(3)[:, None]
+    _, scale = eight.quantised(x, torch.int8, "tanh")
+    wanted = torch.nn.functional.gelu(x.double(), approximate="tanh").abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(scale.double(), wanted, rtol=2e-5, atol=0)
+
+
+@needs_triton
+def test_scales_may_lie_apart(eight) -> None:
+    x, wide = torch.randn(4, 32), torch.rand(4, 64)
+    given = wide[:, ::7][:, :1], wide[0, ::2], wide[1, 1::2]
+    codes, _ = eight.quantised(x, torch.int8, "", *given)
+    assert torch.equal(codes, gelu_quantised(x * given[0] * given[1] + given[2], torch.int8, "")[0])
+
+
+@needs_triton
 def test_what_is_no_number_stays_none(eight) -> None:
     x = torch.randn(4, 64)
     x[1, 5], x[2, 5] = torch.nan, torch.inf
@@ -113,10 +130,10 @@ def test_the_kernel_of_codes_compiles_for_gpus(capability, codes, scaled) -> Non
     constants: dict[str, Any] = {"SCALED": scaled, "BIASED": scaled, "KIND": 1, "ROUND": codes == "*i8"}
     constants |= {"ROWS": 8, "A": 4096, "B": 512}
     constants |= {} if scaled else dict.fromkeys(("by_row", "by_column", "bias"))
-    names = kernels._rows.arg_names
+    names = kernels._quantise.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
     made = triton.compile(
-        ASTSource(kernels._rows, signature, {n: constants[n] for n in names if n in constants}),
+        ASTSource(kernels._quantise, signature, {n: constants[n] for n in names if n in constants}),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": 4},
     )
@@ -132,4 +149,6 @@ def test_codes_are_made_by_torch_where_there_is_no_gpu(monkeypatch) -> None:
     codes, _ = torch.ops.compressor.quantised_rows(x, True, "", *more)
     assert torch.equal(codes, gelu_quantised(x * more[0] * more[1] + more[2], torch.int8, "")[0])
     arguments = (x, False, "none", *more)
+    with pytest.raises(CompressorError, match="go together"):
+        torch.ops.compressor.quantised_rows(x, True, "", None, None, more[2])
     torch.library.opcheck(torch.ops.compressor.quantised_rows, arguments, test_utils=("test_schema", "test_faketensor"))

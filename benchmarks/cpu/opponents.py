@@ -42,7 +42,12 @@ CELLS = {
 }
 
 
-_TORCH = {"eager": "eager", "dense": "prepacked", "eager, compiled": "compiled"}
+_TORCH = {
+    "eager": "eager",
+    "dense": "prepacked",
+    "eager, compiled": "compiled",
+    "dense, compiled": "prepacked, compiled",
+}
 """What PyTorch's forms of the dense model are called here."""
 
 

@@ -22,6 +22,8 @@ nvmath-python cuda-bindings cuda-core cuda-pathfinder torchao"
 TRAINING=("dit-xl 128:4" "uvit-h 128:4" "uvit-s 128:2" "dit-xl 32:3")
 CELLS=("dit-xl 64:7" "uvit-h 16:7" "dit-xl 16:6" "uvit-h 64:7" "uvit-h 1:5" "dit-xl 1:5" "uvit-l 64:5" "uvit-s 64:4" "ddpm-cifar10 64:5")
 
+KERNELS="dit-xl 64,uvit-h 16"
+
 wheels() {
     mkdir -p "$WHEELS"
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$WHEELS" .
@@ -56,6 +58,7 @@ calls() {
     for cell in "${TRAINING[@]}"; do
         echo "training.py --cells \"${cell%:*}\": about ${cell#*:} minutes"
     done
+    echo "kernels.py --cells \"$KERNELS\": about 3 minutes"
     echo "report.py: docs/gpu.md from what was measured"
 }
 
@@ -79,6 +82,10 @@ run() {
             "$ENVIRONMENT/bin/python" benchmarks/gpu/training.py --cells "${cell%:*}" --seconds "$left"
         fi
     done
+    left=$((end - $(date +%s) - 30))
+    if [ "$left" -ge 180 ]; then
+        timeout "$left" "$ENVIRONMENT/bin/python" benchmarks/gpu/kernels.py --cells "$KERNELS"
+    fi
     "$ENVIRONMENT/bin/python" benchmarks/gpu/report.py
 }
 

@@ -23,7 +23,7 @@ from compressor.model_zoo.uvit.sizes import digits
 
 @contextmanager
 def imitated(benchmark: ModuleType) -> Iterator[None]:
-    """cuSPARSELt's operators imitated on the CPU, and every backend of a GPU available there. `benchmark` compiles nothing."""
+    """cuSPARSELt imitated on the CPU; its backends, and the dense ones in 8 bits, available there. `benchmark` compiles nothing."""
     library = Library()
     with ExitStack() as stack:
         for owner, name, value in (

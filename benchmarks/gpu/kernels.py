@@ -62,7 +62,11 @@ def profiled(name: str, batch: int, device: torch.device) -> dict[str, Any]:
     cell = Cell(f"{name} {batch}", SUBJECTS[name](), batch, Session(device, OUT, {}, time.monotonic()))
     cell.prepare()
     makes = {"dense": lambda: cell.dense, "dense, compiled": lambda: compiled(cell.dense)}
-    makes |= {backend: lambda backend=backend: compiled(cell.on(backend)) for backend in BACKENDS}  # type: ignore[misc]
+    makes |= {
+        backend: lambda backend=backend: compiled(cell.on(backend))  # type: ignore[misc]
+        for backend in BACKENDS
+        if cell.fits(backend)
+    }
     found: dict[str, Any] = {}
     for form, make in makes.items():
         try:
@@ -91,7 +95,7 @@ def inputs_in_8_bits(device: torch.device) -> list[dict[str, Any]]:
     for rows, columns in SIZES:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         for dtype in (torch.float8_e4m3fn, torch.int8):
-            for gelu in ("", "tanh", "none") if columns > rows // 4 else ("",):
+            for gelu in ("", "tanh", "none") if columns > 2048 else ("",):
                 by_compiler = torch.compile(partial(by_torch, dtype=dtype, gelu=gelu))
                 calls = {
                     "kernel": partial(kernels.quantised, x, dtype, gelu),

@@ -55,8 +55,8 @@ DENSE = {"dense-fp8": "fp8", "dense-int8": "int8"}
 WIDE = {"eager": BF16, "dense-gelu": BF16}
 SPARSE = {
     **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
-    **{"cusparselt-direct": BF16, "torchao-fp8": "fp8"},  # of optional packages: a line says where they are missing
-}
+    "torchao-fp8": "fp8",  # an optional package: a line says where it is missing
+}  # not `cusparselt-direct`: its plans are numbered by layer, so that no block would be compiled as another one is
 TOLERANCE = 0.12
 """The largest relative error of a layer: what fp8 with a scale for each token and channel comes to, and more."""
 LARGEST_ERROR = 0.2
@@ -153,7 +153,8 @@ class Cell:
             yield f"{backend} everywhere, compiled", SPARSE[backend], lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
         for precision in dict.fromkeys(SPARSE[backend] for backend in backends) if self.products else ():
             choices = self.fastest(precision)
-            if set(choices.values()) & set(SPARSE):
+            used = set(choices.values()) & set(SPARSE)
+            if used and not any(choices == self.choices(backend) for backend in used):
                 yield (
                     f"2:4 {precision} chosen, compiled",
                     precision,
@@ -165,7 +166,11 @@ class Cell:
         takes = registry.backend(backend)
         if reason := takes.unavailable(self.session.device):
             raise RuntimeError(reason)
-        return self.put_on({one.at: backend for one in self.units(takes)})
+        return self.put_on(self.choices(backend))
+
+    def choices(self, backend: str) -> dict[str, str]:
+        """Every unit that `backend` takes, on it."""
+        return {one.at: backend for one in self.units(registry.backend(backend))}
 
     def put_on(self, choices: Mapping[str, str]) -> nn.Module:
         """The model with the units of `choices` on the backend that each names."""

@@ -71,7 +71,8 @@ def verdict(precision: str, dense: Line, sparse: Line, wide: float | None = None
 def table(lines: Sequence[Line]) -> str:
     """Cell by cell, against the fastest dense form of the same precision."""
     rows = [
-        "| model, batch | precision | fastest dense | ms | fastest 2:4 | ms | 2:4 over dense | over dense bf16 | error | verdict |",
+        "| model, batch | precision | fastest dense | ms | fastest 2:4 | ms | 2:4 over dense | over dense bf16 "
+        "| error, dense and 2:4 | verdict |",
         "|---|---|---|---:|---|---:|---:|---:|---:|---|",
     ]
     found = pairs(lines)
@@ -86,7 +87,7 @@ def table(lines: Sequence[Line]) -> str:
         times = " | ".join(f"{one['form']} | {one['median_ms']:.2f}" for one in (dense, sparse))
         rows.append(
             f"| {name}, {batch} | {precision} | {times} "
-            f"| {ratio(dense, sparse):.2f}x | {'' if over is None else f'{over:.2f}x'} | {sparse['error']:.1e} "
+            f"| {ratio(dense, sparse):.2f}x | {'' if over is None else f'{over:.2f}x'} | {dense['error']:.1e}, {sparse['error']:.1e} "
             f"| {verdict(precision, dense, sparse, over)} |"
         )
     failed = [line for line in lines if "failed" in line]

@@ -47,6 +47,12 @@ class Unit:
         return tuple(m for m in self.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
 
     @property
+    def activation(self) -> nn.GELU:
+        """The GELU of a pair."""
+        (found,) = (m for m in self.module.modules() if isinstance(m, nn.GELU))
+        return found
+
+    @property
     def kind(self) -> Kind:
         """What it is, by its layers."""
         if len(self.layers) != 1:

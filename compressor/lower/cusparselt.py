@@ -24,7 +24,7 @@ from compressor.lower import cusparselt_direct, cusparselt_library
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.cusparselt_direct import Plans
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, search_together, tuned
-from compressor.lower.quantised import QuantisedLinear, by_products, matrix, no_product, products_of
+from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix, no_product, products_of
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM, Pattern
 
@@ -291,10 +291,9 @@ class CuSparseLtDirect(CuSparseLt):
         if reason := self.refusal(unit):
             raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
         if isinstance(unit.module, nn.Sequential):
-            (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
             tokens, (first, second) = _tokens(unit), unit.layers
             with suppress(CompressorError):  # the library has no GELU for every type: it stays between then
-                fused = SparseLinear(first, tokens, Plans(activation.approximate))
+                fused = SparseLinear(first, tokens, Plans(unit.activation.approximate))
                 return nn.Sequential(fused, self._linear(second, tokens))
         return super().build(unit)
 
@@ -316,6 +315,10 @@ class CuSparseLtQuantised(CuSparseLt):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.products = dtype, products_of(dtype)
         self.name = f"cusparselt-{self.products}"
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        return f"{super().version} {digest()}".strip()
 
     def unavailable(self, device: torch.device) -> str | None:
         return super().unavailable(device) or cusparselt_library.missing_8_bits(device, self.dtype)

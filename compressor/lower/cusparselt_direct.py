@@ -208,11 +208,9 @@ class Plans:
     """
 
     def __init__(self, gelu: str | None = None) -> None:
-        number = next(_numbers)
-        # As a tensor: a number would be a constant of what is compiled, and each block of a model be compiled for itself.
-        self.gelu, self.number = gelu, torch.tensor(number, device="cpu")
+        self.gelu, self.number = gelu, next(_numbers)
         self.kept: OrderedDict[tuple[Any, ...], Planned] = OrderedDict()
-        _held[number] = self
+        _held[self.number] = self
 
     def __deepcopy__(self, memo: Any) -> Plans:
         return Plans(self.gelu)
@@ -243,16 +241,16 @@ _held: WeakValueDictionary[int, Plans] = WeakValueDictionary()
 
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define("cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, Tensor plans) -> Tensor")
+_library.define("cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, int plans) -> Tensor")
 
 
-def _planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: Tensor) -> Tensor:
+def _planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int) -> Tensor:
     if not x.shape[0]:
         return _fake_planned(x, packed, bias, out, algorithm, plans)
     alg_id, split_k, mode, transposed = algorithm
     how = Algorithm(alg_id, split_k, mode, bool(transposed))
     x = x.contiguous()
-    its = _held[int(plans)]
+    its = _held[plans]
     try:
         plan = its.of(x, out, bias, how)
     except bindings().cuSPARSELtError:  # for another number of tokens than was planned when the model was lowered
@@ -261,9 +259,7 @@ def _planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm
     return plan(x, packed)
 
 
-def _fake_planned(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: Tensor
-) -> Tensor:
+def _fake_planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int) -> Tensor:
     return x.new_empty((x.shape[0], out))
 
 

@@ -62,7 +62,7 @@ class OneDNN(Backend):
         layers = unit.layers
         if len(layers) == 1:
             return PrepackedLinear(layers[0], tokens)
-        gelu = PrepackedLinear(layers[0], tokens, f"gelu{_activation(unit).approximate}")
+        gelu = PrepackedLinear(layers[0], tokens, f"gelu{unit.activation.approximate}")
         return nn.Sequential(gelu, PrepackedLinear(layers[1], tokens))
 
 
@@ -83,36 +83,34 @@ class DenseGelu(Backend):
 
     def refusal(self, unit: Unit) -> str | None:
         if unit.dtype not in (torch.bfloat16, torch.float16):
-            return f"cuBLASLt does a GELU with products of 16 bits, not {unit.dtype}: lower with dtype=torch.bfloat16"
-        if _activation(unit).approximate != "tanh":
-            return "its GELU is the exact one, and cuBLASLt has that by tanh"
+            return f"a GELU by cuBLASLt was tried with products of 16 bits, not {unit.dtype}: lower with dtype=torch.bfloat16"
+        if unit.activation.approximate != "tanh":
+            return "its GELU is the exact one: cuBLASLt has only the one by tanh"
         return "its first layer has no bias, which cuBLASLt adds before a GELU" if unit.layers[0].bias is None else None
 
     def build(self, unit: Unit) -> nn.Module:
         if reason := self.refusal(unit):
             raise CompressorError(f"{unit.name} has no GELU by cuBLASLt: {reason}")
-        return nn.Sequential(LinearGelu(unit.layers[0]), unit.layers[1])
+        first, second = unit.layers
+        return nn.Sequential(LinearGelu(first), copy.deepcopy(second).requires_grad_(False))
 
 
 class LinearGelu(nn.Module):
     """x (..., in) -> GELU by tanh of (..., out), for inference, by one product on a GPU."""
 
     weight: Tensor
+    bias: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.register_buffer("weight", layer.weight.detach().clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        assert layer.bias is not None
+        self.register_buffer("bias", layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
         out: Tensor = torch.ops.compressor.linear_gelu(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return out.reshape(*x.shape[:-1], self.weight.shape[0])
-
-
-def _activation(unit: Unit) -> nn.GELU:
-    (found,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
-    return found
 
 
 class _Immutable(nn.Module):

@@ -100,9 +100,11 @@ def _forms(
     if cached and (packed := _packed(job, layers)) != dense:
         forms[_UNCACHED] = built(job, packed)
     if compiled:
-        forms["eager, compiled"] = _compiled(job.base, job.device)
-        if "lowered" in forms:
-            forms["lowered, compiled"] = _compiled(built(job, _for_compiler(layers)), job.device)
+        # A compiler packs dense layers itself, and is not always as fast with its own as with those that were packed before.
+        alike = {"dense"} if set(dense.values()) <= {"eager"} else set[str]()
+        forms |= {
+            f"{name}, compiled": _compiled(forms[name], job.device) for name in _PLAIN if name in forms.keys() - alike
+        }
     return forms
 
 
@@ -110,11 +112,6 @@ def channels_last(form: nn.Module) -> nn.Module:
     """A copy whose weights of four dims lie with their channels last; activations follow them."""
     laid: nn.Module = own(form).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return laid
-
-
-def _for_compiler(layers: Sequence[LayerPlan]) -> dict[str, str]:
-    """The choices that go under torch.compile: dense layers are left to it, which packs them itself."""
-    return {layer.name: layer.choice if layer.skips_zeros else "eager" for layer in layers}
 
 
 def guarded(
@@ -264,8 +261,9 @@ def dense_forms(
             forms[form.name] = _in_way(forms[name], how)
     if plan.form(_UNCACHED) is not None:
         forms[_UNCACHED] = built(job, _packed(job, plan.layers))
-    if plan.form("eager, compiled") is not None:
-        forms["eager, compiled"] = _compiled(job.base, job.device)
+    for name in ("eager", "dense"):
+        if plan.form(f"{name}, compiled") is not None:
+            forms[f"{name}, compiled"] = _compiled(forms[name], job.device)
     return forms
 
 
@@ -307,16 +305,16 @@ def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     name, *how = plan.choice.split(", ")
     if plan.choice == _UNCACHED:
         return own(built(job, _packed(job, layers)))
-    if name not in ("eager", "dense", "lowered") or how not in _WAYS:
+    if name not in _PLAIN or how not in _WAYS:
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
     if name == "lowered":
-        choices = {layer.name: layer.choice for layer in layers}
-        form = built(job, _for_compiler(layers) if how == ["compiled"] else choices)
+        form = built(job, {layer.name: layer.choice for layer in layers})
     else:
         form = job.base if name == "eager" else built(job, _fastest_dense(job, layers, plan.exact))
     return _compiled(form, job.device) if how == ["compiled"] else _in_way(own(form), how)
 
 
+_PLAIN = ("eager", "dense", "lowered")
 _WAYS: tuple[list[str], ...] = ([], ["compiled"], ["graph"], ["channels last"], ["channels last", "graph"])
 """How a form is run, as its name says after its first part."""
 

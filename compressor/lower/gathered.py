@@ -165,8 +165,7 @@ class Gathered(Backend):
         pairs = [(layer, p) for layer, p in zip(unit.layers, unit.patterns, strict=True) if isinstance(p, NM)]
         if isinstance(unit.module, nn.Sequential):
             first, second = (Product(layer.weight, layer.bias, pattern) for layer, pattern in pairs)
-            (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
-            return GatheredPair(first, nn.GELU(activation.approximate), second)
+            return GatheredPair(first, nn.GELU(unit.activation.approximate), second)
         ((layer, pattern),) = pairs
         kind = GatheredConv1x1 if isinstance(layer, nn.Conv2d) else GatheredLinear
         return kind(layer.weight, layer.bias, pattern)

@@ -6,10 +6,12 @@ Weights are quantised per output channel, inputs per token as they come. A speed
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +40,15 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """`gelu_quantised` of x (rows, in), or of what `rescaled` makes of it, in int8 where `whole`, else in fp8."""
     dtype = torch.int8 if whole else torch.float8_e4m3fn
+    if (by_row is None) != (by_column is None) or (by_row is None and bias is not None):
+        raise CompressorError("scales by row and by column go together, and a bias only with them")
     if x.is_cuda:
         kernels = checked("compressor.lower.triton_quantised", x.get_device(), "inputs are quantised by torch")
         if kernels is not None and kernels.takes(x):
             found: tuple[Tensor, Tensor] = kernels.quantised(x, dtype, gelu, by_row, by_column, bias)
             return found
-    if by_row is not None and by_column is not None:
+    if by_row is not None:
+        assert by_column is not None
         x = rescaled(x, by_row, by_column, bias, torch.float32)
     return gelu_quantised(x, dtype, gelu)
 
@@ -69,6 +74,8 @@ class QuantisedLinear(nn.Module):
 
     scale: Tensor
     bias: Tensor | None
+    scales_itself = False
+    """Whether `scaled` is overridden: where the kernel of the product applies the scales and the bias."""
 
     def __init__(self, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -76,9 +83,6 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("scale", scale.flatten())
         self.rescale = fused(rescaled)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    scales_itself = False
-    """Whether the kernel of its product applies the scales and the bias, so that `scaled` is no pass of its own."""
 
     @property
     @abstractmethod
@@ -162,11 +166,10 @@ def by_products(unit: Unit, made: Callable[[nn.Linear | nn.Conv2d], nn.Module]) 
     """The unit with each layer as `made` makes it: a module that takes (..., in)."""
     layers = [made(layer) for layer in unit.layers]
     if isinstance(unit.module, nn.Sequential):
-        (activation,) = (m for m in unit.module.modules() if isinstance(m, nn.GELU))
         first, second = layers
         if isinstance(first, QuantisedLinear) and isinstance(second, QuantisedLinear):
-            return QuantisedPair(first, activation.approximate, second)
-        return nn.Sequential(first, nn.GELU(activation.approximate), second)
+            return QuantisedPair(first, unit.activation.approximate, second)
+        return nn.Sequential(first, nn.GELU(unit.activation.approximate), second)
     return Conv1x1(layers[0]) if isinstance(unit.module, nn.Conv2d) else layers[0]
 
 
@@ -231,6 +234,15 @@ class _DenseFp8(_Dense):
         return out.to(dtype)
 
 
+@cache
+def digest() -> str:
+    """Of what brings inputs to 8 bits, on which the times of all these backends depend."""
+    found = hashlib.sha256()
+    for name in ("quantised.py", "triton_quantised.py"):
+        found.update((Path(__file__).parent / name).read_bytes())
+    return found.hexdigest()[:8]
+
+
 def products_of(dtype: torch.dtype) -> str:
     """How 8-bit products of `dtype` are called: int8 or fp8. Raises CompressorError where there are none."""
     if dtype not in LARGEST:
@@ -248,6 +260,10 @@ class DenseQuantised(Backend):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.products = dtype, products_of(dtype)
         self.name = f"dense-{self.products}"
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        return digest()
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":

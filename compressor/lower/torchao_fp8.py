@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError, first_line
 from compressor.lower.backend import Backend, Unit
 from compressor.lower.cusparselt import no_sparse_product
-from compressor.lower.quantised import QuantisedLinear, by_products, matrix
+from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix
 from compressor.sparsity.codes import quantised
 
 _PRODUCT = "torchao::rowwise_scaled_linear_sparse_cutlass_f8f8"
@@ -100,7 +100,7 @@ class TorchaoFp8(Backend):
     @property
     def version(self) -> str:  # type: ignore[override]
         with suppress(PackageNotFoundError):
-            return version("torchao")
+            return f"{version('torchao')} {digest()}"
         return ""
 
     def unavailable(self, device: torch.device) -> str | None:

@@ -1,7 +1,7 @@
 """Rows of a layer's input in 8 bits, with the GELU before them, as one kernel for GPUs: it reads and writes everything once.
 
 A compiler makes two loops of it and takes the GELU in both; on an H100 that took three times as long as this. A program has a whole
-row in registers: as many entries as the largest power of two within it has, and then the rest.
+row in registers, in two parts: the largest power of two that fits, and the rest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 from compressor.sparsity.codes import LARGEST, gelu_quantised
 
 _ENTRIES = 65536
+"""The longest row."""
 _KINDS = {"": 0, "tanh": 1, "none": 2}
 
 
 @triton.jit
-def _rows(
+def _quantise(
     x,
     by_row,
     by_column,
@@ -69,7 +70,7 @@ def _rows(
 @triton.jit
 def _gelu(v, KIND: tl.constexpr):
     if KIND == 1:
-        v = v * (1.0 - 1.0 / (1.0 + tl.exp(1.5957691216057308 * (v + 0.044715 * v * v * v))))
+        v = v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
     if KIND == 2:
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     return v
@@ -97,12 +98,13 @@ def quantised(
     by_column: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `codes.gelu_quantised` gives of x (rows, in) on a GPU, up to the last bit of a scale and codes that lie between two.
+    """What `codes.gelu_quantised` gives of x (rows, in) on a GPU, up to the last bits of scales, and codes of numbers halfway.
 
     With the scales `by_row` (rows, 1) and `by_column` (in,), of x * by_row * by_column + bias (in,).
     """
     if x.stride(1) != 1:
         x = x.contiguous()
+    by_row, by_column, bias = (None if one is None else one.contiguous() for one in (by_row, by_column, bias))
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -113,18 +115,17 @@ def quantised(
     kinds = (by_row is not None, bias is not None, _KINDS[gelu], dtype == torch.int8)
     warps = min(16, max(2, 1 << (max(1, columns // 1024).bit_length() - 1)))
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        _rows[(triton.cdiv(rows, each),)](*given, *kinds, each, part, rest, num_warps=warps)
+        _quantise[(triton.cdiv(rows, each),)](*given, *kinds, each, part, rest, num_warps=warps)
     return codes, scales
 
 
 def differences(device: torch.device) -> str | None:
     """What the kernel gives otherwise than torch, on a few small tensors; None: nothing."""
-    x, scale, bias = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((5, 200), (200,), (200,))
-    )
-    x *= torch.logspace(-3, 3, 5)[:, None]
+    rng, wide = torch.Generator().manual_seed(0), torch.float32  # whatever a program has as its default
+    x, scale, bias = (torch.randn(shape, generator=rng, dtype=wide) for shape in ((5, 200), (200,), (200,)))
+    x *= torch.logspace(-3, 3, 5, dtype=wide)[:, None]
     x[0], x[1, :100] = 0, 0
-    x, bias, rows = x.bfloat16(), bias.bfloat16(), torch.logspace(1, -1, 5)[:, None]
+    x, bias, rows = x.bfloat16(), bias.bfloat16(), torch.logspace(1, -1, 5, dtype=wide)[:, None]
     # Triton's interpreter, which is there for CPUs, rounds fp8 without a carry, and GPUs before 8.9 have none.
     floating = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     kinds = ((torch.int8, 1.0), (torch.float8_e4m3fn, 32.0))  # with one step of the largest codes

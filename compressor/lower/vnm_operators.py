@@ -18,7 +18,7 @@ _library = _torch_library.Library("compressor", "DEF")
 _MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, int[] numbers{0}"
 _library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
 _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
-_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, int side, int tile) -> Tensor")
+_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int tile) -> Tensor")
 _library.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool codes) -> Tensor")
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
@@ -159,6 +159,7 @@ def _conv(
     order: Tensor | None,
     scale: Tensor | None,
     numbers: Sequence[int],
+    largest: Tensor | None,
     side: int,
     tile: int,
 ) -> Tensor:
@@ -170,7 +171,9 @@ def _conv(
         job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
         job = job._replace(side=side, height=height, width=width)
         if scale is not None:
-            largest = torch.maximum(x.amax((1, 2, 3)), x.amin((1, 2, 3)).neg()).float()  # vector_norm takes 18x as long
+            if largest is None or largest.shape != (batch,) or largest.dtype != torch.float32:
+                raise CompressorError("a convolution in 8 bits needs the largest magnitude of each image, in float32")
+            largest = largest.contiguous()
             job = job._replace(largest=largest.data_ptr())
         _run(job, _matrix(values, index, bias, order, scale, numbers))
     return y
@@ -253,6 +256,7 @@ def _fake_conv(
     order: Any,
     scale: Any,
     numbers: Sequence[int],
+    largest: Any,
     side: int,
     tile: int,
 ) -> Tensor:

@@ -197,7 +197,7 @@ def _timed(
     return entries
 
 
-_NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled"}
+_NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled", "dense, compiled": "prepacked, compiled"}
 """How a dense form is called in a report's latency."""
 
 

@@ -1,6 +1,7 @@
-"""Where masks of tensors on a GPU are made: by Triton's kernels where they work, and otherwise by torch. Both give the same bits.
+"""Which kernels of Triton's are used: those that work on this GPU, tried before their first use (`checked`). Where they do not, torch
+does the same in more passes.
 
-`checked` is how any module of such kernels is tried before it is used.
+Masks of tensors on a GPU are made by them (`kernels_for`), to the same bits.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def checked(name: str, index: int, otherwise: str) -> ModuleType | None:
     except ImportError:  # torch without CUDA, or for a system that has no Triton, comes without
         return None
     try:
-        wrong = kernels.differences(torch.device("cuda", index))
+        with torch.device("cpu"):  # whatever a program has as its default
+            wrong = kernels.differences(torch.device("cuda", index))
     except Exception as failure:  # a compiler's, a driver's: whatever it is, torch can do it
         wrong = f"{type(failure).__name__}: {first_line(failure)}"
     if wrong is not None:
