@@ -67,7 +67,9 @@ class VNMConv(nn.Module):
         refuse_gradients(x)
         w = self.weight
         largest = None
-        if w.scale is not None and x.numel():  # here, so that a compiler takes it on its way through what makes x
+        if (
+            w.scale is not None and x.dim() == 4 and x.numel()
+        ):  # here, so that a compiler takes it on its way through what makes x
             largest = x.abs().amax((1, 2, 3)).float()  # torch's vector_norm takes 18 times as long
         out: Tensor = torch.ops.compressor.vnm_conv(x.contiguous(), *w.arguments, largest, self.side, w.tile)
         return out
