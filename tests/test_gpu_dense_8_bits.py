@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compressor
 from compressor import Backend, CompressorError, Plan
-from compressor.lower import Unit, forms, quantised
+from compressor.lower import Unit, cusparselt, forms, quantised
 from compressor.lower.backend import Kind
 from compressor.lower.contest import Contest
 from compressor.lower.dense import DenseGelu, LinearGelu
@@ -96,6 +96,13 @@ def test_the_real_operators_take_what_they_are_given_on_a_gpu(backend):
         made = backend.build(Unit("layer", layer, (5, 64), BF16, CUDA, (None,)))
         out = made(torch.empty(5, 64, device="cuda", dtype=BF16))
         assert out.shape == (5, 32) and out.dtype == BF16 and out.device.type == "cuda"
+
+
+def test_times_depend_on_what_brings_inputs_to_8_bits(monkeypatch):
+    """By every backend that uses it: kept times are of another kernel otherwise."""
+    backends = [dense_int8(), dense_fp8(), cusparselt.int8(), cusparselt.fp8()]
+    assert all(backend.version.split()[-1] == quantised.digest() for backend in backends)
+    assert cusparselt.CuSparseLt().version == cusparselt.int8().version.rpartition(" ")[0]
 
 
 @BACKENDS

@@ -16,7 +16,7 @@ from imitated import BF16, CUDA, FP8, FP16, error, normal, sparse_, unit
 from torch import Tensor, nn
 
 from compressor import NM, CompressorError, registry
-from compressor.lower import torchao_fp8
+from compressor.lower import quantised, torchao_fp8
 from compressor.lower.torchao_fp8 import TorchaoFp8
 
 SCHEMAS = (
@@ -102,7 +102,7 @@ def test_where_it_is_there(machine, monkeypatch):
     monkeypatch.setattr(torchao_fp8, "import_module", lambda name: None)
     assert "kernels did not load" in str(backend.unavailable(CUDA))
     monkeypatch.setattr(torchao_fp8, "version", lambda name: "0.18.0")
-    assert backend.version == "0.18.0"
+    assert backend.version.split() == ["0.18.0", quantised.digest()]
 
 
 def test_with_its_kernels_it_is_there(machine, kernel):
