@@ -98,7 +98,7 @@ def test_the_real_operators_take_what_they_are_given_on_a_gpu(backend):
         assert out.shape == (5, 32) and out.dtype == BF16 and out.device.type == "cuda"
 
 
-def test_times_depend_on_what_brings_inputs_to_8_bits(monkeypatch):
+def test_times_depend_on_what_brings_inputs_to_8_bits():
     """By every backend that uses it: kept times are of another kernel otherwise."""
     backends = [dense_int8(), dense_fp8(), cusparselt.int8(), cusparselt.fp8()]
     assert all(backend.version.split()[-1] == quantised.digest() for backend in backends)
