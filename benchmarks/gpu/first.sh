@@ -93,6 +93,9 @@ case "${1:-}" in
 wheels) wheels ;;
 run) run ;;
 --dry-run)
+    if [ -x .venv/bin/python ] && ! "$PYTHON" -c "import torch" 2> /dev/null; then
+        PYTHON=.venv/bin/python  # what `make` has made
+    fi
     wheels
     calls
     folder=$(mktemp -d)
