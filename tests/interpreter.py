@@ -6,8 +6,10 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,19 @@ def run_in_the_interpreter(file: str) -> None:
     )
     assert made.returncode == 0, made.stdout
     assert "TRITON_INTERPRET=1" not in made.stdout  # none of those that need it was skipped
+
+
+def compiled_for(
+    capability: int, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], **options: Any
+) -> Any:
+    """`kernel` as machine code of a GPU; arguments without a type of their own are pointers to float32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
+    source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(made.asm["cubin"]) > 1000
+    return made

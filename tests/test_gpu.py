@@ -19,11 +19,11 @@ from compressor.lower.cusparselt import CuSparseLt, CuSparseLtDirect, fp8, int8
 from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, tuned
 from compressor.lower.dense import DenseGelu
 from compressor.lower.graphs import Graphed
-from compressor.lower.quantised import dense_fp8, dense_int8
+from compressor.lower.quantised import dense_fp8, dense_int8, kernels
 from compressor.lower.torchao_fp8 import TorchaoFp8
 from compressor.registry import build_pruner, pruner_class
 from compressor.saving.state import load_state, save_state
-from compressor.sparsity.on_gpu import checked, kernels_for
+from compressor.sparsity.on_gpu import kernels_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -114,7 +114,7 @@ class TestOnGpu:
 
     def test_inputs_are_quantised_by_the_kernel(self):
         on_gpu(nn.Linear(16, 16))
-        assert checked("compressor.lower.triton_quantised", 0, "") is not None
+        assert kernels(0) is not None
 
     @pytest.mark.parametrize("bias", [True, False])
     def test_a_planned_product_is_the_dense_one(self, default, bias):

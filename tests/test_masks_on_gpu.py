@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import INTERPRETS, in_the_interpreter, needs_triton, run_in_the_interpreter
+from interpreter import INTERPRETS, compiled_for, in_the_interpreter, needs_triton, run_in_the_interpreter
 from torch import Tensor, nn
 
 import compressor
@@ -133,10 +133,6 @@ def test_the_check_before_the_first_use_finds_a_wrong_kernel(interpreted, monkey
 def test_the_kernels_compile_for_gpus(capability) -> None:
     """To machine code, without a GPU; the product of a gradient stays apart from its sum."""
     kernels = importlib.import_module(NAME)
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     types = {
         "keep": "*i8",
         "nan": "*i32",
@@ -148,15 +144,8 @@ def test_the_kernels_compile_for_gpus(capability) -> None:
     }
     constants = {"N": 2, "M": 4, "MAGNITUDE": True, "COUNTED": True, "BLOCK": 512}
     for kernel in (kernels._keep, kernels._keep_of_four, kernels._settle, kernels._refined):
-        names = kernel.arg_names
-        signature = {
-            n: "constexpr" if n in constants else types.get(n, "fp32" if n == "decay" else "*fp32") for n in names
-        }
-        if kernel is kernels._keep_of_four:
-            signature["keep"] = "*i32"
-        source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants})
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(kernels._UNFUSED))
-        assert len(made.asm["cubin"]) > 1000
+        own = {**types, "decay": "fp32"} | ({"keep": "*i32"} if kernel is kernels._keep_of_four else {})
+        made = compiled_for(capability, kernel, own, constants, **kernels._UNFUSED)
         if kernel is kernels._refined:
             assert "mul" in made.asm["ptx"] and "fma.rn.f32" not in made.asm["ptx"]
 

@@ -17,16 +17,14 @@ from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
 from lowering import Cell, Session, compiled
 from subjects import SUBJECTS
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from compressor.environment import environment
 from compressor.errors import first_line
-from compressor.sparsity.codes import quantised
-from compressor.sparsity.on_gpu import checked
+from compressor.lower.quantised import kernels
+from compressor.sparsity.codes import gelu_quantised
 
 OUT = Path(__file__).parent / "kernels.json"
 BACKENDS = ("dense-gelu", "dense-fp8", "cusparselt", "cusparselt-fp8", "cusparselt-int8", "torchao-fp8")
@@ -70,8 +68,8 @@ def profiled(name: str, batch: int, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for form, make in makes.items():
         try:
-            kernels = by_kernel(make(), cell.cast)
-            found[form] = {"us": sum(one["us"] for one in kernels), "kernels": kernels[:_SHOWN]}
+            spent = by_kernel(make(), cell.cast)
+            found[form] = {"us": sum(one["us"] for one in spent), "kernels": spent[:_SHOWN]}
         except Exception as failure:  # a form that does not run is one result among others
             found[form] = {"failed": f"{type(failure).__name__}: {first_line(failure)}"}
         click.echo(f"{cell.name} {form}: {found[form].get('us', found[form].get('failed'))}")
@@ -79,26 +77,21 @@ def profiled(name: str, batch: int, device: torch.device) -> dict[str, Any]:
     return found
 
 
-def by_torch(x: Tensor, dtype: torch.dtype, gelu: str) -> tuple[Tensor, Tensor]:
-    """In torch's operators, as they are written for any device."""
-    return quantised(F.gelu(x, approximate=gelu) if gelu else x, dtype)
-
-
 def inputs_in_8_bits(device: torch.device) -> list[dict[str, Any]]:
     """Microseconds to quantise inputs of several sizes, by the kernel and by a compiler; medians."""
     from triton.testing import do_bench
 
-    kernels = checked("compressor.lower.triton_quantised", device.index, "inputs are quantised by torch")
-    if kernels is None:
+    own = kernels(device.index)
+    if own is None:
         raise click.ClickException("the kernel does not work here")
     lines = []
     for rows, columns in SIZES:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         for dtype in (torch.float8_e4m3fn, torch.int8):
             for gelu in ("", "tanh", "none") if columns > 2048 else ("",):
-                by_compiler = torch.compile(partial(by_torch, dtype=dtype, gelu=gelu))
+                by_compiler = torch.compile(partial(gelu_quantised, dtype=dtype, gelu=gelu))
                 calls = {
-                    "kernel": partial(kernels.quantised, x, dtype, gelu),
+                    "kernel": partial(own.quantised, x, dtype, gelu),
                     "compiler": partial(by_compiler, x),
                 }
                 times = {name: 1000 * do_bench(call, return_mode="median") for name, call in calls.items()}

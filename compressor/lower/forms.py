@@ -101,10 +101,10 @@ def _forms(
         forms[_UNCACHED] = built(job, packed)
     if compiled:
         # A compiler packs dense layers itself, and is not always as fast with its own as with those that were packed before.
-        alike = {"dense"} if set(dense.values()) <= {"eager"} else set[str]()
-        forms |= {
-            f"{name}, compiled": _compiled(forms[name], job.device) for name in _PLAIN if name in forms.keys() - alike
-        }
+        as_it_is = set(dense.values()) <= {"eager"}
+        for name in _PLAIN:
+            if name in forms and not (name == "dense" and as_it_is):
+                forms[f"{name}, compiled"] = _compiled(forms[name], job.device)
     return forms
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ _library.define(
 )
 
 
+def kernels(index: int) -> ModuleType | None:
+    """The module `triton_quantised` where it works on GPU `index`; None where torch has to do it."""
+    return checked("compressor.lower.triton_quantised", index, "inputs are quantised by torch")
+
+
 def _rows(
     x: Tensor, whole: bool, gelu: str, by_row: Tensor | None, by_column: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -43,9 +49,9 @@ def _rows(
     if (by_row is None) != (by_column is None) or (by_row is None and bias is not None):
         raise CompressorError("scales by row and by column go together, and a bias only with them")
     if x.is_cuda:
-        kernels = checked("compressor.lower.triton_quantised", x.get_device(), "inputs are quantised by torch")
-        if kernels is not None and kernels.takes(x):
-            found: tuple[Tensor, Tensor] = kernels.quantised(x, dtype, gelu, by_row, by_column, bias)
+        on_gpu = kernels(x.get_device())
+        if on_gpu is not None and on_gpu.takes(x):
+            found: tuple[Tensor, Tensor] = on_gpu.quantised(x, dtype, gelu, by_row, by_column, bias)
             return found
     if by_row is not None:
         assert by_column is not None
