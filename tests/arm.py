@@ -20,11 +20,11 @@ from typing import Any, cast
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py"]
+KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py", "tests/test_kernels_bytes.py"]
 NEEDS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 OF_THIS_MACHINE = "tests/test_kernels.py::test_this_machine_runs_more_than_the_portable_kernels_where_it_can"
 
-_JOB, _MATRIX = 12, 15  # the numbers of a job and of a matrix, as `_vnm.c` takes them
+_JOB, _MATRIX = 12, 16  # the numbers of a job and of a matrix, as `_vnm.c` takes them
 _CONVOLUTION = 2
 
 
@@ -105,16 +105,19 @@ class Emulated:
 
 def _addresses(numbers: tuple[int, ...]) -> dict[int, int]:
     """The bytes at each address of a job, by its place; the result's first."""
+    from compressor.lower.vnm_weight import Lanes, Layout
+
     kind, half, height, width, units = (numbers[i] for i in (0, 3, 6, 7, 8))
     matrices = range(_JOB, len(numbers), _MATRIX)
     places = units * (height * width if kind == _CONVOLUTION else 1) * (2 if half else 4)
     sizes = {2: places * numbers[matrices[-1]], 1: places * numbers[_JOB + 1]}
     if numbers[_JOB - 1]:  # the largest magnitude of each image
-        sizes[_JOB - 1] = 4 * units
+        sizes[_JOB - 1] = 4 * units * (2 if numbers[_JOB + 8] == Lanes.BYTES else 1)
     for at in matrices:
-        rows, inner, v, taps, _, group, kept = numbers[at : at + 7]
-        steps = rows // v * (inner // group) * kept * taps
-        parts = zip(range(at + 10, at + _MATRIX), (steps * v * 4, steps * 2, rows * 4, rows * 4, rows * 4), strict=True)
+        layout = Layout(*numbers[at : at + 10])
+        (values, places), row = layout.lengths, 4 * layout.out
+        lengths = (values * 4, places * 2, row, row, row, (len(layout.blocks) + 1) * row)
+        parts = zip(range(at + 10, at + _MATRIX), lengths, strict=True)
         sizes |= {place: size for place, size in parts if numbers[place]}
     return sizes
 

@@ -33,7 +33,7 @@ CHECKS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-f
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Relative to the sum of magnitudes, in float32 and with bfloat16 on the way."""
 
-ADDRESSES = {1, 2, 11, *range(22, 27), *range(37, 42)}  # the places of addresses among a job's numbers
+ADDRESSES = {1, 2, 11, *range(22, 28), *range(38, 44)}  # the places of addresses among a job's numbers
 OUTSIDE = [2**31, -(2**31) - 1, 2**32 + 1, 2**40, 2**63 - 1, -(2**63)]
 
 
@@ -41,6 +41,7 @@ class Fuzz:
     """Draws jobs and runs them in `extension`."""
 
     def __init__(self, extension: Any) -> None:
+        import test_kernels_bytes as bytes_
         import test_kernels_int8 as int8
 
         from compressor.lower import vnm, vnm_weight
@@ -48,6 +49,7 @@ class Fuzz:
         from compressor.sparsity.pattern import NM
 
         self.extension, self.int8, self.vnm, self.weights = extension, int8, vnm, vnm_weight
+        self.bytes = bytes_
         self.nm, self.clustered = NM, Clustered
         self.counts: Counter[str] = Counter()
 
@@ -82,7 +84,12 @@ class Fuzz:
     def lanes(self, rng: random.Random) -> tuple[int, int]:
         """What lanes hold, and the channels of a group."""
         found = self.weights.Lanes
-        kinds = [found.FLOATS, found.CODES, *([found.HALVES] if self.extension.level() == "avx512_bf16" else [])]
+        kinds = [
+            found.FLOATS,
+            found.CODES,
+            found.BYTES,
+            *([found.HALVES] if self.extension.level() == "avx512_bf16" else []),
+        ]
         lanes = rng.choice(kinds)
         return lanes, 4 if lanes else rng.choice([1, 2, 3, 4, 5, 8, 16])
 
@@ -118,6 +125,9 @@ class Fuzz:
         if lanes == self.weights.Lanes.CODES:
             assert torch.equal(module(x), self.int8.linear(x, full, bias, weight.layout.largest)), "not exact"
             return
+        if lanes == self.weights.Lanes.BYTES:
+            assert torch.equal(module(x), self.bytes.linear(x, full, bias, weight.layout.block)), "not exact"
+            return
         wide, b = x.double(), None if bias is None else bias.double()
         magnitude = F.linear(wide.abs(), full.double().abs(), None if b is None else b.abs())
         self.held(module, x, F.linear(wide, full.double(), b), magnitude)
@@ -145,6 +155,12 @@ class Fuzz:
             with torch.no_grad():
                 assert torch.equal(module(x), self.int8.pair(x, *layers, approximate, chunk)), "not exact"
             return
+        if lanes == self.weights.Lanes.BYTES:
+            layers = [dense(full1, bias1), dense(full2, bias2)]
+            with torch.no_grad():
+                found = self.bytes.pair(x, *layers, approximate, (first.layout.block, second.layout.block))
+                assert torch.equal(module(x), found), "not exact"
+            return
         wide = x.double()
         b1, b2 = (None if b is None else b.double() for b in (bias1, bias2))
         middle = F.linear(wide, full1.double(), b1)
@@ -154,14 +170,18 @@ class Fuzz:
 
     def convolution(self, rng: random.Random) -> None:
         v, m, side = rng.choice([1, 2, 4, 8]), rng.choice([1, 2, 3, 4, 8]), rng.choice([1, 3, 3, 5, 7])
-        lanes = rng.choice([self.weights.Lanes.FLOATS, self.weights.Lanes.CODES])
+        lanes = rng.choice([self.weights.Lanes.FLOATS, self.weights.Lanes.CODES, self.weights.Lanes.BYTES])
         m = 4 if lanes else m
         rows, inner = v * rng.randint(1, 10), m * rng.randint(1, 6)
         weight, full, bias = self.weight(rng, (rows, inner, side, side), lanes, v, m)
         shape = (rng.randint(1, 6), inner, rng.randint(1, 20), rng.randint(1, 40))
         x = self.inputs(rng, *shape, half=rng.random() < 0.4)
         if lanes:
-            wanted = self.int8.convolution(x, full, bias, weight.layout.largest)
+            wanted = (
+                self.bytes.convolution(x, full, bias, weight.layout.block)
+                if lanes == self.weights.Lanes.BYTES
+                else self.int8.convolution(x, full, bias, weight.layout.largest)
+            )
             assert torch.equal(self.vnm.VNMConv(weight, side)(x), wanted), "not exact"
             return
         wide, b = x.double(), None if bias is None else bias.double()
@@ -234,9 +254,7 @@ class Fuzz:
         area = x.shape[2:] if kind == 2 else (1, 1)
         numbers = [kind, x.data_ptr(), y.data_ptr(), int(kind != 2), 0, side, *area, len(x), 3, 2, 0]
         for one in held:
-            buffers = [
-                None if b is None else b.data_ptr() for b in (one.values, one.index, one.bias, one.order, one.scale)
-            ]
+            buffers = [None if b is None else b.data_ptr() for b in one.arguments[:-1]]
             numbers += [*one.layout, *(b or 0 for b in buffers)]
         place, value = rng.choice(wrong_numbers(numbers, kind, lanes))
         numbers[place] = value
@@ -278,7 +296,7 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
     }
     if kind == 2:
         wrong |= {5: [0, 2, 4, 9, -numbers[5], 46_341, 65_536], 6: [0, -1, 2**28 + 1], 7: [0, -1, 2**28 + 1, 2**31 - 1]}
-    for at in range(12, len(numbers), 15):
+    for at in range(12, len(numbers), 16):
         rows, inner, v, _, block, group, kept = numbers[at : at + 7]
         wrong |= {
             at: [0, -v, 2**24 + v, 2**31 - v, *([rows + 1] if v > 1 else [])],
@@ -289,16 +307,15 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
             at + 5: [0, -1, -group, inner + 1, 2**31 - 1],
             at + 6: [0, -1, group + 1, *([kept + 1] if lanes else [])],
             at + 7: [0, -1, group - 1, group + 1, 2**31 - 1],
-            at + 8: [
-                -1,
-                3,
-                *([1, 2] if kind == 2 else []),
-            ],  # in codes an image needs its largest magnitude, which is 0 here
+            # in whole numbers an image needs its largest ones, whose address is 0 here
+            at + 8: [-1, 4, *([1, 2, 3] if kind == 2 else [])],
             at + 10: [0],
             at + 11: [0],
         }
-        if lanes == 2:
+        if lanes >= 2:
             wrong |= {at + 9: [0, -1, 32_768, 2**31 - 1], at + 14: [0]}
+        if lanes == 3:
+            wrong |= {at + 15: [0]}
     wrong = {place: [*values, *([] if place in ADDRESSES | {8} else OUTSIDE)] for place, values in wrong.items()}
     return [(place, value) for place, values in wrong.items() for value in values]
 

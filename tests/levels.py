@@ -5,7 +5,7 @@ be emulated.
 
 A machine's own levels are chosen by COMPRESSOR_CPU_LEVEL; the lowest also keeps PyTorch and oneDNN to what every x86-64 has.
 The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the
-instructions for pairs, of bfloat16 and of whole numbers, written out: their arithmetic, tails and layouts are tested, but not
+instructions for pairs, of bfloat16 and of whole numbers, and those for bytes written out: their arithmetic, tails and layouts are tested, but not
 the instructions themselves.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py", "tests/test_attention.py"]
+KERNELS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_int8", "kernels_bytes", "attention")]
 TOUCHED = [
     *KERNELS,
     *(f"tests/test_{name}.py" for name in ("lower", "lower_doubt", "gathered", "export", "speed", "planning")),
@@ -48,6 +48,20 @@ static inline i512 emulated_madd_epi16(i512 a, i512 b) {
     return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
 static inline i512 emulated_dpwssd_epi32(i512 sum, i512 a, i512 b) { return sum + emulated_madd_epi16(a, b); }
+typedef short s512 __attribute__((vector_size(64)));
+typedef unsigned char b512 __attribute__((vector_size(64)));
+static inline s512 emulated_maddubs_epi16(i512 a, i512 b) { /* it saturates */
+    s512 found;
+    for (int i = 0; i < 32; i++) {
+        int sum = ((b512)a)[2 * i] * (signed char)((b512)b)[2 * i] + ((b512)a)[2 * i + 1] * (signed char)((b512)b)[2 * i + 1];
+        found[i] = (short)(sum > 32767 ? 32767 : sum < -32768 ? -32768 : sum);
+    }
+    return found;
+}
+static inline i512 emulated_dpbusd_epi32(i512 sum, i512 a, i512 b) {
+    for (int i = 0; i < 64; i++) sum[i / 4] += ((b512)a)[i] * (signed char)((b512)b)[i];
+    return sum;
+}
 static inline f512 emulated_either(i512 first, f512 a, f512 b) { return (f512)(((i512)a & first) | ((i512)b & ~first)); }
 static inline f512 emulated_max_ps(f512 a, f512 b) { return emulated_either(a > b, a, b); } /* b where one is NaN */
 static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < b, a, b); }
@@ -55,6 +69,8 @@ static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < 
 #define _mm512_min_ps emulated_min_ps
 #define _mm512_madd_epi16 emulated_madd_epi16
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
+#define _mm512_maddubs_epi16 emulated_maddubs_epi16
+#define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 #define __m512i i512
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
@@ -70,7 +86,7 @@ def emulated(folder: Path, *options: str) -> Path:
     code = (SOURCES / "_vnm.c").read_text(encoding="utf-8")
     code = re.sub(r'target\("avx512[^"]*"\)', 'target("avx2,fma")', code)
     code = re.sub(r'__builtin_cpu_supports\("avx512\w*"\)', "1", code)
-    code = code.replace('"+x"', '"+m"')  # vectors of 64 bytes have no register
+    code = code.replace('"+x"', '"+m"').replace('"+v"', '"+m"')  # vectors of 64 bytes have no register
     code = code.replace("#define INLINE", BFLOAT16 + "#define INLINE", 1)
     (folder / "_vnm.c").write_text(code, encoding="utf-8")
     made = folder / "_vnm.abi3.so"

@@ -293,7 +293,7 @@ def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> Non
     values, index = w.values[change.get("values", slice(None))], w.index[change.get("index", slice(None))]
     with pytest.raises((CompressorError, ValueError)):
         torch.ops.compressor.vnm_linear(
-            normal(3, 8), values, index, w.bias, w.order, w.scale, numbers, change.get("tile", w.tile)
+            normal(3, 8), values, index, w.bias, w.order, w.scale, w.total, numbers, change.get("tile", w.tile)
         )
 
 

@@ -314,15 +314,15 @@ def test_a_weight_lowered_otherwise_is_refused() -> None:
 
 def test_operators_refuse_what_would_lead_outside() -> None:
     w = int8(sparse(16, 8, NM(2, 4, 4)), None, NM(2, 4, 4))
-    values, index, bias, order, scale, numbers = w.arguments
+    values, index, bias, order, scale, total, numbers = w.arguments
     x = normal(3, 8)
     for wrong in (None, scale[:-1]):
         with pytest.raises((CompressorError, ValueError)):
-            torch.ops.compressor.vnm_linear(x, values, index, bias, order, wrong, numbers, 3)
+            torch.ops.compressor.vnm_linear(x, values, index, bias, order, wrong, total, numbers, 3)
     for place, value in ((8, 3), (8, -1), (9, 0), (9, 32_768), (6, 2), (7, 4)):
         changed = [*numbers[:place], value, *numbers[place + 1 :]]
         with pytest.raises((CompressorError, ValueError)):
-            torch.ops.compressor.vnm_linear(x, values, index, bias, order, scale, changed, 3)
+            torch.ops.compressor.vnm_linear(x, values, index, bias, order, scale, total, changed, 3)
     floats = KernelWeight(sparse(16, 8, NM(2, 4, 4)), None, NM(2, 4, 4), block=8)
     other = int8(sparse(8, 16, NM(2, 4, 4)), None, NM(2, 4, 4))
     with pytest.raises(ValueError, match="no such job"):

@@ -1,5 +1,5 @@
 /* Products with V:N:M weights on CPUs: Linear, Linear-GELU-Linear, and convolutions, fp32 and bf16, also with
- * weights of 8 bits; and attention.
+ * weights of 8 or 7 bits; and attention.
  *
  * A Python module without Python objects in its hot path: addresses and sizes in, nothing out. compressor/lower/vnm.py packs
  * the weights, checks the arguments and makes operators of these functions; nothing else should call them.
@@ -36,7 +36,10 @@
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
 
-enum { FLOATS, HALVES, CODES }; /* what a lane of values and panels holds: one fp32, two bf16, two whole numbers of 16 bits */
+/* What a lane of values and panels holds: one fp32, two bf16, two whole numbers of 16 bits. BYTES: a lane of a panel is two bytes,
+ * one of values four, see micro_bytes. */
+enum { FLOATS, HALVES, CODES, BYTES };
+enum { SET = 8 }; /* BYTES: pairs of channels whose products are summed in 16 bits, in two sums of four pairs */
 
 typedef struct {
     int rows, inner, v, taps;
@@ -44,12 +47,13 @@ typedef struct {
     int group;  /* channels of one group */
     int kept;   /* steps per group */
     int planes; /* panel rows per group */
-    int lanes;  /* FLOATS, HALVES or CODES */
+    int lanes;  /* FLOATS, HALVES, CODES or BYTES */
     int largest; /* CODES: the largest code of an input; with this one no sum of products leaves 32 bits */
     const void *values;
     const uint16_t *index;
     const float *bias;
-    const float *scale; /* CODES: what a code of each row stands for. It and bias are in the order of the result */
+    const float *scale; /* CODES, BYTES: what a code of each row stands for. It, bias and total are in the order of the result */
+    const int32_t *total; /* BYTES: [block][row], the sum of a row's codes in the blocks before `block`; the last is that of all */
     const int32_t *order; /* where each row of the product goes; NULL: where it is */
 } matrix;
 
@@ -60,7 +64,7 @@ typedef struct {
     int tanh_form;
     int side, height, width;
     int64_t tokens; /* or images */
-    const float *largest; /* the largest magnitude of each image, for CODES */
+    const float *largest; /* for CODES the largest magnitude of each image, for BYTES the lowest and then the highest number of each */
     matrix first, second;
     int kind; /* 0 linear, 1 pair, 2 convolution */
     /* filled in here */
@@ -102,6 +106,27 @@ typedef struct {
     const float *bias;
 } strip;
 
+/* What whole numbers of tokens stand for: (number - zero) * scale of each of them. `b0` and `b1` are the blocks whose products are
+ * summed. */
+typedef struct {
+    float *scale, *inverse;
+    int32_t *zero; /* BYTES */
+    int b0, b1;
+} meaning;
+
+/* What is known of the rows of a product. `after` less `before`: the sums of their codes in the blocks that were multiplied. */
+typedef struct {
+    const float *scale, *bias;
+    const int32_t *before, *after;
+} products;
+
+static products products_of(const matrix *m, meaning at) {
+    products p = {.scale = m->scale, .bias = m->bias};
+    if (m->lanes == BYTES)
+        p.before = m->total + (size_t)at.b0 * m->rows, p.after = m->total + (size_t)at.b1 * m->rows;
+    return p;
+}
+
 #if !defined(__GNUC__) || defined(__clang__)
 #error "these kernels are written with GCC's vector extensions and target pragmas"
 #endif
@@ -116,6 +141,24 @@ static int v_log(const matrix *m) { return m->v == 1 ? 0 : m->v == 2 ? 1 : m->v 
 
 /* Rows of a panel that holds all channels of a matrix. */
 static size_t panel_rows(const matrix *m) { return (size_t)(m->inner / m->group * m->planes); }
+
+/* Vectors of tokens that a matrix takes at least: a vector of a panel of bytes is two of results. */
+static int unit_of(const matrix *m) { return m->lanes == BYTES ? 2 : 1; }
+
+/* Bytes of a lane of a panel. */
+static size_t lane_bytes(const matrix *m) { return m->lanes == BYTES ? 2 : 4; }
+
+/* Whether it multiplies whole numbers: then results are sums with a scale. */
+static int whole_numbers(const matrix *m) { return m->lanes >= CODES; }
+
+/* Steps of a group of rows in a block of so many channels; of bytes whole sets, the last filled with zeros. */
+static int steps_of(const matrix *m, int channels) {
+    int steps = channels / m->group * m->kept;
+    return m->lanes == BYTES ? (steps + SET - 1) / SET * SET : steps;
+}
+
+/* Where the lanes of so many steps of a row end: those of a set are what its sums begin with, and two pairs to a lane. */
+static size_t lanes_of(const matrix *m, size_t steps) { return m->lanes == BYTES ? steps / SET * (1 + SET / 2) : steps; }
 
 static pthread_key_t buffers; /* frees a thread's buffer when the thread ends */
 
@@ -168,6 +211,7 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -184,6 +228,8 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) ((sum) + (vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
+#define MADDUBS(a, b) (vs)_mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
+#define HELD(x) __asm__("" : "+v"(x))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -209,6 +255,8 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
 #define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
+#define MADDUBS(a, b) (vs)_mm256_maddubs_epi16((__m256i)(a), (__m256i)(b))
+#define HELD(x) __asm__("" : "+x"(x))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -320,12 +368,14 @@ static const char *wrong(const matrix *m, const level *how) {
     if (!within(m->group, m->inner) || !within(m->kept, m->group) || m->planes < 1 || m->inner % m->group ||
         !within(m->block, LARGEST) || m->block % m->group)
         return "groups or blocks of these sizes have no kernel";
-    if (m->lanes < FLOATS || m->lanes > CODES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
+    if (m->lanes < FLOATS || m->lanes > BYTES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
         return "products of pairs take groups of four";
     if (m->lanes == FLOATS && m->planes != m->group)
         return "a panel of floats has a row for each channel";
-    if (m->lanes == CODES && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))
+    if (whole_numbers(m) && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))
         return "weights of whole numbers need their scales";
+    if (m->lanes == BYTES && m->total == NULL)
+        return "weights of bytes need the sums of their codes";
     if (m->values == NULL || m->index == NULL)
         return "a weight needs its values and their places";
     return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
@@ -336,10 +386,10 @@ static const char *wrong_job(const job *j, int matrices, int threads) {
     const matrix *a = &j->first, *b = &j->second;
     if (j->kind < 0 || j->kind > 2 || (j->kind == 1) != (matrices == 2))
         return "no such job";
-    if ((j->kind == 1 && (a->lanes == CODES) != (b->lanes == CODES)) || (j->kind == 2 && a->lanes == HALVES))
+    if ((j->kind == 1 && (whole_numbers(a) || whole_numbers(b)) && a->lanes != b->lanes) || (j->kind == 2 && a->lanes == HALVES))
         return "no such job";
-    if (j->kind == 2 && a->lanes == CODES && j->largest == NULL)
-        return "images in codes need their largest magnitudes";
+    if (j->kind == 2 && whole_numbers(a) && j->largest == NULL)
+        return "images in whole numbers need their largest ones";
     if (j->kind == 1 && (b->inner != a->rows || a->order != NULL))
         return "the second matrix of a pair takes the rows of the first, in their order";
     if (j->kind == 1 && hidden_chunk(b) < a->rows && hidden_chunk(b) % a->v)
@@ -375,7 +425,7 @@ static int small(PyObject *const *arguments, int i) {
 
 static void *address(PyObject *const *arguments, int i) { return PyLong_AsVoidPtr(arguments[i]); }
 
-enum { MATRIX = 15 };
+enum { MATRIX = 16 };
 
 static matrix matrix_of(PyObject *const *a, int i) {
     return (matrix){.rows = small(a, i),
@@ -392,7 +442,8 @@ static matrix matrix_of(PyObject *const *a, int i) {
                     .index = address(a, i + 11),
                     .bias = address(a, i + 12),
                     .order = address(a, i + 13),
-                    .scale = address(a, i + 14)};
+                    .scale = address(a, i + 14),
+                    .total = address(a, i + 15)};
 }
 
 enum { JOB = 12 };

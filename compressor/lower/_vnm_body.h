@@ -4,20 +4,30 @@
  *   DOT      1 where _mm512_dpbf16_ps exists
  *   MADD     (sum, a, b): sum + a0 b0 + a1 b1 of lanes of two 16-bit numbers; plain C where it is not defined
  *   MADD_AT  the same with the address of b, where sums alone may fill the registers
+ *   MADDUBS  (a, b): a0 b0 + a1 b1 of lanes of two bytes, those of b signed, where that fits 16 bits; plain C where it is not defined
+ *   DPBUSD   (sum, a, b): sum + a0 b0 + .. + a3 b3 of lanes of four bytes; MADDUBS and MADD where it is not defined
+ *   HELD     keeps a vector in its register, and the compiler from moving what comes after to before it
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
  * holds pairs, of bf16 or of whole numbers: six rows per group of four channels, one for each pair that 2:4 may keep.
+ *
+ * With BYTES numbers of an input are whole ones from 0 to 255, of which `zero` is nothing: (code - zero) * scale. Sums are of codes
+ * less CENTRE, so that 16 bits hold more of them.
  */
 
 typedef float NAME(vf) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef int32_t NAME(vi) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VW), aligned(2), may_alias));
+typedef int16_t NAME(vs) __attribute__((vector_size(4 * VW), aligned(2), may_alias));
+typedef uint16_t NAME(vus) __attribute__((vector_size(4 * VW), aligned(2), may_alias));
 #define vf NAME(vf)
 #define vi NAME(vi)
 #define vu NAME(vu)
 #define vh NAME(vh)
+#define vs NAME(vs)
+#define vus NAME(vus)
 
 INLINE vf NAME(load)(const float *p) { return *(const vf *)p; }
 INLINE void NAME(store)(float *p, vf x) { *(vf *)p = x; }
@@ -41,6 +51,21 @@ INLINE vi NAME(madd)(vi sum, vi a, vi b) {
     return sum + low_a * low_b + (a >> 16) * (b >> 16);
 }
 #define MADD(sum, a, b) NAME(madd)(sum, a, b)
+#endif
+
+#ifndef MADDUBS
+INLINE vs NAME(maddubs)(vs a, vs b) {
+    return (a & 0xff) * ((vs)((vus)b << 8) >> 8) + (vs)((vus)a >> 8) * (b >> 8);
+}
+#define MADDUBS(a, b) NAME(maddubs)(a, b)
+#endif
+#ifndef HELD
+#define HELD(x)
+#endif
+#ifdef DPBUSD
+#define CENTRE 0
+#else
+#define CENTRE 128
 #endif
 
 /* fp32 -> a whole number of 16 bits in the low half of each lane, to nearest even. 1.5 * 2^23 + x has x in its last bits. */
@@ -179,6 +204,85 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
     }
 }
 
+/* Tokens 8 i + {0 to 3} and 8 i + {4 to 7} of two rows of pairs of bytes, as lanes of both pairs. */
+INLINE void NAME(both)(vs a, vs b, vs *low, vs *high) {
+    vs first, second;
+    UNROLL for (int j = 0; j < 2 * VW; j++) {
+        first[j] = j % 2 * 2 * VW + j / 8 * 8 + j % 8 / 2;
+        second[j] = first[j] + 4;
+    }
+    *low = __builtin_shuffle(a, b, first);
+    *high = __builtin_shuffle(a, b, second);
+}
+
+/* out[v] (+)= the sums of products of bytes, of V rows and a vector of tokens of the panel, which are two of sums: 8 i + {0 to 3} in
+ * the first, 8 i + {4 to 7} in the second. A lane of weights is two pairs of channels; four such and their pairs of the panel
+ * are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them is -128 times the
+ * sum of the weights. */
+INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip p) {
+    const uint16_t *index = p.index;
+    const lane *w = p.weights;
+#ifndef DPBUSD
+    const vs ones = (vs){0} + 1;
+#endif
+    for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
+        vi *out[8];
+        UNROLL for (int v = 0; v < V; v++) {
+            out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
+            if (p.begin)
+                out[v][0] = out[v][1] = (vi){0};
+        }
+        for (int s = 0; s < p.steps; s += SET) {
+            __builtin_prefetch(w + 512);
+#ifdef DPBUSD
+            vi low[8], high[8];
+            UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
+#else
+            vs low[8], high[8];
+            UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vs)(w[v] | (vu){0});
+#endif
+            w += V;
+            UNROLL for (int i = 0; i < SET; i += 2, w += V) {
+                vs x, y;
+                NAME(both)(*(const vs *)(panel + index[s + i] * stride), *(const vs *)(panel + index[s + i + 1] * stride), &x, &y);
+                UNROLL for (int v = 0; v < V; v++) {
+                    vs b = (vs)(w[v] | (vu){0});
+#ifdef DPBUSD
+                    low[v] = DPBUSD(low[v], x, b);
+                    high[v] = DPBUSD(high[v], y, b);
+#else
+                    HELD(b);
+                    low[v] += MADDUBS(x, b);
+                    HELD(low[v]);
+                    high[v] += MADDUBS(y, b);
+                    HELD(high[v]);
+#endif
+                }
+            }
+            UNROLL for (int v = 0; v < V; v++) {
+#ifdef DPBUSD
+                out[v][0] = low[v], out[v][1] = high[v];
+#else
+                out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
+                out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
+#endif
+            }
+        }
+        index += p.steps;
+    }
+}
+
+/* The two vectors of sums that micro_bytes gives, token by token. */
+INLINE void NAME(in_order)(const float *sums, vi found[2]) {
+    vi low = ((const vi *)sums)[0], high = ((const vi *)sums)[1], first, second;
+    UNROLL for (int j = 0; j < VW; j++) {
+        first[j] = j / 8 * 4 + j % 4 + j % 8 / 4 * VW;
+        second[j] = (j + VW) / 8 * 4 + j % 4 + (j + VW) % 8 / 4 * VW;
+    }
+    found[0] = __builtin_shuffle(low, high, first);
+    found[1] = __builtin_shuffle(low, high, second);
+}
+
 typedef void (*NAME(kernel))(const float *, size_t, const int *, const strip *);
 
 /* One function per V, R, arithmetic and layout, so that all of these are constants in the loops above. */
@@ -217,14 +321,24 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
     {UPTO(R1)(ENTRY, 1)}, {UPTO(R2)(ENTRY, 2)}, {UPTO(R4)(ENTRY, 4)}, {UPTO(R8)(ENTRY, 8)}};
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
+typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, const strip *);
+#define MICRO_BYTES(V)                                                                                                  \
+    static void NAME(micro_bytes_##V)(const uint16_t *panel, size_t stride, const strip *p) { NAME(micro_bytes)(V, panel, stride, *p); }
+MICRO_BYTES(1)
+MICRO_BYTES(2)
+MICRO_BYTES(4)
+MICRO_BYTES(8)
+static const NAME(byte_kernel) NAME(byte_kernels)[4] = {NAME(micro_bytes_1), NAME(micro_bytes_2), NAME(micro_bytes_4), NAME(micro_bytes_8)};
+
 /* Passes of a matrix's micro-kernel over `vectors` of tokens, and the vectors of one. */
-static int NAME(pass)(const matrix *m) { return NAME(most)[v_log(m)]; }
+static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(most)[v_log(m)]; }
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
  * `panel` starts at block b0; `tap_at[row]` is where the rows of that row's tap start; a row of `out` is `out_stride` floats, and the row
- * of group g0 the first, unless the matrix has an order of its own. With CODES these rows are whole numbers, see `sum_of`,
- * and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. */
+ * of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES these rows are whole numbers, see `sum_of`,
+ * and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. Of bytes
+ * `vectors` are even, and a panel is of lanes of 16 bits. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride,
                            int vectors) {
@@ -232,25 +346,28 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
     int groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
-        int steps = channels / m->group * m->kept;
-        size_t before = (size_t)(b * m->block / m->group * m->kept) * m->taps;
+        int steps = steps_of(m, channels);
+        size_t before = (size_t)b * steps_of(m, m->block) * m->taps;
         for (int tap = column; tap < m->taps; tap += columns) {
             size_t first = (before + (size_t)tap * steps) * groups;
-            const float *rows = panel + tap_at[tap / columns] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride;
+            const char *rows = (const char *)panel + (tap_at[tap / columns] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
             for (int g = g0; g < g1; g += RUN) {
                 strip p = {.index = m->index + first + (size_t)g * steps,
-                          .weights = (const lane *)m->values + (first + (size_t)g * steps) * m->v,
+                          .weights = (const lane *)m->values + lanes_of(m, first + (size_t)g * steps) * m->v,
                           .steps = steps,
                           .groups = g1 - g < RUN ? g1 - g : RUN,
                           .order = m->order ? m->order + g * m->v : NULL,
                           .out_stride = out_stride,
-                          .bias = m->bias && m->lanes != CODES ? m->bias + g * m->v : NULL,
-                          .begin = b == (m->lanes == CODES ? b0 : 0) && tap == 0};
+                          .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
+                          .begin = b == (whole_numbers(m) ? b0 : 0) && tap == 0};
                 for (int pass = 0; pass < passes; pass++) {
                     int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
                     p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
-                    NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL](rows + (gaps ? 0 : r0 * VW), stride,
-                                                                              gaps ? gaps + r0 : NULL, &p);
+                    const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
+                    if (m->lanes == BYTES)
+                        NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
+                    else
+                        NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
                 }
             }
         }
@@ -299,10 +416,72 @@ INLINE vu NAME(entries)(const char *p, int half, int left) {
     return NAME(widen)(whole) << 16;
 }
 
-/* The scale and the inverse scale of each token of a tile; zero for the tokens that fill the last vector. */
-static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *scale, float *inverse,
-                                   size_t stride) {
+/* Scales of `count` tokens, a multiple of VW, whose lowest numbers are in `scale`, the highest in `inverse`, and sums of x - x, not a
+ * number where some x is none or infinite, in `zero`. There are 254 steps from the lowest to the highest, so that rounding of both ends
+ * leaves no code above 255. */
+static void NAME(byte_scales)(meaning at, size_t count) {
+    for (size_t t = 0; t < count; t += VW) {
+        vf low = NAME(load)(at.scale + t), high = NAME(load)(at.inverse + t);
+        vi finite = (low >= -FLT_MAX) & (high <= FLT_MAX) & (NAME(load)((float *)at.zero + t) == 0.0f);
+        vf scale = NAME(max)(high / 254.0f - low / 254.0f, NAME(all)(1e-32f)), inverse = (vf)((vi)(1.0f / scale) & finite);
+        NAME(store)(at.scale + t, (vf)(((vi)scale & finite) | ((vi)NAME(all)(NAN) & ~finite)));
+        NAME(store)(at.inverse + t, inverse);
+        *(vu *)(at.zero + t) = NAME(code)(-(vf)((vi)low & finite), inverse);
+    }
+}
+
+/* The same of a tile's tokens; zeros for those that fill its last vectors. */
+static void NAME(byte_scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
     int bytes = j->half ? 2 : 4;
+    for (int t = 0; t < (int)stride; t++) {
+        const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
+        vf low = {0}, high = {0}, odd = {0};
+        for (int k = 0; k < m->inner && t < count; k += VW) {
+            vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
+            low = NAME(min)(low, x), high = NAME(max)(high, x), odd += x - x;
+        }
+        at.scale[t] = at.inverse[t] = ((float *)at.zero)[t] = 0.0f;
+        for (int i = 0; i < VW; i++) {
+            at.scale[t] = low[i] < at.scale[t] ? low[i] : at.scale[t];
+            at.inverse[t] = high[i] > at.inverse[t] ? high[i] : at.inverse[t];
+            ((float *)at.zero)[t] += odd[i];
+        }
+    }
+    NAME(byte_scales)(at, stride);
+}
+
+/* Four channels of VW tokens as bytes, the first in the lowest bits. */
+INLINE vu NAME(bytes_of)(const vf x[4], vf inverse, vu zero) {
+    vu c = {0};
+    UNROLL for (int i = 0; i < 4; i++) c |= ((NAME(code)(x[i], inverse) + zero) & 0xff) << (8 * i);
+    return c;
+}
+
+/* The six rows of pairs of a group of four, from the bytes of two vectors of tokens. `lined`: in the order of tokens; else so that
+ * `both` gives vectors that are. */
+INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, size_t stride) {
+    vs low, high;
+    UNROLL for (int j = 0; j < 2 * VW; j++) {
+        low[j] = 2 * (lined ? j : j / 8 * 4 + j % 4 + j % 8 / 4 * VW);
+        high[j] = low[j] + 1;
+    }
+    vus a = (vus)__builtin_shuffle((vs)first, (vs)second, low), b = (vus)__builtin_shuffle((vs)first, (vs)second, high);
+    *(vus *)plane = a;
+    *(vus *)(plane + stride) = (a & 0xff) | (b << 8);
+    *(vus *)(plane + 2 * stride) = (a & 0xff) | (b & 0xff00);
+    *(vus *)(plane + 3 * stride) = (a >> 8) | (b << 8);
+    *(vus *)(plane + 4 * stride) = (a >> 8) | (b & 0xff00);
+    *(vus *)(plane + 5 * stride) = b;
+}
+
+/* The scale and the inverse scale of each token of a tile; zero for the tokens that fill the last vector. */
+static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
+    int bytes = j->half ? 2 : 4;
+    float *scale = at.scale, *inverse = at.inverse;
+    if (m->lanes == BYTES) {
+        NAME(byte_scales_of_tokens)(j, m, t0, count, at, stride);
+        return;
+    }
     for (int t = 0; t < count; t++) {
         const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
         vf most = {0};
@@ -321,20 +500,47 @@ INLINE void NAME(code_pairs)(const vf x[4], vf inverse, float *plane, size_t str
     NAME(pairs)(c[0] | (c[1] << 16), c[2] | (c[3] << 16), plane, stride);
 }
 
-/* What row n of a product of codes stands for, of VW tokens: (sum * scale of the row) * scale of the token, + bias. */
-INLINE vf NAME(sum_of)(const matrix *m, int n, const float *sums, const float *scale, const float *bias) {
-    vf x = __builtin_convertvector(*(const vi *)sums, vf) * NAME(all)(m->scale[n]) * NAME(load)(scale);
+/* What VW sums of row n of a product of whole numbers stand for, for tokens with these scales and zeros (`meaning`):
+ * (sum * scale of the row) * scale of the token, + bias. */
+INLINE vf NAME(sum_of)(int lanes, const products *m, int n, vi sums, vf scale, vi zero, int biased) {
+    if (lanes == BYTES)
+        sums -= (zero - CENTRE) * (m->after[n] - m->before[n]);
+    vf x = __builtin_convertvector(sums, vf) * NAME(all)(m->scale[n]) * scale;
     ROUNDED(x);
-    if (bias)
-        x = x + NAME(all)(bias[n]);
+    if (biased)
+        x = x + NAME(all)(m->bias[n]);
     return x;
 }
 
+/* The same as gather_tokens, two vectors of tokens at a time. */
+static void NAME(gather_bytes)(const job *j, const matrix *m, int64_t t0, int count, uint16_t *panel, size_t stride, meaning at) {
+    int bytes = j->half ? 2 : 4;
+    for (int t = 0; t < count; t += 2 * VW) {
+        for (int k = 0; k < m->inner; k += VW) {
+            vu four[2][VW / 4];
+            for (int half = 0; half < 2; half++) {
+                int from = t + half * VW;
+                vu r[VW];
+                UNROLL for (int i = 0; i < VW; i++)
+                    r[i] = from + i < count ? NAME(entries)((const char *)j->x + ((t0 + from + i) * m->inner + k) * bytes, j->half, m->inner - k) : (vu){0};
+                NAME(transpose)(r);
+                UNROLL for (int i = 0; i < VW; i += 4)
+                    four[half][i / 4] = NAME(bytes_of)((const vf *)(r + i), NAME(load)(at.inverse + from), *(const vu *)(at.zero + from));
+            }
+            for (int i = 0; i < VW && k + i < m->inner; i += 4)
+                NAME(byte_pairs)(four[0][i / 4], four[1][i / 4], 0, panel + (size_t)((k + i) / 4 * 6) * stride + t, stride);
+        }
+    }
+}
+
 /* Tokens [t0, t0 + count) of x (tokens, inner) into the panel, zeros for the tokens that fill the last vector. */
-static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride,
-                                const float *inverse) {
+static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride, meaning at) {
     int bytes = j->half ? 2 : 4, lanes = m->lanes == HALVES ? 2 * VW : VW; /* channels per transposed block */
     const char *x = j->x;
+    if (m->lanes == BYTES) {
+        NAME(gather_bytes)(j, m, t0, count, (uint16_t *)panel, stride, at);
+        return;
+    }
     for (int t = 0; t < count; t += VW) {
         for (int k = 0; k < m->inner; k += lanes) {
             vu r[VW];
@@ -350,7 +556,7 @@ static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int c
             NAME(transpose)(r);
             if (m->lanes == CODES) {
                 for (int i = 0; i < VW && k + i < m->inner; i += 4)
-                    NAME(code_pairs)((const vf *)(r + i), NAME(load)(inverse + t), panel + (size_t)((k + i) / 4 * 6) * stride + t,
+                    NAME(code_pairs)((const vf *)(r + i), NAME(load)(at.inverse + t), panel + (size_t)((k + i) / 4 * 6) * stride + t,
                                      stride);
             } else if (m->lanes == HALVES) {
                 for (int i = 0; i < VW && k + 2 * i < m->inner; i += 2)
@@ -362,26 +568,40 @@ static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int c
     }
 }
 
-/* Row n of the output, VW tokens of it: as it is in `out`, or (`m`) of the sums there. */
-INLINE vu NAME(output)(const matrix *m, const float *out, int n, const float *scale) {
-    return (vu)(m ? NAME(sum_of)(m, n, out, scale, m->bias) : NAME(load)(out));
+/* Row n of the output, VW tokens of it: as it is in `out`, or what the sums there stand for. */
+INLINE vu NAME(output)(int lanes, int biased, const products *m, const float *out, int n, vf scale, vi zero) {
+    return (vu)(lanes < CODES ? NAME(load)(out) : NAME(sum_of)(lanes, m, n, *(const vi *)out, scale, zero, biased));
 }
 
-/* Rows [n0, n0 + rows) of the output, feature-major in `out`, into y (tokens, columns). With `m` they are its sums of codes. */
-INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, const float *out, size_t stride, int n0, int rows,
-                          int columns, int64_t t0, int count) {
-    int lanes = j->half ? 2 * VW : VW, bytes = j->half ? 2 : 4;
+/* Rows [n0, n0 + rows) of the output, feature-major in `out`, into y (tokens, columns). With CODES and BYTES they are sums. */
+INLINE void NAME(scatter)(int lanes, int biased, const job *j, products m, meaning units, const float *out, size_t stride, int n0,
+                          int rows, int columns, int64_t t0, int count) {
+    const int half = j->half, step = half ? 2 * VW : VW, bytes = half ? 2 : 4;
     char *y = j->y;
     for (int t = 0; t < count; t += VW) { /* few tokens at a time: their rows of y often fall into the same sets of the cache */
-        for (int n = 0; n < rows; n += lanes) {
-            int width = (rows - n < lanes ? rows - n : lanes) * bytes;
+        vf scale = {0};
+        vi zero = {0};
+        if (lanes >= CODES)
+            scale = NAME(load)(units.scale + t);
+        if (lanes == BYTES)
+            zero = *(const vi *)(units.zero + t);
+        int n = 0;
+        for (; n + VW <= rows && t + VW <= count && !half; n += VW) { /* most of it, without a question asked */
+            vu r[VW];
+            UNROLL for (int i = 0; i < VW; i++)
+                r[i] = NAME(output)(lanes, biased, &m, out + (n + i) * stride + t, n0 + n + i, scale, zero);
+            NAME(transpose)(r);
+            UNROLL for (int i = 0; i < VW; i++) NAME(store)((float *)y + (t0 + t + i) * columns + n0 + n, (vf)r[i]);
+        }
+        for (; n < rows; n += step) {
+            int width = (rows - n < step ? rows - n : step) * bytes;
             vu r[VW];
             UNROLL for (int i = 0; i < VW; i++) {
-                int first = j->half ? n + 2 * i : n + i, next = first + 1;
+                int first = half ? n + 2 * i : n + i, next = first + 1;
                 const float *at = out + first * stride + t;
-                r[i] = first < rows ? NAME(output)(m, at, n0 + first, scale + t) : (vu){0};
-                if (j->half) {
-                    vu high = next < rows ? NAME(output)(m, at + stride, n0 + next, scale + t) : (vu){0};
+                r[i] = first < rows ? NAME(output)(lanes, biased, &m, at, n0 + first, scale, zero) : (vu){0};
+                if (half) {
+                    vu high = next < rows ? NAME(output)(lanes, biased, &m, at + stride, n0 + next, scale, zero) : (vu){0};
                     r[i] = NAME(round16)((vf)r[i]) | (NAME(round16)((vf)high) << 16);
                 }
             }
@@ -400,51 +620,108 @@ INLINE void NAME(scatter)(const job *j, const matrix *m, const float *scale, con
     }
 }
 
-static void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, int n0, int rows, int columns, int64_t t0,
+static ALONE void NAME(scatter_tokens)(const job *j, const float *out, size_t stride, int n0, int rows, int columns, int64_t t0,
                                  int count) {
-    NAME(scatter)(j, NULL, NULL, out, stride, n0, rows, columns, t0, count);
+    NAME(scatter)(FLOATS, 0, j, (products){0}, (meaning){0}, out, stride, n0, rows, columns, t0, count);
 }
 
-static void NAME(scatter_sums)(const job *j, const matrix *m, const float *scale, const float *sums, size_t stride, int n0,
-                               int rows, int64_t t0, int count) {
-    NAME(scatter)(j, m, scale, sums, stride, n0, rows, m->rows, t0, count);
+static ALONE void NAME(scatter_sums)(const job *j, const matrix *m, meaning units, const float *sums, size_t stride, int n0, int rows,
+                               int64_t t0, int count) {
+    products p = products_of(m, units);
+    if (m->lanes == BYTES && m->bias)
+        NAME(scatter)(BYTES, 1, j, p, units, sums, stride, n0, rows, m->rows, t0, count);
+    else if (m->lanes == BYTES)
+        NAME(scatter)(BYTES, 0, j, p, units, sums, stride, n0, rows, m->rows, t0, count);
+    else if (m->bias)
+        NAME(scatter)(CODES, 1, j, p, units, sums, stride, n0, rows, m->rows, t0, count);
+    else
+        NAME(scatter)(CODES, 0, j, p, units, sums, stride, n0, rows, m->rows, t0, count);
+}
+
+/* The units of a job's tokens: so many vectors as its matrices take at least. */
+static int64_t NAME(units_of)(const job *j) { return (j->tokens + unit_of(&j->first) * VW - 1) / (unit_of(&j->first) * VW); }
+
+/* Vectors of a tile of so many tokens or pixels: whole units. */
+static int NAME(vectors_of)(const job *j, int64_t tokens) {
+    int unit = unit_of(&j->first);
+    return (int)((tokens + unit * VW - 1) / (unit * VW)) * unit;
 }
 
 /* A tile of tokens through one matrix. */
 static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *m = &j->first;
     static const size_t here[1] = {0};
-    int vectors = (count + VW - 1) / VW;
+    int vectors = NAME(vectors_of)(j, count);
     size_t stride = (size_t)vectors * VW;
-    float *panel = scratch, *out = panel + (size_t)(m->inner / m->group * m->planes) * stride;
+    float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
     int blocks = (m->inner + m->block - 1) / m->block;
     int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
-    float *scale = out + (size_t)chunk * stride, *inverse = scale + stride;
-    if (m->lanes == CODES)
-        NAME(scales_of_tokens)(j, m, t0, count, scale, inverse, stride);
-    NAME(gather_tokens)(j, m, t0, count, panel, stride, inverse);
+    float *scale = out + (size_t)chunk * stride;
+    meaning units = {.scale = scale, .inverse = scale + stride, .zero = (int32_t *)(scale + 2 * stride), .b1 = blocks};
+    if (whole_numbers(m))
+        NAME(scales_of_tokens)(j, m, t0, count, units, stride);
+    NAME(gather_tokens)(j, m, t0, count, panel, stride, units);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
         NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, 0, 1, NULL, out, stride, vectors);
-        if (m->lanes == CODES)
-            NAME(scatter_sums)(j, m, scale, out, stride, n, rows, t0, count);
+        if (whole_numbers(m))
+            NAME(scatter_sums)(j, m, units, out, stride, n, rows, t0, count);
         else
             NAME(scatter_tokens)(j, out, stride, n, rows, m->rows, t0, count);
     }
 }
 
-/* GELU of `rows` hidden channels, which are sums of codes of `a`, in place; then as codes, in the rows of pairs of `pairs`. Tokens
- * have a scale for these channels alone, so that no other has to exist. */
-static void NAME(hidden_codes)(const job *j, int n, int rows, const float *scale, float *hidden, float *pairs,
-                               float *hidden_scale, float *inverse, size_t stride) {
-    memset(hidden_scale, 0, stride * sizeof *hidden_scale);
-    for (int i = 0; i < rows; i++) {
-        for (size_t t = 0; t < stride; t += VW) {
+/* GELU of `rows` hidden channels, which are sums of whole numbers of `a`, in place; then as such, in the rows of pairs of `pairs`.
+ * Tokens have a scale for these channels alone, so that no other has to exist. */
+static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *units, float *hidden, uint16_t *pairs, meaning own,
+                               size_t stride) {
+    products p = products_of(&j->first, *units);
+    const int tanh_form = j->tanh_form, biased = p.bias != NULL;
+    for (size_t t = 0; t < stride; t += VW) {
+        vf scale = NAME(load)(units->scale + t), low = {0}, high = {0}, odd = {0};
+        vi zero = *(const vi *)(units->zero + t);
+        for (int i = 0; i < rows; i++) {
             float *at = hidden + i * stride + t;
-            vf h = NAME(gelu)(NAME(sum_of)(&j->first, n + i, at, scale + t, j->first.bias), j->tanh_form);
+            vf h = NAME(gelu)(NAME(sum_of)(BYTES, &p, n + i, *(const vi *)at, scale, zero, biased), tanh_form);
             NAME(store)(at, h);
-            NAME(store)(hidden_scale + t, NAME(larger)(NAME(load)(hidden_scale + t), h));
+            low = NAME(min)(low, h), high = NAME(max)(high, h), odd += h - h;
         }
+        NAME(store)(own.scale + t, low);
+        NAME(store)(own.inverse + t, high);
+        NAME(store)((float *)own.zero + t, odd);
+    }
+    NAME(byte_scales)(own, stride);
+    for (int i = 0; i < rows; i += 4) {
+        for (size_t t = 0; t < stride; t += 2 * VW) {
+            vu four[2];
+            UNROLL for (int half = 0; half < 2; half++) {
+                size_t from = t + half * VW;
+                vf h[4];
+                UNROLL for (int k = 0; k < 4; k++) h[k] = NAME(load)(hidden + (i + k) * stride + from);
+                four[half] = NAME(bytes_of)(h, NAME(load)(own.inverse + from), *(const vu *)(own.zero + from));
+            }
+            NAME(byte_pairs)(four[0], four[1], 0, pairs + (size_t)(i / 4 * 6) * stride + t, stride);
+        }
+    }
+}
+static void NAME(hidden_codes)(const job *j, int n, int rows, const meaning *units, float *hidden, float *pairs, meaning own,
+                               size_t stride) {
+    float *hidden_scale = own.scale, *inverse = own.inverse;
+    if (j->second.lanes == BYTES) {
+        NAME(hidden_bytes)(j, n, rows, units, hidden, (uint16_t *)pairs, own, stride);
+        return;
+    }
+    products p = products_of(&j->first, *units);
+    const int tanh_form = j->tanh_form, biased = p.bias != NULL;
+    for (size_t t = 0; t < stride; t += VW) {
+        vf scale = NAME(load)(units->scale + t), most = {0};
+        for (int i = 0; i < rows; i++) {
+            float *at = hidden + i * stride + t;
+            vf h = NAME(gelu)(NAME(sum_of)(CODES, &p, n + i, *(const vi *)at, scale, (vi){0}, biased), tanh_form);
+            NAME(store)(at, h);
+            most = NAME(larger)(most, h);
+        }
+        NAME(store)(hidden_scale + t, most);
     }
     scales_of(hidden_scale, inverse, (int)stride, j->second.largest);
     for (int i = 0; i < rows; i += 4) {
@@ -456,41 +733,51 @@ static void NAME(hidden_codes)(const job *j, int n, int rows, const float *scale
     }
 }
 
-/* out (+)= what the sums of codes of a chunk of hidden channels stand for. */
-static void NAME(add_sums)(const matrix *m, const float *sums, const float *scale, float *out, size_t stride, int begin) {
+/* out (+)= what the sums of a chunk of hidden channels stand for. */
+INLINE void NAME(add)(int lanes, int begin, int biased, const matrix *m, const float *sums, meaning units, float *out, size_t stride) {
+    products p = products_of(m, units);
     for (int n = 0; n < m->rows; n++) {
         for (size_t t = 0; t < stride; t += VW) {
             size_t at = n * stride + t;
-            vf x = NAME(sum_of)(m, n, sums + at, scale + t, begin ? m->bias : NULL);
+            vi zero = lanes == BYTES ? *(const vi *)(units.zero + t) : (vi){0};
+            vf x = NAME(sum_of)(lanes, &p, n, *(const vi *)(sums + at), NAME(load)(units.scale + t), zero, biased);
             if (!begin)
                 x = NAME(load)(out + at) + x;
             NAME(store)(out + at, x);
         }
     }
 }
+static void NAME(add_sums)(const matrix *m, const float *sums, meaning units, float *out, size_t stride, int begin) {
+    if (m->lanes == BYTES)
+        NAME(add)(BYTES, begin, begin && m->bias != NULL, m, sums, units, out, stride);
+    else
+        NAME(add)(CODES, begin, begin && m->bias != NULL, m, sums, units, out, stride);
+}
 
 /* A tile of tokens through matrix, GELU, matrix: of the hidden channels only a chunk exists at a time. */
 static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *a = &j->first, *b = &j->second;
     static const size_t here[1] = {0};
-    int vectors = (count + VW - 1) / VW;
+    int vectors = NAME(vectors_of)(j, count);
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch;
-    float *hidden = panel + (size_t)(a->inner / a->group * a->planes) * stride;
+    float *hidden = panel + panel_rows(a) * stride * lane_bytes(a) / 4;
     int chunk = hidden_chunk(b);
     float *pairs = hidden + (size_t)chunk * stride;
-    float *out = pairs + (b->lanes ? (size_t)(chunk / 4 * 6) * stride : 0);
-    float *sums = out + (size_t)b->rows * stride; /* from here on for codes alone */
-    float *scale = sums + (size_t)b->rows * stride, *hidden_scale = scale + stride, *inverse = hidden_scale + stride;
-    int blocks = (a->inner + a->block - 1) / a->block, codes = b->lanes == CODES;
+    float *out = pairs + (b->lanes ? (size_t)(chunk / 4 * 6) * stride * lane_bytes(b) / 4 : 0);
+    float *sums = out + (size_t)b->rows * stride; /* from here on for whole numbers alone */
+    float *scale = sums + (size_t)b->rows * stride;
+    int blocks = (a->inner + a->block - 1) / a->block, codes = whole_numbers(b);
+    meaning units = {.scale = scale, .inverse = scale + stride, .zero = (int32_t *)(scale + 2 * stride), .b1 = blocks};
+    meaning own = {.scale = scale + 3 * stride, .inverse = scale + 4 * stride, .zero = (int32_t *)(scale + 5 * stride)};
     if (codes)
-        NAME(scales_of_tokens)(j, a, t0, count, scale, inverse, stride);
-    NAME(gather_tokens)(j, a, t0, count, panel, stride, inverse);
+        NAME(scales_of_tokens)(j, a, t0, count, units, stride);
+    NAME(gather_tokens)(j, a, t0, count, panel, stride, units);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
         NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, 0, 1, NULL, hidden, stride, vectors);
         if (codes)
-            NAME(hidden_codes)(j, n, rows, scale, hidden, pairs, hidden_scale, inverse, stride);
+            NAME(hidden_codes)(j, n, rows, &units, hidden, pairs, own, stride);
         else if (b->lanes) {
             for (int k = 0; k < rows; k += 4) {
                 for (int t = 0; t < (int)stride; t += VW) {
@@ -504,10 +791,11 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
             for (size_t i = 0; i < rows * stride; i += VW)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
-        NAME(multiply)(b, 0, b->rows / b->v, n / b->block, (n + rows + b->block - 1) / b->block, b->lanes ? pairs : hidden,
-                       stride, here, 0, 1, NULL, codes ? sums : out, stride, vectors);
+        own.b0 = n / b->block, own.b1 = (n + rows + b->block - 1) / b->block;
+        NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, here, 0, 1, NULL, codes ? sums : out,
+                       stride, vectors);
         if (codes)
-            NAME(add_sums)(b, sums, hidden_scale, out, stride, n == 0);
+            NAME(add_sums)(b, sums, own, out, stride, n == 0);
     }
     NAME(scatter_tokens)(j, out, stride, 0, b->rows, b->rows, t0, count);
 }
@@ -549,21 +837,61 @@ INLINE vu NAME(pixels)(const char *channel, int half, int64_t q, int64_t area) {
     return found;
 }
 
+/* The meaning of an image's whole numbers, in `space` for three vectors. */
+INLINE meaning NAME(of_image)(const job *j, const matrix *m, int64_t image, vf space[3]) {
+    meaning units = {.scale = (float *)&space[0], .inverse = (float *)&space[1], .zero = (int32_t *)&space[2],
+                     .b1 = (m->inner + m->block - 1) / m->block};
+    if (m->lanes == BYTES) {
+        space[0] = NAME(min)((vf){0}, NAME(all)(j->largest[image]));
+        space[1] = NAME(max)((vf){0}, NAME(all)(j->largest[j->tokens + image]));
+        space[2] = (vf){0};
+        NAME(byte_scales)(units, VW);
+    } else {
+        float scale = j->largest[image], inverse;
+        scales_of(&scale, &inverse, 1, m->largest);
+        space[0] = NAME(all)(scale), space[1] = NAME(all)(inverse);
+    }
+    return units;
+}
+
 /* What gather_row does, of four channels at a time, which become the six rows of pairs of their group. `within` has bits for the
  * pixels whose neighbour `shift` to the right is in their own line. */
 static void NAME(gather_codes)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within, float *panel,
                                size_t stride, size_t each) {
     int bytes = j->half ? 2 : 4;
     int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
-    float unit = j->largest[image], inverse;
-    scales_of(&unit, &inverse, 1, m->largest);
+    vf space[3];
+    NAME(of_image)(j, m, image, space);
     for (int g = 0; g < m->inner / 4; g++) {
         const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
         for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
             vu here = (vu)NAME(load)(within + p);
             vf four[4];
             UNROLL for (int c = 0; c < 4; c++) four[c] = (vf)(NAME(pixels)(x + c * area * bytes, j->half, first + (int64_t)p, area) & here);
-            NAME(code_pairs)(four, NAME(all)(inverse), panel + (size_t)g * 6 * stride + p, stride);
+            NAME(code_pairs)(four, space[1], panel + (size_t)g * 6 * stride + p, stride);
+        }
+    }
+}
+
+/* What gather_codes does, in bytes: two vectors of pixels at a time. */
+static void NAME(gather_image_bytes)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within,
+                                     uint16_t *panel, size_t stride, size_t each) {
+    int bytes = j->half ? 2 : 4;
+    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
+    vf space[3];
+    NAME(of_image)(j, m, image, space);
+    for (int g = 0; g < m->inner / 4; g++) {
+        const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
+        for (size_t p = 0; p < each; p += 2 * VW) {
+            vu four[2];
+            for (int half = 0; half < 2; half++) {
+                size_t from = p + half * VW;
+                vu here = (vu)NAME(load)(within + from);
+                vf c[4];
+                UNROLL for (int i = 0; i < 4; i++) c[i] = (vf)(NAME(pixels)(x + i * area * bytes, j->half, first + (int64_t)from, area) & here);
+                four[half] = NAME(bytes_of)(c, space[1], (vu)space[2]);
+            }
+            NAME(byte_pairs)(four[0], four[1], 1, panel + (size_t)g * 6 * stride + p, stride);
         }
     }
 }
@@ -573,13 +901,15 @@ static void NAME(gather_codes)(const job *j, const matrix *m, int64_t image, int
 static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, int column,
                                 float *panel, size_t stride, size_t each, float *within) {
     int shift = column - j->side / 2, w = j->width;
-    for (size_t p = 0; p < each + VW && m->lanes == CODES; p++) {
+    for (size_t p = 0; p < each + unit_of(m) * VW && whole_numbers(m); p++) {
         int x = (int)(p % (size_t)w) + shift;
         ((int32_t *)within)[p] = x >= 0 && x < w ? -1 : 0;
     }
     for (int i = 0; i < images; i++) {
         if (m->lanes == CODES)
             NAME(gather_codes)(j, m, image + i, row, shift, within, panel + i * each, stride, each);
+        else if (m->lanes == BYTES)
+            NAME(gather_image_bytes)(j, m, image + i, row, shift, within, (uint16_t *)panel + i * each, stride, each);
         else
             for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
     }
@@ -591,9 +921,10 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     int w = j->width, area = j->height * w, reach = j->side / 2;
     int row = p0 / w, rows = (p0 + count - 1) / w - row + 1;
     size_t each = (size_t)(rows + 2 * reach) * w;
-    size_t stride = images * each + VW; /* a last vector may read past the last pixel */
-    int per_image = (count + VW - 1) / VW, vectors = images * per_image;
-    float *panel = scratch, *within = panel + panel_rows(m) * stride, *out = within + (m->lanes == CODES ? each + VW : 0);
+    size_t stride = images * each + unit_of(m) * VW; /* a last vector may read past the last pixel */
+    int per_image = NAME(vectors_of)(j, count), vectors = images * per_image;
+    float *panel = scratch, *within = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
+    float *out = within + (whole_numbers(m) ? each + unit_of(m) * VW : 0);
     size_t out_stride = (size_t)vectors * VW;
     size_t tap_at[7];
     int places[PLACES];
@@ -606,21 +937,24 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                        out_stride, vectors);
     }
     for (int i = 0; i < images; i++) {
-        vf unit = {0};
-        if (m->lanes == CODES) {
-            float scale = j->largest[image + i], inverse;
-            scales_of(&scale, &inverse, 1, m->largest);
-            unit = NAME(all)(scale);
-        }
+        vf space[3] = {{0}};
+        products known = {0};
+        if (whole_numbers(m))
+            known = products_of(m, NAME(of_image)(j, m, image + i, space));
         for (int o = 0; o < m->rows; o++) {
             float *from = out + o * out_stride + i * per_image * VW;
             size_t at = ((image + i) * m->rows + o) * (size_t)area + p0;
-            for (int p = 0; p < count && m->lanes == CODES; p += VW) {
-                vf y = NAME(sum_of)(m, o, from + p, (const float *)&unit, m->bias);
-                if (j->half)
-                    NAME(store)(from + p, y);
-                else
-                    NAME(keep)((float *)j->y + at + p, (vu)y, count - p);
+            for (int p = 0; p < count && whole_numbers(m); p += unit_of(m) * VW) {
+                vi sums[2] = {*(const vi *)(from + p)};
+                if (m->lanes == BYTES)
+                    NAME(in_order)(from + p, sums);
+                for (int i = 0; i < unit_of(m) && p + i * VW < count; i++) {
+                    vf y = NAME(sum_of)(m->lanes, &known, o, sums[i], space[0], (vi)space[2], m->bias != NULL);
+                    if (j->half)
+                        NAME(store)(from + p + i * VW, y);
+                    else
+                        NAME(keep)((float *)j->y + at + p + i * VW, (vu)y, count - p - i * VW);
+                }
             }
             if (j->half) {
                 uint16_t *to = (uint16_t *)j->y + at;
@@ -631,7 +965,7 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                     else
                         memcpy(to + p, &bits, (count - p) * 2);
                 }
-            } else if (m->lanes != CODES)
+            } else if (!whole_numbers(m))
                 memcpy((float *)j->y + at, from, count * 4);
         }
     }
@@ -649,7 +983,7 @@ static size_t NAME(plan)(job *j, int threads) {
     size_t inner = panel_rows(a);
     int most = j->vectors;
     if (j->kind == 2) {
-        int area = j->height * j->width, whole = (area + VW - 1) / VW;
+        int area = j->height * j->width, whole = NAME(vectors_of)(j, area);
         j->images_per_tile = most / whole;
         if (j->images_per_tile > (j->tokens + threads - 1) / threads)
             j->images_per_tile = (int)((j->tokens + threads - 1) / threads);
@@ -667,19 +1001,21 @@ static size_t NAME(plan)(job *j, int threads) {
         if (j->images_per_tile > 1)
             vectors = whole * j->images_per_tile;
         size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
-        size_t stride = rows * j->width + VW;
-        return (inner * stride + (a->lanes == CODES ? stride + VW : 0) + (size_t)a->rows * vectors * VW) * 4;
+        size_t stride = rows * j->width + unit_of(a) * VW;
+        return (inner * stride * lane_bytes(a) / 4 + (whole_numbers(a) ? stride + unit_of(a) * VW : 0) + (size_t)a->rows * vectors * VW) * 4;
     }
-    int64_t vectors = (j->tokens + VW - 1) / VW;
-    j->tiles = (vectors + most - 1) / most;
-    if (j->tiles % threads && vectors >= (j->tiles / threads + 1) * threads)
+    int64_t units = NAME(units_of)(j);
+    most = most > unit_of(a) ? most / unit_of(a) : 1;
+    j->tiles = (units + most - 1) / most;
+    if (j->tiles % threads && units >= (j->tiles / threads + 1) * threads)
         j->tiles = (j->tiles / threads + 1) * threads;
     else if (j->tiles < threads)
-        j->tiles = vectors; /* fewer than there are threads: a vector each is sooner done than some of them in a few tiles */
-    size_t stride = (size_t)((vectors + j->tiles - 1) / j->tiles) * VW;
-    size_t rows = inner + a->rows + (a->lanes == CODES ? 2 : 0);
+        j->tiles = units; /* fewer than there are threads: a vector each is sooner done than some of them in a few tiles */
+    size_t stride = (size_t)((units + j->tiles - 1) / j->tiles) * unit_of(a) * VW;
+    size_t rows = inner * lane_bytes(a) / 4 + a->rows + (whole_numbers(a) ? 3 : 0);
     if (j->kind == 1)
-        rows = inner + hidden_chunk(b) + (b->lanes ? hidden_chunk(b) / 4 * 6 : 0) + b->rows + (b->lanes == CODES ? b->rows + 3 : 0);
+        rows = inner * lane_bytes(a) / 4 + hidden_chunk(b) + (b->lanes ? hidden_chunk(b) / 4 * 6 * lane_bytes(b) / 4 : 0) + b->rows +
+               (whole_numbers(b) ? b->rows + 6 : 0);
     return rows * stride * 4;
 }
 
@@ -696,14 +1032,14 @@ static void NAME(work)(void *argument) {
             return;
         if (j->kind == 2) {
             int64_t image = tile / j->per_image * j->images_per_tile, part = tile % j->per_image;
-            int area = j->height * j->width, whole = (area + VW - 1) / VW;
+            int area = j->height * j->width, whole = NAME(vectors_of)(j, area);
             int p0 = NAME(begins)(j, whole, part) * VW, p1 = NAME(begins)(j, whole, part + 1) * VW;
             int images = j->tokens - image < j->images_per_tile ? (int)(j->tokens - image) : j->images_per_tile;
             NAME(conv_tile)(j, image, images, p0, (p1 < area ? p1 : area) - p0, scratch);
             continue;
         }
-        int64_t vectors = (j->tokens + VW - 1) / VW;
-        int64_t t0 = vectors * tile / j->tiles * VW, t1 = vectors * (tile + 1) / j->tiles * VW;
+        int64_t units = NAME(units_of)(j), width = unit_of(&j->first) * VW;
+        int64_t t0 = units * tile / j->tiles * width, t1 = units * (tile + 1) / j->tiles * width;
         int count = (int)((t1 < j->tokens ? t1 : j->tokens) - t0);
         if (j->kind == 1)
             NAME(pair_tile)(j, t0, count, scratch);
@@ -961,6 +1297,10 @@ static void NAME(attend)(void *argument) {
 #undef vi
 #undef vu
 #undef vh
+#undef vs
+#undef vus
+#undef CENTRE
+#undef MICRO_BYTES
 #undef MICRO
 #undef MICROS
 #undef ENTRY

@@ -7,5 +7,8 @@
 #undef DOT
 #undef MADD
 #undef MADD_AT
+#undef MADDUBS
+#undef DPBUSD
+#undef HELD
 #undef MAX
 #undef MIN

@@ -87,14 +87,16 @@ class Form(_Value):
 class Search(_Value):
     """What was measured while layers were chosen for an error of the whole model (relative, root mean square, on the example).
 
-    `free` with every layer in the form that is fastest for it alone, `error` as planned, `alone` with one layer in 8 bits and all
-    others dense, by layer; empty where every layer fitted in. None where an output was not finite, or the model did not run.
+    `free` with every layer in the form that is fastest for it alone, `error` as planned, `alone` with one layer in that form and all
+    others dense, by layer; empty where every layer fitted in. `slower` is the same with its slower forms in few bits, by layer and
+    backend. None where an output was not finite, or the model did not run.
     """
 
     max_error: _Positive
     free: float | None
     error: float | None
     alone: dict[str, float | None] = Field(default_factory=dict)
+    slower: dict[str, dict[str, float | None]] = Field(default_factory=dict)
 
     @property
     def remark(self) -> str:

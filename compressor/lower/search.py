@@ -1,8 +1,9 @@
-"""The fastest plan whose whole model stays within an error: which layers stay in 8 bits, and which go back to a float form.
+"""The fastest plan whose whole model stays within an error: which layers stay in 7 or 8 bits, and which go back to a slower form.
 
-Errors of layers add up in squares, nearly. So each layer is put into 8 bits alone, and the model's output compared; those whose
-squared error is large for the time that they save go back first, until what is left should fit. What really is left is then
-measured: more go back one by one until it fits, and those that fit in all the same stay in 8 bits.
+Errors of layers add up in squares, nearly. So each layer is put into each of its forms in few bits alone, and the model's output
+compared; those whose squared error is large for the time that they save go back first, to the form that gains most error for its time,
+until what is left should fit. What really is left is then measured: more go back one by one until it fits, and those that fit in all
+the same go forward again.
 """
 
 from __future__ import annotations
@@ -22,27 +23,44 @@ from compressor.progress import Progress
 
 
 @dataclass(frozen=True)
-class _Option:
-    """A layer that 8 bits are fastest for, and what it would be without them. `saves` is in milliseconds, `place` among the layers."""
+class _Ladder:
+    """What a layer may be run by: first the fastest form, which is in 7 or 8 bits, then slower ones, and last a float form. `times`
+    are their milliseconds, `place` is the layer's among all."""
 
-    layer: LayerPlan
-    instead: LayerPlan
-    saves: float
+    forms: tuple[LayerPlan, ...]
+    times: tuple[float, ...]
     place: int
+
+    @property
+    def name(self) -> str:
+        return self.forms[0].name
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A layer goes from one form to one that is slower and more exact."""
+
+    ladder: _Ladder
+    start: int
+    end: int
+
+    @property
+    def costs(self) -> float:
+        return self.ladder.times[self.end] - self.ladder.times[self.start]
 
 
 @torch.no_grad()
 def within(
     job: Job, layers: Sequence[LayerPlan], max_error: float
 ) -> Generator[Progress, None, tuple[list[LayerPlan], Search]]:
-    """`layers`, of which as few as needed have gone back from 8 bits so that the model's output is off by `max_error` at most, and
-    what was measured. Yields a step per forward.
+    """`layers`, of which as few as needed have gone back to slower forms so that the model's output is off by `max_error` at most,
+    and what was measured. Yields a step per forward.
 
     The error is the largest relative root mean square difference among the output's tensors, on the job's inputs. What rounding alone
     does may be more than `max_error`: then nothing is left in 8 bits, and the caller sees it in the form.
     """
     names = [layer.name for layer in layers]
-    options = _options(job, layers)
+    ladders = _ladders(job, layers)
     wanted = seeded(job.forward, job.base)
 
     def error(choices: Mapping[str, str]) -> float:
@@ -51,84 +69,133 @@ def within(
         except Exception:  # a model may look into its layers: the guard, which runs the same form, says so
             return math.inf
 
-    def whole(back: Sequence[_Option]) -> float:
-        return error({layer.name: layer.choice for layer in _with(layers, back)})
+    def whole(moves: Sequence[_Move]) -> float:
+        return error({layer.name: layer.choice for layer in _with(layers, moves)})
 
     step = partial(Progress, "error of the model")
     yield step(0, 1, "each layer at its fastest")
     free = found = whole([])
-    alone: dict[str, float] = {}
-    back: list[_Option] = []
-    if options and not free <= max_error:
-        for done, option in enumerate(options):
-            yield step(done, len(options), option.layer.name)
-            alone[option.layer.name] = error({option.layer.name: option.layer.choice})
-        order = _order(options, alone, len(layers))
-        back = _predicted(order, alone, max_error)
-        yield step(0, 1, f"{len(back)} layers back in float")
+    alone: dict[str, list[float]] = {}
+    back: list[_Move] = []
+    if ladders and not free <= max_error:
+        tried = [(ladder, form) for ladder in ladders for form in ladder.forms[:-1]]
+        for done, (ladder, form) in enumerate(tried):
+            yield step(done, len(tried), ladder.name)
+            alone.setdefault(ladder.name, []).append(error({ladder.name: form.choice}))
+        order = _order(ladders, alone, len(layers))
+        back = _predicted(order, ladders, alone, max_error)
+        yield step(0, 1, f"{len(back)} layers less coarse")
         while not (found := whole(back)) <= max_error and len(back) < len(order):
             back.append(order[len(back)])
-            yield step(0, 1, f"{len(back)} layers back in float")
-        for option in back[::-1] if found <= max_error else ():  # errors may make up for each other
-            fewer = [other for other in back if other is not option]
-            yield step(0, 1, f"{option.layer.name} in 8 bits again")
+            yield step(0, 1, f"{len(back)} layers less coarse")
+        for move in back[::-1] if found <= max_error else ():  # errors may make up for each other
+            fewer = [other for other in back if other is not move]
+            if any(other.ladder is move.ladder and other.start >= move.end for other in fewer):
+                continue  # it went on from there
+            yield step(0, 1, f"{move.ladder.name} in {move.ladder.forms[move.start].choice} again")
             if (less := whole(fewer)) <= max_error:
                 back, found = fewer, less
-    chosen = _with(layers, back, alone)
-    return chosen, Search(max_error=max_error, free=_finite(free), error=_finite(found), alone=_all_finite(alone))
+    slower = {
+        o.name: {f.choice: _finite(e) for f, e in zip(o.forms[1:-1], alone[o.name][1:], strict=True)}
+        for o in ladders
+        if alone
+    }
+    search = Search(
+        max_error=max_error,
+        free=_finite(free),
+        error=_finite(found),
+        alone={name: _finite(errors[0]) for name, errors in alone.items()},
+        slower={name: own for name, own in slower.items() if own},
+    )
+    return _with(layers, back, alone), search
 
 
 def _with(
-    layers: Sequence[LayerPlan], back: Sequence[_Option], alone: Mapping[str, float] | None = None
+    layers: Sequence[LayerPlan], moves: Sequence[_Move], alone: Mapping[str, Sequence[float]] | None = None
 ) -> list[LayerPlan]:
-    """`layers`, of which those in `back` have their float form; with the reason where the errors that each makes `alone` are
-    given."""
-    instead = {o.layer.name: o.instead if alone is None else _returned(o, alone[o.layer.name]) for o in back}
-    return [instead.get(layer.name, layer) for layer in layers]
+    """`layers` after `moves`; with the reason where the errors that each makes `alone` are given."""
+    ends: dict[str, _Move] = {}
+    for move in moves:
+        if move.end > (ends[move.ladder.name].end if move.ladder.name in ends else 0):
+            ends[move.ladder.name] = move
+    return [
+        layer
+        if (move := ends.get(layer.name)) is None
+        else move.ladder.forms[move.end]
+        if alone is None
+        else _returned(move, alone[layer.name][0])
+        for layer in layers
+    ]
 
 
-def _options(job: Job, layers: Sequence[LayerPlan]) -> list[_Option]:
+def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
     quantising = {backend.name for backend in job.backends if backend.quantises}
     skipping = {backend.name for backend in job.backends if backend.skips_zeros}
     found = []
     for place, layer in enumerate(layers):
-        if layer.choice not in quantising:
-            continue
         times = {one.backend: one.median_ms for one in layer.candidates if one.median_ms is not None}
-        verdict = held(layer, skipping, without=quantising).verdict()
-        choice = verdict.choice
-        update = {"choice": choice, "reason": verdict.reason(), "skips_zeros": choice in skipping}
-        saves = times[choice] - times[layer.choice]
-        found.append(_Option(layer, layer.model_copy(update=update), saves, place))
+        forms, left = [layer], set(quantising)
+        while forms[-1].choice in quantising:
+            left.discard(forms[-1].choice)
+            verdict = held(layer, skipping, without=quantising - left).verdict()
+            if verdict.choice not in quantising:
+                verdict = held(layer, skipping, without=quantising).verdict()
+            update = {"choice": verdict.choice, "reason": verdict.reason(), "skips_zeros": verdict.choice in skipping}
+            forms.append(layer.model_copy(update=update))
+        if len(forms) > 1:
+            found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))
     return found
 
 
-def _order(options: Sequence[_Option], alone: Mapping[str, float], count: int) -> list[_Option]:
-    """Who goes back first: the most squared error per millisecond saved; of those equal to three digits, the ones nearest to the
-    model's ends."""
+def _order(ladders: Sequence[_Ladder], alone: Mapping[str, Sequence[float]], count: int) -> list[_Move]:
+    """Who moves first, until all are in float: the most squared error per millisecond that is lost; of those equal to three digits,
+    the layers nearest to the model's ends."""
+    at = {ladder.name: 0 for ladder in ladders}
+    moves: list[_Move] = []
 
-    def key(option: _Option) -> tuple[float, int, int]:
-        price = alone[option.layer.name] ** 2 / option.saves if option.saves > 0 else math.inf
-        return -float(f"{price:.2e}"), min(option.place, count - 1 - option.place), option.place
+    def key(move: _Move) -> tuple[float, int, int]:
+        before, after = (_square(move.ladder, place, alone) for place in (move.start, move.end))
+        price = math.inf if move.costs <= 0 or not math.isfinite(before) else (before - after) / move.costs
+        place = move.ladder.place
+        return -float(f"{price:.2e}"), min(place, count - 1 - place), place
 
-    return sorted(options, key=key)
+    while True:
+        possible = [
+            _Move(ladder, start, end)
+            for ladder in ladders
+            for start in [at[ladder.name]]
+            for end in range(start + 1, len(ladder.forms))
+            if end == len(ladder.forms) - 1 or _square(ladder, end, alone) < _square(ladder, start, alone)
+        ]
+        if not possible:
+            return moves
+        moves.append(min(possible, key=key))
+        at[moves[-1].ladder.name] = moves[-1].end
 
 
-def _predicted(order: Sequence[_Option], alone: Mapping[str, float], max_error: float) -> list[_Option]:
-    """The first of `order`, at least one, without which the squares of the others' errors add up to no more than that of
-    `max_error`."""
-    squares = [alone[option.layer.name] ** 2 for option in order]
-    count = 1
-    while sum(squares[count:]) > max_error**2:
-        count += 1
-    return list(order[:count])
+def _square(ladder: _Ladder, place: int, alone: Mapping[str, Sequence[float]]) -> float:
+    """The squared error of a form; none of the float form."""
+    own = alone[ladder.name]
+    return own[place] ** 2 if place < len(own) else 0.0
 
 
-def _returned(option: _Option, alone: float) -> LayerPlan:
-    layer, instead = option.layer, option.instead
-    times = {one.backend: one.median_ms for one in layer.candidates if one.median_ms is not None}
+def _predicted(
+    order: Sequence[_Move], ladders: Sequence[_Ladder], alone: Mapping[str, Sequence[float]], max_error: float
+) -> list[_Move]:
+    """The first of `order`, at least one, after which squared errors add up to no more than that of `max_error`."""
+    squares = {ladder.name: _square(ladder, 0, alone) for ladder in ladders}
+    for count, move in enumerate(order, 1):
+        squares[move.ladder.name] = _square(move.ladder, move.end, alone)
+        if sum(squares.values()) <= max_error**2:
+            return list(order[:count])
+    return list(order)
+
+
+def _returned(move: _Move, alone: float) -> LayerPlan:
+    ladder = move.ladder
+    first, instead = ladder.forms[0], ladder.forms[move.end]
     reason = (
-        f"{layer.choice} would be {times[instead.choice] / times[layer.choice]:.2f}x as fast; left in {instead.choice} for the error "
+        f"{first.choice} would be {ladder.times[move.end] / ladder.times[0]:.2f}x as fast; left in {instead.choice} for the error "
         f"of the whole model: {alone:.1e} alone. {instead.choice}: {instead.reason}"
     )
     return instead.model_copy(update={"reason": reason})
@@ -136,7 +203,3 @@ def _returned(option: _Option, alone: float) -> LayerPlan:
 
 def _finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
-
-
-def _all_finite(errors: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _finite(error) for name, error in errors.items()}

@@ -67,10 +67,11 @@ class VNMConv(nn.Module):
         refuse_gradients(x)
         w = self.weight
         largest = None
-        if (
-            w.scale is not None and x.dim() == 4 and x.numel()
-        ):  # here, so that a compiler takes it on its way through what makes x
-            largest = x.abs().amax((1, 2, 3)).float()  # torch's vector_norm takes 18 times as long
+        if w.scale is not None and x.dim() == 4 and x.numel():
+            # here, so that a compiler takes it on its way through what makes x; torch's vector_norm takes 18 times as long
+            dims = (1, 2, 3)
+            ends = torch.stack((x.amin(dims), x.amax(dims))) if w.layout.lanes == Lanes.BYTES else x.abs().amax(dims)
+            largest = ends.float()
         out: Tensor = torch.ops.compressor.vnm_conv(x.contiguous(), *w.arguments, largest, self.side, w.tile)
         return out
 
@@ -85,6 +86,8 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple
         channels, vectors = {1: (128, 20), 2: (128, 20), 4: (256, 10)}[most]
         if lanes == Lanes.CODES:
             channels, vectors = {1: (96, 12), 2: (96, 12), 4: (128, 8)}[most]
+    elif lanes == Lanes.BYTES:
+        channels, vectors = (256, 24) if pixels else (256, 2)
     elif not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 18) if pixels else (128, 3)}[most]
     elif not wide:
@@ -187,6 +190,16 @@ class VNMInt8(VNM):
 
     def _lanes(self, pairs: bool) -> Lanes:
         return Lanes.CODES
+
+
+class VNMW7A8(VNMInt8):
+    """The same with weights in 7 bits and inputs in 8, per token or image, summed in 16 bits as far as they reach: two products to an
+    instruction where 16-bit numbers have one, and a larger error."""
+
+    name = "vnm-w7a8"
+
+    def _lanes(self, pairs: bool) -> Lanes:
+        return Lanes.BYTES
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:

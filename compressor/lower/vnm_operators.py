@@ -11,11 +11,11 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.lower.vnm_kernels import kernels
-from compressor.lower.vnm_weight import Layout
+from compressor.lower.vnm_weight import Lanes, Layout
 
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "DEF")
-_MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, int[] numbers{0}"
+_MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, Tensor? total{0}, int[] numbers{0}"
 _library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
 _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
 _library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int tile) -> Tensor")
@@ -48,7 +48,8 @@ class _Job(NamedTuple):
     height: int = 1
     width: int = 1
     largest: int = 0
-    """Where the largest magnitude of each image lies, for weights of codes."""
+    """Where the largest magnitude of each image lies, for weights of codes; for those of bytes the lowest number of each, then the
+    highest."""
 
     def numbers(self) -> tuple[int, ...]:
         """The job as the extension takes it."""
@@ -71,15 +72,16 @@ def _matrix(
     bias: Tensor | None,
     order: Tensor | None,
     scale: Tensor | None,
+    total: Tensor | None,
     numbers: Sequence[int],
 ) -> list[int]:
     """A weight as the extension takes it: its layout, and where its buffers lie."""
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (bias, scale)):
         raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
     layout = Layout(*numbers)
-    groups = layout.out // max(1, layout.v) * (layout.channels // max(1, layout.group))
-    steps = groups * layout.steps * layout.taps
-    whole = values.numel() == steps * layout.v and index.numel() == steps and index.dtype == torch.uint16
+    whole = (values.numel(), index.numel()) == layout.lengths and index.dtype == torch.uint16
+    if total is not None:
+        whole = whole and total.dtype == torch.int32 and total.shape == (len(layout.blocks) + 1, layout.out)
     lengths = {layout.out} | {tensor.numel() for tensor in (bias, order, scale) if tensor is not None}
     if not whole or values.element_size() != 4 or len(lengths) != 1 or not values.is_cpu:
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
@@ -90,6 +92,7 @@ def _matrix(
         0 if bias is None else bias.data_ptr(),
         0 if order is None else order.data_ptr(),
         0 if scale is None else scale.data_ptr(),
+        0 if total is None else total.data_ptr(),
     ]
 
 
@@ -107,6 +110,7 @@ def _linear(
     bias: Tensor | None,
     order: Tensor | None,
     scale: Tensor | None,
+    total: Tensor | None,
     numbers: Sequence[int],
     tile: int,
 ) -> Tensor:
@@ -116,7 +120,7 @@ def _linear(
     tokens = x.numel() // layout.channels
     if tokens:
         job = _Job(_Work.LINEAR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
-        _run(job, _matrix(values, index, bias, order, scale, numbers))
+        _run(job, _matrix(values, index, bias, order, scale, total, numbers))
     return y
 
 
@@ -127,12 +131,14 @@ def _pair(
     bias1: Tensor | None,
     order1: Tensor | None,
     scale1: Tensor | None,
+    total1: Tensor | None,
     numbers1: Sequence[int],
     values2: Tensor,
     index2: Tensor,
     bias2: Tensor | None,
     order2: Tensor | None,
     scale2: Tensor | None,
+    total2: Tensor | None,
     numbers2: Sequence[int],
     tanh: bool,
     tile: int,
@@ -144,8 +150,8 @@ def _pair(
     if tokens:
         job = _Job(_Work.PAIR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
         matrices = (
-            _matrix(values1, index1, bias1, order1, scale1, numbers1),
-            _matrix(values2, index2, bias2, order2, scale2, numbers2),
+            _matrix(values1, index1, bias1, order1, scale1, total1, numbers1),
+            _matrix(values2, index2, bias2, order2, scale2, total2, numbers2),
         )
         _run(job._replace(tanh=int(tanh)), *matrices)
     return y
@@ -158,6 +164,7 @@ def _conv(
     bias: Tensor | None,
     order: Tensor | None,
     scale: Tensor | None,
+    total: Tensor | None,
     numbers: Sequence[int],
     largest: Tensor | None,
     side: int,
@@ -171,11 +178,12 @@ def _conv(
         job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
         job = job._replace(side=side, height=height, width=width)
         if scale is not None:
-            if largest is None or largest.shape != (batch,) or largest.dtype != torch.float32:
+            shape = (2, batch) if layout.lanes == Lanes.BYTES else (batch,)
+            if largest is None or largest.shape != shape or largest.dtype != torch.float32:
                 raise CompressorError("a convolution in 8 bits needs the largest magnitude of each image, in float32")
             largest = largest.contiguous()
             job = job._replace(largest=largest.data_ptr())
-        _run(job, _matrix(values, index, bias, order, scale, numbers))
+        _run(job, _matrix(values, index, bias, order, scale, total, numbers))
     return y
 
 
@@ -223,7 +231,15 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cod
 
 
 def _fake_linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Any, order: Any, scale: Any, numbers: Sequence[int], tile: int
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Any,
+    order: Any,
+    scale: Any,
+    total: Any,
+    numbers: Sequence[int],
+    tile: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], Layout(*numbers).out))
 
@@ -235,12 +251,14 @@ def _fake_pair(
     bias1: Any,
     order1: Any,
     scale1: Any,
+    total1: Any,
     numbers1: Sequence[int],
     values2: Tensor,
     index2: Tensor,
     bias2: Any,
     order2: Any,
     scale2: Any,
+    total2: Any,
     numbers2: Sequence[int],
     tanh: bool,
     tile: int,
@@ -255,6 +273,7 @@ def _fake_conv(
     bias: Any,
     order: Any,
     scale: Any,
+    total: Any,
     numbers: Sequence[int],
     largest: Any,
     side: int,

@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
@@ -24,6 +25,10 @@ LARGEST_INNER = _LARGEST_SUM // 127**2 // 2 * 4
 _LARGEST_CODE = 2**15 - 1
 
 
+SET = 8
+"""Pairs of channels whose products the kernels sum in 16 bits, where lanes are BYTES: in two sums, of the even and of the odd ones."""
+
+
 class Lanes(IntEnum):
     """What a lane of 32 bits holds, as the kernels number it."""
 
@@ -33,6 +38,8 @@ class Lanes(IntEnum):
     """A pair of bf16."""
     CODES = 2
     """A pair of whole numbers of 16 bits: codes of weights (8 bits of them) and of inputs."""
+    BYTES = 3
+    """Bytes: two codes of inputs (of 0 to 255), or four of weights (7 bits of them)."""
 
 
 class Layout(NamedTuple):
@@ -54,7 +61,23 @@ class Layout(NamedTuple):
     lanes: int
     """What a lane holds: see Lanes."""
     largest: int
-    """CODES: the largest code of an input, so that no sum leaves 32 bits; else 0."""
+    """CODES: the largest code of an input, so that no sum leaves 32 bits; BYTES: 255; else 0."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """The channels of each block."""
+        whole, left = divmod(self.channels, max(1, self.block))
+        return [self.block] * whole + [left] * (left > 0)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """How many values and places the buffers hold."""
+        steps = [channels // max(1, self.group) * self.steps for channels in self.blocks]
+        if self.lanes == Lanes.BYTES:
+            steps = [-(-some // SET) * SET for some in steps]
+        places = sum(steps) * self.taps * (self.out // max(1, self.v))
+        lanes = places // SET * (1 + SET // 2) if self.lanes == Lanes.BYTES else places
+        return lanes * self.v, places
 
 
 class KernelWeight(nn.Module):
@@ -65,7 +88,9 @@ class KernelWeight(nn.Module):
     takes at a time; None: all.
 
     With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get
-    codes of up to `largest`, or of fewer where a sum of products could leave 32 bits otherwise.
+    codes of up to `largest`, or of fewer where a sum of products could leave 32 bits otherwise. With BYTES it is
+    `quantised_for_bytes`, per row too, and `total` [block][row] has the sums of a row's codes in the blocks before each one, and last
+    in all.
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
 
@@ -74,6 +99,7 @@ class KernelWeight(nn.Module):
     bias: Tensor | None
     order: Tensor | None
     scale: Tensor | None
+    total: Tensor | None
 
     def __init__(
         self,
@@ -88,7 +114,7 @@ class KernelWeight(nn.Module):
         tile: int = 6,
     ) -> None:
         super().__init__()
-        order, scale = None, None
+        order, scale, total = None, None, None
         codes = weight
         if lanes == Lanes.CODES:
             codes, scale = quantised(weight.flatten(1), torch.int8)
@@ -102,7 +128,7 @@ class KernelWeight(nn.Module):
             # rows that share a choice follow each other here, and go back to their places after
             order = pattern.order(weight)
             weight, codes, pattern = weight[order], codes[order], pattern.neighbours
-            if bias is not None and lanes != Lanes.CODES:  # which has no use of it before rows are in their places
+            if bias is not None and lanes < Lanes.CODES:  # which have no use of it before rows are in their places
                 bias = bias[order]
         out, channels = weight.shape[:2]
         v, n, m = together or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
@@ -118,16 +144,21 @@ class KernelWeight(nn.Module):
         grouped = codes.reshape(out // v, v, channels // m, m, taps)
         # (groups of rows, v, groups of channels, n, taps)
         kept = grouped.gather(3, at[:, None].expand(-1, v, -1, -1, -1))
+        if lanes == Lanes.BYTES:
+            kept, scale = quantised_for_bytes(kept, block // m)
+            total = _totals(kept, block // m)
+            if order is not None:
+                scale, total = scale[order.argsort()], total[:, order.argsort()]
         values, index = _lanes(kept, at, block, m, lanes)
         self.register_buffer("values", torch.cat(values))
         self.register_buffer("index", torch.cat(index).to(torch.uint16))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("order", None if order is None else order.to(torch.int32))
         self.register_buffer("scale", None if scale is None else scale.flatten())
+        self.register_buffer("total", total)
         steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6)
-        self.layout = Layout(
-            out, channels, v, taps, block, m, steps, rows, int(lanes), largest if lanes == Lanes.CODES else 0
-        )
+        most = {Lanes.CODES: largest, Lanes.BYTES: 255}.get(lanes, 0)
+        self.layout = Layout(out, channels, v, taps, block, m, steps, rows, int(lanes), most)
         self.tile = tile
 
     @property
@@ -138,7 +169,7 @@ class KernelWeight(nn.Module):
     @property
     def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """The weight as operators take it."""
-        return self.values, self.index, self.bias, self.order, self.scale, self.numbers
+        return self.values, self.index, self.bias, self.order, self.scale, self.total, self.numbers
 
     def get_extra_state(self) -> Tensor:
         """How the values lie: a state of other numbers is none of this module's, whatever its shapes."""
@@ -147,6 +178,47 @@ class KernelWeight(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         if tuple(state.tolist()) != self.layout:
             raise CompressorError("a state of a model lowered otherwise", "Lower the dense model again instead.")
+
+
+def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Codes of `kept` (groups of rows, v, groups of channels, 2, taps), int8 in the same shape, and what a code of each row stands
+    for: (rows) in float32. Blocks hold `groups` groups of channels.
+
+    Inputs have codes of 0 to 255. Two products sum to 16 bits where weights of one sign in a pair add up to 128 at most, since
+    128 * 255 < 2^15; and the products of a sum of four pairs, with codes less 128, where all magnitudes of weights add up to 255. A
+    row's scale is the smallest by which its pairs are 127 and its sums 251 at most before they are rounded half to even.
+    """
+    rows = kept.shape[:2]
+    wide = kept.double()  # so that the order of a sum is no matter
+    pairs = torch.maximum(wide.clamp_min(0).sum(3), (-wide).clamp_min(0).sum(3)).amax((2, 3))
+    sums = torch.cat([_in_sets(part).abs().sum((3, 5)).amax((2, 3, 4)) for part in wide.split(groups, 2)]).view(
+        -1, *rows
+    )
+    scale = torch.maximum(pairs / 127, sums.amax(0) / 251).float().clamp_min(1e-30)
+    codes = (kept.float() / scale[:, :, None, None, None]).round().to(torch.int8)
+    return codes, scale.flatten()
+
+
+def _in_sets(kept: Tensor) -> Tensor:
+    """`kept` (groups of rows, v, groups of channels, 2, taps) of a block as (groups of rows, v, sets, 4, 2 sums, 2, taps); the last
+    set is filled with zeros."""
+    filled = F.pad(kept, (0, 0, 0, 0, 0, -kept.shape[2] % SET))
+    return filled.unflatten(2, (-1, SET // 2, 2))
+
+
+def _byte_lanes(kept: Tensor) -> Tensor:
+    """The lanes of a block: of each set and row first -128 times what the weights of each of both sums add up to, in 16 bits, then two
+    pairs to a lane."""
+    sets = _in_sets(kept).permute(6, 0, 2, 3, 1, 4, 5)  # (taps, groups of rows, sets, 4, v, 2 sums, 2)
+    begin = (-128 * sets.sum((3, 6), dtype=torch.int16)).contiguous().view(torch.int32)
+    pairs = sets.flatten(5).contiguous().view(torch.int32)
+    return torch.cat([begin.flatten(3)[:, :, :, None], pairs.flatten(4)], 3).flatten()
+
+
+def _totals(kept: Tensor, groups: int) -> Tensor:
+    """The sums of each row's codes in the blocks before each one, and last in all: (blocks + 1, rows), int32."""
+    blocks = [part.sum((2, 3, 4), dtype=torch.int32).flatten() for part in kept.split(groups, 2)]
+    return torch.stack([torch.zeros_like(blocks[0]), *blocks]).cumsum(0, dtype=torch.int32)
 
 
 def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[list[Tensor], list[Tensor]]:
@@ -161,7 +233,12 @@ def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[
         some = slice(start, start + groups)
         here = at[:, some]
         group = torch.arange(here.shape[1])[None, :, None]
-        if lanes != Lanes.FLOATS:
+        if lanes == Lanes.BYTES:
+            rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
+            values.append(_byte_lanes(kept[:, :, some]))
+            filled = F.pad(rows, (0, 0, 0, -rows.shape[1] % SET))  # with weights of zero
+            index.append(filled.permute(2, 0, 1).flatten())
+        elif lanes != Lanes.FLOATS:
             rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
             pairs = kept[:, :, some].permute(4, 0, 2, 1, 3)
             pairs = pairs.to(torch.int16 if lanes == Lanes.CODES else torch.bfloat16)
