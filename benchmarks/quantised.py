@@ -1,4 +1,4 @@
-"""What 8 bits cost in quality: `best` at 4:2:4 trained in float32 and with `quantise: int8`, each judged in float32 and in 8 bits.
+"""What few bits cost in quality: `best` at 4:2:4 trained in float32 and with `quantise: int8`, each judged in float32 and in few bits.
 
     python benchmarks/quantised.py [--model uvit-digits] [--seeds 5]
 
@@ -6,6 +6,7 @@ Forms that are judged, on the very same weights of a training:
 - `float32`: the weights that were trained in float32, in float32 arithmetic.
 - `8-bit kernels`: every layer with a mask run by `vnm-int8` (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in
   float32.
+- `7-bit kernels`: the same by `vnm-w7a8` (7-bit weights, 8-bit inputs); of weights that were trained in float32 alone.
 - `8-bit weights`, where the kernels do not take every layer with a mask: each weight under a mask in 8 bits per output row, in float32
   arithmetic. Weights of `quantise: int8` are so already.
 
@@ -44,6 +45,8 @@ MODELS = ("uvit-digits", "ddpm-digits")
 STEPS, SAMPLES = 300, 1797  # as many samples as real images
 TRAINED = {"float32": "none", "int8": "int8"}
 """Name of a training: its setting `quantise`."""
+KERNELS = {"8-bit kernels": "vnm-int8", "7-bit kernels": "vnm-w7a8"}
+"""Name of a form: the backend that runs it."""
 
 
 def recipe(model: str, seed: int, quantise: str) -> dict[str, Any]:
@@ -68,10 +71,10 @@ def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
     return found
 
 
-def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any]) -> nn.Module | None:
-    """A copy in which `vnm-int8` runs every layer with a mask; None where it does not take one of them."""
-    job = prepared(model, given.adapter.example_inputs(16), ["vnm-int8"], None, given.adapter)
-    backend, taken = job.backend("vnm-int8"), set()
+def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name: str) -> nn.Module | None:
+    """A copy in which the backend `name` runs every layer with a mask; None where it does not take one of them."""
+    job = prepared(model, given.adapter.example_inputs(16), [name], None, given.adapter)
+    backend, taken = job.backend(name), set()
     form = copy.deepcopy(job.base)
     for one in job.found:
         if backend.refusal(one.unit) is None:
@@ -105,11 +108,12 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
     judge = Judge(given)
     result_of(judge.look())
     forms = {"float32": judged(judge, result.model)} if training == "float32" else {}
-    lowered = in_kernels(result.model, given, result.masks)
-    if lowered is not None:
-        forms["8-bit kernels"] = judged(judge, lowered)
-    else:
-        forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
+    for form, backend in KERNELS.items() if training == "float32" else [("8-bit kernels", "vnm-int8")]:
+        lowered = in_kernels(result.model, given, result.masks, backend)
+        if lowered is not None:
+            forms[form] = judged(judge, lowered)
+        elif form == "8-bit kernels":
+            forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
     own = {name: value for name, value in result.model.named_parameters() if name in result.masks}
     return {
         "model": model,
@@ -132,7 +136,7 @@ def dense(model: str) -> dict[str, Any]:
     return {"model": model, "training": "dense, as given", "weights_masked": len(masked), "forms": forms}
 
 
-_FORMS = (("float32", "float32"), ("float32", "8 bits"), ("int8", "8 bits"))
+_FORMS = (("float32", "float32"), ("float32", "8 bits"), ("float32", "7 bits"), ("int8", "8 bits"))
 """How a model was trained, and what it was judged in: the float32 one first, which the others are held against."""
 
 
@@ -146,7 +150,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|" + "---:|" * (len(seeds) + 2),
     ]
     changes = [
-        "| model | 8 bits, against 4:2:4 in float32 | change of fd-digits | of the prediction error | n |",
+        "| model | few bits, against 4:2:4 in float32 | change of fd-digits | of the prediction error | n |",
         "|---|---|---:|---:|---:|",
     ]
     for model, cells in by_model.items():
@@ -160,16 +164,18 @@ def table(result: dict[str, Any]) -> str:
             distance, error = (summary([own[name] for own in every.values()]) for name in _MEASURED)
             start = f"| `{model}` | {trained} | {judged_in} | {values}"
             lines.append(f"{start} | {_with_interval(distance, '.2f')} | {error.mean:.3%} |")
-        for form, how in zip(_FORMS[1:], ("rounded after training", "trained in 8 bits"), strict=True):
+        for form, how in zip(
+            _FORMS[1:], ("8, rounded after training", "7, rounded after training", "8, trained in 8 bits"), strict=True
+        ):
             pairs = [(cell[form], cell[_FORMS[0]]) for cell in cells.values()]
             distance, error = (summary([a[name] - b[name] for a, b in pairs]) for name in _MEASURED)
             shown = f"{_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')}"
             changes.append(f"| `{model}` | {how} | {shown} | {len(pairs)} |")
     told = (
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
-        "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In 8 "
-        "bits are the weights that have masks: of `uvit-digits` in the kernels of `vnm-int8`, of `ddpm-digits` (for whose "
-        "convolutions there were none) rounded, and multiplied in float32; of dense models the same ones, rounded. "
+        "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In "
+        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8`; of dense models, and of "
+        "`ddpm-digits` trained in 8 bits, the same weights rounded, and multiplied in float32. "
         f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
     )
     return "\n".join([*lines, "", *changes, "", told])
@@ -183,7 +189,7 @@ def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[tuple[str, str], dict
     found: dict[int, dict[tuple[str, str], dict[str, float]]] = {}
     for row in rows:
         for form, value in row["forms"].items() if "seed" in row else ():
-            judged_in = "float32" if form == "float32" else "8 bits"
+            judged_in = {"float32": "float32", "7-bit kernels": "7 bits"}.get(form, "8 bits")
             if form != "8-bit weights" or "8-bit kernels" not in row["forms"]:
                 found.setdefault(row["seed"], {})[row["training"], judged_in] = value
     return {seed: cell for seed, cell in sorted(found.items()) if set(cell) == set(_FORMS)}

@@ -5,8 +5,8 @@ be emulated.
 
 A machine's own levels are chosen by COMPRESSOR_CPU_LEVEL; the lowest also keeps PyTorch and oneDNN to what every x86-64 has.
 The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the
-instructions for pairs, of bfloat16 and of whole numbers, and those for bytes written out: their arithmetic, tails and layouts are tested, but not
-the instructions themselves.
+instructions for pairs, of bfloat16 and of whole numbers, and for bytes written out: their arithmetic, tails and layouts are
+tested, but not the instructions themselves.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Parallel(nn.Module):
 
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-TIMES = {"eager": 3.0, "onednn": 2.9, "sparse": 2.0, "coarse": 1.0, "dense": 3.0, "lowered": 1.0}
+TIMES = {"eager": 3.0, "onednn": 2.9, "sparse": 2.0, "coarse": 1.0, "coarser": 0.8, "dense": 3.0, "lowered": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +98,10 @@ def predicted_ms(plan: Plan) -> float:
     return sum(c.median_ms or 0.0 for layer in plan.layers for c in layer.candidates if c.backend == layer.choice)
 
 
-def shares(model: Parallel, errors: list[float]) -> Coarse:
+def shares(model: Parallel, errors: list[float], name: str = "coarse") -> Coarse:
     """A backend by which each layer of `model` alone puts the whole output off by this much."""
     names = {f"layers.{at}": error * len(errors) ** 0.5 for at, error in enumerate(errors)}
-    return Coarse(off=lambda unit: names[unit.name])
+    return Coarse(name, off=lambda unit: names[unit.name])
 
 
 # --- On a model that is. ---
@@ -178,6 +178,36 @@ def test_of_equal_ones_the_ends_of_the_model_go_back_first() -> None:
     assert list(choices(plan).values()) == ["sparse", "coarse", "coarse", "coarse", "sparse"]
 
 
+@pytest.mark.parametrize(
+    ("fine", "coarse", "max_error", "wanted"),
+    [
+        # one goes back by one step, where 1.2 ms would buy hardly more
+        ([0.001] * 3, [0.03, 0.01, 0.01], 0.02, ["coarse", "coarser", "coarser"]),
+        # all do, and the worst of them all the way
+        ([0.02, 0.002, 0.002], [0.04, 0.01, 0.01], 0.004, ["sparse", "coarse", "coarse"]),
+        # a slower form that is no more exact is passed over
+        ([0.03, 0.001, 0.001], [0.03, 0.001, 0.001], 0.02, ["sparse", "coarser", "coarser"]),
+        ([0.001] * 3, [0.01] * 3, 1e-4, ["sparse"] * 3),
+    ],
+)
+def test_a_layer_goes_back_as_far_as_it_has_to(
+    fine: list[float], coarse: list[float], max_error: float, wanted: list[str]
+) -> None:
+    model = Parallel(3)
+    backends = Sparse(), shares(model, fine), shares(model, coarse, "coarser")
+    plan = plan_of(model, X, *backends, max_error=max_error)
+    assert list(choices(plan).values()) == wanted
+    search = plan.search
+    assert search is not None and search.error is not None and search.error <= max_error
+    assert search.alone == pytest.approx({f"layers.{n}": e for n, e in enumerate(coarse)}, rel=1e-3)
+    assert {name: own["coarse"] for name, own in search.slower.items()} == pytest.approx(
+        {f"layers.{n}": e for n, e in enumerate(fine)}, rel=1e-3
+    )
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    back = [layer for layer in plan.layers if layer.choice != "coarser"]
+    assert all(layer.reason.startswith(f"coarser would be {TIMES[layer.choice] / 0.8:.2f}x as fast") for layer in back)
+
+
 class Chain(nn.Module):
     """Scaled layers one after another: errors add up with their signs."""
 
@@ -211,6 +241,15 @@ def test_what_was_predicted_is_measured(errors: list[float], max_error: float, b
     )
     assert [at for at, choice in enumerate(choices(plan).values()) if choice != "coarse"] == back
     assert plan.search is not None and plan.search.error is not None and plan.search.error <= max_error
+
+
+def test_a_layer_that_went_on_does_not_come_back_halfway() -> None:
+    """Signs are alike in the slower form: squares predict that it fits, and one layer has to go on from there."""
+    off = {"coarse": [0.002, 0.002, 0.002], "coarser": [0.03, -0.03, 0.01]}
+    backends = [Coarse(name, off=lambda unit, own=own: own[int(unit.name[-1])]) for name, own in off.items()]  # type: ignore[misc]
+    plan = plan_of(Chain(3), X, Sparse(), *backends, max_error=0.005)
+    assert list(choices(plan).values()) == ["sparse", "coarse", "coarse"]
+    assert plan.search is not None and plan.search.error == pytest.approx(0.004, rel=1e-2)
 
 
 def test_nothing_more_is_measured_where_all_fits() -> None:

@@ -677,18 +677,23 @@ static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *uni
                                size_t stride) {
     products p = products_of(&j->first, *units);
     const int tanh_form = j->tanh_form, biased = p.bias != NULL;
-    for (size_t t = 0; t < stride; t += VW) {
-        vf scale = NAME(load)(units->scale + t), low = {0}, high = {0}, odd = {0};
-        vi zero = *(const vi *)(units->zero + t);
+    for (size_t t = 0; t < stride; t += 2 * VW) {
+        vf low[2] = {{0}}, high[2] = {{0}}, odd[2] = {{0}};
         for (int i = 0; i < rows; i++) {
-            float *at = hidden + i * stride + t;
-            vf h = NAME(gelu)(NAME(sum_of)(BYTES, &p, n + i, *(const vi *)at, scale, zero, biased), tanh_form);
-            NAME(store)(at, h);
-            low = NAME(min)(low, h), high = NAME(max)(high, h), odd += h - h;
+            UNROLL for (int half = 0; half < 2; half++) {
+                size_t from = t + half * VW;
+                float *at = hidden + i * stride + from;
+                vf h = NAME(sum_of)(BYTES, &p, n + i, *(const vi *)at, NAME(load)(units->scale + from), *(const vi *)(units->zero + from), biased);
+                h = NAME(gelu)(h, tanh_form);
+                NAME(store)(at, h);
+                low[half] = NAME(min)(low[half], h), high[half] = NAME(max)(high[half], h), odd[half] += h - h;
+            }
         }
-        NAME(store)(own.scale + t, low);
-        NAME(store)(own.inverse + t, high);
-        NAME(store)((float *)own.zero + t, odd);
+        UNROLL for (int half = 0; half < 2; half++) {
+            NAME(store)(own.scale + t + half * VW, low[half]);
+            NAME(store)(own.inverse + t + half * VW, high[half]);
+            NAME(store)((float *)own.zero + t + half * VW, odd[half]);
+        }
     }
     NAME(byte_scales)(own, stride);
     for (int i = 0; i < rows; i += 4) {

@@ -87,7 +87,7 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple
         if lanes == Lanes.CODES:
             channels, vectors = {1: (96, 12), 2: (96, 12), 4: (128, 8)}[most]
     elif lanes == Lanes.BYTES:
-        channels, vectors = (256, 24) if pixels else (256, 2)
+        channels, vectors = 256, 24 if pixels else 2 if wide or level() == "avx2" else 4
     elif not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 18) if pixels else (128, 3)}[most]
     elif not wide:
@@ -193,8 +193,7 @@ class VNMInt8(VNM):
 
 
 class VNMW7A8(VNMInt8):
-    """The same with weights in 7 bits and inputs in 8, per token or image, summed in 16 bits as far as they reach: two products to an
-    instruction where 16-bit numbers have one, and a larger error."""
+    """V:2:4 weights in 7 bits, per output row, times inputs in 8 bits, per token or image: faster than vnm-int8, and less exact."""
 
     name = "vnm-w7a8"
 
