@@ -8,17 +8,20 @@ _ROUNDING = 1e-4  # relative, of a whole model in float32
 
 
 def int8(result: dict[str, Any]) -> str:
-    """Layers with weights of 8 bits against float32 and ONNX Runtime."""
+    """Layers with weights of 8 and 7 bits against float32 and ONNX Runtime."""
     names = list(result["rows"][0]["median_ms"])
+    over = [
+        f"{short} over {what}"
+        for short in ("7-bit", "int8")
+        for what in ("float32 sparse", "best float32", "ONNX int8")
+    ]
     lines = [
-        "| layer | pattern | "
-        + ", ms | ".join(names)
-        + ", ms | over float32 sparse | over best float32 | over ONNX int8 |",
-        "|---|---|" + "---:|" * (len(names) + 3),
+        "| layer | pattern | " + ", ms | ".join(names) + ", ms | " + " | ".join(over) + " |",
+        "|---|---|" + "---:|" * (len(names) + len(over)),
     ]
     for row in result["rows"]:
         cells = [f"{row['median_ms'][name]:.2f}" + _error(row["error"][name]) for name in names]
-        ratios = [f"{ratio:.2f}x" for ratio in row["int8 sparse over"].values()]
+        ratios = [f"{ratio:.2f}x" for form in ("7-bit", "int8") for ratio in row[f"{form} sparse over"].values()]
         lines.append(f"| {row['layer']} | {row['pattern']} | " + " | ".join([*cells, *ratios]) + " |")
     return "\n".join(
         [
@@ -64,8 +67,9 @@ def opponents(result: dict[str, Any]) -> str:
             f"Random weights, pruned by magnitude; in turns, medians of {_rounds(cells, 'rounds')} rounds, seed {cells[0]['seed']}, "
             f"{result['threads']} threads; {result['hardware'].rpartition(',')[0]}, interquartile ranges of up to {spread:.0%} of the "
             f"median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO {versions['openvino']}, NNCF "
-            f"{versions['nncf']}. 8 bits with `max_error` {cells[0]['max_error']:g}. In brackets the error: the root mean square "
-            "difference from the same weights in eager float32, in standard deviations of the output; none where it is rounding. "
+            f"{versions['nncf']}. 8 bits (7 of weights where those are faster) with `max_error` {cells[0]['max_error']:g}. In "
+            "brackets the error: the root mean square difference from the same weights in eager float32, in standard deviations "
+            "of the output; none where it is rounding. "
             "From `benchmarks/cpu/opponents.py`.",
         ]
     )
@@ -88,7 +92,7 @@ def _time(cell: dict[str, Any], name: str) -> str:
 
 def peaks(result: dict[str, Any]) -> str:
     """Each layer's share of what the machine can multiply."""
-    forms = ("eager", "onednn", "vnm", "vnm-int8")
+    forms = ("eager", "onednn", "vnm", "vnm-int8", "vnm-w7a8")
     lines = [
         f"| layer | M × N × K | {' | '.join(forms)} | memory alone, ms |",
         "|---|---|" + "---:|" * (len(forms) + 1),
@@ -107,8 +111,8 @@ def peaks(result: dict[str, Any]) -> str:
             "",
             "Shares are of the float32 multiply-adds that this machine does in registers, in the same round: "
             f"{result['peak_gflops']:.0f} GFLOP/s on one thread (quartiles {low:.0f} and {high:.0f}). They count "
-            "what is really multiplied: half for 4:2:4. 8-bit kernels multiply pairs of whole numbers, of which AVX2 does up to "
-            f"1.57 times as many. Batch {result['batch']}, medians of {result['n']} rounds, seed {result['seed']}; "
+            "what is really multiplied: half for 4:2:4. Kernels of 8 and 7 bits multiply whole numbers, of which AVX2 does more: of "
+            f"16 bits up to 1.57 times as many. Batch {result['batch']}, medians of {result['n']} rounds, seed {result['seed']}; "
             f"{result['hardware'].rpartition(',')[0]}; memory is read at {result['read_gbytes_per_s']:.0f} GB/s. "
             "From `benchmarks/cpu/roofline.py`.",
         ]

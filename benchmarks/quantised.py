@@ -174,11 +174,18 @@ def table(result: dict[str, Any]) -> str:
     told = (
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
         "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In "
-        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8`; of dense models, and of "
-        "`ddpm-digits` trained in 8 bits, the same weights rounded, and multiplied in float32. "
+        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8`; of dense models"
+        f"{_rounded_alone(result)} the same weights rounded, and multiplied in float32. "
         f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
     )
     return "\n".join([*lines, "", *changes, "", told])
+
+
+def _rounded_alone(result: dict[str, Any]) -> str:
+    """The trainings that no kernel took when they were judged."""
+    rows = [row for row in result["rows"] if "seed" in row and "8-bit weights" in row["forms"]]
+    named = dict.fromkeys(f", and of `{row['model']}` trained in {row['training']}," for row in rows)
+    return "".join(named)
 
 
 _MEASURED = ("fd-digits", "prediction_error")

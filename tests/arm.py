@@ -111,12 +111,12 @@ def _addresses(numbers: tuple[int, ...]) -> dict[int, int]:
     matrices = range(_JOB, len(numbers), _MATRIX)
     places = units * (height * width if kind == _CONVOLUTION else 1) * (2 if half else 4)
     sizes = {2: places * numbers[matrices[-1]], 1: places * numbers[_JOB + 1]}
-    if numbers[_JOB - 1]:  # the largest magnitude of each image
+    if numbers[_JOB - 1]:  # the largest magnitude of each image, or its lowest and highest number
         sizes[_JOB - 1] = 4 * units * (2 if numbers[_JOB + 8] == Lanes.BYTES else 1)
     for at in matrices:
         layout = Layout(*numbers[at : at + 10])
         (values, places), row = layout.lengths, 4 * layout.out
-        lengths = (values * 4, places * 2, row, row, row, (len(layout.blocks) + 1) * row)
+        lengths = (values * 4, places * 2, row, row, row, (layout.blocks + 1) * row)
         parts = zip(range(at + 10, at + _MATRIX), lengths, strict=True)
         sizes |= {place: size for place, size in parts if numbers[place]}
     return sizes

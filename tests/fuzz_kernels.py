@@ -75,7 +75,13 @@ class Fuzz:
         largest = rng.choice([127, 1000, 32_767])
         return (
             self.weights.KernelWeight(
-                weight, bias, pattern, block=block, lanes=lanes, largest=largest, tile=rng.randint(1, 24)
+                weight,
+                bias,
+                pattern,
+                block=block,
+                lanes=lanes,
+                largest=largest,
+                tile=rng.randint(1, 24) if rng.random() < 0.9 else rng.randint(25, 64),
             ),
             weight,
             bias,

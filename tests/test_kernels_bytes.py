@@ -128,7 +128,18 @@ def test_sums_of_the_largest_products_fit_16_bits(data: st.DataObject) -> None:
     pattern, inner = NM(2, 4, 4), 4 * data.draw(st.integers(1, 40))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     values = torch.tensor(
-        data.draw(st.sampled_from([[1.0], [1.0, -1.0], [0.0, 1.0], [0.0, 0.0, 0.0, 1.0, -1.0], [1.0, 0.01]]))
+        data.draw(
+            st.sampled_from(
+                [
+                    [1.0],
+                    [1.0, -1.0],
+                    [0.0, 1.0],
+                    [0.0, 0.0, 0.0, 1.0, -1.0],
+                    [1.0, 0.01],
+                    [31.5, 31.501, -30.5, 30.5, 32.0],
+                ]
+            )
+        )
     )
     weight = values[torch.randint(len(values), (8, inner), generator=rng)]
     weight = pattern.mask(torch.rand((8, inner), generator=rng) + weight.abs()).apply(weight)
@@ -184,7 +195,7 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     x = (normal(*shape, seed=7) * torch.logspace(-3, 2, shape[0])[:, None, None, None]).to(dtype)
     wanted = convolution(x, weight, bias, block)
-    tile, before, threads = data.draw(st.integers(1, 40)), extension.level(), torch.get_num_threads()
+    tile, before, threads = data.draw(st.integers(1, 64)), extension.level(), torch.get_num_threads()
     try:
         for one in LEVELS:
             extension.set_level(one)
@@ -215,17 +226,15 @@ def test_what_the_backend_builds_is_near(level: str, pattern: NM | Clustered) ->
 
 
 def test_inputs_of_one_sign_have_all_codes(level: str) -> None:
-    """A zero of 128 would leave half of them unused."""
+    """A zero of 128 would leave half of them unused, and the error would be twice as large. Weights are exact in codes here."""
     pattern = NM(2, 4, 4)
-    weight, x = sparse(16, 256, pattern), normal(50, 256).abs()
-    wanted = x.double() @ weight.double().t()
+    weight, x = torch.zeros(16, 512), normal(50, 512).abs()
+    weight[:, ::32] = normal(16, 16).sign()
     lowered = VNMLinear(packed(weight, None, pattern))
-    codes, scale = codes_of_weight(weight, 64)
-    of_weights = (x.double() @ (codes * scale[:, None]).double().t() - wanted).norm() / wanted.norm()
-    of_both = (lowered(x).double() - wanted).norm() / wanted.norm()
-    step = float(x.amax(1).mean()) / 254
-    of_inputs = step / 12**0.5 * float(weight.norm(dim=1).mean()) * 50**0.5 * 16**0.5 / float(wanted.norm())
-    assert float(of_both) < 1.2 * (float(of_weights) ** 2 + of_inputs**2) ** 0.5
+    lost = lowered(x).double() - x.double() @ weight.double().t()
+    step = x.amax(1, keepdim=True).double() / 254
+    wanted = step / 12**0.5 * 16**0.5  # uniform in a step, 16 of them
+    assert 0.9 < float((lost / wanted).square().mean().sqrt()) < 1.1
 
 
 # --- The ends. ---
@@ -260,10 +269,13 @@ def test_a_token_that_is_not_finite_is_nan_and_no_other(level: str, dtype: torch
         assert torch.equal(out, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_an_image_that_is_not_finite_is_not_a_number_and_no_other_is(level: str, bad: float) -> None:
+def test_an_image_that_is_not_finite_is_not_a_number_and_no_other_is(
+    level: str, bad: float, dtype: torch.dtype
+) -> None:
     weight = NM(2, 4, 4).mask(torch.ones(8, 8, 3, 3)).apply(normal(8, 8, 3, 3))
-    x = normal(3, 8, 6, 6)
+    x = normal(3, 8, 6, 6).to(dtype)
     x[1, 2, 3, 4] = bad
     out = VNMConv(packed(weight, None, NM(2, 4, 4)), 3)(x)
     assert bool(out[1].isnan().all()) and bool(out[[0, 2]].isfinite().all())
@@ -291,6 +303,13 @@ def test_it_is_one_of_the_backends_that_an_error_allows() -> None:
     assert 1.5 * finer.error < found.error < 0.05
     assert "two of four" in str(VNMW7A8().refusal(unit(nn.Linear(8, 8), NM(4, 8, 4))))
     assert "could leave 32 bits" in str(VNMW7A8().refusal(unit(nn.Linear(LARGEST_INNER + 4, 4), NM(2, 4, 4))))
+    with pytest.raises(CompressorError, match="do not fit 32 bits"):
+        packed(
+            NM(1, 4, 4).mask(torch.ones(4, LARGEST_INNER)).apply(torch.ones(4, LARGEST_INNER)),
+            None,
+            NM(2, 4, 4),
+            block=4,
+        )
 
 
 def test_a_weight_lowered_otherwise_is_refused() -> None:
@@ -308,7 +327,14 @@ def test_operators_refuse_what_would_lead_outside() -> None:
     w = packed(sparse(16, 40, NM(2, 4, 4)), None, NM(2, 4, 4))
     values, index, bias, order, scale, total, numbers = w.arguments
     x = normal(3, 40)
-    for wrong in (None, total[:-1], total[:, :-1], total.float()):
+    for wrong in (
+        None,
+        total[:-1],
+        total[:, :-1],
+        total.float(),
+        total.t().contiguous().t(),
+        total[:, :1].expand(-1, 16),
+    ):
         with pytest.raises((CompressorError, ValueError)):
             torch.ops.compressor.vnm_linear(x, values, index, bias, order, scale, wrong, numbers, 3)
     with pytest.raises((CompressorError, ValueError)):
@@ -324,7 +350,7 @@ def test_operators_refuse_what_would_lead_outside() -> None:
         normal(8, 4, 3, 3) * NM(2, 4, 4).mask(torch.ones(8, 4, 3, 3)).apply(torch.ones(8, 4, 3, 3)), None, NM(2, 4, 4)
     )
     for limits in (None, torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 2).double()):
-        with pytest.raises(CompressorError, match="largest"):
+        with pytest.raises(CompressorError, match="lowest and the highest"):
             torch.ops.compressor.vnm_conv(normal(2, 4, 5, 5), *kernel.arguments, limits, 3, 5)
 
 

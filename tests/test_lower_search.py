@@ -243,6 +243,15 @@ def test_what_was_predicted_is_measured(errors: list[float], max_error: float, b
     assert plan.search is not None and plan.search.error is not None and plan.search.error <= max_error
 
 
+def test_a_layer_comes_forward_again_as_far_as_it_can() -> None:
+    """It skipped a form that was worth less for its time; the error, it turned out, leaves room for it."""
+    off = {"coarse": [0.0028, -0.0004], "coarser": [0.003, -0.0005]}
+    backends = [Coarse(name, off=lambda unit, own=own: own[int(unit.name[-1])]) for name, own in off.items()]  # type: ignore[misc]
+    plan = plan_of(Chain(2), X, Sparse(), *backends, max_error=0.00245)
+    assert list(choices(plan).values()) == ["coarse", "coarser"]
+    assert plan.search is not None and plan.search.error == pytest.approx(0.0023, rel=1e-2)
+
+
 def test_a_layer_that_went_on_does_not_come_back_halfway() -> None:
     """Signs are alike in the slower form: squares predict that it fits, and one layer has to go on from there."""
     off = {"coarse": [0.002, 0.002, 0.002], "coarser": [0.03, -0.03, 0.01]}

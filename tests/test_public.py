@@ -44,6 +44,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.metrics": {"fd-pictures", "fd-scattering"},
     "compressor.backends": {
         "vnm-int8",
+        "vnm-w7a8",
         "attention",
         "attention-int16",
         "dense-int8",

@@ -1,4 +1,4 @@
-"""V:2:4 weights in 8 bits against the same in float32, dense float32, and ONNX Runtime in 8 bits, layer by layer on one thread.
+"""V:2:4 weights in 8 and 7 bits against the same in float32, dense float32, and ONNX Runtime in 8 bits, layer by layer on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu/int8.py [--rounds 41] [--tokens 1028]
 
@@ -32,7 +32,7 @@ from compressor.export.graph import quantize
 from compressor.lower import Unit
 from compressor.lower.chooser import relative
 from compressor.lower.dense import OneDNN
-from compressor.lower.vnm import VNM, VNMInt8, level
+from compressor.lower.vnm import VNM, VNMW7A8, VNMInt8, level
 
 SEED = 0
 CPU = torch.device("cpu")
@@ -76,6 +76,7 @@ def measured(name: str, module: nn.Module, pattern: NM, tokens: int, rounds: int
     count = sum(isinstance(m, nn.Linear) for m in module.modules())
     unit = Unit(name, module, tuple(x.shape), torch.float32, CPU, (pattern,) * count)
     forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "7-bit sparse": VNMW7A8().build(unit),
         "int8 sparse": VNMInt8().build(unit),
         "float32 sparse": VNM().build(unit),
         "float32 eager": module,
@@ -102,9 +103,12 @@ def measured(name: str, module: nn.Module, pattern: NM, tokens: int, rounds: int
         "iqr_ms": {key: iqr_ms(own) for key, own in times.items()},
         "error": errors,
         "best_dense": best,
-        "int8 sparse over": {
-            key: median(other / own for other, own in zip(times[form], times["int8 sparse"], strict=True))
-            for key, form in (("float32 sparse",) * 2, ("best float32 dense", best), ("ONNX Runtime int8",) * 2)
+        **{
+            f"{sparse} over": {
+                key: median(other / own for other, own in zip(times[form], times[sparse], strict=True))
+                for key, form in (("float32 sparse",) * 2, ("best float32 dense", best), ("ONNX Runtime int8",) * 2)
+            }
+            for sparse in ("7-bit sparse", "int8 sparse")
         },
     }
 
@@ -145,8 +149,8 @@ def main(rounds: int, tokens: int, patterns: str, out: Path) -> None:
         for name, module in modules.items():
             x = torch.randn(tokens, int(name.split()[0]), generator=rng)
             rows.append(row := measured(name, module, pattern, tokens, rounds, x))
-            over = ", ".join(f"{ratio:.2f}x over {key}" for key, ratio in row["int8 sparse over"].items())
-            click.echo(f"{pattern} {name}: {row['median_ms']['int8 sparse']:.2f} ms, {over}")
+            over = ", ".join(f"{ratio:.2f}x over {key}" for key, ratio in row["7-bit sparse over"].items())
+            click.echo(f"{pattern} {name}: {row['median_ms']['7-bit sparse']:.2f} ms, {over}")
     about = environment()
     about["versions"]["onnxruntime"] = onnxruntime.__version__
     result = {**about, "level": level(), "seed": SEED, "rounds": rounds, "threads": 1, "rows": rows}

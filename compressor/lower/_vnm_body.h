@@ -6,7 +6,7 @@
  *   MADD_AT  the same with the address of b, where sums alone may fill the registers
  *   MADDUBS  (a, b): a0 b0 + a1 b1 of lanes of two bytes, those of b signed, where that fits 16 bits; plain C where it is not defined
  *   DPBUSD   (sum, a, b): sum + a0 b0 + .. + a3 b3 of lanes of four bytes; MADDUBS and MADD where it is not defined
- *   HELD     keeps a vector in its register, and the compiler from moving what comes after to before it
+ *   HELD     a vector that is made now, and stays in its register
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
@@ -474,7 +474,7 @@ INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, si
     *(vus *)(plane + 5 * stride) = b;
 }
 
-/* The scale and the inverse scale of each token of a tile; zero for the tokens that fill the last vector. */
+/* The scale and the inverse scale of each token of a tile; of what fills the last vector codes are zero. */
 static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
     int bytes = j->half ? 2 : 4;
     float *scale = at.scale, *inverse = at.inverse;
@@ -709,13 +709,11 @@ static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *uni
         }
     }
 }
+
+/* The same in codes. */
 static void NAME(hidden_codes)(const job *j, int n, int rows, const meaning *units, float *hidden, float *pairs, meaning own,
                                size_t stride) {
     float *hidden_scale = own.scale, *inverse = own.inverse;
-    if (j->second.lanes == BYTES) {
-        NAME(hidden_bytes)(j, n, rows, units, hidden, (uint16_t *)pairs, own, stride);
-        return;
-    }
     products p = products_of(&j->first, *units);
     const int tanh_form = j->tanh_form, biased = p.bias != NULL;
     for (size_t t = 0; t < stride; t += VW) {
@@ -781,7 +779,9 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
         NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, 0, 1, NULL, hidden, stride, vectors);
-        if (codes)
+        if (b->lanes == BYTES)
+            NAME(hidden_bytes)(j, n, rows, &units, hidden, (uint16_t *)pairs, own, stride);
+        else if (codes)
             NAME(hidden_codes)(j, n, rows, &units, hidden, pairs, own, stride);
         else if (b->lanes) {
             for (int k = 0; k < rows; k += 4) {
@@ -859,44 +859,30 @@ INLINE meaning NAME(of_image)(const job *j, const matrix *m, int64_t image, vf s
     return units;
 }
 
-/* What gather_row does, of four channels at a time, which become the six rows of pairs of their group. `within` has bits for the
- * pixels whose neighbour `shift` to the right is in their own line. */
-static void NAME(gather_codes)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within, float *panel,
-                               size_t stride, size_t each) {
-    int bytes = j->half ? 2 : 4;
+/* What gather_row does, of four channels at a time, which become the six rows of pairs of their group, in whole numbers. `within` has
+ * bits for the pixels whose neighbour `shift` to the right is in their own line. */
+static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within, char *panel,
+                                 size_t stride, size_t each) {
+    int bytes = j->half ? 2 : 4, unit = unit_of(m);
     int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
-    vf space[3];
+    vf space[3] = {{0}};
     NAME(of_image)(j, m, image, space);
     for (int g = 0; g < m->inner / 4; g++) {
         const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
-        for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
-            vu here = (vu)NAME(load)(within + p);
-            vf four[4];
-            UNROLL for (int c = 0; c < 4; c++) four[c] = (vf)(NAME(pixels)(x + c * area * bytes, j->half, first + (int64_t)p, area) & here);
-            NAME(code_pairs)(four, space[1], panel + (size_t)g * 6 * stride + p, stride);
-        }
-    }
-}
-
-/* What gather_codes does, in bytes: two vectors of pixels at a time. */
-static void NAME(gather_image_bytes)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within,
-                                     uint16_t *panel, size_t stride, size_t each) {
-    int bytes = j->half ? 2 : 4;
-    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
-    vf space[3];
-    NAME(of_image)(j, m, image, space);
-    for (int g = 0; g < m->inner / 4; g++) {
-        const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
-        for (size_t p = 0; p < each; p += 2 * VW) {
-            vu four[2];
-            for (int half = 0; half < 2; half++) {
+        for (size_t p = 0; p < each; p += unit * VW) { /* what is past the end is the next image's, or of no use */
+            char *to = panel + ((size_t)g * 6 * stride + p) * lane_bytes(m);
+            vf four[2][4];
+            for (int half = 0; half < unit; half++) {
                 size_t from = p + half * VW;
                 vu here = (vu)NAME(load)(within + from);
-                vf c[4];
-                UNROLL for (int i = 0; i < 4; i++) c[i] = (vf)(NAME(pixels)(x + i * area * bytes, j->half, first + (int64_t)from, area) & here);
-                four[half] = NAME(bytes_of)(c, space[1], (vu)space[2]);
+                UNROLL for (int c = 0; c < 4; c++)
+                    four[half][c] = (vf)(NAME(pixels)(x + c * area * bytes, j->half, first + (int64_t)from, area) & here);
             }
-            NAME(byte_pairs)(four[0], four[1], 1, panel + (size_t)g * 6 * stride + p, stride);
+            if (m->lanes == BYTES)
+                NAME(byte_pairs)(NAME(bytes_of)(four[0], space[1], (vu)space[2]), NAME(bytes_of)(four[1], space[1], (vu)space[2]), 1,
+                                 (uint16_t *)to, stride);
+            else
+                NAME(code_pairs)(four[0], space[1], (float *)to, stride);
         }
     }
 }
@@ -911,10 +897,8 @@ static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, in
         ((int32_t *)within)[p] = x >= 0 && x < w ? -1 : 0;
     }
     for (int i = 0; i < images; i++) {
-        if (m->lanes == CODES)
-            NAME(gather_codes)(j, m, image + i, row, shift, within, panel + i * each, stride, each);
-        else if (m->lanes == BYTES)
-            NAME(gather_image_bytes)(j, m, image + i, row, shift, within, (uint16_t *)panel + i * each, stride, each);
+        if (whole_numbers(m))
+            NAME(gather_numbers)(j, m, image + i, row, shift, within, (char *)panel + i * each * lane_bytes(m), stride, each);
         else
             for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
     }
@@ -934,7 +918,7 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     size_t tap_at[7];
     int places[PLACES];
     for (int tap = 0; tap < j->side; tap++) tap_at[tap] = (size_t)tap * w + (p0 - row * w);
-    for (int r = 0; r < vectors; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
+    for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     int blocks = (m->inner + m->block - 1) / m->block;
     for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
         NAME(gather_pixels)(j, m, image, images, row, rows, column, panel, stride, each, within);
@@ -953,12 +937,12 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                 vi sums[2] = {*(const vi *)(from + p)};
                 if (m->lanes == BYTES)
                     NAME(in_order)(from + p, sums);
-                for (int i = 0; i < unit_of(m) && p + i * VW < count; i++) {
-                    vf y = NAME(sum_of)(m->lanes, &known, o, sums[i], space[0], (vi)space[2], m->bias != NULL);
+                for (int half = 0; half < unit_of(m) && p + half * VW < count; half++) {
+                    vf y = NAME(sum_of)(m->lanes, &known, o, sums[half], space[0], (vi)space[2], m->bias != NULL);
                     if (j->half)
-                        NAME(store)(from + p + i * VW, y);
+                        NAME(store)(from + p + half * VW, y);
                     else
-                        NAME(keep)((float *)j->y + at + p + i * VW, (vu)y, count - p - i * VW);
+                        NAME(keep)((float *)j->y + at + p + half * VW, (vu)y, count - p - half * VW);
                 }
             }
             if (j->half) {

@@ -59,8 +59,8 @@ def lower(
     weights and its inputs of two or more dims are cast, its outputs cast back. `plan` applies the choices of an earlier
     lowering without measuring. With `compiled`, forms under torch.compile are timed too, which takes minutes; by default they are
     on a GPU, where they are the dense model at its best. `tolerance` is the largest relative error of a layer; by default that of
-    rounding. `max_error` is that of the whole model's output on the example: 8-bit kernels are tried, and layers go back to float
-    ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
+    rounding. `max_error` is that of the whole model's output on the example: kernels of few bits are tried, and layers go back to
+    slower ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
 
     Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
     not run or a plan does not fit.

@@ -1,4 +1,4 @@
-"""The fastest plan whose whole model stays within an error: which layers stay in 7 or 8 bits, and which go back to a slower form.
+"""The fastest plan whose whole model stays within an error: which layers stay in few bits, and which go back to a slower form.
 
 Errors of layers add up in squares, nearly. So each layer is put into each of its forms in few bits alone, and the model's output
 compared; those whose squared error is large for the time that they save go back first, to the form that gains most error for its time,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,8 +24,8 @@ from compressor.progress import Progress
 
 @dataclass(frozen=True)
 class _Ladder:
-    """What a layer may be run by: first the fastest form, which is in 7 or 8 bits, then slower ones, and last a float form. `times`
-    are their milliseconds, `place` is the layer's among all."""
+    """What a layer may be run by: first the fastest form, which is in few bits, then slower ones, and last a float form. `times` are
+    their milliseconds, `place` is the layer's among all."""
 
     forms: tuple[LayerPlan, ...]
     times: tuple[float, ...]
@@ -57,7 +57,7 @@ def within(
     and what was measured. Yields a step per forward.
 
     The error is the largest relative root mean square difference among the output's tensors, on the job's inputs. What rounding alone
-    does may be more than `max_error`: then nothing is left in 8 bits, and the caller sees it in the form.
+    does may be more than `max_error`: then nothing is left in few bits, and the caller sees it in the form.
     """
     names = [layer.name for layer in layers]
     ladders = _ladders(job, layers)
@@ -84,17 +84,19 @@ def within(
             alone.setdefault(ladder.name, []).append(error({ladder.name: form.choice}))
         order = _order(ladders, alone, len(layers))
         back = _predicted(order, ladders, alone, max_error)
-        yield step(0, 1, f"{len(back)} layers less coarse")
+        yield step(0, 1, f"{len(back)} steps back")
         while not (found := whole(back)) <= max_error and len(back) < len(order):
             back.append(order[len(back)])
-            yield step(0, 1, f"{len(back)} layers less coarse")
+            yield step(0, 1, f"{len(back)} steps back")
         for move in back[::-1] if found <= max_error else ():  # errors may make up for each other
-            fewer = [other for other in back if other is not move]
-            if any(other.ladder is move.ladder and other.start >= move.end for other in fewer):
+            if any(other.ladder is move.ladder and other.start >= move.end for other in back):
                 continue  # it went on from there
-            yield step(0, 1, f"{move.ladder.name} in {move.ladder.forms[move.start].choice} again")
-            if (less := whole(fewer)) <= max_error:
-                back, found = fewer, less
+            for end in range(move.start, move.end):
+                forward = [replace(other, end=end) if other is move else other for other in back]
+                yield step(0, 1, f"{move.ladder.name} in {move.ladder.forms[end].choice} again")
+                if (less := whole(forward)) <= max_error:
+                    back, found = [other for other in forward if other.end > other.start], less
+                    break
     slower = {
         o.name: {f.choice: _finite(e) for f, e in zip(o.forms[1:-1], alone[o.name][1:], strict=True)}
         for o in ladders
@@ -184,11 +186,11 @@ def _predicted(
 ) -> list[_Move]:
     """The first of `order`, at least one, after which squared errors add up to no more than that of `max_error`."""
     squares = {ladder.name: _square(ladder, 0, alone) for ladder in ladders}
-    for count, move in enumerate(order, 1):
-        squares[move.ladder.name] = _square(move.ladder, move.end, alone)
-        if sum(squares.values()) <= max_error**2:
-            return list(order[:count])
-    return list(order)
+    count = 0
+    while count == 0 or sum(squares.values()) > max_error**2:
+        squares[order[count].ladder.name] = _square(order[count].ladder, order[count].end, alone)
+        count += 1
+    return list(order[:count])
 
 
 def _returned(move: _Move, alone: float) -> LayerPlan:

@@ -79,15 +79,15 @@ class VNMConv(nn.Module):
 def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple[int, int, int]:
     """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
     many channels to a block, and how many vectors of tokens (or `pixels`) to a tile. Found by measuring, but for NEON: there it is
-    what fills the registers (see _vnm.c), and blocks of as many bytes as for AVX2."""
+    what fills the registers (see _vnm.c), and blocks of as many bytes as for AVX2; and for BYTES, measured with AVX2 alone."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
-    if level() == "neon":
+    if lanes == Lanes.BYTES:
+        channels, vectors = 256, 24 if pixels else {"portable": 4, "neon": 4}.get(level(), 2)
+    elif level() == "neon":
         channels, vectors = {1: (128, 20), 2: (128, 20), 4: (256, 10)}[most]
         if lanes == Lanes.CODES:
             channels, vectors = {1: (96, 12), 2: (96, 12), 4: (128, 8)}[most]
-    elif lanes == Lanes.BYTES:
-        channels, vectors = 256, 24 if pixels else 2 if wide or level() == "avx2" else 4
     elif not wide and lanes == Lanes.CODES:
         channels, vectors = {1: (96, 4), 2: (96, 4), 4: (128, 18) if pixels else (128, 3)}[most]
     elif not wide:
@@ -193,9 +193,11 @@ class VNMInt8(VNM):
 
 
 class VNMW7A8(VNMInt8):
-    """V:2:4 weights in 7 bits, per output row, times inputs in 8 bits, per token or image: faster than vnm-int8, and less exact."""
+    """V:2:4 weights in about 7 bits, per output row, times inputs in 8, per token or image: less exact than vnm-int8, and faster with
+    AVX2."""
 
     name = "vnm-w7a8"
+    products = "w7a8"
 
     def _lanes(self, pairs: bool) -> Lanes:
         return Lanes.BYTES

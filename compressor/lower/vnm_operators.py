@@ -79,11 +79,13 @@ def _matrix(
     if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (bias, scale)):
         raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
     layout = Layout(*numbers)
+    buffers = [tensor for tensor in (values, index, bias, order, scale, total) if tensor is not None]
     whole = (values.numel(), index.numel()) == layout.lengths and index.dtype == torch.uint16
-    if total is not None:
-        whole = whole and total.dtype == torch.int32 and total.shape == (len(layout.blocks) + 1, layout.out)
+    whole &= all(tensor.is_cpu and tensor.is_contiguous() for tensor in buffers)
+    whole &= order is None or order.dtype == torch.int32
+    whole &= total is None or (total.dtype == torch.int32 and total.shape == (layout.blocks + 1, layout.out))
     lengths = {layout.out} | {tensor.numel() for tensor in (bias, order, scale) if tensor is not None}
-    if not whole or values.element_size() != 4 or len(lengths) != 1 or not values.is_cpu:
+    if not whole or values.element_size() != 4 or len(lengths) != 1:
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
     return [
         *numbers,
@@ -180,7 +182,8 @@ def _conv(
         if scale is not None:
             shape = (2, batch) if layout.lanes == Lanes.BYTES else (batch,)
             if largest is None or largest.shape != shape or largest.dtype != torch.float32:
-                raise CompressorError("a convolution in 8 bits needs the largest magnitude of each image, in float32")
+                what = "lowest and the highest number" if layout.lanes == Lanes.BYTES else "largest magnitude"
+                raise CompressorError(f"a convolution in few bits needs the {what} of each image, in float32")
             largest = largest.contiguous()
             job = job._replace(largest=largest.data_ptr())
         _run(job, _matrix(values, index, bias, order, scale, total, numbers))

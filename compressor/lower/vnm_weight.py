@@ -39,7 +39,7 @@ class Lanes(IntEnum):
     CODES = 2
     """A pair of whole numbers of 16 bits: codes of weights (8 bits of them) and of inputs."""
     BYTES = 3
-    """Bytes: two codes of inputs (of 0 to 255), or four of weights (7 bits of them)."""
+    """Bytes: two codes of inputs (of 0 to 255), or four of weights (about 7 bits of them)."""
 
 
 class Layout(NamedTuple):
@@ -64,18 +64,18 @@ class Layout(NamedTuple):
     """CODES: the largest code of an input, so that no sum leaves 32 bits; BYTES: 255; else 0."""
 
     @property
-    def blocks(self) -> list[int]:
-        """The channels of each block."""
-        whole, left = divmod(self.channels, max(1, self.block))
-        return [self.block] * whole + [left] * (left > 0)
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return -(-self.channels // max(1, self.block))
 
     @property
     def lengths(self) -> tuple[int, int]:
         """How many values and places the buffers hold."""
-        steps = [channels // max(1, self.group) * self.steps for channels in self.blocks]
+        whole, left = divmod(self.channels, max(1, self.block))
+        steps = [channels // max(1, self.group) * self.steps for channels in (self.block, left)]
         if self.lanes == Lanes.BYTES:
             steps = [-(-some // SET) * SET for some in steps]
-        places = sum(steps) * self.taps * (self.out // max(1, self.v))
+        places = (whole * steps[0] + steps[1]) * self.taps * (self.out // max(1, self.v))
         lanes = places // SET * (1 + SET // 2) if self.lanes == Lanes.BYTES else places
         return lanes * self.v, places
 
@@ -146,6 +146,10 @@ class KernelWeight(nn.Module):
         kept = grouped.gather(3, at[:, None].expand(-1, v, -1, -1, -1))
         if lanes == Lanes.BYTES:
             kept, scale = quantised_for_bytes(kept, block // m)
+            if int(kept.abs().sum((2, 3, 4), dtype=torch.int64).max()) > _LARGEST_SUM // 255:
+                raise CompressorError(
+                    f"sums of {channels * taps} products of bytes do not fit 32 bits", "Lower in float32."
+                )
             total = _totals(kept, block // m)
             if order is not None:
                 scale, total = scale[order.argsort()], total[:, order.argsort()]
