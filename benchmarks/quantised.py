@@ -159,7 +159,9 @@ def table(result: dict[str, Any]) -> str:
             start = f"| `{model}` | dense, as given | {'float32' if form == 'float32' else '8 bits'} | {' | ' * (len(seeds) - 1)}"
             lines.append(f"{start} | {own['fd-digits']:.2f} | {own['prediction_error']:.3%} |")
         for trained, judged_in in _FORMS:
-            every = {seed: cell[trained, judged_in] for seed, cell in cells.items()}
+            every = {seed: cell[trained, judged_in] for seed, cell in cells.items() if (trained, judged_in) in cell}
+            if not every:
+                continue
             values = " | ".join(f"{every[seed]['fd-digits']:.2f}" if seed in every else "—" for seed in seeds)
             distance, error = (summary([own[name] for own in every.values()]) for name in _MEASURED)
             start = f"| `{model}` | {trained} | {judged_in} | {values}"
@@ -167,7 +169,9 @@ def table(result: dict[str, Any]) -> str:
         for form, how in zip(
             _FORMS[1:], ("8, rounded after training", "7, rounded after training", "8, trained in 8 bits"), strict=True
         ):
-            pairs = [(cell[form], cell[_FORMS[0]]) for cell in cells.values()]
+            pairs = [(cell[form], cell[_FORMS[0]]) for cell in cells.values() if form in cell]
+            if not pairs:
+                continue
             distance, error = (summary([a[name] - b[name] for a, b in pairs]) for name in _MEASURED)
             shown = f"{_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')}"
             changes.append(f"| `{model}` | {how} | {shown} | {len(pairs)} |")
@@ -192,14 +196,14 @@ _MEASURED = ("fd-digits", "prediction_error")
 
 
 def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[tuple[str, str], dict[str, float]]]:
-    """What was measured of each of _FORMS, by the seeds that have all of them."""
+    """What was measured of each of _FORMS, by the seeds that have all of them, but for 7 bits."""
     found: dict[int, dict[tuple[str, str], dict[str, float]]] = {}
     for row in rows:
         for form, value in row["forms"].items() if "seed" in row else ():
             judged_in = {"float32": "float32", "7-bit kernels": "7 bits"}.get(form, "8 bits")
             if form != "8-bit weights" or "8-bit kernels" not in row["forms"]:
                 found.setdefault(row["seed"], {})[row["training"], judged_in] = value
-    return {seed: cell for seed, cell in sorted(found.items()) if set(cell) == set(_FORMS)}
+    return {seed: cell for seed, cell in sorted(found.items()) if set(cell) >= set(_FORMS) - {("float32", "7 bits")}}
 
 
 def _with_interval(found: Summary, form: str) -> str:

@@ -237,6 +237,7 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 typedef short shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef char chars __attribute__((vector_size(32)));
 /* Sums fill the 16 registers but for four: a product takes one, so one of its factors stays in memory, which the compiler
  * would rather load once for all. */
 INLINE shorts product_at(shorts a, const shorts *p) {
@@ -255,7 +256,7 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
 #define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
-#define MADDUBS(a, b) (vs)_mm256_maddubs_epi16((__m256i)(a), (__m256i)(b))
+#define MADDUBS(a, b) (vs)__builtin_ia32_pmaddubsw256((chars)(a), (chars)(b))
 #define HELD(x) __asm__("" : "+x"(x))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
