@@ -72,7 +72,8 @@ def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
 
 
 def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name: str) -> nn.Module | None:
-    """A copy in which the backend `name` runs every layer with a mask; None where it does not take one of them."""
+    """A copy in which the backend `name` runs every layer with a mask; None where it does not take one of them, but for 7 bits: there
+    the others stay in float32, as in a lowered model."""
     job = prepared(model, given.adapter.example_inputs(16), [name], None, given.adapter)
     backend, taken = job.backend(name), set()
     form = copy.deepcopy(job.base)
@@ -80,7 +81,7 @@ def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name:
         if backend.refusal(one.unit) is None:
             form = put(form, one.at, backend.build(one.unit))
             taken |= set(one.weights)
-    return form if taken == set(masked) else None
+    return form if taken == set(masked) or name == KERNELS["7-bit kernels"] else None
 
 
 @torch.no_grad()
@@ -178,7 +179,8 @@ def table(result: dict[str, Any]) -> str:
     told = (
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
         "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In "
-        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8`; of dense models"
+        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8` (of `ddpm-digits` all but "
+        "convolutions with a stride, which they do not take); of dense models"
         f"{_rounded_alone(result)} the same weights rounded, and multiplied in float32. "
         f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
     )

@@ -132,24 +132,10 @@ class KernelWeight(nn.Module):
                 bias = bias[order]
         out, channels = weight.shape[:2]
         v, n, m = together or pattern.v, pattern.n, pattern.m  # a part of rows that share a choice shares one too
-        # Exactly n survive of every m, also where a kept weight happens to be zero.
-        survivors = replace(pattern, v=v).survivors(weight.abs())
-        if bool(((weight != 0) & ~survivors).any()):
-            raise CompressorError(
-                f"a weight {tuple(weight.shape)} does not obey {pattern}", "Prune it by that pattern."
-            )
-        keep = survivors[::v].reshape(out // v, channels // m, m, -1)
-        at = keep.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
+        kept, at = _kept(weight, codes, replace(pattern, v=v))
         taps = at.shape[-1]
-        grouped = codes.reshape(out // v, v, channels // m, m, taps)
-        # (groups of rows, v, groups of channels, n, taps)
-        kept = grouped.gather(3, at[:, None].expand(-1, v, -1, -1, -1))
         if lanes == Lanes.BYTES:
             kept, scale = quantised_for_bytes(kept, block // m)
-            if int(kept.abs().sum((2, 3, 4), dtype=torch.int64).max()) > _LARGEST_SUM // 255:
-                raise CompressorError(
-                    f"sums of {channels * taps} products of bytes do not fit 32 bits", "Lower in float32."
-                )
             total = _totals(kept, block // m)
             if order is not None:
                 scale, total = scale[order.argsort()], total[:, order.argsort()]
@@ -184,13 +170,27 @@ class KernelWeight(nn.Module):
             raise CompressorError("a state of a model lowered otherwise", "Lower the dense model again instead.")
 
 
+def _kept(weight: Tensor, codes: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+    """What is kept of `codes`, which stand for `weight`: (groups of rows, v, groups of channels, n, taps), and its places in their
+    groups: (groups of rows, groups of channels, n, taps). Exactly n of every m, also where a kept weight happens to be zero."""
+    survivors = pattern.survivors(weight.abs())
+    if bool(((weight != 0) & ~survivors).any()):
+        raise CompressorError(f"a weight {tuple(weight.shape)} does not obey {pattern}", "Prune it by that pattern.")
+    groups, channels = len(weight) // pattern.v, weight.shape[1] // pattern.m
+    keep = survivors[:: pattern.v].reshape(groups, channels, pattern.m, -1)
+    at = keep.to(torch.int8).argsort(dim=2, descending=True, stable=True)[:, :, : pattern.n].sort(dim=2).values
+    grouped = codes.reshape(groups, pattern.v, channels, pattern.m, at.shape[-1])
+    return grouped.gather(3, at[:, None].expand(-1, pattern.v, -1, -1, -1)), at
+
+
 def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Codes of `kept` (groups of rows, v, groups of channels, 2, taps), int8 in the same shape, and what a code of each row stands
     for: (rows) in float32. Blocks hold `groups` groups of channels.
 
     Inputs have codes of 0 to 255. Two products sum to 16 bits where weights of one sign in a pair add up to 128 at most, since
     128 * 255 < 2^15; and the products of a sum of four pairs, with codes less 128, where all magnitudes of weights add up to 255. A
-    row's scale is the smallest by which its pairs are 127 and its sums 251 at most before they are rounded half to even.
+    row's scale is the smallest by which its pairs are 127 and its sums 251 at most before they are rounded half to even. Raises
+    CompressorError where a sum of products could leave 32 bits.
     """
     rows = kept.shape[:2]
     wide = kept.double()  # so that the order of a sum is no matter
@@ -200,6 +200,8 @@ def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     )
     scale = torch.maximum(pairs / 127, sums.amax(0) / 251).float().clamp_min(1e-30)
     codes = (kept.float() / scale[:, :, None, None, None]).round().to(torch.int8)
+    if int(codes.abs().sum((2, 3, 4), dtype=torch.int64).max()) > _LARGEST_SUM // 255:
+        raise CompressorError(f"sums of {kept[0, 0].numel()} products of bytes do not fit 32 bits", "Lower in float32.")
     return codes, scale.flatten()
 
 
