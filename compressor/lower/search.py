@@ -116,18 +116,14 @@ def _with(
     layers: Sequence[LayerPlan], moves: Sequence[_Move], alone: Mapping[str, Sequence[float]] | None = None
 ) -> list[LayerPlan]:
     """`layers` after `moves`; with the reason where the errors that each makes `alone` are given."""
-    ends: dict[str, _Move] = {}
-    for move in moves:
-        if move.end > (ends[move.ladder.name].end if move.ladder.name in ends else 0):
-            ends[move.ladder.name] = move
-    return [
-        layer
-        if (move := ends.get(layer.name)) is None
-        else move.ladder.forms[move.end]
-        if alone is None
-        else _returned(move, alone[layer.name][0])
-        for layer in layers
-    ]
+    last = {move.ladder.name: move for move in moves}
+    found = []
+    for layer in layers:
+        move = last.get(layer.name)
+        if move is not None:
+            layer = move.ladder.forms[move.end] if alone is None else _returned(move, alone[layer.name][0])
+        found.append(layer)
+    return found
 
 
 def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:

@@ -195,7 +195,7 @@ def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     rows = kept.shape[:2]
     wide = kept.double()  # so that the order of a sum is no matter
     pairs = torch.maximum(wide.clamp_min(0).sum(3), (-wide).clamp_min(0).sum(3)).amax((2, 3))
-    sums = torch.cat([_in_sets(part).abs().sum((3, 5)).amax((2, 3, 4)) for part in wide.split(groups, 2)]).view(
+    sums = torch.cat([_in_sets(part).abs().sum((3, 5)).amax((2, 3, 4)) for part in _blocks(wide, groups)]).view(
         -1, *rows
     )
     scale = torch.maximum(pairs / 127, sums.amax(0) / 251).float().clamp_min(1e-30)
@@ -205,11 +205,16 @@ def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return codes, scale.flatten()
 
 
+def _blocks(kept: Tensor, groups: int) -> list[Tensor]:
+    """`kept` (groups of rows, v, groups of channels, ...) block by block, of `groups` groups of channels."""
+    return [kept[:, :, start : start + groups] for start in range(0, kept.shape[2], groups)]
+
+
 def _in_sets(kept: Tensor) -> Tensor:
     """`kept` (groups of rows, v, groups of channels, 2, taps) of a block as (groups of rows, v, sets, 4, 2 sums, 2, taps); the last
     set is filled with zeros."""
     filled = F.pad(kept, (0, 0, 0, 0, 0, -kept.shape[2] % SET))
-    return filled.unflatten(2, (-1, SET // 2, 2))
+    return filled.reshape(*kept.shape[:2], -1, SET // 2, 2, *kept.shape[3:])
 
 
 def _byte_lanes(kept: Tensor) -> Tensor:
@@ -223,7 +228,7 @@ def _byte_lanes(kept: Tensor) -> Tensor:
 
 def _totals(kept: Tensor, groups: int) -> Tensor:
     """The sums of each row's codes in the blocks before each one, and last in all: (blocks + 1, rows), int32."""
-    blocks = [part.sum((2, 3, 4), dtype=torch.int32).flatten() for part in kept.split(groups, 2)]
+    blocks = [part.sum((2, 3, 4), dtype=torch.int32).flatten() for part in _blocks(kept, groups)]
     return torch.stack([torch.zeros_like(blocks[0]), *blocks]).cumsum(0, dtype=torch.int32)
 
 
