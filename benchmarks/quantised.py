@@ -71,9 +71,8 @@ def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
     return found
 
 
-def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name: str) -> nn.Module | None:
-    """A copy in which the backend `name` runs every layer with a mask; None where it does not take one of them, but for 7 bits: there
-    the others stay in float32, as in a lowered model."""
+def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name: str) -> tuple[nn.Module, bool]:
+    """A copy in which the backend `name` runs the layers with a mask that it takes, and whether those are all of them."""
     job = prepared(model, given.adapter.example_inputs(16), [name], None, given.adapter)
     backend, taken = job.backend(name), set()
     form = copy.deepcopy(job.base)
@@ -81,7 +80,7 @@ def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name:
         if backend.refusal(one.unit) is None:
             form = put(form, one.at, backend.build(one.unit))
             taken |= set(one.weights)
-    return form if taken == set(masked) or name == KERNELS["7-bit kernels"] else None
+    return form, taken == set(masked)
 
 
 @torch.no_grad()
@@ -110,10 +109,10 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
     result_of(judge.look())
     forms = {"float32": judged(judge, result.model)} if training == "float32" else {}
     for form, backend in KERNELS.items() if training == "float32" else [("8-bit kernels", "vnm-int8")]:
-        lowered = in_kernels(result.model, given, result.masks, backend)
-        if lowered is not None:
+        lowered, whole = in_kernels(result.model, given, result.masks, backend)
+        if whole or form == "7-bit kernels":  # of 7 bits the other layers stay in float32, as in a lowered model
             forms[form] = judged(judge, lowered)
-        elif form == "8-bit kernels":
+        else:
             forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
     own = {name: value for name, value in result.model.named_parameters() if name in result.masks}
     return {

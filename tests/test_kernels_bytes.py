@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels_int8 import HIDDEN, LEVELS, dense, extension, gelu, normal, sparse, unit
+from test_kernels_int8 import HIDDEN, LEVELS, dense, exact, extension, gelu, normal, sparse, unit
 from torch import Tensor, nn
 
 import compressor
@@ -108,17 +108,8 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
     x = normal(tokens, inner, seed=data.draw(st.integers(0, 99))) * torch.logspace(-3, 3, tokens)[:, None]
     x = (x + data.draw(st.sampled_from([0.0, 1.0, -30.0]))).to(dtype)
     wanted = linear(x, weight, bias, block)
-    tile, before, threads = data.draw(st.integers(1, 10)), extension.level(), torch.get_num_threads()
-    try:
-        for one in LEVELS:
-            extension.set_level(one)
-            lowered = VNMLinear(packed(weight, bias, pattern, block=block, tile=tile))
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                assert torch.equal(lowered(x), wanted), (one, count)
-    finally:
-        extension.set_level(before)
-        torch.set_num_threads(threads)
+    tile = data.draw(st.integers(1, 10))
+    exact(lambda: VNMLinear(packed(weight, bias, pattern, block=block, tile=tile)), x, wanted, LEVELS)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,13 +139,8 @@ def test_sums_of_the_largest_products_fit_16_bits(data: st.DataObject) -> None:
     for sign in (1, -1, 0):  # 0: each input has the sign of the first row's weight
         given_x = x * sign if sign else weight[:1].sign().expand(20, -1)
         wanted = linear(given_x, weight, None, 32)
-        for one in LEVELS:
-            before = extension.level()
-            extension.set_level(one)
-            try:
-                assert torch.equal(VNMLinear(packed(weight, None, pattern, block=32))(given_x), wanted), one
-            finally:
-                extension.set_level(before)
+        counts = [torch.get_num_threads()]
+        exact(lambda: VNMLinear(packed(weight, None, pattern, block=32)), given_x, wanted, LEVELS, counts)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -173,13 +159,7 @@ def test_a_pair_is_the_whole_number_reference_bit_for_bit(
     x = (2 * normal(2, tokens, inner)).to(dtype)
     with torch.no_grad():
         wanted = pair(x, *layers, approximate, (96, 96))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(lowered(x), wanted)
-    finally:
-        torch.set_num_threads(threads)
+    exact(lambda: lowered, x, wanted)
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,17 +175,8 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     x = (normal(*shape, seed=7) * torch.logspace(-3, 2, shape[0])[:, None, None, None]).to(dtype)
     wanted = convolution(x, weight, bias, block)
-    tile, before, threads = data.draw(st.integers(1, 64)), extension.level(), torch.get_num_threads()
-    try:
-        for one in LEVELS:
-            extension.set_level(one)
-            lowered = VNMConv(packed(weight, bias, pattern, block=block, tile=tile), side)
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                assert torch.equal(lowered(x), wanted), (one, count)
-    finally:
-        extension.set_level(before)
-        torch.set_num_threads(threads)
+    tile = data.draw(st.integers(1, 64))
+    exact(lambda: VNMConv(packed(weight, bias, pattern, block=block, tile=tile), side), x, wanted, LEVELS, (1, 2))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4, 2), NM(2, 4, 4), NM(2, 4, 8), Clustered(2, 4, 4)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -120,6 +120,27 @@ def pair(x: Tensor, first: nn.Linear, second: nn.Linear, approximate: str, chunk
 # --- Exactness. ---
 
 
+def exact(
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    wanted: Tensor,
+    levels: Sequence[str] = (),
+    counts: Sequence[int] = (1, 2, 3),
+) -> None:
+    """What `make` makes gives `wanted` bit for bit: at each of `levels`, or at the one that is set, and on so many threads."""
+    before, threads = extension.level(), torch.get_num_threads()
+    try:
+        for one in levels or [before]:
+            extension.set_level(one)
+            lowered = make()
+            for count in counts:
+                torch.set_num_threads(count)
+                assert torch.equal(lowered(x), wanted), (one, count)
+    finally:
+        extension.set_level(before)
+        torch.set_num_threads(threads)
+
+
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject) -> None:
@@ -131,17 +152,7 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
     weight, bias = sparse(out, inner, pattern), normal(out) if data.draw(st.booleans()) else None
     x = (normal(tokens, inner, seed=data.draw(st.integers(0, 99))) * torch.logspace(-3, 3, tokens)[:, None]).to(dtype)
     wanted = linear(x, weight, bias, asked)
-    before, threads = extension.level(), torch.get_num_threads()
-    try:
-        for one in LEVELS:
-            extension.set_level(one)
-            lowered = VNMLinear(int8(weight, bias, pattern, **options))
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                assert torch.equal(lowered(x), wanted), (one, count)
-    finally:
-        extension.set_level(before)
-        torch.set_num_threads(threads)
+    exact(lambda: VNMLinear(int8(weight, bias, pattern, **options)), x, wanted, LEVELS)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -160,13 +171,7 @@ def test_a_pair_is_the_whole_number_reference_bit_for_bit(
     x = (2 * normal(2, tokens, inner)).to(dtype)
     with torch.no_grad():
         wanted = pair(x, *layers, approximate, HIDDEN // 96 * 96)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(lowered(x), wanted)
-    finally:
-        torch.set_num_threads(threads)
+    exact(lambda: lowered, x, wanted)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4, 2), NM(2, 4, 4), NM(2, 4, 8), Clustered(2, 4, 4)])

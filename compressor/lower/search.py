@@ -131,17 +131,18 @@ def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
     skipping = {backend.name for backend in job.backends if backend.skips_zeros}
     found = []
     for place, layer in enumerate(layers):
+        if layer.choice not in quantising:
+            continue
         times = {one.backend: one.median_ms for one in layer.candidates if one.median_ms is not None}
-        forms, left = [layer], set(quantising)
+        forms, taken = [layer], set[str]()
         while forms[-1].choice in quantising:
-            left.discard(forms[-1].choice)
-            verdict = held(layer, skipping, without=quantising - left).verdict()
+            taken.add(forms[-1].choice)
+            verdict = held(layer, skipping, without=taken).verdict()
             if verdict.choice not in quantising:
                 verdict = held(layer, skipping, without=quantising).verdict()
             update = {"choice": verdict.choice, "reason": verdict.reason(), "skips_zeros": verdict.choice in skipping}
             forms.append(layer.model_copy(update=update))
-        if len(forms) > 1:
-            found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))
+        found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))
     return found
 
 

@@ -138,7 +138,8 @@ class KernelWeight(nn.Module):
             kept, scale = quantised_for_bytes(kept, block // m)
             total = _totals(kept, block // m)
             if order is not None:
-                scale, total = scale[order.argsort()], total[:, order.argsort()]
+                back = order.argsort()
+                scale, total = scale[back], total[:, back]
         values, index = _lanes(kept, at, block, m, lanes)
         self.register_buffer("values", torch.cat(values))
         self.register_buffer("index", torch.cat(index).to(torch.uint16))
