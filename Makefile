@@ -7,6 +7,8 @@ CORE := $(VENV)/.core
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(wildcard compressor/lower/_vnm*.c compressor/lower/_vnm*.h)
 TYPED := build/typed
+# A process that dies ends the tests, which say in which of them it was: by groups, xdist would wait for its others for ever.
+WORKERS := -n auto --maxprocesses 4 --dist loadgroup --max-worker-restart 0
 SHORT := --steps 20 --set train.batch_size=16 --set evaluate.samples=64 --set evaluate.bootstrap=10 --set evaluate.latency_rounds=3
 
 .PHONY: demo test test-slow lint docs look schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
@@ -15,11 +17,11 @@ demo: $(CORE)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 # What starts many processes, or does one thing hundreds of times.
 test-slow: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import signal
@@ -27,6 +28,26 @@ from compressor.lower.vnm_kernels import kernels
 torch.set_num_threads(1)  # for tensors this small, threads only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are
+
+
+class Stack(ctypes.Structure):
+    """`stack_t` of Linux: where handlers of signals run."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(autouse=True)
+def signal_stack_stays() -> Iterator[None]:
+    """OpenVINO sets one of its own and frees it: then a signal of any later test ends the process."""
+    if sys.platform != "linux":
+        yield
+        return
+    library, before, after = ctypes.CDLL(None), Stack(), Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    yield
+    library.sigaltstack(None, ctypes.byref(after))
+    library.sigaltstack(ctypes.byref(before), None)
+    assert (after.at, after.size) == (before.at, before.size)
 
 
 class TinyAdapter(Adapter):

@@ -432,7 +432,7 @@ def test_a_lowered_layer_survives_copies_and_refuses_casts(library):
     cast = copy.deepcopy(lowered).float()
     with pytest.raises(CompressorError, match="was cast"):
         cast(x)
-    assert torch.equal(cast.weight.packed, lowered.weight.packed) and cast.weight.packed.dtype == torch.uint8
+    assert torch.equal(cast.packed.packed, lowered.packed.packed) and cast.packed.packed.dtype == torch.uint8
     assert torch.equal(cast.to(BF16)(x), before)
 
 
@@ -463,7 +463,7 @@ def test_the_operator_works_under_compile_and_export(library):
     layer = sparse_(nn.Linear(64, 32))
     lowered = CuSparseLt().build(unit(layer, (8, 64)))
     operator = torch.ops.compressor.cslt_linear
-    weight: Any = lowered.weight
+    weight: Any = lowered.packed
     arguments = (normal(8, 64, dtype=BF16), weight.packed, weight.bias, 32, [0, 1, -1, 1])
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled: Any = torch.compile(lowered, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -241,19 +241,19 @@ def test_all_that_was_made_is_destroyed(bindings):
 
 def test_a_plan_that_a_graph_recorded_is_kept(bindings):
     lowered: Any = CuSparseLtDirect().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
-    recorded = lowered.weight.plans.of(normal(8, 64, dtype=BF16), 32, lowered.weight.bias, Algorithm(3, -1, -1))
+    recorded = lowered.packed.plans.of(normal(8, 64, dtype=BF16), 32, lowered.packed.bias, Algorithm(3, -1, -1))
     recorded.recorded = True
     for rows in range(16, 88, 8):
         lowered(normal(rows, 64, dtype=BF16))
-    assert recorded.made and recorded in lowered.weight.plans.kept.values()
-    assert len(lowered.weight.plans.kept) == 5
+    assert recorded.made and recorded in lowered.packed.plans.kept.values()
+    assert len(lowered.packed.plans.kept) == 5
 
 
 def test_a_bias_that_moved_gets_a_plan_of_its_own(bindings):
     lowered: Any = CuSparseLtDirect().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
     x = normal(8, 64, dtype=BF16)
     before = lowered(x)
-    lowered.weight.bias = lowered.weight.bias + 1
+    lowered.packed.bias = lowered.packed.bias + 1
     assert error(lowered(x), before.double() + 1) < 4e-3
 
 
@@ -262,7 +262,7 @@ def test_copies_have_plans_of_their_own(bindings):
     x = normal(8, 64, dtype=BF16)
     before = lowered(x)
     other = copy.deepcopy(lowered)
-    assert other.weight.plans.number != lowered.weight.plans.number
+    assert other.packed.plans.number != lowered.packed.plans.number
     del lowered
     gc.collect()
     assert torch.equal(other(x), before)
@@ -272,7 +272,7 @@ def test_copies_have_plans_of_their_own(bindings):
 def test_it_works_under_compile_and_export(bindings):
     pair = nn.Sequential(sparse_(nn.Linear(64, 128)), nn.GELU(), sparse_(nn.Linear(128, 64))).to(BF16)
     lowered: Any = CuSparseLtDirect().build(unit(pair, (8, 64)))
-    weight = lowered[1].weight
+    weight = lowered[1].packed
     arguments = (normal(8, 128, dtype=BF16), weight.packed, weight.bias, 64, [3, -1, -1, 1], weight.plans.number)
     torch.library.opcheck(torch.ops.compressor.cslt_planned, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled: Any = torch.compile(lowered, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -295,7 +295,7 @@ def test_gradients_and_casts_are_refused(bindings):
 
 def test_a_layer_that_ends_after_the_library_says_nothing(bindings, monkeypatch):
     lowered: Any = CuSparseLtDirect().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
-    for plan in lowered.weight.plans.kept.values():
+    for plan in lowered.packed.plans.kept.values():
         plan.made = [(lambda made: sys.exit("gone") if made < 0 else 1 / 0, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Stack
 
 from compressor import registry
 from compressor.export import engines
@@ -18,10 +19,6 @@ from compressor.export.onnx import random_inputs
 from compressor.report.content import ONNX, OPENVINO, TENSORRT
 from compressor.runs import speed
 from compressor.seeds import generator
-
-
-class Stack(ctypes.Structure):
-    _fields_ = (("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 def signal_stack() -> tuple[int | None, int]:

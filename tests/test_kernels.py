@@ -350,7 +350,7 @@ def test_operators_work_under_compile_and_export() -> None:
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
         assert torch.allclose(exported.module()(normal(9, 16)), model(normal(9, 16)))
     for module in (model[0], VNMConv(KernelWeight(sparse((8, 4, 3, 3), pattern), None, pattern, block=8), 3)):
-        w: Any = module.weight
+        w: Any = module.packed
         if isinstance(module, VNMLinear):
             torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *w.arguments, 6))
         else:

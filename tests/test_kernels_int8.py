@@ -281,7 +281,7 @@ def test_as_many_channels_as_32_bits_hold_are_taken() -> None:
     layer = nn.Linear(LARGEST_INNER, 4, bias=False)
     layer.weight.data = NM(2, 4, 4).mask(torch.ones(4, LARGEST_INNER)).apply(torch.ones(4, LARGEST_INNER))
     assert VNMInt8().refusal(unit(layer, NM(2, 4, 4))) is None
-    assert VNMInt8().build(unit(layer, NM(2, 4, 4))).weight.layout.largest == 127
+    assert VNMInt8().build(unit(layer, NM(2, 4, 4))).packed.layout.largest == 127
     with pytest.raises(CompressorError, match="do not fit 32 bits"):
         int8(torch.ones(4, LARGEST_INNER), None, NM(4, 4, 4))
 

@@ -20,7 +20,7 @@ from compressor.errors import UsageError
 from compressor.lower import Unit, forms
 from compressor.lower.dense import Eager
 from compressor.lower.forms import dense_forms
-from compressor.lower.units import find_units, pattern_of
+from compressor.lower.units import find_units, pattern_of, put
 
 
 class Mlp(nn.Module):
@@ -209,6 +209,35 @@ def test_tied_weights_are_lowered_apart_and_the_model_keeps_its_own() -> None:
     assert torch.allclose(result.model(x), model(x), atol=1e-6)
 
 
+class Asks(nn.Module):
+    """Casts to the dtype of a layer's weight and asks for sizes, as embedders of diffusers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.proj = nn.Conv2d(8, 16, 1), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.conv.weight.dtype.is_floating_point and self.conv.weight.shape[0] == self.conv.out_channels == 16
+        x = self.conv(x.to(self.conv.weight.device)).flatten(2).transpose(1, 2)
+        assert (self.conv.in_channels, self.conv.kernel_size, self.proj.in_features) == (8, (1, 1), 16)
+        return self.proj(x.to(self.proj.weight.dtype))[..., : self.proj.out_features]
+
+
+@pytest.mark.parametrize("backend", ["onednn", "vnm", "vnm-int8", "vnm-w7a8", "eager"])
+def test_a_lowered_layer_answers_what_a_model_asks_of_its_weight(backend: str) -> None:
+    model = sparsify(Asks(), NM(2, 4, 4)).eval()
+    x = torch.randn(2, 8, 4, 4)
+    found, _ = find_units(model, lambda: model(x))
+    assert {one.at for one in found} == {"conv", "proj"}
+    made = copy.deepcopy(model)
+    for one in found:
+        put(made, one.at, registry.backend(backend).build(one.unit))
+    with torch.no_grad():
+        assert float((made(x) - model(x)).norm() / model(x).norm()) < 0.02
+        assert torch.equal(copy.deepcopy(made)(x), made(x))
+        assert torch.allclose(torch.export.export(made, (x,)).module()(x), made(x), atol=1e-6)
+
+
 # --- What is chosen. ---
 
 
@@ -307,14 +336,14 @@ def test_a_model_that_answers_wrongly_when_whole_is_not_taken() -> None:
     assert torch.equal(result.model(X), model.eval()(X))
 
 
-def test_a_layer_that_the_model_looks_into_does_not_break_it() -> None:
+def test_a_layer_that_the_model_looks_into_does_not_break_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class Peeks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.layer(x.to(self.layer.weight.dtype))
+            out: Tensor = self.layer(x) + self.layer.weight.mean()
             return out
 
     model = sparsify(Peeks(), NM(2, 4, 4))
@@ -323,6 +352,10 @@ def test_a_layer_that_the_model_looks_into_does_not_break_it() -> None:
     result = compressor.lower(model, X, [slow, Fake()], cache=False)
     assert any("does not run" in note for note in result.plan.notes)
     assert torch.equal(result.model(X), model(X))
+
+    result = lowered(model, "eager", "onednn")
+    monkeypatch.setattr(forms, "_fastest_dense", lambda *given: {"layer": "onednn"})
+    assert list(dense_forms(model, X, result.plan)) == ["eager"]
 
 
 def test_lowering_for_real_keeps_the_numbers(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

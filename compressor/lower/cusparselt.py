@@ -196,11 +196,11 @@ class SparseLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, plans: Plans | None = None) -> None:
         super().__init__()
-        self.weight = Packed(matrix(layer), layer.bias, tokens, plans)
+        self.packed = Packed(matrix(layer), layer.bias, tokens, plans)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.weight(x.reshape(-1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], self.weight.out)
+        out: Tensor = self.packed(x.reshape(-1, x.shape[-1]))
+        return out.reshape(*x.shape[:-1], self.packed.out)
 
 
 class QuantisedSparseLinear(QuantisedLinear):
@@ -209,14 +209,14 @@ class QuantisedSparseLinear(QuantisedLinear):
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, dtype: torch.dtype) -> None:
         codes, scale = quantised(matrix(layer), dtype)
         super().__init__(scale, layer.bias, dtype)
-        self.weight = Packed(codes, None, tokens)
+        self.packed = Packed(codes, None, tokens)
 
     @property
     def out(self) -> int:
-        return self.weight.out
+        return self.packed.out
 
     def product(self, codes: Tensor) -> Tensor:
-        found: Tensor = self.weight(codes)
+        found: Tensor = self.packed(codes)
         return found
 
 

@@ -116,7 +116,7 @@ class LinearGelu(nn.Module):
 class _Immutable(nn.Module):
     """Holds a weight that torch can neither copy nor move, and that nothing changes: copies of a model share it."""
 
-    weight: PackedWeight
+    packed: PackedWeight
     bias: Tensor | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Immutable:
@@ -138,7 +138,7 @@ class PrepackedLinear(_Immutable):
         super().__init__()
         # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
         packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), tokens)
-        self.weight, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
+        self.packed, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.attribute, self.algorithm = {
             "none": ("none", ""),
@@ -152,7 +152,7 @@ class PrepackedLinear(_Immutable):
         if torch.compiler.is_compiling():
             known: Tensor = torch.ops.compressor.packed_linear(x, self.bias, self.number, attribute, algorithm)
             return known
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight.tensor, self.bias, attribute, [], algorithm)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, self.bias, attribute, [], algorithm)
         return out
 
 
@@ -166,7 +166,7 @@ class PrepackedConv(_Immutable):
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             layer.weight.detach().clone(), padding, stride, dilation, layer.groups, list(input_shape)
         )
-        self.weight, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
+        self.packed, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,6 +174,6 @@ class PrepackedConv(_Immutable):
         if torch.compiler.is_compiling():
             known: Tensor = torch.ops.compressor.packed_conv(x, self.bias, self.number, *self.where)
             return known
-        weight = self.weight.tensor
+        weight = self.packed.tensor
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, "none", [], "")
         return out

@@ -240,6 +240,7 @@ def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
     return compiled
 
 
+@torch.no_grad()
 def dense_forms(
     model: nn.Module,
     example_inputs: Any,
@@ -248,7 +249,7 @@ def dense_forms(
     dtype: torch.dtype | None = None,
     adapter: Adapter | None = None,
 ) -> dict[str, nn.Module]:
-    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning."""
+    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning. Those that run."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter)
     forms = {
@@ -264,7 +265,8 @@ def dense_forms(
     for name in ("eager", "dense"):
         if plan.form(f"{name}, compiled") is not None:
             forms[f"{name}, compiled"] = _compiled(forms[name], job.device)
-    return forms
+    errors, _ = _right(job, forms, math.inf)
+    return {name: form for name, form in forms.items() if name in errors}
 
 
 def seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:

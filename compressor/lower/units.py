@@ -283,17 +283,44 @@ def _hooked(watch: _Watch, modules: list[nn.Module], all_modules: list[nn.Module
             handle.remove()
 
 
+@dataclass(frozen=True)
+class HeldWeight:
+    """What a model may ask of the `weight` of a layer that was lowered, as some cast their inputs to its dtype."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+_ASKED = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+
+
+def _answer(module: nn.Module, dense: nn.Module) -> None:
+    """Let `module` answer as the layer `dense` does, in whose place it comes."""
+    weight = getattr(dense, "weight", None)
+    if isinstance(weight, Tensor):
+        weight = HeldWeight(weight.shape, weight.dtype, weight.device)
+    if isinstance(weight, HeldWeight) and not hasattr(module, "weight"):
+        setattr(module, "weight", weight)  # noqa: B010 - no tensor
+    for name in _ASKED:
+        if hasattr(dense, name) and not hasattr(module, name):
+            setattr(module, name, getattr(dense, name))
+
+
 def put(model: nn.Module, at: str, module: nn.Module) -> nn.Module:
     """`model` with `module` in the place `at`; the new model itself where the place is the whole. An attention has no place of its
-    own: the module that calls it stays."""
+    own: the module that calls it stays. What is asked of a layer beside being called, `module` answers as that layer."""
     if isinstance(module, attention.FusedAttention):
         attention.attach(model, at, module)
         return model
     if not at:
+        _answer(module, model)
         return module
     parent, _, name = at.rpartition(".")
     holder = model.get_submodule(parent)
     if name not in holder._modules:
         raise CompressorError(f"{at}: no such module", "The plan belongs to another model.")
+    if (dense := holder._modules[name]) is not None:
+        _answer(module, dense)
     holder._modules[name] = module
     return model

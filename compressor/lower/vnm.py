@@ -33,11 +33,11 @@ class VNMLinear(nn.Module):
 
     def __init__(self, weight: KernelWeight) -> None:
         super().__init__()
-        self.weight = weight
+        self.packed = weight
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        w = self.weight
+        w = self.packed
         out: Tensor = torch.ops.compressor.vnm_linear(x.contiguous(), *w.arguments, w.tile)
         return out
 
@@ -61,11 +61,11 @@ class VNMConv(nn.Module):
 
     def __init__(self, weight: KernelWeight, side: int) -> None:
         super().__init__()
-        self.weight, self.side = weight, side
+        self.packed, self.side = weight, side
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        w = self.weight
+        w = self.packed
         largest = None
         if w.scale is not None and x.dim() == 4 and x.numel():
             # here, so that a compiler takes it on its way through what makes x; torch's vector_norm takes 18 times as long
