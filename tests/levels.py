@@ -47,6 +47,7 @@ typedef int i512 __attribute__((vector_size(64)));
 static inline i512 emulated_madd_epi16(i512 a, i512 b) {
     return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
+static inline i512 emulated_max_epi32(i512 a, i512 b) { return (a & (a > b)) | (b & ~(a > b)); }
 static inline i512 emulated_dpwssd_epi32(i512 sum, i512 a, i512 b) { return sum + emulated_madd_epi16(a, b); }
 typedef short s512 __attribute__((vector_size(64)));
 typedef unsigned char b512 __attribute__((vector_size(64)));
@@ -67,6 +68,7 @@ static inline f512 emulated_max_ps(f512 a, f512 b) { return emulated_either(a > 
 static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < b, a, b); }
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_min_ps emulated_min_ps
+#define _mm512_max_epi32 emulated_max_epi32
 #define _mm512_madd_epi16 emulated_madd_epi16
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
 #define _mm512_maddubs_epi16 emulated_maddubs_epi16

@@ -183,7 +183,7 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
 def test_what_the_backend_builds_is_near(level: str, pattern: NM | Clustered) -> None:
     layer = dense(sparse(72, 640, pattern), normal(72))
     lowered, x = VNMW7A8().build(unit(layer, pattern)), normal(2, 19, 640)
-    assert torch.equal(lowered(x), linear(x, layer.weight, layer.bias, lowered.weight.layout.block))
+    assert torch.equal(lowered(x), linear(x, layer.weight, layer.bias, lowered.packed.layout.block))
     block = nn.Sequential(dense(sparse(96, 64, pattern), None), nn.GELU(), dense(sparse(40, 96, pattern), normal(40)))
     lowered, x = VNMW7A8().build(unit(block, pattern, pattern)), normal(33, 64)
     assert isinstance(lowered, VNMPair) == isinstance(pattern, NM)

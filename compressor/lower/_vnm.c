@@ -28,8 +28,15 @@
 #define ALONE __attribute__((noinline)) /* so that it is compiled once */
 #define UNROLL _Pragma("GCC unroll 16")
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
-#define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
+#define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache. */
+#define HIDDEN_CODES 1024 /* More of whole numbers, whose products become floats each time. */
 #define PLACES 64
+#define MAGIC 12582912.0f /* 1.5 * 2^23: added to a number it has it in its last bits, rounded to nearest even */
+#define LOG2_E 1.44269504f
+/* x, x^3, ... of the probability that a normal number is below x, less a half, and of what takes its place in GELU's tanh form. */
+#define ROUGH_ERF 3.97870267e-01f, -6.45544128e-02f, 8.76369110e-03f, -8.12187477e-04f, 4.77638856e-05f, -1.58882703e-06f, 2.25882055e-08f
+#define ROUGH_TANH 3.97713521e-01f, -6.45966926e-02f, 8.81870862e-03f, -8.24474314e-04f, 4.89344990e-05f, -1.64072224e-06f, 2.34688270e-08f
+#define LARGEST_SCORE (1 << 30) /* of attention in codes: two scores differ by 31 bits */
 #define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
 #define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
 #define RUN 16 /* groups of rows that one call multiplies */
@@ -92,7 +99,7 @@ typedef struct {
 /* One head's keys and values as its queries read them. */
 typedef struct {
     lane *keys, *values;
-    float *key_scale, *value_scale, *value_inverse; /* for codes alone */
+    float *value_scale, *value_inverse, key_scale; /* for codes alone */
 } head;
 
 /* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
@@ -131,9 +138,13 @@ static products products_of(const matrix *m, meaning at) {
 #error "these kernels are written with GCC's vector extensions and target pragmas"
 #endif
 
+/* Whether it multiplies whole numbers: then results are sums with a scale. */
+static int whole_numbers(const matrix *m) { return m->lanes >= CODES; }
+
 /* Hidden channels of a pair that exist at a time: whole blocks of the second matrix. */
 static int hidden_chunk(const matrix *second) {
-    return second->block < HIDDEN ? HIDDEN / second->block * second->block : second->block;
+    int most = whole_numbers(second) ? HIDDEN_CODES : HIDDEN;
+    return second->block < most ? most / second->block * second->block : second->block;
 }
 
 /* The place of V = 1, 2, 4 or 8 in tables of kernels. */
@@ -147,9 +158,6 @@ static int unit_of(const matrix *m) { return m->lanes == BYTES ? 2 : 1; }
 
 /* Bytes of a lane of a panel. */
 static size_t lane_bytes(const matrix *m) { return m->lanes == BYTES ? 2 : 4; }
-
-/* Whether it multiplies whole numbers: then results are sums with a scale. */
-static int whole_numbers(const matrix *m) { return m->lanes >= CODES; }
 
 /* Steps of a group of rows in a block of so many channels; of bytes whole sets, the last filled with zeros. */
 static int steps_of(const matrix *m, int channels) {
@@ -209,6 +217,7 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define R8 3
 #define DOT 1
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
@@ -226,6 +235,7 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #define R8 3
 #define DOT 0
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) ((sum) + (vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #define MADDUBS(a, b) (vs)_mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
@@ -238,6 +248,7 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC target("avx2,fma")
 typedef short shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef char chars __attribute__((vector_size(32)));
+typedef int ints __attribute__((vector_size(32)));
 /* Sums fill the 16 registers but for four: a product takes one, so one of its factors stays in memory, which the compiler
  * would rather load once for all. */
 INLINE shorts product_at(shorts a, const shorts *p) {
@@ -253,6 +264,7 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #define R8 1
 #define DOT 0
 #define MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define MOST(a, b) (vi)__builtin_ia32_pmaxsd256((ints)(a), (ints)(b))
 #define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
 #define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
@@ -519,7 +531,7 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
         PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
         return NULL;
     }
-    double most = sqrt(2147483647.0 / a.channels);
+    double most = sqrt((double)LARGEST_SCORE / a.channels);
     a.largest = most < INT16_MAX ? (int)most : INT16_MAX;
     const level *how = chosen; /* once: another thread may change it */
     Py_BEGIN_ALLOW_THREADS;

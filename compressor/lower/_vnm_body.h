@@ -53,6 +53,14 @@ INLINE vi NAME(madd)(vi sum, vi a, vi b) {
 #define MADD(sum, a, b) NAME(madd)(sum, a, b)
 #endif
 
+#ifndef MOST
+INLINE vi NAME(most_of)(vi a, vi b) {
+    vi above = a > b;
+    return (a & above) | (b & ~above);
+}
+#define MOST(a, b) NAME(most_of)(a, b)
+#endif
+
 #ifndef MADDUBS
 INLINE vs NAME(maddubs)(vs a, vs b) {
     return (a & 0xff) * ((vs)((vus)b << 8) >> 8) + (vs)((vus)a >> 8) * (b >> 8);
@@ -68,11 +76,11 @@ INLINE vs NAME(maddubs)(vs a, vs b) {
 #define CENTRE 128
 #endif
 
-/* fp32 -> a whole number of 16 bits in the low half of each lane, to nearest even. 1.5 * 2^23 + x has x in its last bits. */
+/* fp32 -> a whole number of 16 bits in the low half of each lane, to nearest even. */
 INLINE vu NAME(code)(vf x, vf inverse) {
     vf scaled = x * inverse;
     ROUNDED(scaled);
-    return (vu)(scaled + 12582912.0f) & 0xffff;
+    return (vu)(scaled + MAGIC) & 0xffff;
 }
 
 INLINE vf NAME(larger)(vf largest, vf x) { /* of magnitudes, as whole numbers: NaN is the largest of all */
@@ -140,12 +148,27 @@ INLINE vf NAME(erf)(vf x) {
 /* exp(x) = 2^k e^f with |f| <= ln(2) / 2; x is clamped to where fp32 has normal numbers. */
 INLINE vf NAME(exp)(vf x) {
     x = NAME(clamp)(x, -87.0f, 88.0f);
-    vf magic = NAME(all)(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
-    vf shifted = x * 1.44269504f + magic, k = shifted - magic;
+    vf shifted = x * 1.44269504f + MAGIC, k = shifted - MAGIC;
     vf f = (x - k * 0.693359375f) + k * 2.12194440e-4f;
     vf e = 1.0f + f * (1.0f + f * (0.5f + f * (1.66666667e-1f + f * (4.16666667e-2f + f * (8.33333333e-3f + f * 1.38888889e-3f)))));
     vi power = ((vi)shifted << 23) + 0x3f800000; /* k is in the last bits of `shifted` */
     return e * (vf)power;
+}
+
+/* 2^x = 2^k 2^f with |f| <= 1/2, for x <= 0; what is below 2^-126 counts as that. Relative error < 1e-7. */
+INLINE vf NAME(power)(vf x) {
+    x = NAME(max)(NAME(all)(-126.0f), x);
+    vf shifted = x + MAGIC, f = x - (shifted - MAGIC);
+    vf e = 1.0f + f * (6.93147206e-1f + f * (2.40226469e-1f + f * (5.55032878e-2f + f * (9.61848896e-3f + f * (1.33999314e-3f + f * 1.53458120e-4f)))));
+    return e * (vf)(((vi)shifted << 23) + 0x3f800000);
+}
+
+/* SHARES * 2^x, for x <= 0 and nothing that is not a number, to a relative 1e-4. */
+INLINE vf NAME(share)(vf x) {
+    x = NAME(max)(x, NAME(all)(-40.0f));
+    vf shifted = x + MAGIC, f = x - (shifted - MAGIC);
+    vf e = SHARES * 9.9992807e-1f + f * (SHARES * 6.9326099e-1f + f * (SHARES * 2.4261113e-1f + f * (SHARES * 5.517167e-2f)));
+    return (vf)((vi)e + ((vi)shifted << 23));
 }
 
 INLINE vf NAME(gelu)(vf x, int tanh_form) {
@@ -154,6 +177,24 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
     vf u = 1.59576912f * (x + 0.044715f * x * x * x); /* 2 sqrt(2 / pi) (...): x sigmoid(u) */
     /* below -30 the product is zero in fp32; the clamped exponential would not make it so */
     return (vf)((vi)(x / (1.0f + NAME(exp)(-u))) & ~(x < -30.0f));
+}
+
+/* The same to 2.2e-4, for what becomes whole numbers: x times an odd polynomial that is 1/2 at 4 and beyond, + 1/2. Products are
+ * not fused with sums, so that every level gives the same. */
+INLINE vf NAME(rough_gelu)(vf x, int tanh_form) {
+    static const float terms[2][7] = {{ROUGH_ERF}, {ROUGH_TANH}};
+    const float *term = terms[tanh_form != 0];
+    vf near = NAME(clamp)(x, -4.0f, 4.0f), z = near * near, p = NAME(all)(term[6]);
+    UNROLL for (int i = 5; i >= 0; i--) {
+        p *= z;
+        ROUNDED(p);
+        p += term[i];
+    }
+    p *= near;
+    ROUNDED(p);
+    p = x * (p + 0.5f);
+    ROUNDED(p);
+    return p;
 }
 
 /* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
@@ -232,12 +273,13 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
             if (p.begin)
                 out[v][0] = out[v][1] = (vi){0};
         }
+#ifdef DPBUSD /* of 32 bits from the first step to the last */
+        vi low[8], high[8];
+        UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
+#endif
         for (int s = 0; s < p.steps; s += SET) {
             __builtin_prefetch(w + 512);
-#ifdef DPBUSD
-            vi low[8], high[8];
-            UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
-#else
+#ifndef DPBUSD
             vs low[8], high[8];
             UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vs)(w[v] | (vu){0});
 #endif
@@ -259,15 +301,16 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
 #endif
                 }
             }
+#ifndef DPBUSD
             UNROLL for (int v = 0; v < V; v++) {
-#ifdef DPBUSD
-                out[v][0] = low[v], out[v][1] = high[v];
-#else
                 out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
                 out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
-#endif
             }
+#endif
         }
+#ifdef DPBUSD
+        UNROLL for (int v = 0; v < V; v++) out[v][0] = low[v], out[v][1] = high[v];
+#endif
         index += p.steps;
     }
 }
@@ -322,8 +365,14 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
 typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, const strip *);
+/* A panel of one unit of tokens, as Linears have with most instruction sets, is a case of its own: its stride is a constant. */
 #define MICRO_BYTES(V)                                                                                                  \
-    static void NAME(micro_bytes_##V)(const uint16_t *panel, size_t stride, const strip *p) { NAME(micro_bytes)(V, panel, stride, *p); }
+    static void NAME(micro_bytes_##V)(const uint16_t *panel, size_t stride, const strip *p) {                           \
+        if (stride == 2 * VW)                                                                                           \
+            NAME(micro_bytes)(V, panel, 2 * VW, *p);                                                                    \
+        else                                                                                                            \
+            NAME(micro_bytes)(V, panel, stride, *p);                                                                    \
+    }
 MICRO_BYTES(1)
 MICRO_BYTES(2)
 MICRO_BYTES(4)
@@ -684,7 +733,7 @@ static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *uni
                 size_t from = t + half * VW;
                 float *at = hidden + i * stride + from;
                 vf h = NAME(sum_of)(BYTES, &p, n + i, *(const vi *)at, NAME(load)(units->scale + from), *(const vi *)(units->zero + from), biased);
-                h = NAME(gelu)(h, tanh_form);
+                h = NAME(rough_gelu)(h, tanh_form);
                 NAME(store)(at, h);
                 low[half] = NAME(min)(low[half], h), high[half] = NAME(max)(high[half], h), odd[half] += h - h;
             }
@@ -720,7 +769,7 @@ static void NAME(hidden_codes)(const job *j, int n, int rows, const meaning *uni
         vf scale = NAME(load)(units->scale + t), most = {0};
         for (int i = 0; i < rows; i++) {
             float *at = hidden + i * stride + t;
-            vf h = NAME(gelu)(NAME(sum_of)(CODES, &p, n + i, *(const vi *)at, scale, (vi){0}, biased), tanh_form);
+            vf h = NAME(rough_gelu)(NAME(sum_of)(CODES, &p, n + i, *(const vi *)at, scale, (vi){0}, biased), tanh_form);
             NAME(store)(at, h);
             most = NAME(larger)(most, h);
         }
@@ -1088,10 +1137,11 @@ static ALONE void NAME(product)(int codes, const lane *w, size_t across, size_t 
         NAME(rows_of)(0, w, across, along, rows, steps, panel, out, begin);
 }
 
-/* `count` queries, of at most R4 vectors, times `scale`, into the panel, channel by channel. With `codes`, pair of channels by pair,
- * `steps` of them, and what a code of each query stands for goes to `unit`. */
+/* `count` queries, of at most R4 vectors, into the panel, channel by channel, such that the softmax of their scores has powers of two.
+ * With `codes`, pair of channels by pair, `steps` of them, and what a code of each query stands for goes to `unit`. */
 static ALONE void NAME(queries)(int codes, const attention *a, const float *q, int count, int steps, float *panel, float *unit) {
     const int stride = R4 * VW;
+    const float scale = a->scale * LOG2_E, sign = a->scale < 0 ? -1.0f : 1.0f;
     for (int t = 0; t < stride; t += VW) {
         vf largest = {0}, inverse;
         for (int c = 0; c < a->channels; c += VW) {
@@ -1100,7 +1150,7 @@ static ALONE void NAME(queries)(int codes, const attention *a, const float *q, i
                 r[i] = t + i < count ? NAME(floats)(q + (t + i) * a->q_at[2] + c, a->channels - c) : (vu){0};
             NAME(transpose)(r);
             for (int i = 0; i < VW && c + i < a->channels; i++) {
-                NAME(store)(panel + (c + i) * stride + t, (vf)r[i] * (codes ? 1.0f : a->scale));
+                NAME(store)(panel + (c + i) * stride + t, (vf)r[i] * (codes ? sign : scale));
                 largest = NAME(larger)(largest, (vf)r[i]);
             }
         }
@@ -1115,8 +1165,53 @@ static ALONE void NAME(queries)(int codes, const attention *a, const float *q, i
             vu high = NAME(code)(NAME(load)(panel + (2 * s + 1) * stride + t), inverse);
             NAME(store)(panel + s * stride + t, (vf)(low | (high << 16)));
         }
-        NAME(store)(unit + t, NAME(load)(unit + t) * a->scale);
+        NAME(store)(unit + t, NAME(load)(unit + t) * (scale * sign));
     }
+}
+
+/* Scores of `some` keys in R vectors become shares of the largest so far. What was summed before is to shrink by `less`; `total`
+ * gets the sum of the shares. */
+INLINE void NAME(shares)(int R, float *scores, int some, vf *most, vf *less, vf *total) {
+    const int stride = R * VW;
+    UNROLL for (int r = 0; r < R; r++) less[r] = most[r];
+    for (int i = 0; i < some; i++)
+        UNROLL for (int r = 0; r < R; r++) most[r] = NAME(max)(most[r], NAME(load)(scores + i * stride + r * VW));
+    UNROLL for (int r = 0; r < R; r++) {
+        less[r] = NAME(power)(less[r] - most[r]);
+        total[r] *= less[r];
+    }
+    for (int i = 0; i < some; i++) {
+        UNROLL for (int r = 0; r < R; r++) {
+            float *at = scores + i * stride + r * VW;
+            vf share = NAME(power)(NAME(load)(at) - most[r]);
+            NAME(store)(at, share);
+            total[r] += share;
+        }
+    }
+}
+
+/* The same of scores that are whole numbers of 31 bits, of which one stands for `unit`; shares are codes, pair of keys by pair. */
+INLINE void NAME(share_codes)(int R, float *scores, int some, const float *unit, vi *most, vf *less, vf *total) {
+    const int stride = R * VW;
+    const vs ones = (vs){0} + 1;
+    vi sum[6], before[6];
+    UNROLL for (int r = 0; r < R; r++) before[r] = most[r], sum[r] = (vi){0};
+    for (int i = 0; i < some; i++)
+        UNROLL for (int r = 0; r < R; r++) most[r] = MOST(most[r], *(const vi *)(scores + i * stride + r * VW));
+    UNROLL for (int r = 0; r < R; r++)
+        less[r] = NAME(power)(__builtin_convertvector(before[r] - most[r], vf) * NAME(load)(unit + r * VW));
+    for (int i = 0; i < some; i += 2) {
+        UNROLL for (int r = 0; r < R; r++) {
+            const vi *at = (const vi *)(scores + i * stride + r * VW);
+            vf one = NAME(load)(unit + r * VW);
+            vu pair = (vu)(NAME(share)(__builtin_convertvector(*at - most[r], vf) * one) + MAGIC) & 0xffff;
+            if (i + 1 < some)
+                pair |= (vu)(NAME(share)(__builtin_convertvector(at[R] - most[r], vf) * one) + MAGIC) << 16;
+            NAME(store)(scores + i / 2 * stride + r * VW, (vf)pair);
+            sum[r] = MADD(sum[r], (vi)pair, (vi)ones);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) total[r] = total[r] * less[r] + __builtin_convertvector(sum[r], vf);
 }
 
 /* A tile of `count` queries, in R vectors, of one head of one image through all of its keys, block of keys by block: scores become
@@ -1126,46 +1221,21 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     const int wide = a->value_channels, stride = R * VW, steps = codes ? (a->channels + 1) / 2 : a->channels;
     float *panel = scratch, *scores = panel + (a->channels + 1) * stride, *out = scores + (a->block + 1) * stride;
     float *sums = codes ? out + wide * stride : out, *unit = out + 2 * wide * stride;
-    vf most[6], total[6];
+    vf most[6], less[6], total[6];
+    vi most_codes[6];
     NAME(queries)(codes, a, q, count, steps, panel, unit);
-    UNROLL for (int r = 0; r < R; r++) most[r] = NAME(all)(-INFINITY), total[r] = (vf){0};
+    UNROLL for (int r = 0; r < R; r++) {
+        most[r] = NAME(all)(-INFINITY), most_codes[r] = (vi){0} - LARGEST_SCORE, total[r] = (vf){0};
+        if (codes)
+            NAME(store)(unit + r * VW, NAME(load)(unit + r * VW) * h->key_scale);
+    }
     for (int k0 = 0; k0 < a->keys; k0 += a->block) {
-        int some = a->keys - k0 < a->block ? a->keys - k0 : a->block;
-        vf less[6];
+        int some = a->keys - k0 < a->block ? a->keys - k0 : a->block, lines = codes ? (some + 1) / 2 : some;
         NAME(product)(codes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
-        UNROLL for (int r = 0; r < R; r++) less[r] = most[r];
-        for (int i = 0; i < some; i++) {
-            UNROLL for (int r = 0; r < R; r++) {
-                float *at = scores + i * stride + r * VW;
-                vf x = NAME(load)(at);
-                if (codes) {
-                    x = __builtin_convertvector((vi)x, vf) * h->key_scale[k0 + i] * NAME(load)(unit + r * VW);
-                    NAME(store)(at, x);
-                }
-                most[r] = NAME(max)(most[r], x);
-            }
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            less[r] = NAME(exp)(less[r] - most[r]);
-            total[r] *= less[r];
-        }
-        if (codes && some % 2)
-            UNROLL for (int r = 0; r < R; r++) NAME(store)(scores + some * stride + r * VW, NAME(all)(-INFINITY));
-        for (int i = 0; i < some; i += codes ? 2 : 1) {
-            UNROLL for (int r = 0; r < R; r++) {
-                float *at = scores + i * stride + r * VW;
-                vf share = NAME(exp)(NAME(load)(at) - most[r]);
-                if (codes) {
-                    vf other = NAME(exp)(NAME(load)(at + stride) - most[r]);
-                    vu low = NAME(code)(share, NAME(all)(SHARES)), high = NAME(code)(other, NAME(all)(SHARES));
-                    NAME(store)(scores + i / 2 * stride + r * VW, (vf)(low | (high << 16)));
-                    share = __builtin_convertvector((vi)(low + high), vf) + (share - share) + (other - other); /* NaN stays */
-                } else
-                    NAME(store)(at, share);
-                total[r] += share;
-            }
-        }
-        int pairs = codes ? (some + 1) / 2 : some;
+        if (codes)
+            NAME(share_codes)(R, scores, some, unit, most_codes, less, total);
+        else
+            NAME(shares)(R, scores, some, most, less, total);
         const lane *values = h->values + (size_t)(codes ? k0 / 2 : k0) * wide;
         for (int c = 0; k0 && c < wide && !codes; c++) {
             UNROLL for (int r = 0; r < R; r++) {
@@ -1173,7 +1243,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
                 NAME(store)(at, NAME(load)(at) * less[r]);
             }
         }
-        NAME(product)(codes, values, 1, wide, wide, pairs, scores, sums, codes || k0 == 0);
+        NAME(product)(codes, values, 1, wide, wide, lines, scores, sums, codes || k0 == 0);
         for (int c = 0; codes && c < wide; c++) {
             UNROLL for (int r = 0; r < R; r++) {
                 float *at = out + c * stride + r * VW;
@@ -1186,6 +1256,8 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     }
     UNROLL for (int r = 0; r < R; r++) {
         vf share = 1.0f / total[r];
+        if (codes)
+            share += NAME(load)(unit + r * VW) - NAME(load)(unit + r * VW); /* which is no number where a query or a key is none */
         for (int c = 0; c < wide; c += VW) {
             vu x[VW];
             UNROLL for (int i = 0; i < VW; i++) {
@@ -1201,28 +1273,40 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     }
 }
 
+/* `count` rows of `wide` numbers that lie `apart`, one after the other. */
+INLINE void NAME(lines)(lane *to, const float *from, int64_t count, int64_t apart, int wide) {
+    for (; count; count--, from += apart, to += wide) {
+        int c = 0;
+        for (; c + VW <= wide; c += VW) NAME(store)((float *)to + c, NAME(load)(from + c));
+        for (; c < wide; c++) ((float *)to)[c] = from[c];
+    }
+}
+
 /* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs of channels, and of a
- * channel's pairs of keys, each key and each channel of the values with a scale. */
-static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, const head *h) {
+ * channel's pairs of keys, all keys with one scale, each channel of the values with one. */
+static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, head *h) {
     const int channels = a->channels, wide = a->value_channels, steps = (channels + 1) / 2;
     if (!a->codes) {
-        for (int64_t i = 0; i < a->keys; i++) {
-            memcpy(h->keys + i * channels, k + i * a->k_at[2], channels * 4);
-            memcpy(h->values + i * wide, v + i * a->v_at[2], wide * 4);
-        }
+        NAME(lines)(h->keys, k, a->keys, a->k_at[2], channels);
+        NAME(lines)(h->values, v, a->keys, a->v_at[2], wide);
         return;
     }
-    memset(h->value_scale, 0, wide * 4);
-    for (int64_t i = 0; i < a->keys; i++) {
-        const float *key = k + i * a->k_at[2], *value = v + i * a->v_at[2];
-        vf largest = {0};
+    vf largest = {0};
+    for (int64_t i = 0; i < a->keys; i++)
         for (int c = 0; c < channels; c += VW)
-            largest = NAME(larger)(largest, (vf)NAME(floats)(key + c, channels - c));
-        float inverse;
-        h->key_scale[i] = NAME(largest_of)(largest);
-        scales_of(h->key_scale + i, &inverse, 1, a->largest);
+            largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c));
+    for (int c = 0; c < wide; c += VW) {
+        vf most = {0};
+        for (int64_t i = 0; i < a->keys; i++) most = NAME(larger)(most, (vf)NAME(floats)(v + i * a->v_at[2] + c, wide - c));
+        NAME(keep)(h->value_scale + c, (vu)most, wide - c);
+    }
+    float inverse;
+    h->key_scale = NAME(largest_of)(largest);
+    scales_of(&h->key_scale, &inverse, 1, a->largest);
+    scales_of(h->value_scale, h->value_inverse, wide, VALUES);
+    for (int64_t i = 0; i < a->keys; i++) {
         for (int c = 0; c < 2 * steps; c += VW) {
-            vu codes = NAME(code)((vf)NAME(floats)(key + c, channels - c), NAME(all)(inverse));
+            vu codes = NAME(code)((vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c), NAME(all)(inverse));
             vh narrow = __builtin_convertvector(codes, vh);
             int left = 2 * steps - c;
             if (left >= VW)
@@ -1230,18 +1314,13 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
             else
                 memcpy((uint16_t *)(h->keys + i * steps) + c, &narrow, left * 2);
         }
-        for (int c = 0; c < wide; c += VW) {
-            vf largest_of = NAME(larger)((vf)NAME(floats)(h->value_scale + c, wide - c), (vf)NAME(floats)(value + c, wide - c));
-            NAME(keep)(h->value_scale + c, (vu)largest_of, wide - c);
-        }
     }
-    scales_of(h->value_scale, h->value_inverse, wide, VALUES);
     for (int64_t i = 0; i < a->keys; i += 2) {
         const float *value = v + i * a->v_at[2], *next = i + 1 < a->keys ? value + a->v_at[2] : NULL;
         for (int c = 0; c < wide; c += VW) {
-            vf inverse = (vf)NAME(floats)(h->value_inverse + c, wide - c);
-            vu low = NAME(code)((vf)NAME(floats)(value + c, wide - c), inverse);
-            vu high = next ? NAME(code)((vf)NAME(floats)(next + c, wide - c), inverse) : (vu){0};
+            vf inverse_of = (vf)NAME(floats)(h->value_inverse + c, wide - c);
+            vu low = NAME(code)((vf)NAME(floats)(value + c, wide - c), inverse_of);
+            vu high = next ? NAME(code)((vf)NAME(floats)(next + c, wide - c), inverse_of) : (vu){0};
             NAME(keep)((float *)(h->values + i / 2 * wide + c), low | (high << 16), wide - c);
         }
     }
@@ -1250,7 +1329,7 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
 /* Parts of the queries of a head. */
 static void NAME(attend)(void *argument) {
     attention *a = argument;
-    size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 2) + 3 * (size_t)a->value_channels;
+    size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 1) + 2 * (size_t)a->value_channels;
     size_t tile = (size_t)(a->channels + 1 + a->block + 1 + 2 * a->value_channels + 1) * R4 * VW;
     float *buffer = scratch_of_this_thread((tile + keys) * 4);
     if (buffer == NULL) {
@@ -1259,8 +1338,7 @@ static void NAME(attend)(void *argument) {
     }
     head h = {.keys = (lane *)(buffer + tile)};
     h.values = h.keys + ((size_t)a->keys + 1) * (a->channels + 1);
-    h.key_scale = (float *)(h.values + ((size_t)a->keys + 1) * a->value_channels);
-    h.value_scale = h.key_scale + a->keys;
+    h.value_scale = (float *)(h.values + ((size_t)a->keys + 1) * a->value_channels);
     h.value_inverse = h.value_scale + a->value_channels;
     int64_t vectors = (a->queries + VW - 1) / VW;
     for (;;) {

@@ -12,3 +12,4 @@
 #undef HELD
 #undef MAX
 #undef MIN
+#undef MOST
