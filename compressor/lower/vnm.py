@@ -79,11 +79,12 @@ class VNMConv(nn.Module):
 def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple[int, int, int]:
     """How the kernels of this machine's level like to work: how many of the rows that share a choice at a time, about how
     many channels to a block, and how many vectors of tokens (or `pixels`) to a tile. Found by measuring, but for NEON: there it is
-    what fills the registers (see _vnm.c), and blocks of as many bytes as for AVX2; and for BYTES, measured with AVX2 alone."""
+    what fills the registers (see _vnm.c), and blocks of as many bytes as for AVX2."""
     wide = level().startswith("avx512")
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
     if lanes == Lanes.BYTES:
-        channels, vectors = 256, 24 if pixels else {"portable": 4, "neon": 4}.get(level(), 2)
+        channels = 512 if wide and not pixels else 256
+        vectors = 24 if pixels else {"portable": 4, "neon": 4}.get(level(), 2)
     elif level() == "neon":
         channels, vectors = {1: (128, 20), 2: (128, 20), 4: (256, 10)}[most]
         if lanes == Lanes.CODES:
