@@ -349,6 +349,7 @@ TABLES = (
     ("docs/lowering.md", "sway", "sway_cpu.json", sway),
     ("docs/lowering.md", "tokens", "tokens_cpu.json", tokens),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
+    ("docs/lowering.md", "opponents-vnni", "opponents_cpu_vnni.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),

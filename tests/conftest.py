@@ -36,18 +36,24 @@ class Stack(ctypes.Structure):
     _fields_ = (("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signal_stack() -> Stack:
+    """The one that the tests' thread had before the first of them."""
+    found = Stack()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found
+
+
 @pytest.fixture(autouse=True)
-def signal_stack_stays() -> Iterator[None]:
+def signal_stack_stays(signal_stack: Stack) -> Iterator[None]:
     """OpenVINO sets one of its own and frees it: then a signal of any later test ends the process."""
-    if sys.platform != "linux":
-        yield
-        return
-    library, before, after = ctypes.CDLL(None), Stack(), Stack()
-    library.sigaltstack(None, ctypes.byref(before))
     yield
-    library.sigaltstack(None, ctypes.byref(after))
-    library.sigaltstack(ctypes.byref(before), None)
-    assert (after.at, after.size) == (before.at, before.size)
+    if sys.platform == "linux":
+        library, after = ctypes.CDLL(None), Stack()
+        library.sigaltstack(None, ctypes.byref(after))
+        library.sigaltstack(ctypes.byref(signal_stack), None)
+        assert (after.at, after.size) == (signal_stack.at, signal_stack.size)
 
 
 class TinyAdapter(Adapter):

@@ -149,7 +149,8 @@ class Fuzz:
         tanh = rng.random() < 0.5
         x = self.inputs(rng, tokens, inner, half=lanes == self.weights.Lanes.HALVES or rng.random() < 0.4)
         module = self.vnm.VNMPair(first, second, tanh)
-        chunk = 512 // second.layout.block * second.layout.block or second.layout.block
+        hidden_at_once = self.int8.HIDDEN if lanes >= self.weights.Lanes.CODES else 512
+        chunk = hidden_at_once // second.layout.block * second.layout.block or second.layout.block
         if chunk < hidden and chunk % vs[0]:
             self.refuses(lambda: module(x))
             return

@@ -103,6 +103,23 @@ def test_large_scores_are_no_overflow(level: str, codes: bool) -> None:
 
 
 @pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1e-30])
+def test_a_scale_may_turn_the_order_of_keys_round(level: str, codes: bool, scale: float) -> None:
+    query, key, value = numbers(3, 1, 2, 150, 16)
+    assert error(attention(query, key, value, scale, codes), wanted(query, key, value, scale)) < (
+        CODES if codes else 1e-5
+    )
+
+
+def test_scores_that_fill_all_their_bits_do_not_overflow(level: str) -> None:
+    """64 channels have codes of up to 4,096: scores of both signs and 2^30, whose difference is 2^31."""
+    query, key = torch.ones(1, 1, 20, 64), torch.ones(1, 1, 200, 64)
+    key[:, :, ::3] = -1
+    value = numbers(1, 1, 200, 8)
+    assert error(attention(query, key, value, 1e-2, True), wanted(query, key, value, 1e-2)) < CODES
+
+
+@pytest.mark.parametrize("codes", [False, True])
 def test_not_a_number_stays_where_it_belongs(level: str, codes: bool) -> None:
     query, key, value = numbers(3, 1, 2, 50, 16)
     query = query.clone()

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import CompressorError
-from compressor.lower.vnm import VNM, VNMW7A8, VNMConv, VNMLinear, VNMPair
+from compressor.lower.vnm import VNM, VNMW7A8, VNMW8A8, VNMConv, VNMLinear, VNMPair
+from compressor.lower.vnm_kernels import level as level_here
 from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
+
+
+VNNI = "avx512_bf16"
+"""The level that sums products of bytes in 32 bits."""
+BITS = (16, *([32] if VNNI in LEVELS else []))
 
 
 def packed(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **options: Any) -> KernelWeight:
@@ -30,9 +36,13 @@ def packed(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **optio
 # --- The reference. ---
 
 
-def codes_of_weight(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def codes_of_weight(weight: Tensor, block: int, bits: int = 16) -> tuple[Tensor, Tensor]:
     """Whole numbers (rows, in, *kernel) and float32 scales (rows): pairs of one sign up to 127, and sums of every other pair of eight
-    up to 251, before rounding. Pairs are what is kept of four channels that follow each other."""
+    up to 251, before rounding. Pairs are what is kept of four channels that follow each other. Of 32 bits: up to 127."""
+    shape = (-1, *[1] * (weight.dim() - 1))
+    if bits == 32:
+        scale = (weight.double().flatten(1).abs().amax(1) / 127).float().clamp_min(1e-30)
+        return (weight.float() / scale.view(shape)).round().to(torch.int64), scale
     grouped = weight.double().reshape(len(weight), -1, 4, weight[0, 0].numel())  # (rows, groups, 4, taps)
     most = torch.zeros(len(weight), dtype=torch.float64)
     for part in grouped.split(block // 4, 1):
@@ -44,7 +54,6 @@ def codes_of_weight(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
                 if every_other.numel():
                     most = torch.maximum(most, every_other.abs().sum((1, 2)).amax(1) / 251)
     scale = most.float().clamp_min(1e-30)
-    shape = (-1, *[1] * (weight.dim() - 1))
     return (weight.float() / scale.view(shape)).round().to(torch.int64), scale
 
 
@@ -65,22 +74,24 @@ def product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return (inputs @ codes.t()).to(torch.int32).float() * scale * scales
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    out = product(x.float(), *codes_of_weight(weight, block))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int = 16) -> Tensor:
+    out = product(x.float(), *codes_of_weight(weight, block, bits))
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    codes, scale = codes_of_weight(weight, block)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int = 16) -> Tensor:
+    codes, scale = codes_of_weight(weight, block, bits)
     inputs, scales = codes_of(x.float().flatten(1))
     sums = F.conv2d(inputs.view(x.shape).double(), codes.double(), padding=weight.shape[-1] // 2).round()
     out = sums.float() * scale[:, None, None] * scales[:, :, None, None]
     return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
 
 
-def pair(x: Tensor, first: nn.Linear, second: nn.Linear, approximate: str, blocks: tuple[int, int]) -> Tensor:
-    hidden = gelu(linear(x.float(), first.weight, first.bias, blocks[0]), approximate)
-    codes, scale = codes_of_weight(second.weight, blocks[1])
+def pair(
+    x: Tensor, first: nn.Linear, second: nn.Linear, approximate: str, blocks: tuple[int, int], bits: int = 16
+) -> Tensor:
+    hidden = gelu(linear(x.float(), first.weight, first.bias, blocks[0], bits), approximate)
+    codes, scale = codes_of_weight(second.weight, blocks[1], bits)
     out, chunk = None, HIDDEN // blocks[1] * blocks[1] or blocks[1]
     for start in range(0, hidden.shape[-1], chunk):
         some = slice(start, start + chunk)
@@ -107,9 +118,11 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
     weight, bias = sparse(out, inner, pattern), normal(out) if data.draw(st.booleans()) else None
     x = normal(tokens, inner, seed=data.draw(st.integers(0, 99))) * torch.logspace(-3, 3, tokens)[:, None]
     x = (x + data.draw(st.sampled_from([0.0, 1.0, -30.0]))).to(dtype)
-    wanted = linear(x, weight, bias, block)
     tile = data.draw(st.integers(1, 10))
-    exact(lambda: VNMLinear(packed(weight, bias, pattern, block=block, tile=tile)), x, wanted, LEVELS)
+    for bits in BITS:
+        wanted = linear(x, weight, bias, block, bits)
+        made = lambda bits=bits: VNMLinear(packed(weight, bias, pattern, block=block, tile=tile, bits=bits))  # noqa: E731
+        exact(made, x, wanted, LEVELS if bits == 16 else [VNNI])
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,12 +167,13 @@ def test_a_pair_is_the_whole_number_reference_bit_for_bit(
 ) -> None:
     pattern = NM(2, 4, v)
     layers = [dense(sparse(hidden, inner, pattern), normal(hidden)), dense(sparse(out, hidden, pattern), normal(out))]
-    weights = [packed(layer.weight.detach(), layer.bias, pattern, block=96) for layer in layers]
-    lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
     x = (2 * normal(2, tokens, inner)).to(dtype)
-    with torch.no_grad():
-        wanted = pair(x, *layers, approximate, (96, 96))
-    exact(lambda: lowered, x, wanted)
+    for bits in (16, 32) if level == VNNI else (16,):
+        weights = [packed(layer.weight.detach(), layer.bias, pattern, block=96, bits=bits) for layer in layers]
+        lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
+        with torch.no_grad():
+            wanted = pair(x, *layers, approximate, (96, 96), bits)
+        exact(lambda lowered=lowered: lowered, x, wanted)
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,9 +188,30 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     bias, block = normal(rows, seed=3) if data.draw(st.booleans()) else None, 4 * data.draw(st.integers(1, 20))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     x = (normal(*shape, seed=7) * torch.logspace(-3, 2, shape[0])[:, None, None, None]).to(dtype)
-    wanted = convolution(x, weight, bias, block)
     tile = data.draw(st.integers(1, 64))
-    exact(lambda: VNMConv(packed(weight, bias, pattern, block=block, tile=tile), side), x, wanted, LEVELS, (1, 2))
+    for bits in BITS:
+        kernel = packed(weight, bias, pattern, block=block, tile=tile, bits=bits)
+        wanted = convolution(x, weight, bias, block, bits)
+        exact(lambda kernel=kernel: VNMConv(kernel, side), x, wanted, LEVELS if bits == 16 else [VNNI], (1, 2))
+
+
+def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> None:
+    weight, x = sparse(16, 64, NM(2, 4, 4)), normal(3, 64)
+    module = VNMLinear(packed(weight, None, NM(2, 4, 4), bits=32))
+    if level == VNNI:
+        assert torch.equal(module(x), linear(x, weight, None, 64, 32))
+    else:
+        with pytest.raises(ValueError, match="do not fit 16 bits"):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["avx2", VNNI])
+def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
+    seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMW7A8(), VNMW8A8()))
+    assert (seven, eight)[name == VNNI] is None
+    assert ("more exact" in str(seven)) == (name == VNNI) and ("needs AVX-512" in str(eight)) == (name != VNNI)
+    assert "cuda" in str(VNMW7A8().unavailable(torch.device("cuda")))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4, 2), NM(2, 4, 4), NM(2, 4, 8), Clustered(2, 4, 4)])
@@ -266,12 +301,13 @@ def test_nothing_is_read_outside(level: str) -> None:
 
 def test_it_is_one_of_the_backends_that_an_error_allows() -> None:
     layer, x = dense(sparse(64, 64, NM(2, 4, 4)), None), normal(40, 64)
-    assert compressor.lower(layer, x).plan.layers[0].candidate("vnm-w7a8") is None
+    name = "vnm-w8a8" if level_here() == VNNI else "vnm-w7a8"
+    assert compressor.lower(layer, x).plan.layers[0].candidate(name) is None
     plan = compressor.lower(layer, x, tolerance=0.05, cache=False).plan.layers[0]
-    found, finer = plan.candidate("vnm-w7a8"), plan.candidate("vnm-int8")
+    found, finer = plan.candidate(name), plan.candidate("vnm-int8")
     assert found is not None and found.refused is None and found.median_ms is not None
     assert finer is not None and finer.error is not None and found.error is not None
-    assert 1.5 * finer.error < found.error < 0.05
+    assert 1.2 * finer.error < found.error < 0.05
     assert "two of four" in str(VNMW7A8().refusal(unit(nn.Linear(8, 8), NM(4, 8, 4))))
     assert "could leave 32 bits" in str(VNMW7A8().refusal(unit(nn.Linear(LARGEST_INNER + 4, 4), NM(2, 4, 4))))
     with pytest.raises(CompressorError, match="do not fit 32 bits"):

@@ -21,6 +21,7 @@ from compressor.lower import Unit, forms
 from compressor.lower.dense import Eager
 from compressor.lower.forms import dense_forms
 from compressor.lower.units import find_units, pattern_of, put
+from compressor.lower.vnm_kernels import kernels
 
 
 class Mlp(nn.Module):
@@ -220,10 +221,12 @@ class Asks(nn.Module):
         assert self.conv.weight.dtype.is_floating_point and self.conv.weight.shape[0] == self.conv.out_channels == 16
         x = self.conv(x.to(self.conv.weight.device)).flatten(2).transpose(1, 2)
         assert (self.conv.in_channels, self.conv.kernel_size, self.proj.in_features) == (8, (1, 1), 16)
+        x = x.to(next(self.proj.parameters()).dtype)
         return self.proj(x.to(self.proj.weight.dtype))[..., : self.proj.out_features]
 
 
 @pytest.mark.parametrize("backend", ["onednn", "vnm", "vnm-int8", "vnm-w7a8", "eager"])
+@pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
 def test_a_lowered_layer_answers_what_a_model_asks_of_its_weight(backend: str) -> None:
     model = sparsify(Asks(), NM(2, 4, 4)).eval()
     x = torch.randn(2, 8, 4, 4)
@@ -236,6 +239,8 @@ def test_a_lowered_layer_answers_what_a_model_asks_of_its_weight(backend: str) -
         assert float((made(x) - model(x)).norm() / model(x).norm()) < 0.02
         assert torch.equal(copy.deepcopy(made)(x), made(x))
         assert torch.allclose(torch.export.export(made, (x,)).module()(x), made(x), atol=1e-6)
+        compiled: Any = torch.compile(made, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(x), made(x), atol=1e-6)
 
 
 # --- What is chosen. ---
@@ -355,7 +360,35 @@ def test_a_layer_that_the_model_looks_into_does_not_break_it(monkeypatch: pytest
 
     result = lowered(model, "eager", "onednn")
     monkeypatch.setattr(forms, "_fastest_dense", lambda *given: {"layer": "onednn"})
-    assert list(dense_forms(model, X, result.plan)) == ["eager"]
+    left: dict[str, str] = {}
+    assert list(dense_forms(model, X, result.plan, left_out=left)) == ["eager"]
+    assert list(left) == ["dense"] and "does not run" in left["dense"]
+    with pytest.raises(CompressorError, match="dense does not run"):
+        dense_forms(model, X, result.plan)
+
+
+def test_the_ninth_form_of_a_class_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holds(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x) * 2
+            return out
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile_(model, backend=backend))
+    for number in range(12):
+        form = Holds(type(f"Layer{number}", (nn.Linear,), {})(16, 16))
+        forms._compiled(form, torch.device("cpu"))(X)
+    assert len(graphs) == 12
 
 
 def test_lowering_for_real_keeps_the_numbers(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.backends": {
         "vnm-int8",
         "vnm-w7a8",
+        "vnm-w8a8",
         "attention",
         "attention-int16",
         "dense-int8",

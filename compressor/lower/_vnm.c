@@ -28,8 +28,8 @@
 #define ALONE __attribute__((noinline)) /* so that it is compiled once */
 #define UNROLL _Pragma("GCC unroll 16")
 #define CHUNK 512 /* rows of output between two transpositions: their blocks of input are read from the first-level cache */
-#define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache. */
-#define HIDDEN_CODES 1024 /* More of whole numbers, whose products become floats each time. */
+#define HIDDEN 512 /* hidden channels of a pair at a time: they stay in the second-level cache */
+#define HIDDEN_CODES 1024 /* the same of whole numbers, whose products become floats each time */
 #define PLACES 64
 #define MAGIC 12582912.0f /* 1.5 * 2^23: added to a number it has it in its last bits, rounded to nearest even */
 #define LOG2_E 1.44269504f
@@ -55,7 +55,8 @@ typedef struct {
     int kept;   /* steps per group */
     int planes; /* panel rows per group */
     int lanes;  /* FLOATS, HALVES, CODES or BYTES */
-    int largest; /* CODES: the largest code of an input; with this one no sum of products leaves 32 bits */
+    int largest; /* CODES: the largest code of an input; with this one no sum of products leaves 32 bits. BYTES: the bits that
+                    hold a sum of four pairs, 16 or 32 */
     const void *values;
     const uint16_t *index;
     const float *bias;
@@ -308,18 +309,18 @@ typedef struct {
     size_t (*plan)(job *, int);
     void (*work)(void *);
     void (*attend)(void *);
-    int dot;
+    int dot, vnni;
 } level;
 
 static const level levels[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1},
-    {"avx512", plan_avx512, work_avx512, attend_avx512, 0},
-    {"avx2", plan_avx2, work_avx2, attend_avx2, 0},
+    {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1, 1},
+    {"avx512", plan_avx512, work_avx512, attend_avx512, 0, 0},
+    {"avx2", plan_avx2, work_avx2, attend_avx2, 0, 0},
 #elif defined(__aarch64__)
-    {"neon", plan_neon, work_neon, attend_neon, 0},
+    {"neon", plan_neon, work_neon, attend_neon, 0, 0},
 #endif
-    {"portable", plan_portable, work_portable, attend_portable, 0},
+    {"portable", plan_portable, work_portable, attend_portable, 0, 0},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
@@ -389,6 +390,8 @@ static const char *wrong(const matrix *m, const level *how) {
         return "weights of whole numbers need their scales";
     if (m->lanes == BYTES && m->total == NULL)
         return "weights of bytes need the sums of their codes";
+    if (m->lanes == BYTES && m->largest != 16 && !(m->largest == 32 && how->vnni))
+        return "weights of bytes whose sums do not fit 16 bits do not run at this level";
     if (m->values == NULL || m->index == NULL)
         return "a weight needs its values and their places";
     return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;

@@ -179,12 +179,13 @@ INLINE vf NAME(gelu)(vf x, int tanh_form) {
     return (vf)((vi)(x / (1.0f + NAME(exp)(-u))) & ~(x < -30.0f));
 }
 
-/* The same to 2.2e-4, for what becomes whole numbers: x times an odd polynomial that is 1/2 at 4 and beyond, + 1/2. Products are
- * not fused with sums, so that every level gives the same. */
+/* The same to 2.2e-4 or 4e-7 of x, for what becomes whole numbers: x times an odd polynomial that is 1/2 from 4 on, + 1/2; what is
+ * below -4 counts as that. Products are not fused with sums, so that every level gives the same. */
 INLINE vf NAME(rough_gelu)(vf x, int tanh_form) {
     static const float terms[2][7] = {{ROUGH_ERF}, {ROUGH_TANH}};
     const float *term = terms[tanh_form != 0];
-    vf near = NAME(clamp)(x, -4.0f, 4.0f), z = near * near, p = NAME(all)(term[6]);
+    x = NAME(max)(NAME(all)(-4.0f), x);
+    vf near = NAME(min)(NAME(all)(4.0f), x), z = near * near, p = NAME(all)(term[6]);
     UNROLL for (int i = 5; i >= 0; i--) {
         p *= z;
         ROUNDED(p);
@@ -1219,7 +1220,7 @@ INLINE void NAME(share_codes)(int R, float *scores, int some, const float *unit,
 INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const float *q, const head *h, float *y, int count,
                                  float *scratch) {
     const int wide = a->value_channels, stride = R * VW, steps = codes ? (a->channels + 1) / 2 : a->channels;
-    float *panel = scratch, *scores = panel + (a->channels + 1) * stride, *out = scores + (a->block + 1) * stride;
+    float *panel = scratch, *scores = panel + (a->channels + 1) * stride, *out = scores + a->block * stride;
     float *sums = codes ? out + wide * stride : out, *unit = out + 2 * wide * stride;
     vf most[6], less[6], total[6];
     vi most_codes[6];
@@ -1330,7 +1331,7 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
 static void NAME(attend)(void *argument) {
     attention *a = argument;
     size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 1) + 2 * (size_t)a->value_channels;
-    size_t tile = (size_t)(a->channels + 1 + a->block + 1 + 2 * a->value_channels + 1) * R4 * VW;
+    size_t tile = (size_t)(a->channels + 1 + a->block + 2 * a->value_channels + 1) * R4 * VW;
     float *buffer = scratch_of_this_thread((tile + keys) * 4);
     if (buffer == NULL) {
         a->failed = 1;

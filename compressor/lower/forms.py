@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from compressor.lower.plan import Form, LayerPlan, Plan, Search
 from compressor.lower.units import put
 
 _ROUNDS = 11
+_COMPILED = 64  # forms of models of one class, of all lowerings of a process
 _UNCACHED = "dense, packed"
 
 
@@ -235,6 +237,8 @@ def own(model: nn.Module) -> nn.Module:
 
 
 def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    # Forms of one class share its code, and torch would run the ninth as it is, with no more than a warning.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
     how: Any = {"options": {"freezing": True}} if device.type == "cpu" else {"mode": "max-autotune"}  # with CUDA graphs
     compiled: nn.Module = torch.compile(own(model), **how)  # type: ignore[assignment]
     return compiled
@@ -248,8 +252,11 @@ def dense_forms(
     *,
     dtype: torch.dtype | None = None,
     adapter: Adapter | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> dict[str, nn.Module]:
-    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning. Those that run."""
+    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning.
+
+    Those that do not run or give no numbers are told in `left_out`; without it they are a CompressorError."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter)
     forms = {
@@ -265,7 +272,12 @@ def dense_forms(
     for name in ("eager", "dense"):
         if plan.form(f"{name}, compiled") is not None:
             forms[f"{name}, compiled"] = _compiled(forms[name], job.device)
-    errors, _ = _right(job, forms, math.inf)
+    errors, refused = _right(job, forms, sys.float_info.max)
+    if refused and left_out is None:
+        raise CompressorError(refused[0], "Without this form it is not known what the best dense one would take.")
+    for name, reason in zip((name for name in forms if name not in errors), refused, strict=True):
+        assert left_out is not None
+        left_out[name] = reason
     return {name: form for name, form in forms.items() if name in errors}
 
 

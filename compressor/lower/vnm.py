@@ -16,12 +16,13 @@ from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.vnm_kernels import kernels, level, unavailable, version
 from compressor.lower.vnm_operators import HALF
-from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
+from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
+_VNNI = "avx512_bf16"  # the level that has both
 
 
 # Inputs are laid out anew in these modules, and not in the operators, so that a compiler sees it: it lays them out as it makes them,
@@ -110,6 +111,8 @@ class VNM(Backend):
     """Compiled CPU kernels for weights whose V rows share their N of M (4:2:4 and the like), fp32 and bf16."""
 
     name = "vnm"
+    bits = 16
+    """Of the sums of four pairs of bytes."""
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -154,7 +157,9 @@ class VNM(Backend):
             block = _block(layer.weight.shape[1], pattern, channels)
             weight = layer.weight.detach()
             weights.append(
-                KernelWeight(weight, layer.bias, pattern, together=rows, block=block, lanes=lanes, tile=tile)
+                KernelWeight(
+                    weight, layer.bias, pattern, together=rows, block=block, lanes=lanes, bits=self.bits, tile=tile
+                )
             )
         if isinstance(unit.module, nn.Conv2d):
             return VNMConv(weights[0], unit.module.kernel_size[0])
@@ -178,6 +183,7 @@ class VNMInt8(VNM):
     name = "vnm-int8"
     quantises = True
     products = "int8"
+    largest_inner = LARGEST_INNER
 
     def refusal(self, unit: Unit) -> str | None:
         if reason := super().refusal(unit):
@@ -185,8 +191,8 @@ class VNMInt8(VNM):
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
             if pattern is not None and (pattern.n, pattern.m) != (2, 4):
                 return f"{pattern}: 8-bit products take pairs of channels, two of four, as in 4:2:4"
-            if (products := layer.weight[0].numel()) > LARGEST_INNER:
-                return f"{products} products: sums of more than {LARGEST_INNER} could leave 32 bits"
+            if (products := layer.weight[0].numel()) > self.largest_inner:
+                return f"{products} products: sums of more than {self.largest_inner} could leave 32 bits"
         return None
 
     def _lanes(self, pairs: bool) -> Lanes:
@@ -200,8 +206,27 @@ class VNMW7A8(VNMInt8):
     name = "vnm-w7a8"
     products = "w7a8"
 
+    def unavailable(self, device: torch.device) -> str | None:
+        if (reason := super().unavailable(device)) is None and level() == _VNNI:
+            return "vnm-w8a8 is as fast on this processor, and more exact"
+        return reason
+
     def _lanes(self, pairs: bool) -> Lanes:
         return Lanes.BYTES
+
+
+class VNMW8A8(VNMW7A8):
+    """The same with all 8 bits of weights, on processors that sum products of bytes in 32 bits: AVX-512 with VNNI."""
+
+    name = "vnm-w8a8"
+    products = "w8a8"
+    bits = 32
+    largest_inner = LARGEST_INNER_OF_BYTES
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if (reason := unavailable(device)) is None and level() != _VNNI:
+            return f"it needs AVX-512 with VNNI and bfloat16, and the kernels use {level()}: vnm-w7a8 is for those"
+        return reason
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:

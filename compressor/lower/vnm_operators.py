@@ -220,9 +220,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: b
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
     """softmax(query key^T scale) value: (images, heads, tokens, channels) of each, in float32 with channels that follow each other.
 
-    `codes`: in whole numbers. A query and a key have a scale of their own, from the largest magnitude, and codes whose sum of products
-    fits 32 bits, at most 16 of them; a channel of the values has one too, and codes up to 4,095, and a value's share of its query's
-    largest is in 4,095ths.
+    `codes`: in whole numbers. A query has a scale of its own, and all keys of a head have one, from the largest magnitude, and codes
+    whose sum of products fits 31 bits, at most 16 of them; a channel of the values has a scale too, and codes up to 4,095, and a
+    value's share of its query's largest is in 4,095ths.
     """
     out: Tensor = torch.ops.compressor.attention(query, key, value, scale, codes)
     return out

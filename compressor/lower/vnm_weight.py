@@ -22,6 +22,8 @@ _PAIRS = torch.tensor([[0, 0, 1, 2], [0, 0, 3, 4], [0, 0, 0, 5], [0, 0, 0, 0]])
 _LARGEST_SUM = 2**31 - 1
 LARGEST_INNER = _LARGEST_SUM // 127**2 // 2 * 4
 """Channels of which two of four, in codes of 8 bits on both sides, sum to 32 bits at most."""
+LARGEST_INNER_OF_BYTES = _LARGEST_SUM // (127 * 255) // 2 * 4
+"""The same of codes up to 127 of weights and 255 of inputs."""
 _LARGEST_CODE = 2**15 - 1
 
 
@@ -39,7 +41,7 @@ class Lanes(IntEnum):
     CODES = 2
     """A pair of whole numbers of 16 bits: codes of weights (8 bits of them) and of inputs."""
     BYTES = 3
-    """Bytes: two codes of inputs (of 0 to 255), or four of weights (about 7 bits of them)."""
+    """Bytes: two codes of inputs (of 0 to 255), or four of weights (about 7 bits of them, or 8 where 16 bits need not hold a sum)."""
 
 
 class Layout(NamedTuple):
@@ -61,7 +63,7 @@ class Layout(NamedTuple):
     lanes: int
     """What a lane holds: see Lanes."""
     largest: int
-    """CODES: the largest code of an input, so that no sum leaves 32 bits; BYTES: 255; else 0."""
+    """CODES: the largest code of an input, so that no sum leaves 32 bits; BYTES: the bits that hold a sum of four pairs; else 0."""
 
     @property
     def blocks(self) -> int:
@@ -89,8 +91,8 @@ class KernelWeight(nn.Module):
 
     With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get
     codes of up to `largest`, or of fewer where a sum of products could leave 32 bits otherwise. With BYTES it is
-    `quantised_for_bytes`, per row too, and `total` [block][row] has the sums of a row's codes in the blocks before each one, and last
-    in all.
+    `quantised_for_bytes`, per row too, for sums in `bits` (16, or 32, which need AVX-512 with VNNI), and `total` [block][row] has the
+    sums of a row's codes in the blocks before each one, and last in all.
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
 
@@ -111,6 +113,7 @@ class KernelWeight(nn.Module):
         together: int | None = None,
         lanes: Lanes = Lanes.FLOATS,
         largest: int = _LARGEST_CODE,
+        bits: int = 16,
         tile: int = 6,
     ) -> None:
         super().__init__()
@@ -135,7 +138,7 @@ class KernelWeight(nn.Module):
         kept, at = _kept(weight, codes, replace(pattern, v=v))
         taps = at.shape[-1]
         if lanes == Lanes.BYTES:
-            kept, scale = quantised_for_bytes(kept, block // m)
+            kept, scale = quantised_for_bytes(kept, block // m, bits)
             total = _totals(kept, block // m)
             if order is not None:
                 back = order.argsort()
@@ -148,7 +151,7 @@ class KernelWeight(nn.Module):
         self.register_buffer("scale", None if scale is None else scale.flatten())
         self.register_buffer("total", total)
         steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6)
-        most = {Lanes.CODES: largest, Lanes.BYTES: 255}.get(lanes, 0)
+        most = {Lanes.CODES: largest, Lanes.BYTES: bits}.get(lanes, 0)
         self.layout = Layout(out, channels, v, taps, block, m, steps, rows, int(lanes), most)
         self.tile = tile
 
@@ -184,26 +187,30 @@ def _kept(weight: Tensor, codes: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     return grouped.gather(3, at[:, None].expand(-1, pattern.v, -1, -1, -1)), at
 
 
-def quantised_for_bytes(kept: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def quantised_for_bytes(kept: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of `kept` (groups of rows, v, groups of channels, 2, taps), int8 in the same shape, and what a code of each row stands
     for: (rows) in float32. Blocks hold `groups` groups of channels.
 
     Inputs have codes of 0 to 255. Two products sum to 16 bits where weights of one sign in a pair add up to 128 at most, since
     128 * 255 < 2^15; and the products of a sum of four pairs, with codes less 128, where all magnitudes of weights add up to 255. A
-    row's scale is the smallest by which its pairs are 127 and its sums 251 at most before they are rounded half to even. Raises
-    CompressorError where a sum of products could leave 32 bits.
+    row's scale is the smallest by which its pairs are 127 and its sums 251 at most before they are rounded half to even. Where sums
+    have 32 `bits`, it is the smallest by which its weights are 127 at most. Raises CompressorError where a sum of products could leave
+    32 bits.
     """
-    rows = kept.shape[:2]
     wide = kept.double()  # so that the order of a sum is no matter
-    pairs = torch.maximum(wide.clamp_min(0).sum(3), (-wide).clamp_min(0).sum(3)).amax((2, 3))
-    sums = torch.cat([_in_sets(part).abs().sum((3, 5)).amax((2, 3, 4)) for part in _blocks(wide, groups)]).view(
-        -1, *rows
-    )
-    scale = torch.maximum(pairs / 127, sums.amax(0) / 251).float().clamp_min(1e-30)
+    most = wide.abs().amax((2, 3, 4)) / 127 if bits == 32 else _in_16_bits(wide, groups)
+    scale = most.float().clamp_min(1e-30)
     codes = (kept.float() / scale[:, :, None, None, None]).round().to(torch.int8)
     if int(codes.abs().sum((2, 3, 4), dtype=torch.int64).max()) > _LARGEST_SUM // 255:
         raise CompressorError(f"sums of {kept[0, 0].numel()} products of bytes do not fit 32 bits", "Lower in float32.")
     return codes, scale.flatten()
+
+
+def _in_16_bits(kept: Tensor, groups: int) -> Tensor:
+    """The scales (groups of rows, v) of `kept` by which sums of four pairs fit 16 bits."""
+    pairs = torch.maximum(kept.clamp_min(0).sum(3), (-kept).clamp_min(0).sum(3)).amax((2, 3))
+    sums = torch.stack([_in_sets(part).abs().sum((3, 5)).amax((2, 3, 4)) for part in _blocks(kept, groups)])
+    return torch.maximum(pairs / 127, sums.amax(0) / 251)
 
 
 def _blocks(kept: Tensor, groups: int) -> list[Tensor]:

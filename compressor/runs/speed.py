@@ -120,7 +120,9 @@ def measured(
             yield Progress("time", done, len(batches), f"batch {batch}")
             further, missing = _tensorrt_forms(run, example) if run.device.type == "cuda" else ([], {})
             left_out |= missing
-            entries += _timed(run, example, lowered, precision, batch, [*others, *further], of_plan=plan is None)
+            found, failed = _timed(run, example, lowered, precision, batch, [*others, *further], of_plan=plan is None)
+            entries += found
+            left_out |= failed
             plan = plan or lowered.plan
     assert plan is not None  # there is a batch
     plan.save(run.out / FILE)
@@ -159,8 +161,8 @@ def _timed(
     batch: int,
     others: Sequence[_Form],
     of_plan: bool,
-) -> list[tuple[str, Latency]]:
-    """The forms of the dense and the sparse weights, timed in turns, each with its error.
+) -> tuple[list[tuple[str, Latency]], dict[str, str]]:
+    """The forms of the dense and the sparse weights, timed in turns, each with its error; and why others were left out.
 
     A speed-up is over the fastest form of the dense weights that is no less exact; that of sparse weights in another engine, over the
     dense ones there.
@@ -173,7 +175,8 @@ def _timed(
     def form(row: str, backend: str, model: nn.Module) -> _Form:
         return _Form(row, backend, kept, partial(run.adapter.predict, model))
 
-    found = dense_forms(run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter)
+    left_out: dict[str, str] = {}
+    found = dense_forms(run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter, left_out=left_out)
     forms = [form(first, _NAMES.get(name, name), model) for name, model in found.items()]
     if last != first:
         forms += [form(last, EAGER, in_dtype(run.sparse, dtype)), form(last, LOWERED, lowered.model)]
@@ -194,7 +197,7 @@ def _timed(
         entry = latency(one.backend, run.device, one.dtype, batch, times[at], forms[best].backend, times[best])
         update = {"error": errors[at]} | ({"of_plan": True} if one.backend == LOWERED and of_plan else {})
         entries.append((one.row, entry.model_copy(update=update)))
-    return entries
+    return entries, {_NAMES.get(name, name): reason for name, reason in left_out.items()}
 
 
 _NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled", "dense, compiled": "prepacked, compiled"}

@@ -127,10 +127,10 @@ def _models(
     lowered = yield from lowering(
         run.sparse, example, adapter=run.adapter, tolerance=tolerance, max_error=max_error, digest=digest
     )
-    known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS}
+    dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter, left_out={})
+    known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS and form.name in dense}
     best = min(known, key=lambda name: known[name])
-    dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter)[best]
-    models = {(run.dense_row.name, FORMS[best]): dense}
+    models = {(run.dense_row.name, FORMS[best]): dense[best]}
     if run.report.final.name != run.dense_row.name:
         models[run.report.final.name, FORMS.get(lowered.plan.choice, lowered.plan.choice)] = lowered.model
     return models
