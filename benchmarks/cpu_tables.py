@@ -92,7 +92,8 @@ def _time(cell: dict[str, Any], name: str) -> str:
 
 def peaks(result: dict[str, Any]) -> str:
     """Each layer's share of what the machine can multiply."""
-    forms = ("eager", "onednn", "vnm", "vnm-int8", "vnm-w7a8")
+    known = ("eager", "onednn", "vnm", "vnm-int8", "vnm-w7a8", "vnm-w8a8")
+    forms = [name for name in known if all(name in layer["forms"] for layer in result["layers"])]
     lines = [
         f"| layer | M × N × K | {' | '.join(forms)} | memory alone, ms |",
         "|---|---|" + "---:|" * (len(forms) + 1),

@@ -24,9 +24,9 @@ from compressor.sparsity.pattern import NM
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
 
 
-VNNI = "avx512_bf16"
-"""The level that sums products of bytes in 32 bits."""
-BITS = (16, *([32] if VNNI in LEVELS else []))
+VNNI = [name for name in LEVELS if name in ("avx512_bf16", "avx512_vnni")]
+"""The levels that sum products of bytes in 32 bits."""
+BITS = (16, *([32] if VNNI else []))
 
 
 def packed(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **options: Any) -> KernelWeight:
@@ -122,7 +122,7 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
     for bits in BITS:
         wanted = linear(x, weight, bias, block, bits)
         made = lambda bits=bits: VNMLinear(packed(weight, bias, pattern, block=block, tile=tile, bits=bits))  # noqa: E731
-        exact(made, x, wanted, LEVELS if bits == 16 else [VNNI])
+        exact(made, x, wanted, LEVELS if bits == 16 else VNNI)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +168,7 @@ def test_a_pair_is_the_whole_number_reference_bit_for_bit(
     pattern = NM(2, 4, v)
     layers = [dense(sparse(hidden, inner, pattern), normal(hidden)), dense(sparse(out, hidden, pattern), normal(out))]
     x = (2 * normal(2, tokens, inner)).to(dtype)
-    for bits in (16, 32) if level == VNNI else (16,):
+    for bits in (16, 32) if level in VNNI else (16,):
         weights = [packed(layer.weight.detach(), layer.bias, pattern, block=96, bits=bits) for layer in layers]
         lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
         with torch.no_grad():
@@ -192,25 +192,26 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     for bits in BITS:
         kernel = packed(weight, bias, pattern, block=block, tile=tile, bits=bits)
         wanted = convolution(x, weight, bias, block, bits)
-        exact(lambda kernel=kernel: VNMConv(kernel, side), x, wanted, LEVELS if bits == 16 else [VNNI], (1, 2))
+        exact(lambda kernel=kernel: VNMConv(kernel, side), x, wanted, LEVELS if bits == 16 else VNNI, (1, 2))
 
 
 def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> None:
     weight, x = sparse(16, 64, NM(2, 4, 4)), normal(3, 64)
     module = VNMLinear(packed(weight, None, NM(2, 4, 4), bits=32))
-    if level == VNNI:
+    if level in VNNI:
         assert torch.equal(module(x), linear(x, weight, None, 64, 32))
     else:
         with pytest.raises(ValueError, match="do not fit 16 bits"):
             module(x)
 
 
-@pytest.mark.parametrize("name", ["avx2", VNNI])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "avx512_vnni", "avx512_bf16"])
 def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
     seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMW7A8(), VNMW8A8()))
-    assert (seven, eight)[name == VNNI] is None
-    assert ("more exact" in str(seven)) == (name == VNNI) and ("needs AVX-512" in str(eight)) == (name != VNNI)
+    vnni = name in ("avx512_vnni", "avx512_bf16")
+    assert (seven, eight)[vnni] is None
+    assert ("more exact" in str(seven)) == vnni and ("needs AVX-512" in str(eight)) != vnni
     assert "cuda" in str(VNMW7A8().unavailable(torch.device("cuda")))
 
 
@@ -301,7 +302,7 @@ def test_nothing_is_read_outside(level: str) -> None:
 
 def test_it_is_one_of_the_backends_that_an_error_allows() -> None:
     layer, x = dense(sparse(64, 64, NM(2, 4, 4)), None), normal(40, 64)
-    name = "vnm-w8a8" if level_here() == VNNI else "vnm-w7a8"
+    name = "vnm-w8a8" if level_here() in VNNI else "vnm-w7a8"
     assert compressor.lower(layer, x).plan.layers[0].candidate(name) is None
     plan = compressor.lower(layer, x, tolerance=0.05, cache=False).plan.layers[0]
     found, finer = plan.candidate(name), plan.candidate("vnm-int8")

@@ -227,6 +227,24 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,prefer-vector-width=512")
+#define NAME(x) x##_avx512_vnni
+#define VW 16
+#define R1 12
+#define R2 12
+#define R4 6
+#define R8 3
+#define DOT 0
+#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
+#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
+#define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,prefer-vector-width=512")
 #define NAME(x) x##_avx512
 #define VW 16
@@ -315,6 +333,7 @@ typedef struct {
 static const level levels[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1, 1},
+    {"avx512_vnni", plan_avx512_vnni, work_avx512_vnni, attend_avx512_vnni, 0, 1},
     {"avx512", plan_avx512, work_avx512, attend_avx512, 0, 0},
     {"avx2", plan_avx2, work_avx2, attend_avx2, 0, 0},
 #elif defined(__aarch64__)
@@ -331,6 +350,8 @@ static int runs_here(const char *name) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (strcmp(name, "avx512_bf16") == 0)
         return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (strcmp(name, "avx512_vnni") == 0)
+        return avx512 && __builtin_cpu_supports("avx512vnni");
     if (strcmp(name, "avx512") == 0)
         return avx512;
     if (strcmp(name, "avx2") == 0)

@@ -301,9 +301,8 @@ def _answer(module: nn.Module, dense: nn.Module) -> None:
     if isinstance(weight, Tensor):
         weight = HeldWeight(weight.shape, weight.dtype, weight.device)
     first = next(dense.parameters(), None)
-    if (
-        first is not None and next(module.parameters(), None) is None
-    ):  # some look for the dtype of the first one that there is
+    # some look for the dtype of the first one that there is
+    if first is not None and next(module.parameters(), None) is None:
         module.register_parameter("held", nn.Parameter(first.new_empty(0), requires_grad=False))
     if isinstance(weight, HeldWeight) and not hasattr(module, "weight"):
         setattr(module, "weight", weight)  # noqa: B010 - no tensor

@@ -22,7 +22,7 @@ from compressor.sparsity.pattern import NM
 from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
-_VNNI = "avx512_bf16"  # the level that has both
+_VNNI = ("avx512_bf16", "avx512_vnni")  # the levels that have it
 
 
 # Inputs are laid out anew in these modules, and not in the operators, so that a compiler sees it: it lays them out as it makes them,
@@ -207,7 +207,7 @@ class VNMW7A8(VNMInt8):
     products = "w7a8"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := super().unavailable(device)) is None and level() == _VNNI:
+        if (reason := super().unavailable(device)) is None and level() in _VNNI:
             return "vnm-w8a8 is as fast on this processor, and more exact"
         return reason
 
@@ -224,8 +224,8 @@ class VNMW8A8(VNMW7A8):
     largest_inner = LARGEST_INNER_OF_BYTES
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := unavailable(device)) is None and level() != _VNNI:
-            return f"it needs AVX-512 with VNNI and bfloat16, and the kernels use {level()}: vnm-w7a8 is for those"
+        if (reason := unavailable(device)) is None and level() not in _VNNI:
+            return f"it needs AVX-512 with VNNI, and the kernels use {level()}: vnm-w7a8 is for that"
         return reason
 
 

@@ -226,8 +226,8 @@ def _in_sets(kept: Tensor) -> Tensor:
 
 
 def _byte_lanes(kept: Tensor) -> Tensor:
-    """The lanes of a block: of each set and row first -128 times what the weights of each of both sums add up to, in 16 bits, then two
-    pairs to a lane."""
+    """The lanes of a block: of each set and row first -128 times what the weights of each of both sums add up to, in 16 bits (sums of
+    32 bits do not read it), then two pairs to a lane."""
     sets = _in_sets(kept).permute(6, 0, 2, 3, 1, 4, 5)  # (taps, groups of rows, sets, 4, v, 2 sums, 2)
     begin = (-128 * sets.sum((3, 6), dtype=torch.int16)).contiguous().view(torch.int32)
     pairs = sets.flatten(5).contiguous().view(torch.int32)
