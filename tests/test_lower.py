@@ -228,10 +228,11 @@ class Asks(nn.Module):
 @pytest.mark.parametrize("backend", ["onednn", "vnm", "vnm-int8", "vnm-w7a8", "eager"])
 @pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
 def test_a_lowered_layer_answers_what_a_model_asks_of_its_weight(backend: str) -> None:
+    torch.manual_seed(0)
     model = sparsify(Asks(), NM(2, 4, 4)).eval()
     x = torch.randn(2, 8, 4, 4)
     found, _ = find_units(model, lambda: model(x))
-    assert {one.at for one in found} == {"conv", "proj"}
+    assert {(one.at, str(one.unit.patterns[0])) for one in found} == {("conv", "4:2:4"), ("proj", "4:2:4")}
     made = copy.deepcopy(model)
     for one in found:
         put(made, one.at, registry.backend(backend).build(one.unit))

@@ -178,7 +178,7 @@ def test_lowering_finds_the_codes_that_were_trained(ema: float, run: Callable[..
     unit = Unit("0", layer, (5, 16), torch.float32, torch.device("cpu"), (NM(2, 4, 4),))
     if VNM().unavailable(torch.device("cpu")) is not None:
         pytest.skip("no compiled kernels")
-    weight: Any = VNMInt8().build(unit).weight  # type: ignore[union-attr]
+    weight: Any = VNMInt8().build(unit).packed  # type: ignore[union-attr]
     found, scale = quantised(layer.weight.detach(), torch.int8)
     assert torch.equal(weight.scale, scale.flatten())
     assert torch.equal(found.float() * scale, layer.weight.detach())
