@@ -21,6 +21,7 @@ from imitated import Library
 from torch import Tensor, nn
 
 from compressor import Adapter
+from compressor.export.engines import _Stack
 from compressor.lower import cusparselt, cusparselt_library
 from compressor.lower.cusparselt_tuning import Algorithm, Tuned
 from compressor.lower.vnm_kernels import kernels
@@ -30,27 +31,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are
 
 
-class Stack(ctypes.Structure):
-    """`stack_t` of Linux: where handlers of signals run."""
-
-    _fields_ = (("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
 @pytest.fixture(scope="session", autouse=True)
-def signal_stack() -> Stack:
+def signal_stack() -> _Stack:
     """The one that the tests' thread had before the first of them."""
-    found = Stack()
+    found = _Stack()
     if sys.platform == "linux":
         ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
     return found
 
 
 @pytest.fixture(autouse=True)
-def signal_stack_stays(signal_stack: Stack) -> Iterator[None]:
+def signal_stack_stays(signal_stack: _Stack) -> Iterator[None]:
     """OpenVINO sets one of its own and frees it: then a signal of any later test ends the process."""
     yield
     if sys.platform == "linux":
-        library, after = ctypes.CDLL(None), Stack()
+        library, after = ctypes.CDLL(None), _Stack()
         library.sigaltstack(None, ctypes.byref(after))
         library.sigaltstack(ctypes.byref(signal_stack), None)
         assert (after.at, after.size) == (signal_stack.at, signal_stack.size)

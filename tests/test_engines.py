@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Stack
 
 from compressor import registry
 from compressor.export import engines
@@ -22,7 +21,7 @@ from compressor.seeds import generator
 
 
 def signal_stack() -> tuple[int | None, int]:
-    found = Stack()
+    found = engines._Stack()
     ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
     return found.at, found.size
 

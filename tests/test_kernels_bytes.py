@@ -308,7 +308,7 @@ def test_it_is_one_of_the_backends_that_an_error_allows() -> None:
     found, finer = plan.candidate(name), plan.candidate("vnm-int8")
     assert found is not None and found.refused is None and found.median_ms is not None
     assert finer is not None and finer.error is not None and found.error is not None
-    assert 1.2 * finer.error < found.error < 0.05
+    assert (1.5 if name == "vnm-w7a8" else 1.2) * finer.error < found.error < 0.05
     assert "two of four" in str(VNMW7A8().refusal(unit(nn.Linear(8, 8), NM(4, 8, 4))))
     assert "could leave 32 bits" in str(VNMW7A8().refusal(unit(nn.Linear(LARGEST_INNER + 4, 4), NM(2, 4, 4))))
     with pytest.raises(CompressorError, match="do not fit 32 bits"):

@@ -211,17 +211,9 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,avx2,prefer-vector-width=512")
 #define NAME(x) x##_avx512_bf16
-#define VW 16
-#define R1 12
-#define R2 12
-#define R4 6
-#define R8 3
+#define WIDE
+#define VNNI
 #define DOT 1
-#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
-#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
-#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
-#define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
-#define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -229,17 +221,9 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,prefer-vector-width=512")
 #define NAME(x) x##_avx512_vnni
-#define VW 16
-#define R1 12
-#define R2 12
-#define R4 6
-#define R8 3
+#define WIDE
+#define VNNI
 #define DOT 0
-#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
-#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
-#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
-#define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
-#define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
@@ -247,15 +231,8 @@ static void scales_of(float *scale, float *inverse, int count, int codes) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,prefer-vector-width=512")
 #define NAME(x) x##_avx512
-#define VW 16
-#define R1 12
-#define R2 12
-#define R4 6
-#define R8 3
+#define WIDE
 #define DOT 0
-#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
-#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
-#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #define MADD(sum, a, b) ((sum) + (vi)_mm512_madd_epi16((__m512i)(a), (__m512i)(b)))
 #define MADDUBS(a, b) (vs)_mm512_maddubs_epi16((__m512i)(a), (__m512i)(b))
 #define HELD(x) __asm__("" : "+v"(x))

@@ -6,7 +6,9 @@
  *   MADD_AT  the same with the address of b, where sums alone may fill the registers
  *   MADDUBS  (a, b): a0 b0 + a1 b1 of lanes of two bytes, those of b signed, where that fits 16 bits; plain C where it is not defined
  *   DPBUSD   (sum, a, b): sum + a0 b0 + .. + a3 b3 of lanes of four bytes; MADDUBS and MADD where it is not defined
+ *   MOST     (a, b): the larger of lanes of whole numbers; plain C where it is not defined
  *   HELD     a vector that is made now, and stays in its register
+ *   WIDE     in place of VW, R1 to R8 and the larger and smaller of lanes: those of AVX-512; VNNI: its MADD and DPBUSD
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
@@ -15,6 +17,21 @@
  * With BYTES numbers of an input are whole ones from 0 to 255, of which `zero` is nothing: (code - zero) * scale. Sums are of codes
  * less CENTRE, so that 16 bits hold more of them.
  */
+
+#ifdef WIDE /* what the levels of AVX-512 have in common */
+#define VW 16
+#define R1 12
+#define R2 12
+#define R4 6
+#define R8 3
+#define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
+#define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
+#endif
+#ifdef VNNI
+#define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#define DPBUSD(sum, a, b) (vi)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))
+#endif
 
 typedef float NAME(vf) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef int32_t NAME(vi) __attribute__((vector_size(4 * VW), aligned(4), may_alias));

@@ -13,3 +13,5 @@
 #undef MAX
 #undef MIN
 #undef MOST
+#undef WIDE
+#undef VNNI

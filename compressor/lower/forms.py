@@ -275,9 +275,8 @@ def dense_forms(
     errors, refused = _right(job, forms, sys.float_info.max)
     if refused and left_out is None:
         raise CompressorError(refused[0], "Without this form it is not known what the best dense one would take.")
-    for name, reason in zip((name for name in forms if name not in errors), refused, strict=True):
-        assert left_out is not None
-        left_out[name] = reason
+    if left_out is not None:
+        left_out.update(zip((name for name in forms if name not in errors), refused, strict=True))
     return {name: form for name, form in forms.items() if name in errors}
 
 
