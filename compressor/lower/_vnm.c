@@ -107,7 +107,8 @@ typedef struct {
 typedef struct {
     const uint16_t *index;
     const lane *weights;
-    int steps, groups, begin; /* begin: with the bias, and not with what `out` holds */
+    int steps, taps, groups, begin; /* begin: with the bias, and not with what `out` holds */
+    size_t index_apart, weights_apart, panel_apart; /* of taps */
     float *out;
     size_t out_stride;
     const int32_t *order;

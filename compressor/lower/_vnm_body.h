@@ -215,12 +215,10 @@ INLINE vf NAME(rough_gelu)(vf x, int tanh_form) {
     return p;
 }
 
-/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
- * where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is
- * whole numbers. */
+/* out[v][r] (+)= sum over taps and steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps`
+ * says where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out
+ * is whole numbers. */
 INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, strip p) {
-    const uint16_t *index = p.index;
-    const lane *weights = p.weights;
     for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
         float *out[8];
         vf acc[8][12];
@@ -232,28 +230,33 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
                 acc[v][r] = NAME(all)(p.bias ? p.bias[g * V + v] : 0.0f);
         else
             UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = NAME(load)(out[v] + r * VW);
-        for (int s = 0; s < p.steps; s++, weights += V) {
-            const float *row = panel + *index++ * stride;
-            __builtin_prefetch(weights + 512); /* they stream by: further than the processor looks ahead by itself */
-            vf x[12];
-            UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
-            UNROLL for (int v = 0; v < V; v++) {
-                vf b = (vf)(weights[v] | (vu){0});
-                UNROLL for (int r = 0; r < R; r++) {
+        for (int tap = 0; tap < p.taps; tap++) {
+            const uint16_t *index = p.index + tap * p.index_apart + (size_t)g * p.steps;
+            const lane *weights = p.weights + tap * p.weights_apart + (size_t)g * p.steps * V;
+            const float *rows = panel + tap * p.panel_apart;
+            for (int s = 0; s < p.steps; s++, weights += V) {
+                const float *row = rows + *index++ * stride;
+                __builtin_prefetch(weights + 512); /* they stream by: further than the processor looks ahead by itself */
+                vf x[12];
+                UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+                UNROLL for (int v = 0; v < V; v++) {
+                    vf b = (vf)(weights[v] | (vu){0});
+                    UNROLL for (int r = 0; r < R; r++) {
 #ifdef MADD_AT
-                    if (dot == CODES && r == 0 && V * R == 12)
-                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row + (gaps ? gaps[0] : 0));
-                    else
+                        if (dot == CODES && r == 0 && V * R == 12)
+                            acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row + (gaps ? gaps[0] : 0));
+                        else
 #endif
-                    if (dot == CODES)
-                        acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
-                    else
+                        if (dot == CODES)
+                            acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
+                        else
 #if DOT
-                    if (dot == HALVES)
-                        acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
-                    else
+                        if (dot == HALVES)
+                            acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
+                        else
 #endif
-                        acc[v][r] += b * x[r];
+                            acc[v][r] += b * x[r];
+                    }
                 }
             }
         }
@@ -279,8 +282,6 @@ INLINE void NAME(both)(vs a, vs b, vs *low, vs *high) {
  * are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them is -128 times the
  * sum of the weights. */
 INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip p) {
-    const uint16_t *index = p.index;
-    const lane *w = p.weights;
 #ifndef DPBUSD
     const vs ones = (vs){0} + 1;
 #endif
@@ -295,41 +296,44 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
         vi low[8], high[8];
         UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
 #endif
-        for (int s = 0; s < p.steps; s += SET) {
-            __builtin_prefetch(w + 512);
+        for (int tap = 0; tap < p.taps; tap++) {
+            const uint16_t *index = p.index + tap * p.index_apart + (size_t)g * p.steps, *rows = panel + tap * p.panel_apart;
+            const lane *w = p.weights + tap * p.weights_apart + (size_t)g * p.steps / SET * (1 + SET / 2) * V;
+            for (int s = 0; s < p.steps; s += SET) {
+                __builtin_prefetch(w + 512);
 #ifndef DPBUSD
-            vs low[8], high[8];
-            UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vs)(w[v] | (vu){0});
+                vs low[8], high[8];
+                UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vs)(w[v] | (vu){0});
 #endif
-            w += V;
-            UNROLL for (int i = 0; i < SET; i += 2, w += V) {
-                vs x, y;
-                NAME(both)(*(const vs *)(panel + index[s + i] * stride), *(const vs *)(panel + index[s + i + 1] * stride), &x, &y);
-                UNROLL for (int v = 0; v < V; v++) {
-                    vs b = (vs)(w[v] | (vu){0});
+                w += V;
+                UNROLL for (int i = 0; i < SET; i += 2, w += V) {
+                    vs x, y;
+                    NAME(both)(*(const vs *)(rows + index[s + i] * stride), *(const vs *)(rows + index[s + i + 1] * stride), &x, &y);
+                    UNROLL for (int v = 0; v < V; v++) {
+                        vs b = (vs)(w[v] | (vu){0});
 #ifdef DPBUSD
-                    low[v] = DPBUSD(low[v], x, b);
-                    high[v] = DPBUSD(high[v], y, b);
+                        low[v] = DPBUSD(low[v], x, b);
+                        high[v] = DPBUSD(high[v], y, b);
 #else
-                    HELD(b);
-                    low[v] += MADDUBS(x, b);
-                    HELD(low[v]);
-                    high[v] += MADDUBS(y, b);
-                    HELD(high[v]);
+                        HELD(b);
+                        low[v] += MADDUBS(x, b);
+                        HELD(low[v]);
+                        high[v] += MADDUBS(y, b);
+                        HELD(high[v]);
 #endif
+                    }
                 }
-            }
 #ifndef DPBUSD
-            UNROLL for (int v = 0; v < V; v++) {
-                out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
-                out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
-            }
+                UNROLL for (int v = 0; v < V; v++) {
+                    out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
+                    out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
+                }
 #endif
+            }
         }
 #ifdef DPBUSD
         UNROLL for (int v = 0; v < V; v++) out[v][0] = low[v], out[v][1] = high[v];
 #endif
-        index += p.steps;
     }
 }
 
@@ -402,40 +406,40 @@ static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(mos
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
- * `panel` starts at block b0; `tap_at[row]` is where the rows of that row's tap start; a row of `out` is `out_stride` floats, and the row
- * of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES these rows are whole numbers, see `sum_of`,
- * and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. Of bytes
- * `vectors` are even, and a panel is of lanes of 16 bits. */
-static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
-                           const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride,
-                           int vectors) {
+ * `panel` starts at block b0, the rows of the first of these taps at `from`, those of every other one `apart` further; a row of
+ * `out` is `out_stride` floats, and the row of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES
+ * these rows are whole numbers, see `sum_of`, and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns
+ * after the first always add. Of bytes `vectors` are even, and a panel is of lanes of 16 bits. */
+static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride, size_t from, size_t apart,
+                           int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
     int passes = NAME(passes)(m, vectors);
-    int groups = m->rows / m->v;
+    size_t groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
-        int steps = steps_of(m, channels);
-        size_t before = (size_t)b * steps_of(m, m->block) * m->taps;
-        for (int tap = column; tap < m->taps; tap += columns) {
-            size_t first = (before + (size_t)tap * steps) * groups;
-            const char *rows = (const char *)panel + (tap_at[tap / columns] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
-            for (int g = g0; g < g1; g += RUN) {
-                strip p = {.index = m->index + first + (size_t)g * steps,
-                          .weights = (const lane *)m->values + lanes_of(m, first + (size_t)g * steps) * m->v,
-                          .steps = steps,
-                          .groups = g1 - g < RUN ? g1 - g : RUN,
-                          .order = m->order ? m->order + g * m->v : NULL,
-                          .out_stride = out_stride,
-                          .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
-                          .begin = b == (whole_numbers(m) ? b0 : 0) && tap == 0};
-                for (int pass = 0; pass < passes; pass++) {
-                    int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
-                    p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
-                    const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
-                    if (m->lanes == BYTES)
-                        NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
-                    else
-                        NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
-                }
+        size_t steps = steps_of(m, channels), before = (size_t)b * steps_of(m, m->block) * m->taps;
+        size_t first = (before + column * steps) * groups, next = columns * steps * groups;
+        const char *rows = (const char *)panel + (from + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
+        for (int g = g0; g < g1; g += RUN) {
+            strip p = {.index = m->index + first + g * steps,
+                      .weights = (const lane *)m->values + lanes_of(m, first + g * steps) * m->v,
+                      .steps = (int)steps,
+                      .taps = m->taps / columns,
+                      .index_apart = next,
+                      .weights_apart = lanes_of(m, next) * m->v,
+                      .panel_apart = apart,
+                      .groups = g1 - g < RUN ? g1 - g : RUN,
+                      .order = m->order ? m->order + g * m->v : NULL,
+                      .out_stride = out_stride,
+                      .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
+                      .begin = b == (whole_numbers(m) ? b0 : 0) && column == 0};
+            for (int pass = 0; pass < passes; pass++) {
+                int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
+                p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
+                const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
+                if (m->lanes == BYTES)
+                    NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
+                else
+                    NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
             }
         }
     }
@@ -717,7 +721,6 @@ static int NAME(vectors_of)(const job *j, int64_t tokens) {
 /* A tile of tokens through one matrix. */
 static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *m = &j->first;
-    static const size_t here[1] = {0};
     int vectors = NAME(vectors_of)(j, count);
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
@@ -730,7 +733,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     NAME(gather_tokens)(j, m, t0, count, panel, stride, units);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
-        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, here, 0, 1, NULL, out, stride, vectors);
+        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, out, stride, vectors);
         if (whole_numbers(m))
             NAME(scatter_sums)(j, m, units, out, stride, n, rows, t0, count);
         else
@@ -827,7 +830,6 @@ static void NAME(add_sums)(const matrix *m, const float *sums, meaning units, fl
 /* A tile of tokens through matrix, GELU, matrix: of the hidden channels only a chunk exists at a time. */
 static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *a = &j->first, *b = &j->second;
-    static const size_t here[1] = {0};
     int vectors = NAME(vectors_of)(j, count);
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch;
@@ -845,7 +847,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     NAME(gather_tokens)(j, a, t0, count, panel, stride, units);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
-        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, here, 0, 1, NULL, hidden, stride, vectors);
+        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, hidden, stride, vectors);
         if (b->lanes == BYTES)
             NAME(hidden_bytes)(j, n, rows, &units, hidden, (uint16_t *)pairs, own, stride);
         else if (codes)
@@ -864,7 +866,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
         own.b0 = n / b->block, own.b1 = (n + rows + b->block - 1) / b->block;
-        NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, here, 0, 1, NULL, codes ? sums : out,
+        NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, 0, 0, 0, 1, NULL, codes ? sums : out,
                        stride, vectors);
         if (codes)
             NAME(add_sums)(b, sums, own, out, stride, n == 0);
@@ -926,48 +928,73 @@ INLINE meaning NAME(of_image)(const job *j, const matrix *m, int64_t image, vf s
     return units;
 }
 
-/* What gather_row does, of four channels at a time, which become the six rows of pairs of their group, in whole numbers. `within` has
- * bits for the pixels whose neighbour `shift` to the right is in their own line. */
-static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, int row, int shift, const float *within, char *panel,
-                                 size_t stride, size_t each) {
-    int bytes = j->half ? 2 : 4, unit = unit_of(m);
-    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width + shift;
+/* Rows of whole numbers per group of four channels, and where their first pixel lies: what is before it is read and not used. */
+#define NUMBER_ROWS(m) ((m)->lanes == BYTES ? 1 : 2)
+#define NUMBERS_AT VW
+
+/* The pixels that gather_row takes, of four channels at a time, as the whole numbers that they are: one row of bytes, or two of codes,
+ * per group, `stride` apart. All columns read them. */
+static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, int row, lane *numbers, size_t stride, size_t each) {
+    int bytes = j->half ? 2 : 4;
+    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width;
     vf space[3] = {{0}};
     NAME(of_image)(j, m, image, space);
     for (int g = 0; g < m->inner / 4; g++) {
         const char *x = (const char *)j->x + (image * m->inner + 4 * g) * area * bytes;
-        for (size_t p = 0; p < each; p += unit * VW) { /* what is past the end is the next image's, or of no use */
-            char *to = panel + ((size_t)g * 6 * stride + p) * lane_bytes(m);
-            vf four[2][4];
-            for (int half = 0; half < unit; half++) {
-                size_t from = p + half * VW;
-                vu here = (vu)NAME(load)(within + from);
-                UNROLL for (int c = 0; c < 4; c++)
-                    four[half][c] = (vf)(NAME(pixels)(x + c * area * bytes, j->half, first + (int64_t)from, area) & here);
+        float *to = (float *)numbers + (size_t)g * NUMBER_ROWS(m) * stride;
+        for (size_t p = 0; p < each; p += VW) { /* what is past the end is the next image's, or of no use */
+            vf four[4];
+            int64_t q = first + (int64_t)p;
+            if (!j->half && q >= 0 && q + VW <= area) {
+                UNROLL for (int c = 0; c < 4; c++) four[c] = NAME(load)((const float *)x + c * area + q);
+            } else {
+                UNROLL for (int c = 0; c < 4; c++) four[c] = (vf)NAME(pixels)(x + c * area * bytes, j->half, q, area);
             }
             if (m->lanes == BYTES)
-                NAME(byte_pairs)(NAME(bytes_of)(four[0], space[1], (vu)space[2]), NAME(bytes_of)(four[1], space[1], (vu)space[2]), 1,
-                                 (uint16_t *)to, stride);
+                NAME(store)(to + p, (vf)NAME(bytes_of)(four, space[1], (vu)space[2]));
             else
-                NAME(code_pairs)(four[0], space[1], (float *)to, stride);
+                UNROLL for (int c = 0; c < 4; c += 2)
+                    NAME(store)(to + c / 2 * stride + p, (vf)(NAME(code)(four[c], space[1]) | (NAME(code)(four[c + 1], space[1]) << 16)));
         }
     }
 }
 
-/* The rows of `images` images that a tile needs, as the taps of one column see them, so that every tap of every pixel lies where a
- * vector can be loaded: panel[panel row of a channel][image][(pixel rows + taps - 1) * width]. */
-static void NAME(gather_pixels)(const job *j, const matrix *m, int64_t image, int images, int row, int rows, int column,
-                                float *panel, size_t stride, size_t each, float *within) {
-    int shift = column - j->side / 2, w = j->width;
-    for (size_t p = 0; p < each + unit_of(m) * VW && whole_numbers(m); p++) {
-        int x = (int)(p % (size_t)w) + shift;
-        ((int32_t *)within)[p] = x >= 0 && x < w ? -1 : 0;
+/* The six rows of pairs of each group, of whole numbers `shift` to the right. `within` has bits for the pixels whose neighbour there
+ * is in their own line. */
+static void NAME(pair_numbers)(const job *j, const matrix *m, int64_t image, int shift, const float *within, const lane *numbers,
+                               size_t number_stride, char *panel, size_t stride, size_t each) {
+    vf space[3] = {{0}};
+    NAME(of_image)(j, m, image, space);
+    vu none = (vu)space[2] * 0x01010101; /* of codes no bits */
+    for (int g = 0; g < m->inner / 4; g++) {
+        const float *x = (const float *)numbers + (size_t)g * NUMBER_ROWS(m) * number_stride + shift;
+        for (size_t p = 0; p < each; p += unit_of(m) * VW) {
+            char *to = panel + ((size_t)g * 6 * stride + p) * lane_bytes(m);
+            vu here = (vu)NAME(load)(within + p), first = ((vu)NAME(load)(x + p) & here) | (none & ~here);
+            if (m->lanes == BYTES) {
+                vu there = (vu)NAME(load)(within + p + VW), second = ((vu)NAME(load)(x + p + VW) & there) | (none & ~there);
+                NAME(byte_pairs)(first, second, 1, (uint16_t *)to, stride);
+            } else
+                NAME(pairs)(first, (vu)NAME(load)(x + number_stride + p) & here, (float *)to, stride);
+        }
     }
-    for (int i = 0; i < images; i++) {
-        if (whole_numbers(m))
-            NAME(gather_numbers)(j, m, image + i, row, shift, within, (char *)panel + i * each * lane_bytes(m), stride, each);
-        else
-            for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
+}
+
+/* What `count` sums of row n stand for, whole vectors of them; `to` may be where they lie. */
+INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *sums, vf scale, vi zero, float *to, int count) {
+    const int biased = m->bias != NULL, unit = lanes == BYTES ? 2 : 1;
+    for (int p = 0; p < count; p += unit * VW) {
+        vi found[2] = {*(const vi *)(sums + p)};
+        if (lanes == BYTES)
+            NAME(in_order)(sums + p, found);
+        UNROLL for (int i = 0; i < unit; i++) {
+            vf y = NAME(sum_of)(lanes, m, n, found[i], scale, zero, biased);
+            int left = count - p - i * VW;
+            if (left >= VW)
+                NAME(store)(to + p + i * VW, y);
+            else if (left > 0)
+                NAME(keep)(to + p + i * VW, (vu)y, left);
+        }
     }
 }
 
@@ -979,17 +1006,27 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     size_t each = (size_t)(rows + 2 * reach) * w;
     size_t stride = images * each + unit_of(m) * VW; /* a last vector may read past the last pixel */
     int per_image = NAME(vectors_of)(j, count), vectors = images * per_image;
-    float *panel = scratch, *within = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
-    float *out = within + (whole_numbers(m) ? each + unit_of(m) * VW : 0);
-    size_t out_stride = (size_t)vectors * VW;
-    size_t tap_at[7];
+    float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
+    size_t out_stride = (size_t)vectors * VW, number_stride = stride + 2 * NUMBERS_AT;
+    float *within = out + m->rows * out_stride;
+    lane *numbers = (lane *)(within + each + 2 * unit_of(m) * VW) + NUMBERS_AT; /* these two for whole numbers alone */
     int places[PLACES];
-    for (int tap = 0; tap < j->side; tap++) tap_at[tap] = (size_t)tap * w + (p0 - row * w);
     for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     int blocks = (m->inner + m->block - 1) / m->block;
+    for (int i = 0; i < images && whole_numbers(m); i++)
+        NAME(gather_numbers)(j, m, image + i, row, numbers + i * each, number_stride, each);
     for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
-        NAME(gather_pixels)(j, m, image, images, row, rows, column, panel, stride, each, within);
-        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, tap_at, column, j->side, images > 1 ? places : NULL, out,
+        int shift = column - reach;
+        for (size_t p = 0, x = 0; p < each + unit_of(m) * VW && whole_numbers(m); p++, x = x + 1 < (size_t)w ? x + 1 : 0)
+            ((int32_t *)within)[p] = (int)x + shift >= 0 && (int)x + shift < w ? -1 : 0;
+        for (int i = 0; i < images; i++) {
+            if (whole_numbers(m))
+                NAME(pair_numbers)(j, m, image + i, shift, within, numbers + i * each, number_stride,
+                                   (char *)panel + i * each * lane_bytes(m), stride, each);
+            else
+                for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
+        }
+        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, p0 - row * w, w, column, j->side, images > 1 ? places : NULL, out,
                        out_stride, vectors);
     }
     for (int i = 0; i < images; i++) {
@@ -1000,18 +1037,11 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
         for (int o = 0; o < m->rows; o++) {
             float *from = out + o * out_stride + i * per_image * VW;
             size_t at = ((image + i) * m->rows + o) * (size_t)area + p0;
-            for (int p = 0; p < count && whole_numbers(m); p += unit_of(m) * VW) {
-                vi sums[2] = {*(const vi *)(from + p)};
-                if (m->lanes == BYTES)
-                    NAME(in_order)(from + p, sums);
-                for (int half = 0; half < unit_of(m) && p + half * VW < count; half++) {
-                    vf y = NAME(sum_of)(m->lanes, &known, o, sums[half], space[0], (vi)space[2], m->bias != NULL);
-                    if (j->half)
-                        NAME(store)(from + p + half * VW, y);
-                    else
-                        NAME(keep)((float *)j->y + at + p + half * VW, (vu)y, count - p - half * VW);
-                }
-            }
+            float *to = j->half ? from : (float *)j->y + at;
+            if (m->lanes == BYTES)
+                NAME(numbers_of)(BYTES, &known, o, from, space[0], (vi)space[2], to, j->half ? per_image * VW : count);
+            else if (m->lanes == CODES)
+                NAME(numbers_of)(CODES, &known, o, from, space[0], (vi)space[2], to, j->half ? per_image * VW : count);
             if (j->half) {
                 uint16_t *to = (uint16_t *)j->y + at;
                 for (int p = 0; p < count; p += VW) {
@@ -1058,7 +1088,10 @@ static size_t NAME(plan)(job *j, int threads) {
             vectors = whole * j->images_per_tile;
         size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
         size_t stride = rows * j->width + unit_of(a) * VW;
-        return (inner * stride * lane_bytes(a) / 4 + (whole_numbers(a) ? stride + unit_of(a) * VW : 0) + (size_t)a->rows * vectors * VW) * 4;
+        size_t floats = inner * stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW;
+        if (whole_numbers(a))
+            floats += stride + 2 * unit_of(a) * VW + (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * (stride + 2 * NUMBERS_AT);
+        return floats * 4;
     }
     int64_t units = NAME(units_of)(j);
     most = most > unit_of(a) ? most / unit_of(a) : 1;
@@ -1384,6 +1417,8 @@ static void NAME(attend)(void *argument) {
 #undef vh
 #undef vs
 #undef vus
+#undef NUMBER_ROWS
+#undef NUMBERS_AT
 #undef CENTRE
 #undef MICRO_BYTES
 #undef MICRO
