@@ -108,7 +108,7 @@ typedef struct {
     const uint16_t *index;
     const lane *weights;
     int steps, taps, groups, begin; /* begin: with the bias, and not with what `out` holds */
-    size_t index_apart, weights_apart, panel_apart; /* of taps */
+    size_t index_apart, weights_apart, panel_apart; /* of taps; only micro_bytes takes more than one of them */
     float *out;
     size_t out_stride;
     const int32_t *order;

@@ -215,10 +215,12 @@ INLINE vf NAME(rough_gelu)(vf x, int tanh_form) {
     return p;
 }
 
-/* out[v][r] (+)= sum over taps and steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps`
- * says where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out
- * is whole numbers. */
+/* out[v][r] (+)= sum over steps of w[s][v] * panel[index[s]][r], for V rows and R vectors, group of rows by group. `gaps` says
+ * where the vectors lie in a panel row; NULL where they follow each other. w and panel hold what `dot` says; with CODES, out is
+ * whole numbers. */
 INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride, const int *gaps, strip p) {
+    const uint16_t *index = p.index;
+    const lane *weights = p.weights;
     for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
         float *out[8];
         vf acc[8][12];
@@ -230,33 +232,28 @@ INLINE void NAME(micro)(int V, int R, int dot, const float *panel, size_t stride
                 acc[v][r] = NAME(all)(p.bias ? p.bias[g * V + v] : 0.0f);
         else
             UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) acc[v][r] = NAME(load)(out[v] + r * VW);
-        for (int tap = 0; tap < p.taps; tap++) {
-            const uint16_t *index = p.index + tap * p.index_apart + (size_t)g * p.steps;
-            const lane *weights = p.weights + tap * p.weights_apart + (size_t)g * p.steps * V;
-            const float *rows = panel + tap * p.panel_apart;
-            for (int s = 0; s < p.steps; s++, weights += V) {
-                const float *row = rows + *index++ * stride;
-                __builtin_prefetch(weights + 512); /* they stream by: further than the processor looks ahead by itself */
-                vf x[12];
-                UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
-                UNROLL for (int v = 0; v < V; v++) {
-                    vf b = (vf)(weights[v] | (vu){0});
-                    UNROLL for (int r = 0; r < R; r++) {
+        for (int s = 0; s < p.steps; s++, weights += V) {
+            const float *row = panel + *index++ * stride;
+            __builtin_prefetch(weights + 512); /* they stream by: further than the processor looks ahead by itself */
+            vf x[12];
+            UNROLL for (int r = 0; r < R; r++) x[r] = NAME(load)(row + (gaps ? gaps[r] : r * VW));
+            UNROLL for (int v = 0; v < V; v++) {
+                vf b = (vf)(weights[v] | (vu){0});
+                UNROLL for (int r = 0; r < R; r++) {
 #ifdef MADD_AT
-                        if (dot == CODES && r == 0 && V * R == 12)
-                            acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row + (gaps ? gaps[0] : 0));
-                        else
+                    if (dot == CODES && r == 0 && V * R == 12)
+                        acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, row + (gaps ? gaps[0] : 0));
+                    else
 #endif
-                        if (dot == CODES)
-                            acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
-                        else
+                    if (dot == CODES)
+                        acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
+                    else
 #if DOT
-                        if (dot == HALVES)
-                            acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
-                        else
+                    if (dot == HALVES)
+                        acc[v][r] = (vf)_mm512_dpbf16_ps((__m512)acc[v][r], (__m512bh)x[r], (__m512bh)b);
+                    else
 #endif
-                            acc[v][r] += b * x[r];
-                    }
+                        acc[v][r] += b * x[r];
                 }
             }
         }
@@ -285,7 +282,8 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
 #ifndef DPBUSD
     const vs ones = (vs){0} + 1;
 #endif
-    for (int g = 0; g < p.groups; g++, p.out += p.order ? 0 : V * p.out_stride) {
+    const size_t lanes = (size_t)p.steps / SET * (1 + SET / 2) * V; /* of a group of rows and a tap */
+    for (int g = 0; g < p.groups; g++, p.index += p.steps, p.weights += lanes, p.out += p.order ? 0 : V * p.out_stride) {
         vi *out[8];
         UNROLL for (int v = 0; v < V; v++) {
             out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
@@ -297,8 +295,8 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
         UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
 #endif
         for (int tap = 0; tap < p.taps; tap++) {
-            const uint16_t *index = p.index + tap * p.index_apart + (size_t)g * p.steps, *rows = panel + tap * p.panel_apart;
-            const lane *w = p.weights + tap * p.weights_apart + (size_t)g * p.steps / SET * (1 + SET / 2) * V;
+            const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + tap * p.panel_apart;
+            const lane *w = p.weights + tap * p.weights_apart;
             for (int s = 0; s < p.steps; s += SET) {
                 __builtin_prefetch(w + 512);
 #ifndef DPBUSD
@@ -417,29 +415,37 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
         size_t steps = steps_of(m, channels), before = (size_t)b * steps_of(m, m->block) * m->taps;
-        size_t first = (before + column * steps) * groups, next = columns * steps * groups;
-        const char *rows = (const char *)panel + (from + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
-        for (int g = g0; g < g1; g += RUN) {
-            strip p = {.index = m->index + first + g * steps,
-                      .weights = (const lane *)m->values + lanes_of(m, first + g * steps) * m->v,
-                      .steps = (int)steps,
-                      .taps = m->taps / columns,
-                      .index_apart = next,
-                      .weights_apart = lanes_of(m, next) * m->v,
-                      .panel_apart = apart,
-                      .groups = g1 - g < RUN ? g1 - g : RUN,
-                      .order = m->order ? m->order + g * m->v : NULL,
-                      .out_stride = out_stride,
-                      .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
-                      .begin = b == (whole_numbers(m) ? b0 : 0) && column == 0};
-            for (int pass = 0; pass < passes; pass++) {
-                int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
-                p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
-                const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
-                if (m->lanes == BYTES)
-                    NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
-                else
-                    NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
+        size_t next = columns * steps * groups;
+#ifdef DPBUSD
+        const int taps = m->taps / columns, together = m->lanes == BYTES ? taps : 1;
+#else /* where fewer products are made of a number that is loaded, one tap's rows of the panel must lie in the first-level cache */
+        const int taps = m->taps / columns, together = 1;
+#endif
+        for (int tap = 0; tap < taps; tap += together) {
+            size_t first = (before + column * steps) * groups + tap * next;
+            const char *rows = (const char *)panel + (from + tap * apart + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
+            for (int g = g0; g < g1; g += RUN) {
+                strip p = {.index = m->index + first + g * steps,
+                          .weights = (const lane *)m->values + lanes_of(m, first + g * steps) * m->v,
+                          .steps = (int)steps,
+                          .taps = together,
+                          .index_apart = next,
+                          .weights_apart = lanes_of(m, next) * m->v,
+                          .panel_apart = apart,
+                          .groups = g1 - g < RUN ? g1 - g : RUN,
+                          .order = m->order ? m->order + g * m->v : NULL,
+                          .out_stride = out_stride,
+                          .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
+                          .begin = b == (whole_numbers(m) ? b0 : 0) && column + tap == 0};
+                for (int pass = 0; pass < passes; pass++) {
+                    int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
+                    p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
+                    const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
+                    if (m->lanes == BYTES)
+                        NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
+                    else
+                        NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
+                }
             }
         }
     }
