@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -40,21 +42,16 @@ class _Job(NamedTuple):
     x: int
     y: int
     half: int
+    tanh: int
+    side: int
+    height: int
+    width: int
     units: int
     tile: int
     threads: int
-    tanh: int = 0
-    side: int = 1
-    height: int = 1
-    width: int = 1
     largest: int = 0
     """Where the largest magnitude of each image lies, for weights of codes; for those of bytes the lowest number of each, then the
     highest."""
-
-    def numbers(self) -> tuple[int, ...]:
-        """The job as the extension takes it."""
-        shape = (self.tanh, self.side, self.height, self.width)
-        return (self.work, self.x, self.y, self.half, *shape, self.units, self.tile, self.threads, self.largest)
 
 
 def _check(x: Tensor, inner: int, dim: int) -> Tensor:
@@ -66,6 +63,24 @@ def _check(x: Tensor, inner: int, dim: int) -> Tensor:
     return x.contiguous()
 
 
+@lru_cache(maxsize=4096)
+def _layout(numbers: tuple[int, ...]) -> tuple[Layout, int, int, int]:
+    """The layout of these numbers; how many values, places and totals it has."""
+    layout = Layout(*numbers)
+    return (layout, *layout.lengths, (layout.blocks + 1) * layout.out)
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype, length: int) -> int:
+    """Where a buffer of a weight lies; 0 for none. Looked at in every call: a model may be moved or cast after it was lowered."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype and dtype == torch.float32:
+        raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+    if tensor.dtype != dtype or tensor.numel() != length or not (tensor.is_cpu and tensor.is_contiguous()):
+        raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
+    return tensor.data_ptr()
+
+
 def _matrix(
     values: Tensor,
     index: Tensor,
@@ -74,35 +89,31 @@ def _matrix(
     scale: Tensor | None,
     total: Tensor | None,
     numbers: Sequence[int],
-) -> list[int]:
+) -> tuple[int, ...]:
     """A weight as the extension takes it: its layout, and where its buffers lie."""
-    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (bias, scale)):
-        raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
-    layout = Layout(*numbers)
-    buffers = [tensor for tensor in (values, index, bias, order, scale, total) if tensor is not None]
-    whole = (values.numel(), index.numel()) == layout.lengths and index.dtype == torch.uint16
-    whole &= all(tensor.is_cpu and tensor.is_contiguous() for tensor in buffers)
-    whole &= order is None or order.dtype == torch.int32
-    whole &= total is None or (total.dtype == torch.int32 and total.shape == (layout.blocks + 1, layout.out))
-    lengths = {layout.out} | {tensor.numel() for tensor in (bias, order, scale) if tensor is not None}
-    if not whole or values.element_size() != 4 or len(lengths) != 1:
+    layout, lanes, places, totals = _layout(tuple(numbers))
+    if values.element_size() != 4:
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
-    return [
-        *numbers,
-        values.data_ptr(),
-        index.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if order is None else order.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if total is None else total.data_ptr(),
-    ]
+    return (
+        *layout,
+        _address(values, values.dtype, lanes),
+        _address(index, torch.uint16, places),
+        _address(bias, torch.float32, layout.out),
+        _address(order, torch.int32, layout.out),
+        _address(scale, torch.float32, layout.out),
+        _address(total, torch.int32, totals),
+    )
 
 
-def _run(job: _Job, *matrices: Sequence[int]) -> None:
+def _run(job: _Job, *matrices: tuple[int, ...]) -> None:
     extension, why = kernels()
     if extension is None:
         raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
-    extension.run(*job.numbers(), *(number for matrix in matrices for number in matrix))
+    extension.run(*job, *chain.from_iterable(matrices))
+
+
+def _tokens(work: _Work, x: Tensor, y: Tensor, tokens: int, tile: int, tanh: int = 0) -> _Job:
+    return _Job(work, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tanh, 1, 1, 1, tokens, tile, torch.get_num_threads())
 
 
 def _linear(
@@ -121,8 +132,7 @@ def _linear(
     y = x.new_empty((*x.shape[:-1], layout.out))
     tokens = x.numel() // layout.channels
     if tokens:
-        job = _Job(_Work.LINEAR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
-        _run(job, _matrix(values, index, bias, order, scale, total, numbers))
+        _run(_tokens(_Work.LINEAR, x, y, tokens, tile), _matrix(values, index, bias, order, scale, total, numbers))
     return y
 
 
@@ -150,12 +160,11 @@ def _pair(
     y = x.new_empty((*x.shape[:-1], second.out))
     tokens = x.numel() // first.channels
     if tokens:
-        job = _Job(_Work.PAIR, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tokens, tile, torch.get_num_threads())
-        matrices = (
+        _run(
+            _tokens(_Work.PAIR, x, y, tokens, tile, int(tanh)),
             _matrix(values1, index1, bias1, order1, scale1, total1, numbers1),
             _matrix(values2, index2, bias2, order2, scale2, total2, numbers2),
         )
-        _run(job._replace(tanh=int(tanh)), *matrices)
     return y
 
 
@@ -177,8 +186,8 @@ def _conv(
     batch, _, height, width = x.shape
     y = x.new_empty((batch, layout.out, height, width))
     if y.numel():
-        job = _Job(_Work.CONVOLUTION, x.data_ptr(), y.data_ptr(), HALF[x.dtype], batch, tile, torch.get_num_threads())
-        job = job._replace(side=side, height=height, width=width)
+        work, half, threads = _Work.CONVOLUTION, HALF[x.dtype], torch.get_num_threads()
+        job = _Job(work, x.data_ptr(), y.data_ptr(), half, 0, side, height, width, batch, tile, threads)
         if scale is not None:
             shape = (2, batch) if layout.lanes == Lanes.BYTES else (batch,)
             if largest is None or largest.shape != shape or largest.dtype != torch.float32:
