@@ -275,10 +275,10 @@ INLINE void NAME(both)(vs a, vs b, vs *low, vs *high) {
 }
 
 /* out[v] (+)= the sums of products of bytes, of V rows and a vector of tokens of the panel, which are two of sums: 8 i + {0 to 3} in
- * the first, 8 i + {4 to 7} in the second. A lane of weights is two pairs of channels; four such and their pairs of the panel
- * are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them is -128 times the
- * sum of the weights. */
-INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip p) {
+ * the first, 8 i + {4 to 7} in the second, or with R = 1 the first alone. A lane of weights is two pairs of channels; four such and
+ * their pairs of the panel are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them
+ * is -128 times the sum of the weights. */
+INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride, strip p) {
 #ifndef DPBUSD
     const vs ones = (vs){0} + 1;
 #endif
@@ -287,12 +287,11 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
         vi *out[8];
         UNROLL for (int v = 0; v < V; v++) {
             out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
-            if (p.begin)
-                out[v][0] = out[v][1] = (vi){0};
+            UNROLL for (int r = 0; r < R; r++) if (p.begin) out[v][r] = (vi){0};
         }
 #ifdef DPBUSD /* of 32 bits from the first step to the last */
         vi low[8], high[8];
-        UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][1];
+        UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][R - 1];
 #endif
         for (int tap = 0; tap < p.taps; tap++) {
             const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + tap * p.panel_apart;
@@ -311,26 +310,34 @@ INLINE void NAME(micro_bytes)(int V, const uint16_t *panel, size_t stride, strip
                         vs b = (vs)(w[v] | (vu){0});
 #ifdef DPBUSD
                         low[v] = DPBUSD(low[v], x, b);
-                        high[v] = DPBUSD(high[v], y, b);
+                        if (R == 2)
+                            high[v] = DPBUSD(high[v], y, b);
 #else
                         HELD(b);
                         low[v] += MADDUBS(x, b);
                         HELD(low[v]);
-                        high[v] += MADDUBS(y, b);
-                        HELD(high[v]);
+                        if (R == 2) {
+                            high[v] += MADDUBS(y, b);
+                            HELD(high[v]);
+                        }
 #endif
                     }
                 }
 #ifndef DPBUSD
                 UNROLL for (int v = 0; v < V; v++) {
                     out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
-                    out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
+                    if (R == 2)
+                        out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
                 }
 #endif
             }
         }
 #ifdef DPBUSD
-        UNROLL for (int v = 0; v < V; v++) out[v][0] = low[v], out[v][1] = high[v];
+        UNROLL for (int v = 0; v < V; v++) {
+            out[v][0] = low[v];
+            if (R == 2)
+                out[v][1] = high[v];
+        }
 #endif
     }
 }
@@ -385,19 +392,26 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
 typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, const strip *);
-/* A panel of one unit of tokens, as Linears have with most instruction sets, is a case of its own: its stride is a constant. */
+/* A panel of one unit of tokens, as Linears have with most instruction sets, is a case of its own, and so is one of which but a vector
+ * is of use: their stride is a constant. */
 #define MICRO_BYTES(V)                                                                                                  \
     static void NAME(micro_bytes_##V)(const uint16_t *panel, size_t stride, const strip *p) {                           \
         if (stride == 2 * VW)                                                                                           \
-            NAME(micro_bytes)(V, panel, 2 * VW, *p);                                                                    \
+            NAME(micro_bytes)(V, 2, panel, 2 * VW, *p);                                                                 \
         else                                                                                                            \
-            NAME(micro_bytes)(V, panel, stride, *p);                                                                    \
+            NAME(micro_bytes)(V, 2, panel, stride, *p);                                                                 \
+    }                                                                                                                   \
+    static void NAME(micro_half_##V)(const uint16_t *panel, size_t stride, const strip *p) {                            \
+        (void)stride;                                                                                                   \
+        NAME(micro_bytes)(V, 1, panel, 2 * VW, *p);                                                                     \
     }
 MICRO_BYTES(1)
 MICRO_BYTES(2)
 MICRO_BYTES(4)
 MICRO_BYTES(8)
-static const NAME(byte_kernel) NAME(byte_kernels)[4] = {NAME(micro_bytes_1), NAME(micro_bytes_2), NAME(micro_bytes_4), NAME(micro_bytes_8)};
+/* [V as 0..3][vectors of sums - 1] */
+static const NAME(byte_kernel) NAME(byte_kernels)[4][2] = {{NAME(micro_half_1), NAME(micro_bytes_1)}, {NAME(micro_half_2), NAME(micro_bytes_2)},
+                                                           {NAME(micro_half_4), NAME(micro_bytes_4)}, {NAME(micro_half_8), NAME(micro_bytes_8)}};
 
 /* Passes of a matrix's micro-kernel over `vectors` of tokens, and the vectors of one. */
 static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(most)[v_log(m)]; }
@@ -407,7 +421,8 @@ static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(p
  * `panel` starts at block b0, the rows of the first of these taps at `from`, those of every other one `apart` further; a row of
  * `out` is `out_stride` floats, and the row of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES
  * these rows are whole numbers, see `sum_of`, and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns
- * after the first always add. Of bytes `vectors` are even, and a panel is of lanes of 16 bits. */
+ * after the first always add. Of bytes a panel is of lanes of 16 bits, and `vectors` are even, or one where only the first of a panel's
+ * two is of use. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride, size_t from, size_t apart,
                            int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
     int passes = NAME(passes)(m, vectors);
@@ -442,7 +457,7 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
                     p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
                     const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
                     if (m->lanes == BYTES)
-                        NAME(byte_kernels)[v_log(m)]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
+                        NAME(byte_kernels)[v_log(m)][r1 - r0 - 1]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
                     else
                         NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
                 }
@@ -724,10 +739,13 @@ static int NAME(vectors_of)(const job *j, int64_t tokens) {
     return (int)((tokens + unit * VW - 1) / (unit * VW)) * unit;
 }
 
+/* Those of them that are multiplied: one of a unit whose second holds no token. */
+static int NAME(used)(const matrix *m, int count, int vectors) { return m->lanes == BYTES && count <= VW ? 1 : vectors; }
+
 /* A tile of tokens through one matrix. */
 static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *m = &j->first;
-    int vectors = NAME(vectors_of)(j, count);
+    int vectors = NAME(vectors_of)(j, count), used = NAME(used)(&j->first, count, vectors);
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
     int blocks = (m->inner + m->block - 1) / m->block;
@@ -739,7 +757,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     NAME(gather_tokens)(j, m, t0, count, panel, stride, units);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
-        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, out, stride, vectors);
+        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, out, stride, used);
         if (whole_numbers(m))
             NAME(scatter_sums)(j, m, units, out, stride, n, rows, t0, count);
         else
@@ -836,7 +854,7 @@ static void NAME(add_sums)(const matrix *m, const float *sums, meaning units, fl
 /* A tile of tokens through matrix, GELU, matrix: of the hidden channels only a chunk exists at a time. */
 static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch) {
     const matrix *a = &j->first, *b = &j->second;
-    int vectors = NAME(vectors_of)(j, count);
+    int vectors = NAME(vectors_of)(j, count), used = NAME(used)(&j->first, count, vectors);
     size_t stride = (size_t)vectors * VW;
     float *panel = scratch;
     float *hidden = panel + panel_rows(a) * stride * lane_bytes(a) / 4;
@@ -853,7 +871,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     NAME(gather_tokens)(j, a, t0, count, panel, stride, units);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
-        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, hidden, stride, vectors);
+        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, hidden, stride, used);
         if (b->lanes == BYTES)
             NAME(hidden_bytes)(j, n, rows, &units, hidden, (uint16_t *)pairs, own, stride);
         else if (codes)
@@ -873,7 +891,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
         }
         own.b0 = n / b->block, own.b1 = (n + rows + b->block - 1) / b->block;
         NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, 0, 0, 0, 1, NULL, codes ? sums : out,
-                       stride, vectors);
+                       stride, used);
         if (codes)
             NAME(add_sums)(b, sums, own, out, stride, n == 0);
     }
@@ -1177,27 +1195,31 @@ INLINE void NAME(dense)(int V, int R, int codes, const lane *w, size_t across, s
     UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) NAME(store)(out + v * stride + r * VW, acc[v][r]);
 }
 
-/* The same for any number of rows, of which four at a time share a load, and R4 vectors. */
-INLINE void NAME(rows_of)(int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel, float *out,
-                          int begin) {
+/* The same for any number of rows, of which four at a time share a load, and R4 vectors, or one less. */
+INLINE void NAME(rows_of)(int R, int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
+                          float *out, int begin) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        NAME(dense)(4, R4, codes, w + row * across, across, along, steps, panel, out + row * R4 * VW, begin);
+        NAME(dense)(4, R, codes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
     for (; row < rows; row++)
-        NAME(dense)(1, R4, codes, w + row * across, across, along, steps, panel, out + row * R4 * VW, begin);
+        NAME(dense)(1, R, codes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
 }
-static ALONE void NAME(product)(int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
+static ALONE void NAME(product)(int R, int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
                                 float *out, int begin) {
-    if (codes)
-        NAME(rows_of)(1, w, across, along, rows, steps, panel, out, begin);
+    if (codes && R == R4)
+        NAME(rows_of)(R4, 1, w, across, along, rows, steps, panel, out, begin);
+    else if (codes)
+        NAME(rows_of)(R4 - 1, 1, w, across, along, rows, steps, panel, out, begin);
+    else if (R == R4)
+        NAME(rows_of)(R4, 0, w, across, along, rows, steps, panel, out, begin);
     else
-        NAME(rows_of)(0, w, across, along, rows, steps, panel, out, begin);
+        NAME(rows_of)(R4 - 1, 0, w, across, along, rows, steps, panel, out, begin);
 }
 
-/* `count` queries, of at most R4 vectors, into the panel, channel by channel, such that the softmax of their scores has powers of two.
+/* `count` queries, of at most R vectors, into the panel, channel by channel, such that the softmax of their scores has powers of two.
  * With `codes`, pair of channels by pair, `steps` of them, and what a code of each query stands for goes to `unit`. */
-static ALONE void NAME(queries)(int codes, const attention *a, const float *q, int count, int steps, float *panel, float *unit) {
-    const int stride = R4 * VW;
+static ALONE void NAME(queries)(int R, int codes, const attention *a, const float *q, int count, int steps, float *panel, float *unit) {
+    const int stride = R * VW;
     const float scale = a->scale * LOG2_E, sign = a->scale < 0 ? -1.0f : 1.0f;
     for (int t = 0; t < stride; t += VW) {
         vf largest = {0}, inverse;
@@ -1280,7 +1302,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     float *sums = codes ? out + wide * stride : out, *unit = out + 2 * wide * stride;
     vf most[6], less[6], total[6];
     vi most_codes[6];
-    NAME(queries)(codes, a, q, count, steps, panel, unit);
+    NAME(queries)(R, codes, a, q, count, steps, panel, unit);
     UNROLL for (int r = 0; r < R; r++) {
         most[r] = NAME(all)(-INFINITY), most_codes[r] = (vi){0} - LARGEST_SCORE, total[r] = (vf){0};
         if (codes)
@@ -1288,7 +1310,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     }
     for (int k0 = 0; k0 < a->keys; k0 += a->block) {
         int some = a->keys - k0 < a->block ? a->keys - k0 : a->block, lines = codes ? (some + 1) / 2 : some;
-        NAME(product)(codes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
+        NAME(product)(R, codes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
         if (codes)
             NAME(share_codes)(R, scores, some, unit, most_codes, less, total);
         else
@@ -1300,7 +1322,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
                 NAME(store)(at, NAME(load)(at) * less[r]);
             }
         }
-        NAME(product)(codes, values, 1, wide, wide, lines, scores, sums, codes || k0 == 0);
+        NAME(product)(R, codes, values, 1, wide, wide, lines, scores, sums, codes || k0 == 0);
         for (int c = 0; codes && c < wide; c++) {
             UNROLL for (int r = 0; r < R; r++) {
                 float *at = out + c * stride + r * VW;
@@ -1406,13 +1428,19 @@ static void NAME(attend)(void *argument) {
         end = end < a->queries ? end : a->queries;
         const float *q = a->q + image * a->q_at[0] + which * a->q_at[1];
         NAME(keys_and_values)(a, a->k + image * a->k_at[0] + which * a->k_at[1], a->v + image * a->v_at[0] + which * a->v_at[1], &h);
-        for (int64_t t = from; t < end; t += R4 * VW) {
-            int count = (int)(end - t < R4 * VW ? end - t : R4 * VW);
+        for (int64_t t = from, left, R; t < end; t += R * VW) { /* in tiles of R4 vectors, or one less while that takes no more of them */
+            left = (end - t + VW - 1) / VW, R = left % R4 ? R4 - 1 : R4;
+            int count = (int)(end - t < R * VW ? end - t : R * VW);
+            const float *from_q = q + t * a->q_at[2];
             float *y = a->y + ((image * a->queries + t) * a->heads + which) * a->value_channels;
-            if (a->codes)
-                NAME(attention_tile)(R4, 1, a, q + t * a->q_at[2], &h, y, count, buffer);
+            if (a->codes && R == R4)
+                NAME(attention_tile)(R4, 1, a, from_q, &h, y, count, buffer);
+            else if (a->codes)
+                NAME(attention_tile)(R4 - 1, 1, a, from_q, &h, y, count, buffer);
+            else if (R == R4)
+                NAME(attention_tile)(R4, 0, a, from_q, &h, y, count, buffer);
             else
-                NAME(attention_tile)(R4, 0, a, q + t * a->q_at[2], &h, y, count, buffer);
+                NAME(attention_tile)(R4 - 1, 0, a, from_q, &h, y, count, buffer);
         }
     }
 }
