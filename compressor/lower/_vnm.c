@@ -39,6 +39,7 @@
 #define LARGEST_SCORE (1 << 30) /* of attention in codes: two scores differ by 31 bits */
 #define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
 #define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
+#define AHEAD 12 /* rows of queries, keys and values that are asked for ahead of time */
 #define RUN 16 /* groups of rows that one call multiplies */
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */

@@ -101,8 +101,7 @@ INLINE vu NAME(code)(vf x, vf inverse) {
 }
 
 INLINE vf NAME(larger)(vf largest, vf x) { /* of magnitudes, as whole numbers: NaN is the largest of all */
-    vi a = (vi)x & INT32_MAX, above = a > (vi)largest;
-    return (vf)((a & above) | ((vi)largest & ~above));
+    return (vf)MOST((vi)largest, (vi)x & INT32_MAX);
 }
 
 /* Of the lanes of what `larger` gave. */
@@ -150,6 +149,26 @@ INLINE vf NAME(min)(vf a, vf b) {
     return (vf)(((vi)a & below) | ((vi)b & ~below));
 }
 INLINE vf NAME(clamp)(vf x, float low, float high) { return NAME(max)(NAME(all)(low), NAME(min)(NAME(all)(high), x)); }
+
+/* What each of VW vectors has in its lanes: their lowest, their highest, their sum, or the largest of what `larger` gave. They are
+ * lost. */
+enum { NAME(LOWEST), NAME(HIGHEST), NAME(SUM), NAME(LARGEST) };
+INLINE vf NAME(of_lanes)(int what, vu r[VW]) {
+    NAME(transpose)(r);
+    vf found = (vf)r[0];
+    UNROLL for (int i = 1; i < VW; i++) {
+        vf x = (vf)r[i];
+        if (what == NAME(LOWEST))
+            found = NAME(min)(found, x);
+        else if (what == NAME(HIGHEST))
+            found = NAME(max)(found, x);
+        else if (what == NAME(SUM))
+            found += x;
+        else
+            found = NAME(larger)(found, x);
+    }
+    return found;
+}
 
 /* erf(x) = x P(x^2) / Q(x^2), a least-squares fit in [-3.92, 3.92]; beyond it erf is +-1 in fp32. Relative error < 2e-7. */
 INLINE vf NAME(erf)(vf x) {
@@ -522,26 +541,6 @@ static void NAME(byte_scales)(meaning at, size_t count) {
     }
 }
 
-/* The same of a tile's tokens; zeros for those that fill its last vectors. */
-static void NAME(byte_scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
-    int bytes = j->half ? 2 : 4;
-    for (int t = 0; t < (int)stride; t++) {
-        const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
-        vf low = {0}, high = {0}, odd = {0};
-        for (int k = 0; k < m->inner && t < count; k += VW) {
-            vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
-            low = NAME(min)(low, x), high = NAME(max)(high, x), odd += x - x;
-        }
-        at.scale[t] = at.inverse[t] = ((float *)at.zero)[t] = 0.0f;
-        for (int i = 0; i < VW; i++) {
-            at.scale[t] = low[i] < at.scale[t] ? low[i] : at.scale[t];
-            at.inverse[t] = high[i] > at.inverse[t] ? high[i] : at.inverse[t];
-            ((float *)at.zero)[t] += odd[i];
-        }
-    }
-    NAME(byte_scales)(at, stride);
-}
-
 /* Four channels of VW tokens as bytes, the first in the lowest bits. */
 INLINE vu NAME(bytes_of)(const vf x[4], vf inverse, vu zero) {
     vu c = {0};
@@ -566,23 +565,43 @@ INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, si
     *(vus *)(plane + 5 * stride) = b;
 }
 
-/* The scale and the inverse scale of each token of a tile; of what fills the last vector codes are zero. */
+/* The scale and the inverse scale of each token of a tile, and of bytes its zero; of what fills the last vectors codes are zero. */
 static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
-    int bytes = j->half ? 2 : 4;
-    float *scale = at.scale, *inverse = at.inverse;
-    if (m->lanes == BYTES) {
-        NAME(byte_scales_of_tokens)(j, m, t0, count, at, stride);
-        return;
+    int bytes = j->half ? 2 : 4, whole = j->half ? 0 : m->inner / VW * VW;
+    for (size_t t = 0; t < stride; t += VW) {
+        vu low[VW], high[VW], odd[VW];
+        for (int i = 0; i < VW; i++) {
+            const char *p = (const char *)j->x + (t0 + (int64_t)t + i) * m->inner * bytes;
+            vf least = {0}, most = {0}, nan = {0}; /* sums of x - x */
+            if (m->lanes == BYTES && (int)t + i < count) {
+                int k = 0;
+                for (; k < whole; k += VW) { /* most of it, without a question asked */
+                    vf x = NAME(load)((const float *)p + k);
+                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x - x;
+                }
+                for (; k < m->inner; k += VW) {
+                    vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
+                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x - x;
+                }
+            } else if ((int)t + i < count) {
+                for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
+            }
+            low[i] = (vu)least, high[i] = (vu)most, odd[i] = (vu)nan;
+        }
+        if (m->lanes == BYTES) {
+            NAME(store)(at.scale + t, NAME(of_lanes)(NAME(LOWEST), low));
+            NAME(store)(at.inverse + t, NAME(of_lanes)(NAME(HIGHEST), high));
+            NAME(store)((float *)at.zero + t, NAME(of_lanes)(NAME(SUM), odd));
+        } else
+            NAME(store)(at.scale + t, NAME(of_lanes)(NAME(LARGEST), high));
     }
-    for (int t = 0; t < count; t++) {
-        const char *p = (const char *)j->x + (t0 + t) * m->inner * bytes;
-        vf most = {0};
-        for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
-        scale[t] = NAME(largest_of)(most);
+    if (m->lanes == BYTES)
+        NAME(byte_scales)(at, stride);
+    else {
+        scales_of(at.scale, at.inverse, count, m->largest);
+        memset(at.scale + count, 0, (stride - count) * sizeof *at.scale);
+        memset(at.inverse + count, 0, (stride - count) * sizeof *at.inverse);
     }
-    scales_of(scale, inverse, count, m->largest);
-    memset(scale + count, 0, (stride - count) * sizeof *scale);
-    memset(inverse + count, 0, (stride - count) * sizeof *inverse);
 }
 
 /* Four channels of VW tokens as codes, in the six rows of pairs of their group. */
@@ -1225,8 +1244,10 @@ static ALONE void NAME(queries)(int R, int codes, const attention *a, const floa
         vf largest = {0}, inverse;
         for (int c = 0; c < a->channels; c += VW) {
             vu r[VW];
-            UNROLL for (int i = 0; i < VW; i++)
+            UNROLL for (int i = 0; i < VW; i++) {
+                __builtin_prefetch(q + (t + i + AHEAD) * a->q_at[2] + c);
                 r[i] = t + i < count ? NAME(floats)(q + (t + i) * a->q_at[2] + c, a->channels - c) : (vu){0};
+            }
             NAME(transpose)(r);
             for (int i = 0; i < VW && c + i < a->channels; i++) {
                 NAME(store)(panel + (c + i) * stride + t, (vf)r[i] * (codes ? sign : scale));
@@ -1372,12 +1393,19 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
     }
     vf largest = {0};
     for (int64_t i = 0; i < a->keys; i++)
-        for (int c = 0; c < channels; c += VW)
+        for (int c = 0; c < channels; c += VW) {
+            __builtin_prefetch(k + (i + AHEAD) * a->k_at[2] + c); /* rows often lie further apart than the processor looks ahead */
             largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c));
-    for (int c = 0; c < wide; c += VW) {
-        vf most = {0};
-        for (int64_t i = 0; i < a->keys; i++) most = NAME(larger)(most, (vf)NAME(floats)(v + i * a->v_at[2] + c, wide - c));
-        NAME(keep)(h->value_scale + c, (vu)most, wide - c);
+        }
+    for (int c = 0; c < wide; c += 4 * VW) { /* as many channels of a value as a line of the cache has, and more */
+        vf most[4] = {{0}};
+        for (int64_t i = 0; i < a->keys; i++)
+            UNROLL for (int r = 0; r < 4; r++) {
+                const float *at = v + i * a->v_at[2] + c + r * VW;
+                __builtin_prefetch(at + AHEAD * a->v_at[2]);
+                most[r] = NAME(larger)(most[r], (vf)NAME(floats)(at, wide - c - r * VW));
+            }
+        for (int r = 0; r < 4 && c + r * VW < wide; r++) NAME(keep)(h->value_scale + c + r * VW, (vu)most[r], wide - c - r * VW);
     }
     float inverse;
     h->key_scale = NAME(largest_of)(largest);
