@@ -24,7 +24,7 @@ KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py", "tests/test_ke
 NEEDS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 OF_THIS_MACHINE = "tests/test_kernels.py::test_this_machine_runs_more_than_the_portable_kernels_where_it_can"
 
-_JOB, _MATRIX = 12, 16  # the numbers of a job and of a matrix, as `_vnm.c` takes them
+_JOB, _MATRIX = 14, 16  # the numbers of a job and of a matrix, as `_vnm.c` takes them
 _CONVOLUTION = 2
 
 
@@ -107,10 +107,14 @@ def _addresses(numbers: tuple[int, ...]) -> dict[int, int]:
     """The bytes at each address of a job, by its place; the result's first."""
     from compressor.lower.vnm_weight import Lanes, Layout
 
-    kind, half, height, width, units = (numbers[i] for i in (0, 3, 6, 7, 8))
+    kind, half, side, stride, padding, height, width, units = (numbers[i] for i in (0, 3, 5, 6, 7, 8, 9, 10))
     matrices = range(_JOB, len(numbers), _MATRIX)
-    places = units * (height * width if kind == _CONVOLUTION else 1) * (2 if half else 4)
-    sizes = {2: places * numbers[matrices[-1]], 1: places * numbers[_JOB + 1]}
+    pixels, places = 1, 1
+    if kind == _CONVOLUTION:
+        pixels = height * width
+        places = ((height + 2 * padding - side) // stride + 1) * ((width + 2 * padding - side) // stride + 1)
+    unit = units * (2 if half else 4)
+    sizes = {2: unit * places * numbers[matrices[-1]], 1: unit * pixels * numbers[_JOB + 1]}
     if numbers[_JOB - 1]:  # the largest magnitude of each image, or its lowest and highest number
         sizes[_JOB - 1] = 4 * units * (2 if numbers[_JOB + 8] == Lanes.BYTES else 1)
     for at in matrices:

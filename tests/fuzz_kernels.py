@@ -33,7 +33,7 @@ CHECKS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-f
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Relative to the sum of magnitudes, in float32 and with bfloat16 on the way."""
 
-ADDRESSES = {1, 2, 11, *range(22, 28), *range(38, 44)}  # the places of addresses among a job's numbers
+ADDRESSES = {1, 2, 13, *range(24, 30), *range(40, 46)}  # the places of addresses among a job's numbers
 OUTSIDE = [2**31, -(2**31) - 1, 2**32 + 1, 2**40, 2**63 - 1, -(2**63)]
 
 
@@ -175,25 +175,28 @@ class Fuzz:
         self.held(module, x, F.linear(F.gelu(middle, approximate=approximate), full2.double(), b2), magnitude)
 
     def convolution(self, rng: random.Random) -> None:
-        v, m, side = rng.choice([1, 2, 4, 8]), rng.choice([1, 2, 3, 4, 8]), rng.choice([1, 3, 3, 5, 7])
+        v, m, side = rng.choice([1, 2, 4, 8]), rng.choice([1, 2, 3, 4, 8]), rng.choice([1, 2, 3, 3, 4, 5, 7])
+        stride, padding = (1, side // 2) if rng.random() < 0.5 else (rng.randint(1, side), rng.randint(0, side - 1))
+        least = max(1, side - 2 * padding)
         lanes = rng.choice([self.weights.Lanes.FLOATS, self.weights.Lanes.CODES, self.weights.Lanes.BYTES])
         m = 4 if lanes else m
         rows, inner = v * rng.randint(1, 10), m * rng.randint(1, 6)
         weight, full, bias = self.weight(rng, (rows, inner, side, side), lanes, v, m)
-        shape = (rng.randint(1, 6), inner, rng.randint(1, 20), rng.randint(1, 40))
+        shape = (rng.randint(1, 6), inner, rng.randint(least, 20), rng.randint(least, 40))
         x = self.inputs(rng, *shape, half=rng.random() < 0.4)
+        module = self.vnm.VNMConv(weight, side, stride, padding)
+        where = {"stride": stride, "padding": padding}
         if lanes:
             wanted = (
-                self.bytes.convolution(x, full, bias, weight.layout.block)
+                self.bytes.convolution(x, full, bias, weight.layout.block, **where)
                 if lanes == self.weights.Lanes.BYTES
-                else self.int8.convolution(x, full, bias, weight.layout.largest)
+                else self.int8.convolution(x, full, bias, weight.layout.largest, **where)
             )
-            assert torch.equal(self.vnm.VNMConv(weight, side)(x), wanted), "not exact"
+            assert torch.equal(module(x), wanted), "not exact"
             return
         wide, b = x.double(), None if bias is None else bias.double()
-        magnitude = F.conv2d(wide.abs(), full.double().abs(), None if b is None else b.abs(), padding=side // 2)
-        wanted = F.conv2d(wide, full.double(), b, padding=side // 2)
-        self.held(self.vnm.VNMConv(weight, side), x, wanted, magnitude)
+        magnitude = F.conv2d(wide.abs(), full.double().abs(), None if b is None else b.abs(), **where)
+        self.held(module, x, F.conv2d(wide, full.double(), b, **where), magnitude)
 
     def attended(self, rng: random.Random) -> tuple[list[int | float], list[Tensor], Tensor]:
         """The numbers of an attention, its query, key and value, and where its result will be."""
@@ -250,21 +253,22 @@ class Fuzz:
         """A right job with one number made wrong, and at times others that no size can be."""
         kind = rng.randint(0, 2)
         lanes, m = (0, 4) if kind == 2 else self.lanes(rng)
-        side, v = (rng.choice([1, 3, 5, 7]) if kind == 2 else 1), rng.choice([1, 2, 4, 8])
+        side, v = (rng.choice([1, 2, 3, 5, 7]) if kind == 2 else 1), rng.choice([1, 2, 4, 8])
+        stride, padding = (rng.randint(1, side), rng.randint(side // 2, side - 1)) if kind == 2 else (1, 0)
         shapes = [(32, 2 * m, side, side)] if kind == 2 else [(32, 2 * m)]
         shapes += [(16, 32)] if kind == 1 and 32 % m == 0 else []
         kind = 0 if kind == 1 and len(shapes) == 1 else kind
         held = [self.weight(rng, shape, lanes, v, m)[0] for shape in shapes]
         x = torch.randn(2, 2 * m, 6, 7) if kind == 2 else torch.randn(14, 2 * m).bfloat16()
-        y = torch.zeros(2 * 42 * 32)
+        y = torch.zeros(2 * 12 * 13 * 32)  # of the largest padding
         area = x.shape[2:] if kind == 2 else (1, 1)
-        numbers = [kind, x.data_ptr(), y.data_ptr(), int(kind != 2), 0, side, *area, len(x), 3, 2, 0]
+        numbers = [kind, x.data_ptr(), y.data_ptr(), int(kind != 2), 0, side, stride, padding, *area, len(x), 3, 2, 0]
         for one in held:
             buffers = [None if b is None else b.data_ptr() for b in one.arguments[:-1]]
             numbers += [*one.layout, *(b or 0 for b in buffers)]
         place, value = rng.choice(wrong_numbers(numbers, kind, lanes))
         numbers[place] = value
-        for place in rng.sample(sorted(set(range(len(numbers))) - ADDRESSES - {8}), rng.choice([0, 0, 0, 1, 3])):
+        for place in rng.sample(sorted(set(range(len(numbers))) - ADDRESSES - {10}), rng.choice([0, 0, 0, 1, 3])):
             numbers[place] = rng.choice(OUTSIDE)
         self.refuses(lambda: self.extension.run(*numbers), numbers)
         self.refuses(
@@ -296,13 +300,18 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
         0: [-1, 3, 7],
         1: [0],
         2: [0],
-        8: [0, -1, 2**61, 2**63 - 1, -(2**63)],
-        9: [0, -1, 65, 2**30],
-        10: [0, -1, 4097],
+        10: [0, -1, 2**61, 2**63 - 1, -(2**63)],
+        11: [0, -1, 65, 2**30],
+        12: [0, -1, 4097],
     }
     if kind == 2:
-        wrong |= {5: [0, 2, 4, 9, -numbers[5], 46_341, 65_536], 6: [0, -1, 2**28 + 1], 7: [0, -1, 2**28 + 1, 2**31 - 1]}
-    for at in range(12, len(numbers), 16):
+        wrong |= {
+            5: [0, 4, 9, -numbers[5], 46_341, 65_536],
+            6: [0, -1, numbers[5] + 1, 2**31 - 1],
+            7: [-1, numbers[5], 2**31 - 1],
+        }
+        wrong |= {8: [0, -1, 2**28 + 1], 9: [0, -1, 2**28 + 1, 2**31 - 1]}
+    for at in range(14, len(numbers), 16):
         rows, inner, v, _, block, group, kept = numbers[at : at + 7]
         wrong |= {
             at: [0, -v, 2**24 + v, 2**31 - v, *([rows + 1] if v > 1 else [])],

@@ -177,6 +177,45 @@ def test_convolution_equals_dense_arithmetic(
     assert error(half, F.conv2d(x.bfloat16().double(), weight.double(), bias.double(), padding=side // 2)) < HALF
 
 
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "side", "stride", "padding"),
+    [
+        (2, 33, 33, 3, 2, 0),  # as DDPM's downsampling
+        (4, 17, 17, 3, 2, 1),
+        (2, 16, 16, 3, 2, 1),
+        (3, 12, 20, 4, 4, 0),  # as the patches of a transformer
+        (5, 4, 4, 2, 2, 0),
+        (1, 9, 50, 5, 3, 4),
+        (3, 8, 8, 3, 1, 0),
+        (2, 7, 9, 3, 1, 2),
+        (2, 6, 6, 2, 1, 1),
+        (1, 1, 1, 7, 7, 6),
+        (2, 40, 41, 1, 1, 0),
+        (2, 3, 70, 3, 3, 0),
+    ],
+)
+def test_a_convolution_of_any_stride_and_padding_equals_dense_arithmetic(
+    level: str, threads: int, batch: int, height: int, width: int, side: int, stride: int, padding: int
+) -> None:
+    pattern = NM(2, 4, 4)
+    conv = nn.Conv2d(12, 40, side, stride=stride, padding=padding)
+    with torch.no_grad():
+        conv.weight.copy_(sparse((40, 12, side, side), pattern))
+    x = normal(batch, 12, height, width)
+    one = unit(conv, tuple(x.shape), pattern)
+    assert VNM().refusal(one) is None
+    lowered = VNM().build(one)
+    assert isinstance(lowered, VNMConv)
+    assert error(lowered(x), conv.double()(x.double())) < EXACT
+    assert error(lowered(x.bfloat16()), conv(x.bfloat16().double())) < HALF
+
+
+def test_images_that_are_smaller_than_the_kernel_are_an_error() -> None:
+    lowered = VNMConv(KernelWeight(sparse((8, 4, 3, 3), NM(2, 4, 4)), None, NM(2, 4, 4), block=8), 3, 2, 0)
+    with pytest.raises(CompressorError, match=r"2 x 5 pixels.*kernel of 3 x 3"):
+        lowered(normal(1, 4, 2, 5))
+
+
 def test_nothing_is_read_or_written_outside(level: str) -> None:
     """Inputs and outputs end at the end of a page, where one entry too many is a fault; NaN around them must not leak in."""
     pattern = NM(2, 4, 4)
@@ -354,7 +393,7 @@ def test_operators_work_under_compile_and_export() -> None:
         if isinstance(module, VNMLinear):
             torch.library.opcheck(torch.ops.compressor.vnm_linear, (x, *w.arguments, 6))
         else:
-            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *w.arguments, None, 3, 6))
+            torch.library.opcheck(torch.ops.compressor.vnm_conv, (normal(2, 4, 5, 5), *w.arguments, None, 3, 2, 0, 6))
 
 
 def test_only_one_openmp_runtime_is_loaded() -> None:
@@ -423,12 +462,15 @@ def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:
     ("layer", "reason"),
     [
         (nn.Conv2d(8, 8, 3, padding=1, groups=2), "2 groups"),
-        (nn.Conv2d(8, 8, 3, padding=1, stride=2), "stride"),
+        (nn.Conv2d(8, 8, 3, padding=1, stride=(1, 2)), "stride"),
+        (nn.Conv2d(8, 8, 3, padding=1, stride=4), "stride"),
         (nn.Conv2d(8, 8, 3, padding=2, dilation=2), "dilation"),
         (nn.Conv2d(8, 8, (1, 3), padding=(0, 1)), "squares"),
-        (nn.Conv2d(8, 8, 3), "padding"),
+        (nn.Conv2d(8, 8, 3, padding=(1, 0)), "padding"),
+        (nn.Conv2d(8, 8, 3, padding=3), "padding"),
+        (nn.Conv2d(8, 8, 2, padding="same"), "padding"),
         (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), "circular"),
-        (nn.Conv2d(8, 8, 2, padding=1), "squares"),
+        (nn.Conv2d(8, 8, 8), "squares"),
     ],
 )
 def test_convolutions_that_the_kernels_do_not_do_are_refused(layer: nn.Conv2d, reason: str) -> None:

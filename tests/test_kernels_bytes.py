@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels_int8 import HIDDEN, LEVELS, dense, exact, extension, gelu, normal, sparse, unit
+from test_kernels_int8 import HIDDEN, LEVELS, dense, exact, extension, gelu, normal, places, sparse, unit
 from torch import Tensor, nn
 
 import compressor
@@ -79,10 +79,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int = 16) -> Tensor:
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    block: int,
+    bits: int = 16,
+    stride: int = 1,
+    padding: int | None = None,
+) -> Tensor:
     codes, scale = codes_of_weight(weight, block, bits)
     inputs, scales = codes_of(x.float().flatten(1))
-    sums = F.conv2d(inputs.view(x.shape).double(), codes.double(), padding=weight.shape[-1] // 2).round()
+    padding = weight.shape[-1] // 2 if padding is None else padding
+    sums = F.conv2d(inputs.view(x.shape).double(), codes.double(), stride=stride, padding=padding).round()
     out = sums.float() * scale[:, None, None] * scales[:, :, None, None]
     return (out if bias is None else out + bias.float()[:, None, None]).to(x.dtype)
 
@@ -179,9 +188,10 @@ def test_a_pair_is_the_whole_number_reference_bit_for_bit(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
-    v, side = data.draw(st.sampled_from([1, 2, 4, 8])), data.draw(st.sampled_from([1, 3, 5, 7]))
+    v = data.draw(st.sampled_from([1, 2, 4, 8]))
+    side, stride, padding, height, width = data.draw(places())
     rows, channels = v * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 20))
-    shape = (data.draw(st.integers(1, 5)), channels, data.draw(st.integers(1, 14)), data.draw(st.integers(1, 30)))
+    shape = (data.draw(st.integers(1, 5)), channels, height, width)
     pattern = Clustered(2, 4, v) if v > 1 and data.draw(st.booleans()) else NM(2, 4, v)
     weight = normal(rows, channels, side, side, seed=data.draw(st.integers(0, 9)))
     weight = pattern.mask(weight.abs()).apply(weight)
@@ -191,8 +201,9 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     tile = data.draw(st.integers(1, 64))
     for bits in BITS:
         kernel = packed(weight, bias, pattern, block=block, tile=tile, bits=bits)
-        wanted = convolution(x, weight, bias, block, bits)
-        exact(lambda kernel=kernel: VNMConv(kernel, side), x, wanted, LEVELS if bits == 16 else VNNI, (1, 2))
+        wanted = convolution(x, weight, bias, block, bits, stride, padding)
+        module = VNMConv(kernel, side, stride, padding)
+        exact(lambda module=module: module, x, wanted, LEVELS if bits == 16 else VNNI, (1, 2))
 
 
 def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> None:
@@ -359,7 +370,7 @@ def test_operators_refuse_what_would_lead_outside() -> None:
     )
     for limits in (None, torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 2).double()):
         with pytest.raises(CompressorError, match="lowest and the highest"):
-            torch.ops.compressor.vnm_conv(normal(2, 4, 5, 5), *kernel.arguments, limits, 3, 5)
+            torch.ops.compressor.vnm_conv(normal(2, 4, 5, 5), *kernel.arguments, limits, 3, 1, 1, 5)
 
 
 def test_operators_work_under_compile_and_export() -> None:

@@ -47,6 +47,7 @@ typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp3
 /* What a lane of values and panels holds: one fp32, two bf16, two whole numbers of 16 bits. BYTES: a lane of a panel is two bytes,
  * one of values four, see micro_bytes. */
 enum { FLOATS, HALVES, CODES, BYTES };
+static const size_t HERE[1] = {0}; /* where the only tap of a matrix that is no convolution starts */
 enum { SET = 8 }; /* BYTES: pairs of channels whose products are summed in 16 bits, in two sums of four pairs */
 
 typedef struct {
@@ -71,14 +72,14 @@ typedef struct {
     void *y;
     int half; /* whether x and y are bf16; else fp32 */
     int tanh_form;
-    int side, height, width;
+    int side, step, padding, height, width; /* of the kernel; between its places in an image; of zeros; and the image's */
     int64_t tokens; /* or images */
     const float *largest; /* for CODES the largest magnitude of each image, for BYTES the lowest and then the highest number of each */
     matrix first, second;
     int kind; /* 0 linear, 1 pair, 2 convolution */
     /* filled in here */
     int64_t tiles, per_image;
-    int images_per_tile, vectors, failed;
+    int out_height, out_width, images_per_tile, vectors, failed;
     size_t scratch_bytes;
     int64_t next;
 } job;
@@ -109,7 +110,8 @@ typedef struct {
     const uint16_t *index;
     const lane *weights;
     int steps, taps, groups, begin; /* begin: with the bias, and not with what `out` holds */
-    size_t index_apart, weights_apart, panel_apart; /* of taps; only micro_bytes takes more than one of them */
+    size_t index_apart, weights_apart; /* of taps; only micro_bytes takes more than one of them */
+    const size_t *tap_at; /* where their rows of the panel start */
     float *out;
     size_t out_stride;
     const int32_t *order;
@@ -397,6 +399,12 @@ static const char *wrong(const matrix *m, const level *how) {
     return m->lanes == HALVES && !how->dot ? "weights packed for bf16 products do not run at this level" : NULL;
 }
 
+/* The kernel's places along `size` pixels of an image. */
+static int places_of(const job *j, int size) {
+    int64_t room = (int64_t)size + 2 * j->padding - j->side;
+    return room < 0 || room > INT32_MAX ? 0 : (int)(room / j->step + 1);
+}
+
 /* What is wrong with a job whose matrices are right by themselves. */
 static const char *wrong_job(const job *j, int matrices, int threads) {
     const matrix *a = &j->first, *b = &j->second;
@@ -412,13 +420,16 @@ static const char *wrong_job(const job *j, int matrices, int threads) {
         return "blocks of the second matrix of a pair hold whole groups of rows of the first";
     if (a->lanes == HALVES && !j->half)
         return "weights packed for bf16 products take inputs in bf16";
-    if (j->kind == 2 ? !within(j->side, 7) || j->side % 2 == 0 || j->side * j->side != a->taps : a->taps != 1 || (matrices == 2 && b->taps != 1))
+    if (j->kind == 2 ? !within(j->side, 7) || j->side * j->side != a->taps : a->taps != 1 || (matrices == 2 && b->taps != 1))
         return "a weight of these kernel positions has no such job";
+    if (j->kind == 2 && (!within(j->step, j->side) || j->padding < 0 || j->padding >= j->side))
+        return "a kernel with such steps or padding has no job";
     int64_t area = 1, entries;
     if (j->kind == 2) {
         if (!within(j->height, LARGEST_IMAGE) || !within(j->width, LARGEST_IMAGE) ||
-            (area = (int64_t)j->height * j->width) > LARGEST_IMAGE)
+            (int64_t)(j->height + 2 * j->padding) * (j->width + 2 * j->padding) > LARGEST_IMAGE || j->out_height < 1 || j->out_width < 1)
             return "images of these sizes have no kernel";
+        area = (int64_t)(j->height + 2 * j->padding) * (j->width + 2 * j->padding); /* no result is larger */
     }
     int rows = matrices == 2 ? b->rows : a->rows, widest = a->inner > rows ? a->inner : rows;
     if (!within(j->vectors, PLACES) || !within(threads, MOST_THREADS) || j->tokens < 1 ||
@@ -462,9 +473,9 @@ static matrix matrix_of(PyObject *const *a, int i) {
                     .total = address(a, i + 15)};
 }
 
-enum { JOB = 12 };
+enum { JOB = 14 };
 
-/* run(kind, x, y, half, tanh_form, side, height, width, tokens, vectors, threads, largest, matrix..., [matrix...]) */
+/* run(kind, x, y, half, tanh_form, side, step, padding, height, width, tokens, vectors, threads, largest, matrix..., [matrix...]) */
 static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     (void)self;
     if (count != JOB + MATRIX && count != JOB + 2 * MATRIX) {
@@ -477,17 +488,23 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
              .half = small(a, 3),
              .tanh_form = small(a, 4),
              .side = small(a, 5),
-             .height = small(a, 6),
-             .width = small(a, 7),
-             .tokens = number(a, 8),
-             .vectors = small(a, 9),
-             .largest = address(a, 11),
+             .step = small(a, 6),
+             .padding = small(a, 7),
+             .height = small(a, 8),
+             .width = small(a, 9),
+             .tokens = number(a, 10),
+             .vectors = small(a, 11),
+             .largest = address(a, 13),
              .first = matrix_of(a, JOB)};
     if (count > JOB + MATRIX)
         j.second = matrix_of(a, JOB + MATRIX);
-    int threads = small(a, 10), failed;
+    int threads = small(a, 12), failed;
     if (PyErr_Occurred())
         return NULL;
+    if (j.step > 0 && within(j.side, 7) && within(j.padding + 1, 7)) {
+        j.out_height = places_of(&j, j.height);
+        j.out_width = places_of(&j, j.width);
+    }
     const level *how = chosen; /* once: another thread may change it */
     const char *fault = wrong(&j.first, how);
     if (fault == NULL && count > JOB + MATRIX)

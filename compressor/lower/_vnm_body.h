@@ -313,7 +313,7 @@ INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride
         UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][R - 1];
 #endif
         for (int tap = 0; tap < p.taps; tap++) {
-            const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + tap * p.panel_apart;
+            const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + (p.tap_at[tap] - p.tap_at[0]);
             const lane *w = p.weights + tap * p.weights_apart;
             for (int s = 0; s < p.steps; s += SET) {
                 __builtin_prefetch(w + 512);
@@ -437,13 +437,12 @@ static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(mos
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
- * `panel` starts at block b0, the rows of the first of these taps at `from`, those of every other one `apart` further; a row of
- * `out` is `out_stride` floats, and the row of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES
+ * `panel` starts at block b0, and the rows of each of these taps at `tap_at`; a row of `out` is `out_stride` floats, and the row of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES
  * these rows are whole numbers, see `sum_of`, and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns
  * after the first always add. Of bytes a panel is of lanes of 16 bits, and `vectors` are even, or one where only the first of a panel's
  * two is of use. */
-static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride, size_t from, size_t apart,
-                           int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
+static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
+                           const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
     int passes = NAME(passes)(m, vectors);
     size_t groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
@@ -457,7 +456,7 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
 #endif
         for (int tap = 0; tap < taps; tap += together) {
             size_t first = (before + column * steps) * groups + tap * next;
-            const char *rows = (const char *)panel + (from + tap * apart + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
+            const char *rows = (const char *)panel + (tap_at[tap] + (size_t)((b - b0) * m->block / m->group * m->planes) * stride) * lane_bytes(m);
             for (int g = g0; g < g1; g += RUN) {
                 strip p = {.index = m->index + first + g * steps,
                           .weights = (const lane *)m->values + lanes_of(m, first + g * steps) * m->v,
@@ -465,7 +464,7 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
                           .taps = together,
                           .index_apart = next,
                           .weights_apart = lanes_of(m, next) * m->v,
-                          .panel_apart = apart,
+                          .tap_at = tap_at + tap,
                           .groups = g1 - g < RUN ? g1 - g : RUN,
                           .order = m->order ? m->order + g * m->v : NULL,
                           .out_stride = out_stride,
@@ -776,7 +775,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     NAME(gather_tokens)(j, m, t0, count, panel, stride, units);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
-        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, out, stride, used);
+        NAME(multiply)(m, n / m->v, (n + rows) / m->v, 0, blocks, panel, stride, HERE, 0, 1, NULL, out, stride, used);
         if (whole_numbers(m))
             NAME(scatter_sums)(j, m, units, out, stride, n, rows, t0, count);
         else
@@ -890,7 +889,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     NAME(gather_tokens)(j, a, t0, count, panel, stride, units);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
-        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, 0, 0, 0, 1, NULL, hidden, stride, used);
+        NAME(multiply)(a, n / a->v, (n + rows) / a->v, 0, blocks, panel, stride, HERE, 0, 1, NULL, hidden, stride, used);
         if (b->lanes == BYTES)
             NAME(hidden_bytes)(j, n, rows, &units, hidden, (uint16_t *)pairs, own, stride);
         else if (codes)
@@ -909,7 +908,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
                 NAME(store)(hidden + i, NAME(gelu)(NAME(load)(hidden + i), j->tanh_form));
         }
         own.b0 = n / b->block, own.b1 = (n + rows + b->block - 1) / b->block;
-        NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, 0, 0, 0, 1, NULL, codes ? sums : out,
+        NAME(multiply)(b, 0, b->rows / b->v, own.b0, own.b1, b->lanes ? pairs : hidden, stride, HERE, 0, 1, NULL, codes ? sums : out,
                        stride, used);
         if (codes)
             NAME(add_sums)(b, sums, own, out, stride, n == 0);
@@ -917,7 +916,34 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     NAME(scatter_tokens)(j, out, stride, 0, b->rows, b->rows, t0, count);
 }
 
-/* --- Convolutions: images (batch, channels, height, width), odd square kernels, stride 1, zero padding that keeps the size. --- */
+/* --- Convolutions: images (batch, channels, height, width), square kernels, padding with zeros. --- */
+
+/* Lines of a panel, of an image's pixels, for so many rows of output: `step` of them apart in the image, so those that a tap of the kernel
+ * sees follow each other; then the same of the lines between them. */
+static int NAME(lines_of)(const job *j, int rows) {
+    int lines = 0;
+    for (int phase = 0; phase < j->step; phase++) lines += rows + (j->side - 1 - phase) / j->step;
+    return lines;
+}
+
+/* Lines of an image that they are of. */
+static int NAME(image_lines)(const job *j, int rows) { return (rows - 1) * j->step + j->side; }
+
+/* Whether the result has the image's size, each pixel of it where the middle of the kernel is. */
+static int NAME(keeps_size)(const job *j) { return j->step == 1 && 2 * j->padding == j->side - 1; }
+
+/* Where each pixel of a panel for `rows` rows of output from `row` on lies, less the first pixel of line `first` of the image, as the
+ * taps of a column of the kernel see it; -1 where the image has ended, and for `more` pixels after the last. */
+static void NAME(places_of)(const job *j, int row, int rows, int column, int first, int32_t *at, int more) {
+    for (int phase = 0; phase < j->step; phase++) {
+        for (int i = 0; i < rows + (j->side - 1 - phase) / j->step; i++) {
+            int y = j->step * (row + i) + phase - j->padding;
+            for (int to = 0, x = column - j->padding; to < j->out_width; to++, x += j->step)
+                *at++ = y >= 0 && y < j->height && x >= 0 && x < j->width ? (y - first) * j->width + x : -1;
+        }
+    }
+    for (int i = 0; i < more; i++) *at++ = -1;
+}
 
 /* The pixels of one channel of one image that lie `shift` to the right of those that a tile needs: rows [row - reach, row + rows + reach),
  * zeros where the image ends. */
@@ -940,6 +966,19 @@ static void NAME(gather_row)(const job *j, const matrix *m, int64_t image, int c
     for (size_t p = skipped; p < skipped + count && shift; p += w) {
         for (int edge = 0; edge < (int)lost && edge < w; edge++) to_row[p + edge] = 0;
         for (int edge = 0; edge < (int)past && edge < w; edge++) to_row[p + w - 1 - edge] = 0;
+    }
+}
+
+/* Pixels of one channel of one image from their places. */
+static void NAME(gather_places)(const job *j, const matrix *m, int64_t image, int c, const int32_t *at, float *to_row, size_t each) {
+    size_t channel = (image * m->inner + c) * (size_t)j->height * j->width;
+    const uint16_t *halves = (const uint16_t *)j->x + channel;
+    const float *floats = (const float *)j->x + channel;
+    for (size_t p = 0; p < each; p++) {
+        if (j->half)
+            ((lane *)to_row)[p] = at[p] < 0 ? 0 : (uint32_t)halves[at[p]] << 16;
+        else
+            to_row[p] = at[p] < 0 ? 0.0f : floats[at[p]];
     }
 }
 
@@ -975,11 +1014,11 @@ INLINE meaning NAME(of_image)(const job *j, const matrix *m, int64_t image, vf s
 #define NUMBER_ROWS(m) ((m)->lanes == BYTES ? 1 : 2)
 #define NUMBERS_AT VW
 
-/* The pixels that gather_row takes, of four channels at a time, as the whole numbers that they are: one row of bytes, or two of codes,
- * per group, `stride` apart. All columns read them. */
-static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, int row, lane *numbers, size_t stride, size_t each) {
+/* `each` pixels of an image from line `line` on, of four channels at a time, as the whole numbers that they are, zeros where the image
+ * ends: one row of bytes, or two of codes, per group, `stride` apart. All columns of the kernel read them. */
+static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, int line, lane *numbers, size_t stride, size_t each) {
     int bytes = j->half ? 2 : 4;
-    int64_t area = (int64_t)j->height * j->width, first = (int64_t)(row - j->side / 2) * j->width;
+    int64_t area = (int64_t)j->height * j->width, first = (int64_t)line * j->width;
     vf space[3] = {{0}};
     NAME(of_image)(j, m, image, space);
     for (int g = 0; g < m->inner / 4; g++) {
@@ -1002,25 +1041,44 @@ static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, i
     }
 }
 
-/* The six rows of pairs of each group, of whole numbers `shift` to the right. `within` has bits for the pixels whose neighbour there
- * is in their own line. */
-static void NAME(pair_numbers)(const job *j, const matrix *m, int64_t image, int shift, const float *within, const lane *numbers,
-                               size_t number_stride, char *panel, size_t stride, size_t each) {
+/* VW whole numbers of `row`, `none` where the image ends: those at p, of which `at` has bits where they are of use, or from their
+ * places in `at`. */
+INLINE vu NAME(numbers_at)(const lane *row, const int32_t *at, size_t p, int placed, vu none) {
+    if (!placed) {
+        vu here = *(const vu *)(at + p);
+        return (*(const vu *)(row + p) & here) | (none & ~here);
+    }
+    vu found = none;
+    for (int i = 0; i < VW; i++)
+        if (at[p + i] >= 0)
+            found[i] = row[at[p + i]];
+    return found;
+}
+
+/* The six rows of pairs of each group of whole numbers; `at` as above. */
+INLINE void NAME(pairs_of)(int placed, const job *j, const matrix *m, int64_t image, const int32_t *at, const lane *numbers,
+                           size_t number_stride, char *panel, size_t stride, size_t each) {
     vf space[3] = {{0}};
     NAME(of_image)(j, m, image, space);
     vu none = (vu)space[2] * 0x01010101; /* of codes no bits */
     for (int g = 0; g < m->inner / 4; g++) {
-        const float *x = (const float *)numbers + (size_t)g * NUMBER_ROWS(m) * number_stride + shift;
+        const lane *row = numbers + (size_t)g * NUMBER_ROWS(m) * number_stride;
         for (size_t p = 0; p < each; p += unit_of(m) * VW) {
             char *to = panel + ((size_t)g * 6 * stride + p) * lane_bytes(m);
-            vu here = (vu)NAME(load)(within + p), first = ((vu)NAME(load)(x + p) & here) | (none & ~here);
-            if (m->lanes == BYTES) {
-                vu there = (vu)NAME(load)(within + p + VW), second = ((vu)NAME(load)(x + p + VW) & there) | (none & ~there);
-                NAME(byte_pairs)(first, second, 1, (uint16_t *)to, stride);
-            } else
-                NAME(pairs)(first, (vu)NAME(load)(x + number_stride + p) & here, (float *)to, stride);
+            vu first = NAME(numbers_at)(row, at, p, placed, none);
+            if (m->lanes == BYTES)
+                NAME(byte_pairs)(first, NAME(numbers_at)(row, at, p + VW, placed, none), 1, (uint16_t *)to, stride);
+            else
+                NAME(pairs)(first, NAME(numbers_at)(row + number_stride, at, p, placed, none), (float *)to, stride);
         }
     }
+}
+static void NAME(pair_numbers)(const job *j, const matrix *m, int64_t image, int shift, const int32_t *at, const lane *numbers,
+                               size_t number_stride, char *panel, size_t stride, size_t each) {
+    if (NAME(keeps_size)(j))
+        NAME(pairs_of)(0, j, m, image, at, numbers + shift, number_stride, panel, stride, each);
+    else
+        NAME(pairs_of)(1, j, m, image, at, numbers, number_stride, panel, stride, each);
 }
 
 /* What `count` sums of row n stand for, whole vectors of them; `to` may be where they lie. */
@@ -1044,33 +1102,46 @@ INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *s
 /* Pixels [p0, p0 + count) of image `image`, or, where count is the whole of one, `images` images from there on. */
 static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int count, float *scratch) {
     const matrix *m = &j->first;
-    int w = j->width, area = j->height * w, reach = j->side / 2;
-    int row = p0 / w, rows = (p0 + count - 1) / w - row + 1;
-    size_t each = (size_t)(rows + 2 * reach) * w;
-    size_t stride = images * each + unit_of(m) * VW; /* a last vector may read past the last pixel */
+    int w = j->out_width, area = j->out_height * w, plain = NAME(keeps_size)(j), whole = whole_numbers(m), unit = unit_of(m);
+    int row = p0 / w, rows = (p0 + count - 1) / w - row + 1, first = row * j->step - j->padding;
+    size_t each = (size_t)NAME(lines_of)(j, rows) * w, numbers_each = (size_t)NAME(image_lines)(j, rows) * j->width;
+    size_t stride = images * each + unit * VW; /* a last vector may read past the last pixel */
     int per_image = NAME(vectors_of)(j, count), vectors = images * per_image;
     float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
-    size_t out_stride = (size_t)vectors * VW, number_stride = stride + 2 * NUMBERS_AT;
-    float *within = out + m->rows * out_stride;
-    lane *numbers = (lane *)(within + each + 2 * unit_of(m) * VW) + NUMBERS_AT; /* these two for whole numbers alone */
-    int places[PLACES];
+    size_t out_stride = (size_t)vectors * VW, number_stride = images * numbers_each + unit * VW + 2 * NUMBERS_AT;
+    int32_t *at = (int32_t *)(out + m->rows * out_stride);
+    lane *numbers = (lane *)(at + each + 2 * unit * VW) + NUMBERS_AT; /* of whole numbers alone */
+    size_t tap_at[7] = {0};
+    int places[PLACES], blocks = (m->inner + m->block - 1) / m->block;
+    for (int tap = 0, lines = 0; tap < j->side; tap++) {
+        if (tap > 0 && tap < j->step)
+            lines += rows + (j->side - tap) / j->step;
+        tap_at[tap] = tap < j->step ? (size_t)lines * w + (p0 - row * w) : tap_at[tap - j->step] + w;
+    }
     for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
-    int blocks = (m->inner + m->block - 1) / m->block;
-    for (int i = 0; i < images && whole_numbers(m); i++)
-        NAME(gather_numbers)(j, m, image + i, row, numbers + i * each, number_stride, each);
+    for (int i = 0; i < images && whole; i++)
+        NAME(gather_numbers)(j, m, image + i, first, numbers + i * numbers_each, number_stride, numbers_each);
     for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
-        int shift = column - reach;
-        for (size_t p = 0, x = 0; p < each + unit_of(m) * VW && whole_numbers(m); p++, x = x + 1 < (size_t)w ? x + 1 : 0)
-            ((int32_t *)within)[p] = (int)x + shift >= 0 && (int)x + shift < w ? -1 : 0;
+        int shift = column - j->padding;
+        if (!plain)
+            NAME(places_of)(j, row, rows, column, whole ? first : 0, at, unit * VW);
+        else if (whole)
+            for (size_t p = 0, x = 0; p < each + unit * VW; p++, x = x + 1 < (size_t)w ? x + 1 : 0)
+                at[p] = (int)x + shift >= 0 && (int)x + shift < w ? -1 : 0;
         for (int i = 0; i < images; i++) {
-            if (whole_numbers(m))
-                NAME(pair_numbers)(j, m, image + i, shift, within, numbers + i * each, number_stride,
+            if (whole)
+                NAME(pair_numbers)(j, m, image + i, shift, at, numbers + i * numbers_each, number_stride,
                                    (char *)panel + i * each * lane_bytes(m), stride, each);
-            else
-                for (int c = 0; c < m->inner; c++) NAME(gather_row)(j, m, image + i, c, row, rows, shift, panel + c * stride + i * each);
+            for (int c = 0; c < m->inner && !whole; c++) {
+                float *to = panel + c * stride + i * each;
+                if (plain)
+                    NAME(gather_row)(j, m, image + i, c, row, rows, shift, to);
+                else
+                    NAME(gather_places)(j, m, image + i, c, at, to, each);
+            }
         }
-        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, p0 - row * w, w, column, j->side, images > 1 ? places : NULL, out,
-                       out_stride, vectors);
+        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, tap_at, column, j->side, images > 1 ? places : NULL, out, out_stride,
+                       vectors);
     }
     for (int i = 0; i < images; i++) {
         vf space[3] = {{0}};
@@ -1112,7 +1183,7 @@ static size_t NAME(plan)(job *j, int threads) {
     size_t inner = panel_rows(a);
     int most = j->vectors;
     if (j->kind == 2) {
-        int area = j->height * j->width, whole = NAME(vectors_of)(j, area);
+        int area = j->out_height * j->out_width, whole = NAME(vectors_of)(j, area);
         j->images_per_tile = most / whole;
         if (j->images_per_tile > (j->tokens + threads - 1) / threads)
             j->images_per_tile = (int)((j->tokens + threads - 1) / threads);
@@ -1129,11 +1200,12 @@ static size_t NAME(plan)(job *j, int threads) {
         int vectors = (int)((passes + j->per_image - 1) / j->per_image) * NAME(pass)(a);
         if (j->images_per_tile > 1)
             vectors = whole * j->images_per_tile;
-        size_t rows = (size_t)(vectors * VW) / j->width + 2 + 2 * (j->side / 2) + j->images_per_tile * (j->side + 1);
-        size_t stride = rows * j->width + unit_of(a) * VW;
-        size_t floats = inner * stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW;
+        int images = j->images_per_tile, rows = images > 1 ? j->out_height : vectors * VW / j->out_width + 2, unit = unit_of(a);
+        size_t each = (size_t)NAME(lines_of)(j, rows) * j->out_width, stride = images * each + unit * VW;
+        size_t numbers = images * (size_t)NAME(image_lines)(j, rows) * j->width + unit * VW + 2 * NUMBERS_AT;
+        size_t floats = inner * stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW + each + 2 * unit * VW;
         if (whole_numbers(a))
-            floats += stride + 2 * unit_of(a) * VW + (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * (stride + 2 * NUMBERS_AT);
+            floats += (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * numbers;
         return floats * 4;
     }
     int64_t units = NAME(units_of)(j);
@@ -1164,7 +1236,7 @@ static void NAME(work)(void *argument) {
             return;
         if (j->kind == 2) {
             int64_t image = tile / j->per_image * j->images_per_tile, part = tile % j->per_image;
-            int area = j->height * j->width, whole = NAME(vectors_of)(j, area);
+            int area = j->out_height * j->out_width, whole = NAME(vectors_of)(j, area);
             int p0 = NAME(begins)(j, whole, part) * VW, p1 = NAME(begins)(j, whole, part + 1) * VW;
             int images = j->tokens - image < j->images_per_tile ? (int)(j->tokens - image) : j->images_per_tile;
             NAME(conv_tile)(j, image, images, p0, (p1 < area ? p1 : area) - p0, scratch);

@@ -22,6 +22,7 @@ from compressor.sparsity.pattern import NM
 from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
+_LARGEST_SIDE = 7
 _VNNI = ("avx512_bf16", "avx512_vnni")  # the levels that have it
 
 
@@ -58,11 +59,12 @@ class VNMPair(nn.Module):
 
 
 class VNMConv(nn.Module):
-    """x (batch, in, height, width) -> (batch, out, height, width): stride 1, padding that keeps the size."""
+    """x (batch, in, height, width) -> (batch, out, height', width'), as Conv2d has them; `padding` None: such that a stride of 1
+    keeps the size."""
 
-    def __init__(self, weight: KernelWeight, side: int) -> None:
+    def __init__(self, weight: KernelWeight, side: int, stride: int = 1, padding: int | None = None) -> None:
         super().__init__()
-        self.packed, self.side = weight, side
+        self.packed, self.where = weight, (side, stride, side // 2 if padding is None else padding)
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
@@ -73,7 +75,7 @@ class VNMConv(nn.Module):
             dims = (1, 2, 3)
             ends = torch.stack((x.amin(dims), x.amax(dims))) if w.layout.lanes == Lanes.BYTES else x.abs().amax(dims)
             largest = ends.float()
-        out: Tensor = torch.ops.compressor.vnm_conv(x.contiguous(), *w.arguments, largest, self.side, w.tile)
+        out: Tensor = torch.ops.compressor.vnm_conv(x.contiguous(), *w.arguments, largest, *self.where, w.tile)
         return out
 
 
@@ -162,7 +164,9 @@ class VNM(Backend):
                 )
             )
         if isinstance(unit.module, nn.Conv2d):
-            return VNMConv(weights[0], unit.module.kernel_size[0])
+            conv = unit.module
+            padding = conv.padding if isinstance(conv.padding, tuple) else (0 if conv.padding == "valid" else None,)
+            return VNMConv(weights[0], conv.kernel_size[0], conv.stride[0], padding[0])
         if isinstance(unit.module, nn.Linear):
             return VNMLinear(weights[0])
         if weights[0].order is not None:  # its rows find their places only when all of them are there
@@ -233,10 +237,18 @@ def _no_plain_convolution(layer: nn.Conv2d) -> str | None:
     side = layer.kernel_size[0]
     if layer.groups != 1:
         return f"a convolution in {layer.groups} groups"
-    if layer.stride != (1, 1) or layer.dilation != (1, 1):
-        return f"stride {layer.stride}, dilation {layer.dilation}: the kernels take 1"
-    if layer.kernel_size != (side, side) or side not in (1, 3, 5, 7):
-        return f"a kernel of {layer.kernel_size}: the kernels take squares of 1, 3, 5 or 7"
-    if layer.padding not in ("same", (side // 2, side // 2)) or layer.padding_mode != "zeros":
-        return f"padding {layer.padding} ({layer.padding_mode}): the kernels keep the size, with zeros"
+    if layer.dilation != (1, 1):
+        return f"dilation {layer.dilation}: the kernels take 1"
+    if layer.kernel_size != (side, side) or side > _LARGEST_SIDE:
+        return f"a kernel of {layer.kernel_size}: the kernels take squares of up to {_LARGEST_SIDE}"
+    stride = layer.stride[0]
+    if layer.stride != (stride, stride) or stride > side:
+        return f"stride {layer.stride}: the kernels take one for both sides, up to the kernel's {side}"
+    if layer.padding_mode != "zeros" or layer.padding not in (
+        "valid",
+        *(["same"] if side % 2 else []),
+        *((p, p) for p in range(side)),
+    ):
+        what = f"the kernels take zeros, as many on all sides, less than the kernel's {side}"
+        return f"padding {layer.padding} ({layer.padding_mode}): {what}"
     return None

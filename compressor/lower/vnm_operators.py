@@ -20,7 +20,9 @@ _library = _torch_library.Library("compressor", "DEF")
 _MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, Tensor? total{0}, int[] numbers{0}"
 _library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
 _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
-_library.define(f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int tile) -> Tensor")
+_library.define(
+    f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int stride, int padding, int tile) -> Tensor"
+)
 _library.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool codes) -> Tensor")
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
@@ -44,6 +46,8 @@ class _Job(NamedTuple):
     half: int
     tanh: int
     side: int
+    stride: int
+    padding: int
     height: int
     width: int
     units: int
@@ -113,7 +117,9 @@ def _run(job: _Job, *matrices: tuple[int, ...]) -> None:
 
 
 def _tokens(work: _Work, x: Tensor, y: Tensor, tokens: int, tile: int, tanh: int = 0) -> _Job:
-    return _Job(work, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tanh, 1, 1, 1, tokens, tile, torch.get_num_threads())
+    return _Job(
+        work, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tanh, 1, 1, 0, 1, 1, tokens, tile, torch.get_num_threads()
+    )
 
 
 def _linear(
@@ -168,6 +174,11 @@ def _pair(
     return y
 
 
+def _places(size: int, side: int, stride: int, padding: int) -> int:
+    """Of a kernel along `size` pixels."""
+    return (size + 2 * padding - side) // stride + 1
+
+
 def _conv(
     x: Tensor,
     values: Tensor,
@@ -179,15 +190,24 @@ def _conv(
     numbers: Sequence[int],
     largest: Tensor | None,
     side: int,
+    stride: int,
+    padding: int,
     tile: int,
 ) -> Tensor:
     layout = Layout(*numbers)
     x = _check(x, layout.channels, 1)
     batch, _, height, width = x.shape
-    y = x.new_empty((batch, layout.out, height, width))
+    if min(height, width) + 2 * padding < side:
+        raise CompressorError(
+            f"a lowered convolution got {height} x {width} pixels and pads them by {padding}: "
+            f"its kernel of {side} x {side} does not fit"
+        )
+    y = x.new_empty((batch, layout.out, *(_places(size, side, stride, padding) for size in (height, width))))
     if y.numel():
         work, half, threads = _Work.CONVOLUTION, HALF[x.dtype], torch.get_num_threads()
-        job = _Job(work, x.data_ptr(), y.data_ptr(), half, 0, side, height, width, batch, tile, threads)
+        job = _Job(
+            work, x.data_ptr(), y.data_ptr(), half, 0, side, stride, padding, height, width, batch, tile, threads
+        )
         if scale is not None:
             shape = (2, batch) if layout.lanes == Lanes.BYTES else (batch,)
             if largest is None or largest.shape != shape or largest.dtype != torch.float32:
@@ -289,9 +309,12 @@ def _fake_conv(
     numbers: Sequence[int],
     largest: Any,
     side: int,
+    stride: int,
+    padding: int,
     tile: int,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], Layout(*numbers).out, *x.shape[2:]))
+    sizes = (_places(size, side, stride, padding) for size in x.shape[2:])
+    return x.new_empty((x.shape[0], Layout(*numbers).out, *sizes))
 
 
 for _name, _real, _fake in (
