@@ -179,7 +179,7 @@ def table(result: dict[str, Any]) -> str:
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
         "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In "
         "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8` (of `ddpm-digits` all but "
-        "convolutions with a stride, which they do not take); of dense models"
+        "convolutions with a stride, which they did not take then); of dense models"
         f"{_rounded_alone(result)} the same weights rounded, and multiplied in float32. "
         f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
     )

@@ -227,8 +227,9 @@ def test_nothing_is_read_or_written_outside(level: str) -> None:
     taps = sparse((20, 12, 3, 3), pattern)
     images = torch.full((3, 12, 6, 6), torch.nan)
     images[1] = normal(12, 6, 6)
-    out = VNMConv(KernelWeight(taps, None, pattern, block=8), 3)(images[1:2])
-    assert error(out, F.conv2d(images[1:2].double(), taps.double(), padding=1)) < EXACT
+    for stride, padding in ((1, 1), (2, 0), (2, 2)):
+        out = VNMConv(KernelWeight(taps, None, pattern, block=8), 3, stride, padding)(images[1:2])
+        assert error(out, F.conv2d(images[1:2].double(), taps.double(), stride=stride, padding=padding)) < EXACT
 
 
 def test_not_a_number_goes_through(level: str) -> None:
@@ -456,6 +457,12 @@ def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:
     environment = {**os.environ, "COMPRESSOR_CPU_LEVEL": "sse9"}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode != 0 and "sse9" in run.stderr and "portable" in run.stderr
+
+
+def test_a_stride_that_was_set_to_a_number_is_refused_and_no_error() -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    conv.stride = 1  # type: ignore[assignment]  # torch takes it so
+    assert "stride 1" in str(VNM().refusal(unit(conv, (1, 8, 6, 6), NM(2, 4, 4))))
 
 
 @pytest.mark.parametrize(

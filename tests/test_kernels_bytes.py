@@ -295,8 +295,9 @@ def test_an_image_that_is_not_finite_is_not_a_number_and_no_other_is(
     weight = NM(2, 4, 4).mask(torch.ones(8, 8, 3, 3)).apply(normal(8, 8, 3, 3))
     x = normal(3, 8, 6, 6).to(dtype)
     x[1, 2, 3, 4] = bad
-    out = VNMConv(packed(weight, None, NM(2, 4, 4)), 3)(x)
-    assert bool(out[1].isnan().all()) and bool(out[[0, 2]].isfinite().all())
+    for stride, padding in ((1, 1), (2, 0), (3, 2)):
+        out = VNMConv(packed(weight, None, NM(2, 4, 4)), 3, stride, padding)(x)
+        assert bool(out[1].isnan().all()) and bool(out[[0, 2]].isfinite().all())
 
 
 def test_nothing_is_read_outside(level: str) -> None:

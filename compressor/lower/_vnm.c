@@ -39,7 +39,7 @@
 #define LARGEST_SCORE (1 << 30) /* of attention in codes: two scores differ by 31 bits */
 #define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
 #define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
-#define AHEAD 12 /* rows of queries, keys and values that are asked for ahead of time */
+#define AHEAD 12 /* how many rows of queries, keys and values are prefetched */
 #define RUN 16 /* groups of rows that one call multiplies */
 
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
@@ -48,6 +48,7 @@ typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp3
  * one of values four, see micro_bytes. */
 enum { FLOATS, HALVES, CODES, BYTES };
 static const size_t HERE[1] = {0}; /* where the only tap of a matrix that is no convolution starts */
+enum { LOWEST, HIGHEST, SUM, MAGNITUDE }; /* what of_lanes finds */
 enum { SET = 8 }; /* BYTES: pairs of channels whose products are summed in 16 bits, in two sums of four pairs */
 
 typedef struct {
@@ -72,7 +73,8 @@ typedef struct {
     void *y;
     int half; /* whether x and y are bf16; else fp32 */
     int tanh_form;
-    int side, step, padding, height, width; /* of the kernel; between its places in an image; of zeros; and the image's */
+    int side, step, padding; /* of a convolution: of its kernel; between two places of it; zeros on each side of an image */
+    int height, width;
     int64_t tokens; /* or images */
     const float *largest; /* for CODES the largest magnitude of each image, for BYTES the lowest and then the highest number of each */
     matrix first, second;
@@ -400,7 +402,7 @@ static const char *wrong(const matrix *m, const level *how) {
 }
 
 /* The kernel's places along `size` pixels of an image. */
-static int places_of(const job *j, int size) {
+static int places_along(const job *j, int size) {
     int64_t room = (int64_t)size + 2 * j->padding - j->side;
     return room < 0 || room > INT32_MAX ? 0 : (int)(room / j->step + 1);
 }
@@ -501,9 +503,9 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
     int threads = small(a, 12), failed;
     if (PyErr_Occurred())
         return NULL;
-    if (j.step > 0 && within(j.side, 7) && within(j.padding + 1, 7)) {
-        j.out_height = places_of(&j, j.height);
-        j.out_width = places_of(&j, j.width);
+    if (j.step > 0 && within(j.side, 7) && j.padding >= 0 && j.padding < j.side) {
+        j.out_height = places_along(&j, j.height);
+        j.out_width = places_along(&j, j.width);
     }
     const level *how = chosen; /* once: another thread may change it */
     const char *fault = wrong(&j.first, how);

@@ -152,17 +152,16 @@ INLINE vf NAME(clamp)(vf x, float low, float high) { return NAME(max)(NAME(all)(
 
 /* What each of VW vectors has in its lanes: their lowest, their highest, their sum, or the largest of what `larger` gave. They are
  * lost. */
-enum { NAME(LOWEST), NAME(HIGHEST), NAME(SUM), NAME(LARGEST) };
 INLINE vf NAME(of_lanes)(int what, vu r[VW]) {
     NAME(transpose)(r);
     vf found = (vf)r[0];
     UNROLL for (int i = 1; i < VW; i++) {
         vf x = (vf)r[i];
-        if (what == NAME(LOWEST))
+        if (what == LOWEST)
             found = NAME(min)(found, x);
-        else if (what == NAME(HIGHEST))
+        else if (what == HIGHEST)
             found = NAME(max)(found, x);
-        else if (what == NAME(SUM))
+        else if (what == SUM)
             found += x;
         else
             found = NAME(larger)(found, x);
@@ -437,10 +436,10 @@ static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(mos
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
- * `panel` starts at block b0, and the rows of each of these taps at `tap_at`; a row of `out` is `out_stride` floats, and the row of group g0 the first, unless the matrix has an order of its own. With CODES and BYTES
- * these rows are whole numbers, see `sum_of`, and start at block b0; else what `out` holds of the blocks before b0 is added to. Columns
- * after the first always add. Of bytes a panel is of lanes of 16 bits, and `vectors` are even, or one where only the first of a panel's
- * two is of use. */
+ * `panel` starts at block b0, and the rows of each of these taps at `tap_at`; a row of `out` is `out_stride` floats, and the row of
+ * group g0 the first, unless the matrix has an order of its own. With CODES and BYTES these rows are whole numbers, see `sum_of`, and
+ * start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. Of bytes a panel
+ * is of lanes of 16 bits, and `vectors` are even, or one where only the first of a panel's two is of use. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
     int passes = NAME(passes)(m, vectors);
@@ -588,11 +587,11 @@ static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, in
             low[i] = (vu)least, high[i] = (vu)most, odd[i] = (vu)nan;
         }
         if (m->lanes == BYTES) {
-            NAME(store)(at.scale + t, NAME(of_lanes)(NAME(LOWEST), low));
-            NAME(store)(at.inverse + t, NAME(of_lanes)(NAME(HIGHEST), high));
-            NAME(store)((float *)at.zero + t, NAME(of_lanes)(NAME(SUM), odd));
+            NAME(store)(at.scale + t, NAME(of_lanes)(LOWEST, low));
+            NAME(store)(at.inverse + t, NAME(of_lanes)(HIGHEST, high));
+            NAME(store)((float *)at.zero + t, NAME(of_lanes)(SUM, odd));
         } else
-            NAME(store)(at.scale + t, NAME(of_lanes)(NAME(LARGEST), high));
+            NAME(store)(at.scale + t, NAME(of_lanes)(MAGNITUDE, high));
     }
     if (m->lanes == BYTES)
         NAME(byte_scales)(at, stride);
@@ -929,8 +928,24 @@ static int NAME(lines_of)(const job *j, int rows) {
 /* Lines of an image that they are of. */
 static int NAME(image_lines)(const job *j, int rows) { return (rows - 1) * j->step + j->side; }
 
+/* Rows of whole numbers per group of four channels, and where their first pixel lies: what is before it is read and not used. */
+#define NUMBER_ROWS(m) ((m)->lanes == BYTES ? 1 : 2)
+#define BEFORE VW
+_Static_assert(BEFORE >= 3, "the furthest that a kernel of seven which keeps the size reads to the left");
+
 /* Whether the result has the image's size, each pixel of it where the middle of the kernel is. */
 static int NAME(keeps_size)(const job *j) { return j->step == 1 && 2 * j->padding == j->side - 1; }
+
+/* Pixels of an image in a panel and in the image, and how far apart their rows lie for so many images. */
+typedef struct {
+    size_t each, stride, numbers_each, number_stride;
+} NAME(room);
+static NAME(room) NAME(room_of)(const job *j, int rows, int images) {
+    size_t past = unit_of(&j->first) * VW; /* a last vector may read past the last pixel */
+    NAME(room) r = {.each = (size_t)NAME(lines_of)(j, rows) * j->out_width, .numbers_each = (size_t)NAME(image_lines)(j, rows) * j->width};
+    r.stride = images * r.each + past, r.number_stride = images * r.numbers_each + past + 2 * BEFORE;
+    return r;
+}
 
 /* Where each pixel of a panel for `rows` rows of output from `row` on lies, less the first pixel of line `first` of the image, as the
  * taps of a column of the kernel see it; -1 where the image has ended, and for `more` pixels after the last. */
@@ -946,7 +961,7 @@ static void NAME(places_of)(const job *j, int row, int rows, int column, int fir
 }
 
 /* The pixels of one channel of one image that lie `shift` to the right of those that a tile needs: rows [row - reach, row + rows + reach),
- * zeros where the image ends. */
+ * zeros where the image ends. For a result of the image's size. */
 static void NAME(gather_row)(const job *j, const matrix *m, int64_t image, int c, int row, int rows, int shift, float *to_row) {
     int reach = j->side / 2, w = j->width, h = j->height, bytes = j->half ? 2 : 4;
     int from = row - reach < 0 ? 0 : row - reach, to = row + rows + reach > h ? h : row + rows + reach;
@@ -1009,10 +1024,6 @@ INLINE meaning NAME(of_image)(const job *j, const matrix *m, int64_t image, vf s
     }
     return units;
 }
-
-/* Rows of whole numbers per group of four channels, and where their first pixel lies: what is before it is read and not used. */
-#define NUMBER_ROWS(m) ((m)->lanes == BYTES ? 1 : 2)
-#define NUMBERS_AT VW
 
 /* `each` pixels of an image from line `line` on, of four channels at a time, as the whole numbers that they are, zeros where the image
  * ends: one row of bytes, or two of codes, per group, `stride` apart. All columns of the kernel read them. */
@@ -1104,13 +1115,13 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     const matrix *m = &j->first;
     int w = j->out_width, area = j->out_height * w, plain = NAME(keeps_size)(j), whole = whole_numbers(m), unit = unit_of(m);
     int row = p0 / w, rows = (p0 + count - 1) / w - row + 1, first = row * j->step - j->padding;
-    size_t each = (size_t)NAME(lines_of)(j, rows) * w, numbers_each = (size_t)NAME(image_lines)(j, rows) * j->width;
-    size_t stride = images * each + unit * VW; /* a last vector may read past the last pixel */
+    const NAME(room) room = NAME(room_of)(j, rows, images);
+    const size_t each = room.each, stride = room.stride;
     int per_image = NAME(vectors_of)(j, count), vectors = images * per_image;
     float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
-    size_t out_stride = (size_t)vectors * VW, number_stride = images * numbers_each + unit * VW + 2 * NUMBERS_AT;
+    size_t out_stride = (size_t)vectors * VW;
     int32_t *at = (int32_t *)(out + m->rows * out_stride);
-    lane *numbers = (lane *)(at + each + 2 * unit * VW) + NUMBERS_AT; /* of whole numbers alone */
+    lane *numbers = (lane *)(at + each + 2 * unit * VW) + BEFORE; /* of whole numbers alone */
     size_t tap_at[7] = {0};
     int places[PLACES], blocks = (m->inner + m->block - 1) / m->block;
     for (int tap = 0, lines = 0; tap < j->side; tap++) {
@@ -1120,7 +1131,7 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     }
     for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     for (int i = 0; i < images && whole; i++)
-        NAME(gather_numbers)(j, m, image + i, first, numbers + i * numbers_each, number_stride, numbers_each);
+        NAME(gather_numbers)(j, m, image + i, first, numbers + i * room.numbers_each, room.number_stride, room.numbers_each);
     for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
         int shift = column - j->padding;
         if (!plain)
@@ -1130,7 +1141,7 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                 at[p] = (int)x + shift >= 0 && (int)x + shift < w ? -1 : 0;
         for (int i = 0; i < images; i++) {
             if (whole)
-                NAME(pair_numbers)(j, m, image + i, shift, at, numbers + i * numbers_each, number_stride,
+                NAME(pair_numbers)(j, m, image + i, shift, at, numbers + i * room.numbers_each, room.number_stride,
                                    (char *)panel + i * each * lane_bytes(m), stride, each);
             for (int c = 0; c < m->inner && !whole; c++) {
                 float *to = panel + c * stride + i * each;
@@ -1146,18 +1157,18 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     for (int i = 0; i < images; i++) {
         vf space[3] = {{0}};
         products known = {0};
-        if (whole_numbers(m))
+        if (whole)
             known = products_of(m, NAME(of_image)(j, m, image + i, space));
         for (int o = 0; o < m->rows; o++) {
             float *from = out + o * out_stride + i * per_image * VW;
-            size_t at = ((image + i) * m->rows + o) * (size_t)area + p0;
-            float *to = j->half ? from : (float *)j->y + at;
+            size_t place = ((image + i) * m->rows + o) * (size_t)area + p0;
+            float *floats = j->half ? from : (float *)j->y + place;
             if (m->lanes == BYTES)
-                NAME(numbers_of)(BYTES, &known, o, from, space[0], (vi)space[2], to, j->half ? per_image * VW : count);
+                NAME(numbers_of)(BYTES, &known, o, from, space[0], (vi)space[2], floats, count);
             else if (m->lanes == CODES)
-                NAME(numbers_of)(CODES, &known, o, from, space[0], (vi)space[2], to, j->half ? per_image * VW : count);
+                NAME(numbers_of)(CODES, &known, o, from, space[0], (vi)space[2], floats, count);
             if (j->half) {
-                uint16_t *to = (uint16_t *)j->y + at;
+                uint16_t *to = (uint16_t *)j->y + place;
                 for (int p = 0; p < count; p += VW) {
                     vh bits = __builtin_convertvector(NAME(round16)(NAME(load)(from + p)), vh);
                     if (count - p >= VW)
@@ -1165,8 +1176,8 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                     else
                         memcpy(to + p, &bits, (count - p) * 2);
                 }
-            } else if (!whole_numbers(m))
-                memcpy((float *)j->y + at, from, count * 4);
+            } else if (!whole)
+                memcpy(floats, from, count * 4);
         }
     }
 }
@@ -1201,11 +1212,10 @@ static size_t NAME(plan)(job *j, int threads) {
         if (j->images_per_tile > 1)
             vectors = whole * j->images_per_tile;
         int images = j->images_per_tile, rows = images > 1 ? j->out_height : vectors * VW / j->out_width + 2, unit = unit_of(a);
-        size_t each = (size_t)NAME(lines_of)(j, rows) * j->out_width, stride = images * each + unit * VW;
-        size_t numbers = images * (size_t)NAME(image_lines)(j, rows) * j->width + unit * VW + 2 * NUMBERS_AT;
-        size_t floats = inner * stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW + each + 2 * unit * VW;
+        const NAME(room) room = NAME(room_of)(j, rows, images);
+        size_t floats = inner * room.stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW + room.each + 2 * unit * VW;
         if (whole_numbers(a))
-            floats += (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * numbers;
+            floats += (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * room.number_stride;
         return floats * 4;
     }
     int64_t units = NAME(units_of)(j);
@@ -1552,7 +1562,7 @@ static void NAME(attend)(void *argument) {
 #undef vs
 #undef vus
 #undef NUMBER_ROWS
-#undef NUMBERS_AT
+#undef BEFORE
 #undef CENTRE
 #undef MICRO_BYTES
 #undef MICRO

@@ -59,8 +59,8 @@ class VNMPair(nn.Module):
 
 
 class VNMConv(nn.Module):
-    """x (batch, in, height, width) -> (batch, out, height', width'), as Conv2d has them; `padding` None: such that a stride of 1
-    keeps the size."""
+    """x (batch, in, height, width) -> (batch, out, height', width'), as Conv2d has them; `padding` None: half of the kernel's side,
+    so that an odd one with a stride of 1 keeps the size."""
 
     def __init__(self, weight: KernelWeight, side: int, stride: int = 1, padding: int | None = None) -> None:
         super().__init__()
@@ -165,8 +165,8 @@ class VNM(Backend):
             )
         if isinstance(unit.module, nn.Conv2d):
             conv = unit.module
-            padding = conv.padding if isinstance(conv.padding, tuple) else (0 if conv.padding == "valid" else None,)
-            return VNMConv(weights[0], conv.kernel_size[0], conv.stride[0], padding[0])
+            padding = {"valid": 0, "same": None}[conv.padding] if isinstance(conv.padding, str) else conv.padding[0]
+            return VNMConv(weights[0], conv.kernel_size[0], conv.stride[0], padding)
         if isinstance(unit.module, nn.Linear):
             return VNMLinear(weights[0])
         if weights[0].order is not None:  # its rows find their places only when all of them are there
@@ -241,8 +241,7 @@ def _no_plain_convolution(layer: nn.Conv2d) -> str | None:
         return f"dilation {layer.dilation}: the kernels take 1"
     if layer.kernel_size != (side, side) or side > _LARGEST_SIDE:
         return f"a kernel of {layer.kernel_size}: the kernels take squares of up to {_LARGEST_SIDE}"
-    stride = layer.stride[0]
-    if layer.stride != (stride, stride) or stride > side:
+    if layer.stride not in [(stride, stride) for stride in range(1, side + 1)]:
         return f"stride {layer.stride}: the kernels take one for both sides, up to the kernel's {side}"
     if layer.padding_mode != "zeros" or layer.padding not in (
         "valid",

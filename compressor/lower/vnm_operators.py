@@ -96,7 +96,7 @@ def _matrix(
 ) -> tuple[int, ...]:
     """A weight as the extension takes it: its layout, and where its buffers lie."""
     layout, lanes, places, totals = _layout(tuple(numbers))
-    if values.element_size() != 4:
+    if values.element_size() != 4 or (total is not None and total.shape != (totals // layout.out, layout.out)):
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
     return (
         *layout,
@@ -174,9 +174,16 @@ def _pair(
     return y
 
 
-def _places(size: int, side: int, stride: int, padding: int) -> int:
-    """Of a kernel along `size` pixels."""
-    return (size + 2 * padding - side) // stride + 1
+def _image(x: Tensor, channels: int, side: int, stride: int, padding: int) -> Tensor:
+    """Room for a convolution's result."""
+    height, width = x.shape[2:]
+    if not (1 <= stride <= side and 0 <= padding < side) or min(height, width) + 2 * padding < side:
+        raise CompressorError(
+            f"a lowered convolution got {height} x {width} pixels and pads them by {padding}: "
+            f"its kernel of {side} x {side} with stride {stride} does not fit"
+        )
+    sizes = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
+    return x.new_empty((len(x), channels, *sizes))
 
 
 def _conv(
@@ -197,12 +204,7 @@ def _conv(
     layout = Layout(*numbers)
     x = _check(x, layout.channels, 1)
     batch, _, height, width = x.shape
-    if min(height, width) + 2 * padding < side:
-        raise CompressorError(
-            f"a lowered convolution got {height} x {width} pixels and pads them by {padding}: "
-            f"its kernel of {side} x {side} does not fit"
-        )
-    y = x.new_empty((batch, layout.out, *(_places(size, side, stride, padding) for size in (height, width))))
+    y = _image(x, layout.out, side, stride, padding)
     if y.numel():
         work, half, threads = _Work.CONVOLUTION, HALF[x.dtype], torch.get_num_threads()
         job = _Job(
@@ -313,8 +315,7 @@ def _fake_conv(
     padding: int,
     tile: int,
 ) -> Tensor:
-    sizes = (_places(size, side, stride, padding) for size in x.shape[2:])
-    return x.new_empty((x.shape[0], Layout(*numbers).out, *sizes))
+    return _image(x, Layout(*numbers).out, side, stride, padding)
 
 
 for _name, _real, _fake in (
