@@ -498,12 +498,13 @@ INLINE void NAME(pairs)(vu a, vu b, float *plane, size_t stride) {
 
 /* One vector of 32-bit entries of a row of `left` bytes that are left, zeros after its end. */
 INLINE vu NAME(part)(const char *p, ptrdiff_t left) {
-    vu whole = {0};
-    if (left >= 4 * VW)
-        memcpy(&whole, p, 4 * VW);
-    else
-        memcpy(&whole, p, left > 0 ? left : 0);
-    return whole;
+    vu whole, some = {0};
+    if (left >= 4 * VW) {
+        memcpy(&whole, p, 4 * VW); /* on its own, so that it stays in a register */
+        return whole;
+    }
+    memcpy(&some, p, left > 0 ? left : 0);
+    return some;
 }
 
 /* The same where it is written: nothing after the row's end. */
