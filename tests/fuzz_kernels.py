@@ -331,7 +331,7 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
             wrong |= {at + 9: [0, -1, 32_768, 2**31 - 1], at + 14: [0]}
         if lanes == 3:
             wrong |= {at + 15: [0]}
-    wrong = {place: [*values, *([] if place in ADDRESSES | {8} else OUTSIDE)] for place, values in wrong.items()}
+    wrong = {place: [*values, *([] if place in ADDRESSES | {10} else OUTSIDE)] for place, values in wrong.items()}
     return [(place, value) for place, values in wrong.items() for value in values]
 
 
