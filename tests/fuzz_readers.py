@@ -293,11 +293,14 @@ def _saved(made: Callable[[Any], object]) -> bytes:
 
 
 def _named(content: bytes) -> bytes:
-    """A file of the format before torch 1.6 whose storages, which have addresses for names, are numbered: so it is always the same."""
-    names = dict.fromkeys(re.findall(rb"\d{9,}", content))
-    for number, name in enumerate(names):
-        content = content.replace(name, b"%0*d" % (len(name), number))
-    return content
+    """A file of the format before torch 1.6 whose storages, which have addresses of 14 or 15 digits for names, are numbered: so it is
+    always the same."""
+    names: dict[bytes, int] = {}
+
+    def numbered(found: re.Match[bytes]) -> bytes:
+        return b"X\x0f\0\0\0%015d" % names.setdefault(found[1], len(names))
+
+    return re.sub(rb"X[\x09-\x14]\0\0\0(\d{9,20})", numbered, content)
 
 
 def _tensors() -> dict[str, torch.Tensor]:
