@@ -428,10 +428,11 @@ static const char *wrong_job(const job *j, int matrices, int threads) {
         return "a kernel with such steps or padding has no job";
     int64_t area = 1, entries;
     if (j->kind == 2) {
-        if (!within(j->height, LARGEST_IMAGE) || !within(j->width, LARGEST_IMAGE) ||
-            (int64_t)(j->height + 2 * j->padding) * (j->width + 2 * j->padding) > LARGEST_IMAGE || j->out_height < 1 || j->out_width < 1)
+        if (!within(j->height, LARGEST_IMAGE) || !within(j->width, LARGEST_IMAGE) || j->out_height < 1 || j->out_width < 1)
             return "images of these sizes have no kernel";
         area = (int64_t)(j->height + 2 * j->padding) * (j->width + 2 * j->padding); /* no result is larger */
+        if (area > LARGEST_IMAGE)
+            return "images of these sizes have no kernel";
     }
     int rows = matrices == 2 ? b->rows : a->rows, widest = a->inner > rows ? a->inner : rows;
     if (!within(j->vectors, PLACES) || !within(threads, MOST_THREADS) || j->tokens < 1 ||

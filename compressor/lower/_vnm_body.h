@@ -918,11 +918,14 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
 
 /* --- Convolutions: images (batch, channels, height, width), square kernels, padding with zeros. --- */
 
+/* Lines of phase `phase`: those that its taps, every `step`th one, see of so many rows of output. */
+static int NAME(phase_lines)(const job *j, int rows, int phase) { return rows + (j->side - 1 - phase) / j->step; }
+
 /* Lines of a panel, of an image's pixels, for so many rows of output: `step` of them apart in the image, so those that a tap of the kernel
  * sees follow each other; then the same of the lines between them. */
 static int NAME(lines_of)(const job *j, int rows) {
     int lines = 0;
-    for (int phase = 0; phase < j->step; phase++) lines += rows + (j->side - 1 - phase) / j->step;
+    for (int phase = 0; phase < j->step; phase++) lines += NAME(phase_lines)(j, rows, phase);
     return lines;
 }
 
@@ -952,7 +955,7 @@ static NAME(room) NAME(room_of)(const job *j, int rows, int images) {
  * taps of a column of the kernel see it; -1 where the image has ended, and for `more` pixels after the last. */
 static void NAME(places_of)(const job *j, int row, int rows, int column, int first, int32_t *at, int more) {
     for (int phase = 0; phase < j->step; phase++) {
-        for (int i = 0; i < rows + (j->side - 1 - phase) / j->step; i++) {
+        for (int i = 0; i < NAME(phase_lines)(j, rows, phase); i++) {
             int y = j->step * (row + i) + phase - j->padding;
             for (int to = 0, x = column - j->padding; to < j->out_width; to++, x += j->step)
                 *at++ = y >= 0 && y < j->height && x >= 0 && x < j->width ? (y - first) * j->width + x : -1;
@@ -1127,7 +1130,7 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     int places[PLACES], blocks = (m->inner + m->block - 1) / m->block;
     for (int tap = 0, lines = 0; tap < j->side; tap++) {
         if (tap > 0 && tap < j->step)
-            lines += rows + (j->side - tap) / j->step;
+            lines += NAME(phase_lines)(j, rows, tap - 1);
         tap_at[tap] = tap < j->step ? (size_t)lines * w + (p0 - row * w) : tap_at[tap - j->step] + w;
     }
     for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;

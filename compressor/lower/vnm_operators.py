@@ -68,10 +68,10 @@ def _check(x: Tensor, inner: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _layout(numbers: tuple[int, ...]) -> tuple[Layout, int, int, int]:
-    """The layout of these numbers; how many values, places and totals it has."""
+def _layout(numbers: tuple[int, ...]) -> tuple[Layout, int, int, tuple[int, int]]:
+    """The layout of these numbers; how many values and places it has, and the shape of its totals."""
     layout = Layout(*numbers)
-    return (layout, *layout.lengths, (layout.blocks + 1) * layout.out)
+    return (layout, *layout.lengths, (layout.blocks + 1, layout.out))
 
 
 def _address(tensor: Tensor | None, dtype: torch.dtype, length: int) -> int:
@@ -96,7 +96,7 @@ def _matrix(
 ) -> tuple[int, ...]:
     """A weight as the extension takes it: its layout, and where its buffers lie."""
     layout, lanes, places, totals = _layout(tuple(numbers))
-    if values.element_size() != 4 or (total is not None and total.shape != (totals // layout.out, layout.out)):
+    if values.element_size() != 4 or (total is not None and total.shape != totals):
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
     return (
         *layout,
@@ -105,7 +105,7 @@ def _matrix(
         _address(bias, torch.float32, layout.out),
         _address(order, torch.int32, layout.out),
         _address(scale, torch.float32, layout.out),
-        _address(total, torch.int32, totals),
+        _address(total, torch.int32, totals[0] * totals[1]),
     )
 
 
