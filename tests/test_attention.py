@@ -14,15 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import compressor
-from compressor.lower.attention import FusedAttention, SelfAttention, attach, fits
+from compressor.lower.attention import LARGEST_CHANNELS, FusedAttention, SelfAttention, VNMAttentionInt8, attach, fits
+from compressor.lower.backend import Unit
 from compressor.lower.plan import Plan
-from compressor.lower.vnm_kernels import kernels
+from compressor.lower.vnm_kernels import VNNI, kernels
 from compressor.lower.vnm_operators import attention
+from compressor.lower.vnm_weight import Lanes
 
 extension, _why = kernels()
 if extension is None:
     pytest.skip("the compiled kernels are not installed", allow_module_level=True)
-ROUNDING, CODES = 2e-6, 3e-3  # what float32 loses, and what codes of 12 bits and more do
+LOST = {Lanes.FLOATS: 2e-6, Lanes.CODES: 3e-3, Lanes.BYTES: 2e-2}
+"""What float32 loses, codes of 12 bits and more, and those of 8."""
+ALL = pytest.mark.parametrize("lanes", LOST, ids=lambda lanes: lanes.name.lower())
+
+
+def skip_without_vnni(lanes: Lanes) -> None:
+    if lanes == Lanes.BYTES and extension.level() not in VNNI:
+        pytest.skip(f"{extension.level()} has no products of bytes in 32 bits")
 
 
 def wanted(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -38,7 +47,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("codes", [False, True])
+@ALL
 @pytest.mark.parametrize(
     ("images", "heads", "queries", "keys", "channels", "wide"),
     [
@@ -51,13 +60,14 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     ],
 )
 def test_attention_equals_float64(
-    level: str, codes: bool, images: int, heads: int, queries: int, keys: int, channels: int, wide: int
+    level: str, lanes: Lanes, images: int, heads: int, queries: int, keys: int, channels: int, wide: int
 ) -> None:
+    skip_without_vnni(lanes)
     query, key = numbers(images, heads, queries, channels), numbers(images, heads, keys, channels, seed=1)
     value = numbers(images, heads, keys, wide, seed=2)
-    out = attention(query, key, value, channels**-0.5, codes)
+    out = attention(query, key, value, channels**-0.5, lanes)
     assert out.shape == (images, heads, queries, wide)
-    assert error(out, wanted(query, key, value, channels**-0.5)) < (CODES if codes else ROUNDING)
+    assert error(out, wanted(query, key, value, channels**-0.5)) < LOST[lanes]
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,7 +76,8 @@ def test_every_size_and_layout(data: st.DataObject) -> None:
     size = st.integers(1, 40)
     images, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     queries, keys, channels, wide = (data.draw(size) for _ in range(4))
-    codes, magnitude = data.draw(st.booleans()), data.draw(st.sampled_from([1e-20, 1.0, 30.0]))
+    able = [lanes for lanes in LOST if lanes != Lanes.BYTES or extension.level() in VNNI]
+    lanes, magnitude = data.draw(st.sampled_from(able)), data.draw(st.sampled_from([1e-20, 1.0, 30.0]))
     draws: list[Tensor] = []
     for seed, (tokens, last) in enumerate(((queries, channels), (keys, channels), (keys, wide))):
         # heads within tokens, as a Linear makes them; tokens within heads; or a part of something wider
@@ -76,39 +87,43 @@ def test_every_size_and_layout(data: st.DataObject) -> None:
         else:
             draws.append(numbers(images, heads, tokens, last + 3 * (how - 1), seed=seed)[..., :last])
     query, key, value = draws[0] * magnitude, draws[1], draws[2] * magnitude
-    out = attention(query, key, value, 0.3, codes)
-    assert error(out, wanted(query, key, value, 0.3)) < (2e-2 if codes else 1e-5)
+    out = attention(query, key, value, 0.3, lanes)
+    # values cancel each other out, and then what is lost is much of what is left
+    assert error(out, wanted(query, key, value, 0.3)) < {Lanes.FLOATS: 1e-5, Lanes.CODES: 2e-2, Lanes.BYTES: 0.3}[lanes]
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_the_same_bits_whatever_the_threads(level: str, codes: bool) -> None:
+@ALL
+def test_the_same_bits_whatever_the_threads(level: str, lanes: Lanes) -> None:
+    skip_without_vnni(lanes)
     query, key, value = numbers(3, 2, 5, 1100, 16)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found.append(attention(query, key, value, 0.25, codes))
+            found.append(attention(query, key, value, 0.25, lanes))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_large_scores_are_no_overflow(level: str, codes: bool) -> None:
+@ALL
+def test_large_scores_are_no_overflow(level: str, lanes: Lanes) -> None:
+    skip_without_vnni(lanes)
     query, key, value = numbers(3, 1, 2, 50, 16)
-    out = attention(query * 1e3, key * 1e3, value, 0.25, codes)
+    out = attention(query * 1e3, key * 1e3, value, 0.25, lanes)
     assert bool(out.isfinite().all())
-    assert error(out, wanted(query * 1e3, key * 1e3, value, 0.25)) < (0.2 if codes else 1e-2)  # near ties turn over
+    near = {Lanes.FLOATS: 1e-2, Lanes.CODES: 0.2, Lanes.BYTES: 0.6}[lanes]  # near ties turn over
+    assert error(out, wanted(query * 1e3, key * 1e3, value, 0.25)) < near
 
 
-@pytest.mark.parametrize("codes", [False, True])
+@ALL
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 1e-30])
-def test_a_scale_may_turn_the_order_of_keys_round(level: str, codes: bool, scale: float) -> None:
+def test_a_scale_may_turn_the_order_of_keys_round(level: str, lanes: Lanes, scale: float) -> None:
+    skip_without_vnni(lanes)
     query, key, value = numbers(3, 1, 2, 150, 16)
-    assert error(attention(query, key, value, scale, codes), wanted(query, key, value, scale)) < (
-        CODES if codes else 1e-5
-    )
+    most = max(1e-5, LOST[lanes])
+    assert error(attention(query, key, value, scale, lanes), wanted(query, key, value, scale)) < most
 
 
 def test_scores_that_fill_all_their_bits_do_not_overflow(level: str) -> None:
@@ -116,25 +131,64 @@ def test_scores_that_fill_all_their_bits_do_not_overflow(level: str) -> None:
     query, key = torch.ones(1, 1, 20, 64), torch.ones(1, 1, 200, 64)
     key[:, :, ::3] = -1
     value = numbers(1, 1, 200, 8)
-    assert error(attention(query, key, value, 1e-2, True), wanted(query, key, value, 1e-2)) < CODES
+    lanes = Lanes.CODES
+    assert error(attention(query, key, value, 1e-2, lanes), wanted(query, key, value, 1e-2)) < LOST[lanes]
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_not_a_number_stays_where_it_belongs(level: str, codes: bool) -> None:
+def test_keys_in_bytes_are_held_against_their_mean(level: str) -> None:
+    """What all keys have in common changes no share, and costs no codes."""
+    skip_without_vnni(Lanes.BYTES)
+    query, key, value = numbers(3, 1, 2, 150, 16)
+    far = key + 40 * numbers(1, 1, 16, seed=3)
+    right = wanted(query, far, value, 0.25)
+    assert error(attention(query, far, value, 0.25, Lanes.BYTES), right) < LOST[Lanes.BYTES]
+
+
+def test_scores_of_as_many_channels_as_bytes_may_have_do_not_overflow(level: str) -> None:
+    skip_without_vnni(Lanes.BYTES)
+    query, key = torch.ones(1, 1, 3, LARGEST_CHANNELS), torch.ones(1, 1, 20, LARGEST_CHANNELS)
+    key[:, :, ::2] = -1
+    value, scale = numbers(1, 1, 20, 8), 3 / LARGEST_CHANNELS
+    right = wanted(query, key, value, scale)
+    assert error(attention(query, key, value, scale, Lanes.BYTES), right) < LOST[Lanes.BYTES]
+    assert (
+        error(attention(-query, key, value, scale, Lanes.BYTES), wanted(-query, key, value, scale)) < LOST[Lanes.BYTES]
+    )
+    more = torch.ones(1, 1, 3, LARGEST_CHANNELS + 1)
+    with pytest.raises(ValueError, match="no kernel"):
+        attention(more, more, value[:, :, :3], scale, Lanes.BYTES)
+    unit = Unit("long", SelfAttention(), (1, 3, 3, 1, LARGEST_CHANNELS + 1), torch.float32, torch.device("cpu"), ())
+    assert "could leave 31 bits" in (VNMAttentionInt8().refusal(unit) or "")
+
+
+def test_bytes_are_for_processors_that_sum_them(level: str) -> None:
+    query, key, value = numbers(3, 1, 2, 5, 8)
+    reason = VNMAttentionInt8().unavailable(torch.device("cpu"))
+    if level in VNNI:
+        assert reason is None
+    else:
+        assert "attention-int16 is for that" in (reason or "")
+        with pytest.raises(ValueError, match="does not run at this level"):
+            attention(query, key, value, 0.25, Lanes.BYTES)
+
+
+@ALL
+def test_not_a_number_stays_where_it_belongs(level: str, lanes: Lanes) -> None:
+    skip_without_vnni(lanes)
     query, key, value = numbers(3, 1, 2, 50, 16)
     query = query.clone()
     query[0, 1, 7, 3] = torch.nan
-    out = attention(query, key, value, 0.25, codes)
+    out = attention(query, key, value, 0.25, lanes)
     assert bool(out[0, 1, 7].isnan().all())
     out[0, 1, 7] = 0
     assert bool(out.isfinite().all())
     key, query = key.clone(), numbers(1, 2, 50, 16)
     key[0, 0, 4, 2] = torch.nan
-    out = attention(query, key, value, 0.25, codes)
+    out = attention(query, key, value, 0.25, lanes)
     assert bool(out[0, 0].isnan().all()) and bool(out[0, 1].isfinite().all())
     value, key = value.clone(), numbers(1, 2, 50, 16)
     value[0, 1, 9, 5] = torch.inf
-    out = attention(query, key, value, 0.25, codes)
+    out = attention(query, key, value, 0.25, lanes)
     assert not bool(out[0, 1, :, 5].isfinite().any())
     out[0, 1, :, 5] = 0
     assert bool(out.isfinite().all())
@@ -146,9 +200,11 @@ def test_wrong_numbers_are_refused_by_the_extension() -> None:
     strides = [16, 16, 4] * 3
     for wrong in ([0, 1, 4, 4, 4, 4, 128], [1, 1, 4, 0, 4, 4, 128], [1, 1, 4, 4, 4, 4, 0]):
         with pytest.raises(ValueError, match="no kernel"):
-            extension.attend(*pointers, *wrong, 1, 0, 1.0, *strides)
+            extension.attend(*pointers, *wrong, 1, int(Lanes.FLOATS), 1.0, *strides)
     with pytest.raises(ValueError, match="no kernel"):  # sums of more products could leave 32 bits
-        extension.attend(*pointers, 1, 1, 4, 4, 4, 4, 130, 1, 1, 1.0, *strides)
+        extension.attend(*pointers, 1, 1, 4, 4, 4, 4, 130, 1, int(Lanes.CODES), 1.0, *strides)
+    with pytest.raises(ValueError, match="does not run at this level"):
+        extension.attend(*pointers, 1, 1, 4, 4, 4, 4, 128, 1, int(Lanes.HALVES), 1.0, *strides)
     with pytest.raises(TypeError):
         extension.attend(1, 2, 3)
 
@@ -196,10 +252,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return found
 
 
-def lowered(model: nn.Module, codes: bool = False) -> nn.Module:
+def lowered(model: nn.Module) -> nn.Module:
     form = copy.deepcopy(model)
     for at in ("first", "second"):
-        attach(form, at, FusedAttention(SelfAttention(), codes))
+        attach(form, at, FusedAttention(SelfAttention(), Lanes.FLOATS))
     return form
 
 
@@ -316,11 +372,14 @@ def test_lowering_finds_attention_and_a_plan_applies_it_again(taken: list[tuple[
 def test_eight_bits_are_for_those_who_ask() -> None:
     model = Model().eval()
     names = {one.backend for layer in compressor.lower(model, X, cache=False).plan.layers for one in layer.candidates}
-    assert "attention" in names and "attention-int16" not in names
+    assert "attention" in names and not {"attention-int16", "attention-int8"} & names
     layers = compressor.lower(model, X, tolerance=0.02, cache=False).plan.layers
     (first, *_) = [layer for layer in layers if layer.kind == "attention"]
     found = first.candidate("attention-int16")
     assert found is not None and found.error is not None and 1e-6 < found.error < 0.02
+    if extension.level() in VNNI:
+        coarser = first.candidate("attention-int8")
+        assert coarser is not None and coarser.error is not None and found.error < coarser.error
 
 
 def test_a_module_of_several_attentions_that_differ_or_of_several_places_is_left_alone() -> None:

@@ -48,6 +48,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
         "vnm-w8a8",
         "attention",
         "attention-int16",
+        "attention-int8",
         "dense-int8",
         "dense-gelu",
         "dense-fp8",

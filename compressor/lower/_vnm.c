@@ -37,6 +37,7 @@
 #define ROUGH_ERF 3.97870267e-01f, -6.45544128e-02f, 8.76369110e-03f, -8.12187477e-04f, 4.77638856e-05f, -1.58882703e-06f, 2.25882055e-08f
 #define ROUGH_TANH 3.97713521e-01f, -6.45966926e-02f, 8.81870862e-03f, -8.24474314e-04f, 4.89344990e-05f, -1.64072224e-06f, 2.34688270e-08f
 #define LARGEST_SCORE (1 << 30) /* of attention in codes: two scores differ by 31 bits */
+#define CENTRE_OF_KEYS 128 /* what their codes are above as bytes */
 #define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
 #define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
 #define AHEAD 12 /* how many rows of queries, keys and values are prefetched */
@@ -93,8 +94,8 @@ typedef struct {
     int64_t q_at[3], k_at[3], v_at[3];
     int64_t images, heads;
     int queries, keys, channels, value_channels;
-    int codes; /* whether it multiplies whole numbers of 16 bits */
-    int block, largest; /* keys at a time; with codes an even number, and the largest code of a query and a key */
+    int lanes; /* FLOATS; CODES: it multiplies whole numbers of 16 bits; BYTES: those of queries and keys are of 8 */
+    int block, largest; /* keys at a time; of whole numbers an even number, and the largest code of a query and a key */
     int64_t parts; /* of the queries of a head */
     float scale;
     int failed;
@@ -104,7 +105,8 @@ typedef struct {
 /* One head's keys and values as its queries read them. */
 typedef struct {
     lane *keys, *values;
-    float *value_scale, *value_inverse, key_scale; /* for codes alone */
+    float *value_scale, *value_inverse, key_scale; /* for whole numbers alone */
+    float *mean; /* of the keys, for bytes alone; else zeros */
 } head;
 
 /* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
@@ -528,7 +530,7 @@ static PyObject *method_run(PyObject *self, PyObject *const *a, Py_ssize_t count
 
 enum { ATTENTION = 23 };
 
-/* attend(q, k, v, y, images, heads, queries, keys, channels, value_channels, block, threads, codes, scale, three strides of each of q, k and v) */
+/* attend(q, k, v, y, images, heads, queries, keys, channels, value_channels, block, threads, lanes, scale, three strides of each of q, k and v) */
 static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t count) {
     (void)self;
     if (count != ATTENTION) {
@@ -539,7 +541,7 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
                    .images = number(n, 4), .heads = number(n, 5), .queries = small(n, 6), .keys = small(n, 7),
                    .channels = small(n, 8), .value_channels = small(n, 9), .block = small(n, 10)};
     int threads = small(n, 11), failed;
-    a.codes = small(n, 12);
+    a.lanes = small(n, 12);
     a.scale = (float)PyFloat_AsDouble(n[13]);
     for (int i = 0; i < 3; i++) {
         a.q_at[i] = number(n, 14 + i);
@@ -550,13 +552,18 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
         return NULL;
     if (!within(a.images, LARGEST) || !within(a.heads, LARGEST) || !within(a.queries, LARGEST) || !within(a.keys, LARGEST) ||
         !within(a.channels, MOST_CHANNELS) || !within(a.value_channels, MOST_CHANNELS) || !within(threads, MOST_THREADS) ||
-        !within(a.block, a.codes ? 128 : MOST_CHANNELS) || (a.codes && a.block % 2)) {
+        !within(a.block, a.lanes ? 128 : MOST_CHANNELS) || (a.lanes && a.block % 2) ||
+        (a.lanes == BYTES && a.channels > LARGEST_SCORE / (127 * 255))) {
         PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
         return NULL;
     }
-    double most = sqrt((double)LARGEST_SCORE / a.channels);
-    a.largest = most < INT16_MAX ? (int)most : INT16_MAX;
     const level *how = chosen; /* once: another thread may change it */
+    if (a.lanes != FLOATS && a.lanes != CODES && !(a.lanes == BYTES && how->vnni)) {
+        PyErr_SetString(PyExc_ValueError, "an attention of these numbers does not run at this level");
+        return NULL;
+    }
+    double most = sqrt((double)LARGEST_SCORE / a.channels);
+    a.largest = a.lanes == BYTES ? 127 : most < INT16_MAX ? (int)most : INT16_MAX;
     Py_BEGIN_ALLOW_THREADS;
     failed = attend(&a, parallel != NULL ? threads : 1, how);
     Py_END_ALLOW_THREADS;

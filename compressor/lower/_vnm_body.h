@@ -37,12 +37,14 @@ typedef float NAME(vf) __attribute__((vector_size(4 * VW), aligned(4), may_alias
 typedef int32_t NAME(vi) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VW), aligned(4), may_alias));
 typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VW), aligned(2), may_alias));
+typedef uint8_t NAME(vb) __attribute__((vector_size(VW), aligned(1), may_alias));
 typedef int16_t NAME(vs) __attribute__((vector_size(4 * VW), aligned(2), may_alias));
 typedef uint16_t NAME(vus) __attribute__((vector_size(4 * VW), aligned(2), may_alias));
 #define vf NAME(vf)
 #define vi NAME(vi)
 #define vu NAME(vu)
 #define vh NAME(vh)
+#define vb NAME(vb)
 #define vs NAME(vs)
 #define vus NAME(vus)
 
@@ -293,7 +295,7 @@ INLINE void NAME(both)(vs a, vs b, vs *low, vs *high) {
 }
 
 /* out[v] (+)= the sums of products of bytes, of V rows and a vector of tokens of the panel, which are two of sums: 8 i + {0 to 3} in
- * the first, 8 i + {4 to 7} in the second, or with R = 1 the first alone. A lane of weights is two pairs of channels; four such and
+ * the first, 8 i + {4 to 7} in the second, or with R = 1 the first alone, and zeros. A lane of weights is two pairs of channels; four such and
  * their pairs of the panel are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them
  * is -128 times the sum of the weights. */
 INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride, strip p) {
@@ -305,7 +307,7 @@ INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride
         vi *out[8];
         UNROLL for (int v = 0; v < V; v++) {
             out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
-            UNROLL for (int r = 0; r < R; r++) if (p.begin) out[v][r] = (vi){0};
+            UNROLL for (int r = 0; r < 2; r++) if (p.begin) out[v][r] = (vi){0};
         }
 #ifdef DPBUSD /* of 32 bits from the first step to the last */
         vi low[8], high[8];
@@ -1271,9 +1273,9 @@ INLINE vu NAME(floats)(const float *p, int left) { return NAME(part)((const char
 
 /* --- Attention: a tile of queries is the panel, in lanes; keys, and then values, are what it is multiplied by. --- */
 
-/* out[v][r] (+)= sum over s of w[v * across + s * along] * panel[s][r], for V rows and R vectors. With `codes` lanes hold pairs of
- * whole numbers, as in micro, and so do the sums. */
-INLINE void NAME(dense)(int V, int R, int codes, const lane *w, size_t across, size_t along, int steps, const float *panel,
+/* out[v][r] (+)= sum over s of w[v * across + s * along] * panel[s][r], for V rows and R vectors. With CODES lanes hold pairs of
+ * whole numbers, as in micro, and so do the sums; with BYTES fours of them, those of the panel signed. */
+INLINE void NAME(dense)(int V, int R, int lanes, const lane *w, size_t across, size_t along, int steps, const float *panel,
                         float *out, int begin) {
     const size_t stride = R * VW;
     vf acc[4][6];
@@ -1286,11 +1288,16 @@ INLINE void NAME(dense)(int V, int R, int codes, const lane *w, size_t across, s
             vf b = (vf)(w[v * across] | (vu){0});
             UNROLL for (int r = 0; r < R; r++) {
 #ifdef MADD_AT
-                if (codes && r == 0 && V * R == 12)
+                if (lanes == CODES && r == 0 && V * R == 12)
                     acc[v][r] = (vf)MADD_AT((vi)acc[v][r], (vi)b, panel);
                 else
 #endif
-                if (codes)
+#ifdef DPBUSD
+                if (lanes == BYTES)
+                    acc[v][r] = (vf)DPBUSD((vi)acc[v][r], (vi)b, (vi)x[r]);
+                else
+#endif
+                if (lanes == CODES)
                     acc[v][r] = (vf)MADD((vi)acc[v][r], (vi)x[r], (vi)b);
                 else
                     acc[v][r] += b * x[r];
@@ -1301,30 +1308,43 @@ INLINE void NAME(dense)(int V, int R, int codes, const lane *w, size_t across, s
 }
 
 /* The same for any number of rows, of which four at a time share a load, and R4 vectors, or one less. */
-INLINE void NAME(rows_of)(int R, int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
+INLINE void NAME(rows_of)(int R, int lanes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
                           float *out, int begin) {
     int row = 0;
     for (; row + 4 <= rows; row += 4)
-        NAME(dense)(4, R, codes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
+        NAME(dense)(4, R, lanes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
     for (; row < rows; row++)
-        NAME(dense)(1, R, codes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
+        NAME(dense)(1, R, lanes, w + row * across, across, along, steps, panel, out + row * R * VW, begin);
 }
-static ALONE void NAME(product)(int R, int codes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
+static ALONE void NAME(product)(int R, int lanes, const lane *w, size_t across, size_t along, int rows, int steps, const float *panel,
                                 float *out, int begin) {
-    if (codes && R == R4)
-        NAME(rows_of)(R4, 1, w, across, along, rows, steps, panel, out, begin);
-    else if (codes)
-        NAME(rows_of)(R4 - 1, 1, w, across, along, rows, steps, panel, out, begin);
-    else if (R == R4)
-        NAME(rows_of)(R4, 0, w, across, along, rows, steps, panel, out, begin);
+#ifdef DPBUSD
+    if (lanes == BYTES && R == R4)
+        NAME(rows_of)(R4, BYTES, w, across, along, rows, steps, panel, out, begin);
+    else if (lanes == BYTES)
+        NAME(rows_of)(R4 - 1, BYTES, w, across, along, rows, steps, panel, out, begin);
     else
-        NAME(rows_of)(R4 - 1, 0, w, across, along, rows, steps, panel, out, begin);
+#endif
+    if (lanes == CODES && R == R4)
+        NAME(rows_of)(R4, CODES, w, across, along, rows, steps, panel, out, begin);
+    else if (lanes == CODES)
+        NAME(rows_of)(R4 - 1, CODES, w, across, along, rows, steps, panel, out, begin);
+    else if (R == R4)
+        NAME(rows_of)(R4, FLOATS, w, across, along, rows, steps, panel, out, begin);
+    else
+        NAME(rows_of)(R4 - 1, FLOATS, w, across, along, rows, steps, panel, out, begin);
+}
+
+/* Steps of a product of queries and keys. */
+static int NAME(score_steps)(const attention *a) {
+    int together = a->lanes == BYTES ? 4 : a->lanes == CODES ? 2 : 1; /* channels of a lane */
+    return (a->channels + together - 1) / together;
 }
 
 /* `count` queries, of at most R vectors, into the panel, channel by channel, such that the softmax of their scores has powers of two.
- * With `codes`, pair of channels by pair, `steps` of them, and what a code of each query stands for goes to `unit`. */
-static ALONE void NAME(queries)(int R, int codes, const attention *a, const float *q, int count, int steps, float *panel, float *unit) {
-    const int stride = R * VW;
+ * As whole numbers, pairs or fours of channels to a lane, and what a code of each query stands for goes to `unit`. */
+static ALONE void NAME(queries)(int R, const attention *a, const float *q, int count, float *panel, float *unit) {
+    const int codes = a->lanes != FLOATS, steps = NAME(score_steps)(a), stride = R * VW;
     const float scale = a->scale * LOG2_E, sign = a->scale < 0 ? -1.0f : 1.0f;
     for (int t = 0; t < stride; t += VW) {
         vf largest = {0}, inverse;
@@ -1342,11 +1362,15 @@ static ALONE void NAME(queries)(int R, int codes, const attention *a, const floa
         }
         if (!codes)
             continue;
-        if (a->channels % 2)
-            NAME(store)(panel + a->channels * stride + t, (vf){0});
+        for (int c = a->channels; c < steps * (a->lanes == BYTES ? 4 : 2); c++) NAME(store)(panel + c * stride + t, (vf){0});
         NAME(store)(unit + t, largest);
         scales_of(unit + t, (float *)&inverse, VW, a->largest);
-        for (int s = 0; s < steps; s++) {
+        for (int s = 0; s < steps && a->lanes == BYTES; s++) {
+            vf four[4];
+            UNROLL for (int i = 0; i < 4; i++) four[i] = NAME(load)(panel + (4 * s + i) * stride + t);
+            NAME(store)(panel + s * stride + t, (vf)NAME(bytes_of)(four, inverse, (vu){0}));
+        }
+        for (int s = 0; s < steps && a->lanes == CODES; s++) {
             vu low = NAME(code)(NAME(load)(panel + 2 * s * stride + t), inverse);
             vu high = NAME(code)(NAME(load)(panel + (2 * s + 1) * stride + t), inverse);
             NAME(store)(panel + s * stride + t, (vf)(low | (high << 16)));
@@ -1402,14 +1426,14 @@ INLINE void NAME(share_codes)(int R, float *scores, int some, const float *unit,
 
 /* A tile of `count` queries, in R vectors, of one head of one image through all of its keys, block of keys by block: scores become
  * shares of the largest so far, and what was summed shrinks where a larger one is found. */
-INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const float *q, const head *h, float *y, int count,
+INLINE void NAME(attention_tile)(int R, int lanes, const attention *a, const float *q, const head *h, float *y, int count,
                                  float *scratch) {
-    const int wide = a->value_channels, stride = R * VW, steps = codes ? (a->channels + 1) / 2 : a->channels;
-    float *panel = scratch, *scores = panel + (a->channels + 1) * stride, *out = scores + a->block * stride;
+    const int codes = lanes != FLOATS, wide = a->value_channels, stride = R * VW, steps = NAME(score_steps)(a);
+    float *panel = scratch, *scores = panel + (a->channels + 3) * stride, *out = scores + a->block * stride;
     float *sums = codes ? out + wide * stride : out, *unit = out + 2 * wide * stride;
     vf most[6], less[6], total[6];
     vi most_codes[6];
-    NAME(queries)(R, codes, a, q, count, steps, panel, unit);
+    NAME(queries)(R, a, q, count, panel, unit);
     UNROLL for (int r = 0; r < R; r++) {
         most[r] = NAME(all)(-INFINITY), most_codes[r] = (vi){0} - LARGEST_SCORE, total[r] = (vf){0};
         if (codes)
@@ -1417,7 +1441,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
     }
     for (int k0 = 0; k0 < a->keys; k0 += a->block) {
         int some = a->keys - k0 < a->block ? a->keys - k0 : a->block, lines = codes ? (some + 1) / 2 : some;
-        NAME(product)(R, codes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
+        NAME(product)(R, lanes, h->keys + (size_t)k0 * steps, steps, 1, some, steps, panel, scores, 1);
         if (codes)
             NAME(share_codes)(R, scores, some, unit, most_codes, less, total);
         else
@@ -1429,7 +1453,7 @@ INLINE void NAME(attention_tile)(int R, int codes, const attention *a, const flo
                 NAME(store)(at, NAME(load)(at) * less[r]);
             }
         }
-        NAME(product)(R, codes, values, 1, wide, wide, lines, scores, sums, codes || k0 == 0);
+        NAME(product)(R, codes ? CODES : FLOATS, values, 1, wide, wide, lines, scores, sums, codes || k0 == 0);
         for (int c = 0; codes && c < wide; c++) {
             UNROLL for (int r = 0; r < R; r++) {
                 float *at = out + c * stride + r * VW;
@@ -1468,20 +1492,53 @@ INLINE void NAME(lines)(lane *to, const float *from, int64_t count, int64_t apar
     }
 }
 
-/* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs of channels, and of a
- * channel's pairs of keys, all keys with one scale, each channel of the values with one. */
+/* The mean of each channel of the keys of a head. */
+static void NAME(mean_key)(const attention *a, const float *k, float *mean) {
+    const vf share = NAME(all)(1.0f / (float)a->keys);
+    for (int c = 0; c < a->channels; c += 4 * VW) {
+        vf sum[4] = {{0}};
+        for (int64_t i = 0; i < a->keys; i++)
+            UNROLL for (int r = 0; r < 4; r++) {
+                const float *at = k + i * a->k_at[2] + c + r * VW;
+                __builtin_prefetch(at + AHEAD * a->k_at[2]);
+                sum[r] += (vf)NAME(floats)(at, a->channels - c - r * VW) * share;
+            }
+        for (int r = 0; r < 4 && c + r * VW < a->channels; r++) NAME(keep)(mean + c + r * VW, (vu)sum[r], a->channels - c - r * VW);
+    }
+}
+
+/* A key's codes, less `mean`, as bytes above CENTRE_OF_KEYS, fours of channels to a lane. */
+INLINE void NAME(key_bytes)(const float *k, const float *mean, int channels, vf inverse, uint8_t *to) {
+    for (int c = 0; c < channels; c += VW) {
+        int left = channels - c;
+        vu codes = NAME(code)((vf)NAME(floats)(k + c, left) - (vf)NAME(floats)(mean + c, left), inverse) + CENTRE_OF_KEYS;
+        vb narrow = __builtin_convertvector(codes, vb);
+        if (left >= VW)
+            *(vb *)(to + c) = narrow;
+        else
+            memcpy(to + c, &narrow, (left + 3) / 4 * 4);
+    }
+}
+
+/* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs or fours of channels, and
+ * of a channel's pairs of keys, all keys with one scale, each channel of the values with one. What all scores of a query have in common
+ * its shares do not depend on: so bytes of keys are of what differs from their mean, and have what they are above. */
 static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, head *h) {
-    const int channels = a->channels, wide = a->value_channels, steps = (channels + 1) / 2;
-    if (!a->codes) {
+    const int channels = a->channels, wide = a->value_channels, steps = NAME(score_steps)(a);
+    if (a->lanes == FLOATS) {
         NAME(lines)(h->keys, k, a->keys, a->k_at[2], channels);
         NAME(lines)(h->values, v, a->keys, a->v_at[2], wide);
         return;
     }
     vf largest = {0};
+    memset(h->mean, 0, channels * sizeof *h->mean);
+    if (a->lanes == BYTES)
+        NAME(mean_key)(a, k, h->mean);
     for (int64_t i = 0; i < a->keys; i++)
         for (int c = 0; c < channels; c += VW) {
             __builtin_prefetch(k + (i + AHEAD) * a->k_at[2] + c); /* rows often lie further apart than the processor looks ahead */
-            largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c));
+            vf mean = (vf)NAME(floats)(h->mean + c, channels - c);
+            largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c) - mean);
         }
     for (int c = 0; c < wide; c += 4 * VW) { /* as many channels of a value as a line of the cache has, and more */
         vf most[4] = {{0}};
@@ -1497,7 +1554,9 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
     h->key_scale = NAME(largest_of)(largest);
     scales_of(&h->key_scale, &inverse, 1, a->largest);
     scales_of(h->value_scale, h->value_inverse, wide, VALUES);
-    for (int64_t i = 0; i < a->keys; i++) {
+    for (int64_t i = 0; i < a->keys && a->lanes == BYTES; i++)
+        NAME(key_bytes)(k + i * a->k_at[2], h->mean, channels, NAME(all)(inverse), (uint8_t *)(h->keys + i * steps));
+    for (int64_t i = 0; i < a->keys && a->lanes == CODES; i++) {
         for (int c = 0; c < 2 * steps; c += VW) {
             vu codes = NAME(code)((vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c), NAME(all)(inverse));
             vh narrow = __builtin_convertvector(codes, vh);
@@ -1522,8 +1581,8 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
 /* Parts of the queries of a head. */
 static void NAME(attend)(void *argument) {
     attention *a = argument;
-    size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 1) + 2 * (size_t)a->value_channels;
-    size_t tile = (size_t)(a->channels + 1 + a->block + 2 * a->value_channels + 1) * R4 * VW;
+    size_t keys = ((size_t)a->keys + 1) * (a->channels + a->value_channels + 1) + 2 * (size_t)a->value_channels + a->channels;
+    size_t tile = (size_t)(a->channels + 3 + a->block + 2 * a->value_channels + 1) * R4 * VW;
     float *buffer = scratch_of_this_thread((tile + keys) * 4);
     if (buffer == NULL) {
         a->failed = 1;
@@ -1533,6 +1592,7 @@ static void NAME(attend)(void *argument) {
     h.values = h.keys + ((size_t)a->keys + 1) * (a->channels + 1);
     h.value_scale = (float *)(h.values + ((size_t)a->keys + 1) * a->value_channels);
     h.value_inverse = h.value_scale + a->value_channels;
+    h.mean = h.value_inverse + a->value_channels;
     int64_t vectors = (a->queries + VW - 1) / VW;
     for (;;) {
         int64_t next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED), part = next % a->parts, which = next / a->parts % a->heads;
@@ -1547,14 +1607,21 @@ static void NAME(attend)(void *argument) {
             int count = (int)(end - t < R * VW ? end - t : R * VW);
             const float *from_q = q + t * a->q_at[2];
             float *y = a->y + ((image * a->queries + t) * a->heads + which) * a->value_channels;
-            if (a->codes && R == R4)
-                NAME(attention_tile)(R4, 1, a, from_q, &h, y, count, buffer);
-            else if (a->codes)
-                NAME(attention_tile)(R4 - 1, 1, a, from_q, &h, y, count, buffer);
-            else if (R == R4)
-                NAME(attention_tile)(R4, 0, a, from_q, &h, y, count, buffer);
+#ifdef DPBUSD
+            if (a->lanes == BYTES && R == R4)
+                NAME(attention_tile)(R4, BYTES, a, from_q, &h, y, count, buffer);
+            else if (a->lanes == BYTES)
+                NAME(attention_tile)(R4 - 1, BYTES, a, from_q, &h, y, count, buffer);
             else
-                NAME(attention_tile)(R4 - 1, 0, a, from_q, &h, y, count, buffer);
+#endif
+            if (a->lanes == CODES && R == R4)
+                NAME(attention_tile)(R4, CODES, a, from_q, &h, y, count, buffer);
+            else if (a->lanes == CODES)
+                NAME(attention_tile)(R4 - 1, CODES, a, from_q, &h, y, count, buffer);
+            else if (R == R4)
+                NAME(attention_tile)(R4, FLOATS, a, from_q, &h, y, count, buffer);
+            else
+                NAME(attention_tile)(R4 - 1, FLOATS, a, from_q, &h, y, count, buffer);
         }
     }
 }
@@ -1563,6 +1630,7 @@ static void NAME(attend)(void *argument) {
 #undef vi
 #undef vu
 #undef vh
+#undef vb
 #undef vs
 #undef vus
 #undef NUMBER_ROWS

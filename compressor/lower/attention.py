@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.lower.backend import Backend, Kind, Unit
-from compressor.lower.vnm_kernels import unavailable, version
+from compressor.lower.vnm_kernels import VNNI, level, unavailable, version
 from compressor.lower.vnm_operators import attention
+from compressor.lower.vnm_weight import Lanes
+
+LARGEST_CHANNELS = 2**30 // (127 * 255)
+"""Of a head of queries and keys in bytes: a sum of products of codes up to 127 and 255 fits 31 bits, so that two differ by 32."""
 
 function = F.scaled_dot_product_attention
 
@@ -47,21 +51,21 @@ def fits(
 class _Instead(TorchFunctionMode):
     """Calls of torch's attention go to the compiled kernels where they fit."""
 
-    def __init__(self, codes: bool) -> None:
+    def __init__(self, lanes: Lanes) -> None:
         super().__init__()
-        self.codes = codes
+        self.lanes = lanes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is function and fits(*args, **kwargs):
-            return _call(self.codes, *args, **kwargs)
+            return _call(self.lanes, *args, **kwargs)
         return func(*args, **kwargs)
 
 
 def _call(
-    codes: bool, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
+    lanes: Lanes, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any
 ) -> Tensor:
-    return attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, codes)
+    return attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, lanes)
 
 
 class SelfAttention(nn.Module):
@@ -83,30 +87,30 @@ class SelfAttention(nn.Module):
 class _Forward:
     """What `inner` does, a module's forward, with its attention by the compiled kernels."""
 
-    def __init__(self, inner: Callable[..., Any], codes: bool) -> None:
-        self.inner, self.codes = inner, codes
+    def __init__(self, inner: Callable[..., Any], lanes: Lanes) -> None:
+        self.inner, self.lanes = inner, lanes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Instead(self.codes):
+        with _Instead(self.lanes):
             return self.inner(*args, **kwargs)
 
 
 class FusedAttention(nn.Module):
-    """`SelfAttention` by the compiled kernels; `codes`: by products of whole numbers of 16 bits."""
+    """`SelfAttention` by the compiled kernels; `lanes`: what it multiplies, as `vnm_operators.attention` says."""
 
-    def __init__(self, dense: SelfAttention, codes: bool) -> None:
+    def __init__(self, dense: SelfAttention, lanes: Lanes) -> None:
         super().__init__()
-        self.dense, self.codes = dense, codes
+        self.dense, self.lanes = dense, lanes
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Forward(self.dense, self.codes)(x)
+        out: Tensor = _Forward(self.dense, self.lanes)(x)
         return out
 
 
 def attach(model: nn.Module, at: str, fused: FusedAttention) -> None:
     """Let the module `at` of `model` call the kernels of `fused` where it calls torch's attention."""
     module = model.get_submodule(at)
-    module.forward = _Forward(module.forward, fused.codes)
+    module.forward = _Forward(module.forward, fused.lanes)
 
 
 class VNMAttention(Backend):
@@ -115,7 +119,7 @@ class VNMAttention(Backend):
     name = "attention"
     skips_zeros = False
     takes = frozenset({Kind.ATTENTION})
-    codes = False
+    lanes = Lanes.FLOATS
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -129,7 +133,7 @@ class VNMAttention(Backend):
 
     def build(self, unit: Unit) -> nn.Module:
         assert isinstance(unit.module, SelfAttention)
-        return FusedAttention(unit.module, self.codes)
+        return FusedAttention(unit.module, self.lanes)
 
 
 class VNMAttentionInt16(VNMAttention):
@@ -138,4 +142,23 @@ class VNMAttentionInt16(VNMAttention):
     name = "attention-int16"
     quantises = True
     products = "int16"
-    codes = True
+    lanes = Lanes.CODES
+
+
+class VNMAttentionInt8(VNMAttentionInt16):
+    """The same with queries and keys in 8 bits, on processors that sum products of bytes in 32: AVX-512 with VNNI."""
+
+    name = "attention-int8"
+    products = "int8"
+    lanes = Lanes.BYTES
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if (reason := unavailable(device)) is None and level() not in VNNI:
+            return f"it needs AVX-512 with VNNI, and the kernels use {level()}: attention-int16 is for that"
+        return reason
+
+    def refusal(self, unit: Unit) -> str | None:
+        channels = unit.input_shape[-1]
+        if channels > LARGEST_CHANNELS:
+            return f"{channels} channels of a head: scores of more than {LARGEST_CHANNELS} could leave 31 bits"
+        return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.lower.vnm_kernels import kernels, level, unavailable, version
+from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, version
 from compressor.lower.vnm_operators import HALF
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
@@ -23,7 +23,6 @@ from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
 _LARGEST_SIDE = 7
-_VNNI = ("avx512_bf16", "avx512_vnni")  # the levels that have it
 
 
 # Inputs are laid out anew in these modules, and not in the operators, so that a compiler sees it: it lays them out as it makes them,
@@ -211,7 +210,7 @@ class VNMW7A8(VNMInt8):
     products = "w7a8"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := super().unavailable(device)) is None and level() in _VNNI:
+        if (reason := super().unavailable(device)) is None and level() in VNNI:
             return "vnm-w8a8 is as fast on this processor, and more exact"
         return reason
 
@@ -228,7 +227,7 @@ class VNMW8A8(VNMW7A8):
     largest_inner = LARGEST_INNER_OF_BYTES
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := unavailable(device)) is None and level() not in _VNNI:
+        if (reason := unavailable(device)) is None and level() not in VNNI:
             return f"it needs AVX-512 with VNNI, and the kernels use {level()}: vnm-w7a8 is for that"
         return reason
 

@@ -18,6 +18,8 @@ import torch
 from compressor.errors import CompressorError
 
 _LEVEL_VARIABLE = "COMPRESSOR_CPU_LEVEL"
+VNNI = ("avx512_bf16", "avx512_vnni")
+"""The levels that sum products of bytes in 32 bits."""
 
 
 @cache

@@ -23,7 +23,7 @@ _library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')
 _library.define(
     f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int stride, int padding, int tile) -> Tensor"
 )
-_library.define("attention(Tensor query, Tensor key, Tensor value, float scale, bool codes) -> Tensor")
+_library.define("attention(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor")
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, as the kernels number them."""
@@ -225,12 +225,12 @@ _KEYS = 128
 """Keys at a time: their scores stay in the first-level cache."""
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: int) -> Tensor:
     extension, why = kernels()
     if extension is None:
         raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
     images, heads, queries, channels = query.shape
-    out = _fake_attention(query, key, value, scale, codes)
+    out = _fake_attention(query, key, value, scale, lanes)
     numbers = (
         images,
         heads,
@@ -240,7 +240,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: b
         value.shape[3],
         _KEYS,
         torch.get_num_threads(),
-        int(codes),
+        lanes,
     )
     strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
     pointers = (tensor.data_ptr() for tensor in (query, key, value, out))
@@ -248,18 +248,19 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: b
     return out
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: Lanes) -> Tensor:
     """softmax(query key^T scale) value: (images, heads, tokens, channels) of each, in float32 with channels that follow each other.
 
-    `codes`: in whole numbers. A query has a scale of its own, and all keys of a head have one, from the largest magnitude, and codes
-    whose sum of products fits 31 bits, at most 16 of them; a channel of the values has a scale too, and codes up to 4,095, and a
-    value's share of its query's largest is in 4,095ths.
+    `lanes`: FLOATS, or in whole numbers. With CODES a query has a scale of its own, and all keys of a head have one, from the largest
+    magnitude, and codes whose sum of products fits 31 bits, at most 16 of them; a channel of the values has a scale too, and codes up
+    to 4,095, and a value's share of its query's largest is in 4,095ths. With BYTES codes of queries and keys are up to 127, and those
+    of keys are of what differs from their mean; this needs AVX-512 with VNNI, and is a ValueError elsewhere.
     """
-    out: Tensor = torch.ops.compressor.attention(query, key, value, scale, codes)
+    out: Tensor = torch.ops.compressor.attention(query, key, value, scale, int(lanes))
     return out
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, codes: bool) -> Tensor:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: int) -> Tensor:
     images, heads, queries, _ = query.shape
     return query.new_empty((images, queries, heads, value.shape[3])).transpose(1, 2)
 
