@@ -106,7 +106,7 @@ typedef struct {
 typedef struct {
     lane *keys, *values;
     float *value_scale, *value_inverse, key_scale; /* for whole numbers alone */
-    float *mean; /* of the keys, for bytes alone; else zeros */
+    float *mean; /* of the keys, for bytes alone */
 } head;
 
 /* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */

@@ -1492,19 +1492,26 @@ INLINE void NAME(lines)(lane *to, const float *from, int64_t count, int64_t apar
     }
 }
 
-/* The mean of each channel of the keys of a head. */
-static void NAME(mean_key)(const attention *a, const float *k, float *mean) {
+/* The mean of each channel of the keys of a head, and the largest magnitude of what differs from it. */
+static vf NAME(mean_key)(const attention *a, const float *k, float *mean) {
     const vf share = NAME(all)(1.0f / (float)a->keys);
+    vf largest = {0};
     for (int c = 0; c < a->channels; c += 4 * VW) {
-        vf sum[4] = {{0}};
+        vf sum[4] = {{0}}, low[4], high[4];
+        UNROLL for (int r = 0; r < 4; r++) low[r] = NAME(all)(INFINITY), high[r] = NAME(all)(-INFINITY);
         for (int64_t i = 0; i < a->keys; i++)
             UNROLL for (int r = 0; r < 4; r++) {
                 const float *at = k + i * a->k_at[2] + c + r * VW;
                 __builtin_prefetch(at + AHEAD * a->k_at[2]);
-                sum[r] += (vf)NAME(floats)(at, a->channels - c - r * VW) * share;
+                vf x = (vf)NAME(floats)(at, a->channels - c - r * VW);
+                sum[r] += x * share, low[r] = NAME(min)(low[r], x), high[r] = NAME(max)(high[r], x);
             }
-        for (int r = 0; r < 4 && c + r * VW < a->channels; r++) NAME(keep)(mean + c + r * VW, (vu)sum[r], a->channels - c - r * VW);
+        for (int r = 0; r < 4 && c + r * VW < a->channels; r++) {
+            NAME(keep)(mean + c + r * VW, (vu)sum[r], a->channels - c - r * VW);
+            largest = NAME(larger)(NAME(larger)(largest, low[r] - sum[r]), high[r] - sum[r]);
+        }
     }
+    return largest;
 }
 
 /* A key's codes, less `mean`, as bytes above CENTRE_OF_KEYS, fours of channels to a lane. */
@@ -1531,14 +1538,12 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
         return;
     }
     vf largest = {0};
-    memset(h->mean, 0, channels * sizeof *h->mean);
     if (a->lanes == BYTES)
-        NAME(mean_key)(a, k, h->mean);
-    for (int64_t i = 0; i < a->keys; i++)
+        largest = NAME(mean_key)(a, k, h->mean);
+    for (int64_t i = 0; i < a->keys && a->lanes == CODES; i++)
         for (int c = 0; c < channels; c += VW) {
             __builtin_prefetch(k + (i + AHEAD) * a->k_at[2] + c); /* rows often lie further apart than the processor looks ahead */
-            vf mean = (vf)NAME(floats)(h->mean + c, channels - c);
-            largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c) - mean);
+            largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c));
         }
     for (int c = 0; c < wide; c += 4 * VW) { /* as many channels of a value as a line of the cache has, and more */
         vf most[4] = {{0}};
