@@ -245,6 +245,12 @@ class Fuzz:
         if numbers[12]:
             wrong = [*numbers[:10], rng.choice([1, 3, 127, 130]), *numbers[11:]]  # pairs of keys, 128 at most
             self.refuses(lambda: self.extension.attend(*wrong), wrong)
+        wrong = [
+            *numbers[:12],
+            rng.choice([-1, 1, 4, *([] if self.extension.level() in self.vnm.VNNI else [3])]),
+            *numbers[13:],
+        ]
+        self.refuses(lambda: self.extension.attend(*wrong), wrong)
         few = numbers[: rng.randint(0, len(numbers) - 1)]
         self.refuses(lambda: self.extension.attend(*few), "too few", (TypeError,))
         wrong = list(numbers)
