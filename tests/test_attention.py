@@ -88,8 +88,9 @@ def test_every_size_and_layout(data: st.DataObject) -> None:
             draws.append(numbers(images, heads, tokens, last + 3 * (how - 1), seed=seed)[..., :last])
     query, key, value = draws[0] * magnitude, draws[1], draws[2] * magnitude
     out = attention(query, key, value, 0.3, lanes)
-    # values cancel each other out, and then what is lost is much of what is left
-    assert error(out, wanted(query, key, value, 0.3)) < {Lanes.FLOATS: 1e-5, Lanes.CODES: 2e-2, Lanes.BYTES: 0.3}[lanes]
+    # what cancels out among the values is no error of the kernels; with large scores near ties turn over
+    off = float((out.double() - wanted(query, key, value, 0.3)).norm() / wanted(query, key, value.abs(), 0.3).norm())
+    assert off < {Lanes.FLOATS: 1e-5, Lanes.CODES: 2e-2, Lanes.BYTES: 0.3 if magnitude > 1 else 0.05}[lanes]
 
 
 @ALL
@@ -186,6 +187,9 @@ def test_not_a_number_stays_where_it_belongs(level: str, lanes: Lanes) -> None:
     key[0, 0, 4, 2] = torch.nan
     out = attention(query, key, value, 0.25, lanes)
     assert bool(out[0, 0].isnan().all()) and bool(out[0, 1].isfinite().all())
+    key[0, 0, 4, 2] = torch.inf
+    out = attention(query, key, value, 0.25, lanes)
+    assert not bool(out[0, 0].isfinite().all()) and bool(out[0, 1].isfinite().all())
     value, key = value.clone(), numbers(1, 2, 50, 16)
     value[0, 1, 9, 5] = torch.inf
     out = attention(query, key, value, 0.25, lanes)

@@ -46,7 +46,7 @@
 typedef uint32_t __attribute__((may_alias)) lane; /* 32 bits of a panel: one fp32, or two bf16 */
 
 /* What a lane of values and panels holds: one fp32, two bf16, two whole numbers of 16 bits. BYTES: a lane of a panel is two bytes,
- * one of values four, see micro_bytes. */
+ * one of values four, see micro_bytes; of attention four both. */
 enum { FLOATS, HALVES, CODES, BYTES };
 static const size_t HERE[1] = {0}; /* where the only tap of a matrix that is no convolution starts */
 enum { LOWEST, HIGHEST, SUM, MAGNITUDE }; /* what of_lanes finds */
@@ -106,7 +106,7 @@ typedef struct {
 typedef struct {
     lane *keys, *values;
     float *value_scale, *value_inverse, key_scale; /* for whole numbers alone */
-    float *mean; /* of the keys, for bytes alone */
+    float *mean; /* of the keys, for bytes alone. Where some differ from it by more than a float holds, the head is not a number */
 } head;
 
 /* What a micro-kernel multiplies a panel by: `groups` groups of rows of a block of a matrix, and where their sums go. */
@@ -552,7 +552,7 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
         return NULL;
     if (!within(a.images, LARGEST) || !within(a.heads, LARGEST) || !within(a.queries, LARGEST) || !within(a.keys, LARGEST) ||
         !within(a.channels, MOST_CHANNELS) || !within(a.value_channels, MOST_CHANNELS) || !within(threads, MOST_THREADS) ||
-        !within(a.block, a.lanes ? 128 : MOST_CHANNELS) || (a.lanes && a.block % 2) ||
+        !within(a.block, a.lanes != FLOATS ? 128 : MOST_CHANNELS) || (a.lanes != FLOATS && a.block % 2) ||
         (a.lanes == BYTES && a.channels > LARGEST_SCORE / (127 * 255))) {
         PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
         return NULL;

@@ -1335,16 +1335,14 @@ static ALONE void NAME(product)(int R, int lanes, const lane *w, size_t across, 
         NAME(rows_of)(R4 - 1, FLOATS, w, across, along, rows, steps, panel, out, begin);
 }
 
-/* Steps of a product of queries and keys. */
-static int NAME(score_steps)(const attention *a) {
-    int together = a->lanes == BYTES ? 4 : a->lanes == CODES ? 2 : 1; /* channels of a lane */
-    return (a->channels + together - 1) / together;
-}
+/* Channels of a lane of queries and keys, and the steps of their product. */
+static int NAME(together)(const attention *a) { return a->lanes == BYTES ? 4 : a->lanes == CODES ? 2 : 1; }
+static int NAME(score_steps)(const attention *a) { return (a->channels + NAME(together)(a) - 1) / NAME(together)(a); }
 
 /* `count` queries, of at most R vectors, into the panel, channel by channel, such that the softmax of their scores has powers of two.
  * As whole numbers, pairs or fours of channels to a lane, and what a code of each query stands for goes to `unit`. */
 static ALONE void NAME(queries)(int R, const attention *a, const float *q, int count, float *panel, float *unit) {
-    const int codes = a->lanes != FLOATS, steps = NAME(score_steps)(a), stride = R * VW;
+    const int codes = a->lanes != FLOATS, together = NAME(together)(a), steps = NAME(score_steps)(a), stride = R * VW;
     const float scale = a->scale * LOG2_E, sign = a->scale < 0 ? -1.0f : 1.0f;
     for (int t = 0; t < stride; t += VW) {
         vf largest = {0}, inverse;
@@ -1362,15 +1360,15 @@ static ALONE void NAME(queries)(int R, const attention *a, const float *q, int c
         }
         if (!codes)
             continue;
-        for (int c = a->channels; c < steps * (a->lanes == BYTES ? 4 : 2); c++) NAME(store)(panel + c * stride + t, (vf){0});
+        for (int c = a->channels; c < steps * together; c++) NAME(store)(panel + c * stride + t, (vf){0});
         NAME(store)(unit + t, largest);
         scales_of(unit + t, (float *)&inverse, VW, a->largest);
-        for (int s = 0; s < steps && a->lanes == BYTES; s++) {
+        for (int s = 0; s < steps && together == 4; s++) {
             vf four[4];
             UNROLL for (int i = 0; i < 4; i++) four[i] = NAME(load)(panel + (4 * s + i) * stride + t);
             NAME(store)(panel + s * stride + t, (vf)NAME(bytes_of)(four, inverse, (vu){0}));
         }
-        for (int s = 0; s < steps && a->lanes == CODES; s++) {
+        for (int s = 0; s < steps && together == 2; s++) {
             vu low = NAME(code)(NAME(load)(panel + 2 * s * stride + t), inverse);
             vu high = NAME(code)(NAME(load)(panel + (2 * s + 1) * stride + t), inverse);
             NAME(store)(panel + s * stride + t, (vf)(low | (high << 16)));
@@ -1492,6 +1490,7 @@ INLINE void NAME(lines)(lane *to, const float *from, int64_t count, int64_t apar
     }
 }
 
+#ifdef DPBUSD
 /* The mean of each channel of the keys of a head, and the largest magnitude of what differs from it. */
 static vf NAME(mean_key)(const attention *a, const float *k, float *mean) {
     const vf share = NAME(all)(1.0f / (float)a->keys);
@@ -1527,41 +1526,29 @@ INLINE void NAME(key_bytes)(const float *k, const float *mean, int channels, vf 
     }
 }
 
-/* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs or fours of channels, and
- * of a channel's pairs of keys, all keys with one scale, each channel of the values with one. What all scores of a query have in common
- * its shares do not depend on: so bytes of keys are of what differs from their mean, and have what they are above. */
-static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, head *h) {
-    const int channels = a->channels, wide = a->value_channels, steps = NAME(score_steps)(a);
-    if (a->lanes == FLOATS) {
-        NAME(lines)(h->keys, k, a->keys, a->k_at[2], channels);
-        NAME(lines)(h->values, v, a->keys, a->v_at[2], wide);
-        return;
-    }
+/* The keys of a head as such, `steps` lanes each, and what they stand for. */
+static void NAME(keys_as_bytes)(const attention *a, const float *k, int steps, head *h) {
+    float inverse;
+    h->key_scale = NAME(largest_of)(NAME(mean_key)(a, k, h->mean));
+    scales_of(&h->key_scale, &inverse, 1, a->largest);
+    for (int64_t i = 0; i < a->keys; i++)
+        NAME(key_bytes)(k + i * a->k_at[2], h->mean, a->channels, NAME(all)(inverse), (uint8_t *)(h->keys + i * steps));
+}
+#endif
+
+/* The same as codes, pairs of channels to a lane. */
+static void NAME(keys_as_codes)(const attention *a, const float *k, int steps, head *h) {
+    const int channels = a->channels;
     vf largest = {0};
-    if (a->lanes == BYTES)
-        largest = NAME(mean_key)(a, k, h->mean);
-    for (int64_t i = 0; i < a->keys && a->lanes == CODES; i++)
+    for (int64_t i = 0; i < a->keys; i++)
         for (int c = 0; c < channels; c += VW) {
             __builtin_prefetch(k + (i + AHEAD) * a->k_at[2] + c); /* rows often lie further apart than the processor looks ahead */
             largest = NAME(larger)(largest, (vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c));
         }
-    for (int c = 0; c < wide; c += 4 * VW) { /* as many channels of a value as a line of the cache has, and more */
-        vf most[4] = {{0}};
-        for (int64_t i = 0; i < a->keys; i++)
-            UNROLL for (int r = 0; r < 4; r++) {
-                const float *at = v + i * a->v_at[2] + c + r * VW;
-                __builtin_prefetch(at + AHEAD * a->v_at[2]);
-                most[r] = NAME(larger)(most[r], (vf)NAME(floats)(at, wide - c - r * VW));
-            }
-        for (int r = 0; r < 4 && c + r * VW < wide; r++) NAME(keep)(h->value_scale + c + r * VW, (vu)most[r], wide - c - r * VW);
-    }
     float inverse;
     h->key_scale = NAME(largest_of)(largest);
     scales_of(&h->key_scale, &inverse, 1, a->largest);
-    scales_of(h->value_scale, h->value_inverse, wide, VALUES);
-    for (int64_t i = 0; i < a->keys && a->lanes == BYTES; i++)
-        NAME(key_bytes)(k + i * a->k_at[2], h->mean, channels, NAME(all)(inverse), (uint8_t *)(h->keys + i * steps));
-    for (int64_t i = 0; i < a->keys && a->lanes == CODES; i++) {
+    for (int64_t i = 0; i < a->keys; i++) {
         for (int c = 0; c < 2 * steps; c += VW) {
             vu codes = NAME(code)((vf)NAME(floats)(k + i * a->k_at[2] + c, channels - c), NAME(all)(inverse));
             vh narrow = __builtin_convertvector(codes, vh);
@@ -1572,6 +1559,35 @@ static ALONE void NAME(keys_and_values)(const attention *a, const float *k, cons
                 memcpy((uint16_t *)(h->keys + i * steps) + c, &narrow, left * 2);
         }
     }
+}
+
+/* The keys and values of one head as lines that follow each other: as they are, or as codes, of a key's pairs or fours of channels, and
+ * of a channel's pairs of keys, all keys with one scale, each channel of the values with one. What all scores of a query have in common
+ * its shares do not depend on: so bytes of keys are of what differs from their mean, and have what they are above. */
+static ALONE void NAME(keys_and_values)(const attention *a, const float *k, const float *v, head *h) {
+    const int channels = a->channels, wide = a->value_channels, steps = NAME(score_steps)(a);
+    if (a->lanes == FLOATS) {
+        NAME(lines)(h->keys, k, a->keys, a->k_at[2], channels);
+        NAME(lines)(h->values, v, a->keys, a->v_at[2], wide);
+        return;
+    }
+#ifdef DPBUSD
+    if (a->lanes == BYTES)
+        NAME(keys_as_bytes)(a, k, steps, h);
+    else
+#endif
+        NAME(keys_as_codes)(a, k, steps, h);
+    for (int c = 0; c < wide; c += 4 * VW) { /* as many channels of a value as a line of the cache has, and more */
+        vf most[4] = {{0}};
+        for (int64_t i = 0; i < a->keys; i++)
+            UNROLL for (int r = 0; r < 4; r++) {
+                const float *at = v + i * a->v_at[2] + c + r * VW;
+                __builtin_prefetch(at + AHEAD * a->v_at[2]);
+                most[r] = NAME(larger)(most[r], (vf)NAME(floats)(at, wide - c - r * VW));
+            }
+        for (int r = 0; r < 4 && c + r * VW < wide; r++) NAME(keep)(h->value_scale + c + r * VW, (vu)most[r], wide - c - r * VW);
+    }
+    scales_of(h->value_scale, h->value_inverse, wide, VALUES);
     for (int64_t i = 0; i < a->keys; i += 2) {
         const float *value = v + i * a->v_at[2], *next = i + 1 < a->keys ? value + a->v_at[2] : NULL;
         for (int c = 0; c < wide; c += VW) {

@@ -41,7 +41,8 @@ class Lanes(IntEnum):
     CODES = 2
     """A pair of whole numbers of 16 bits: codes of weights (8 bits of them) and of inputs."""
     BYTES = 3
-    """Bytes: two codes of inputs (of 0 to 255), or four of weights (about 7 bits of them, or 8 where 16 bits need not hold a sum)."""
+    """Bytes: two codes of inputs (of 0 to 255), or four of weights (about 7 bits of them, or 8 where 16 bits need not hold a sum); of
+    attention four of queries, and four of keys."""
 
 
 class Layout(NamedTuple):
