@@ -231,9 +231,12 @@ class Fuzz:
         assert bool(y.isfinite().all())
         # in codes and with large scores near ties turn over; that sums stay within the values is what is left to say
         if float(scores.abs().max()) < (3 if numbers[12] else 1e4):
-            magnitude = torch.softmax(scores, -1) @ value.double().abs()  # what cancels out is no error of the kernels
-            error = float((y.double() - wanted).norm() / magnitude.norm().clamp_min(1e-300))
-            assert error < {0: 1e-4, 2: 2e-2, 3: 0.1}[int(numbers[12])], error
+            error, lanes = (y.double() - wanted).norm(), int(numbers[12])
+            of_values = float(error / value.double().norm().clamp_min(1e-300))
+            assert of_values < {0: 1e-4, 2: 2e-2, 3: 0.2}[lanes], of_values
+            magnitude = torch.softmax(scores, -1) @ value.double().abs()  # which many keys do not make small
+            of_results = float(error / magnitude.norm().clamp_min(1e-300))
+            assert of_results < {0: 1e-4, 2: 2e-2, 3: 0.1}[lanes], of_results
         assert float(y.abs().max()) <= 1.01 * float(value.abs().max())
 
     def attention_refused(self, rng: random.Random) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.lower.backend import Backend, Kind, Unit
-from compressor.lower.vnm_kernels import VNNI, level, unavailable, version
+from compressor.lower.vnm_kernels import unavailable, unavailable_without_vnni, version
 from compressor.lower.vnm_operators import attention
 from compressor.lower.vnm_weight import Lanes
 
@@ -153,9 +153,7 @@ class VNMAttentionInt8(VNMAttentionInt16):
     lanes = Lanes.BYTES
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := unavailable(device)) is None and level() not in VNNI:
-            return f"it needs AVX-512 with VNNI, and the kernels use {level()}: attention-int16 is for that"
-        return reason
+        return unavailable_without_vnni(device, "attention-int16")
 
     def refusal(self, unit: Unit) -> str | None:
         channels = unit.input_shape[-1]

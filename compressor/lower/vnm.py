@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
-from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, version
+from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, unavailable_without_vnni, version
 from compressor.lower.vnm_operators import HALF
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
@@ -227,9 +227,7 @@ class VNMW8A8(VNMW7A8):
     largest_inner = LARGEST_INNER_OF_BYTES
 
     def unavailable(self, device: torch.device) -> str | None:
-        if (reason := unavailable(device)) is None and level() not in VNNI:
-            return f"it needs AVX-512 with VNNI, and the kernels use {level()}: vnm-w7a8 is for that"
-        return reason
+        return unavailable_without_vnni(device, "vnm-w7a8")
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:

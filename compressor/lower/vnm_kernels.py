@@ -100,3 +100,10 @@ def unavailable(device: torch.device) -> str | None:
         return f"the kernels run on CPUs, the model is on {device}"
     extension, why = kernels()
     return None if extension is not None else why
+
+
+def unavailable_without_vnni(device: torch.device, instead: str) -> str | None:
+    """The same of kernels that sum products of bytes in 32 bits; `instead`: the backend for processors that do not."""
+    if (reason := unavailable(device)) is None and level() not in VNNI:
+        return f"it needs AVX-512 with VNNI, and the kernels use {level()}: {instead} is for that"
+    return reason
