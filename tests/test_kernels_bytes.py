@@ -219,6 +219,7 @@ def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "avx512_vnni", "avx512_bf16"])
 def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
+    monkeypatch.setattr("compressor.lower.vnm_kernels.level", lambda: name)
     seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMW7A8(), VNMW8A8()))
     vnni = name in ("avx512_vnni", "avx512_bf16")
     assert (seven, eight)[vnni] is None
