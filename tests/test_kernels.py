@@ -330,10 +330,10 @@ def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> Non
     numbers = list(w.numbers)
     for place, value in change.get("numbers", {}).items():
         numbers[place] = value
-    values, index = w.values[change.get("values", slice(None))], w.index[change.get("index", slice(None))]
+    values, index = w.parts.values[change.get("values", slice(None))], w.parts.index[change.get("index", slice(None))]
     with pytest.raises((CompressorError, ValueError)):
         torch.ops.compressor.vnm_linear(
-            normal(3, 8), values, index, w.bias, w.order, w.scale, w.total, numbers, change.get("tile", w.tile)
+            normal(3, 8), values, index, *w.arguments[2:6], numbers, change.get("tile", w.tile)
         )
 
 

@@ -40,6 +40,7 @@
 #define CENTRE_OF_KEYS 128 /* what their codes are above as bytes */
 #define SHARES 4095.0f /* of attention: what the largest share of a value is in codes, */
 #define VALUES 4095 /* and the largest value: sums of 128 products of both fit 32 bits */
+#define KEYS 128 /* at a time: their scores stay in the first-level cache */
 #define AHEAD 12 /* how many rows of queries, keys and values are prefetched */
 #define RUN 16 /* groups of rows that one call multiplies */
 
@@ -443,6 +444,24 @@ static const char *wrong_job(const job *j, int matrices, int threads) {
     return j->x == NULL || j->y == NULL ? "a job needs where its input and its result lie" : NULL;
 }
 
+/* What is wrong with an attention whose addresses, strides, images, heads, block and lanes are there; the rest is filled in. */
+static const char *wrong_attention(attention *a, int64_t queries, int64_t keys, int64_t channels, int64_t value_channels, int threads,
+                                   const level *how) {
+    if (!within(a->images, LARGEST) || !within(a->heads, LARGEST) || !within(queries, LARGEST) || !within(keys, LARGEST) ||
+        !within(channels, MOST_CHANNELS) || !within(value_channels, MOST_CHANNELS) || !within(threads, MOST_THREADS) ||
+        !within(a->block, a->lanes != FLOATS ? 128 : MOST_CHANNELS) || (a->lanes != FLOATS && a->block % 2) ||
+        (a->lanes == BYTES && channels > LARGEST_SCORE / (127 * 255)))
+        return "an attention of these sizes has no kernel";
+    if (a->lanes != FLOATS && a->lanes != CODES && !(a->lanes == BYTES && how->vnni))
+        return "an attention of these numbers does not run at this level";
+    a->queries = (int)queries, a->keys = (int)keys, a->channels = (int)channels, a->value_channels = (int)value_channels;
+    double most = sqrt((double)LARGEST_SCORE / a->channels);
+    a->largest = a->lanes == BYTES ? 127 : most < INT16_MAX ? (int)most : INT16_MAX;
+    return NULL;
+}
+
+#include "_vnm_torch.h"
+
 /* --- Python. Every argument is an int: an address, a size or a flag. --- */
 
 static int64_t number(PyObject *const *arguments, int i) { return PyLong_AsLongLong(arguments[i]); }
@@ -538,10 +557,9 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
         return NULL;
     }
     attention a = {.q = address(n, 0), .k = address(n, 1), .v = address(n, 2), .y = address(n, 3),
-                   .images = number(n, 4), .heads = number(n, 5), .queries = small(n, 6), .keys = small(n, 7),
-                   .channels = small(n, 8), .value_channels = small(n, 9), .block = small(n, 10)};
+                   .images = number(n, 4), .heads = number(n, 5), .block = small(n, 10), .lanes = small(n, 12)};
+    int64_t queries = number(n, 6), keys = number(n, 7), channels = number(n, 8), value_channels = number(n, 9);
     int threads = small(n, 11), failed;
-    a.lanes = small(n, 12);
     a.scale = (float)PyFloat_AsDouble(n[13]);
     for (int i = 0; i < 3; i++) {
         a.q_at[i] = number(n, 14 + i);
@@ -550,20 +568,12 @@ static PyObject *method_attend(PyObject *self, PyObject *const *n, Py_ssize_t co
     }
     if (PyErr_Occurred())
         return NULL;
-    if (!within(a.images, LARGEST) || !within(a.heads, LARGEST) || !within(a.queries, LARGEST) || !within(a.keys, LARGEST) ||
-        !within(a.channels, MOST_CHANNELS) || !within(a.value_channels, MOST_CHANNELS) || !within(threads, MOST_THREADS) ||
-        !within(a.block, a.lanes != FLOATS ? 128 : MOST_CHANNELS) || (a.lanes != FLOATS && a.block % 2) ||
-        (a.lanes == BYTES && a.channels > LARGEST_SCORE / (127 * 255))) {
-        PyErr_SetString(PyExc_ValueError, "an attention of these sizes has no kernel");
-        return NULL;
-    }
     const level *how = chosen; /* once: another thread may change it */
-    if (a.lanes != FLOATS && a.lanes != CODES && !(a.lanes == BYTES && how->vnni)) {
-        PyErr_SetString(PyExc_ValueError, "an attention of these numbers does not run at this level");
+    const char *fault = wrong_attention(&a, queries, keys, channels, value_channels, threads, how);
+    if (fault != NULL) {
+        PyErr_SetString(PyExc_ValueError, fault);
         return NULL;
     }
-    double most = sqrt((double)LARGEST_SCORE / a.channels);
-    a.largest = a.lanes == BYTES ? 127 : most < INT16_MAX ? (int)most : INT16_MAX;
     Py_BEGIN_ALLOW_THREADS;
     failed = attend(&a, parallel != NULL ? threads : 1, how);
     Py_END_ALLOW_THREADS;
@@ -618,9 +628,24 @@ static PyObject *method_set_parallel(PyObject *self, PyObject *pointer) {
     Py_RETURN_NONE;
 }
 
+/* serve(torch's functions, in the order of `torch`) */
+static PyObject *method_serve(PyObject *self, PyObject *const *a, Py_ssize_t count) {
+    (void)self;
+    void *functions[TORCH];
+    if (count != TORCH) {
+        PyErr_SetString(PyExc_TypeError, "serve takes the addresses of torch's functions");
+        return NULL;
+    }
+    for (int i = 0; i < TORCH; i++) functions[i] = address(a, i);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(serve(functions));
+}
+
 static PyMethodDef methods[] = {
     {"run", (PyCFunction)(void (*)(void))method_run, METH_FASTCALL, "Run a job."},
     {"attend", (PyCFunction)(void (*)(void))method_attend, METH_FASTCALL, "Run an attention."},
+    {"serve", (PyCFunction)(void (*)(void))method_serve, METH_FASTCALL, "Become operators of torch; whether they are."},
     {"levels", method_levels, METH_NOARGS, "The instruction sets that this machine has, the best first."},
     {"level", method_level, METH_NOARGS, "The instruction set in use."},
     {"set_level", method_set_level, METH_O, "Use another instruction set; weights are packed for one."},

@@ -8,6 +8,7 @@ gather is a row pointer into a panel. `vnm_kernels` finds the kernels, `vnm_weig
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, unavailable_without_vnni, version
-from compressor.lower.vnm_operators import HALF
+from compressor.lower.vnm_operators import HALF, direct
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
@@ -23,6 +24,10 @@ from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
 _LARGEST_SIDE = 7
+
+
+def _operators() -> Any:
+    return torch.ops.compressor  # which has no annotations
 
 
 # Inputs are laid out anew in these modules, and not in the operators, so that a compiler sees it: it lays them out as it makes them,
@@ -38,8 +43,12 @@ class VNMLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        w = self.packed
-        out: Tensor = torch.ops.compressor.vnm_linear(x.contiguous(), *w.arguments, w.tile)
+        w, operators, x = self.packed, _operators(), x.contiguous()
+        out: Tensor = (
+            operators.vnm_linear_direct(x, w.packed, w.layout.out)
+            if direct()
+            else operators.vnm_linear(x, *w.arguments, w.tile)
+        )
         return out
 
 
@@ -52,8 +61,12 @@ class VNMPair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        a, b = self.first, self.second
-        out: Tensor = torch.ops.compressor.vnm_pair(x.contiguous(), *a.arguments, *b.arguments, self.tanh, b.tile)
+        a, b, operators, x = self.first, self.second, _operators(), x.contiguous()
+        out: Tensor = (
+            operators.vnm_pair_direct(x, a.packed, b.packed, b.layout.out, self.tanh)
+            if direct()
+            else operators.vnm_pair(x, *a.arguments, *b.arguments, self.tanh, b.tile)
+        )
         return out
 
 
@@ -69,12 +82,17 @@ class VNMConv(nn.Module):
         refuse_gradients(x)
         w = self.packed
         largest = None
-        if w.scale is not None and x.dim() == 4 and x.numel():
+        if w.layout.lanes >= Lanes.CODES and x.dim() == 4 and x.numel():
             # here, so that a compiler takes it on its way through what makes x; torch's vector_norm takes 18 times as long
             dims = (1, 2, 3)
             ends = torch.stack((x.amin(dims), x.amax(dims))) if w.layout.lanes == Lanes.BYTES else x.abs().amax(dims)
             largest = ends.float()
-        out: Tensor = torch.ops.compressor.vnm_conv(x.contiguous(), *w.arguments, largest, *self.where, w.tile)
+        operators, x = _operators(), x.contiguous()
+        out: Tensor = (
+            operators.vnm_conv_direct(x, w.packed, x if largest is None else largest, w.layout.out, *self.where)
+            if direct()
+            else operators.vnm_conv(x, *w.arguments, largest, *self.where, w.tile)
+        )
         return out
 
 
@@ -168,7 +186,7 @@ class VNM(Backend):
             return VNMConv(weights[0], conv.kernel_size[0], conv.stride[0], padding)
         if isinstance(unit.module, nn.Linear):
             return VNMLinear(weights[0])
-        if weights[0].order is not None:  # its rows find their places only when all of them are there
+        if weights[0].parts.order is not None:  # its rows find their places only when all of them are there
             return nn.Sequential(VNMLinear(weights[0]), unit.activation, VNMLinear(weights[1]))
         return VNMPair(weights[0], weights[1], unit.activation.approximate == "tanh")
 

@@ -22,6 +22,16 @@ VNNI = ("avx512_bf16", "avx512_vnni")
 """The levels that sum products of bytes in 32 bits."""
 
 
+_TORCH = (
+    *("aoti_torch_get_data_ptr", "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides"),
+    *("aoti_torch_get_dtype", "aoti_torch_get_device_type", "aoti_torch_delete_tensor_object", "torch_get_num_threads"),
+    *("aoti_torch_empty_strided", "aoti_torch_library_init_impl", "aoti_torch_library_impl"),
+    *("aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_device_type_cpu"),
+    "_ZSt21__throw_runtime_errorPKc",
+)
+"""torch's stable C functions that operators are made of (from 2.10 on), and how C++ raises; in the order of `_vnm_torch.h`."""
+
+
 @cache
 def kernels() -> tuple[ModuleType | None, str | None]:
     """The extension, ready to run on torch's own threads, and what there is to say about it: why it is missing, or slow."""
@@ -42,16 +52,30 @@ def kernels() -> tuple[ModuleType | None, str | None]:
     return _vnm, note
 
 
+def served() -> bool:
+    """Gives torch the extension's own operators, and says whether it has them now."""
+    try:
+        _vnm = import_module("compressor.lower._vnm")
+    except ImportError:
+        return False
+    functions = [_of_torch(name) for name in _TORCH]
+    return all(functions) and hasattr(_vnm, "serve") and bool(_vnm.serve(*functions))
+
+
+def _of_torch(name: str) -> int:
+    """The address of a function of torch's library on CPUs, or of one that it was linked with; 0 where there is none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    found = getattr(ctypes.CDLL(str(library)), name, None) if library.is_file() else None
+    return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
 def _threads() -> tuple[int, str | None]:
     """The address of torch's own GOMP_parallel; 0, and the reason, where it is not clear which that is.
 
     Another runtime, as tokenizers bring, would have threads of its own, and the two sets would fight for the cores.
     """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if library.is_file():  # its name is looked for in what it was linked with, so no other runtime can be found
-        entry = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
-        if entry is not None:
-            return ctypes.cast(entry, ctypes.c_void_p).value or 0, None
+    if own := _of_torch("GOMP_parallel"):  # no other runtime can be found so
+        return own, None
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:

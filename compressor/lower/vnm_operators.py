@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
-from compressor.lower.vnm_kernels import kernels
+from compressor.lower.vnm_kernels import kernels, served
 from compressor.lower.vnm_weight import Lanes, Layout
 
 _torch_library: Any = torch.library  # it has no annotations
@@ -24,6 +24,22 @@ _library.define(
     f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int stride, int padding, int tile) -> Tensor"
 )
 _library.define("attention(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor")
+# The same for compiled models, which the extension itself gives to torch: see _vnm_torch.h. A weight is its `packed`.
+_library.define("vnm_linear_direct(Tensor x, Tensor weight, int out) -> Tensor")
+_library.define("vnm_pair_direct(Tensor x, Tensor first, Tensor second, int out, bool tanh) -> Tensor")
+_library.define(
+    "vnm_conv_direct(Tensor x, Tensor weight, Tensor largest, int out, int side, int stride, int padding) -> Tensor"
+)
+_library.define("attention_direct(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor")
+
+_SERVED = served()
+
+
+def direct() -> bool:
+    """Whether to call the operators that the extension itself gives to torch: in what torch compiles. Where they are not, and in what
+    is run line by line, or exported to run elsewhere, those in Python do the same, and say more of what is wrong."""
+    return _SERVED and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of activations, as the kernels number them."""
@@ -256,7 +272,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: La
     to 4,095, and a value's share of its query's largest is in 4,095ths. With BYTES codes of queries and keys are up to 127, and those
     of keys are of what differs from their mean; this needs AVX-512 with VNNI, and is a ValueError elsewhere.
     """
-    out: Tensor = torch.ops.compressor.attention(query, key, value, scale, int(lanes))
+    operators: Any = torch.ops.compressor
+    operator = operators.attention_direct if direct() else operators.attention
+    out: Tensor = operator(query, key, value, scale, int(lanes))
     return out
 
 
@@ -319,6 +337,25 @@ def _fake_conv(
     return _image(x, Layout(*numbers).out, side, stride, padding)
 
 
+def _fake_tokens(x: Tensor, weight: Tensor, out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out))
+
+
+def _fake_tokens_of_pair(x: Tensor, first: Tensor, second: Tensor, out: int, tanh: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out))
+
+
+def _fake_image(x: Tensor, weight: Tensor, largest: Tensor, out: int, side: int, stride: int, padding: int) -> Tensor:
+    return _image(x, out, side, stride, padding)
+
+
+for _name, _fake_direct in (
+    ("vnm_linear_direct", _fake_tokens),
+    ("vnm_pair_direct", _fake_tokens_of_pair),
+    ("vnm_conv_direct", _fake_image),
+    ("attention_direct", _fake_attention),
+):
+    _torch_library.register_fake(f"compressor::{_name}", _fake_direct, lib=_library)
 for _name, _real, _fake in (
     ("vnm_linear", _linear, _fake_linear),
     ("vnm_pair", _pair, _fake_pair),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,60 @@ class Layout(NamedTuple):
         return lanes * self.v, places
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the kernels read of a weight."""
+
+    values: Tensor
+    index: Tensor
+    bias: Tensor | None
+    order: Tensor | None
+    scale: Tensor | None
+    total: Tensor | None
+
+
+_PACKED = 0x314D4E56
+_NUMBERS = 24
+"""Whole numbers of 64 bits that a packed weight begins with: what it is, its bytes, its layout, its tile, where its parts begin."""
+_LINE = 64
+"""Bytes of a line of the cache: parts begin with one."""
+
+
+class _Span(NamedTuple):
+    """Where a part lies in a packed weight, in bytes."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def of(self, packed: Tensor) -> Tensor:
+        """The part, a view."""
+        lanes = packed[self.begin // 4 : -(-self.end // 4)].view(self.dtype)
+        return lanes[: self.shape.numel()].view(self.shape)
+
+
+def _in_one(layout: Layout, tile: int, parts: Sequence[Tensor | None]) -> tuple[Tensor, tuple[_Span | None, ...]]:
+    """The parts in one tensor, which is of fp32 in name alone, so that a cast of the model is seen; and where each lies."""
+    spans: list[_Span | None] = []
+    end = _NUMBERS * 8
+    for part in parts:
+        begin = -(-end // _LINE) * _LINE
+        end = end if part is None else begin + part.numel() * part.element_size()
+        spans.append(None if part is None else _Span(begin, end, part.dtype, part.shape))
+    size = -(-end // _LINE) * _LINE
+    packed = torch.zeros(size // 4)
+    begins = [0 if span is None else span.begin for span in spans]
+    numbers = torch.tensor([_PACKED, size, *layout, tile, *begins], dtype=torch.int64)
+    packed[: 2 * len(numbers)].view(torch.int64).copy_(numbers)
+    for part, span in zip(parts, spans, strict=True):
+        if part is not None and span is not None:
+            span.of(packed).copy_(part)
+    return packed, tuple(spans)
+
+
 class KernelWeight(nn.Module):
-    """A weight (out, in, *kernel) that obeys `pattern`, as buffers that the kernels read.
+    """A weight (out, in, *kernel) that obeys `pattern`, as the kernels read it: in one buffer, `packed`, whose parts are `parts`.
 
     `values` holds 32-bit lanes, ordered by block of channels, kernel position, group of V rows, step, row; `index` the panel
     row of each step. `layout` describes them to the kernel. `together` is how many of the rows that share a choice the kernel
@@ -97,12 +150,7 @@ class KernelWeight(nn.Module):
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """
 
-    values: Tensor
-    index: Tensor
-    bias: Tensor | None
-    order: Tensor | None
-    scale: Tensor | None
-    total: Tensor | None
+    packed: Tensor
 
     def __init__(
         self,
@@ -145,16 +193,36 @@ class KernelWeight(nn.Module):
                 back = order.argsort()
                 scale, total = scale[back], total[:, back]
         values, index = _lanes(kept, at, block, m, lanes)
-        self.register_buffer("values", torch.cat(values))
-        self.register_buffer("index", torch.cat(index).to(torch.uint16))
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("order", None if order is None else order.to(torch.int32))
-        self.register_buffer("scale", None if scale is None else scale.flatten())
-        self.register_buffer("total", total)
         steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6)
         most = {Lanes.CODES: largest, Lanes.BYTES: bits}.get(lanes, 0)
         self.layout = Layout(out, channels, v, taps, block, m, steps, rows, int(lanes), most)
         self.tile = tile
+        parts = (  # as Parts has them
+            torch.cat(values),
+            torch.cat(index).to(torch.uint16),
+            None if bias is None else bias.detach().float(),
+            None if order is None else order.to(torch.int32),
+            None if scale is None else scale.flatten(),
+            total,
+        )
+        packed, self._spans = _in_one(self.layout, tile, parts)
+        self.register_buffer("packed", packed)
+        self._seen = (packed, self._views())
+
+    @property
+    def parts(self) -> Parts:
+        """What `packed` holds, as views of it. Raises CompressorError where the model was cast."""
+        if torch.compiler.is_compiling():  # which sees what is done here, and not what was done before
+            return self._views()
+        if self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
+            self._seen = (self.packed, self._views())
+        return self._seen[1]
+
+    def _views(self) -> Parts:
+        if self.packed.dtype != torch.float32:
+            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+        parts: list[Any] = [None if span is None else span.of(self.packed) for span in self._spans]
+        return Parts(*parts)
 
     @property
     def numbers(self) -> list[int]:
@@ -164,7 +232,8 @@ class KernelWeight(nn.Module):
     @property
     def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """The weight as operators take it."""
-        return self.values, self.index, self.bias, self.order, self.scale, self.total, self.numbers
+        p = self.parts
+        return p.values, p.index, p.bias, p.order, p.scale, p.total, self.numbers
 
     def get_extra_state(self) -> Tensor:
         """How the values lie: a state of other numbers is none of this module's, whatever its shapes."""
