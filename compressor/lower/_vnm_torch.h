@@ -41,6 +41,7 @@ static int read_tensor(value handle, tensor *t) {
         t->together &= sizes[i] == 1 || strides[i] == t->entries;
         t->entries *= sizes[i];
     }
+    t->together |= t->entries == 0;
     return 1;
 }
 
@@ -61,10 +62,7 @@ static int make_alike(int64_t dims, const int64_t *sizes, int32_t dtype, value *
 }
 
 /* A weight in one buffer, as vnm_weight.py lays it out: numbers of 64 bits, and what they say lies where, in bytes. */
-enum { PACKED = 0x314d4e56, NUMBERS = 24 };
-
-/* Whether `bytes` of a part that starts at `at` lie in a buffer. */
-static int inside(int64_t at, int64_t bytes, int64_t size) { return at >= NUMBERS * 8 && at % 4 == 0 && at <= size - bytes; }
+enum { PACKED = 0x314d4e56, NUMBERS = 24, PARTS = 6, LINE = 64 };
 
 static const char *weight_of(value handle, const level *how, matrix *m, int *vectors) {
     static const char *const other = "a packed weight is not as its numbers say. Lower the dense model again.";
@@ -89,12 +87,16 @@ static const char *weight_of(value handle, const level *how, matrix *m, int *vec
         return fault;
     int whole = m->inner / m->block, left = m->inner % m->block;
     size_t steps = ((size_t)whole * steps_of(m, m->block) + (left ? steps_of(m, left) : 0)) * m->taps * (m->rows / m->v);
-    int64_t rows = 4 * (int64_t)m->rows, totals = (whole + (left > 0) + 1) * rows;
-    if (!inside(at[0], (int64_t)lanes_of(m, steps) * m->v * 4, size) || !inside(at[1], (int64_t)steps * 2, size) ||
-        (at[2] && !inside(at[2], rows, size)) || (at[3] && !inside(at[3], rows, size)) || (at[4] && !inside(at[4], rows, size)) ||
-        (at[5] && !inside(at[5], totals, size)))
-        return other;
-    return NULL;
+    size_t rows = 4 * (size_t)m->rows, bytes[PARTS] = {lanes_of(m, steps) * m->v * 4, steps * 2, rows, rows, rows, rows * (whole + (left > 0) + 1)};
+    size_t place = NUMBERS * 8; /* one part follows the other */
+    for (int i = 0; i < PARTS; i++) {
+        if (at[i] != 0 || i < 2) {
+            if ((size_t)at[i] != place)
+                return other;
+            place = (place + bytes[i] + LINE - 1) / LINE * LINE;
+        }
+    }
+    return place == (size_t)size ? NULL : other;
 }
 
 static const char *const no_memory = "no memory for a lowered layer";
@@ -184,7 +186,10 @@ static void conv_direct(value *stack, uint64_t in, uint64_t out) {
         j.height = (int)x.sizes[2], j.width = (int)x.sizes[3];
         j.out_height = places_along(&j, j.height), j.out_width = places_along(&j, j.width);
         int64_t sizes[4] = {x.sizes[0], j.first.rows, j.out_height, j.out_width};
-        fault = j.first.rows != (int64_t)stack[3] ? "a packed weight has other rows" : run_direct(&j, 1, how, &x, sizes, &result);
+        if (j.out_height < 1 || j.out_width < 1)
+            fault = "a lowered convolution got fewer pixels than its kernel has";
+        else
+            fault = j.first.rows != (int64_t)stack[3] ? "a packed weight has other rows" : run_direct(&j, 1, how, &x, sizes, &result);
     }
     done(stack, 3, result, fault);
 }

@@ -207,14 +207,17 @@ class KernelWeight(nn.Module):
         )
         packed, self._spans = _in_one(self.layout, tile, parts)
         self.register_buffer("packed", packed)
-        self._seen = (packed, self._views())
+        self._seen: tuple[Tensor, Parts] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}  # nobody saves views of one storage in several dtypes
 
     @property
     def parts(self) -> Parts:
         """What `packed` holds, as views of it. Raises CompressorError where the model was cast."""
         if torch.compiler.is_compiling():  # which sees what is done here, and not what was done before
             return self._views()
-        if self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
+        if self._seen is None or self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
             self._seen = (self.packed, self._views())
         return self._seen[1]
 
