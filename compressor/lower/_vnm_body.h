@@ -307,11 +307,17 @@ INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride
         vi *out[8];
         UNROLL for (int v = 0; v < V; v++) {
             out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
+#ifndef DPBUSD
             UNROLL for (int r = 0; r < 2; r++) if (p.begin) out[v][r] = (vi){0};
+#else
+            UNROLL for (int r = R; r < 2; r++) if (p.begin) out[v][r] = (vi){0};
+#endif
         }
-#ifdef DPBUSD /* of 32 bits from the first step to the last */
+#ifdef DPBUSD /* of 32 bits from the first step to the last. A vector that was just written would be long in coming back. */
         vi low[8], high[8];
-        UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][R - 1];
+        UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vi){0};
+        if (!p.begin)
+            UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][R - 1];
 #endif
         for (int tap = 0; tap < p.taps; tap++) {
             const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + (p.tap_at[tap] - p.tap_at[0]);
@@ -528,7 +534,7 @@ INLINE vu NAME(entries)(const char *p, int half, int left) {
     return NAME(widen)(whole) << 16;
 }
 
-/* Scales of `count` tokens, a multiple of VW, whose lowest numbers are in `scale`, the highest in `inverse`, and sums of x - x, not a
+/* Scales of `count` tokens, a multiple of VW, whose lowest numbers are in `scale`, the highest in `inverse`, and sums of x * 0, not a
  * number where some x is none or infinite, in `zero`. There are 254 steps from the lowest to the highest, so that rounding of both ends
  * leaves no code above 255. */
 static void NAME(byte_scales)(meaning at, size_t count) {
@@ -544,9 +550,14 @@ static void NAME(byte_scales)(meaning at, size_t count) {
 
 /* Four channels of VW tokens as bytes, the first in the lowest bits. */
 INLINE vu NAME(bytes_of)(const vf x[4], vf inverse, vu zero) {
-    vu c = {0};
-    UNROLL for (int i = 0; i < 4; i++) c |= ((NAME(code)(x[i], inverse) + zero) & 0xff) << (8 * i);
-    return c;
+    vu c[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        vf scaled = x[i] * inverse;
+        ROUNDED(scaled);
+        c[i] = (vu)(scaled + MAGIC) + zero; /* of which the last byte counts */
+    }
+    vu low = (c[0] & 0xff) | (c[1] << 8 & ~0xffu), high = (c[2] & 0xff) | (c[3] << 8 & ~0xffu);
+    return (low & 0xffff) | high << 16;
 }
 
 /* The six rows of pairs of a group of four, from the bytes of two vectors of tokens. `lined`: in the order of tokens; else so that
@@ -573,16 +584,17 @@ static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, in
         vu low[VW], high[VW], odd[VW];
         for (int i = 0; i < VW; i++) {
             const char *p = (const char *)j->x + (t0 + (int64_t)t + i) * m->inner * bytes;
-            vf least = {0}, most = {0}, nan = {0}; /* sums of x - x */
+            vf least = {0}, most = {0}, nan = {0}; /* sums of x * 0 */
             if (m->lanes == BYTES && (int)t + i < count) {
                 int k = 0;
                 for (; k < whole; k += VW) { /* most of it, without a question asked */
                     vf x = NAME(load)((const float *)p + k);
-                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x - x;
+                    __builtin_prefetch((const float *)p + k + m->inner);
+                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
                 }
                 for (; k < m->inner; k += VW) {
                     vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
-                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x - x;
+                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
                 }
             } else if ((int)t + i < count) {
                 for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
@@ -703,7 +715,11 @@ INLINE void NAME(scatter)(int lanes, int biased, const job *j, products m, meani
             UNROLL for (int i = 0; i < VW; i++)
                 r[i] = NAME(output)(lanes, biased, &m, out + (n + i) * stride + t, n0 + n + i, scale, zero);
             NAME(transpose)(r);
-            UNROLL for (int i = 0; i < VW; i++) NAME(store)((float *)y + (t0 + t + i) * columns + n0 + n, (vf)r[i]);
+            UNROLL for (int i = 0; i < VW; i++) {
+                float *to = (float *)y + (t0 + t + i) * columns + n0 + n;
+                __builtin_prefetch(to + 2 * VW, 1);
+                NAME(store)(to, (vf)r[i]);
+            }
         }
         for (; n < rows; n += step) {
             int width = (rows - n < step ? rows - n : step) * bytes;
@@ -800,7 +816,7 @@ static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *uni
                 vf h = NAME(sum_of)(BYTES, &p, n + i, *(const vi *)at, NAME(load)(units->scale + from), *(const vi *)(units->zero + from), biased);
                 h = NAME(rough_gelu)(h, tanh_form);
                 NAME(store)(at, h);
-                low[half] = NAME(min)(low[half], h), high[half] = NAME(max)(high[half], h), odd[half] += h - h;
+                low[half] = NAME(min)(low[half], h), high[half] = NAME(max)(high[half], h), odd[half] += h * 0.0f;
             }
         }
         UNROLL for (int half = 0; half < 2; half++) {
@@ -1045,7 +1061,10 @@ static void NAME(gather_numbers)(const job *j, const matrix *m, int64_t image, i
             vf four[4];
             int64_t q = first + (int64_t)p;
             if (!j->half && q >= 0 && q + VW <= area) {
-                UNROLL for (int c = 0; c < 4; c++) four[c] = NAME(load)((const float *)x + c * area + q);
+                UNROLL for (int c = 0; c < 4; c++) {
+                    four[c] = NAME(load)((const float *)x + c * area + q);
+                    __builtin_prefetch((const float *)x + (c + 4) * area + q); /* of the next four channels, which lie far away */
+                }
             } else {
                 UNROLL for (int c = 0; c < 4; c++) four[c] = (vf)NAME(pixels)(x + c * area * bytes, j->half, q, area);
             }
@@ -1098,8 +1117,9 @@ static void NAME(pair_numbers)(const job *j, const matrix *m, int64_t image, int
         NAME(pairs_of)(1, j, m, image, at, numbers, number_stride, panel, stride, each);
 }
 
-/* What `count` sums of row n stand for, whole vectors of them; `to` may be where they lie. */
-INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *sums, vf scale, vi zero, float *to, int count) {
+/* What `count` sums of row n stand for, whole vectors of them; `to` may be where they lie. The next row is `next` after it. */
+INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *sums, vf scale, vi zero, float *to, int count,
+                             int64_t next) {
     const int biased = m->bias != NULL, unit = lanes == BYTES ? 2 : 1;
     for (int p = 0; p < count; p += unit * VW) {
         vi found[2] = {*(const vi *)(sums + p)};
@@ -1108,6 +1128,7 @@ INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *s
         UNROLL for (int i = 0; i < unit; i++) {
             vf y = NAME(sum_of)(lanes, m, n, found[i], scale, zero, biased);
             int left = count - p - i * VW;
+            __builtin_prefetch(to + p + i * VW + next, 1);
             if (left >= VW)
                 NAME(store)(to + p + i * VW, y);
             else if (left > 0)
@@ -1170,9 +1191,9 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
             size_t place = ((image + i) * m->rows + o) * (size_t)area + p0;
             float *floats = j->half ? from : (float *)j->y + place;
             if (m->lanes == BYTES)
-                NAME(numbers_of)(BYTES, &known, o, from, space[0], (vi)space[2], floats, count);
+                NAME(numbers_of)(BYTES, &known, o, from, space[0], (vi)space[2], floats, count, area);
             else if (m->lanes == CODES)
-                NAME(numbers_of)(CODES, &known, o, from, space[0], (vi)space[2], floats, count);
+                NAME(numbers_of)(CODES, &known, o, from, space[0], (vi)space[2], floats, count, area);
             if (j->half) {
                 uint16_t *to = (uint16_t *)j->y + place;
                 for (int p = 0; p < count; p += VW) {
