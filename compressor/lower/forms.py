@@ -239,8 +239,8 @@ def own(model: nn.Module) -> nn.Module:
 def _compiled(model: nn.Module, device: torch.device) -> nn.Module:
     # Forms of one class share its code, and torch would run the ninth as it is, with no more than a warning.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED)
-    # Its checks of every tensor's sizes in every call would cost a UNet of some hundred layers a twentieth of its time; what the form gives
-    # is looked at as a whole, see `_right`.
+    # Checks of every tensor's sizes in every call would take a twentieth of the time of a UNet of some hundred layers. What a form
+    # gives is looked at as a whole, see `_right`.
     on_cpu: Any = {"options": {"freezing": True, "size_asserts": False}}
     how: Any = on_cpu if device.type == "cpu" else {"mode": "max-autotune"}  # with CUDA graphs
     compiled: nn.Module = torch.compile(own(model), **how)  # type: ignore[assignment]
