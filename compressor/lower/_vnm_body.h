@@ -1137,6 +1137,56 @@ INLINE void NAME(numbers_of)(int lanes, const products *m, int n, const float *s
     }
 }
 
+/* Whether `images` whole images of a tile lie side by side, line by line, where each by itself would leave part of a unit unused. */
+static int NAME(side_by_side)(const job *j, int images) {
+    const matrix *m = &j->first;
+    return m->lanes == BYTES && images > 1 && NAME(keeps_size)(j) && j->height * j->width % (unit_of(m) * VW) != 0;
+}
+
+/* The numbers that a column of the kernel sees in lines of images side by side, `each` of one image: their places among those of all
+ * images, an image's first where a line has ended: that is a number before the image, and so nothing. */
+static void NAME(places_side_by_side)(const job *j, int images, int lines, int shift, int32_t *at, size_t each, int more) {
+    for (int line = 0; line < lines; line++)
+        for (int i = 0; i < images; i++)
+            for (int to = 0, x = shift; to < j->width; to++, x++)
+                *at++ = (int32_t)(i * each) + (x >= 0 && x < j->width ? line * j->width + x : 0);
+    for (int i = 0; i < more; i++) *at++ = 0;
+}
+
+/* What the sums of images side by side stand for. */
+static void NAME(spread)(const job *j, const matrix *m, int64_t image, int images, const float *out, size_t out_stride) {
+    const int w = j->width, area = j->height * w;
+    float scale[PLACES * VW], y[PLACES * VW];
+    int32_t zero[PLACES * VW];
+    products known = {0};
+    for (int i = 0; i < images; i++) {
+        vf space[3] = {{0}};
+        known = products_of(m, NAME(of_image)(j, m, image + i, space));
+        for (int line = 0; line < j->height; line++)
+            for (int x = 0, to = (line * images + i) * w; x < w; x++, to++) scale[to] = space[0][0], zero[to] = ((vi)space[2])[0];
+    }
+    for (size_t p = (size_t)images * area; p < out_stride; p++) scale[p] = 0.0f, zero[p] = 0;
+    for (int o = 0; o < m->rows; o++) {
+        for (size_t p = 0; p < out_stride; p += 2 * VW) {
+            vi found[2];
+            NAME(in_order)(out + o * out_stride + p, found);
+            UNROLL for (int i = 0; i < 2; i++) {
+                size_t of = p + i * VW;
+                NAME(store)(y + of, NAME(sum_of)(BYTES, &known, o, found[i], NAME(load)(scale + of), *(const vi *)(zero + of), m->bias != NULL));
+            }
+        }
+        for (int i = 0; i < images; i++) {
+            size_t place = ((image + i) * m->rows + o) * (size_t)area;
+            for (int line = 0; line < j->height; line++, place += w) {
+                const float *from = y + (line * images + i) * w;
+                if (!j->half)
+                    memcpy((float *)j->y + place, from, w * 4);
+                for (int x = 0; x < w && j->half; x++) ((uint16_t *)j->y)[place + x] = (uint16_t)NAME(round16)(NAME(all)(from[x]))[0];
+            }
+        }
+    }
+}
+
 /* Pixels [p0, p0 + count) of image `image`, or, where count is the whole of one, `images` images from there on. */
 static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int count, float *scratch) {
     const matrix *m = &j->first;
@@ -1144,29 +1194,33 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
     int row = p0 / w, rows = (p0 + count - 1) / w - row + 1, first = row * j->step - j->padding;
     const NAME(room) room = NAME(room_of)(j, rows, images);
     const size_t each = room.each, stride = room.stride;
-    int per_image = NAME(vectors_of)(j, count), vectors = images * per_image;
+    const int beside = NAME(side_by_side)(j, images), line = beside ? images * w : w;
+    int per_image = NAME(vectors_of)(j, count), vectors = beside ? NAME(vectors_of)(j, images * area) : images * per_image;
     float *panel = scratch, *out = panel + panel_rows(m) * stride * lane_bytes(m) / 4;
     size_t out_stride = (size_t)vectors * VW;
     int32_t *at = (int32_t *)(out + m->rows * out_stride);
-    lane *numbers = (lane *)(at + each + 2 * unit * VW) + BEFORE; /* of whole numbers alone */
+    lane *numbers = (lane *)(at + images * each + 2 * unit * VW) + BEFORE; /* of whole numbers alone */
     size_t tap_at[7] = {0};
     int places[PLACES], blocks = (m->inner + m->block - 1) / m->block;
     for (int tap = 0, lines = 0; tap < j->side; tap++) {
         if (tap > 0 && tap < j->step)
             lines += NAME(phase_lines)(j, rows, tap - 1);
-        tap_at[tap] = tap < j->step ? (size_t)lines * w + (p0 - row * w) : tap_at[tap - j->step] + w;
+        tap_at[tap] = tap < j->step ? (size_t)lines * w + (p0 - row * w) : tap_at[tap - j->step] + line;
     }
     for (int r = 0; r < vectors && images > 1; r++) places[r] = r / per_image * (int)each + r % per_image * VW;
     for (int i = 0; i < images && whole; i++)
         NAME(gather_numbers)(j, m, image + i, first, numbers + i * room.numbers_each, room.number_stride, room.numbers_each);
     for (int column = 0; column < j->side; column++) { /* one after the other: their panels would not fit the second-level cache */
         int shift = column - j->padding;
-        if (!plain)
+        if (beside) {
+            NAME(places_side_by_side)(j, images, NAME(phase_lines)(j, rows, 0), shift, at, room.numbers_each, unit * VW);
+            NAME(pairs_of)(1, j, m, image, at, numbers, room.number_stride, (char *)panel, stride, images * each);
+        } else if (!plain)
             NAME(places_of)(j, row, rows, column, whole ? first : 0, at, unit * VW);
         else if (whole)
             for (size_t p = 0, x = 0; p < each + unit * VW; p++, x = x + 1 < (size_t)w ? x + 1 : 0)
                 at[p] = (int)x + shift >= 0 && (int)x + shift < w ? -1 : 0;
-        for (int i = 0; i < images; i++) {
+        for (int i = 0; i < images && !beside; i++) {
             if (whole)
                 NAME(pair_numbers)(j, m, image + i, shift, at, numbers + i * room.numbers_each, room.number_stride,
                                    (char *)panel + i * each * lane_bytes(m), stride, each);
@@ -1178,8 +1232,12 @@ static void NAME(conv_tile)(const job *j, int64_t image, int images, int p0, int
                     NAME(gather_places)(j, m, image + i, c, at, to, each);
             }
         }
-        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, tap_at, column, j->side, images > 1 ? places : NULL, out, out_stride,
-                       vectors);
+        NAME(multiply)(m, 0, m->rows / m->v, 0, blocks, panel, stride, tap_at, column, j->side, images > 1 && !beside ? places : NULL, out,
+                       out_stride, vectors);
+    }
+    if (beside) {
+        NAME(spread)(j, m, image, images, out, out_stride);
+        return;
     }
     for (int i = 0; i < images; i++) {
         vf space[3] = {{0}};
@@ -1240,7 +1298,7 @@ static size_t NAME(plan)(job *j, int threads) {
             vectors = whole * j->images_per_tile;
         int images = j->images_per_tile, rows = images > 1 ? j->out_height : vectors * VW / j->out_width + 2, unit = unit_of(a);
         const NAME(room) room = NAME(room_of)(j, rows, images);
-        size_t floats = inner * room.stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW + room.each + 2 * unit * VW;
+        size_t floats = inner * room.stride * lane_bytes(a) / 4 + (size_t)a->rows * vectors * VW + images * room.each + 2 * unit * VW;
         if (whole_numbers(a))
             floats += (size_t)(a->inner / 4 * NUMBER_ROWS(a)) * room.number_stride;
         return floats * 4;
