@@ -206,6 +206,25 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
         exact(lambda module=module: module, x, wanted, LEVELS if bits == 16 else VNNI, (1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (4, 8, 4, 4), (5, 8, 3, 5), (3, 8, 7, 9), (16, 8, 2, 2), (7, 8, 5, 3)])
+def test_small_images_that_share_a_tile_give_what_each_gives_alone(
+    level: str, shape: tuple[int, ...], side: int, dtype: torch.dtype
+) -> None:
+    weight = normal(8, 8, side, side)
+    weight = NM(2, 4, 4).mask(weight.abs()).apply(weight)
+    module = VNMConv(packed(weight, normal(8), NM(2, 4, 4), block=8, tile=24), side)
+    x = (normal(*shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None] + 1).to(
+        dtype
+    )  # each with a scale of its own
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(module(x), torch.cat([module(image[None]) for image in x]))
+    torch.set_num_threads(before)
+
+
 def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> None:
     weight, x = sparse(16, 64, NM(2, 4, 4)), normal(3, 64)
     module = VNMLinear(packed(weight, None, NM(2, 4, 4), bits=32))
