@@ -180,7 +180,7 @@ def test_lowering_finds_the_codes_that_were_trained(ema: float, run: Callable[..
         pytest.skip("no compiled kernels")
     weight: Any = VNMInt8().build(unit).packed  # type: ignore[union-attr]
     found, scale = quantised(layer.weight.detach(), torch.int8)
-    assert torch.equal(weight.scale, scale.flatten())
+    assert torch.equal(weight.parts.scale, scale.flatten())
     assert torch.equal(found.float() * scale, layer.weight.detach())
 
 
