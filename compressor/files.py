@@ -106,14 +106,19 @@ def recover_all(folder: Path) -> None:
         recover(folder / path.name.removeprefix(".old-"))
 
 
-def recover(target: Path) -> None:
-    """Put back the folder that a writer was about to replace when it died, where there is none at `target` because of that."""
+def recover(target: Path) -> bool:
+    """Put back the folder that a writer was about to replace when it died, where there is none at `target` because of that.
+
+    True where there was none, and there was one when the writers had let go of `target`.
+    """
     with suppress(
         OSError, CompressorError
     ):  # nothing to be done where nothing may be written: readers say what is missing
         if not target.exists() and _replaced(target).is_dir():
             with _locked(_beside(target), target, _PATIENCE):
                 _restore(target)
+                return target.exists()
+    return False
 
 
 def refuse_full(path: Path, needs: int, what: str = "it") -> None:

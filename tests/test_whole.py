@@ -221,6 +221,46 @@ def test_savers_of_one_path_take_turns_and_readers_always_find_a_whole_model(tmp
     assert [found.name for found in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("left", ["by the reader", "by its writer"])
+def test_a_reader_that_missed_a_folder_which_was_put_back_looks_again(tmp_path, monkeypatch, left) -> None:
+    """A writer dies between its two renames, and the folder that comes back is the one that was there."""
+    model, path = pruned(0), tmp_path / "model"
+    compressor.save(path, *model)
+    time.sleep(0.05)  # a file system's clock may be as coarse as 10 ms
+    verify, away = saving.model.verify, tmp_path / ".old-model"
+
+    def meanwhile(folder: Path, needs) -> None:
+        monkeypatch.setattr(saving.model, "verify", verify)
+        path.rename(away)
+        try:
+            verify(folder, needs)
+        finally:
+            if left == "by its writer":
+                away.rename(path)
+
+    monkeypatch.setattr(saving.model, "verify", meanwhile)
+    assert number(path, [model]) == 0
+    assert [found.name for found in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("given", ["the model", "its directory"])
+def test_a_reader_that_looks_while_a_folder_is_away_looks_again(tmp_path, monkeypatch, given) -> None:
+    model, path = pruned(0), tmp_path / "model"
+    compressor.save(path, *model)
+    recover = saving.model.recover
+
+    def meanwhile(folder: Path) -> bool:
+        result = recover(folder)
+        if folder == path:
+            monkeypatch.setattr(saving.model, "recover", recover)
+            path.rename(tmp_path / ".old-model")
+        return result
+
+    monkeypatch.setattr(saving.model, "recover", meanwhile)
+    assert number(path if given == "the model" else tmp_path, [model]) == 0
+    assert [found.name for found in tmp_path.iterdir()] == ["model"]
+
+
 # --- Who may write. ---
 
 

@@ -137,18 +137,22 @@ def load(path: str | Path, model: nn.Module | None = None, *, revision: str | No
         try:
             return _loaded(folder, model)
         except CompressorError:
-            recover(folder)
-            if (now := _identity(folder)) is None or now == before:
-                raise  # else another process replaced the folder meanwhile: what was read is of two models
+            replaced, former, folder = recover(folder), folder, model_folder(Path(path))
+            if not replaced and folder == former and _identity(folder) == before:
+                raise  # else another process replaced the folder meanwhile: what was read is of two models, or of none
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of the same name; None where there is none."""
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from another one of the same name; None where there is none.
+
+    With the time of its last renaming: one that was away and was put back is the same, and may have been missed meanwhile; and
+    a new folder may have the number of one that is gone.
+    """
     try:
         found = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
