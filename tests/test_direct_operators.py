@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +142,7 @@ def test_nothing_to_do_is_done() -> None:
     assert operators.vnm_conv_direct(
         torch.empty(0, 8, 5, 4), packed(16, 8, 3, 3).packed, torch.empty(0), 16, 3, 1, 1
     ).shape == (0, 16, 5, 4)
+    assert operators.vnm_linear_direct(torch.empty(2, 0, 8), w.packed, 16).stride() == torch.empty(2, 0, 16).stride()
 
 
 def changed(w: KernelWeight, place: int, number: int) -> Tensor:
@@ -152,6 +157,7 @@ NUMBERS = [
     *[(2, 32), (3, 16), (4, 16), (5, 81), (7, 0), (8, 3), (10, 2), (10, 3), (10, 7), (12, 0)],
     *[(place, number) for place in range(13, 19) for number in (-64, 8, 190, 2**20, 2**62)],  # where its parts are
     *[(13, 0), (14, 0)],
+    (19, 0x7FC00001),  # what a cast to fp64 and back makes of it
 ]
 
 
@@ -191,6 +197,8 @@ def test_convolutions_refuse_what_does_not_fit() -> None:
     for where in ((3, 0, 1), (3, 4, 1), (3, 1, 3), (3, 1, -1), (5, 1, 1), (9, 1, 1), (2**40, 1, 1)):
         with pytest.raises(RuntimeError):
             operators.vnm_conv_direct(x, w.packed, x, 16, *where)
+    with pytest.raises(RuntimeError, match="these sizes"):
+        operators.vnm_conv_direct(x[:, :, :0], w.packed, x, 16, 3, 1, 2)
     with pytest.raises(RuntimeError):
         operators.vnm_conv_direct(torch.randn(2, 8, 2, 2), w.packed, x, 16, 3, 1, 0)
     whole = packed(16, 8, 3, 3, lanes=Lanes.BYTES)
@@ -250,6 +258,48 @@ def test_a_weight_is_what_it_holds_also_after_it_was_copied_or_read_again() -> N
     again = copy.deepcopy(one).bfloat16().float()  # which no number outlives
     with pytest.raises(RuntimeError, match="not as its numbers say"):
         operators.vnm_linear_direct(x, again.packed.packed, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("kind", ["linear", "clustered", "pair", "conv"])
+@torch.no_grad()
+def test_a_layer_that_was_cast_there_and_back_is_refused(kind: str, lanes: Lanes, dtype: torch.dtype) -> None:
+    """Some of its lanes are other numbers then, in every dtype: those of fp64 too, where a lane reads as a signalling NaN."""
+    layer, x = layers(lanes)[kind]
+    layer(x)
+    cast = layer.to(dtype).float()
+    with pytest.raises(CompressorError, match="was cast"):
+        cast(x)
+    with pytest.raises(RuntimeError, match=r"was cast|not as its numbers say"):
+        compiled(cast)[0](x)
+
+
+ELSEWHERE = """
+import pickle, sys
+import torch
+from compressor.lower import vnm_kernels
+layer = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(3, 8))
+print(vnm_kernels.kernels.cache_info().currsize, vnm_kernels.import_module("compressor.lower._vnm").level())
+"""
+
+
+def test_a_process_that_runs_only_what_was_compiled_takes_the_level_that_it_was_told(tmp_path: Path) -> None:
+    file = tmp_path / "layer"
+    file.write_bytes(pickle.dumps(VNMLinear(packed(16, 8))))
+    told = {**os.environ, "COMPRESSOR_CPU_LEVEL": "portable"}
+    ran = subprocess.run([sys.executable, "-c", ELSEWHERE, file], env=told, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["0", "portable"]
+    wrong = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, file],
+        env={**told, "COMPRESSOR_CPU_LEVEL": "mmx"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode and "COMPRESSOR_CPU_LEVEL" in wrong.stderr
 
 
 def test_they_are_given_to_torch_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from compressor import CompressorError
 from compressor.lower import Unit, vnm_kernels
@@ -307,9 +309,55 @@ def test_a_state_of_another_packing_is_refused() -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 64), pattern)
     one, other = (KernelWeight(weight, None, pattern, block=block) for block in (32, 64))
+    before = other.packed.clone()
     with pytest.raises(CompressorError, match="lowered otherwise"):
         other.load_state_dict(one.state_dict())
+    assert torch.equal(other.packed.view(torch.int32), before.view(torch.int32))
     other.load_state_dict(other.state_dict())
+
+
+def test_a_state_with_other_parts_of_the_same_size_is_refused() -> None:
+    """A bias read as the places of rows would be written to anywhere."""
+    weight, bias = sparse((16, 32), NM(2, 4, 4)), normal(16)
+    one = KernelWeight(weight, bias, NM(2, 4, 4), block=32)
+    other = KernelWeight(weight, None, Clustered(2, 4, 4), block=32)
+    assert one.packed.shape == other.packed.shape and one.layout == other.layout
+    for target, source in ((one, other), (other, one)):
+        with pytest.raises(CompressorError, match="lowered otherwise"):
+            target.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("part", ["index", "order"])
+def test_a_state_whose_places_lead_outside_is_refused(part: str) -> None:
+    pattern = Clustered(2, 4, 4)
+    weight = KernelWeight(sparse((16, 32), NM(2, 4, 4)), None, pattern, block=32)
+    state = copy.deepcopy(weight).state_dict()
+    other = copy.deepcopy(weight)
+    other.load_state_dict(state)
+    getattr(other.parts, part)[3] = 32
+    with pytest.raises(CompressorError, match="not as its numbers say"):
+        weight.load_state_dict(other.state_dict())
+
+
+def test_what_a_mode_of_torch_makes_of_a_weight_is_not_kept() -> None:
+    weight = KernelWeight(sparse((16, 32), NM(2, 4, 4)), None, NM(2, 4, 4), block=32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(weight.parts.values, FakeTensor)
+    assert not isinstance(weight.parts.values, FakeTensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_weight_is_packed_whatever_torch_makes_by_default(dtype: torch.dtype) -> None:
+    pattern = NM(2, 4, 4)
+    weight = sparse((16, 32), pattern)
+    wanted = KernelWeight(weight, None, pattern, block=32).packed
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = KernelWeight(weight, None, pattern, block=32).packed
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -57,22 +57,25 @@ static int make_tensor(int64_t dims, const int64_t *sizes, const int64_t *stride
 /* The same whose entries follow each other. */
 static int make_alike(int64_t dims, const int64_t *sizes, int32_t dtype, value *handle, void **data) {
     int64_t strides[DIMS], entries = 1;
-    for (int64_t i = dims - 1; i >= 0; i--) strides[i] = entries, entries *= sizes[i];
+    for (int64_t i = dims - 1; i >= 0; i--) strides[i] = entries, entries *= sizes[i] > 1 ? sizes[i] : 1; /* as torch has them */
     return make_tensor(dims, sizes, strides, dtype, handle, data);
 }
 
 /* A weight in one buffer, as vnm_weight.py lays it out: numbers of 64 bits, and what they say lies where, in bytes. */
-enum { PACKED = 0x314d4e56, NUMBERS = 24, PARTS = 6, LINE = 64 };
+enum { PACKED = 0x314d4e56, UNCAST = 0x7f800001, NUMBERS = 24, PARTS = 6, LINE = 64 };
 
 static const char *weight_of(value handle, const level *how, matrix *m, int *vectors) {
     static const char *const other = "a packed weight is not as its numbers say. Lower the dense model again.";
+    static const char *const moved = "a lowered model was cast or moved. Lower the dense model again instead.";
     tensor t;
     if (!read_tensor(handle, &t) || t.dtype != torch.float32() || !t.together || t.entries < 2 * NUMBERS)
-        return "a lowered model was cast or moved. Lower the dense model again instead.";
+        return moved;
     const int64_t *n = t.data, size = 4 * t.entries, *at = n + 13;
     const char *base = t.data;
     if (n[0] != PACKED || n[1] != size)
         return other;
+    if (at[PARTS] != UNCAST) /* a cast there and back */
+        return moved;
     for (int i = 2; i < 13; i++)
         if (n[i] < 0 || n[i] > INT32_MAX)
             return other;
@@ -126,10 +129,9 @@ static const char *run_direct(job *j, int matrices, const level *how, tensor *x,
     j->x = x->data, j->half = x->dtype == torch.bfloat16();
     if (torch.threads(&threads) || !make_alike(x->dims, sizes, x->dtype, result, &j->y))
         return no_memory;
-    int64_t entries = x->entries;
-    for (int i = 0; i < x->dims; i++) entries *= sizes[i] != 0;
-    if (entries == 0)
-        return NULL;
+    for (int i = 0; i < x->dims; i++)
+        if (sizes[i] == 0)
+            return NULL;
     const char *fault = wrong_job(j, matrices, (int)threads);
     if (fault != NULL)
         return fault;
@@ -237,13 +239,14 @@ static const struct {
 /* Registers them, once; whether they are. */
 static int serve(void *const *functions) {
     static void *library; /* for as long as the process lives */
+    static int all;
     if (library != NULL)
-        return 1;
+        return all;
     memcpy(&torch, functions, sizeof torch);
     if (torch.library("compressor", "CPU", __FILE__, __LINE__, &library) || library == NULL)
         return 0;
     for (size_t i = 0; i < sizeof direct / sizeof *direct; i++)
         if (torch.implement(library, direct[i].name, direct[i].function))
             return 0;
-    return 1;
+    return all = 1;
 }

@@ -35,6 +35,10 @@ _TORCH = (
 @cache
 def kernels() -> tuple[ModuleType | None, str | None]:
     """The extension, ready to run on torch's own threads, and what there is to say about it: why it is missing, or slow."""
+    return _ready()
+
+
+def _ready() -> tuple[ModuleType | None, str | None]:
     try:
         _vnm = import_module("compressor.lower._vnm")
     except ImportError as error:
@@ -53,13 +57,14 @@ def kernels() -> tuple[ModuleType | None, str | None]:
 
 
 def served() -> bool:
-    """Gives torch the extension's own operators, and says whether it has them now."""
+    """Gives torch the extension's own operators, and says whether it has them now: they run as `kernels` would have them, and nothing
+    else need be called in a process that only runs what was compiled."""
     try:
-        _vnm = import_module("compressor.lower._vnm")
-    except ImportError:
+        extension, _ = _ready()  # and again when `kernels` is asked: the level may be set until then
+    except CompressorError:  # a level that there is not: the operators in Python say so when they run
         return False
     functions = [_of_torch(name) for name in _TORCH]
-    return all(functions) and hasattr(_vnm, "serve") and bool(_vnm.serve(*functions))
+    return extension is not None and all(functions) and bool(extension.serve(*functions))
 
 
 def _of_torch(name: str) -> int:

@@ -98,7 +98,10 @@ class Parts:
 
 _PACKED = 0x314D4E56
 _NUMBERS = 24
-"""Whole numbers of 64 bits that a packed weight begins with: what it is, its bytes, its layout, its tile, where its parts begin."""
+"""Whole numbers of 64 bits that a packed weight begins with: what it is, its bytes, its layout, its tile, where its parts begin, and
+_UNCAST."""
+_UNCAST = 0x7F800001
+"""A signalling NaN where fp32 is read: no cast there and back leaves it as it is."""
 _LINE = 64
 """Bytes of a line of the cache: parts begin with one."""
 
@@ -117,6 +120,11 @@ class _Span(NamedTuple):
         return lanes[: self.shape.numel()].view(self.shape)
 
 
+def _numbers(packed: Tensor) -> list[int]:
+    """What a packed weight begins with."""
+    return packed[: 2 * _NUMBERS].clone().view(torch.int64).tolist()  # a copy begins with whole words
+
+
 def _in_one(layout: Layout, tile: int, parts: Sequence[Tensor | None]) -> tuple[Tensor, tuple[_Span | None, ...]]:
     """The parts in one tensor, which is of fp32 in name alone, so that a cast of the model is seen; and where each lies."""
     spans: list[_Span | None] = []
@@ -126,9 +134,9 @@ def _in_one(layout: Layout, tile: int, parts: Sequence[Tensor | None]) -> tuple[
         end = end if part is None else begin + part.numel() * part.element_size()
         spans.append(None if part is None else _Span(begin, end, part.dtype, part.shape))
     size = -(-end // _LINE) * _LINE
-    packed = torch.zeros(size // 4)
+    packed = torch.zeros(size // 4, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
     begins = [0 if span is None else span.begin for span in spans]
-    numbers = torch.tensor([_PACKED, size, *layout, tile, *begins], dtype=torch.int64)
+    numbers = torch.tensor([_PACKED, size, *layout, tile, *begins, _UNCAST], dtype=torch.int64, device="cpu")
     packed[: 2 * len(numbers)].view(torch.int64).copy_(numbers)
     for part, span in zip(parts, spans, strict=True):
         if part is not None and span is not None:
@@ -206,6 +214,7 @@ class KernelWeight(nn.Module):
             total,
         )
         packed, self._spans = _in_one(self.layout, tile, parts)
+        self._begins_with = _numbers(packed)
         self.register_buffer("packed", packed)
         self._seen: tuple[Tensor, Parts] | None = None
 
@@ -218,13 +227,20 @@ class KernelWeight(nn.Module):
         if torch.compiler.is_compiling():  # which sees what is done here, and not what was done before
             return self._views()
         if self._seen is None or self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
-            self._seen = (self.packed, self._views())
+            views = self._views()
+            if not (
+                _is_here(self.packed) and _is_here(views.values)
+            ):  # what a mode of torch's makes of it is not to be kept
+                return views
+            self._refuse_other(self.packed)
+            self._seen = (self.packed, views)
         return self._seen[1]
 
-    def _views(self) -> Parts:
-        if self.packed.dtype != torch.float32:
+    def _views(self, packed: Tensor | None = None) -> Parts:
+        packed = self.packed if packed is None else packed
+        if packed.dtype != torch.float32:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
-        parts: list[Any] = [None if span is None else span.of(self.packed) for span in self._spans]
+        parts: list[Any] = [None if span is None else span.of(packed) for span in self._spans]
         return Parts(*parts)
 
     @property
@@ -238,13 +254,32 @@ class KernelWeight(nn.Module):
         p = self.parts
         return p.values, p.index, p.bias, p.order, p.scale, p.total, self.numbers
 
-    def get_extra_state(self) -> Tensor:
-        """How the values lie: a state of other numbers is none of this module's, whatever its shapes."""
-        return torch.tensor(self.layout)
+    def _refuse_other(self, packed: Tensor) -> None:
+        """Raise CompressorError unless `packed` is laid out as this weight is, and leads nowhere outside of it."""
+        again = "Lower the dense model again instead."
+        if packed.dtype != torch.float32:
+            raise CompressorError("a lowered model was cast", again)
+        numbers = _numbers(packed) if packed.shape == self.packed.shape else []
+        if numbers != self._begins_with:
+            cast = numbers and _UNCAST not in numbers
+            raise CompressorError("a lowered model was cast" if cast else "a state of a model lowered otherwise", again)
+        views, layout = self._views(packed), self.layout
+        panel = layout.block // layout.group * layout.rows
+        rows = None if views.order is None else views.order.sort().values.tolist()
+        if int(views.index.to(torch.int32).max()) >= panel or rows not in (None, list(range(layout.out))):
+            raise CompressorError("a packed weight is not as its numbers say", again)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        if tuple(state.tolist()) != self.layout:
-            raise CompressorError("a state of a model lowered otherwise", "Lower the dense model again instead.")
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}packed")
+        if _is_here(given):
+            self._refuse_other(given)  # before it is copied over what is here
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._seen = None
+
+
+def _is_here(given: Any) -> bool:
+    """Whether it is a tensor whose numbers can be read: none of a compiler's or a tracer's, on no other device."""
+    return type(given) is Tensor and given.device.type == "cpu"
 
 
 def _kept(weight: Tensor, codes: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
@@ -324,7 +359,7 @@ def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[
     for start in range(0, at.shape[1], groups):
         some = slice(start, start + groups)
         here = at[:, some]
-        group = torch.arange(here.shape[1])[None, :, None]
+        group = torch.arange(here.shape[1], device=here.device)[None, :, None]
         if lanes == Lanes.BYTES:
             rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
             values.append(_byte_lanes(kept[:, :, some]))
