@@ -73,10 +73,20 @@ def _rows(n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
 
 def as_taken(inputs: Any, module: nn.Module) -> Any:
     """An adapter's `inputs` as a `module` in half precision takes them: what has two or more dims in its dtype, as pipelines do it."""
-    dtype = next((value.dtype for value in module.parameters() if value.dim() > 1), torch.float32)
+    dtype = next((value.dtype for value in _parameters(module) if value.dim() > 1), torch.float32)
     if dtype not in (torch.float16, torch.bfloat16):
         return inputs
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of `module` in their order, without the names that torch makes on its way: this is asked in every call, and of a lowered
+    model nearly all parts have none."""
+    left = [module]
+    while left:
+        part = left.pop()
+        yield from (value for value in part._parameters.values() if value is not None)
+        left += (inner for inner in reversed(part._modules.values()) if inner is not None)
 
 
 @dataclass(frozen=True, eq=False)

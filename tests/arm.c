@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
+int omp_get_thread_num(void);
 
 /* A PyObject here is an int64_t; the rest of Python.h's functions are never called, and left undefined. */
 PyObject *PyExc_TypeError, *PyExc_ValueError, _Py_NoneStruct;
@@ -74,7 +75,7 @@ static void do_job(void) {
 }
 
 int main(void) {
-    parallel = GOMP_parallel;
+    parallel = GOMP_parallel, number_of_thread = omp_get_thread_num;
     pthread_key_create(&buffers, free);
     for (int i = 0; i < LEVELS; i++) answer(runs_here(levels[i].name) ? levels[i].name : "");
     for (answer(NULL);;) { /* an empty name ends the list */

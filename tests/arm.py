@@ -73,7 +73,7 @@ class Emulated:
         self._level = name
         self._send(struct.pack("<q", self._names.index(name)))
 
-    def set_parallel(self, address: int) -> None:
+    def set_parallel(self, *addresses: int) -> None:
         """The program has its own OpenMP."""
 
     def run(self, *numbers: int) -> None:

@@ -116,6 +116,20 @@ def test_compiled_attention_gives_the_same_bits_and_strides(lanes: Lanes) -> Non
     assert "compressor.attention_direct" in seen
 
 
+@pytest.mark.parametrize("threads", [5, 40])
+@torch.no_grad()
+def test_every_part_is_done_once_by_more_threads_than_have_a_share_of_their_own(threads: int) -> None:
+    image, qkv = torch.randn(90, 12, 9, 7), torch.randn(9, 37, 3, 11, 8)
+    layer, attention_layer = VNMConv(packed(24, 12, 3, 3), 3), _Attention(Lanes.FLOATS)
+    before = torch.get_num_threads()
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        found.append((layer(image), attention_layer(qkv)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @torch.no_grad()
 def test_what_is_exported_runs_where_the_extension_gives_torch_nothing() -> None:
     layer, x = layers(Lanes.FLOATS)["linear"]

@@ -14,7 +14,7 @@ from torch import nn
 
 import compressor
 from compressor import CompressorError, registry
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, as_taken
 from compressor.files import read_json
 from compressor.plugins.depth import Depth
 from compressor.plugins.magnitude import Magnitude
@@ -42,6 +42,18 @@ CONDITIONED = {
 def pixart(dtype):
     torch.manual_seed(0)
     return diffusers.PixArtTransformer2DModel(**CONDITIONED).to(dtype)
+
+
+@pytest.mark.parametrize("first", [torch.float32, *HALF])
+@pytest.mark.parametrize("second", [torch.float32, *HALF])
+def test_inputs_are_in_the_dtype_of_the_first_weight_in_torchs_order(first, second):
+    inner = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4).to(first))
+    model = nn.Sequential(nn.Identity(), nn.ModuleDict({"a": inner, "b": nn.Linear(4, 4).to(second)}))
+    model.none = None
+    assert next(value.dtype for value in model.parameters() if value.dim() > 1) == first
+    images, times = as_taken((torch.randn(2, 4), torch.rand(2)), model)
+    assert images.dtype == first and times.dtype == torch.float32
+    assert as_taken(torch.randn(2, 4), nn.LayerNorm(4).bfloat16()).dtype == torch.float32
 
 
 def stored_bytes(folder):

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import compressor
 from compressor import CompressorError
 from compressor.lower import Unit, vnm_kernels
-from compressor.lower.vnm import VNM, VNMConv, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm import VNM, VNMConv, VNMDense, VNMLinear, VNMPair, kernels
 from compressor.lower.vnm_weight import KernelWeight
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
@@ -465,7 +466,8 @@ def test_the_runtime_is_torchs_own_where_there_is_another(tmp_path: Path) -> Non
         "Path(other).write_bytes(named.replace(b'libgomp.so.1', b'libgomq.so.1'))  # of its name there is one\n"
         "ctypes.CDLL(other)\n"
         "from compressor.lower import vnm_kernels\n"
-        "address, note = vnm_kernels._threads()\n"
+        "runtime, note = vnm_kernels._threads()\n"
+        "address = vnm_kernels._address(runtime, 'GOMP_parallel')\n"
         "spans = [(line.split()[0].split('-'), line.split()[-1]) for line in open('/proc/self/maps')]\n"
         "(where,) = [p for (low, high), p in spans if int(low, 16) <= address < int(high, 16)]\n"
         "print(note, where == own, any(p == other for _, p in spans))"
@@ -496,8 +498,8 @@ def test_where_torchs_runtime_is_not_clear_kernels_say_that_they_run_on_one_thre
 
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(Path, "read_text", read)
-    address, note = vnm_kernels._threads()
-    assert address == 0 and note is not None and said in note and note.endswith("the kernels run on one thread")
+    runtime, note = vnm_kernels._threads()
+    assert runtime is None and note is not None and said in note and note.endswith("the kernels run on one thread")
 
 
 def test_an_unknown_level_is_an_error_that_names_the_known_ones() -> None:
@@ -531,6 +533,32 @@ def test_a_stride_that_was_set_to_a_number_is_refused_and_no_error() -> None:
 def test_convolutions_that_the_kernels_do_not_do_are_refused(layer: nn.Conv2d, reason: str) -> None:
     refusal = VNM().refusal(unit(layer, (1, 8, 6, 6), NM(2, 4, 4)))
     assert refusal is not None and reason in refusal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "out", "side", "stride", "padding"),
+    [(3, 40, 3, 1, 1), (4, 24, 2, 2, 0), (16, 7, 3, 1, "same"), (130, 3, 3, 2, 1), (5, 1, 7, 2, 3), (1, 1, 1, 1, 0)],
+)
+def test_dense_convolutions_of_few_channels_are_exact(
+    level: str, dtype: torch.dtype, channels: int, out: int, side: int, stride: int, padding: int | str
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, out, side, stride=stride, padding=padding)
+    one = unit(conv, (2, channels, 9, 13), None, dtype=dtype)
+    x = normal(2, channels, 9, 13).to(dtype)
+    assert VNMDense().refusal(one) is None and not VNMDense().skips_zeros
+    found = VNMDense().build(one)(x)
+    wanted = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride, padding)
+    assert found.dtype == dtype and error(found, wanted) < (EXACT if dtype == torch.float32 else HALF)
+
+
+def test_dense_convolutions_that_others_do_better_are_refused() -> None:
+    assert "17 channels" in str(VNMDense().refusal(unit(nn.Conv2d(17, 20, 3), (1, 17, 6, 6), None)))
+    assert "2 groups" in str(VNMDense().refusal(unit(nn.Conv2d(4, 8, 3, groups=2), (1, 4, 6, 6), None)))
+    assert "float64" in str(VNMDense().refusal(unit(nn.Conv2d(4, 8, 3), (1, 4, 6, 6), None, dtype=torch.float64)))
+    plan = compressor.lower(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(6, 4)), torch.randn(1, 3, 8, 8)).plan
+    assert [one.candidate("vnm-dense") is not None for one in plan.layers] == [True, False]
 
 
 def test_plain_2_4_is_refused_with_what_would_help() -> None:

@@ -43,6 +43,7 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.data": {"pictures-32"},
     "compressor.metrics": {"fd-pictures", "fd-scattering"},
     "compressor.backends": {
+        "vnm-dense",
         "vnm-int8",
         "vnm-w7a8",
         "vnm-w8a8",

@@ -70,6 +70,34 @@ typedef struct {
     const int32_t *order; /* where each row of the product goes; NULL: where it is */
 } matrix;
 
+/* What threads take part by part: each those of its own share first, which lie together, and then what is left of the others'. So a
+ * thread reads most of what it wrote in the layer before: caches of another core are slow to answer. */
+enum { QUEUES = 32 };
+typedef struct {
+    int64_t parts;
+    int count;
+    struct {
+        _Alignas(64) int64_t taken;
+    } of[QUEUES];
+} queues;
+
+static int (*number_of_thread)(void); /* the OpenMP runtime's omp_get_thread_num, or NULL */
+
+/* The next part for this thread; -1 where none is left. */
+static int64_t next_part(queues *all) {
+    int own = number_of_thread != NULL ? number_of_thread() : 0;
+    for (int i = 0; i < all->count; i++) {
+        int which = (own + i) % all->count;
+        int64_t begin = all->parts * which / all->count, end = all->parts * (which + 1) / all->count;
+        if (__atomic_load_n(&all->of[which].taken, __ATOMIC_RELAXED) >= end - begin)
+            continue;
+        int64_t part = begin + __atomic_fetch_add(&all->of[which].taken, 1, __ATOMIC_RELAXED);
+        if (part < end)
+            return part;
+    }
+    return -1;
+}
+
 typedef struct {
     const void *x;
     void *y;
@@ -85,7 +113,7 @@ typedef struct {
     int64_t tiles, per_image;
     int out_height, out_width, images_per_tile, vectors, failed;
     size_t scratch_bytes;
-    int64_t next;
+    queues *queues;
 } job;
 
 /* softmax(q k^T scale) v of every head of every image. `*_at`: how far apart images, heads and tokens lie. */
@@ -100,7 +128,7 @@ typedef struct {
     int64_t parts; /* of the queries of a head */
     float scale;
     int failed;
-    int64_t next;
+    queues *queues;
 } attention;
 
 /* One head's keys and values as its queries read them. */
@@ -353,25 +381,31 @@ static const level *chosen;
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* torch's GOMP_parallel, or NULL */
 
 /* `parts` parts of some work, on no more threads than there are parts. */
-static void on_threads(void (*work)(void *), void *what, int64_t parts, int threads) {
-    if (threads > 1 && parts > 1)
-        parallel(work, what, parts < threads ? (unsigned)parts : (unsigned)threads, 0);
+static void on_threads(void (*work)(void *), void *what, queues *all, int64_t parts, int threads) {
+    if (parts < threads)
+        threads = (int)parts;
+    all->parts = parts, all->count = threads < 1 ? 1 : threads < QUEUES ? threads : QUEUES;
+    for (int i = 0; i < all->count; i++) all->of[i].taken = 0;
+    if (threads > 1)
+        parallel(work, what, (unsigned)threads, 0);
     else
         work(what);
 }
 
 static int run(job *j, int threads, const level *how) {
     j->scratch_bytes = how->plan(j, threads);
-    j->next = j->failed = 0;
-    on_threads(how->work, j, j->tiles, threads);
+    queues all;
+    j->queues = &all, j->failed = 0;
+    on_threads(how->work, j, &all, j->tiles, threads);
     return j->failed;
 }
 
 static int attend(attention *a, int threads, const level *how) {
     int64_t heads = a->images * a->heads, few = (a->queries + 255) / 256;
     a->parts = heads >= 4 * threads ? 1 : (4 * threads + heads - 1) / heads < few ? (4 * threads + heads - 1) / heads : few;
-    a->next = a->failed = 0;
-    on_threads(how->attend, a, heads * a->parts, threads);
+    queues all;
+    a->queues = &all, a->failed = 0;
+    on_threads(how->attend, a, &all, heads * a->parts, threads);
     return a->failed;
 }
 
@@ -619,12 +653,17 @@ static PyObject *method_set_level(PyObject *self, PyObject *name) {
     Py_RETURN_NONE;
 }
 
-static PyObject *method_set_parallel(PyObject *self, PyObject *pointer) {
+static PyObject *method_set_parallel(PyObject *self, PyObject *const *a, Py_ssize_t count) {
     (void)self;
-    void *found = PyLong_AsVoidPtr(pointer);
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "set_parallel takes the addresses of two functions");
+        return NULL;
+    }
+    void *run_on_threads = address(a, 0), *number = address(a, 1);
     if (PyErr_Occurred())
         return NULL;
-    memcpy(&parallel, &found, sizeof found);
+    memcpy(&parallel, &run_on_threads, sizeof parallel);
+    memcpy(&number_of_thread, &number, sizeof number_of_thread);
     Py_RETURN_NONE;
 }
 
@@ -649,7 +688,8 @@ static PyMethodDef methods[] = {
     {"levels", method_levels, METH_NOARGS, "The instruction sets that this machine has, the best first."},
     {"level", method_level, METH_NOARGS, "The instruction set in use."},
     {"set_level", method_set_level, METH_O, "Use another instruction set; weights are packed for one."},
-    {"set_parallel", method_set_parallel, METH_O, "The address of the OpenMP runtime's GOMP_parallel; 0: one thread."},
+    {"set_parallel", (PyCFunction)(void (*)(void))method_set_parallel, METH_FASTCALL,
+     "The addresses of the OpenMP runtime's GOMP_parallel and omp_get_thread_num; 0: one thread."},
     {NULL, NULL, 0, NULL},
 };
 

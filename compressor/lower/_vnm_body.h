@@ -1325,10 +1325,7 @@ static void NAME(work)(void *argument) {
         j->failed = 1;
         return;
     }
-    for (;;) {
-        int64_t tile = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (tile >= j->tiles)
-            return;
+    for (int64_t tile; (tile = next_part(j->queues)) >= 0;) {
         if (j->kind == 2) {
             int64_t image = tile / j->per_image * j->images_per_tile, part = tile % j->per_image;
             int area = j->out_height * j->out_width, whole = NAME(vectors_of)(j, area);
@@ -1694,11 +1691,9 @@ static void NAME(attend)(void *argument) {
     h.value_inverse = h.value_scale + a->value_channels;
     h.mean = h.value_inverse + a->value_channels;
     int64_t vectors = (a->queries + VW - 1) / VW;
-    for (;;) {
-        int64_t next = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED), part = next % a->parts, which = next / a->parts % a->heads;
-        int64_t image = next / a->parts / a->heads, from = vectors * part / a->parts * VW, end = vectors * (part + 1) / a->parts * VW;
-        if (image >= a->images)
-            return;
+    for (int64_t next; (next = next_part(a->queues)) >= 0;) {
+        int64_t part = next % a->parts, which = next / a->parts % a->heads, image = next / a->parts / a->heads;
+        int64_t from = vectors * part / a->parts * VW, end = vectors * (part + 1) / a->parts * VW;
         end = end < a->queries ? end : a->queries;
         const float *q = a->q + image * a->q_at[0] + which * a->q_at[1];
         NAME(keys_and_values)(a, a->k + image * a->k_at[0] + which * a->k_at[1], a->v + image * a->v_at[0] + which * a->v_at[1], &h);

@@ -8,13 +8,14 @@ gather is a row pointer into a panel. `vnm_kernels` finds the kernels, `vnm_weig
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit, refuse_gradients
+from compressor.lower.backend import Backend, Kind, Unit, refuse_gradients
 from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, unavailable_without_vnni, version
 from compressor.lower.vnm_operators import HALF, direct
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
@@ -24,6 +25,7 @@ from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
 _LARGEST_SIDE = 7
+_FEW = 16
 
 
 def _operators() -> Any:
@@ -246,6 +248,28 @@ class VNMW8A8(VNMW7A8):
 
     def unavailable(self, device: torch.device) -> str | None:
         return unavailable_without_vnni(device, "vnm-w7a8")
+
+
+class VNMDense(VNM):
+    """Dense convolutions of few channels by the same kernels, fp32 and bf16: what oneDNN lays out anew there takes longer than the
+    products."""
+
+    name = "vnm-dense"
+    takes = frozenset({Kind.CONVOLUTION})
+    skips_zeros = False
+
+    def refusal(self, unit: Unit) -> str | None:
+        (layer,) = unit.layers
+        if unit.dtype not in HALF:
+            return f"the kernels take float32 and bfloat16, not {unit.dtype}"
+        if (fewest := min(layer.weight.shape[:2])) > _FEW:
+            return f"{fewest} channels and more on both sides: this is for up to {_FEW} on one, as a model's first and last layers have"
+        assert isinstance(layer, nn.Conv2d)
+        return _no_plain_convolution(layer)
+
+    def build(self, unit: Unit) -> nn.Module:
+        together = math.gcd(unit.layers[0].weight.shape[0], 8)
+        return super().build(replace(unit, patterns=(NM(1, 1, together),)))
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:

@@ -51,8 +51,8 @@ def _ready() -> tuple[ModuleType | None, str | None]:
             _vnm.set_level(level)
         except ValueError as error:
             raise CompressorError(f"{_LEVEL_VARIABLE}: {error}", f"It has {', '.join(_vnm.levels())}.") from error
-    address, note = _threads()
-    _vnm.set_parallel(address)
+    runtime, note = _threads()
+    _vnm.set_parallel(_address(runtime, "GOMP_parallel"), _address(runtime, "omp_get_thread_num"))
     return _vnm, note
 
 
@@ -63,37 +63,42 @@ def served() -> bool:
         extension, _ = _ready()  # and again when `kernels` is asked: the level may be set until then
     except CompressorError:  # a level that there is not: the operators in Python say so when they run
         return False
-    functions = [_of_torch(name) for name in _TORCH]
+    functions = [_address(_torch_library(), name) for name in _TORCH]
     return extension is not None and all(functions) and bool(extension.serve(*functions))
 
 
-def _of_torch(name: str) -> int:
-    """The address of a function of torch's library on CPUs, or of one that it was linked with; 0 where there is none."""
+def _torch_library() -> ctypes.CDLL | None:
+    """torch's library on CPUs."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    found = getattr(ctypes.CDLL(str(library)), name, None) if library.is_file() else None
+    return ctypes.CDLL(str(library)) if library.is_file() else None
+
+
+def _address(library: ctypes.CDLL | None, name: str) -> int:
+    """The address of a function of `library`, or of one that it was linked with; 0 where there is none."""
+    found = getattr(library, name, None)
     return 0 if found is None else ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
-def _threads() -> tuple[int, str | None]:
-    """The address of torch's own GOMP_parallel; 0, and the reason, where it is not clear which that is.
+def _threads() -> tuple[ctypes.CDLL | None, str | None]:
+    """What torch's own GOMP_parallel is found in; None, and the reason, where it is not clear which that is.
 
     Another runtime, as tokenizers bring, would have threads of its own, and the two sets would fight for the cores.
     """
-    if own := _of_torch("GOMP_parallel"):  # no other runtime can be found so
+    if _address(own := _torch_library(), "GOMP_parallel"):  # no other runtime can be found so
         return own, None
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0, "the loaded OpenMP runtime cannot be found on this system: the kernels run on one thread"
+        return None, "the loaded OpenMP runtime cannot be found on this system: the kernels run on one thread"
     mapped = {line.split(maxsplit=5)[-1] for line in lines if ".so" in line}
     runtimes = sorted(p for p in mapped if Path(p).name.startswith(("libgomp", "libomp", "libiomp")))
     if len(runtimes) != 1:
         found = "none" if not runtimes else ", ".join(runtimes)
-        return 0, f"torch's OpenMP runtime is not the only one in this process ({found}): the kernels run on one thread"
-    entry = getattr(ctypes.CDLL(runtimes[0]), "GOMP_parallel", None)
-    if entry is None:
-        return 0, f"{runtimes[0]} has no GOMP_parallel: the kernels run on one thread"
-    return ctypes.cast(entry, ctypes.c_void_p).value or 0, None
+        return None, f"torch's OpenMP runtime is not the only one in this process ({found}): the kernels run on one thread"
+    runtime = ctypes.CDLL(runtimes[0])
+    if not _address(runtime, "GOMP_parallel"):
+        return None, f"{runtimes[0]} has no GOMP_parallel: the kernels run on one thread"
+    return runtime, None
 
 
 def level() -> str:
