@@ -71,22 +71,38 @@ def _rows(n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
     return leaf[part] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
 
 
+_TAKES = "_compressor_takes"
+
+
 def as_taken(inputs: Any, module: nn.Module) -> Any:
     """An adapter's `inputs` as a `module` in half precision takes them: what has two or more dims in its dtype, as pipelines do it."""
-    dtype = next((value.dtype for value in _parameters(module) if value.dim() > 1), torch.float32)
+    dtype = dtype_taken(module, 2)
     if dtype not in (torch.float16, torch.bfloat16):
         return inputs
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
 
 
-def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of `module` in their order, without the names that torch makes on its way: this is asked in every call, and of a lowered
-    model nearly all parts have none."""
+def dtype_taken(module: nn.Module, dims: int = 0) -> torch.dtype | None:
+    """The dtype of the inputs of `module`: that of its first weight of `dims` (0 or 2) dims or more; None where it has none.
+
+    A lowered model was told it (`take_as`): its weights are no parameters any more. This is asked in every call, so it makes no names
+    of parameters on its way.
+    """
     left = [module]
     while left:
         part = left.pop()
-        yield from (value for value in part._parameters.values() if value is not None)
+        if (told := part.__dict__.get(_TAKES)) is not None:
+            return told[dims]  # type: ignore[no-any-return]
+        for value in part._parameters.values():
+            if value is not None and value.is_floating_point() and value.dim() >= dims:
+                return value.dtype
         left += (inner for inner in reversed(part._modules.values()) if inner is not None)
+    return None
+
+
+def take_as(module: nn.Module, model: nn.Module) -> None:
+    """Have `module`, whose weights are packed, take inputs as the `model` does that it was made of."""
+    module.__dict__[_TAKES] = {dims: dtype_taken(model, dims) for dims in (0, 2)}
 
 
 @dataclass(frozen=True, eq=False)

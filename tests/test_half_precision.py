@@ -16,6 +16,9 @@ import compressor
 from compressor import CompressorError, registry
 from compressor.adapter import Adapter, as_taken
 from compressor.files import read_json
+from compressor.lower.backend import Backend
+from compressor.lower.forms import built
+from compressor.lower.job import prepared
 from compressor.plugins.depth import Depth
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.obs import OBS
@@ -54,6 +57,43 @@ def test_inputs_are_in_the_dtype_of_the_first_weight_in_torchs_order(first, seco
     images, times = as_taken((torch.randn(2, 4), torch.rand(2)), model)
     assert images.dtype == first and times.dtype == torch.float32
     assert as_taken(torch.randn(2, 4), nn.LayerNorm(4).bfloat16()).dtype == torch.float32
+
+
+class Packed(Backend):
+    """The dense layer, its weights no parameters any more."""
+
+    name = "packed"
+    skips_zeros = False
+
+    def unavailable(self, device):
+        return None
+
+    def refusal(self, unit):
+        return None
+
+    def build(self, unit):
+        module = copy.deepcopy(unit.module)
+        for part in module.modules():
+            for name, value in list(part.named_parameters(recurse=False)):
+                delattr(part, name)
+                part.register_buffer(name, value.detach())
+        return module
+
+
+@pytest.mark.parametrize("name", ["uvit-digits", "ddpm-digits"])
+@torch.no_grad()
+def test_a_lowered_model_without_a_weight_left_takes_what_the_model_took(name):
+    """Every weight of it is packed, and none says in which dtype inputs are to be."""
+    torch.manual_seed(0)
+    adapter = registry.adapter(name)
+    model = adapter.build().eval().to(torch.bfloat16)
+    inputs = adapter.example_inputs(2)
+    job = prepared(model, inputs, [Packed()], None, adapter)
+    form = built(job, {one.at: "packed" for one in job.found})
+    wanted = adapter.predict(model, inputs)
+    found = adapter.predict(form, inputs)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+    assert as_taken(torch.randn(2, 4), torch.compile(form)).dtype == torch.bfloat16
 
 
 def stored_bytes(folder):

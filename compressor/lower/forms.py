@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, take_as
 from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
@@ -40,6 +40,8 @@ def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     for one in job.found:
         if (choice := choices.get(one.at, "eager")) != "eager":
             form = put(form, one.at, job.backend(choice).build(one.unit))
+    if set(choices.values()) - {"eager"}:
+        take_as(form, job.base)
     return form
 
 

@@ -263,7 +263,7 @@ class VNMDense(VNM):
         if unit.dtype not in HALF:
             return f"the kernels take float32 and bfloat16, not {unit.dtype}"
         if (fewest := min(layer.weight.shape[:2])) > _FEW:
-            return f"{fewest} channels and more on both sides: this is for up to {_FEW} on one, as a model's first and last layers have"
+            return f"{fewest} channels or more on both sides: this is for up to {_FEW} on one, as first and last layers have"
         assert isinstance(layer, nn.Conv2d)
         return _no_plain_convolution(layer)
 

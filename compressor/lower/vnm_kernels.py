@@ -94,7 +94,10 @@ def _threads() -> tuple[ctypes.CDLL | None, str | None]:
     runtimes = sorted(p for p in mapped if Path(p).name.startswith(("libgomp", "libomp", "libiomp")))
     if len(runtimes) != 1:
         found = "none" if not runtimes else ", ".join(runtimes)
-        return None, f"torch's OpenMP runtime is not the only one in this process ({found}): the kernels run on one thread"
+        return (
+            None,
+            f"torch's OpenMP runtime is not the only one in this process ({found}): the kernels run on one thread",
+        )
     runtime = ctypes.CDLL(runtimes[0])
     if not _address(runtime, "GOMP_parallel"):
         return None, f"{runtimes[0]} has no GOMP_parallel: the kernels run on one thread"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, dtype_taken
 from compressor.data.calls import Call, Recording, answer, joined
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
@@ -47,7 +47,7 @@ class CallsAdapter(Adapter):
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
         """The answers to all calls, one after another along dim 0."""
         stored = self.records.index.torch_dtype
-        own = next((value.dtype for value in module.parameters() if value.is_floating_point()), stored)
+        own = dtype_taken(module) or stored
 
         def here(tensor: Tensor) -> Tensor:  # trained in float32, a model takes half-precision records in float32
             return tensor.to(own) if tensor.dtype == stored != own else tensor
