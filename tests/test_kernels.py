@@ -324,8 +324,9 @@ def test_a_state_with_other_parts_of_the_same_size_is_refused() -> None:
     other = KernelWeight(weight, None, Clustered(2, 4, 4), block=32)
     assert one.packed.shape == other.packed.shape and one.layout == other.layout
     for target, source in ((one, other), (other, one)):
-        with pytest.raises(CompressorError, match="lowered otherwise"):
-            target.load_state_dict(source.state_dict())
+        for state in (source.state_dict(), {"packed": nn.Parameter(source.packed)}):
+            with pytest.raises(CompressorError, match="lowered otherwise"):
+                target.load_state_dict(state)
 
 
 @pytest.mark.parametrize("part", ["index", "order"])

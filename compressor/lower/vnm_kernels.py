@@ -63,7 +63,8 @@ def served() -> bool:
         extension, _ = _ready()  # and again when `kernels` is asked: the level may be set until then
     except CompressorError:  # a level that there is not: the operators in Python say so when they run
         return False
-    functions = [_address(_torch_library(), name) for name in _TORCH]
+    library = _torch_library()
+    functions = [_address(library, name) for name in _TORCH]
     return extension is not None and all(functions) and bool(extension.serve(*functions))
 
 

@@ -225,19 +225,16 @@ class KernelWeight(nn.Module):
     def parts(self) -> Parts:
         """What `packed` holds, as views of it. Raises CompressorError where the model was cast."""
         if torch.compiler.is_compiling():  # which sees what is done here, and not what was done before
-            return self._views()
+            return self._views(self.packed)
         if self._seen is None or self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
-            views = self._views()
-            if not (
-                _is_here(self.packed) and _is_here(views.values)
-            ):  # what a mode of torch's makes of it is not to be kept
-                return views
+            views = self._views(self.packed)
+            if not (_is_here(self.packed) and _is_here(views.values)):
+                return views  # what a mode of torch's makes of it is not to be kept
             self._refuse_other(self.packed)
             self._seen = (self.packed, views)
         return self._seen[1]
 
-    def _views(self, packed: Tensor | None = None) -> Parts:
-        packed = self.packed if packed is None else packed
+    def _views(self, packed: Tensor) -> Parts:
         if packed.dtype != torch.float32:
             raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
         parts: list[Any] = [None if span is None else span.of(packed) for span in self._spans]
@@ -279,7 +276,7 @@ class KernelWeight(nn.Module):
 
 def _is_here(given: Any) -> bool:
     """Whether it is a tensor whose numbers can be read: none of a compiler's or a tracer's, on no other device."""
-    return type(given) is Tensor and given.device.type == "cpu"
+    return type(given) in (Tensor, nn.Parameter) and given.device.type == "cpu"
 
 
 def _kept(weight: Tensor, codes: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
