@@ -198,33 +198,29 @@ def sway(result: dict[str, Any]) -> str:
 def tokens(result: dict[str, Any]) -> str:
     """Blocks of large models on whole images."""
     lines = [
-        "| model | eager, ms | best dense, ms | lowered, ms | over best dense | layers on sparse kernels |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| model | eager, ms | best dense, ms | lowered, ms | over best dense | layers on sparse kernels | memory, dense, MiB "
+        "| lowered by a plan, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     cells = result["cells"]
     for name, cell in cells.items():
         times, layers = cell["median_ms"], cell["layers"]
         dense = min(ms for form, ms in times.items() if form != "lowered")
+        memory = (cell["memory_mib"][form] for form in ("as it is", "lowered"))
+        taken = " | ".join(f"{one['now']:.0f} ({one['most']:.0f})" for one in memory)
         lines.append(
             f"| {name} | {times['eager']:.0f} | {dense:.0f} | {times['lowered']:.0f} | {cell['over the best dense']['lowered']:.2f}x "
-            f"| {layers.get('vnm', 0)} of {sum(layers.values()) - layers.get('attention', 0)} |"
+            f"| {layers.get('vnm', 0)} of {sum(layers.values()) - layers.get('attention', 0)} | {taken} |"
         )
     rounds = sorted({cell["rounds"] for cell in cells.values()})
-    memory = []
-    for name, cell in cells.items():
-        if (taken := cell.get("memory_mib")) is not None:
-            now, most = ([taken[form][what] for form in ("as it is", "lowered")] for what in ("now", "most"))
-            memory.append(
-                f"{name}: a process that holds the dense form takes {now[0]:.0f} MiB after two calls ({most[0]:.0f} at most), one "
-                f"that lowered it by a plan {now[1]:.0f} ({most[1]:.0f}), most of which Python and PyTorch take themselves. "
-            )
     return "\n".join(
         [
             *lines,
             "",
             f"{result['pattern']} by magnitude in the Linears of the blocks that read tokens; in turns, medians of "
             f"{' or '.join(map(str, rounds))} rounds, seed {result['seed']}, {result['threads']} threads; the best dense form is the "
-            f"best of PyTorch's, with this project's attention where that is faster. {''.join(memory)}{result['hardware']}; "
+            f"best of PyTorch's, with this project's attention where that is faster. Memory is that of a process of its own after two "
+            f"calls, in brackets at most, Python and PyTorch (some 550 MiB) in it. {result['hardware']}; "
             f"torch {result['versions']['torch']}. From `benchmarks/cpu/tokens.py`.",
         ]
     )
