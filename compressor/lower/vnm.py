@@ -146,8 +146,8 @@ class VNM(Backend):
         return kernels()[1] if device.type == "cpu" else None
 
     def refusal(self, unit: Unit) -> str | None:
-        if unit.dtype not in HALF:
-            return f"the kernels take float32 and bfloat16, not {unit.dtype}"
+        if reason := _other_dtype(unit):
+            return reason
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
             if pattern is None:
                 return "its weight obeys no N:M pattern"
@@ -260,8 +260,8 @@ class VNMDense(VNM):
 
     def refusal(self, unit: Unit) -> str | None:
         (layer,) = unit.layers
-        if unit.dtype not in HALF:
-            return f"the kernels take float32 and bfloat16, not {unit.dtype}"
+        if reason := _other_dtype(unit):
+            return reason
         if (fewest := min(layer.weight.shape[:2])) > _FEW:
             return f"{fewest} channels or more on both sides: this is for up to {_FEW} on one, as first and last layers have"
         assert isinstance(layer, nn.Conv2d)
@@ -270,6 +270,10 @@ class VNMDense(VNM):
     def build(self, unit: Unit) -> nn.Module:
         together = math.gcd(unit.layers[0].weight.shape[0], 8)
         return super().build(replace(unit, patterns=(NM(1, 1, together),)))
+
+
+def _other_dtype(unit: Unit) -> str | None:
+    return None if unit.dtype in HALF else f"the kernels take float32 and bfloat16, not {unit.dtype}"
 
 
 def _no_plain_convolution(layer: nn.Conv2d) -> str | None:
