@@ -50,7 +50,7 @@ schema: $(STAMP)
 	$(BIN)/python -c "from compressor.report.compared import schema_text; print(schema_text(), end='')" > .schema.json
 	mv .schema.json compressor/report/schema.json
 
-# At every instruction set of this machine, and AVX-512 emulated.
+# At every instruction set of this machine, and AVX-512 and AVX-VNNI emulated.
 test-levels: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/levels.py -q
 

@@ -65,14 +65,19 @@ def opponents(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"Random weights, pruned by magnitude; in turns, medians of {_rounds(cells, 'rounds')} rounds, seed {cells[0]['seed']}, "
-            f"{result['threads']} threads; {result['hardware'].rpartition(',')[0]}, interquartile ranges of up to {spread:.0%} of the "
-            f"median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO {versions['openvino']}, NNCF "
-            f"{versions['nncf']}. 8 bits (7 of weights where those are faster) with `max_error` {cells[0]['max_error']:g}. In "
-            "brackets the error: the root mean square difference from the same weights in eager float32, in standard deviations "
+            f"{result['threads']} threads; {result['hardware'].rpartition(',')[0]}{_hiding(result)}, interquartile ranges of up to "
+            f"{spread:.0%} of the median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO "
+            f"{versions['openvino']}, NNCF {versions['nncf']}. 8 bits (7 of weights where those are faster) with `max_error` "
+            f"{cells[0]['max_error']:g}. In brackets the error: the root mean square difference from the same weights in eager "
+            "float32, in standard deviations "
             "of the output; none where it is rounding. "
             "From `benchmarks/cpu/opponents.py`.",
         ]
     )
+
+
+def _hiding(result: dict[str, Any]) -> str:
+    return f" ({result['hidden']} hidden from all of them)" if result.get("hidden") else ""
 
 
 def _form(name: str, cells: list[dict[str, Any]]) -> str:
@@ -105,16 +110,17 @@ def peaks(result: dict[str, Any]) -> str:
             f"{own['median_ms']:.2f} ms, {own['share_of_peak']:.0%}" for own in map(layer["forms"].__getitem__, forms)
         ]
         lines.append(f"| `{layer['layer']}`{more} | {shape} | {' | '.join(cells)} | {layer['memory_bound_ms']:.2f} |")
-    low, high = result["peak_gflops_quartiles"]
+    low, high = result["peaks_gflops_quartiles"]["floats"]
+    tops = result["peaks_gflops"]
     return "\n".join(
         [
             *lines,
             "",
-            "Shares are of the float32 multiply-adds that this machine does in registers, in the same round: "
-            f"{result['peak_gflops']:.0f} GFLOP/s on one thread (quartiles {low:.0f} and {high:.0f}). They count "
-            "what is really multiplied: half for 4:2:4. Kernels of 8 and 7 bits multiply whole numbers, of which AVX2 does more: of "
-            f"16 bits up to 1.57 times as many. Batch {result['batch']}, medians of {result['n']} rounds, seed {result['seed']}; "
-            f"{result['hardware'].rpartition(',')[0]}; memory is read at {result['read_gbytes_per_s']:.0f} GB/s. "
+            f"Kernels of the level `{result['level']}`. Shares are of the multiply-adds that this machine does in registers, in the "
+            f"same round, of what the kernel multiplies: {tops['floats']:.0f} GFLOP/s of float32 on a thread (quartiles {low:.0f} and "
+            f"{high:.0f}), {tops['words']:.0f} of 16-bit numbers (`vnm-int8`), {tops['bytes']:.0f} of bytes (`vnm-w7a8`, `vnm-w8a8`). "
+            f"They count what is really multiplied: half for 4:2:4. Batch {result['batch']}, medians of {result['n']} rounds, seed "
+            f"{result['seed']}; {result['hardware'].rpartition(',')[0]}; memory is read at {result['read_gbytes_per_s']:.0f} GB/s. "
             "From `benchmarks/cpu/roofline.py`.",
         ]
     )

@@ -3,12 +3,13 @@
     python benchmarks/quantised.py [--model uvit-digits] [--seeds 5]
 
 Forms that are judged, on the very same weights of a training:
-- `float32`: the weights that were trained in float32, in float32 arithmetic.
-- `8-bit kernels`: every layer with a mask run by `vnm-int8` (8-bit weights, whole numbers of up to 16 bits as inputs), the rest in
-  float32.
-- `7-bit kernels`: the same by `vnm-w7a8` (7-bit weights, 8-bit inputs); of weights that were trained in float32 alone.
-- `8-bit weights`, where the kernels do not take every layer with a mask: each weight under a mask in 8 bits per output row, in float32
-  arithmetic. Weights of `quantise: int8` are so already.
+- `float32`: float32 arithmetic; of weights that were trained in float32 alone.
+- `vnm-int8`: every layer with a mask in 8-bit weights and whole numbers of up to 16 bits as inputs, the rest in float32.
+- `vnm-w8a8`: in 8-bit weights and 8-bit inputs, where the processor takes them.
+- `vnm-w7a8`: in 7-bit weights and 8-bit inputs; of weights that were trained in float32 alone. Where there is `vnm-w8a8` it is not
+  chosen, and gives the same sums of whole numbers.
+Of the given dense model, which no such kernel takes: `8-bit weights`, each weight that a run would mask in 8 bits per output row, in
+float32 arithmetic.
 
 Each training and its judgements are a file in runs/quantised/ (trained models beside it), so that what is interrupted goes on. Writes
 benchmarks/results/quantised.json.
@@ -32,6 +33,8 @@ from compressor.comparison.statistics import summary
 from compressor.environment import environment
 from compressor.lower.job import prepared
 from compressor.lower.units import put
+from compressor.lower.vnm import VNMW7A8, VNMW8A8, VNMInt8
+from compressor.lower.vnm_kernels import VNNI, level
 from compressor.progress import result_of
 from compressor.quality import drift, evaluate
 from compressor.report.compared import Summary
@@ -45,8 +48,7 @@ MODELS = ("uvit-digits", "ddpm-digits")
 STEPS, SAMPLES = 300, 1797  # as many samples as real images
 TRAINED = {"float32": "none", "int8": "int8"}
 """Name of a training: its setting `quantise`."""
-KERNELS = {"8-bit kernels": "vnm-int8", "7-bit kernels": "vnm-w7a8"}
-"""Name of a form: the backend that runs it."""
+KERNELS = (VNMInt8(), VNMW8A8(), VNMW7A8())
 
 
 def recipe(model: str, seed: int, quantise: str) -> dict[str, Any]:
@@ -71,16 +73,17 @@ def rounded(model: nn.Module, masked: Mapping[str, Any]) -> nn.Module:
     return found
 
 
-def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], name: str) -> tuple[nn.Module, bool]:
-    """A copy in which the backend `name` runs the layers with a mask that it takes, and whether those are all of them."""
-    job = prepared(model, given.adapter.example_inputs(16), [name], None, given.adapter)
-    backend, taken = job.backend(name), set()
-    form = copy.deepcopy(job.base)
+def in_kernels(model: nn.Module, given: Inputs, masked: Mapping[str, Any], backend: VNMInt8) -> nn.Module:
+    """A copy in which `backend` runs every layer with a mask."""
+    job = prepared(model, given.adapter.example_inputs(16), [backend], None, given.adapter)
+    form, taken = copy.deepcopy(job.base), set()
     for one in job.found:
         if backend.refusal(one.unit) is None:
             form = put(form, one.at, backend.build(one.unit))
             taken |= set(one.weights)
-    return form, taken == set(masked)
+    if missing := set(masked) - taken:
+        raise RuntimeError(f"{backend.name} does not take {sorted(missing)}")
+    return form
 
 
 @torch.no_grad()
@@ -108,12 +111,12 @@ def cell(model: str, seed: int, training: str, folder: Path) -> dict[str, Any]:
     judge = Judge(given)
     result_of(judge.look())
     forms = {"float32": judged(judge, result.model)} if training == "float32" else {}
-    for form, backend in KERNELS.items() if training == "float32" else [("8-bit kernels", "vnm-int8")]:
-        lowered, whole = in_kernels(result.model, given, result.masks, backend)
-        if whole or form == "7-bit kernels":  # of 7 bits the other layers stay in float32, as in a lowered model
-            forms[form] = judged(judge, lowered)
-        else:
-            forms["8-bit weights"] = judged(judge, rounded(result.model, result.masks))
+    for backend in KERNELS:
+        if backend.products == "w8a8" and level() not in VNNI:
+            continue
+        if backend.products == "w7a8" and training == "int8":
+            continue
+        forms[backend.name] = judged(judge, in_kernels(result.model, given, result.masks, backend))
     own = {name: value for name, value in result.model.named_parameters() if name in result.masks}
     return {
         "model": model,
@@ -136,14 +139,24 @@ def dense(model: str) -> dict[str, Any]:
     return {"model": model, "training": "dense, as given", "weights_masked": len(masked), "forms": forms}
 
 
-_FORMS = (("float32", "float32"), ("float32", "8 bits"), ("float32", "7 bits"), ("int8", "8 bits"))
-"""How a model was trained, and what it was judged in: the float32 one first, which the others are held against."""
+_PLAIN = ("float32", "float32")
+"""What the others are held against."""
+_FORMS = {
+    _PLAIN: "float32",
+    ("float32", "vnm-int8"): "8, rounded after training",
+    ("float32", "vnm-w8a8"): "8, inputs in 8, rounded after training",
+    ("float32", "vnm-w7a8"): "7, inputs in 8, rounded after training",
+    ("int8", "vnm-int8"): "8, trained in 8 bits",
+    ("int8", "vnm-w8a8"): "8, inputs in 8, trained in 8 bits",
+}
+"""How a model was trained and what it was judged in: what that is called."""
+_DENSE = {"float32": "float32", "8-bit weights": "8-bit weights alone"}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Distances by seed, and the paired differences from 4:2:4 in float32; of the seeds that have both trainings."""
-    by_model = {model: _by_seed([row for row in result["rows"] if row["model"] == model]) for model in MODELS}
-    seeds = sorted({seed for cells in by_model.values() for seed in cells})
+    """Distances by seed, and the paired differences from 4:2:4 in float32."""
+    rows = [row for row in result["rows"] if "seed" in row]
+    seeds = sorted({row["seed"] for row in rows})
     titles = " | ".join(f"seed {seed}" for seed in seeds)
     lines = [
         f"| model | trained in | judged in | {titles} | fd-digits, mean | prediction error |",
@@ -153,58 +166,42 @@ def table(result: dict[str, Any]) -> str:
         "| model | few bits, against 4:2:4 in float32 | change of fd-digits | of the prediction error | n |",
         "|---|---|---:|---:|---:|",
     ]
-    for model, cells in by_model.items():
+    for model in MODELS:
         given = [row["forms"] for row in result["rows"] if row["model"] == model and "seed" not in row]
         for form, own in (pair for forms in given for pair in forms.items()):
-            start = f"| `{model}` | dense, as given | {'float32' if form == 'float32' else '8 bits'} | {' | ' * (len(seeds) - 1)}"
+            start = f"| `{model}` | dense, as given | {_DENSE[form]} | {' | ' * (len(seeds) - 1)}"
             lines.append(f"{start} | {own['fd-digits']:.2f} | {own['prediction_error']:.3%} |")
-        for trained, judged_in in _FORMS:
-            every = {seed: cell[trained, judged_in] for seed, cell in cells.items() if (trained, judged_in) in cell}
-            if not every:
+        plain = _by_seed(rows, model, *_PLAIN)
+        for (trained, form), called in _FORMS.items():
+            own = _by_seed(rows, model, trained, form)
+            if not own:
                 continue
-            values = " | ".join(f"{every[seed]['fd-digits']:.2f}" if seed in every else "—" for seed in seeds)
-            distance, error = (summary([own[name] for own in every.values()]) for name in _MEASURED)
-            start = f"| `{model}` | {trained} | {judged_in} | {values}"
+            values = " | ".join(f"{own[seed]['fd-digits']:.2f}" if seed in own else "—" for seed in seeds)
+            distance, error = (summary([one[name] for one in own.values()]) for name in _MEASURED)
+            start = f"| `{model}` | {trained} | {form if form == 'float32' else f'`{form}`'} | {values}"
             lines.append(f"{start} | {_with_interval(distance, '.2f')} | {error.mean:.3%} |")
-        for form, how in zip(
-            _FORMS[1:], ("8, rounded after training", "7, rounded after training", "8, trained in 8 bits"), strict=True
-        ):
-            pairs = [(cell[form], cell[_FORMS[0]]) for cell in cells.values() if form in cell]
-            if not pairs:
+            pairs = [(one, plain[seed]) for seed, one in own.items() if seed in plain]
+            if (trained, form) == _PLAIN or not pairs:
                 continue
             distance, error = (summary([a[name] - b[name] for a, b in pairs]) for name in _MEASURED)
             shown = f"{_with_interval(distance, '+.3f')} | {_with_interval(error, '+.4%')}"
-            changes.append(f"| `{model}` | {how} | {shown} | {len(pairs)} |")
+            changes.append(f"| `{model}` | {called} | {shown} | {len(pairs)} |")
     told = (
         f"`sparsedm` with `preset: best` at 4:2:4, {STEPS} steps for each; {SAMPLES:,} samples from the same noise, as many as real "
         "images. Lower is better; 95% intervals are Student's t over seeds, of differences paired by seed; each holds by itself. In "
-        "few bits are the layers whose weights have masks, in the kernels of `vnm-int8` and `vnm-w7a8` (of `ddpm-digits` all but "
-        "convolutions with a stride, which they did not take then); of dense models"
-        f"{_rounded_alone(result)} the same weights rounded, and multiplied in float32. "
-        f"{result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
+        "few bits are all layers whose weights have masks, in the kernels that are named; of dense models the same weights rounded, "
+        f"and multiplied in float32. {result['hardware']}; torch {result['versions']['torch']}. From `benchmarks/quantised.py`."
     )
     return "\n".join([*lines, "", *changes, "", told])
-
-
-def _rounded_alone(result: dict[str, Any]) -> str:
-    """The trainings that no kernel took when they were judged."""
-    rows = [row for row in result["rows"] if "seed" in row and "8-bit weights" in row["forms"]]
-    named = dict.fromkeys(f", and of `{row['model']}` trained in {row['training']}," for row in rows)
-    return "".join(named)
 
 
 _MEASURED = ("fd-digits", "prediction_error")
 
 
-def _by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[tuple[str, str], dict[str, float]]]:
-    """What was measured of each of _FORMS, by the seeds that have all of them, but for 7 bits."""
-    found: dict[int, dict[tuple[str, str], dict[str, float]]] = {}
-    for row in rows:
-        for form, value in row["forms"].items() if "seed" in row else ():
-            judged_in = {"float32": "float32", "7-bit kernels": "7 bits"}.get(form, "8 bits")
-            if form != "8-bit weights" or "8-bit kernels" not in row["forms"]:
-                found.setdefault(row["seed"], {})[row["training"], judged_in] = value
-    return {seed: cell for seed, cell in sorted(found.items()) if set(cell) >= set(_FORMS) - {("float32", "7 bits")}}
+def _by_seed(rows: list[dict[str, Any]], model: str, trained: str, form: str) -> dict[int, dict[str, float]]:
+    """What was measured of one form, by the seeds that have it."""
+    own = [row for row in rows if (row["model"], row["training"]) == (model, trained)]
+    return {row["seed"]: row["forms"][form] for row in own if form in row["forms"]}
 
 
 def _with_interval(found: Summary, form: str) -> str:

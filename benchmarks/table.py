@@ -351,6 +351,7 @@ TABLES = (
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "opponents-vnni", "opponents_cpu_vnni.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
+    ("docs/lowering.md", "peaks-avx2", "roofline_cpu_avx2.json", peaks),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,18 +20,22 @@ _PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy"
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions of Python and the packages that touch the numbers, the processor (or the GPU of `device`), the platform."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version(), **versions_of(_PACKAGES)}
     hardware = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _processor()
     return {
         "versions": versions,
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
     }
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are installed; torch's with its build (`2.14.1+cu130`), which its package may leave out."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = str(torch.__version__) if package == "torch" else version(package)
+    return found
 
 
 def _processor() -> str:

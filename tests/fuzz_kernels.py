@@ -3,8 +3,8 @@
     python tests/fuzz_kernels.py [--seconds 300] [--seed 0] [--only JOB]
 
 Every job is drawn from the seed and its number, so one that fails is repeated with `--only`. The kernels are those of
-`tests/levels.py`: every level of x86-64, AVX-512 emulated. Between right jobs come wrong ones: numbers that the kernels must
-refuse, whatever else they hold.
+`tests/levels.py`: every level of x86-64, AVX-512 and AVX-VNNI emulated. Between right jobs come wrong ones: numbers that the kernels
+must refuse, whatever else they hold.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ be emulated.
     python tests/levels.py [pytest's options]
 
 A machine's own levels are chosen by COMPRESSOR_CPU_LEVEL; the lowest also keeps PyTorch and oneDNN to what every x86-64 has.
-The AVX-512 kernels are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the
+The kernels of AVX-512 and AVX-VNNI are written with vectors that GCC can take apart, so they are compiled once more for AVX2, with the
 instructions for pairs, of bfloat16 and of whole numbers, and for bytes written out: their arithmetic, tails and layouts are
 tested, but not the instructions themselves.
 """
@@ -63,6 +63,19 @@ static inline i512 emulated_dpbusd_epi32(i512 sum, i512 a, i512 b) {
     for (int i = 0; i < 64; i++) sum[i / 4] += ((b512)a)[i] * (signed char)((b512)b)[i];
     return sum;
 }
+typedef int i256 __attribute__((vector_size(32)));
+/* Here vectors of 32 bytes are passed in memory, and in code for AVX2 in registers. */
+#define IN_PLACE static inline __attribute__((always_inline))
+IN_PLACE i256 emulated_vpdpwssd(i256 sum, i256 a, i256 b) {
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+typedef unsigned char b256 __attribute__((vector_size(32)));
+IN_PLACE i256 emulated_vpdpbusd(i256 sum, i256 a, i256 b) {
+    for (int i = 0; i < 32; i++) sum[i / 4] += ((b256)a)[i] * (signed char)((b256)b)[i];
+    return sum;
+}
+#define __builtin_ia32_vpdpwssd_v8si emulated_vpdpwssd
+#define __builtin_ia32_vpdpbusd_v8si emulated_vpdpbusd
 static inline f512 emulated_either(i512 first, f512 a, f512 b) { return (f512)(((i512)a & first) | ((i512)b & ~first)); }
 static inline f512 emulated_max_ps(f512 a, f512 b) { return emulated_either(a > b, a, b); } /* b where one is NaN */
 static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < b, a, b); }
@@ -86,8 +99,8 @@ static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < 
 def emulated(folder: Path, *options: str) -> Path:
     """Compile the kernels with every level of x86 made of AVX2, and the best one chosen; `options` are further ones of GCC."""
     code = (SOURCES / "_vnm.c").read_text(encoding="utf-8")
-    code = re.sub(r'target\("avx512[^"]*"\)', 'target("avx2,fma")', code)
-    code = re.sub(r'__builtin_cpu_supports\("avx512\w*"\)', "1", code)
+    code = re.sub(r'target\("(avx512|avx2,fma,avxvnni)[^"]*"\)', 'target("avx2,fma")', code)
+    code = re.sub(r'__builtin_cpu_supports\("avx(512\w*|vnni)"\)', "1", code)
     code = code.replace('"+x"', '"+m"').replace('"+v"', '"+m"')  # vectors of 64 bytes have no register
     code = code.replace("#define INLINE", BFLOAT16 + "#define INLINE", 1)
     (folder / "_vnm.c").write_text(code, encoding="utf-8")

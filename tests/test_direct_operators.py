@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.lower import vnm_operators
 from compressor.lower.vnm import VNMConv, VNMLinear, VNMPair
-from compressor.lower.vnm_kernels import kernels, level
+from compressor.lower.vnm_kernels import VNNI, kernels, level
 from compressor.lower.vnm_operators import attention
 from compressor.lower.vnm_weight import KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
@@ -107,8 +107,8 @@ def test_a_compiled_layer_gives_the_bits_of_the_same_one_line_by_line(
 @pytest.mark.parametrize("lanes", LANES)
 @torch.no_grad()
 def test_compiled_attention_gives_the_same_bits_and_strides(lanes: Lanes) -> None:
-    if lanes == Lanes.BYTES and "vnni" not in level() and "bf16" not in level():
-        pytest.skip("products of bytes need AVX-512 with VNNI")
+    if lanes == Lanes.BYTES and level() not in VNNI:
+        pytest.skip("products of bytes need VNNI")
     layer, x = _Attention(lanes), torch.randn(2, 37, 3, 4, 24)
     model, seen = compiled(layer)
     found, wanted = model(x), layer(x)

@@ -19,9 +19,15 @@ from ruamel.yaml import YAML
 
 import compressor
 from compressor import registry
+from compressor.environment import versions_of
 from compressor.runs import machine
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_the_version_of_torch_names_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.environment.version", lambda _: "1")  # as torch's package for CUDA says it
+    assert versions_of(["torch", "numpy"]) == {"torch": torch.__version__, "numpy": "1"}
 
 
 def test_doctor_says_what_runs_here_and_how_to_get_the_rest(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from compressor.sparsity.pattern import NM
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled kernels are not installed")
 
 
-VNNI = [name for name in LEVELS if name in ("avx512_bf16", "avx512_vnni")]
+VNNI = [name for name in LEVELS if name in ("avx512_bf16", "avx512_vnni", "avx_vnni")]
 """The levels that sum products of bytes in 32 bits."""
 BITS = (16, *([32] if VNNI else []))
 
@@ -235,14 +235,14 @@ def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> 
             module(x)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "avx512_vnni", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16"])
 def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
     monkeypatch.setattr("compressor.lower.vnm_kernels.level", lambda: name)
     seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMW7A8(), VNMW8A8()))
-    vnni = name in ("avx512_vnni", "avx512_bf16")
+    vnni = "vnni" in name or name == "avx512_bf16"
     assert (seven, eight)[vnni] is None
-    assert ("more exact" in str(seven)) == vnni and ("needs AVX-512" in str(eight)) != vnni
+    assert ("more exact" in str(seven)) == vnni and ("needs VNNI" in str(eight)) != vnni
     assert "cuda" in str(VNMW7A8().unavailable(torch.device("cuda")))
 
 

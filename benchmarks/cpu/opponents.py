@@ -12,6 +12,7 @@ standard deviations of the output. Cells of a former file stay unless they are m
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -31,6 +32,7 @@ from compressor.environment import environment
 from compressor.export.engines import engines
 from compressor.lower.forms import dense_forms
 from compressor.lower.job import lively
+from compressor.lower.vnm_kernels import level
 from compressor.sparsity.layers import select
 
 CELLS = {
@@ -133,8 +135,12 @@ def main(only: tuple[str, ...], rounds: int, max_error: float, compiled: bool, o
 
     facts: dict[str, Any] = environment(torch.device("cpu"))
     facts["versions"] |= {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
-    cells = json.loads(out.read_text())["cells"] if out is not None and out.exists() else {}
-    facts |= {"threads": torch.get_num_threads(), "cells": cells}
+    hidden = os.environ.get("BENCHMARK_HIDES")  # by without_avx512.py
+    facts |= {"threads": torch.get_num_threads(), "level": level(), "hidden": hidden}
+    former = json.loads(out.read_text()) if out is not None and out.exists() else {"cells": {}}
+    if differ := [name for name in ("hardware", "level", "hidden") if former.get(name, facts[name]) != facts[name]]:
+        raise click.UsageError(f"{out} was measured with another {' and '.join(differ)}: write to another file")
+    facts["cells"] = former["cells"]
     for cell in only or CELLS:
         facts["cells"][cell] = measured(cell, rounds, max_error, compiled)
         click.echo(json.dumps({cell: facts["cells"][cell]}, indent=1))

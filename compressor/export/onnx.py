@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter, to_device
+from compressor.environment import versions_of
 from compressor.errors import CompressorError, GateError, UsageError
 from compressor.export.graph import (
     OPSET,
@@ -170,7 +171,7 @@ def export_onnx(
         opset=OPSET,
         sha256=sha256,
         weights_sha256=digest,
-        versions={name: version(name) for name in ("torch", *PACKAGES)},
+        versions=versions_of(("torch", *PACKAGES)),
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
+from compressor.environment import versions_of
 from compressor.errors import CompressorError, GateError, UsageError
 from compressor.export.graph import (
     OPSET,
@@ -193,7 +194,7 @@ def _known(
         opset=OPSET,
         sha256=file_sha256(file),
         weights_sha256="",
-        versions={name: version(name) for name in ("torch", *PACKAGES)},
+        versions=versions_of(("torch", *PACKAGES)),
     )
 
 

@@ -290,15 +290,8 @@ INLINE shorts product_at(shorts a, const shorts *p) {
     return product;
 }
 #define NAME(x) x##_avx2
-#define VW 8
-#define R1 6
-#define R2 6
-#define R4 3
-#define R8 1
+#define HALF_AS_WIDE
 #define DOT 0
-#define MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
-#define MOST(a, b) (vi)__builtin_ia32_pmaxsd256((ints)(a), (ints)(b))
-#define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #define MADD(sum, a, b) ((sum) + (vi)__builtin_ia32_pmaddwd256((shorts)(a), (shorts)(b)))
 #define MADD_AT(sum, a, p) ((sum) + (vi)product_at((shorts)(a), (const shorts *)(p)))
 #define MADDUBS(a, b) (vs)__builtin_ia32_pmaddubsw256((chars)(a), (chars)(b))
@@ -306,6 +299,20 @@ INLINE shorts product_at(shorts a, const shorts *p) {
 #include "_vnm_body.h"
 #include "_vnm_undef.h"
 #pragma GCC pop_options
+
+#if __GNUC__ >= 12 /* beside older ones there are assemblers that do not know these instructions (binutils before 2.36) */
+#define AVX_VNNI
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avxvnni")
+#define NAME(x) x##_avx_vnni
+#define HALF_AS_WIDE
+#define DOT 0
+#define MADD(sum, a, b) (vi)__builtin_ia32_vpdpwssd_v8si((ints)(sum), (ints)(a), (ints)(b))
+#define DPBUSD(sum, a, b) (vi)__builtin_ia32_vpdpbusd_v8si((ints)(sum), (ints)(a), (ints)(b))
+#include "_vnm_body.h"
+#include "_vnm_undef.h"
+#pragma GCC pop_options
+#endif
 #endif
 
 #if defined(__aarch64__) /* every such processor has NEON, with 32 registers of four floats */
@@ -349,6 +356,9 @@ static const level levels[] = {
     {"avx512_bf16", plan_avx512_bf16, work_avx512_bf16, attend_avx512_bf16, 1, 1},
     {"avx512_vnni", plan_avx512_vnni, work_avx512_vnni, attend_avx512_vnni, 0, 1},
     {"avx512", plan_avx512, work_avx512, attend_avx512, 0, 0},
+#ifdef AVX_VNNI
+    {"avx_vnni", plan_avx_vnni, work_avx_vnni, attend_avx_vnni, 0, 1},
+#endif
     {"avx2", plan_avx2, work_avx2, attend_avx2, 0, 0},
 #elif defined(__aarch64__)
     {"neon", plan_neon, work_neon, attend_neon, 0, 0},
@@ -368,6 +378,10 @@ static int runs_here(const char *name) {
         return avx512 && __builtin_cpu_supports("avx512vnni");
     if (strcmp(name, "avx512") == 0)
         return avx512;
+#ifdef AVX_VNNI
+    if (strcmp(name, "avx_vnni") == 0)
+        return avx2 && __builtin_cpu_supports("avxvnni");
+#endif
     if (strcmp(name, "avx2") == 0)
         return avx2;
 #elif defined(__aarch64__)

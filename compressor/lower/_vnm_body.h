@@ -9,6 +9,7 @@
  *   MOST     (a, b): the larger of lanes of whole numbers; plain C where it is not defined
  *   HELD     a vector that is made now, and stays in its register
  *   WIDE     in place of VW, R1 to R8 and the larger and smaller of lanes: those of AVX-512; VNNI: its MADD and DPBUSD
+ *   HALF_AS_WIDE  the same of AVX2
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
@@ -27,6 +28,16 @@
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
+#endif
+#ifdef HALF_AS_WIDE
+#define VW 8
+#define R1 6
+#define R2 6
+#define R4 3
+#define R8 1
+#define MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define MOST(a, b) (vi)__builtin_ia32_pmaxsd256((ints)(a), (ints)(b))
+#define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #endif
 #ifdef VNNI
 #define MADD(sum, a, b) (vi)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(a), (__m512i)(b))

@@ -14,4 +14,5 @@
 #undef MIN
 #undef MOST
 #undef WIDE
+#undef HALF_AS_WIDE
 #undef VNNI

@@ -146,7 +146,7 @@ class VNMAttentionInt16(VNMAttention):
 
 
 class VNMAttentionInt8(VNMAttentionInt16):
-    """The same with queries and keys in 8 bits, on processors that sum products of bytes in 32: AVX-512 with VNNI."""
+    """The same with queries and keys in 8 bits, on processors that sum products of bytes in 32: with VNNI."""
 
     name = "attention-int8"
     products = "int8"

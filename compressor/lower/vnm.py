@@ -239,7 +239,8 @@ class VNMW7A8(VNMInt8):
 
 
 class VNMW8A8(VNMW7A8):
-    """The same with all 8 bits of weights, on processors that sum products of bytes in 32 bits: AVX-512 with VNNI."""
+    """The same with all 8 bits of weights, on processors that sum products of bytes in 32 bits: with VNNI, of AVX-512 or by
+    itself (AVX-VNNI)."""
 
     name = "vnm-w8a8"
     products = "w8a8"

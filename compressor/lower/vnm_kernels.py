@@ -18,7 +18,7 @@ import torch
 from compressor.errors import CompressorError
 
 _LEVEL_VARIABLE = "COMPRESSOR_CPU_LEVEL"
-VNNI = ("avx512_bf16", "avx512_vnni")
+VNNI = ("avx512_bf16", "avx512_vnni", "avx_vnni")
 """The levels that sum products of bytes in 32 bits."""
 
 
@@ -143,5 +143,5 @@ def unavailable(device: torch.device) -> str | None:
 def unavailable_without_vnni(device: torch.device, instead: str) -> str | None:
     """The same of kernels that sum products of bytes in 32 bits; `instead`: the backend for processors that do not."""
     if (reason := unavailable(device)) is None and level() not in VNNI:
-        return f"it needs AVX-512 with VNNI, and the kernels use {level()}: {instead} is for that"
+        return f"it needs VNNI (AVX-512's or AVX-VNNI), and the kernels use {level()}: {instead} is for that"
     return reason

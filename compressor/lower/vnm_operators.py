@@ -270,7 +270,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: La
     `lanes`: FLOATS, or in whole numbers. With CODES a query has a scale of its own, and all keys of a head have one, from the largest
     magnitude, and codes whose sum of products fits 31 bits, at most 16 of them; a channel of the values has a scale too, and codes up
     to 4,095, and a value's share of its query's largest is in 4,095ths. With BYTES codes of queries and keys are up to 127, and those
-    of keys are of what differs from their mean; this needs AVX-512 with VNNI, and is a ValueError elsewhere.
+    of keys are of what differs from their mean; this needs VNNI, and is a ValueError elsewhere.
     """
     operators: Any = torch.ops.compressor
     operator = operators.attention_direct if direct() else operators.attention

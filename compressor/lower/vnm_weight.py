@@ -153,7 +153,7 @@ class KernelWeight(nn.Module):
 
     With `lanes` CODES, weights are quantised to 8 bits per row (`quantised`), over all channels and kernel positions. Inputs get
     codes of up to `largest`, or of fewer where a sum of products could leave 32 bits otherwise. With BYTES it is
-    `quantised_for_bytes`, per row too, for sums in `bits` (16, or 32, which need AVX-512 with VNNI), and `total` [block][row] has the
+    `quantised_for_bytes`, per row too, for sums in `bits` (16, or 32, which need VNNI), and `total` [block][row] has the
     sums of a row's codes in the blocks before each one, and last in all.
     Raises CompressorError where the weight does not obey the pattern, or codes of 8 bits would be too large for 32-bit sums.
     """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor import registry
-from compressor.environment import environment, usable_cores
+from compressor.environment import environment, usable_cores, versions_of
 from compressor.errors import first_line
 from compressor.lower import cusparselt_library
 from compressor.lower.vnm_kernels import kernels
@@ -31,7 +31,8 @@ _FOR = {
 }
 _NOT_FOR_USERS = ("test", "lint", "docs", "screens")
 _FLAGS = (
-    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni"),
+    *("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "sve", "i8mm", "bf16"),
 )
 _INTERESTING = ("transformers", "onnxruntime", "openvino", "triton", "huggingface_hub", "peft")
@@ -44,7 +45,7 @@ def examined() -> dict[str, Any]:
     compiled, note = kernels()
     found: dict[str, Any] = {
         **facts,
-        "versions": facts["versions"] | _versions(_INTERESTING),
+        "versions": facts["versions"] | versions_of(_INTERESTING),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_sets": instruction_sets(_read("/proc/cpuinfo")),
@@ -154,17 +155,7 @@ def requires_of(package: str) -> list[str]:
 
 
 def _installed(package: str) -> bool:
-    return bool(_versions((package,)))
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return bool(versions_of((package,)))
 
 
 def _gpu(index: int) -> dict[str, Any]:
