@@ -69,9 +69,7 @@ def opponents(result: dict[str, Any]) -> str:
             f"{spread:.0%} of the median; torch {versions['torch']}, ONNX Runtime {versions['onnxruntime']}, OpenVINO "
             f"{versions['openvino']}, NNCF {versions['nncf']}. 8 bits (7 of weights where those are faster) with `max_error` "
             f"{cells[0]['max_error']:g}. In brackets the error: the root mean square difference from the same weights in eager "
-            "float32, in standard deviations "
-            "of the output; none where it is rounding. "
-            "From `benchmarks/cpu/opponents.py`.",
+            "float32, in standard deviations of the output; none where it is rounding. From `benchmarks/cpu/opponents.py`.",
         ]
     )
 

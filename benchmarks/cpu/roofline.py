@@ -34,9 +34,8 @@ from compressor.lower.job import Job, prepared
 from compressor.lower.units import Found
 from compressor.lower.vnm_kernels import level
 
-_MEMBERS = (
-    4  # layers of one kind that run one after the other, so that weights come from memory as they do in the model
-)
+_MEMBERS = 4
+"""Layers of one kind that run one after the other, so that weights come from memory as they do in the model."""
 
 _SOURCE = """
 #include <immintrin.h>
