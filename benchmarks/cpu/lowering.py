@@ -21,7 +21,10 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parents[2]
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "COMPRESSOR_CPU_LEVEL": "avx2"}
+AVX2 = {
+    **{"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    **{"TORCHINDUCTOR_CPP_MARCH": "x86-64-v3", "COMPRESSOR_CPU_LEVEL": "avx2"},
+}
 
 
 def cells() -> list[dict[str, Any]]:

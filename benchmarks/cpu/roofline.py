@@ -37,6 +37,9 @@ from compressor.lower.vnm_kernels import level
 _MEMBERS = 4
 """Layers of one kind that run one after the other, so that weights come from memory as they do in the model."""
 
+_WARM_UP = 2
+"""Rounds that count for nothing."""
+
 _SOURCE = """
 #include <immintrin.h>
 #ifdef __AVX512F__
@@ -143,16 +146,13 @@ def shares(
     kept = {name: operations(unit, job.backend(name).skips_zeros) for name in built}
     times: dict[str, list[float]] = {name: [] for name in built}
     tops = []
-    for number in range(rounds + 2):
-        top = peaks.once()
+    for _ in range(rounds + _WARM_UP):
+        tops.append(peaks.once())
         for name, members in built.items():
-            seconds = median([_seconds(partial(module, x)) for module in (*members, members[0])][1:])
-            if number >= 2:  # the first two warm up
-                times[name].append(seconds)
-        if number >= 2:
-            tops.append(top)
-    found = {}
-    for name, own in times.items():
+            times[name].append(median([_seconds(partial(module, x)) for module in (*members, members[0])][1:]))
+    found, tops = {}, tops[_WARM_UP:]
+    for name, every in times.items():
+        own = every[_WARM_UP:]
         rates = [kept[name] / seconds / 1e9 for seconds in own]
         what = _MULTIPLIED.get(name, "floats")
         of_peak = median(rate / top[what] for rate, top in zip(rates, tops, strict=True))

@@ -60,12 +60,6 @@ _LIBRARIES = {
     "onnxruntime": ("capi/onnxruntime_pybind11_state*.so",),
 }
 """Packages, and those of their libraries that ask the processor what it is."""
-_SETTINGS = {
-    **AVX2,
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
-    "BENCHMARK_HIDES": "AVX-512",
-}
 
 
 def hidden(library: Path) -> int:
@@ -113,7 +107,8 @@ def main(command: tuple[str, ...]) -> None:
         subprocess.run(["gcc", "-O2", "-D_GNU_SOURCE", "-shared", "-fPIC", source, "-o", handler], check=True)
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
         own = {
-            **_SETTINGS,
+            **AVX2,
+            "BENCHMARK_HIDES": "AVX-512",
             "LD_PRELOAD": str(handler),
             "PYTHONPATH": path,
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

@@ -14,15 +14,14 @@ import os
 import subprocess
 import time
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.environment import versions_of
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import cusparselt_library
 from compressor.lower.plan import Cache, Setting
@@ -206,10 +205,8 @@ def _is_algorithm(text: str) -> bool:
 
 
 def _setting(index: int) -> Setting:
-    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    versions["cusparselt"] = cusparselt_library.described()
-    with suppress(PackageNotFoundError):
-        versions["diffusion-compressor"] = version("diffusion-compressor")
+    versions = versions_of(("torch", "diffusion-compressor"))
+    versions |= {"cuda": str(torch.version.cuda), "cusparselt": cusparselt_library.described()}
     return Setting(device="cuda", hardware=torch.cuda.get_device_name(index), threads=1, versions=versions)
 
 
