@@ -11,7 +11,7 @@ TYPED := build/typed
 WORKERS := -n auto --maxprocesses 4 --dist loadgroup --max-worker-restart 0
 SHORT := --steps 20 --set train.batch_size=16 --set evaluate.samples=64 --set evaluate.bootstrap=10 --set evaluate.latency_rounds=3
 
-.PHONY: demo test test-slow lint docs look schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni wheel wheel-check
+.PHONY: demo test test-slow lint docs look schema test-levels test-arm fuzz fuzz-readers soak cycles test-nni test-lowest wheel wheel-check
 
 demo: $(CORE)
 	$(BIN)/compressor run --method sparsedm --set settings.preset=best --steps 400 --out runs/demo --overwrite
@@ -81,6 +81,13 @@ wheel: $(STAMP)
 # The one for this machine, in an empty environment without a compiler.
 wheel-check: wheel
 	$(BIN)/python wheels/check.py "$$(ls -t dist/*-manylinux_*_$$(uname -m).whl | head -1)"
+
+# With the oldest versions that are allowed. torch is the build for CUDA there, which says that there is no GPU.
+LOWEST := .venv-lowest/bin/python
+test-lowest:
+	test -x $(LOWEST) || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST) -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[test,onnx,datasets,lora,openvino,pipelines,torchao,trackers]"
+	HF_HUB_OFFLINE=1 $(LOWEST) -m pytest $(WORKERS) -m "not slow" -W "ignore:CUDA is not available" -W 'ignore:`clean_up_tokenization_spaces`'
 
 # NNI wants older versions of some packages, so it has an environment of its own.
 test-nni:

@@ -24,9 +24,7 @@ from compressor.lower.vnm_weight import KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 
-pytestmark = pytest.mark.skipif(
-    not vnm_operators._SERVED, reason="torch before 2.10, or kernels that are not installed"
-)
+pytestmark = pytest.mark.skipif(not vnm_operators._SERVED, reason="kernels that are not installed")
 
 PATTERN = NM(2, 4, 4)
 operators: Any = torch.ops.compressor
@@ -281,12 +279,16 @@ def test_a_weight_is_what_it_holds_also_after_it_was_copied_or_read_again() -> N
 def test_a_layer_that_was_cast_there_and_back_is_refused(kind: str, lanes: Lanes, dtype: torch.dtype) -> None:
     """Some of its lanes are other numbers then, in every dtype: those of fp64 too, where a lane reads as a signalling NaN."""
     layer, x = layers(lanes)[kind]
-    layer(x)
+    expected, state = layer(x), copy.deepcopy(layer.state_dict())
     cast = layer.to(dtype).float()
     with pytest.raises(CompressorError, match="was cast"):
         cast(x)
     with pytest.raises(RuntimeError, match=r"was cast|not as its numbers say"):
         compiled(cast)[0](x)
+    with pytest.raises(CompressorError, match="was cast"):
+        torch.export.export(cast, (x,), strict=False)
+    cast.load_state_dict(state)
+    assert torch.equal(torch.export.export(cast, (x,), strict=False).module()(x), expected)
 
 
 ELSEWHERE = """

@@ -51,7 +51,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("run --set train.lr=nan", 2, ("train.lr", "nan")),
     ("run --dtype float8", 2, ("dtype", "float8", "bfloat16")),
     ("run --device abacus", 1, ("device 'abacus' cannot be used", "Use auto, cpu, cuda or cuda:0.")),
-    ("run --no-such-flag", 2, ("No such option '--no-such-flag'", "See compressor run --help")),
+    ("run --no-such-flag", 2, ("No such option", "--no-such-flag", "See compressor run --help")),
     ("inspect", 2, ("Missing argument 'MODEL'", "See compressor inspect --help")),
     ("bench run --batches none", 2, ("'none' are not numbers above zero", "--batches 1,4,16")),
     # nothing given

@@ -1,7 +1,8 @@
-"""What pyproject.toml packs is what the folders hold: every package, and every file that is no Python."""
+"""What pyproject.toml packs is what the folders hold: every package, and every file that is no Python; what it needs is what is tested."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETTINGS = PYPROJECT["tool"]["setuptools"]
 FOLDERS = {"compressor": "compressor", "compressor.plugins": "plugins", "compressor.model_zoo": "model_zoo"}
 BUILT = {".so", ".pyd", ".pyc"}
 
@@ -63,3 +65,17 @@ def test_the_check_can_fail():
         name: patterns for name, patterns in SETTINGS["package-data"].items() if name != "compressor.plugins.depth"
     }
     assert unpacked(ROOT, packed) == ["plugins/depth/README.md"]
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_are_tested():
+    """Not with nvmath-python, which needs a GPU, torch-fidelity, which needs torchvision, and nni, in an environment of its own."""
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for_users = {
+        name: extras[name] for name in extras.keys() - {"test", "lint", "docs", "screens", "nni", "cusparselt", "fid"}
+    }
+    allowed = {line.replace(">=", "==") for line in sum(for_users.values(), PYPROJECT["project"]["dependencies"])}
+    tested = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    assert {line for line in tested if "==" in line} == allowed
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    installed = re.search(r"constraints-lowest\.txt -e \"\.\[([\w,-]+)\]", make)
+    assert installed and set(installed[1].split(",")) == {"test", *for_users}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -318,7 +319,7 @@ def _silence() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # where --json is written
             warnings.simplefilter("ignore")
             yield
     finally:

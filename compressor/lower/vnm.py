@@ -84,7 +84,8 @@ class VNMConv(nn.Module):
         refuse_gradients(x)
         w = self.packed
         largest = None
-        if w.layout.lanes >= Lanes.CODES and x.dim() == 4 and x.numel():
+        # `in`: torch.compile before 2.13 compares no two names of an enum by `>=`
+        if w.layout.lanes in (Lanes.CODES, Lanes.BYTES) and x.dim() == 4 and x.numel():
             # here, so that a compiler takes it on its way through what makes x; torch's vector_norm takes 18 times as long
             dims = (1, 2, 3)
             ends = torch.stack((x.amin(dims), x.amax(dims))) if w.layout.lanes == Lanes.BYTES else x.abs().amax(dims)

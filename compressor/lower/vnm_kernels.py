@@ -29,7 +29,7 @@ _TORCH = (
     *("aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_device_type_cpu"),
     "_ZSt21__throw_runtime_errorPKc",
 )
-"""torch's stable C functions that operators are made of (from 2.10 on), and how C++ raises; in the order of `_vnm_torch.h`."""
+"""torch's stable C functions that operators are made of, and how C++ raises; in the order of `_vnm_torch.h`."""
 
 
 @cache

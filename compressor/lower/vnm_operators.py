@@ -38,7 +38,10 @@ _SERVED = served()
 def direct() -> bool:
     """Whether to call the operators that the extension itself gives to torch: in what torch compiles. Where they are not, and in what
     is run line by line, or exported to run elsewhere, those in Python do the same, and say more of what is wrong."""
-    return _SERVED and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not _SERVED or not torch.compiler.is_compiling():
+        return False
+    # not is_exporting(), which is True in all that torch before 2.13 compiles
+    return not getattr(torch.compiler, "_is_exporting_flag", True)
 
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}

@@ -102,6 +102,7 @@ _NUMBERS = 24
 _UNCAST."""
 _UNCAST = 0x7F800001
 """A signalling NaN where fp32 is read: no cast there and back leaves it as it is."""
+_AGAIN = "Lower the dense model again with dtype=... instead."
 _LINE = 64
 """Bytes of a line of the cache: parts begin with one."""
 
@@ -159,6 +160,7 @@ class KernelWeight(nn.Module):
     """
 
     packed: Tensor
+    _was_cast = False
 
     def __init__(
         self,
@@ -224,7 +226,9 @@ class KernelWeight(nn.Module):
     @property
     def parts(self) -> Parts:
         """What `packed` holds, as views of it. Raises CompressorError where the model was cast."""
-        if torch.compiler.is_compiling():  # which sees what is done here, and not what was done before
+        if torch.compiler.is_compiling():  # which sees no numbers to look at
+            if self._was_cast:
+                raise CompressorError("a lowered model was cast", _AGAIN)
             return self._views(self.packed)
         if self._seen is None or self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
             views = self._views(self.packed)
@@ -234,9 +238,14 @@ class KernelWeight(nn.Module):
             self._seen = (self.packed, views)
         return self._seen[1]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> KernelWeight:
+        super()._apply(fn, recurse)
+        self._was_cast |= self.packed.dtype != torch.float32
+        return self
+
     def _views(self, packed: Tensor) -> Parts:
         if packed.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+            raise CompressorError("a lowered model was cast", _AGAIN)
         parts: list[Any] = [None if span is None else span.of(packed) for span in self._spans]
         return Parts(*parts)
 
@@ -255,7 +264,7 @@ class KernelWeight(nn.Module):
         """Raise CompressorError unless `packed` is laid out as this weight is, and leads nowhere outside of it."""
         again = "Lower the dense model again instead."
         if packed.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", again)
+            raise CompressorError("a lowered model was cast", _AGAIN)
         numbers = _numbers(packed) if packed.shape == self.packed.shape else []
         if numbers != self._begins_with:
             cast = numbers and _UNCAST not in numbers
@@ -270,6 +279,7 @@ class KernelWeight(nn.Module):
         given = state_dict.get(f"{prefix}packed")
         if _is_here(given):
             self._refuse_other(given)  # before it is copied over what is here
+            self._was_cast = False
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._seen = None
 
