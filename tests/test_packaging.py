@@ -1,4 +1,4 @@
-"""What pyproject.toml packs is what the folders hold: every package, and every file that is no Python; what it needs is what is tested."""
+"""What pyproject.toml packs is what the folders hold, packages and other files; the oldest versions that it allows are tested."""
 
 from __future__ import annotations
 
