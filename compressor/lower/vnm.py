@@ -84,7 +84,7 @@ class VNMConv(nn.Module):
         refuse_gradients(x)
         w = self.packed
         largest = None
-        # `in`: torch.compile before 2.13 compares no two names of an enum by `>=`
+        # `in`: torch 2.10 compiles no comparison of an enum's names by `>=`
         if w.layout.lanes in (Lanes.CODES, Lanes.BYTES) and x.dim() == 4 and x.numel():
             # here, so that a compiler takes it on its way through what makes x; torch's vector_norm takes 18 times as long
             dims = (1, 2, 3)

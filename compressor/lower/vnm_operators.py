@@ -40,7 +40,7 @@ def direct() -> bool:
     is run line by line, or exported to run elsewhere, those in Python do the same, and say more of what is wrong."""
     if not _SERVED or not torch.compiler.is_compiling():
         return False
-    # not is_exporting(), which is True in all that torch before 2.13 compiles
+    # not is_exporting(), which is True in all that torch 2.10 compiles
     return not getattr(torch.compiler, "_is_exporting_flag", True)
 
 
