@@ -44,6 +44,7 @@ def _t5() -> tuple[Any, Any]:
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=_words(["<pad>", "</s>", "<unk>"]),
         pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],  # as T5's own; transformers 4 gives token_type_ids besides
     )  # fmt: skip
     config = transformers.T5Config(
         vocab_size=100, d_model=WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0
