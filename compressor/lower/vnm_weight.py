@@ -239,7 +239,7 @@ class KernelWeight(nn.Module):
         return self._seen[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> KernelWeight:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._was_cast |= self.packed.dtype != torch.float32
         return self
 
