@@ -147,7 +147,9 @@ def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, repor
     assert set(forms[sparse]["against"]) <= {"dense", "dense, compiled", "dense, autotuned"}
     assert forms[sparse]["error"] < 0.02 < 10 * forms[eight]["error"]
     (products,) = (line["products"] for line in map(json.loads, lines) if "products" in line)
-    assert any({"eager", "dense-int8", "cusparselt", "cusparselt-int8"} <= set(one["ms"]) for one in products)
+    fused = next(one for one in products if one["at"][0].endswith("attn1.to_q.product"))
+    assert len(fused["at"]) == 2 and fused["shapes"][0][1:] == [192, 64]
+    assert {"eager", "dense-int8", "cusparselt", "cusparselt-int8"} <= set(fused["ms"])
     last = max(at for at, line in enumerate(lines) if eight in line)
     out.write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")  # it ended there
     assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0

@@ -180,6 +180,35 @@ class TestOnGpu:
         with torch.no_grad():
             assert error(adapter.predict(result.model, x), adapter.predict(model, x)) < 0.1
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_fused_projections_are_one_product_in_a_graph_and_compiled(self, default, compiled):
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                for name in ("to_q", "to_k", "to_v", "to_out"):
+                    self.add_module(name, sparse_(nn.Linear(512, 512)))
+
+            def forward(self, x: Tensor) -> Tensor:
+                query, key, value = (
+                    layer(x).unflatten(-1, (8, 64)).transpose(1, 2) for layer in list(self.children())[:3]
+                )
+                out = nn.functional.scaled_dot_product_attention(query, key, value)
+                return self.to_out(out.transpose(1, 2).flatten(2))
+
+        torch.manual_seed(0)
+        model = on_gpu(Attention().eval())
+        x = normal(8, 257, 512, dtype=BF16).cuda()
+        result = compressor.lower(model, x, ["eager", "cusparselt"], compiled=compiled, cache=False)
+        assert result.plan.fused == (("to_q", "to_k", "to_v"),)
+        assert {form.name for form in result.plan.forms} >= {"dense", "dense, graph"}
+        plan = result.plan.model_copy(update={"choice": "dense, compiled" if compiled else "dense, graph"})
+        form = compressor.lower(model, x, plan=plan).model
+        with torch.no_grad():
+            for seed in range(3):
+                x = normal(8, 257, 512, dtype=BF16, seed=seed).cuda()
+                assert error(form(x), model(x)) < 2e-2 and error(result.model(x), model(x)) < 2e-2
+        torch.compiler.reset()
+
 
 # --- A masked step. ---
 

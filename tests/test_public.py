@@ -123,14 +123,18 @@ NEW_HELP["compressor plan"] = [
     *NEW_HELP.get("compressor plan", []),
     "The time of evaluation, and of the whole, is told too.",
 ]
+_FUSE = """--fuse-projections / --no-fuse-projections
+Layers that take the same tensor (query, key, value) as one product. Default: on a GPU."""
 NEW_HELP["compressor lower"] = [
     "--no-compiled Leave them out on a GPU too, where they are tried by default.",
     _TOLERANCE,
     _MAX_ERROR,
+    *_FUSE.splitlines(),
 ]
 NEW_HELP["compressor bench"] = f"""
 {_TOLERANCE}
 {_MAX_ERROR}
+{_FUSE}
 A pipeline's run can also be drawn with caches and fewer steps, dense and sparse, from the same noise: its report then shows the time of each against what the pictures lose.
 --cache NAME[:KEY=VALUE]… Of a pipeline's run: also with this cache of diffusers, e.g. first-block:threshold=0.1. May be repeated.
 --steps N,N,… Of a pipeline's run: also with these numbers of sampler steps.

@@ -11,7 +11,7 @@ from types import ModuleType
 from unittest.mock import patch
 
 import torch
-from subjects import SUBJECTS, Subject, uvit
+from subjects import SUBJECTS, Subject, dit, uvit
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from imitated import Library
@@ -45,10 +45,10 @@ def imitated(benchmark: ModuleType) -> Iterator[None]:
 
 
 def small() -> dict[str, Callable[[], Subject]]:
-    """The smallest U-ViT on two pictures in place of every model at every batch."""
+    """A tiny DiT and the smallest U-ViT, on two pictures, in place of every model at every batch."""
 
-    def made() -> Subject:
-        subject = uvit(digits())
+    def made(subject: Subject) -> Subject:
         return replace(subject, inputs=lambda batch: subject.inputs(2))
 
-    return dict.fromkeys(SUBJECTS, made)
+    of_uvit = dict.fromkeys(SUBJECTS, lambda: made(uvit(digits())))
+    return of_uvit | {"dit-xl": lambda: made(dit(layers=2, heads=2, channels=32))}

@@ -45,7 +45,7 @@ from compressor.lower.forms import channels_last
 from compressor.lower.graphs import captured
 from compressor.lower.job import in_dtype, prepared
 from compressor.lower.plan import Cache, LayerPlan
-from compressor.lower.units import Found, find_units, put
+from compressor.lower.units import Found, find_units, put, put_unit
 
 OUT = Path(__file__).parent / "lowering.jsonl"
 CELLS = "dit-xl 64,uvit-h 16,dit-xl 16,uvit-h 64,uvit-h 1,dit-xl 1,uvit-l 64,uvit-s 64,ddpm-cifar10 64"
@@ -133,6 +133,9 @@ class Cell:
         self.wanted = model(*tree_map_only(Tensor, lambda x: x[:: self.step], self.inputs)).double().cpu()
         self.dense = in_dtype(model, torch.bfloat16)
         self.cast = tree_map_only(Tensor, lambda x: x.bfloat16() if x.dim() > 1 else x, self.inputs)
+        for one in find_units(self.dense, lambda: self.dense(*self.cast), fuse=True)[0]:
+            if one.fused:  # on both sides: every form is made from this one
+                self.dense = put_unit(self.dense, one, one.unit.module)
         self.found, _ = find_units(self.dense, lambda: self.dense(*self.cast))
 
     def forms(self, backends: list[str], autotune: bool) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
@@ -266,12 +269,7 @@ def convolutional(model: nn.Module) -> bool:
 def summary(group: Sequence[Found], first: LayerPlan) -> dict[str, Any]:
     """What was timed of layers that run alike, of the first of them."""
     return {
-        **{
-            "at": [one.at for one in group],
-            "shapes": first.shapes,
-            "gflop": first.gflop,
-            "patterns": first.patterns,
-        },
+        **{"at": [one.at for one in group], "shapes": first.shapes, "gflop": first.gflop, "patterns": first.patterns},
         "ms": {one.backend: one.median_ms for one in first.candidates if one.median_ms is not None},
         "error": {one.backend: one.error for one in first.candidates if one.error is not None},
         "refused": {one.backend: one.refused for one in first.candidates if one.refused is not None},

@@ -51,23 +51,17 @@ def uvit(adapter: Any) -> Subject:
     return Subject(adapter.build, inputs, lambda name, module: ".attn." in name or ".mlp." in name)
 
 
-def dit() -> Subject:
-    """DiT-XL/2 for 256x256 images: diffusers' DiTTransformer2DModel with the published model's sizes; q, k and v are one product."""
+def dit(layers: int = 28, heads: int = 16, channels: int = 72) -> Subject:
+    """DiT-XL/2 for 256x256 images: diffusers' DiTTransformer2DModel with the published model's sizes, or smaller ones."""
 
     def build() -> nn.Module:
         from diffusers import DiTTransformer2DModel
-        from diffusers.models.attention_processor import FusedAttnProcessor2_0
 
-        model = DiTTransformer2DModel(
-            **{"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 32},
+        return DiTTransformer2DModel(
+            **{"num_attention_heads": heads, "attention_head_dim": channels, "num_layers": layers, "sample_size": 32},
             **{"in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000},
             **{"activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "attention_bias": True},
         )
-        for block in model.transformer_blocks:
-            block.attn1.fuse_projections()
-            block.attn1.set_processor(FusedAttnProcessor2_0())
-            del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
-        return model
 
     def inputs(batch: int) -> tuple[Any, ...]:
         return torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.zeros(batch, dtype=torch.int64)
@@ -165,10 +159,10 @@ def layers(subject: Subject, batch: int) -> tuple[list[Found], list[str], float]
 
 
 def find_units_without_numbers(model: nn.Module, forward: Callable[[], Any]) -> Any:
-    """`find_units`, with no pattern in any weight."""
+    """`find_units` with fused projections, with no pattern in any weight."""
     looked, units.pattern_of = units.pattern_of, lambda weight: None
     try:
-        return find_units(model, forward)
+        return find_units(model, forward, fuse=True)
     finally:
         units.pattern_of = looked
 

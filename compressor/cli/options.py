@@ -137,6 +137,11 @@ speed_options = options(
         type=click.FloatRange(0, 1, min_open=True),
         help="How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit.",
     ),
+    click.option(
+        "--fuse-projections/--no-fuse-projections",
+        default=None,
+        help="Layers that take the same tensor (query, key, value) as one product. Default: on a GPU.",
+    ),
     click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
 )
 """How a finished run is timed."""

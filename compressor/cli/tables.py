@@ -151,6 +151,8 @@ def _latency(report: Report, row: Row, batch: int) -> str:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
+    from compressor.report.words import layer_name
+
     backends = list(dict.fromkeys(candidate.backend for layer in plan.layers for candidate in layer.candidates))
     groups: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
@@ -162,7 +164,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         pattern = ", ".join(sorted({text or "dense" for text in first.patterns})) or "—"
         times = {c.backend: c.median_ms for c in first.candidates}
         cells = [f"{time:.3f}" if (time := times.get(name)) else "—" for name in backends]
-        name = first.name if len(group) == 1 else f"{first.name} and {len(group) - 1} more"
+        name = layer_name(first.name, first.fused) + (f" and {len(group) - 1} more" if len(group) > 1 else "")
         lines.append((name, shape, pattern, *cells, first.choice, first.reason))
     layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
     forms = [

@@ -230,13 +230,14 @@ def _layer_plan(
             "kind": unit.kind.value,
             "weights": one.weights,
             "shapes": shapes,
-            "patterns": [None if p is None else str(p) for p in unit.patterns],
+            "patterns": [None if p is None else str(p) for p in one.patterns],
             "dtype": str(unit.dtype).removeprefix("torch."),
             "gflop": sum(2e-9 * m * n * k for m, n, k in shapes),
             "candidates": candidates,
             "choice": choice,
             "reason": reason,
             "skips_zeros": skips_zeros,
+            "fused": one.fused,
         }
     )
 

@@ -27,7 +27,7 @@ from compressor.lower.contest import Contest
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
-from compressor.lower.units import put
+from compressor.lower.units import put_unit
 
 _ROUNDS = 11
 _COMPILED = 64  # forms of models of one class, of all lowerings of a process
@@ -38,8 +38,8 @@ def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
     """The model with the chosen modules in place; tensors that stay are shared with it."""
     form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
     for one in job.found:
-        if (choice := choices.get(one.at, "eager")) != "eager":
-            form = put(form, one.at, job.backend(choice).build(one.unit))
+        if (choice := choices.get(one.at, "eager")) != "eager" or one.fused:
+            form = put_unit(form, one, job.backend(choice).build(one.unit))
     if set(choices.values()) - {"eager"}:
         take_as(form, job.base)
     return form
@@ -105,7 +105,7 @@ def _forms(
         forms[_UNCACHED] = built(job, packed)
     if compiled:
         # A compiler packs dense layers itself, and is not always as fast with its own as with those that were packed before.
-        as_it_is = set(dense.values()) <= {"eager"}
+        as_it_is = set(dense.values()) <= {"eager"} and not any(one.fused for one in job.found)
         for name in _PLAIN:
             if name in forms and not (name == "dense" and as_it_is):
                 forms[f"{name}, compiled"] = _compiled(forms[name], job.device)
@@ -263,7 +263,7 @@ def dense_forms(
 
     Those that do not run or give no numbers are told in `left_out`; without it they are a CompressorError."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
-    job = prepared(model, example_inputs, names, dtype, adapter)
+    job = prepared(model, example_inputs, names, dtype, adapter, fuse=plan.fused)
     forms = {
         "eager": job.base,
         "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), plan.exact)),
@@ -349,17 +349,17 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
         raise CompressorError("the plan was measured with {} {}, this is {}".format(*differing), again)
     layers = {layer.name: layer for layer in plan.layers}
     # a plan from before attention was lowered leaves it as it is
-    units = {one.at: one.unit for one in job.found if one.weights or one.at in layers}
+    units = {one.at: one for one in job.found if one.weights or one.at in layers}
     if strange := sorted(set(layers) ^ set(units)):
         raise CompressorError(f"the plan is for another model: {strange[0]}", again)
     for name, layer in layers.items():
-        backend, unit = job.backend(layer.choice), units[name]
+        backend, unit = job.backend(layer.choice), units[name].unit
         if weights and (reason := backend.unavailable(job.device) or backend.refusal(unit)):
             raise CompressorError(f"{name}: {layer.choice} does not run it here: {reason}", again)
         if layer.dtype != (found := str(unit.dtype).removeprefix("torch.")):
             raise CompressorError(f"{name}: the plan was measured in {layer.dtype}, this is {found}", again)
         patterns = tuple(None if p is None else str(p) for p in units[name].patterns)
-        sizes = tuple((w.weight.shape[0], w.weight[0].numel()) for w in units[name].layers)
+        sizes = tuple((w.weight.shape[0], w.weight[0].numel()) for w in unit.layers)
         planned_sizes = tuple((n, k) for _, n, k in layer.shapes) if sizes else ()  # attention's are those of its input
         if (weights and patterns != layer.patterns) or sizes != planned_sizes:
             raise CompressorError(

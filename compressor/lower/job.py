@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -55,14 +55,19 @@ def prepared(
     dtype: torch.dtype | None,
     adapter: Adapter | None,
     quantising: bool = False,
+    fuse: bool | Collection[Sequence[str]] | None = False,
 ) -> Job:
-    """Run the example once, and look at what the model does with it. Raises where it does not run."""
+    """Run the example once, and look at what the model does with it. Raises where it does not run.
+
+    `fuse` as in `find_units`; None does so on a GPU.
+    """
     chosen, notes = _backends(backends, quantising)
     base = in_dtype(model, dtype)
     try:
         inputs = lively(example_inputs, partial(_call, base, adapter=adapter))
         forward = partial(_call_on, inputs, adapter)
-        found, left = find_units(base, partial(forward, base))
+        fuse = _device(base, inputs).type == "cuda" if fuse is None else fuse
+        found, left = find_units(base, partial(forward, base), fuse)
         out = forward(base)
     except Exception as error:
         whose = "" if dtype is None else f", in {dtype}; where they do in the model's own dtype, lower it in that one"

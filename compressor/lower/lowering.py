@@ -12,11 +12,11 @@ from torch import nn
 from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.environment import give_back
-from compressor.errors import UsageError, memory_in
+from compressor.errors import UsageError, first_line, memory_in
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
-from compressor.lower.forms import guarded, planned
-from compressor.lower.job import prepared
+from compressor.lower.forms import built, deviation, guarded, planned, seeded
+from compressor.lower.job import Job, prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan, Search
 from compressor.lower.search import within
 from compressor.progress import Progress, result_of
@@ -50,6 +50,7 @@ def lower(
     tolerance: float | None = None,
     max_error: float | None = None,
     cache: bool = True,
+    fuse_projections: bool | None = None,
 ) -> Lowered:
     """The sparse `model` with each layer on the fastest kernel of this machine. `model` itself is left as it is.
 
@@ -61,6 +62,8 @@ def lower(
     on a GPU, where they are the dense model at its best. `tolerance` is the largest relative error of a layer; by default that of
     rounding. `max_error` is that of the whole model's output on the example: kernels of few bits are tried, and layers go back to
     slower ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
+    With `fuse_projections`, Linears of one pattern that a module calls on one tensor (query, key and value) are one product, in dense
+    forms and lowered ones; by default they are on a GPU.
 
     Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
     not run or a plan does not fit.
@@ -76,6 +79,7 @@ def lower(
         tolerance=tolerance,
         max_error=max_error,
         cache=cache,
+        fuse_projections=fuse_projections,
     )
     return result_of(steps)
 
@@ -94,6 +98,7 @@ def lowering(
     tolerance: float | None = None,
     max_error: float | None = None,
     cache: bool = True,
+    fuse_projections: bool | None = None,
     digest: str | None = None,
 ) -> Generator[Progress, None, Lowered]:
     """`lower` as a generator: yields its progress, and returns the `Lowered`.
@@ -106,9 +111,13 @@ def lowering(
             raise UsageError(f"{name} {value!r}", "Give a relative error above 0, up to 1: 0.02 is two hundredths.")
     if plan is not None and plan.search is not None and max_error is None:
         max_error = plan.search.max_error
-    job = prepared(model, example_inputs, backends, dtype, adapter, tolerance is not None or max_error is not None)
-    loosest = max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
-    allowed = max_error or _WHOLE * (tolerance or loosest)
+    quantising = tolerance is not None or max_error is not None
+    fuse = fuse_projections if plan is None else plan.fused
+    job = prepared(model, example_inputs, backends, dtype, adapter, quantising, fuse)
+    if plan is None and (reason := _unfusable(job)) is not None:
+        job = prepared(model, example_inputs, backends, dtype, adapter, quantising)
+        job.notes.append(f"layers that take the same tensor stay apart, since fused they are not the model: {reason}")
+    allowed = max_error or _WHOLE * (tolerance or _rounding(job))
     if plan is not None:
         lowered = Lowered(planned(job, plan, allowed), plan)
         give_back()
@@ -129,3 +138,19 @@ def lowering(
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
     give_back()
     return Lowered(form, made)
+
+
+def _rounding(job: Job) -> float:
+    """The relative error of the loosest layer by rounding alone."""
+    return max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
+
+
+def _unfusable(job: Job) -> str | None:
+    """Why the model does not do with its fused projections what it does without; None where it does, or has none."""
+    if not any(one.fused for one in job.found):
+        return None
+    try:
+        error = deviation(seeded(job.forward, built(job, {})), seeded(job.forward, job.base))
+    except Exception as failure:  # a model may look at strides, or into its layers
+        return f"{type(failure).__name__}: {first_line(failure)}"
+    return None if error <= _WHOLE * _rounding(job) else f"the output differs by {error:.1e}"

@@ -49,8 +49,8 @@ class Candidate(_Value):
 
 
 class LayerPlan(_Value):
-    """How one layer, feed-forward pair or attention runs. `shapes` has M, N and K of each weight's product: rows of input, output
-    channels, products per output."""
+    """How one layer, feed-forward pair or attention runs. `shapes` has M, N and K of each product: rows of input, output channels,
+    products per output. `fused` names the layers that take the same tensor and are one product; empty where there are none."""
 
     name: str
     kind: Literal["linear", "pair", "convolution", "attention"]
@@ -63,6 +63,7 @@ class LayerPlan(_Value):
     choice: str
     reason: str
     skips_zeros: bool
+    fused: tuple[str, ...] = ()
 
     def candidate(self, backend: str) -> Candidate | None:
         """The candidate of that backend."""
@@ -155,6 +156,11 @@ class Plan(_Value):
     def lowered(self) -> bool:
         """Whether the chosen form has a sparse kernel in it."""
         return self.choice.startswith("lowered") and any(layer.skips_zeros for layer in self.layers)
+
+    @property
+    def fused(self) -> tuple[tuple[str, ...], ...]:
+        """The layers that are one product, group by group."""
+        return tuple(layer.fused for layer in self.layers if layer.fused)
 
     def skipping(self) -> set[str]:
         """The names of the weights whose zeros are really left out."""

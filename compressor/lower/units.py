@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from compressor.errors import CompressorError
 from compressor.lower import attention
 from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Unit
+from compressor.lower.projections import FusedProjections, Sharers, joined
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 from compressor.sparsity.venom import Venom
@@ -61,11 +62,19 @@ def pattern_of(weight: Tensor) -> NM | Clustered | Venom | None:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A unit, the module that its dense form stands for (`at`, a path in the model), and the names of its weights."""
+    """A unit, the module that its dense form stands for (`at`, a path in the model), and the names of its weights.
+
+    `fused` are the paths of the layers that it stands for side by side, `at` first; empty where it stands for one module."""
 
     unit: Unit
     at: str
     weights: tuple[str, ...]
+    fused: tuple[str, ...] = ()
+
+    @property
+    def patterns(self) -> tuple[NM | Clustered | Venom | None, ...]:
+        """The pattern of each of its weights."""
+        return self.unit.patterns * max(1, len(self.fused))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +86,13 @@ class LeftOut:
 
 
 @torch.no_grad()
-def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found], list[LeftOut]]:
+def find_units(
+    model: nn.Module, forward: Callable[[], Any], fuse: bool | Collection[Sequence[str]] = False
+) -> tuple[list[Found], list[LeftOut]]:
     """The units of `model`, in the order in which `forward` (one example forward of it) reaches them.
 
-    A layer that several names share, that is not reached, or whose weight is no plain parameter stays as it is.
+    A layer that several names share, that is not reached, or whose weight is no plain parameter stays as it is. With `fuse`, Linears
+    of one pattern that a module calls on one tensor are one unit: all such, or those groups of names that it holds.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -92,23 +104,14 @@ def find_units(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[Found
     watch = _Watch()
     with watch, _hooked(watch, [*layers.values(), *blocks.values()], list(modules.values())):
         forward()
-    found: list[Found] = []
+    once = {name: layer for name, layer in layers.items() if counts[id(layer)] == 1}
+    found = _pairs(blocks, once, watch, names)
+    taken = {id(layer) for one in found for layer in one.unit.layers}
+    alone = {name: layer for name, layer in once.items() if id(layer) not in taken}
+    for one in _side_by_side(alone, watch, names, fuse):
+        taken |= {id(layers[path]) for path in one.fused}
+        found.append(one)
     left: list[LeftOut] = []
-    taken: set[int] = set()
-    for name, block in blocks.items():
-        chain = watch.chains.get(id(block))
-        if chain is None or any(
-            id(layer) in taken or counts[id(layer)] > 1 for layer in chain if isinstance(layer, nn.Linear)
-        ):
-            continue
-        first, _, second = chain
-        shape = watch.shapes.get(id(block))
-        if shape is None or not all(_plain(layer, names) for layer in (first, second)):
-            continue
-        if any(map(_observed, block.modules())) or _is_empty(first) or _is_empty(second):
-            continue
-        taken |= {id(first), id(second)}
-        found.append(_found(name, chain, shape, names, (first, second)))
     for name, layer in layers.items():
         weight = names.get(id(layer.weight), f"{name}.weight" if name else "weight")
         if id(layer) in taken:
@@ -171,6 +174,57 @@ def _found(
     return Found(unit, name, tuple(names[id(weight)] for weight in weights))
 
 
+def _pairs(
+    blocks: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], watch: _Watch, names: dict[int, str]
+) -> list[Found]:
+    """The feed-forward pairs of `layers` that make up a whole block, each layer in one of them."""
+    free = {id(layer) for layer in layers.values()}
+    found = []
+    for name, block in blocks.items():
+        chain, shape = watch.chains.get(id(block)), watch.shapes.get(id(block))
+        if chain is None or shape is None:
+            continue
+        first, _, second = chain
+        if not {id(first), id(second)} <= free or not all(_plain(layer, names) for layer in (first, second)):
+            continue
+        if any(map(_observed, block.modules())) or _is_empty(first) or _is_empty(second):
+            continue
+        free -= {id(first), id(second)}
+        found.append(_found(name, chain, shape, names, (first, second)))
+    return found
+
+
+def _side_by_side(
+    layers: Mapping[str, nn.Module], watch: _Watch, names: dict[int, str], fuse: bool | Collection[Sequence[str]]
+) -> Iterator[Found]:
+    """The units of several of `layers` that take the same tensor: those of one pattern, or the groups of names in `fuse`."""
+    paths = {id(layer): name for name, layer in layers.items()}
+    wanted = None if fuse is True else {tuple(group) for group in fuse or ()}
+    for group in watch.sharers.groups():
+        fused = tuple(paths.get(layer, "") for layer in group)
+        if "" in fused or not watch.shapes.keys() >= set(group) or (wanted is not None and fused not in wanted):
+            continue
+        one = _fused(fused, [layers[path] for path in fused], watch.shapes[group[0]], names, alike=wanted is None)
+        if one is not None:
+            yield one
+
+
+def _fused(
+    paths: tuple[str, ...], layers: list[nn.Module], shape: tuple[int, ...], names: dict[int, str], alike: bool
+) -> Found | None:
+    """Linears that take the same tensor as one unit; None where one of them has to stay as it is, or where they have to be `alike`
+    and their patterns differ."""
+    linears = [layer for layer in layers if type(layer) is nn.Linear]
+    if len(linears) < len(layers) or len({(layer.weight.dtype, layer.weight.device) for layer in linears}) > 1:
+        return None
+    if not all(_plain(layer, names) and not _observed(layer) and not _is_empty(layer) for layer in linears):
+        return None
+    whole = _found(paths[0], product := joined(linears), shape, {id(product.weight): ""}, (product,))
+    if alike and {pattern_of(layer.weight) for layer in linears} != set(whole.unit.patterns):
+        return None
+    return Found(whole.unit, paths[0], tuple(names[id(layer.weight)] for layer in linears), paths)
+
+
 def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
     return type(layer) in _LAYERS and isinstance(layer.weight, nn.Parameter) and id(layer.weight) in names
 
@@ -200,27 +254,32 @@ class _Watch(TorchFunctionMode):
         self._open: dict[int, int] = {}
         self._inside: list[int] = []
         self.attention: dict[int, list[tuple[tuple[int, ...], float | None]]] = {}
+        self.sharers = Sharers()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is attention.function and self._inside:
             self.attention.setdefault(self._inside[-1], []).append(_attention_of(*args, **kwargs))
         result = func(*args, **kwargs)
-        if self._open and getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride"):
+        if self._open and getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride", "is_inference"):
             self._calls.append((func, args, kwargs, result))
         return result
 
     def inside(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside.append(id(module))
+        self.sharers.enter()
 
     def outside(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         self._inside.pop()
+        self.sharers.leave()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if value is not None]
         self.shapes.pop(id(module), None)
         if len(args) >= 1 and isinstance(args[0], Tensor) and len(tensors) == 1:
             self.shapes[id(module)] = tuple(args[0].shape)
+            if isinstance(module, nn.Linear):
+                self.sharers.takes(module, args[0])
         if _two_linears(module):
             self._open[id(module)] = len(self._calls)
 
@@ -327,4 +386,15 @@ def put(model: nn.Module, at: str, module: nn.Module) -> nn.Module:
     if (dense := holder._modules[name]) is not None:
         _answer(module, dense)
     holder._modules[name] = module
+    return model
+
+
+def put_unit(model: nn.Module, one: Found, module: nn.Module) -> nn.Module:
+    """As `put`, in the place of the unit `one`: of all the layers that it stands for."""
+    if not one.fused:
+        return put(model, one.at, module)
+    sizes = [len(model.get_parameter(f"{path}.weight")) for path in one.fused]
+    first = FusedProjections(module, sizes)
+    for path, part in zip(one.fused, [first, *first.others()], strict=True):
+        put(model, path, part)
     return model

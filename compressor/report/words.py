@@ -170,6 +170,12 @@ def trade_off_points(report: Report) -> list[tuple[str, float, float, None]]:
     ]
 
 
+def layer_name(name: str, fused: Sequence[str]) -> str:
+    """A lowered layer as it is told: its `name`, or those of the layers that are one product, the first with its path."""
+    parent = name.rpartition(".")[0]
+    return " + ".join([name or "the whole model", *(other.removeprefix(f"{parent}.") for other in fused[1:])])
+
+
 def layer_speeds(report: Report) -> list[dict[str, Any]]:
     """How each layer of a lowered run runs, for the chart: its times, and widths of bars in per cent of the slowest."""
     plan = report.lowering
@@ -185,7 +191,7 @@ def layer_speeds(report: Report) -> list[dict[str, Any]]:
         refused = [f"{c.backend}: {c.refused}" for c in layer.candidates if c.refused]
         found.append(
             {
-                "name": layer.name or "the whole model",
+                "name": layer_name(layer.name, layer.fused),
                 "shape": shape,
                 "pattern": ", ".join(sorted({p or "dense" for p in layer.patterns})) or "—",
                 "choice": layer.choice,

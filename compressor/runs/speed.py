@@ -66,12 +66,14 @@ def bench(
     steps: Sequence[int] = (),
     tolerance: float | None = None,
     max_error: float | None = None,
+    fuse_projections: bool | None = None,
 ) -> Generator[Progress, None, Benched]:
     """As `measured`, and write the report's pages. With `caches` or `steps`, the trade-offs of the run's pipeline too."""
     wanted = trade_offs.checked(run, caches, steps) if caches or steps else None
-    found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance, max_error)
+    found = yield from measured(run, batches, dtype, compiled, onnx, cache, tolerance, max_error, fuse_projections)
     if wanted is not None:
-        report = yield from trade_offs.traded(run.reported(found.report), wanted, steps, tolerance, max_error)
+        given = run.reported(found.report)
+        report = yield from trade_offs.traded(given, wanted, steps, tolerance, max_error, fuse_projections)
         found = replace(found, report=report)
     render(run.out)
     return found
@@ -86,10 +88,11 @@ def measured(
     cache: bool = True,
     tolerance: float | None = None,
     max_error: float | None = None,
+    fuse_projections: bool | None = None,
 ) -> Generator[Progress, None, Benched]:
     """Lower the run's model for each batch size, time all forms side by side, and add them to `report.json`.
 
-    The first batch's plan is saved with the run. `tolerance` and `max_error` are those of `compressor.lower`.
+    The first batch's plan is saved with the run. `tolerance`, `max_error` and `fuse_projections` are those of `compressor.lower`.
     """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r}", f"Allowed: {', '.join(DTYPES)}.")
@@ -115,6 +118,7 @@ def measured(
                 tolerance=tolerance,
                 max_error=max_error,
                 cache=cache,
+                fuse_projections=fuse_projections,
                 digest=run.report.final.weights_sha256,
             )
             yield Progress("time", done, len(batches), f"batch {batch}")

@@ -82,19 +82,20 @@ def traded(
     steps: Sequence[int],
     tolerance: float | None = None,
     max_error: float | None = None,
+    fuse_projections: bool | None = None,
 ) -> Generator[Progress, None, Report]:
     """The run's report with a `TradeOff` for every pair of weights (dense, and the run's), each cache and none, and each of `steps`
     and the recorded number; it is written.
 
     All draw the held-out pictures from the same noise, and their pipelines are timed in turns. The weights run as `lower` has them
-    without torch.compile, which the hooks of caches break up; `tolerance` and `max_error` are its.
+    without torch.compile, which the hooks of caches break up; `tolerance`, `max_error` and `fuse_projections` are its.
     """
     adapter = calls_of(run)
     opened, index = adapter.opened_pipeline, adapter.records.index
     pictures = [picture for picture in index.pictures if picture.unseen]
     if not pictures:
         raise CompressorError(f"{run.out}: no picture was held out", "Run with record.unseen of at least 1.")
-    models = yield from _models(run, tolerance, max_error)
+    models = yield from _models(run, tolerance, max_error, fuse_projections)
     ways = product(dict.fromkeys([index.steps, *steps]), [None, *caches], models.items())
     cells = [_Cell(row, form, model, cache, count) for count, cache, ((row, form), model) in ways]
 
@@ -119,13 +120,19 @@ def traded(
 
 
 def _models(
-    run: Finished, tolerance: float | None, max_error: float | None
+    run: Finished, tolerance: float | None, max_error: float | None, fuse_projections: bool | None
 ) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
     """The dense weights and the run's, by row and form."""
     example = to_device(run.adapter.example_inputs(1), run.device)
     digest = run.report.final.weights_sha256
     lowered = yield from lowering(
-        run.sparse, example, adapter=run.adapter, tolerance=tolerance, max_error=max_error, digest=digest
+        run.sparse,
+        example,
+        adapter=run.adapter,
+        tolerance=tolerance,
+        max_error=max_error,
+        fuse_projections=fuse_projections,
+        digest=digest,
     )
     dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter, left_out={})
     known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS and form.name in dense}
