@@ -47,8 +47,9 @@ def _processor() -> str:
 
 
 def processor_in(told: str) -> str:
-    """The processor that Linux's `/proc/cpuinfo` tells of: by its name or, as Arm's have none there, by its numbers. Of several kinds
-    of cores, every one. Empty where there is neither."""
+    """The processor that Linux's `/proc/cpuinfo` tells of: by its name with its family and model, as virtual machines call several
+    generations by one name, or, as Arm's have none there, by its numbers. Of several kinds of cores, every one. Empty where there is
+    neither."""
     kinds: list[str] = []
     for one in told.split("\n\n"):
         lines = (line.partition(":") for line in one.splitlines())
@@ -57,6 +58,8 @@ def processor_in(told: str) -> str:
             f"{name} {facts[f'CPU {name}']}" for name in ("implementer", "part", "variant") if f"CPU {name}" in facts
         ]
         kind = facts.get("model name") or ", ".join([platform.machine(), *numbers] if numbers else [])
+        if kind and {"cpu family", "model"} <= facts.keys():
+            kind += f" (family {facts['cpu family']}, model {facts['model']})"
         kinds += [kind] if kind and kind not in kinds else []
     return " + ".join(kinds)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, CompressorError, Plan
-from compressor.lower import cusparselt, job, quantised
+from compressor.lower import cusparselt, forms, job, quantised
 from compressor.lower.forms import built, dense_forms, deviation, seeded
 from compressor.lower.projections import FusedProjections, joined
 from compressor.lower.quantised import dense_int8
@@ -190,6 +190,14 @@ def test_different_patterns_stay_apart() -> None:
     assert [one.fused for one in fused(model, X, fuse=[("to_q", "to_k", "to_v")])] == [("to_q", "to_k", "to_v")]
 
 
+def test_weights_of_different_dtypes_stay_apart() -> None:
+    """As autocast lets them be."""
+    model = made(Attention(), None)
+    model.to_v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(model, X) == []
+
+
 class Twin(nn.Module):
     """One block, called twice; and a layer of its own that is called on two tensors."""
 
@@ -269,6 +277,15 @@ def test_a_tensor_that_was_written_to_since_is_multiplied_anew() -> None:
     made[0](x)
     x.add_(1)
     torch.testing.assert_close(made[1](x), layers[1](x))
+
+
+def test_a_copy_between_two_parts_has_nothing_of_the_first() -> None:
+    layers, made = parts(8, 16)
+    with torch.enable_grad():
+        made[0](X.clone().requires_grad_())
+    copied: Any = copy.deepcopy(nn.ModuleList(made))
+    assert copied[0]._made is None and made[0]._made is not None
+    torch.testing.assert_close(copied[1](X), layers[1](X))
 
 
 def test_threads_do_not_get_each_others_parts() -> None:
@@ -371,8 +388,8 @@ def test_a_plan_names_them_and_is_applied_to_other_weights(tmp_path: Path) -> No
         torch.testing.assert_close(form(X), model(X))
     # weights before pruning have no pattern, and the same layers
     before = made(Block(), None)
-    for form in dense_forms(before, X, plan).values():
-        torch.testing.assert_close(form(X), before(X))
+    for model in dense_forms(before, X, plan).values():
+        torch.testing.assert_close(model(X), before(X))
     with pytest.raises(CompressorError, match=r"does not fit attn.to_q: it was \('4:2:4', '4:2:4', '4:2:4'\)"):
         compressor.lower(before, X, plan=plan)
 
@@ -385,6 +402,14 @@ def test_a_plan_names_them_and_is_applied_to_other_weights(tmp_path: Path) -> No
 
     with pytest.raises(CompressorError, match="the plan is for another model: attn"):
         compressor.lower(made(Apart()), X, plan=plan)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_dense_form_with_them_is_compiled_too(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them it is the model as it is, whose layers have no other dense form here."""
+    monkeypatch.setattr(forms, "_compiled", lambda form, device: form)
+    lowered = compressor.lower(made(Block(), None), X, "eager", compiled=True, cache=False, fuse_projections=fuse)
+    assert ("dense, compiled" in [form.name for form in lowered.plan.forms]) == fuse
 
 
 def test_what_is_skipped_is_told_of_each_weight() -> None:

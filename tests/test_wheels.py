@@ -122,4 +122,6 @@ def test_a_processor_is_told_from_another_by_name_or_numbers() -> None:
     machine = platform.machine()
     assert processor_in(big) == f"{machine}, implementer 0x41, part 0xd0c, variant 0x1"
     assert processor_in("\n".join([little, big, big])).count("implementer") == 2
+    zen = "model name : AMD EPYC\ncpu family : {}\nmodel : {}\n"
+    assert processor_in(zen.format(26, 2)) == "AMD EPYC (family 26, model 2)" != processor_in(zen.format(25, 17))
     assert processor_in("") == processor_in("Hardware : board\n") == ""

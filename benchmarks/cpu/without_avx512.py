@@ -4,7 +4,8 @@
 
 The first two have settings for that. Of the engines this makes copies in which every CPUID instruction is one that no processor knows;
 a handler answers it as the processor would, but without AVX-512, VNNI, bfloat16 and AMX. Needs Linux on x86-64, GCC and binutils.
-What Inductor compiles is for AVX2 too. A benchmark says so in its results by `hidden`. The C library stays as it is.
+What Inductor compiles is for AVX2 too. A benchmark says so in its results by `hidden`. The C library stays as it is. With `--avx-vnni`,
+which a processor has to have, engines see AVX-VNNI, as on newer processors of Intel's and AMD's without AVX-512.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ static void answer(int number, siginfo_t *info, void *context) {
         c &= ~(BIT(1) | BIT(6) | BIT(11) | BIT(12) | BIT(14)); /* VBMI VBMI2 VNNI BITALG VPOPCNTDQ */
         d &= ~(BIT(2) | BIT(3) | BIT(8) | BIT(22) | BIT(23) | BIT(24) | BIT(25)); /* 4VNNIW 4FMAPS VP2INTERSECT AMX FP16 */
     } else if (leaf == 7 && part == 1) {
-        a &= ~(BIT(4) | BIT(5) | BIT(21) | BIT(23)); /* AVX-VNNI BF16 AMX-FP16 AVX-IFMA */
+        a &= ~(BIT(5) | BIT(21) | BIT(23)); /* BF16 AMX-FP16 AVX-IFMA */
+#ifndef WITH_AVX_VNNI
+        a &= ~BIT(4);
+#endif
         d &= ~(BIT(4) | BIT(5) | BIT(10) | BIT(19)); /* AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16 AVX10 */
     }
     r[REG_RAX] = a, r[REG_RBX] = b, r[REG_RCX] = c, r[REG_RDX] = d, r[REG_RIP] += 2;
@@ -97,18 +101,23 @@ def engines_without(folder: Path) -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--avx-vnni", is_flag=True, help="Leave AVX-VNNI to see.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def main(command: tuple[str, ...]) -> None:
+def main(command: tuple[str, ...], avx_vnni: bool) -> None:
+    if avx_vnni and " avx_vnni " not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        raise click.ClickException("this processor has no AVX-VNNI")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         engines_without(folder)
         source, handler = folder / "handler.c", folder / "handler.so"
         source.write_text(_HANDLER)
-        subprocess.run(["gcc", "-O2", "-D_GNU_SOURCE", "-shared", "-fPIC", source, "-o", handler], check=True)
+        options = ["-O2", "-D_GNU_SOURCE", *(["-DWITH_AVX_VNNI"] if avx_vnni else []), "-shared", "-fPIC"]
+        subprocess.run(["gcc", *options, source, "-o", handler], check=True)
         path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
         own = {
             **AVX2,
-            "BENCHMARK_HIDES": "AVX-512",
+            **({"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "COMPRESSOR_CPU_LEVEL": "avx_vnni"} if avx_vnni else {}),
+            "BENCHMARK_HIDES": "AVX-512" if avx_vnni else "AVX-512 and AVX-VNNI",
             "LD_PRELOAD": str(handler),
             "PYTHONPATH": path,
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

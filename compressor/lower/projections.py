@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,9 @@ class FusedProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.part(x, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}  # a copy has its own; what has a gradient could not be copied
 
     def part(self, x: Tensor, place: int) -> Tensor:
         """What the Linear at `place` gives for x."""
