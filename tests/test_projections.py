@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, CompressorError, Plan
+from compressor.cli.tables import plan_tables
 from compressor.lower import cusparselt, forms, job, quantised
 from compressor.lower.forms import built, dense_forms, deviation, seeded
 from compressor.lower.projections import FusedProjections, joined
 from compressor.lower.quantised import dense_int8
 from compressor.lower.units import Found, find_units, put_unit
+from compressor.report.words import layer_name
 
 SHARED = NM(2, 4, 4)
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -160,17 +162,61 @@ def parametrized(model: Any) -> None:
     torch.nn.utils.parametrizations.weight_norm(model.to_k)
 
 
-@pytest.mark.parametrize("change", [twice, hooked, with_one_name_more, of_its_own, parametrized])
-def test_where_one_has_to_stay_all_stay(change: Callable[[Any], None]) -> None:
+def with_a_forward_of_its_own(model: Any) -> None:
+    """As some adapters set it, and as offloading does."""
+    before = model.to_k.forward
+    model.to_k.forward = lambda x: before(x) + 1
+
+
+def without_rows(model: Any) -> None:
+    model.to_k = nn.Linear(32, 0)
+
+
+@pytest.mark.parametrize(
+    "change", [hooked, with_one_name_more, of_its_own, parametrized, wrapped, with_a_forward_of_its_own]
+)
+def test_where_one_has_to_stay_the_others_are_fused(change: Callable[[Any], None]) -> None:
     model = made(Attention(), None)
     change(model)
+    found = fused(model, X)
+    assert [one.fused for one in found] == [("to_q", "to_v")]
+    torch.testing.assert_close(with_all_fused(model, found)(X), model(X))
+
+
+def test_what_is_called_twice_on_one_tensor_stays() -> None:
+    model = made(Attention(), None)
+    twice(model)
     assert fused(model, X) == []
 
 
-def test_a_layer_inside_another_module_stays_and_the_others_are_fused() -> None:
+class Sum(nn.Module):
+    """A layer without rows beside others, and one that is called by the argument's name after it was called by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.none, self.named = (nn.Linear(32, 32) for _ in range(4))
+        self.none.weight, self.none.bias = nn.Parameter(torch.empty(0, 32)), nn.Parameter(torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.one(x) + self.two(x) + self.named(x) + self.none(x).sum()
+        return out + self.named(input=x)
+
+
+def test_layers_without_rows_or_called_by_name_stay() -> None:
+    model = made(Sum(), None)
+    assert [one.fused for one in fused(model, X)] == [("one", "two")]
+    form: Any = with_all_fused(model, fused(model, X))
+    torch.testing.assert_close(form(X), model(X))
+    for name in ("one", "two"):
+        torch.testing.assert_close(form.get_submodule(name)(input=X), model.get_submodule(name)(X))
+
+
+def test_a_layer_whose_forward_is_its_own_is_not_lowered_at_all() -> None:
     model = made(Attention(), None)
-    wrapped(model)
-    assert [one.fused for one in fused(model, X)] == [("to_q", "to_v")]
+    with_a_forward_of_its_own(model)
+    lowered = compressor.lower(model, X, cache=False)
+    assert lowered.plan.left_out == {"to_k.weight": "it has forward hooks, or another forward, which would be lost"}
+    torch.testing.assert_close(lowered.model(X), model(X))
 
 
 def test_a_tensor_that_is_written_to_is_another() -> None:
@@ -181,10 +227,14 @@ def test_a_tensor_that_is_written_to_is_another() -> None:
 def test_different_patterns_stay_apart() -> None:
     model = made(Attention(), None)
     assert [one.fused for one in fused(model, X)] == [("to_q", "to_k", "to_v")]  # none is one pattern, too
-    sparse_(model.to_q, NM(2, 4))
-    assert fused(model, X) == []
-    sparse_(model.to_k, NM(1, 4))
-    sparse_(model.to_v, NM(2, 4))
+    made(model.to_q, NM(2, 4))
+    assert [one.fused for one in fused(model, X)] == [("to_k", "to_v")]
+    made(model.to_k, NM(1, 4))
+    made(model.to_v, NM(2, 4))
+    (qv,) = fused(model, X)
+    assert qv.fused == ("to_q", "to_v") and list(map(str, qv.patterns)) == ["2:4"] * 2
+    torch.testing.assert_close(with_all_fused(model, [qv])(X), model(X))
+    made(model.to_q, NM(1, 4, 4))
     assert fused(model, X) == []
     # a plan may say so all the same: it is of other weights
     assert [one.fused for one in fused(model, X, fuse=[("to_q", "to_k", "to_v")])] == [("to_q", "to_k", "to_v")]
@@ -195,7 +245,7 @@ def test_weights_of_different_dtypes_stay_apart() -> None:
     model = made(Attention(), None)
     model.to_v.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert fused(model, X) == []
+        assert [one.fused for one in fused(model, X)] == [("to_q", "to_k")]
 
 
 class Twin(nn.Module):
@@ -241,7 +291,7 @@ def test_other_sizes_inference_mode_copies_and_state() -> None:
 
 def parts(*sizes: int) -> tuple[list[nn.Linear], list[nn.Module]]:
     layers = [nn.Linear(32, size) for size in sizes]
-    first = FusedProjections(joined(layers), sizes)
+    first = FusedProjections(joined(layers), sizes, X.shape[:-1])
     return layers, [first, *first.others()]
 
 
@@ -286,6 +336,50 @@ def test_a_copy_between_two_parts_has_nothing_of_the_first() -> None:
     copied: Any = copy.deepcopy(nn.ModuleList(made))
     assert copied[0]._made is None and made[0]._made is not None
     torch.testing.assert_close(copied[1](X), layers[1](X))
+
+
+def test_the_first_multiplies_whatever_was_left() -> None:
+    """A buffer that is filled anew has the same tensor, and in inference mode no count of it."""
+    layers, made = parts(8, 16, 24)
+    with torch.inference_mode():
+        x = X.clone()
+        made[1](x), made[2](x)
+        x.add_(1)
+        torch.testing.assert_close(made[0](x), layers[0](x))
+        x.add_(1)
+        torch.testing.assert_close(made[0](x), layers[0](x))
+
+
+def test_how_a_call_is_made_is_looked_at() -> None:
+    _, made = parts(8, 16)
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        made[0](x)
+    with torch.enable_grad():
+        assert made[1](x).requires_grad
+    made[0](x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made[1](x).dtype == torch.bfloat16
+    with torch.inference_mode():
+        made[0](x)
+    assert not made[1](x).is_inference()
+
+
+def test_nothing_is_kept_of_what_comes_otherwise() -> None:
+    _, made = parts(8, 16, 24)
+    first: Any = made[0]
+    made[2](X)
+    assert first._made is None
+    made[0](X)
+    made[1](TEXT)
+    assert first._made is None
+
+
+def test_parts_of_other_sizes_lie_in_memory_of_their_own() -> None:
+    """A view of one row, which the model can take of any, is no view of two."""
+    layers, made = parts(8, 16)
+    assert not made[0](X).is_contiguous() and made[0](X[:1]).is_contiguous()
+    torch.testing.assert_close(made[1](X[:1]).view(-1), layers[1](X[:1]).view(-1))
 
 
 def test_threads_do_not_get_each_others_parts() -> None:
@@ -371,6 +465,8 @@ def test_by_default_they_are_fused_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(job, "_device", lambda *_: CUDA)
     monkeypatch.setattr(job, "_setting", lambda device: None)
     assert any(one.fused for one in job.prepared(model, X, "eager", None, None, fuse=None).found)
+    for fuse in (False, ()):  # as asked for, and of a plan without
+        assert not any(one.fused for one in job.prepared(model, X, "eager", None, None, fuse=fuse).found)
 
 
 def test_a_plan_names_them_and_is_applied_to_other_weights(tmp_path: Path) -> None:
@@ -438,22 +534,60 @@ class Looking(Attention):
         return out + self.to_q.weight.mean() if isinstance(self.to_q, nn.Linear) else 2 * out
 
 
+class Changing(nn.Module):
+    """What torch does not count as written: through `data`, or by another library's kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention(between=lambda x: x.data.mul_(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attn(x * 1)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize(
-    ("model", "why"), [(Contiguous(), "AssertionError: queries lie apart"), (Looking(), "the output differs by")]
+    ("model", "why"),
+    [
+        (Contiguous(), "AssertionError: queries lie apart"),
+        (Looking(), "the output differs by"),
+        (Changing(), "the output differs by"),
+    ],
 )
-def test_a_model_that_cannot_do_with_it_is_lowered_without_and_the_plan_says_why(model: nn.Module, why: str) -> None:
-    lowered = compressor.lower(made(model), X, cache=False, fuse_projections=True)
-    assert lowered.plan.fused == () and lowered.plan.form("dense") is not None
+def test_what_cannot_do_with_it_stays_apart_and_the_plan_says_why(
+    model: nn.Module, why: str, dtype: torch.dtype
+) -> None:
+    both = nn.Sequential(made(copy.deepcopy(model)), Attention()).to(dtype).eval()
+    lowered = compressor.lower(both, X.to(dtype), "eager", cache=False, fuse_projections=True)
+    assert lowered.plan.fused == (("1.to_q", "1.to_k", "1.to_v"),)
     (note,) = (note for note in lowered.plan.notes if "stay apart" in note)
-    assert why in note
-    torch.testing.assert_close(lowered.model(X), model(X))
+    assert note.startswith("0.") and "to_q, " in note and why in note and "more" not in note
+    torch.testing.assert_close(lowered.model(X.to(dtype)), both(X.to(dtype)), rtol=0.02, atol=0.02)
+
+
+def test_a_note_tells_a_reason_once() -> None:
+    model = nn.Sequential(Contiguous(), Contiguous(), Attention()).eval()
+    lowered = compressor.lower(model, X, "eager", cache=False, fuse_projections=True)
+    (note,) = (note for note in lowered.plan.notes if "stay apart" in note)
+    assert note == (
+        "0.to_q, 0.to_k, 0.to_v, and 1 group more, take the same tensor and stay apart: AssertionError: queries lie apart"
+    )
+
+
+def test_they_are_told_by_name() -> None:
+    lowered = compressor.lower(made(Block()), X, "eager", cache=False, fuse_projections=True)
+    table = plan_tables(lowered.plan)[0]
+    assert next(iter(table.columns[0].cells)) == "attn.to_q + to_k + to_v"
+    assert layer_name("", ()) == "the whole model" and layer_name("a.b", ()) == "a.b"
+    assert layer_name("a.q", ("a.q", "b.k", "v")) == "a.q + b.k + v"
 
 
 def test_the_fused_product_is_one_call_of_the_library(library: Any) -> None:
     layers: Any = [sparse_(nn.Linear(64, 32), TWO_OF_FOUR).to(BF16) for _ in range(3)]
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
     made = cusparselt.CuSparseLt().build(unit(joined(layers), (16, 64)))
-    first = FusedProjections(made, [32] * 3)
+    first = FusedProjections(made, [32] * 3, (16,))
     library.calls.clear()
     for layer, part in zip(layers, [first, *first.others()], strict=True):
         assert error(part(x), layer(x)) < 1e-2
@@ -467,7 +601,7 @@ def test_inputs_come_to_8_bits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layers: Any = [nn.Linear(64, 32).to(BF16) for _ in range(3)]
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).to(BF16)
     made = dense_int8().build(unit(joined(layers), (16, 64), None))
-    first = FusedProjections(made, [32] * 3)
+    first = FusedProjections(made, [32] * 3, (16,))
     for layer, part in zip(layers, [first, *first.others()], strict=True):
         assert error(part(x), layer(x)) < 2e-2
     assert len(count) == 1

@@ -73,6 +73,20 @@ def test_what_there_is_to_note_of_the_kernels_is_said_by_the_run_too(cli: Any, c
     assert outcome.code == 0 and "note: " in outcome.err
 
 
+def test_projections_are_fused_where_a_command_asks_for_it(cli: Any, tmp_path: Path) -> None:
+    """The UNet's attention has three layers for queries, keys and values."""
+    out = tmp_path / "run"
+    small = ("--steps", "1", "--quick", "--set", "evaluate.latency_batch=2", "--set", "evaluate.latency_rounds=1")
+    assert cli.run(out, "--model", "ddpm-digits", "--pattern", "8:2:4", *small).code == 0
+    outcome = cli("lower", out, "--fuse-projections", "--json")
+    assert outcome.code == 0, outcome.err
+    plan = Plan.read(out)
+    assert plan.fused and all(len(group) == 3 for group in plan.fused)
+    found = read(out)["lowering"]
+    assert [tuple(layer["fused"]) for layer in found["layers"] if layer["fused"]] == list(plan.fused)
+    assert "to_q + to_k + to_v" in (out / "report.html").read_text().replace("<wbr>", "")
+
+
 def test_macs_lowered_are_those_that_kernels_leave(lowered: Path) -> None:
     report, plan = read(lowered), Plan.read(lowered)
     final = report["rows"][-1]

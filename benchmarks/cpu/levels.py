@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,6 +73,12 @@ def units(rng: torch.Generator) -> list[Unit]:
     return found
 
 
+def at(level: str, form: nn.Module, x: Tensor) -> Any:
+    """A call with the kernels of a level."""
+    kernels()[0].set_level(level)
+    return form(x)
+
+
 def measured(unit: Unit, x: Tensor, rounds: int) -> dict[str, Any]:
     """The times of every form of a unit, by level and backend, and what they are over avx2's fastest in few bits."""
     extension = kernels()[0]
@@ -81,10 +88,7 @@ def measured(unit: Unit, x: Tensor, rounds: int) -> dict[str, Any]:
             continue
         extension.set_level(level)
         for backend in (one() for one in backends):
-            calls[f"{level}, {backend.name}"] = lambda form=backend.build(unit), level=level: (  # type: ignore[misc]
-                extension.set_level(level),
-                form(x),
-            )
+            calls[f"{level}, {backend.name}"] = partial(at, level, backend.build(unit), x)
     seconds = dict(zip(calls, interleaved(list(calls.values()), rounds, CPU), strict=True))
     first = "avx2, vnm-w7a8" if unit.patterns else "avx2, attention-int16"
     return {

@@ -4,8 +4,8 @@
 
 The first two have settings for that. Of the engines this makes copies in which every CPUID instruction is one that no processor knows;
 a handler answers it as the processor would, but without AVX-512, VNNI, bfloat16 and AMX. Needs Linux on x86-64, GCC and binutils.
-What Inductor compiles is for AVX2 too. A benchmark says so in its results by `hidden`. The C library stays as it is. With `--avx-vnni`,
-which a processor has to have, engines see AVX-VNNI, as on newer processors of Intel's and AMD's without AVX-512.
+What Inductor compiles is for AVX2 too. A benchmark says so in its results by `hidden`. The C library stays as it is. With
+`--avx-vnni`, which the processor has to have, engines see AVX-VNNI, as on newer processors without AVX-512.
 """
 
 from __future__ import annotations

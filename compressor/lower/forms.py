@@ -27,17 +27,17 @@ from compressor.lower.contest import Contest
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
-from compressor.lower.units import put_unit
+from compressor.lower.units import Found, put_unit
 
 _ROUNDS = 11
 _COMPILED = 64  # forms of models of one class, of all lowerings of a process
 _UNCACHED = "dense, packed"
 
 
-def built(job: Job, choices: Mapping[str, str]) -> nn.Module:
-    """The model with the chosen modules in place; tensors that stay are shared with it."""
+def built(job: Job, choices: Mapping[str, str], found: Sequence[Found] | None = None) -> nn.Module:
+    """The model with the chosen modules in place, of all units or of those `found`; tensors that stay are shared with it."""
     form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
-    for one in job.found:
+    for one in job.found if found is None else found:
         if (choice := choices.get(one.at, "eager")) != "eager" or one.fused:
             form = put_unit(form, one, job.backend(choice).build(one.unit))
     if set(choices.values()) - {"eager"}:

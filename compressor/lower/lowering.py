@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ from compressor.lower.forms import built, deviation, guarded, planned, seeded
 from compressor.lower.job import Job, prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan, Search
 from compressor.lower.search import within
+from compressor.lower.units import Found
 from compressor.progress import Progress, result_of
 from compressor.weights import bare, weights_sha256
 
 _WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
+_REORDERED = 3.0  # and this many times where products are the same, in another order of their sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ def lower(
     rounding. `max_error` is that of the whole model's output on the example: kernels of few bits are tried, and layers go back to
     slower ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
     With `fuse_projections`, Linears of one pattern that a module calls on one tensor (query, key and value) are one product, in dense
-    forms and lowered ones; by default they are on a GPU.
+    forms and lowered ones; by default they are on a GPU. A `plan` has its own.
 
     Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
     not run or a plan does not fit.
@@ -112,11 +114,13 @@ def lowering(
     if plan is not None and plan.search is not None and max_error is None:
         max_error = plan.search.max_error
     quantising = tolerance is not None or max_error is not None
-    fuse = fuse_projections if plan is None else plan.fused
+    fuse: bool | Collection[Sequence[str]] | None = fuse_projections if plan is None else plan.fused
     job = prepared(model, example_inputs, backends, dtype, adapter, quantising, fuse)
-    if plan is None and (reason := _unfusable(job)) is not None:
-        job = prepared(model, example_inputs, backends, dtype, adapter, quantising)
-        job.notes.append(f"layers that take the same tensor stay apart, since fused they are not the model: {reason}")
+    if plan is None and (apart := _apart(job)):
+        fuse = [one.fused for one in job.found if one.fused and one.fused not in apart]
+        del job  # which may hold a copy of the weights
+        job = prepared(model, example_inputs, backends, dtype, adapter, quantising, fuse)
+        job.notes.extend(_said(apart))
     allowed = max_error or _WHOLE * (tolerance or _rounding(job))
     if plan is not None:
         lowered = Lowered(planned(job, plan, allowed), plan)
@@ -145,12 +149,29 @@ def _rounding(job: Job) -> float:
     return max((TOLERANCE.get(one.unit.dtype, 1e-5) for one in job.found), default=1e-5)
 
 
-def _unfusable(job: Job) -> str | None:
-    """Why the model does not do with its fused projections what it does without; None where it does, or has none."""
-    if not any(one.fused for one in job.found):
-        return None
+def _apart(job: Job) -> dict[tuple[str, ...], str]:
+    """The fused projections without which the model does what it does with its layers apart, and why each has to go."""
+    groups = [one for one in job.found if one.fused]
+    if not groups or (together := _unlike(job, groups)) is None:
+        return {}
+    found = {one.fused: why for one in groups if (why := _unlike(job, [one])) is not None}
+    return found or dict.fromkeys((one.fused for one in groups), together)
+
+
+def _unlike(job: Job, found: Sequence[Found]) -> str | None:
+    """How the model with these units differs from the model; None where it does not, up to rounding."""
     try:
-        error = deviation(seeded(job.forward, built(job, {})), seeded(job.forward, job.base))
+        error = deviation(seeded(job.forward, built(job, {}, found)), seeded(job.forward, job.base))
     except Exception as failure:  # a model may look at strides, or into its layers
         return f"{type(failure).__name__}: {first_line(failure)}"
-    return None if error <= _WHOLE * _rounding(job) else f"the output differs by {error:.1e}"
+    return None if error <= _REORDERED * _rounding(job) else f"the output differs by {error:.1e}"
+
+
+def _said(apart: Mapping[tuple[str, ...], str]) -> list[str]:
+    """A note for every reason."""
+    notes = []
+    for why in dict.fromkeys(apart.values()):
+        groups = [", ".join(fused) for fused, own in apart.items() if own == why]
+        more = {1: "", 2: ", and 1 group more,"}.get(len(groups), f", and {len(groups) - 1} groups more,")
+        notes.append(f"{groups[0]}{more} take the same tensor and stay apart: {why}")
+    return notes

@@ -50,7 +50,7 @@ class Candidate(_Value):
 
 class LayerPlan(_Value):
     """How one layer, feed-forward pair or attention runs. `shapes` has M, N and K of each product: rows of input, output channels,
-    products per output. `fused` names the layers that take the same tensor and are one product; empty where there are none."""
+    products per output. `fused` names the layers that take the same tensor and are one product, but in the model as it is."""
 
     name: str
     kind: Literal["linear", "pair", "convolution", "attention"]
@@ -159,7 +159,7 @@ class Plan(_Value):
 
     @property
     def fused(self) -> tuple[tuple[str, ...], ...]:
-        """The layers that are one product, group by group."""
+        """The layers that are one product in every form but the model as it is (`eager`), group by group."""
         return tuple(layer.fused for layer in self.layers if layer.fused)
 
     def skipping(self) -> set[str]:

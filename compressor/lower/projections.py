@@ -51,10 +51,10 @@ class Sharers:
 
     def groups(self) -> list[tuple[int, ...]]:
         """The layers (by id, in the order of their calls) that always came together, each once."""
-        always = dict.fromkeys(next(iter(seen)) for seen in self._seen.values() if len(seen) == 1)
+        every = dict.fromkeys(group for seen in self._seen.values() for group in seen)
         return [
             group
-            for group in always
+            for group in every
             if 1 < len(group) == len(set(group)) and all(self._seen[layer] == {group} for layer in group)
         ]
 
@@ -79,42 +79,49 @@ def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
 class FusedProjections(nn.Module):
     """Stands for the first of several Linears that take the same x (..., in), and has the `product` of all, (..., sum of `sizes`).
 
-    The product of an x is made at the first call on it, and given to the `others` part by part. What comes in another order, or on
-    another x, is multiplied anew: slower, and as right.
+    The product is made where the first is called, and its parts go to the `others` if those are called next, in their order, on the
+    same x, which was not written to since. What comes otherwise is multiplied anew: slower, and as right. In inference mode and under
+    torch.compile there is no count of what is written: there, a module that writes to x between its projections, and did not when
+    they were found, gets the parts of before. `rows` are the sizes of x before its last; parts of another x have memory of their own,
+    as a view that the model takes of them may be one that it can only take of those.
     """
 
-    def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
+    def __init__(self, product: nn.Module, sizes: Sequence[int], rows: Sequence[int]) -> None:
         super().__init__()
-        self.product, self.sizes = product, list(sizes)
-        self._made: tuple[Tensor, int, tuple[Tensor | None, ...]] | None = None
+        self.product, self.sizes, self.rows = product, list(sizes), tuple(rows)
+        self._made: tuple[Tensor, tuple[object, ...], tuple[Tensor, ...], int] | None = None
 
     def others(self) -> list[nn.Module]:
         """What stands for the second Linear, and for each that follows."""
         return [_Part(self, place) for place in range(1, len(self.sizes))]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.part(x, 0)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.part(input, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": None}  # a copy has its own; what has a gradient could not be copied
 
     def part(self, x: Tensor, place: int) -> Tensor:
         """What the Linear at `place` gives for x."""
-        changes = 0 if torch.compiler.is_compiling() else _changes(x)
-        made = self._made  # read once: another thread may set it
-        wanted = made[2][place] if made is not None and made[0] is x and made[1] == changes else None
-        rest: tuple[Tensor | None, ...]
-        if made is None or wanted is None:
-            parts = self.product(x).split(self.sizes, -1)
-            wanted, rest = parts[place], parts
+        made, how = self._made, _how(x)  # read once: another thread may set it
+        if place and made is not None and made[0] is x and made[1] == how and made[3] == place:
+            parts, in_order = made[2], True
         else:
-            rest = made[2]
-        rest = (*rest[:place], None, *rest[place + 1 :])
-        self._made = None if all(part is None for part in rest) else (x, changes, rest)
-        return wanted
+            parts, in_order = self.product(x).split(self.sizes, -1), place == 0
+            if x.shape[:-1] != self.rows:
+                parts = tuple(part.contiguous() for part in parts)
+        self._made = (x, how, parts, place + 1) if in_order and place + 1 < len(parts) else None
+        return parts[place]
 
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}"
+
+
+def _how(x: Tensor) -> tuple[object, ...]:
+    """What a product of x depends on besides its numbers, and how often these were written to."""
+    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    known = () if torch.compiler.is_compiling() else (torch.is_inference_mode_enabled(), _changes(x))
+    return torch.is_grad_enabled(), autocast, *known
 
 
 class _Part(nn.Module):
@@ -125,8 +132,8 @@ class _Part(nn.Module):
         self._first = (first,)  # no module of this one: it has its place already
         self.place = place
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._first[0].part(x, self.place)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._first[0].part(input, self.place)
 
     def extra_repr(self) -> str:
         return f"place={self.place}"

@@ -107,8 +107,7 @@ def find_units(
     once = {name: layer for name, layer in layers.items() if counts[id(layer)] == 1}
     found = _pairs(blocks, once, watch, names)
     taken = {id(layer) for one in found for layer in one.unit.layers}
-    alone = {name: layer for name, layer in once.items() if id(layer) not in taken}
-    for one in _side_by_side(alone, watch, names, fuse):
+    for one in _side_by_side(once, watch, names, None if fuse is True else fuse or ()):
         taken |= {id(layers[path]) for path in one.fused}
         found.append(one)
     left: list[LeftOut] = []
@@ -126,7 +125,7 @@ def find_units(
         elif not _plain(layer, names):
             left.append(LeftOut(weight, "its weight is no plain parameter of a plain layer"))
         elif _observed(layer):
-            left.append(LeftOut(weight, "it has forward hooks, which would be lost"))
+            left.append(LeftOut(weight, "it has forward hooks, or another forward, which would be lost"))
         else:
             found.append(_found(name, layer, watch.shapes[id(layer)], names, (layer,)))
     order = {identity: place for place, identity in enumerate(watch.shapes)}
@@ -162,16 +161,13 @@ def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) ->
 def _found(
     name: str, module: nn.Module, shape: tuple[int, ...], names: dict[int, str], layers: tuple[nn.Module, ...]
 ) -> Found:
-    weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-    unit = Unit(
-        name=name,
-        module=module,
-        input_shape=shape,
-        dtype=weights[0].dtype,
-        device=weights[0].device,
-        patterns=tuple(pattern_of(weight) for weight in weights),
-    )
-    return Found(unit, name, tuple(names[id(weight)] for weight in weights))
+    return Found(_unit(name, module, shape), name, tuple(names[id(layer.weight)] for layer in layers))
+
+
+def _unit(name: str, module: nn.Module, shape: tuple[int, ...]) -> Unit:
+    weights = [one.weight for one in module.modules() if isinstance(one, _LAYERS)]
+    patterns = tuple(pattern_of(weight) for weight in weights)
+    return Unit(name, module, shape, weights[0].dtype, weights[0].device, patterns)
 
 
 def _pairs(
@@ -195,34 +191,31 @@ def _pairs(
 
 
 def _side_by_side(
-    layers: Mapping[str, nn.Module], watch: _Watch, names: dict[int, str], fuse: bool | Collection[Sequence[str]]
-) -> Iterator[Found]:
-    """The units of several of `layers` that take the same tensor: those of one pattern, or the groups of names in `fuse`."""
-    paths = {id(layer): name for name, layer in layers.items()}
-    wanted = None if fuse is True else {tuple(group) for group in fuse or ()}
+    layers: Mapping[str, Any], watch: _Watch, names: dict[int, str], wanted: Collection[Sequence[str]] | None
+) -> list[Found]:
+    """The units of several of `layers` that take the same tensor: the groups of names in `wanted`; None: all of one pattern."""
+    paths = {id(layer): name for name, layer in layers.items() if _may_be_fused(layer, names)}
+    found = []
     for group in watch.sharers.groups():
-        fused = tuple(paths.get(layer, "") for layer in group)
-        if "" in fused or not watch.shapes.keys() >= set(group) or (wanted is not None and fused not in wanted):
-            continue
-        one = _fused(fused, [layers[path] for path in fused], watch.shapes[group[0]], names, alike=wanted is None)
-        if one is not None:
-            yield one
+        own = [paths[layer] for layer in group if layer in paths and layer in watch.shapes]
+        for fused in _alike(layers, own) if wanted is None else [tuple(one) for one in wanted if {*one} <= {*own}]:
+            parts = [layers[path] for path in fused]
+            unit = _unit(fused[0], joined(parts), watch.shapes[id(parts[0])])
+            found.append(Found(unit, fused[0], tuple(names[id(layer.weight)] for layer in parts), fused))
+    return found
 
 
-def _fused(
-    paths: tuple[str, ...], layers: list[nn.Module], shape: tuple[int, ...], names: dict[int, str], alike: bool
-) -> Found | None:
-    """Linears that take the same tensor as one unit; None where one of them has to stay as it is, or where they have to be `alike`
-    and their patterns differ."""
-    linears = [layer for layer in layers if type(layer) is nn.Linear]
-    if len(linears) < len(layers) or len({(layer.weight.dtype, layer.weight.device) for layer in linears}) > 1:
-        return None
-    if not all(_plain(layer, names) and not _observed(layer) and not _is_empty(layer) for layer in linears):
-        return None
-    whole = _found(paths[0], product := joined(linears), shape, {id(product.weight): ""}, (product,))
-    if alike and {pattern_of(layer.weight) for layer in linears} != set(whole.unit.patterns):
-        return None
-    return Found(whole.unit, paths[0], tuple(names[id(layer.weight)] for layer in linears), paths)
+def _alike(layers: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, ...]]:
+    """Those of `paths` whose weights have one pattern, dtype and device, where they are several."""
+    groups: dict[Any, list[str]] = {}
+    for path in paths:
+        weight = layers[path].weight
+        groups.setdefault((pattern_of(weight), weight.dtype, weight.device), []).append(path)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _may_be_fused(layer: nn.Module, names: dict[int, str]) -> bool:
+    return type(layer) is nn.Linear and _plain(layer, names) and not _observed(layer) and not _is_empty(layer)
 
 
 def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
@@ -235,7 +228,8 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def _observed(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether calling `layer` does more than its class: by hooks, or by a forward of its own, as adapters and offloading set it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 def _two_linears(module: nn.Module) -> bool:
@@ -394,7 +388,7 @@ def put_unit(model: nn.Module, one: Found, module: nn.Module) -> nn.Module:
     if not one.fused:
         return put(model, one.at, module)
     sizes = [len(model.get_parameter(f"{path}.weight")) for path in one.fused]
-    first = FusedProjections(module, sizes)
+    first = FusedProjections(module, sizes, one.unit.input_shape[:-1])
     for path, part in zip(one.fused, [first, *first.others()], strict=True):
         put(model, path, part)
     return model

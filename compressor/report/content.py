@@ -253,7 +253,10 @@ class LoweredLayer(_Part):
     choice: str
     reason: str
     skips_zeros: bool
-    fused: List[str] = Field(default=(), description="the layers that are one product here; empty where it is one")
+    fused: List[str] = Field(
+        default=(),
+        description="the layers that are one product in all forms but `eager`; empty where it is one",
+    )
 
 
 class LoweredForm(_Part):
