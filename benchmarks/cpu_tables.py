@@ -124,6 +124,58 @@ def peaks(result: dict[str, Any]) -> str:
     )
 
 
+def levels(result: dict[str, Any]) -> str:
+    """The kernels of few bits at several instruction sets of one processor."""
+    by = {
+        "avx2": ("vnm-w7a8", "attention-int16"),
+        "avx_vnni": ("vnm-w8a8", "attention-int8"),
+        "avx512_vnni": ("vnm-w8a8", "attention-int8"),
+    }
+    lines = [
+        "| layer | "
+        + " | ".join(f"`{level}`, ms" for level in by)
+        + " | `avx_vnni` over `avx2` | `avx512_vnni` over it |",
+        "|---|" + "---:|" * (len(by) + 2),
+    ]
+    for row in result["rows"]:
+        first, *others = [
+            next(f"{level}, {one}" for one in own if f"{level}, {one}" in row["median_ms"]) for level, own in by.items()
+        ]
+        times = " | ".join(f"{row['median_ms'][name]:.2f}" for name in (first, *others))
+        over = " | ".join(f"{row[f'over {first}'][name]:.2f}x" for name in others)
+        lines.append(f"| {row['layer']} | {times} | {over} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`vnm-w7a8` and `attention-int16` at `avx2`, `vnm-w8a8` and `attention-int8` at the others. One thread; in turns, "
+            f"medians of {result['rounds']} rounds, seed {result['seed']}; {result['hardware'].rpartition(',')[0]}. "
+            "From `benchmarks/cpu/levels.py`.",
+        ]
+    )
+
+
+def projections(result: dict[str, Any]) -> str:
+    """Fused projections over those that are apart."""
+    lines = [
+        f"| whole model, compiled | dense | lowered, float32 | lowered, error of {result['max_error']:.0%} at most |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, cell in result["cells"].items():
+        gains = [cell["fused over apart"][form] for form in ("dense", "float32", "few bits")]
+        told = (f"{one['median']:.2f}x ({one['quartiles'][0]:.2f} to {one['quartiles'][1]:.2f})" for one in gains)
+        lines.append(f"| {name} | " + " | ".join(told) + " |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "4:2:4 (the UNet 8:2:4) by magnitude. Fused over apart, each at its fastest form, in turns in one process: medians "
+            f"of {result['rounds']} rounds and quartiles, seed {result['seed']}; {result['hardware']}; torch "
+            f"{result['versions']['torch']}. From `benchmarks/cpu/projections.py`.",
+        ]
+    )
+
+
 _MODELS = {"uvit-s2": "U-ViT-S/2, 32x32", "ddpm-cifar10": "DDPM UNet, CIFAR-10"}
 
 

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import int8, lowering, opponents, peaks, sway, tokens
+from cpu_tables import int8, levels, lowering, opponents, peaks, projections, sway, tokens
 from merged import merged
 from quantised import table as in_8_bits
 
@@ -348,6 +348,8 @@ TABLES = (
     ("docs/lowering.md", "int8", "int8_cpu.json", int8),
     ("docs/lowering.md", "sway", "sway_cpu.json", sway),
     ("docs/lowering.md", "tokens", "tokens_cpu.json", tokens),
+    ("docs/lowering.md", "levels", "levels_cpu.json", levels),
+    ("docs/lowering.md", "projections", "projections_cpu.json", projections),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "opponents-vnni", "opponents_cpu_vnni.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
