@@ -87,12 +87,16 @@ def measured(cell: str) -> dict[str, Any]:
 @click.option("--only", type=click.Choice(CELLS), multiple=True)
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/projections_cpu.json")
 def main(only: tuple[str, ...], out: Path) -> None:
-    cells = json.loads(out.read_text())["cells"] if out.exists() else {}
+    about = environment(CPU)
+    former = json.loads(out.read_text()) if out.exists() else {"cells": {}}
+    if former.get("hardware", about["hardware"]) != about["hardware"]:
+        raise click.UsageError(f"{out} was measured with another hardware: write to another file")
+    cells = former["cells"]
     for cell in only or CELLS:
         cells[cell] = measured(cell)
         click.echo(json.dumps({cell: cells[cell]}, indent=1))
         settings = {"rounds": ROUNDS, "max_error": MAX_ERROR, "seed": 0, "threads": torch.get_num_threads()}
-        out.write_text(json.dumps({**settings, "cells": cells, **environment(CPU)}, indent=1) + "\n")
+        out.write_text(json.dumps({**settings, "cells": cells, **about}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
