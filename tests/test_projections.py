@@ -365,6 +365,13 @@ def test_how_a_call_is_made_is_looked_at() -> None:
     assert not made[1](x).is_inference()
 
 
+def test_shapes_are_known_without_numbers() -> None:
+    """On the device without any, which has no autocast."""
+    _, made = parts(8, 16)
+    for part, size in zip(made, (8, 16), strict=True):
+        assert part.to("meta")(X.to("meta")).shape == (2, 5, size)
+
+
 def test_nothing_is_kept_of_what_comes_otherwise() -> None:
     _, made = parts(8, 16, 24)
     first: Any = made[0]

@@ -119,7 +119,9 @@ class FusedProjections(nn.Module):
 
 def _how(x: Tensor) -> tuple[object, ...]:
     """What a product of x depends on besides its numbers, and how often these were written to."""
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    kind = x.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)  # which has none
+    autocast = torch.get_autocast_dtype(kind) if casts else None
     known = () if torch.compiler.is_compiling() else (torch.is_inference_mode_enabled(), _changes(x))
     return torch.is_grad_enabled(), autocast, *known
 
