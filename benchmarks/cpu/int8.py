@@ -50,6 +50,12 @@ def layer(inner: int, out: int, pattern: NM, rng: torch.Generator) -> nn.Linear:
     return made
 
 
+def layers(pattern: NM, rng: torch.Generator) -> dict[str, nn.Module]:
+    """The layers of a block, and its pair."""
+    made: dict[str, nn.Module] = {name: layer(*sizes, pattern, rng) for name, sizes in LAYERS.items()}
+    return made | {PAIR: nn.Sequential(layer(512, 2048, pattern, rng), nn.GELU(), layer(2048, 512, pattern, rng))}
+
+
 def onnx_runtime(module: nn.Module, file: Path, int8: bool) -> Callable[[Tensor], Tensor]:
     """The layers of `module` in ONNX Runtime, on one thread."""
     torch.onnx.export(
@@ -144,9 +150,7 @@ def main(rounds: int, tokens: int, patterns: str, out: Path) -> None:
     for text in patterns.split(","):
         pattern = NM(2, 4, int(text.partition(":")[0]))
         rng = torch.Generator().manual_seed(SEED)
-        modules: dict[str, nn.Module] = {name: layer(*sizes, pattern, rng) for name, sizes in LAYERS.items()}
-        modules[PAIR] = nn.Sequential(layer(512, 2048, pattern, rng), nn.GELU(), layer(2048, 512, pattern, rng))
-        for name, module in modules.items():
+        for name, module in layers(pattern, rng).items():
             x = torch.randn(tokens, int(name.split()[0]), generator=rng)
             rows.append(row := measured(name, module, pattern, tokens, rounds, x))
             over = ", ".join(f"{ratio:.2f}x over {key}" for key, ratio in row["7-bit sparse over"].items())

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import torch
-from int8 import LAYERS, PAIR, layer
+from int8 import layers
 from torch import Tensor, nn
 
 from compressor import NM
@@ -53,10 +53,8 @@ ATTENTIONS = ((4, 8, 257, 64), (1, 16, 1024, 72))
 def units(rng: torch.Generator) -> list[Unit]:
     """What is timed."""
     pattern = NM(2, 4, 4)
-    modules: dict[str, nn.Module] = {name: layer(*sizes, pattern, rng) for name, sizes in LAYERS.items()}
-    modules[PAIR] = nn.Sequential(layer(512, 2048, pattern, rng), nn.GELU(), layer(2048, 512, pattern, rng))
     found = []
-    for name, module in modules.items():
+    for name, module in layers(pattern, rng).items():
         count = sum(isinstance(m, nn.Linear) for m in module.modules())
         shape = (4 * 257, int(name.split()[0]))
         found.append(Unit(name, module, shape, torch.float32, CPU, (pattern,) * count))

@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,15 @@ def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[s
     }  # fmt: skip
 
 
+def cells_of(out: Path | None, facts: Mapping[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """The cells that the file `out` has from before; it must have been measured with the `same` of these facts."""
+    former = json.loads(out.read_text()) if out is not None and out.exists() else {"cells": {}}
+    if differ := [name for name in same if former.get(name, facts[name]) != facts[name]]:
+        raise click.UsageError(f"{out} was measured with another {' and '.join(differ)}: write to another file")
+    found: dict[str, Any] = former["cells"]
+    return found
+
+
 @click.command()
 @click.option("--only", type=click.Choice(list(CELLS)), multiple=True, help="These cells alone.")
 @click.option("--rounds", default=15, show_default=True)
@@ -137,10 +147,7 @@ def main(only: tuple[str, ...], rounds: int, max_error: float, compiled: bool, o
     facts["versions"] |= {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
     hidden = os.environ.get("BENCHMARK_HIDES")  # by without_avx512.py
     facts |= {"threads": torch.get_num_threads(), "level": level(), "hidden": hidden}
-    former = json.loads(out.read_text()) if out is not None and out.exists() else {"cells": {}}
-    if differ := [name for name in ("hardware", "level", "hidden") if former.get(name, facts[name]) != facts[name]]:
-        raise click.UsageError(f"{out} was measured with another {' and '.join(differ)}: write to another file")
-    facts["cells"] = former["cells"]
+    facts["cells"] = cells_of(out, facts, ("hardware", "level", "hidden"))
     for cell in only or CELLS:
         facts["cells"][cell] = measured(cell, rounds, max_error, compiled)
         click.echo(json.dumps({cell: facts["cells"][cell]}, indent=1))

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import tokens
 import torch
+from opponents import cells_of, pruned
 from torch import nn
 
 import compressor
@@ -41,11 +42,7 @@ def made(cell: str) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     adapter = compressor.registry.adapter("ddpm-cifar10")
     model = adapter.build().eval()
-    pattern = compressor.parse("8:2:4")
-    for name, module in model.named_modules():
-        layer = isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("conv_in", "conv_out")
-        if layer and pattern.misfit(tuple(module.weight.shape)) is None:
-            module.weight.copy_(pattern.mask(module.weight.abs()).apply(module.weight))
+    pruned(model, adapter, "8:2:4")
     return model, {"sample": torch.randn(4, 3, 32, 32), "timestep": torch.full((4,), 500)}
 
 
@@ -88,10 +85,7 @@ def measured(cell: str) -> dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/projections_cpu.json")
 def main(only: tuple[str, ...], out: Path) -> None:
     about = environment(CPU)
-    former = json.loads(out.read_text()) if out.exists() else {"cells": {}}
-    if former.get("hardware", about["hardware"]) != about["hardware"]:
-        raise click.UsageError(f"{out} was measured with another hardware: write to another file")
-    cells = former["cells"]
+    cells = cells_of(out, about, ("hardware",))
     for cell in only or CELLS:
         cells[cell] = measured(cell)
         click.echo(json.dumps({cell: cells[cell]}, indent=1))

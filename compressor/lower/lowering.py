@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,11 +116,12 @@ def lowering(
         max_error = plan.search.max_error
     quantising = tolerance is not None or max_error is not None
     fuse: bool | Collection[Sequence[str]] | None = fuse_projections if plan is None else plan.fused
-    job = prepared(model, example_inputs, backends, dtype, adapter, quantising, fuse)
+    prepare_with = partial(prepared, model, example_inputs, backends, dtype, adapter, quantising)
+    job = prepare_with(fuse)
     if plan is None and (apart := _apart(job)):
         fuse = [one.fused for one in job.found if one.fused and one.fused not in apart]
         del job  # which may hold a copy of the weights
-        job = prepared(model, example_inputs, backends, dtype, adapter, quantising, fuse)
+        job = prepare_with(fuse)
         job.notes.extend(_said(apart))
     allowed = max_error or _WHOLE * (tolerance or _rounding(job))
     if plan is not None:
@@ -152,16 +154,19 @@ def _rounding(job: Job) -> float:
 def _apart(job: Job) -> dict[tuple[str, ...], str]:
     """The fused projections without which the model does what it does with its layers apart, and why each has to go."""
     groups = [one for one in job.found if one.fused]
-    if not groups or (together := _unlike(job, groups)) is None:
+    if not groups:
         return {}
-    found = {one.fused: why for one in groups if (why := _unlike(job, [one])) is not None}
+    wanted = seeded(job.forward, job.base)
+    if (together := _unlike(job, groups, wanted)) is None:
+        return {}
+    found = {one.fused: why for one in groups if (why := _unlike(job, [one], wanted)) is not None}
     return found or dict.fromkeys((one.fused for one in groups), together)
 
 
-def _unlike(job: Job, found: Sequence[Found]) -> str | None:
-    """How the model with these units differs from the model; None where it does not, up to rounding."""
+def _unlike(job: Job, found: Sequence[Found], wanted: Any) -> str | None:
+    """How the model with these units differs from `wanted`, the model's output; None where it does not, up to rounding."""
     try:
-        error = deviation(seeded(job.forward, built(job, {}, found)), seeded(job.forward, job.base))
+        error = deviation(seeded(job.forward, built(job, {}, found)), wanted)
     except Exception as failure:  # a model may look at strides, or into its layers
         return f"{type(failure).__name__}: {first_line(failure)}"
     return None if error <= _REORDERED * _rounding(job) else f"the output differs by {error:.1e}"

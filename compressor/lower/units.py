@@ -159,15 +159,18 @@ def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) ->
 
 
 def _found(
-    name: str, module: nn.Module, shape: tuple[int, ...], names: dict[int, str], layers: tuple[nn.Module, ...]
+    name: str,
+    module: nn.Module,
+    shape: tuple[int, ...],
+    names: dict[int, str],
+    layers: Sequence[nn.Module],
+    fused: tuple[str, ...] = (),
 ) -> Found:
-    return Found(_unit(name, module, shape), name, tuple(names[id(layer.weight)] for layer in layers))
-
-
-def _unit(name: str, module: nn.Module, shape: tuple[int, ...]) -> Unit:
+    """`module` as a unit that stands for `layers` of the model."""
     weights = [one.weight for one in module.modules() if isinstance(one, _LAYERS)]
     patterns = tuple(pattern_of(weight) for weight in weights)
-    return Unit(name, module, shape, weights[0].dtype, weights[0].device, patterns)
+    unit = Unit(name, module, shape, weights[0].dtype, weights[0].device, patterns)
+    return Found(unit, name, tuple(names[id(layer.weight)] for layer in layers), fused)
 
 
 def _pairs(
@@ -181,9 +184,9 @@ def _pairs(
         if chain is None or shape is None:
             continue
         first, _, second = chain
-        if not {id(first), id(second)} <= free or not all(_plain(layer, names) for layer in (first, second)):
+        if not {id(first), id(second)} <= free or not all(_ordinary(layer, names) for layer in (first, second)):
             continue
-        if any(map(_observed, block.modules())) or _is_empty(first) or _is_empty(second):
+        if any(map(_observed, block.modules())):
             continue
         free -= {id(first), id(second)}
         found.append(_found(name, chain, shape, names, (first, second)))
@@ -194,14 +197,14 @@ def _side_by_side(
     layers: Mapping[str, Any], watch: _Watch, names: dict[int, str], wanted: Collection[Sequence[str]] | None
 ) -> list[Found]:
     """The units of several of `layers` that take the same tensor: the groups of names in `wanted`; None: all of one pattern."""
-    paths = {id(layer): name for name, layer in layers.items() if _may_be_fused(layer, names)}
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    paths = {id(layer): name for name, layer in linears.items() if _ordinary(layer, names)}
     found = []
     for group in watch.sharers.groups():
         own = [paths[layer] for layer in group if layer in paths and layer in watch.shapes]
         for fused in _alike(layers, own) if wanted is None else [tuple(one) for one in wanted if {*one} <= {*own}]:
             parts = [layers[path] for path in fused]
-            unit = _unit(fused[0], joined(parts), watch.shapes[id(parts[0])])
-            found.append(Found(unit, fused[0], tuple(names[id(layer.weight)] for layer in parts), fused))
+            found.append(_found(fused[0], joined(parts), watch.shapes[id(parts[0])], names, parts, fused))
     return found
 
 
@@ -214,8 +217,9 @@ def _alike(layers: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, .
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def _may_be_fused(layer: nn.Module, names: dict[int, str]) -> bool:
-    return type(layer) is nn.Linear and _plain(layer, names) and not _observed(layer) and not _is_empty(layer)
+def _ordinary(layer: nn.Module, names: dict[int, str]) -> bool:
+    """Whether another module can stand for `layer`: it is plain, not observed and not empty."""
+    return _plain(layer, names) and not _observed(layer) and not _is_empty(layer)
 
 
 def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
