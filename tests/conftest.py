@@ -41,14 +41,12 @@ def signal_stack() -> _Stack:
 
 
 @pytest.fixture(autouse=True)
-def signal_stack_stays(signal_stack: _Stack) -> Iterator[None]:
-    """OpenVINO sets one of its own and frees it: then a signal of any later test ends the process."""
+def signal_stack_restored(signal_stack: _Stack) -> Iterator[None]:
+    """No test leaves a signal stack to the next that is not this thread's own: OpenVINO's is freed with a model, and then any signal ends
+    the process. Compilers set one too (LLVM, in Triton)."""
     yield
     if sys.platform == "linux":
-        library, after = ctypes.CDLL(None), _Stack()
-        library.sigaltstack(None, ctypes.byref(after))
-        library.sigaltstack(ctypes.byref(signal_stack), None)
-        assert (after.at, after.size) == (signal_stack.at, signal_stack.size)
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(signal_stack), None)
 
 
 class TinyAdapter(Adapter):

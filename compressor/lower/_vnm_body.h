@@ -6,6 +6,7 @@
  *   MADD_AT  the same with the address of b, where sums alone may fill the registers
  *   MADDUBS  (a, b): a0 b0 + a1 b1 of lanes of two bytes, those of b signed, where that fits 16 bits; plain C where it is not defined
  *   DPBUSD   (sum, a, b): sum + a0 b0 + .. + a3 b3 of lanes of four bytes; MADDUBS and MADD where it is not defined
+ *   PACKED   (c): the lanes of four vectors as bytes, four lanes of each in turn; plain C where it is not defined
  *   MOST     (a, b): the larger of lanes of whole numbers; plain C where it is not defined
  *   HELD     a vector that is made now, and stays in its register
  *   WIDE     in place of VW, R1 to R8 and the larger and smaller of lanes: those of AVX-512; VNNI: its MADD and DPBUSD
@@ -27,6 +28,7 @@
 #define R8 3
 #define MAX(a, b) (vf)_mm512_max_ps((__m512)(a), (__m512)(b))
 #define MOST(a, b) (vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b))
+#define PACKED(c) (vu)_mm512_packus_epi16(_mm512_packus_epi32((__m512i)(c)[0], (__m512i)(c)[1]), _mm512_packus_epi32((__m512i)(c)[2], (__m512i)(c)[3]))
 #define MIN(a, b) (vf)_mm512_min_ps((__m512)(a), (__m512)(b))
 #endif
 #ifdef HALF_AS_WIDE
@@ -37,6 +39,7 @@
 #define R8 1
 #define MAX(a, b) (vf)_mm256_max_ps((__m256)(a), (__m256)(b))
 #define MOST(a, b) (vi)__builtin_ia32_pmaxsd256((ints)(a), (ints)(b))
+#define PACKED(c) (vu)__builtin_ia32_packuswb256(__builtin_ia32_packusdw256((ints)(c)[0], (ints)(c)[1]), __builtin_ia32_packusdw256((ints)(c)[2], (ints)(c)[3]))
 #define MIN(a, b) (vf)_mm256_min_ps((__m256)(a), (__m256)(b))
 #endif
 #ifdef VNNI
@@ -104,6 +107,18 @@ INLINE vs NAME(maddubs)(vs a, vs b) {
 #define CENTRE 0
 #else
 #define CENTRE 128
+#endif
+
+#ifndef PACKED
+INLINE vu NAME(packed)(const vu c[4]) {
+    vu found;
+    UNROLL for (int i = 0; i < 4; i++) {
+        vb narrow = __builtin_convertvector(c[i], vb);
+        memcpy((char *)&found + i * VW, &narrow, VW);
+    }
+    return found;
+}
+#define PACKED(c) NAME(packed)(c)
 #endif
 
 /* fp32 -> a whole number of 16 bits in the low half of each lane, to nearest even. */
@@ -305,11 +320,11 @@ INLINE void NAME(both)(vs a, vs b, vs *low, vs *high) {
     *high = __builtin_shuffle(a, b, second);
 }
 
-/* out[v] (+)= the sums of products of bytes, of V rows and a vector of tokens of the panel, which are two of sums: 8 i + {0 to 3} in
- * the first, 8 i + {4 to 7} in the second, or with R = 1 the first alone, and zeros. A lane of weights is two pairs of channels; four such and
- * their pairs of the panel are a set, whose products sum to 16 bits, since weights were rounded so that they do: `w[v]` before them
- * is -128 times the sum of the weights. */
-INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride, strip p) {
+/* out[v] (+)= the sums of products of bytes, of V rows and R vectors of tokens. A vector of the panel is two of sums: tokens 8 i + {0 to 3}
+ * in the first, 8 i + {4 to 7} in the second, where R is odd the first alone, and zeros; the next lies `apart` from it. A lane of weights is two
+ * pairs of channels; four such and their pairs of the panel are a set, whose products sum to 16 bits, since weights were rounded so that
+ * they do: `w[v]` before them is -128 times the sum of the weights. */
+INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride, size_t apart, strip p) {
 #ifndef DPBUSD
     const vs ones = (vs){0} + 1;
 #endif
@@ -319,16 +334,16 @@ INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride
         UNROLL for (int v = 0; v < V; v++) {
             out[v] = (vi *)(p.out + (p.order ? p.order[g * V + v] : v) * p.out_stride);
 #ifndef DPBUSD
-            UNROLL for (int r = 0; r < 2; r++) if (p.begin) out[v][r] = (vi){0};
+            UNROLL for (int r = 0; r < R + R % 2; r++) if (p.begin) out[v][r] = (vi){0};
 #else
-            UNROLL for (int r = R; r < 2; r++) if (p.begin) out[v][r] = (vi){0};
+            UNROLL for (int r = R; r < R + R % 2; r++) if (p.begin) out[v][r] = (vi){0};
 #endif
         }
 #ifdef DPBUSD /* of 32 bits from the first step to the last. A vector that was just written would be long in coming back. */
-        vi low[8], high[8];
-        UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vi){0};
+        vi sums[8][4];
+        UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) sums[v][r] = (vi){0};
         if (!p.begin)
-            UNROLL for (int v = 0; v < V; v++) low[v] = out[v][0], high[v] = out[v][R - 1];
+            UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) sums[v][r] = out[v][r];
 #endif
         for (int tap = 0; tap < p.taps; tap++) {
             const uint16_t *index = p.index + tap * p.index_apart, *rows = panel + (p.tap_at[tap] - p.tap_at[0]);
@@ -336,45 +351,35 @@ INLINE void NAME(micro_bytes)(int V, int R, const uint16_t *panel, size_t stride
             for (int s = 0; s < p.steps; s += SET) {
                 __builtin_prefetch(w + 512);
 #ifndef DPBUSD
-                vs low[8], high[8];
-                UNROLL for (int v = 0; v < V; v++) low[v] = high[v] = (vs)(w[v] | (vu){0});
+                vs sums[8][4];
+                UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) sums[v][r] = (vs)(w[v] | (vu){0});
 #endif
                 w += V;
                 UNROLL for (int i = 0; i < SET; i += 2, w += V) {
-                    vs x, y;
-                    NAME(both)(*(const vs *)(rows + index[s + i] * stride), *(const vs *)(rows + index[s + i + 1] * stride), &x, &y);
+                    const uint16_t *first = rows + index[s + i] * stride, *second = rows + index[s + i + 1] * stride;
+                    vs x[4];
+                    UNROLL for (int r = 0; r < R; r += 2)
+                        NAME(both)(*(const vs *)(first + r / 2 * apart), *(const vs *)(second + r / 2 * apart), &x[r], &x[r + 1]);
                     UNROLL for (int v = 0; v < V; v++) {
                         vs b = (vs)(w[v] | (vu){0});
 #ifdef DPBUSD
-                        low[v] = DPBUSD(low[v], x, b);
-                        if (R == 2)
-                            high[v] = DPBUSD(high[v], y, b);
+                        UNROLL for (int r = 0; r < R; r++) sums[v][r] = DPBUSD(sums[v][r], x[r], b);
 #else
                         HELD(b);
-                        low[v] += MADDUBS(x, b);
-                        HELD(low[v]);
-                        if (R == 2) {
-                            high[v] += MADDUBS(y, b);
-                            HELD(high[v]);
+                        UNROLL for (int r = 0; r < R; r++) {
+                            sums[v][r] += MADDUBS(x[r], b);
+                            HELD(sums[v][r]);
                         }
 #endif
                     }
                 }
 #ifndef DPBUSD
-                UNROLL for (int v = 0; v < V; v++) {
-                    out[v][0] = MADD(out[v][0], (vi)low[v], (vi)ones);
-                    if (R == 2)
-                        out[v][1] = MADD(out[v][1], (vi)high[v], (vi)ones);
-                }
+                UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) out[v][r] = MADD(out[v][r], (vi)sums[v][r], (vi)ones);
 #endif
             }
         }
 #ifdef DPBUSD
-        UNROLL for (int v = 0; v < V; v++) {
-            out[v][0] = low[v];
-            if (R == 2)
-                out[v][1] = high[v];
-        }
+        UNROLL for (int v = 0; v < V; v++) UNROLL for (int r = 0; r < R; r++) out[v][r] = sums[v][r];
 #endif
     }
 }
@@ -428,40 +433,46 @@ static const NAME(kernel) NAME(kernels)[4][12][3][2] = {
     {UPTO(R1)(ENTRY, 1)}, {UPTO(R2)(ENTRY, 2)}, {UPTO(R4)(ENTRY, 4)}, {UPTO(R8)(ENTRY, 8)}};
 static const int NAME(most)[4] = {R1, R2, R4, R8};
 
-typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, const strip *);
-/* A panel of one unit of tokens, as Linears have with most instruction sets, is a case of its own, and so is one of which but a vector
- * is of use: their stride is a constant. */
-#define MICRO_BYTES(V)                                                                                                  \
-    static void NAME(micro_bytes_##V)(const uint16_t *panel, size_t stride, const strip *p) {                           \
-        if (stride == 2 * VW)                                                                                           \
-            NAME(micro_bytes)(V, 2, panel, 2 * VW, *p);                                                                 \
+/* Vectors of sums of V < 8 rows that one function takes: so many that their products need not wait for each other. Of eight rows two do. */
+#if defined(WIDE) && defined(DPBUSD)
+#define BYTE_VECTORS 4
+#define UPTO_BYTES UPTO4
+#else
+#define BYTE_VECTORS 2
+#define UPTO_BYTES UPTO2
+#endif
+
+typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, size_t, const strip *);
+/* One function per V and R. A panel of no more tokens, as Linears have, is a case of its own: its stride is a constant. */
+#define MICRO_BYTES(V, R)                                                                                               \
+    static void NAME(micro_bytes_##V##_##R)(const uint16_t *panel, size_t stride, size_t apart, const strip *p) {       \
+        const size_t whole = (R + 1) / 2 * 2 * VW;                                                                      \
+        if (stride == whole)                                                                                            \
+            NAME(micro_bytes)(V, R, panel, whole, 2 * VW, *p);                                                          \
         else                                                                                                            \
-            NAME(micro_bytes)(V, 2, panel, stride, *p);                                                                 \
-    }                                                                                                                   \
-    static void NAME(micro_half_##V)(const uint16_t *panel, size_t stride, const strip *p) {                            \
-        (void)stride;                                                                                                   \
-        NAME(micro_bytes)(V, 1, panel, 2 * VW, *p);                                                                     \
+            NAME(micro_bytes)(V, R, panel, stride, apart, *p);                                                          \
     }
-MICRO_BYTES(1)
-MICRO_BYTES(2)
-MICRO_BYTES(4)
-MICRO_BYTES(8)
-/* [V as 0..3][vectors of sums - 1] */
-static const NAME(byte_kernel) NAME(byte_kernels)[4][2] = {{NAME(micro_half_1), NAME(micro_bytes_1)}, {NAME(micro_half_2), NAME(micro_bytes_2)},
-                                                           {NAME(micro_half_4), NAME(micro_bytes_4)}, {NAME(micro_half_8), NAME(micro_bytes_8)}};
+#define BYTE_ENTRY(V, R) NAME(micro_bytes_##V##_##R),
+UPTO_BYTES(MICRO_BYTES, 1)
+UPTO_BYTES(MICRO_BYTES, 2)
+UPTO_BYTES(MICRO_BYTES, 4)
+UPTO2(MICRO_BYTES, 8)
+/* [V as 0..3][R - 1] */
+static const NAME(byte_kernel) NAME(byte_kernels)[4][BYTE_VECTORS] = {
+    {UPTO_BYTES(BYTE_ENTRY, 1)}, {UPTO_BYTES(BYTE_ENTRY, 2)}, {UPTO_BYTES(BYTE_ENTRY, 4)}, {UPTO2(BYTE_ENTRY, 8)}};
 
 /* Passes of a matrix's micro-kernel over `vectors` of tokens, and the vectors of one. */
-static int NAME(pass)(const matrix *m) { return m->lanes == BYTES ? 2 : NAME(most)[v_log(m)]; }
+static int NAME(pass)(const matrix *m) { return m->lanes != BYTES ? NAME(most)[v_log(m)] : m->v < 8 ? BYTE_VECTORS : 2; }
 static int NAME(passes)(const matrix *m, int vectors) { return (vectors + NAME(pass)(m) - 1) / NAME(pass)(m); }
 
 /* Rows of output for one tile: groups [g0, g1), channel blocks [b0, b1), each block at the taps of one of `columns` columns.
  * `panel` starts at block b0, and the rows of each of these taps at `tap_at`; a row of `out` is `out_stride` floats, and the row of
  * group g0 the first, unless the matrix has an order of its own. With CODES and BYTES these rows are whole numbers, see `sum_of`, and
  * start at block b0; else what `out` holds of the blocks before b0 is added to. Columns after the first always add. Of bytes a panel
- * is of lanes of 16 bits, and `vectors` are even, or one where only the first of a panel's two is of use. */
+ * is of lanes of 16 bits; where `vectors` are odd, only the first of the last two is of use. */
 static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, const float *panel, size_t stride,
                            const size_t *tap_at, int column, int columns, const int *gaps, float *out, size_t out_stride, int vectors) {
-    int passes = NAME(passes)(m, vectors);
+    int passes = NAME(passes)(m, vectors), unit = unit_of(m), units = (vectors + unit - 1) / unit;
     size_t groups = m->rows / m->v;
     for (int b = b0; b < b1; b++) {
         int channels = m->inner - b * m->block < m->block ? m->inner - b * m->block : m->block;
@@ -489,11 +500,13 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
                           .bias = m->bias && !whole_numbers(m) ? m->bias + g * m->v : NULL,
                           .begin = b == (whole_numbers(m) ? b0 : 0) && column + tap == 0};
                 for (int pass = 0; pass < passes; pass++) {
-                    int r0 = vectors * pass / passes, r1 = vectors * (pass + 1) / passes;
+                    int r0 = units * pass / passes * unit, r1 = units * (pass + 1) / passes * unit;
+                    r1 = r1 < vectors ? r1 : vectors;
                     p.out = out + (m->order ? 0 : (size_t)(g - g0) * m->v * out_stride) + r0 * VW;
                     const char *at = rows + (gaps ? 0 : r0 * VW) * lane_bytes(m);
                     if (m->lanes == BYTES)
-                        NAME(byte_kernels)[v_log(m)][r1 - r0 - 1]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride, &p);
+                        NAME(byte_kernels)[v_log(m)][r1 - r0 - 1]((const uint16_t *)at + (gaps ? gaps[r0] : 0), stride,
+                                                                  gaps && r1 - r0 > 2 ? gaps[r0 + 2] - gaps[r0] : 2 * VW, &p);
                     else
                         NAME(kernels)[v_log(m)][r1 - r0 - 1][m->lanes][gaps != NULL]((const float *)at, stride, gaps ? gaps + r0 : NULL, &p);
                 }
@@ -588,44 +601,51 @@ INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, si
     *(vus *)(plane + 5 * stride) = b;
 }
 
-/* The scale and the inverse scale of each token of a tile, and of bytes its zero; of what fills the last vectors codes are zero. */
-static void NAME(scales_of_tokens)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
+/* Scales, inverse scales and zeros of VW tokens of a tile from the `t`th on, for bytes; of what fills a vector codes are zero. */
+static void NAME(scales_of_bytes)(const job *j, const matrix *m, int64_t t0, int t, int count, meaning at) {
     int bytes = j->half ? 2 : 4, whole = j->half ? 0 : m->inner / VW * VW;
+    vu low[VW], high[VW], odd[VW]; /* odd: sums of x * 0 */
+    for (int i = 0; i < VW; i++) {
+        const char *p = (const char *)j->x + (t0 + t + i) * m->inner * bytes;
+        vf least = {0}, most = {0}, nan = {0};
+        if (t + i < count) {
+            int k = 0;
+            for (; k < whole; k += VW) { /* most of it, without a question asked */
+                vf x = NAME(load)((const float *)p + k);
+                __builtin_prefetch((const float *)p + k + m->inner);
+                least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
+            }
+            for (; k < m->inner; k += VW) {
+                vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
+                least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
+            }
+        }
+        low[i] = (vu)least, high[i] = (vu)most, odd[i] = (vu)nan;
+    }
+    meaning own = {.scale = at.scale + t, .inverse = at.inverse + t, .zero = at.zero + t};
+    NAME(store)(own.scale, NAME(of_lanes)(LOWEST, low));
+    NAME(store)(own.inverse, NAME(of_lanes)(HIGHEST, high));
+    NAME(store)((float *)own.zero, NAME(of_lanes)(SUM, odd));
+    NAME(byte_scales)(own, VW);
+}
+
+/* The scale and the inverse scale of each token of a tile, for codes of 16 bits. */
+static void NAME(scales_of_codes)(const job *j, const matrix *m, int64_t t0, int count, meaning at, size_t stride) {
+    int bytes = j->half ? 2 : 4;
     for (size_t t = 0; t < stride; t += VW) {
-        vu low[VW], high[VW], odd[VW];
+        vu high[VW];
         for (int i = 0; i < VW; i++) {
             const char *p = (const char *)j->x + (t0 + (int64_t)t + i) * m->inner * bytes;
-            vf least = {0}, most = {0}, nan = {0}; /* sums of x * 0 */
-            if (m->lanes == BYTES && (int)t + i < count) {
-                int k = 0;
-                for (; k < whole; k += VW) { /* most of it, without a question asked */
-                    vf x = NAME(load)((const float *)p + k);
-                    __builtin_prefetch((const float *)p + k + m->inner);
-                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
-                }
-                for (; k < m->inner; k += VW) {
-                    vf x = (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k);
-                    least = NAME(min)(least, x), most = NAME(max)(most, x), nan += x * 0.0f;
-                }
-            } else if ((int)t + i < count) {
-                for (int k = 0; k < m->inner; k += VW) most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
-            }
-            low[i] = (vu)least, high[i] = (vu)most, odd[i] = (vu)nan;
+            vf most = {0};
+            for (int k = 0; k < m->inner && (int)t + i < count; k += VW)
+                most = NAME(larger)(most, (vf)NAME(entries)(p + k * bytes, j->half, m->inner - k));
+            high[i] = (vu)most;
         }
-        if (m->lanes == BYTES) {
-            NAME(store)(at.scale + t, NAME(of_lanes)(LOWEST, low));
-            NAME(store)(at.inverse + t, NAME(of_lanes)(HIGHEST, high));
-            NAME(store)((float *)at.zero + t, NAME(of_lanes)(SUM, odd));
-        } else
-            NAME(store)(at.scale + t, NAME(of_lanes)(MAGNITUDE, high));
+        NAME(store)(at.scale + t, NAME(of_lanes)(MAGNITUDE, high));
     }
-    if (m->lanes == BYTES)
-        NAME(byte_scales)(at, stride);
-    else {
-        scales_of(at.scale, at.inverse, count, m->largest);
-        memset(at.scale + count, 0, (stride - count) * sizeof *at.scale);
-        memset(at.inverse + count, 0, (stride - count) * sizeof *at.inverse);
-    }
+    scales_of(at.scale, at.inverse, count, m->largest);
+    memset(at.scale + count, 0, (stride - count) * sizeof *at.scale);
+    memset(at.inverse + count, 0, (stride - count) * sizeof *at.inverse);
 }
 
 /* Four channels of VW tokens as codes, in the six rows of pairs of their group. */
@@ -647,23 +667,45 @@ INLINE vf NAME(sum_of)(int lanes, const products *m, int n, vi sums, vf scale, v
     return x;
 }
 
-/* The same as gather_tokens, two vectors of tokens at a time. */
+/* Channels [k, k + 4 VW) of a token as bytes, four to a lane, zeros after the row's end; FOUR(i) says which four of them are in lane i. */
+#define FOUR(lane) ((lane) % 4 * (VW / 4) + (lane) / 4)
+INLINE vu NAME(token_bytes)(const job *j, const matrix *m, int64_t token, int k, vf inverse, vu zero) {
+    const char *x = (const char *)j->x + (token * m->inner + k) * (j->half ? 2 : 4);
+    vu c[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        int left = m->inner - k - i * VW;
+        vf scaled = {0};
+        if (!j->half && left >= VW)
+            scaled = NAME(load)((const float *)x + i * VW);
+        else if (left > 0)
+            scaled = (vf)NAME(entries)(x + i * VW * (j->half ? 2 : 4), j->half, left);
+        scaled *= inverse;
+        ROUNDED(scaled);
+        c[i] = ((vu)(scaled + MAGIC) + zero) & 0xff; /* of which the last byte counts */
+    }
+    return PACKED(c);
+}
+
+/* The same as gather_tokens, with the scales of the tokens. A vector of them at a time, so that what its scales were found from is still
+ * near; the first of two waits in the panel for the other. */
 static void NAME(gather_bytes)(const job *j, const matrix *m, int64_t t0, int count, uint16_t *panel, size_t stride, meaning at) {
-    int bytes = j->half ? 2 : 4;
-    for (int t = 0; t < count; t += 2 * VW) {
-        for (int k = 0; k < m->inner; k += VW) {
-            vu four[2][VW / 4];
-            for (int half = 0; half < 2; half++) {
-                int from = t + half * VW;
-                vu r[VW];
-                UNROLL for (int i = 0; i < VW; i++)
-                    r[i] = from + i < count ? NAME(entries)((const char *)j->x + ((t0 + from + i) * m->inner + k) * bytes, j->half, m->inner - k) : (vu){0};
-                NAME(transpose)(r);
-                UNROLL for (int i = 0; i < VW; i += 4)
-                    four[half][i / 4] = NAME(bytes_of)((const vf *)(r + i), NAME(load)(at.inverse + from), *(const vu *)(at.zero + from));
+    for (int t = 0; t < (int)stride; t += VW) {
+        NAME(scales_of_bytes)(j, m, t0, t, count, at);
+        for (int k = 0; k < m->inner; k += 4 * VW) {
+            vu r[VW];
+            for (int i = 0; i < VW; i++)
+                r[i] = t + i < count ? NAME(token_bytes)(j, m, t0 + t + i, k, NAME(all)(at.inverse[t + i]), (vu)(vi){0} + at.zero[t + i]) : (vu){0};
+            NAME(transpose)(r);
+            UNROLL for (int i = 0; i < VW; i++) {
+                int group = k / 4 + FOUR(i);
+                uint16_t *plane = panel + (size_t)(group * 6) * stride + t / (2 * VW) * (2 * VW);
+                if (group >= m->inner / 4)
+                    continue;
+                if (t / VW % 2 == 0)
+                    *(vu *)plane = r[i];
+                else
+                    NAME(byte_pairs)(*(const vu *)plane, r[i], 0, plane, stride);
             }
-            for (int i = 0; i < VW && k + i < m->inner; i += 4)
-                NAME(byte_pairs)(four[0][i / 4], four[1][i / 4], 0, panel + (size_t)((k + i) / 4 * 6) * stride + t, stride);
         }
     }
 }
@@ -786,8 +828,8 @@ static int NAME(vectors_of)(const job *j, int64_t tokens) {
     return (int)((tokens + unit * VW - 1) / (unit * VW)) * unit;
 }
 
-/* Those of them that are multiplied: one of a unit whose second holds no token. */
-static int NAME(used)(const matrix *m, int count, int vectors) { return m->lanes == BYTES && count <= VW ? 1 : vectors; }
+/* Those of them that are multiplied: not the last of bytes, if it holds no token. */
+static int NAME(used)(const matrix *m, int count, int vectors) { return vectors - (m->lanes == BYTES && count <= (vectors - 1) * VW); }
 
 /* A tile of tokens through one matrix. */
 static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratch) {
@@ -799,8 +841,8 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
     int chunk = m->order ? m->rows : CHUNK < m->rows ? CHUNK : m->rows;
     float *scale = out + (size_t)chunk * stride;
     meaning units = {.scale = scale, .inverse = scale + stride, .zero = (int32_t *)(scale + 2 * stride), .b1 = blocks};
-    if (whole_numbers(m))
-        NAME(scales_of_tokens)(j, m, t0, count, units, stride);
+    if (m->lanes == CODES)
+        NAME(scales_of_codes)(j, m, t0, count, units, stride);
     NAME(gather_tokens)(j, m, t0, count, panel, stride, units);
     for (int n = 0; n < m->rows; n += chunk) {
         int rows = m->rows - n < chunk ? m->rows - n : chunk;
@@ -913,8 +955,8 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     int blocks = (a->inner + a->block - 1) / a->block, codes = whole_numbers(b);
     meaning units = {.scale = scale, .inverse = scale + stride, .zero = (int32_t *)(scale + 2 * stride), .b1 = blocks};
     meaning own = {.scale = scale + 3 * stride, .inverse = scale + 4 * stride, .zero = (int32_t *)(scale + 5 * stride)};
-    if (codes)
-        NAME(scales_of_tokens)(j, a, t0, count, units, stride);
+    if (a->lanes == CODES)
+        NAME(scales_of_codes)(j, a, t0, count, units, stride);
     NAME(gather_tokens)(j, a, t0, count, panel, stride, units);
     for (int n = 0; n < a->rows; n += chunk) {
         int rows = a->rows - n < chunk ? a->rows - n : chunk;
@@ -1743,6 +1785,10 @@ static void NAME(attend)(void *argument) {
 #undef BEFORE
 #undef CENTRE
 #undef MICRO_BYTES
+#undef FOUR
+#undef BYTE_ENTRY
+#undef BYTE_VECTORS
+#undef UPTO_BYTES
 #undef MICRO
 #undef MICROS
 #undef ENTRY

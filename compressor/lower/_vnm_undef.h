@@ -13,6 +13,7 @@
 #undef MAX
 #undef MIN
 #undef MOST
+#undef PACKED
 #undef WIDE
 #undef HALF_AS_WIDE
 #undef VNNI

@@ -107,7 +107,8 @@ def _shape_of_work(pattern: NM | Clustered, lanes: Lanes, pixels: bool) -> tuple
     most = next(v for v in ((8, 4, 2, 1) if wide else (4, 2, 1)) if pattern.v % v == 0)
     if lanes == Lanes.BYTES:
         channels = 512 if wide and not pixels else 256
-        vectors = 24 if pixels else {"portable": 4, "neon": 4}.get(level(), 2)
+        whole = level() in VNNI and wide and most < 8  # sums of four vectors stay in registers
+        vectors = 24 if pixels else 4 if whole or level() in ("portable", "neon") else 2
     elif level() == "neon":
         channels, vectors = {1: (128, 20), 2: (128, 20), 4: (256, 10)}[most]
         if lanes == Lanes.CODES:
