@@ -42,7 +42,7 @@ def signal_stack() -> _Stack:
 
 @pytest.fixture(autouse=True)
 def signal_stack_restored(signal_stack: _Stack) -> Iterator[None]:
-    """No test leaves a signal stack to the next that is not this thread's own: OpenVINO's is freed with a model, and then any signal ends
+    """No test leaves the next a signal stack that is not this thread's own: OpenVINO's is freed with a model, and then any signal ends
     the process. Compilers set one too (LLVM, in Triton)."""
     yield
     if sys.platform == "linux":

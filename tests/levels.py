@@ -63,6 +63,22 @@ static inline i512 emulated_dpbusd_epi32(i512 sum, i512 a, i512 b) {
     for (int i = 0; i < 64; i++) sum[i / 4] += ((b512)a)[i] * (signed char)((b512)b)[i];
     return sum;
 }
+static inline i512 emulated_packus_epi32(i512 a, i512 b) { /* 128 bits at a time: of `a`, then of `b`; both saturate */
+    s512 found;
+    for (int i = 0; i < 32; i++) {
+        int x = (i % 8 < 4 ? a : b)[i / 8 * 4 + i % 4];
+        found[i] = (short)(x < 0 ? 0 : x > 65535 ? 65535 : x);
+    }
+    return (i512)found;
+}
+static inline i512 emulated_packus_epi16(i512 a, i512 b) {
+    b512 found;
+    for (int i = 0; i < 64; i++) {
+        int x = (i % 16 < 8 ? (s512)a : (s512)b)[i / 16 * 8 + i % 8];
+        found[i] = (unsigned char)(x < 0 ? 0 : x > 255 ? 255 : x);
+    }
+    return (i512)found;
+}
 typedef int i256 __attribute__((vector_size(32)));
 /* Here vectors of 32 bytes are passed in memory, and in code for AVX2 in registers. */
 #define IN_PLACE static inline __attribute__((always_inline))
@@ -84,6 +100,8 @@ static inline f512 emulated_min_ps(f512 a, f512 b) { return emulated_either(a < 
 #define _mm512_max_epi32 emulated_max_epi32
 #define _mm512_madd_epi16 emulated_madd_epi16
 #define _mm512_dpwssd_epi32 emulated_dpwssd_epi32
+#define _mm512_packus_epi32 emulated_packus_epi32
+#define _mm512_packus_epi16 emulated_packus_epi16
 #define _mm512_maddubs_epi16 emulated_maddubs_epi16
 #define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 #define __m512i i512

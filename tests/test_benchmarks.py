@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 from compressor import NM
 
@@ -77,9 +80,14 @@ def test_comparisons_of_one_evaluation_and_budget_make_one_table(monkeypatch: py
 
 
 GPU = Path(__file__).parent.parent / "benchmarks" / "gpu"
+SHARED = ("subjects", "lines", "blocks", "lowering")
+"""Those that others import, the first ones first."""
 
 
+@cache
 def script(name: str) -> Any:
+    for other in SHARED[: SHARED.index(name) if name in SHARED else None]:
+        script(other)
     spec = importlib.util.spec_from_file_location(name, GPU / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -150,18 +158,112 @@ def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, repor
     fused = next(one for one in products if one["at"][0].endswith("attn1.to_q.product"))
     assert len(fused["at"]) == 2 and fused["shapes"][0][1:] == [192, 64]
     assert {"eager", "dense-int8", "cusparselt", "cusparselt-int8"} <= set(fused["ms"])
-    last = max(at for at, line in enumerate(lines) if eight in line)
-    out.write_text("\n".join(lines[:last]) + "\n", encoding="utf-8")  # it ended there
+    assert forms["dense"]["peak_gib"] is None and json.loads(lines[0])["about"]["code"] == script("lines").code()
+    last = max(at for at, line in enumerate(lines) if f'"form": "{eight}"' in line)
+    kept = [*lines[:last], lines[last][:40]]
+    out.write_text("\n".join(kept), encoding="utf-8")  # it ended there, in the middle of a line
     assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0
     again = out.read_text(encoding="utf-8").splitlines()
-    assert again[:last] == lines[:last] and len(again) == len(lines)
-    assert json.loads(again[-1])["complete"] == ["cusparselt", "cusparselt-int8"]
+    assert again[: len(kept)] == kept
+    assert [json.loads(line)["form"] for line in again[len(kept) :] if '"form"' in line] == [eight]
+    assert json.loads(again[-1])["complete"]["backends"] == ["cusparselt", "cusparselt-int8"]
+    assert CliRunner().invoke(measuring.main, call, catch_exceptions=False).exit_code == 0
+    assert out.read_text(encoding="utf-8").splitlines() == again  # all is there
     told = ["--lines", str(out), "--training", str(tmp_path / "none"), "--page", str(page), "--plot", str(plot)]
     assert CliRunner().invoke(report.main, told, catch_exceptions=False).exit_code == 0
     text = page.read_text(encoding="utf-8")
     assert "**imitation**" in text and "| dit-xl, 64 | int8 |" in text and "<svg" in plot.read_text(encoding="utf-8")
     assert CliRunner().invoke(report.main, [*told[:1], str(tmp_path / "none"), *told[2:]]).exit_code == 0
     assert report.NOTHING in page.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def kept(tmp_path) -> Any:
+    """Makes the lines of a file as a session on some GPU would."""
+    scripts = script("lines")
+
+    def made(gpu: str = "NVIDIA H200", code: str = "1", path: str = "a.jsonl", **versions: str) -> Any:
+        about = {"hardware": f"{gpu}, 8 threads", "platform": code, "code": code, "imitation": False}
+        about["versions"] = {"torch": "2.11.0", "cuda": "13.0", "cusparselt": "0.8.0", "torchao": "0.18.0", **versions}
+        return scripts.Lines(tmp_path / path, about)
+
+    return made
+
+
+def test_a_file_is_of_one_gpu_and_its_libraries(kept):
+    lines = kept()
+    lines.add({"cell": "c 1", "form": "dense", "median_ms": 1.0})
+    lines.add({"cell": "c 1", "form": "2:4", "failed": "no room"})
+    for other in ({"gpu": "NVIDIA H100"}, {"torch": "2.12.0"}, {"cusparselt": "0.8.1"}, {"torchao": "0.19"}):
+        with pytest.raises(click.ClickException, match="measured elsewhere, or with other versions"):
+            kept(**other)
+    assert set(kept().done("c 1")) == {"dense", "2:4"}
+    again = kept(code="2", torch="2.11.0+cu130")  # another kernel, other code, and torch with the name of its build
+    assert set(again.done("c 1")) == {"dense"}  # what failed may have been mended
+    again.add({"cell": "c 1", "form": "dense", "median_ms": 2.0})
+    assert kept(code="2", torch="2.11.0+cu130").done("c 1")["dense"]["median_ms"] == 2.0
+    abouts = [line for line in lines.path.read_text(encoding="utf-8").splitlines() if '"about"' in line]
+    assert [json.loads(line)["about"]["code"] for line in abouts] == ["1", "2"]
+
+
+def test_a_form_that_ends_its_process_twice_is_left(kept):
+    for ended in (False, False, True):
+        lines = kept()
+        assert lines.ended("c 1", "2:4") is ended and not lines.ended("c 1", "dense")
+        lines.add({"cell": "c 1", "begun": "2:4"})
+    assert not kept(code="2").ended("c 1", "2:4")
+    kept().add({"cell": "c 1", "form": "2:4", "median_ms": 1.0})
+    assert not kept().ended("c 1", "2:4")
+
+
+def test_what_is_complete_covers_what_asks_for_no_more(kept):
+    asked = {"backends": ["a", "b"], "autotune": False, "alone": True, "forms": ""}
+    kept().add({"cell": "c 1", "complete": asked})
+    lines = kept()
+    for part in ({"backends": ["a"]}, {"alone": False}, {"forms": "dense"}):
+        assert lines.complete("c 1", {**asked, **part})
+    for more in ({"backends": ["a", "c"]}, {"autotune": True}):
+        assert not lines.complete("c 1", {**asked, **more})
+    assert not lines.complete("c 2", asked) and not kept(code="2").complete("c 1", asked)
+
+
+def test_gpus_have_tables_of_their_own(report, kept, tmp_path):
+    for gpu, faster in (("NVIDIA H100", 1.0), ("NVIDIA H200", 2.0)):
+        lines = kept(gpu, path=f"{gpu[-4:]}.jsonl")
+        for one in (line("dense", 10 / faster, False), line("2:4", 8 / faster, True, dense=1.25 * faster)):
+            lines.add(one)
+    call = ["--lines", str(tmp_path / "H100.jsonl"), "--lines", str(tmp_path / "H200.jsonl"), "--training", "none"]
+    call += ["--page", str(tmp_path / "page.md"), "--plot", str(tmp_path / "plot.svg")]
+    assert CliRunner().invoke(report.main, call, catch_exceptions=False).exit_code == 0
+    first, second = (tmp_path / "page.md").read_text(encoding="utf-8").split("NVIDIA H200")
+    assert "dense | 10.00 | 2:4 | 8.00 | 1.25x" in first and "dense | 5.00 | 2:4 | 4.00 | 2.50x" in second
+
+
+def test_blocks_are_compiled_and_not_the_layers_in_them(measuring, monkeypatch):
+    seen, compiled = [], []
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.LayerNorm(4), nn.ModuleList([nn.Linear(4, 4), nn.Dropout()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.stride())
+            return self.out[0](self.norm(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = nn.Linear(4, 4), nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.first(x)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append(type(self)))
+    script("blocks").compiled(Model())(torch.randn(2, 4, 3).transpose(1, 2))
+    assert compiled == [Block, Block] and len(set(seen)) == 1  # else the first would be compiled for itself
 
 
 def test_what_masks_cost_is_told_with_its_goal(report):
@@ -175,23 +277,21 @@ def test_what_masks_cost_is_told_with_its_goal(report):
     assert (
         "1.021x | 1.070x | above the goal of 1.02x; without Triton |" in text and "| a, 1 | f | | | | no room |" in text
     )
-    assert report.trained([]) == "" and "imitation" in report.trained(
-        [{**line, **good, "about": {**about, "imitation": True}}]
-    )
+    assert "imitation" in report.trained([{**line, **good, "about": {**about, "imitation": True}}])
 
 
 @pytest.mark.slow
 def test_masked_steps_are_measured_and_told(report, tmp_path):
     out, page = tmp_path / "training.jsonl", tmp_path / "gpu.md"
-    call = ["--imitate", "--cells", "dit-xl 128,uvit-s 128", "--out", str(out)]
+    call = ["--imitate", "--cells", "dit-xl 128,uvit-s 128", "--forms", "as written", "--out", str(out)]
     training = script("training")
     done = CliRunner().invoke(training.main, call, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [line["cell"] for line in lines] == ["dit-xl 128", "uvit-s 128"]
+    where, *lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert where["about"]["imitation"] and [line["cell"] for line in lines] == ["dit-xl 128", "uvit-s 128"]
     assert all(line["masked ratio"] > 0 and line["dense ms"] > 0 for line in lines)
     assert CliRunner().invoke(training.main, call, catch_exceptions=False).exit_code == 0  # all is there
-    assert len(out.read_text(encoding="utf-8").splitlines()) == 2
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 3
     told = [
         "--lines",
         str(tmp_path / "none"),
@@ -280,9 +380,16 @@ def test_the_first_session_prints_its_calls():
     text = (GPU / "first.sh").read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", str(GPU / "first.sh")], check=False).returncode == 0
     assert subprocess.run([str(GPU / "first.sh")], check=False, capture_output=True).returncode == 2
-    for part in text.split("CELLS=(")[1].split(")")[0].split('"')[1::2]:
-        name, _, rest = part.partition(" ")
-        assert name in ("dit-xl", "uvit-h", "uvit-l", "uvit-s", "ddpm-cifar10") and rest.partition(":")[2].isdecimal()
+    steps = re.findall(r'^    "(\d+) (\S.*)"$', text.replace("$WHOLE", "lowering.py --whole --cells"), re.M)
+    assert len(steps) > 15
+    for _, call in steps:
+        name, *options = call.split()
+        main = script(name.removesuffix(".py")).main
+        with main.make_context(name, [word.replace(",", " ") for word in options]) as context:  # every option is there
+            cells = context.params["cells"]
+        assert not cells or (
+            cells.rsplit(" ", 1)[0] in {*script("subjects").SUBJECTS} and cells.rsplit(" ", 1)[1].isdecimal()
+        )
 
 
 def test_the_benchmark_measures_sparse_models_without_zero_layers(benchmark):

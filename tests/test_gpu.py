@@ -60,6 +60,7 @@ def on_gpu(module: nn.Module, dtype: torch.dtype = BF16) -> nn.Module:
 def default(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's default algorithm: a search takes a process of its own for every product, and one test tries that."""
     monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(Algorithm()))
+    monkeypatch.setattr(cusparselt, "search_together", lambda products, index: None)
 
 
 class TestOnGpu:

@@ -100,6 +100,7 @@ def test_where_it_is_there(machine, monkeypatch):
     monkeypatch.setattr(torchao_fp8, "import_module", lambda name: 1 / 0)
     assert "cannot be imported: division by zero" in str(backend.unavailable(CUDA))
     monkeypatch.setattr(torchao_fp8, "import_module", lambda name: None)
+    monkeypatch.setattr(torchao_fp8, "_has_kernel", lambda: False)
     assert "kernels did not load" in str(backend.unavailable(CUDA))
     monkeypatch.setattr(torchao_fp8, "version", lambda name: "0.18.0")
     assert backend.version.split() == ["0.18.0", quantised.digest()]

@@ -1,91 +1,98 @@
 #!/usr/bin/env bash
-# The first minutes on a machine with an NVIDIA GPU: wheels, installation, tests, then cells in order of value.
+# The first minutes on a machine with an NVIDIA GPU: wheels, installation, tests, then steps in order of value.
 #
 #   benchmarks/gpu/first.sh wheels          # where there is a network: what a GPU machine may lack, into build/gpu-wheels
 #   benchmarks/gpu/first.sh run             # on the GPU machine, which needs torch for CUDA and no network; again to go on
 #   benchmarks/gpu/first.sh --dry-run       # anywhere: builds the wheels, prints the calls, runs the steps with an imitated GPU
 #
-# PYTHON_OF_GPU=3.12 with `wheels`, where that machine's Python is another one. SECONDS_LEFT (default 2400) bounds `run`. Every form is in benchmarks/gpu/lowering.jsonl as soon as it is timed.
+# PYTHON_OF_GPU=3.12 with `wheels`, where that machine's Python is another one; LACKING="..." where its image lacks other packages.
+# With `run`: SECONDS_LEFT (540) bounds it; RESULTS (benchmarks/gpu) is where lines are written, and read from; TESTS is an expression for
+# pytest's -k; FROM (1) the first step. Every form is in a file of this GPU as soon as it is timed; report.py makes tables of them anywhere.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 WHEELS=build/gpu-wheels
-ENVIRONMENT=${ENVIRONMENT:-.venv-gpu}
-SECONDS_LEFT=${SECONDS_LEFT:-2400}
+SITE=build/gpu-site
+SECONDS_LEFT=${SECONDS_LEFT:-540}
+RESULTS=${RESULTS:-benchmarks/gpu}
 # What images with torch for CUDA were seen without. torch itself is the machine's own.
-LACKING="accelerate psutil diffusers importlib-metadata zipp regex requests charset-normalizer idna urllib3 certifi huggingface-hub httpx
-httpcore h11 anyio sniffio hf-xet tqdm pyyaml filelock fsspec packaging einops jinja2 markupsafe matplotlib contourpy cycler fonttools
-kiwisolver pyparsing python-dateutil six numpy pillow pydantic pydantic-core annotated-types typing-inspection typing-extensions rich
-markdown-it-py mdurl pygments ruamel.yaml safetensors torch-pruning click scipy pytest hypothesis sortedcontainers iniconfig pluggy
-nvmath-python cuda-bindings cuda-core cuda-pathfinder torchao"
-# Cells in order of value, and the minutes that each is expected to take on an H100 with compiled forms.
-TRAINING=("dit-xl 128:4" "uvit-h 128:4" "uvit-s 128:2" "dit-xl 32:3")
-CELLS=("dit-xl 64:7" "uvit-h 16:7" "dit-xl 16:6" "uvit-h 64:7" "uvit-h 1:5" "dit-xl 1:5" "uvit-l 64:5" "uvit-s 64:4" "ddpm-cifar10 64:5")
-KERNELS="dit-xl 64,uvit-h 16"
+LACKING=${LACKING:-diffusers importlib-metadata pydantic pydantic-core annotated-types typing-inspection ruamel.yaml torch-pruning torchao nvmath-python}
+# Minutes that a step is expected to take on an H100, and its script with what it is called with.
+WHOLE="lowering.py --whole --no-autotune --cells"
+STEPS=(
+    "4 $WHOLE dit-xl,64"
+    "3 $WHOLE uvit-h,16"
+    "4 $WHOLE dit-xl,16"
+    "4 $WHOLE uvit-h,64"
+    "2 training.py --forms as,written --cells dit-xl,32"
+    "2 lowering.py --whole --no-autotune --backends cusparselt-direct --cells uvit-h,16"
+    "1 kernels.py"
+    "4 lowering.py --no-autotune --cells uvit-h,16"
+    "4 lowering.py --whole --forms ^dense --cells dit-xl,64"
+    "4 lowering.py --cells dit-xl,64"
+    "3 $WHOLE uvit-h,1"
+    "3 $WHOLE dit-xl,1"
+    "3 $WHOLE uvit-l,64"
+    "3 $WHOLE uvit-s,64"
+    "3 $WHOLE ddpm-cifar10,64"
+    "8 training.py --cells dit-xl,128"
+    "6 training.py --cells uvit-h,128"
+    "5 kernels.py --cells dit-xl,64"
+)
+IMITATED=(0 7 4) # of these in a dry run
 
 wheels() {
+    rm -rf "$WHEELS"
     mkdir -p "$WHEELS"
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$WHEELS" .
     # shellcheck disable=SC2086
     "$PYTHON" -m pip download --quiet --no-deps --only-binary :all: --dest "$WHEELS" -c constraints.txt ${PYTHON_OF_GPU:+--python-version "$PYTHON_OF_GPU"} $LACKING
-    echo "$(ls "$WHEELS" | wc -l) wheels, $(du -sh "$WHEELS" | cut -f1), in $WHEELS"
+    echo "$(ls "$WHEELS" | wc -l) wheels, $(du -sh "$WHEELS" | cut -f1), in $WHEELS; the files of this repository beside them: $(git ls-files -z | du -ch --files0-from=- | tail -1 | cut -f1)"
 }
 
+# Into a folder of their own: an environment made from another one would not see its torch.
 install() {
-    test -x "$ENVIRONMENT/bin/python" || "$PYTHON" -m venv --system-site-packages "$ENVIRONMENT"
-    # What the machine has already stays: it belongs together with its torch.
-    "$ENVIRONMENT/bin/python" - "$WHEELS"/*.whl << 'END' | xargs -r "$ENVIRONMENT/bin/python" -m pip install --quiet --no-index --no-deps --force-reinstall
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-for wheel in sys.argv[1:]:
-    name = Path(wheel).name.split("-")[0]
-    try:
-        lacking = name == "diffusion_compressor" or not version(name)
-    except PackageNotFoundError:
-        lacking = True
-    if lacking:
-        print(wheel)
-END
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$WHEELS"/*.whl
+    export PYTHONPATH=$PWD/$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+    if ! (cd / && "$PYTHON" -c "import compressor.cli, diffusers, matplotlib, pytest, hypothesis"); then
+        echo "add what is missing to LACKING=\"$LACKING\" and make the wheels anew" >&2
+        exit 1
+    fi
 }
 
-calls() {
-    echo "pytest -m gpu tests: 6 minutes at most; no cell is measured where they fail"
-    for cell in "${CELLS[@]}"; do
-        echo "lowering.py --cells \"${cell%:*}\": about ${cell#*:} minutes"
+left() { echo $((end - $(date +%s) - ${1:-15})); }
+
+# A step's script, each word with its commas as spaces. It goes on after what ended the process (a signal), or left the GPU without
+# an answer (3), but not for ever.
+step() {
+    local script=$1 call=() word ended=0
+    shift
+    for word in "$@"; do
+        call+=("${word//,/ }")
     done
-    for cell in "${TRAINING[@]}"; do
-        echo "training.py --cells \"${cell%:*}\": about ${cell#*:} minutes"
+    [ "$script" = kernels.py ] || call+=(--seconds "$(left 30)")
+    for _ in 1 2 3; do
+        [ "$(left)" -ge 45 ] || return 0
+        echo "--- $script ${call[*]}"
+        timeout --kill-after 10 "$(left)" "$PYTHON" "benchmarks/gpu/$script" "${call[@]}" --out "$RESULTS" && return 0 || ended=$?
+        echo "it ended with $ended"
+        [ "$ended" = 3 ] || [ "$ended" -ge 128 ] || return 0
     done
-    echo "kernels.py --cells \"$KERNELS\": about 3 minutes"
-    echo "report.py: docs/gpu.md from what was measured"
 }
 
 run() {
     end=$(($(date +%s) + SECONDS_LEFT))
+    mkdir -p "$RESULTS"
+    [ "$RESULTS" -ef benchmarks/gpu ] || cp -n benchmarks/gpu/{lowering,training,kernels}_*.jsonl "$RESULTS"/ 2> /dev/null || true
     install
-    export HF_HUB_OFFLINE=1
-    # The folder `compressor` that lies here is not the installed package, and a plugin of the machine may warn, which is an error here.
-    PYTHONSAFEPATH=1 timeout 360 "$ENVIRONMENT/bin/python" -m pytest -q -m gpu -p no:benchmark tests/test_gpu.py tests/test_optimizers.py
-    for cell in "${CELLS[@]}"; do
-        left=$((end - $(date +%s) - 30))
-        if [ "$left" -lt 60 ]; then
-            echo "no time left: the same call again goes on"
-            break
-        fi
-        "$ENVIRONMENT/bin/python" benchmarks/gpu/lowering.py --cells "${cell%:*}" --seconds "$left"
+    # One after the other, each said as it passes: those that are not reached are known. A failure is no end, as each form is compared.
+    PYTHONSAFEPATH=1 timeout 150 "$PYTHON" -m pytest -vv -m gpu -p no:benchmark -p no:cacheprovider -k "${TESTS:-}" tests/test_gpu.py tests/test_optimizers.py 2>&1 |
+        tee "$RESULTS/tests.log" || echo "tests ended with ${PIPESTATUS[0]}: read them before any figure is used"
+    for one in "${STEPS[@]:$((${FROM:-1} - 1))}"; do
+        [ "$(left)" -ge 60 ] || { echo "no time left for: $one; the same call again goes on" && continue; }
+        # shellcheck disable=SC2086
+        step ${one#* } 2>&1 | tee -a "$RESULTS/steps.log"
     done
-    for cell in "${TRAINING[@]}"; do
-        left=$((end - $(date +%s) - 30))
-        if [ "$left" -ge 60 ]; then
-            "$ENVIRONMENT/bin/python" benchmarks/gpu/training.py --cells "${cell%:*}" --seconds "$left"
-        fi
-    done
-    left=$((end - $(date +%s) - 30))
-    if [ "$left" -ge 180 ]; then
-        timeout "$left" "$ENVIRONMENT/bin/python" benchmarks/gpu/kernels.py --cells "$KERNELS" || echo "kernels.py did not end"
-    fi
-    "$ENVIRONMENT/bin/python" benchmarks/gpu/report.py
 }
 
 case "${1:-}" in
@@ -93,20 +100,24 @@ wheels) wheels ;;
 run) run ;;
 --dry-run)
     if [ -x .venv/bin/python ] && ! "$PYTHON" -c "import torch" 2> /dev/null; then
-        PYTHON=.venv/bin/python  # what `make` has made
+        PYTHON=.venv/bin/python # what `make` has made
     fi
     wheels
-    calls
-    folder=$(mktemp -d)
-    trap 'rm -rf "$folder"' EXIT
-    for cell in "${CELLS[@]:0:2}"; do
-        "$PYTHON" benchmarks/gpu/lowering.py --imitate --cells "${cell%:*}" --out "$folder/lowering.jsonl"
+    echo "pytest -m gpu tests: 150 seconds at most"
+    for number in "${!STEPS[@]}"; do
+        echo "$((number + 1)). ${STEPS[number]#* }: about ${STEPS[number]%% *} minutes"
     done
-    "$PYTHON" benchmarks/gpu/training.py --imitate --cells "${TRAINING[0]%:*}" --out "$folder/training.jsonl"
-    "$PYTHON" benchmarks/gpu/report.py --lines "$folder/lowering.jsonl" --training "$folder/training.jsonl" --page "${DRY_PAGE:-build/gpu.md}" --plot "${DRY_PLOT:-build/gpu.svg}"
+    RESULTS=$(mktemp -d)
+    trap 'rm -rf "$RESULTS"' EXIT
+    end=$(($(date +%s) + 600))
+    for number in "${IMITATED[@]}"; do
+        # shellcheck disable=SC2086
+        step ${STEPS[number]#* } --imitate
+    done
+    "$PYTHON" benchmarks/gpu/report.py --lines "$RESULTS/lowering_imitated.jsonl" --training "$RESULTS/training_imitated.jsonl" --page "${DRY_PAGE:-build/gpu.md}" --plot "${DRY_PLOT:-build/gpu.svg}"
     ;;
 *)
-    sed -n '2,9p' "$0" >&2
+    sed -n '2,11p' "$0" >&2
     exit 2
     ;;
 esac

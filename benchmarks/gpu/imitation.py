@@ -37,6 +37,7 @@ def imitated(benchmark: ModuleType) -> Iterator[None]:
             (cusparselt.CuSparseLtQuantised, "unavailable", lambda self, device: None),
             (quantised.DenseQuantised, "unavailable", lambda self, device: None),
             (cusparselt, "tuned", lambda product, index: Tuned(Algorithm())),
+            (cusparselt, "search_together", lambda products, index: None),
             (benchmark, "compiled", lambda model, mode="": model),
             (benchmark, "ROUNDS", 3),
         ):

@@ -1,15 +1,15 @@
 """Where the time of a model goes on a GPU, kernel by kernel, in each form; and what bringing inputs to 8 bits costs.
 
-    python benchmarks/gpu/kernels.py --cells "dit-xl 64,uvit-h 16"
+    python benchmarks/gpu/kernels.py                                 # inputs, in a minute
+    python benchmarks/gpu/kernels.py --cells "dit-xl 64,uvit-h 16"   # models
 
 The forms are those of `lowering.py`, under torch's profiler: microseconds of each kernel in one call, all blocks together. Inputs are
 quantised by the kernel of `compressor/lower/triton_quantised.py` and by what torch.compile makes of torch's operators, alone and after
-a GELU. Needs a GPU; writes `kernels.json`.
+a GELU. Needs a GPU; what is measured is at once a line of `kernels_<GPU>.jsonl`. `kernels_h100.json` is of the first kernel.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,16 @@ from typing import Any
 
 import click
 import torch
-from lowering import Cell, Session, compiled
+from blocks import compiled
+from lines import HERE, Lines, Session, about, file_of, sound, unsound
+from lowering import Cell
 from subjects import SUBJECTS
 from torch.profiler import ProfilerActivity, profile
 
-from compressor.environment import environment
 from compressor.errors import first_line
 from compressor.lower.quantised import kernels
 from compressor.sparsity.codes import gelu_quantised
 
-OUT = Path(__file__).parent / "kernels.json"
 BACKENDS = ("dense-gelu", "dense-fp8", "cusparselt", "cusparselt-fp8", "cusparselt-int8", "torchao-fp8")
 SIZES = ((4128, 1152), (4128, 4608), (16384, 1152), (16384, 4608))
 _CALLS = 3
@@ -55,9 +55,9 @@ def by_kernel(form: Any, inputs: Any) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def profiled(name: str, batch: int, device: torch.device) -> dict[str, Any]:
+def profiled(name: str, batch: int, lines: Lines, device: torch.device) -> None:
     """The kernels of a model in each form; a form that does not run has its reason."""
-    cell = Cell(f"{name} {batch}", SUBJECTS[name](), batch, Session(device, OUT, {}, time.monotonic()))
+    cell = Cell(f"{name} {batch}", SUBJECTS[name](), batch, Session(device, lines, time.monotonic()))
     cell.prepare()
     makes = {"dense": lambda: cell.dense, "dense, compiled": lambda: compiled(cell.dense)}
     makes |= {
@@ -65,54 +65,64 @@ def profiled(name: str, batch: int, device: torch.device) -> dict[str, Any]:
         for backend in BACKENDS
         if cell.fits(backend)
     }
-    found: dict[str, Any] = {}
     for form, make in makes.items():
+        found: dict[str, Any] = {"cell": cell.name, "form": form}
         try:
             spent = by_kernel(make(), cell.cast)
-            found[form] = {"us": sum(one["us"] for one in spent), "kernels": spent[:_SHOWN]}
+            found |= {"us": sum(one["us"] for one in spent), "kernels": spent[:_SHOWN]}
         except Exception as failure:  # a form that does not run is one result among others
-            found[form] = {"failed": f"{type(failure).__name__}: {first_line(failure)}"}
-        click.echo(f"{cell.name} {form}: {found[form].get('us', found[form].get('failed'))}")
+            if not sound(device):
+                unsound(f"{cell.name}, {form}: {first_line(failure)}")
+            found["failed"] = f"{type(failure).__name__}: {first_line(failure)}"
+        lines.add(found)
+        click.echo(f"{cell.name} {form}: {found.get('us', found.get('failed'))}")
         torch.cuda.empty_cache()
-    return found
 
 
-def inputs_in_8_bits(device: torch.device) -> list[dict[str, Any]]:
+def inputs_in_8_bits(lines: Lines, device: torch.device) -> None:
     """Microseconds to quantise inputs of several sizes, by the kernel and by a compiler; medians."""
     from triton.testing import do_bench
 
     own = kernels(device.index)
     if own is None:
         raise click.ClickException("the kernel does not work here")
-    lines = []
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would run the rest as it is, and not say so
     for rows, columns in SIZES:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         for dtype in (torch.float8_e4m3fn, torch.int8):
             for gelu in ("", "tanh", "none") if columns > 2048 else ("",):
-                by_compiler = torch.compile(partial(gelu_quantised, dtype=dtype, gelu=gelu))
+                torch.compiler.reset()  # all of these are one function to it, compiled for what changes from call to call
+                by_compiler = torch.compile(partial(gelu_quantised, dtype=dtype, gelu=gelu), dynamic=False)
                 calls = {
                     "kernel": partial(own.quantised, x, dtype, gelu),
                     "compiler": partial(by_compiler, x),
                 }
                 times = {name: 1000 * do_bench(call, return_mode="median") for name, call in calls.items()}
-                lines.append({"rows": rows, "columns": columns, "dtype": str(dtype), "gelu": gelu, "us": times})
-                click.echo(str(lines[-1]))
-    return lines
+                line = {"rows": rows, "columns": columns, "dtype": str(dtype), "gelu": gelu, "us": times}
+                lines.add(line)
+                click.echo(str(line))
 
 
 @click.command()
-@click.option("--cells", default="dit-xl 64,uvit-h 16", show_default=True, help="Models, each with a batch.")
-@click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
+@click.option("--cells", default="", help="Models, each with a batch; without any, inputs.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=HERE,
+    show_default=True,
+    help="A file, or a folder for one of this GPU.",
+)
 def main(cells: str, out: Path) -> None:
     """Profile forms kernel by kernel, and time the kernel of 8-bit inputs."""
     if not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU")
     device = torch.device("cuda", 0)
-    found = {"about": environment(device), "inputs": inputs_in_8_bits(device), "models": {}}
-    for cell in cells.split(","):
+    lines = Lines(file_of(out, "kernels", device) if out.is_dir() else out, about(device, imitation=False))
+    if not cells:
+        inputs_in_8_bits(lines, device)
+    for cell in filter(None, cells.split(",")):
         name, batch = cell.rsplit(" ", 1)
-        found["models"][cell] = profiled(name, int(batch), device)
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        profiled(name, int(batch), lines, device)
 
 
 if __name__ == "__main__":

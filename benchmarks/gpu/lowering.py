@@ -8,8 +8,8 @@ forms of the whole model, each a CUDA graph: dense ones (as they are, channels l
 `max-autotune`), in bfloat16 and in 8 bits; then 2:4, compiled, with every layer that the library takes on it (`everywhere`) and with
 each layer on what is fastest alone in that precision (`chosen`). A form takes turns with the fastest dense form of its precision and
 with the fastest in bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block, once for all of
-them, on both sides alike: the whole of a large model takes minutes. What is in the file is not measured again; a form that fails is
-noted and left.
+them, on both sides alike: the whole of a large model takes minutes. What the GPU's file has is not measured again, whatever code it
+was measured with (each session's first line says which); a form that fails is noted and left.
 README.md has more.
 """
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,15 +29,15 @@ from typing import Any
 
 import click
 import torch
+from blocks import compiled, convolutional
+from lines import HERE, Line, Lines, Session, about, file_of
 from subjects import SUBJECTS, Subject, Tensors, made_sparse
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compressor import registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
-from compressor.environment import environment
-from compressor.errors import first_line
-from compressor.lower import Backend, cusparselt_library
+from compressor.lower import Backend
 from compressor.lower.chooser import choose, groups, prepare, relative
 from compressor.lower.contest import Contest
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
@@ -47,7 +47,6 @@ from compressor.lower.job import in_dtype, prepared
 from compressor.lower.plan import Cache, LayerPlan
 from compressor.lower.units import Found, find_units, put, put_unit
 
-OUT = Path(__file__).parent / "lowering.jsonl"
 CELLS = "dit-xl 64,uvit-h 16,dit-xl 16,uvit-h 64,uvit-h 1,dit-xl 1,uvit-l 64,uvit-s 64,ddpm-cifar10 64"
 """In order of what they would teach: where 2:4 should gain most comes first, and what should gain nothing last."""
 BF16 = "bfloat16"
@@ -56,7 +55,10 @@ WIDE = {"eager": BF16, "dense-gelu": BF16}
 SPARSE = {
     **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
     "torchao-fp8": "fp8",  # an optional package: a line says where it is missing
-}  # not `cusparselt-direct`: its plans are numbered by layer, so that no block would be compiled as another one is
+    "cusparselt-direct": BF16,  # another
+}
+UNCOMPILED = {"cusparselt-direct": "cusparselt"}
+"""Its plans are numbered by layer, so that no block would be compiled as another one is; and what it is to be faster than."""
 TOLERANCE = 0.12
 """The largest relative error of a layer: what fp8 with a scale for each token and channel comes to, and more."""
 LARGEST_ERROR = 0.2
@@ -65,48 +67,6 @@ ALIKE = 4
 """Layers of one shape that are timed alone, with a weight each, for all that are like them."""
 SUSTAINED_S = 1.0
 """Of one form alone: a card that is at its power limit slows down, which short turns do not show."""
-
-
-@dataclass
-class Session:
-    """Where forms are measured, until when, and the lines that are written."""
-
-    device: torch.device
-    out: Path
-    about: dict[str, Any]
-    end: float
-    sustained_s: float = SUSTAINED_S
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more shall be begun."""
-        return time.monotonic() > self.end
-
-    def read(self) -> None:
-        """What the file has. Raises ClickException where it was measured elsewhere, or with other versions."""
-        if self.out.exists():
-            self.lines = [json.loads(line) for line in self.out.read_text(encoding="utf-8").splitlines()]
-        if any(line["about"] != self.about for line in self.lines if "about" in line):
-            raise click.ClickException(f"{self.out} was measured elsewhere, or with other versions: give another --out")
-        if not self.lines:
-            self.add({"about": self.about})
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Write a line, at once."""
-        self.lines.append(line)
-        with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if "form" in line:
-            said = f"{line['median_ms']:9.3f} ms" if "median_ms" in line else line.get("failed", "")
-            ratios = "".join(f"  {one['ratio']:5.2f}x {name}" for name, one in line.get("against", {}).items())
-            click.echo(f"  {line['cell']:18} {line['form']:42} {said}{ratios}")
-
-    def of(self, cell: str) -> dict[str, dict[str, Any]]:
-        """The lines of a cell, by form."""
-        return {line["form"]: line for line in self.lines if line.get("cell") == cell and "form" in line}
 
 
 Form = Callable[[], object]
@@ -153,7 +113,15 @@ class Cell:
             if precision in wanted:
                 yield f"{backend}, compiled", precision, lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
         for backend in backends:
-            yield f"{backend} everywhere, compiled", SPARSE[backend], lambda backend=backend: compiled(self.on(backend))  # type: ignore[misc]
+            if backend in UNCOMPILED:  # beside what it is to be faster than, which is not compiled either
+                for name in (backend, UNCOMPILED[backend]):
+                    yield f"{name} everywhere", SPARSE[name], lambda name=name: self.on(name)  # type: ignore[misc]
+            else:
+                yield (
+                    f"{backend} everywhere, compiled",
+                    SPARSE[backend],
+                    lambda backend=backend: compiled(self.on(backend)),
+                )  # type: ignore[misc]
         for precision in dict.fromkeys(SPARSE[backend] for backend in backends) if self.products else ():
             choices = self.fastest(precision)
             used = set(choices.values()) & set(SPARSE)
@@ -169,6 +137,7 @@ class Cell:
         takes = registry.backend(backend)
         if reason := takes.unavailable(self.session.device):
             raise RuntimeError(reason)
+        takes.prepare([one.unit for one in self.units(takes)])  # all in one process, where it searches algorithms
         return self.put_on(self.choices(backend))
 
     def choices(self, backend: str) -> dict[str, str]:
@@ -194,15 +163,15 @@ class Cell:
 
     def time_products(self, backends: list[str]) -> None:
         """Every layer alone, in every backend, once; written as they are, one line for the cell."""
-        own = [line["products"] for line in self.session.lines if line.get("cell") == self.name and "products" in line]
+        own = [one["products"] for one in self.session.lines.all if one.get("cell") == self.name and "products" in one]
         if not own:
             rivals = [name for name, precision in DENSE.items() if precision in {SPARSE[one] for one in backends}]
             job = prepared(self.dense, self.cast, [*WIDE, *rivals, *backends], None, None, quantising=True)
             prepare(job)
             store = Cache(job.setting, read=False)
             own = [[summary(group, choose(group[:ALIKE], job, TOLERANCE, store)[0]) for group in groups(job.found)]]
-            self.session.add({"cell": self.name, "products": own[0]})
-        self.products = own[0]
+            self.session.lines.add({"cell": self.name, "products": own[0]})
+        self.products = own[-1]
 
     def fastest(self, precision: str) -> dict[str, str]:
         """The backend that is fastest alone for each layer, of those in `precision`, dense ones included."""
@@ -234,36 +203,21 @@ class Cell:
         against = Contest.of(rounds, [name]).against[name]
         median = median_ms(seconds[name])
         self.session.add(
-            {
-                **{"cell": self.name, "form": name, "precision": precision, "sparse": sparse},
-                **{"median_ms": median, "iqr_ms": iqr_ms(seconds[name]), "error": error},
-                "sustained_ms": sustained(call, device, self.session.sustained_s),
-                "against": {rival: one.model_dump() for rival, one in against.items()},
-                "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
-            }
+            self.name,
+            name,
+            **{
+                "precision": precision,
+                "sparse": sparse,
+                "median_ms": median,
+                "iqr_ms": iqr_ms(seconds[name]),
+                "error": error,
+            },
+            sustained_ms=sustained(call, device, self.session.sustained_s),
+            against={rival: one.model_dump() for rival, one in against.items()},
+            peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         )
         if not sparse and (precision not in self.best or median < self.best[precision][2]):
             self.best[precision] = (name, call, median)
-
-
-def compiled(model: nn.Module, mode: str = "default") -> nn.Module:
-    """A copy whose repeated blocks are compiled; what lies around them runs as it is."""
-    torch.compiler.reset()
-    form = copy.deepcopy(model)
-    kinds = {type(one) for lists in form.modules() if isinstance(lists, nn.ModuleList) for one in lists}
-    blocks = [name for name, module in form.named_modules() if type(module) in kinds]
-    for name in blocks:
-        if not any(name.startswith(f"{other}.") for other in blocks):
-            form.get_submodule(name).compile(mode=mode, dynamic=False)
-    return form
-
-
-def convolutional(model: nn.Module) -> bool:
-    """Whether most of the weights are those of convolutions."""
-    share = {
-        kind: sum(m.weight.numel() for m in model.modules() if isinstance(m, kind)) for kind in (nn.Conv2d, nn.Linear)
-    }
-    return share[nn.Conv2d] > share[nn.Linear]
 
 
 def summary(group: Sequence[Found], first: LayerPlan) -> dict[str, Any]:
@@ -290,55 +244,75 @@ def sustained(call: Form, device: torch.device, seconds: float) -> float:
 
 @torch.no_grad()
 def run(
-    name: str, subject: Subject, batch: int, session: Session, backends: list[str], autotune: bool, alone: bool
+    name: str,
+    subject: Subject,
+    batch: int,
+    session: Session,
+    backends: list[str],
+    autotune: bool,
+    alone: bool,
+    only: str,
 ) -> None:
-    """Measure what is missing of one cell."""
-    done = session.of(name)
-    own = [line for line in session.lines if line.get("cell") == name]
-    whole = any(set(backends) <= set(line.get("complete", ())) for line in own)
-    if whole and (not alone or any("products" in line for line in own)):
+    """Measure what is missing of one cell: of its forms those whose names `only` matches, and the dense ones."""
+    asked = {"backends": sorted(backends), "autotune": autotune, "alone": alone, "forms": only}
+    if session.lines.complete(name, asked):
         return
+    done = session.lines.done(name)
     cell = Cell(name, subject, batch, session)
     cell.prepare()
     if alone:
-        cell.time_products(backends)
+        try:
+            cell.time_products(backends)
+        except Exception as failure:
+            session.failed(name, "products alone", failure)
     for form, precision, make in cell.forms(backends, autotune):
-        rival = _is_best_rival(form, precision, done)
-        if session.over or (form in done and not rival):
+        wanted = re.search(only, form) is not None
+        if form in done:
+            wanted = _needed(form, precision, done, cell.best) and (wanted or not done[form]["sparse"])
+        if session.over or not wanted:
             continue
+        if session.lines.ended(name, form):
+            session.add(name, form, failed="the process ended twice while it was tried")
+            continue
+        session.lines.add({"cell": name, "begun": form})
+        if session.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(session.device)
         try:
             made = make()
             error = cell.error(made)
             if not error < LARGEST_ERROR:
                 raise RuntimeError(f"its output differs by {error:.1e}")
             call = cell.call(made)
-            if form in done:
+            if form in done and not done[form]["sparse"]:
                 cell.best[precision] = (form, call, done[form]["median_ms"])
             else:
                 cell.measure(form, precision, call, error)
         except Exception as failure:  # a form that does not run is one result among others
-            session.add({"cell": name, "form": form, "failed": f"{type(failure).__name__}: {first_line(failure)}"})
+            session.failed(name, form, failure)
         made = call = None
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
     torch.compiler.reset()
     if not session.over:
-        session.add({"cell": name, "complete": backends})
+        session.lines.add({"cell": name, "complete": asked})
 
 
-def _is_best_rival(form: str, precision: str, done: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether a dense form that is done is the fastest of its precision: others are still timed against it."""
-    own = {name: line for name, line in done.items() if line.get("precision") == precision and not line.get("sparse")}
-    if not own:
+def _needed(form: str, precision: str, done: Mapping[str, Line], best: Mapping[str, tuple[str, Form, float]]) -> bool:
+    """Whether a form that is done is made again: the fastest dense one of its precision, as others are timed against it; and the
+    fastest sparse one, where it did not take turns with that."""
+    own = {name: line for name, line in done.items() if line.get("precision") == precision}
+    if form not in own:
         return False
-    best = min(own, key=lambda name: own[name]["median_ms"])
-    return best == form
+    kind = [name for name in own if own[name]["sparse"] == own[form]["sparse"]]
+    if form != min(kind, key=lambda name: own[name]["median_ms"]):
+        return False
+    return not own[form]["sparse"] or (precision in best and best[precision][0] not in own[form]["against"])
 
 
 @click.command()
 @click.option("--cells", default=CELLS, show_default=True, help="Models, each with a batch.")
-@click.option("--backends", default=",".join(SPARSE), show_default=True)
+@click.option("--backends", default=",".join(name for name in SPARSE if name not in UNCOMPILED), show_default=True)
 @click.option("--autotune/--no-autotune", default=True, show_default=True, help="A dense form by `max-autotune`.")
 @click.option(
     "--alone/--whole",
@@ -346,17 +320,27 @@ def _is_best_rival(form: str, precision: str, done: Mapping[str, dict[str, Any]]
     show_default=True,
     help="Products alone, too; without them there are no `chosen` forms.",
 )
+@click.option(
+    "--forms", "only", default="", help="A regular expression: of a cell's forms those whose names it is found in."
+)
 @click.option("--search-seconds", default=2, show_default=True, help="To search algorithms for a product.")
 @click.option("--seconds", default=540.0, show_default=True, help="No form is begun after this.")
 @click.option(
     "--imitate", is_flag=True, help="With an imitated GPU and small models: tries the steps, measures nothing."
 )
-@click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=HERE,
+    show_default=True,
+    help="A file, or a folder for one of this GPU.",
+)
 def main(
     cells: str,
     backends: str,
     autotune: bool,
     alone: bool,
+    only: str,
     search_seconds: int,
     seconds: float,
     imitate: bool,
@@ -380,18 +364,19 @@ def main(
             raise click.ClickException(reason)
     os.environ.setdefault(SECONDS_VARIABLE, str(search_seconds))
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would run the rest as it is, and not say so
-    about = environment(device)
-    about["versions"] |= {"cuda": torch.version.cuda, "cusparselt": cusparselt_library.described()}
-    about["imitation"] = imitate
-    session = Session(device, out, about, time.monotonic() + seconds, 0.01 if imitate else SUSTAINED_S)
-    click.echo(f"{about['hardware']}; torch {torch.__version__}, cuSPARSELt {about['versions']['cusparselt']}")
-    session.read()
+    path = file_of(out, "lowering", device) if out.is_dir() else out
+    lines = Lines(path, about(device, imitate))
+    session = Session(device, lines, time.monotonic() + seconds, 0.01 if imitate else SUSTAINED_S)
+    versions = lines.about["versions"]
+    click.echo(
+        f"{lines.about['hardware']}; torch {versions['torch']}, cuSPARSELt {versions['cusparselt']}; into {path}"
+    )
     with context:
         for name, batch in wanted:
             if session.over:
                 click.echo(f"{name} {batch}: no time left; the same call again goes on")
                 continue
-            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen, autotune, alone)
+            run(f"{name} {batch}", subjects[name](), int(batch), session, chosen, autotune, alone, only)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from lines import HERE, compared, read
 
-HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -25,13 +25,23 @@ MASKED_GOAL = 1.02
 _NOISE = 2.0
 """A gain counts from this many interquartile ranges on."""
 
+_IMITATION = "**imitation**: the steps ran on a CPU with an imitated GPU. No figure below means anything.\n"
+_TUNED = {
+    False: "Nothing was compiled by `max-autotune`.",
+    True: "Of all forms `dense` alone was also compiled by `max-autotune`: no opponent in 8 bits was, and nothing with 2:4.",
+}
+
 Line = Mapping[str, Any]
 
 
-def read(path: Path) -> tuple[list[Line], list[Line]]:
-    """The settings (one per machine and versions), and the lines of forms."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return [line["about"] for line in lines if "about" in line], [line for line in lines if "form" in line]
+def machines(paths: Sequence[Path]) -> dict[str, list[Line]]:
+    """The lines of forms by GPU and libraries, the last of each form: only those of one are held against each other."""
+    found: dict[str, dict[tuple[str, str], Line]] = {}
+    for path in paths:
+        for line in read(path):
+            if "form" in line:
+                found.setdefault(json.dumps(compared(line["about"])), {})[line["cell"], line["form"]] = line
+    return {key: list(own.values()) for key, own in found.items()}
 
 
 def pairs(lines: Sequence[Line]) -> list[tuple[str, str, Line, Line]]:
@@ -103,28 +113,21 @@ def _tuned(lines: Sequence[Line]) -> bool:
     return any(line["form"] == "dense, autotuned" and "median_ms" in line for line in lines)
 
 
-def page(about: Sequence[Line], lines: Sequence[Line]) -> str:
-    """The measured part of the page."""
-    if not lines:
-        return NOTHING
-    said = []
-    if any(one.get("imitation") for one in about):
-        said.append("**imitation**: the steps ran on a CPU with an imitated GPU. No figure below means anything.\n")
-    for one in about:
-        versions = one["versions"]
-        said.append(
-            f"{one['hardware']}; torch {versions['torch']}, CUDA {versions['cuda']}, cuSPARSELt {versions['cusparselt'] or 'none'}. "
-            f"Forms in turns, medians of {_rounds(lines)} rounds; a ratio is the median of those of single rounds. Random weights. "
-            f"Blocks are compiled one by one{'' if _tuned(lines) else ', without `max-autotune`'}; every form is a CUDA graph."
-        )
-    return "\n".join([*said, "", table(lines)])
+def page(lines: Sequence[Line]) -> str:
+    """What was measured on one GPU."""
+    about = lines[-1]["about"]
+    versions = about["versions"]
+    said = (
+        f"{about['hardware']}; torch {versions['torch']}, CUDA {versions['cuda']}, cuSPARSELt {versions['cusparselt'] or 'none'}. "
+        f"Forms in turns, medians of {_rounds(lines)} rounds; a ratio is the median of those of single rounds. Random weights. "
+        f"Blocks are compiled one by one; every form is a CUDA graph. {_TUNED[_tuned(lines)]}"
+    )
+    return "\n".join([*[_IMITATION] * about["imitation"], said, "", table(lines)])
 
 
 def trained(lines: Sequence[Line]) -> str:
-    """What masks cost while training: the part of the page that `training.py` measured; empty where it measured nothing."""
-    if not lines:
-        return ""
-    about = lines[0]["about"]
+    """What masks cost while training on one GPU, as `training.py` measured it."""
+    about = lines[-1]["about"]
     said = "**imitation**: no figure below means anything. " if about["imitation"] else ""
     rows = [
         f"{said}A step of training under 2:4 masks (`sr-ste`, bfloat16 passes) over a dense one, in turns; {about['hardware']}, torch "
@@ -146,25 +149,31 @@ def trained(lines: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
-def plot(lines: Sequence[Line], path: Path, imitation: bool) -> None:
+def plot(by_machine: Mapping[str, Sequence[Line]], path: Path) -> None:
     """Bars: 2:4 over the fastest dense form of the same precision."""
     from matplotlib.figure import Figure
 
-    found = pairs(lines)
-    cells = list(dict.fromkeys(cell for cell, *_ in found))
+    imitation = any(line["about"]["imitation"] for lines in by_machine.values() for line in lines)
+    found = {
+        (f"{cell}, {lines[-1]['about']['hardware'].split(',')[0]}", precision): ratio(dense, sparse)
+        for lines in by_machine.values()
+        for cell, precision, dense, sparse in pairs(lines)
+    }
+    cells = list(dict.fromkeys(cell for cell, _ in found))
     figure = Figure(figsize=(8, 0.5 * len(cells) + 1.6), layout="constrained")
     axes = figure.subplots()
     for place, precision in enumerate(GOALS):
-        own = {cell: ratio(dense, sparse) for cell, its, dense, sparse in found if its == precision}
+        own = {cell: gain for (cell, its), gain in found.items() if its == precision}
         at = [cells.index(cell) + 0.25 * (place - 1) for cell in own]
-        axes.barh(at, list(own.values()), height=0.23, label=precision)
+        if own:
+            axes.barh(at, list(own.values()), height=0.23, label=precision, color=f"C{place}")
     axes.axvline(1, color="0.4", linewidth=1)
     axes.set_yticks(range(len(cells)), cells)
     axes.invert_yaxis()
     axes.set_xlabel(
         "speed of 2:4 over the fastest dense form of the same precision" + (" (imitation)" if imitation else "")
     )
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=len(GOALS))
     figure.savefig(path)
 
 
@@ -177,23 +186,31 @@ def replaced(text: str, part: str) -> str:
     return f"{head}{BEGIN}\n{part}\n{END}{tail}"
 
 
+def _measured(what: str) -> tuple[Path, ...]:
+    return tuple(sorted(HERE.glob(f"{what}_*.jsonl")))
+
+
 @click.command()
-@click.option("--lines", "source", type=click.Path(path_type=Path), default=HERE / "lowering.jsonl", show_default=True)
-@click.option("--training", type=click.Path(path_type=Path), default=HERE / "training.jsonl", show_default=True)
+@click.option(
+    "--lines",
+    "sources",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Of `lowering.py`; by default those that are here.",
+)
+@click.option("--training", "steps", type=click.Path(path_type=Path), multiple=True, help="Of `training.py`, likewise.")
 @click.option("--page", "out", type=click.Path(path_type=Path), default=DOCS / "gpu.md", show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), default=HERE / "lowering.svg", show_default=True)
-def main(source: Path, training: Path, out: Path, picture: Path) -> None:
-    """Write the table and the plot of what was measured."""
-    about, lines = read(source)
+def main(sources: tuple[Path, ...], steps: tuple[Path, ...], out: Path, picture: Path) -> None:
+    """Write the tables, one for each GPU, and the plot of what was measured."""
+    lowered, masked = machines(sources or _measured("lowering")), machines(steps or _measured("training"))
     text = (out if out.exists() else DOCS / "gpu.md").read_text(encoding="utf-8")
-    masked = (
-        [json.loads(line) for line in training.read_text(encoding="utf-8").splitlines()] if training.exists() else []
-    )
-    parts = [part for part in (page(about, lines) if lines or not masked else "", trained(masked)) if part]
-    out.write_text(replaced(text, "\n\n".join(parts)), encoding="utf-8")
-    if pairs(lines):
-        plot(lines, picture, any(one.get("imitation") for one in about))
-    click.echo(f"{out}: {len(pairs(lines))} rows, {len(masked)} of training")
+    parts = [*map(page, lowered.values()), *map(trained, masked.values())]
+    out.write_text(replaced(text, "\n\n".join(parts) or NOTHING), encoding="utf-8")
+    rows = sum(len(pairs(lines)) for lines in lowered.values())
+    if rows:
+        plot(lowered, picture)
+    click.echo(f"{out}: {rows} rows, {sum(map(len, masked.values()))} of training")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@
 
 Random weights and data, a batch per step, noise drawn as in training, bfloat16 passes; sr-ste at 2:4 against `dense-continued`. The
 masked step runs with Triton's kernels and with torch's operators, in turns with the dense one. A line per form goes into
-`training.jsonl`; what is there is not measured again. `report.py` writes the table. Goal: at most 1.02x a dense step.
+`training_<GPU>.jsonl`; what is there is not measured again. `report.py` writes the table. Goal: at most 1.02x a dense step.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,18 +20,18 @@ from unittest.mock import patch
 
 import click
 import torch
+from lines import HERE, Lines, about, file_of, sound, unsound
 
 from compressor import FineTuning, Training, registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
-from compressor.environment import environment
 from compressor.errors import first_line
 from compressor.plugins.dense import DenseContinued
 from compressor.plugins.ste import STE
 from compressor.sparsity import on_gpu
 
-OUT = Path(__file__).parent / "training.jsonl"
 MODELS = {"uvit-s": "uvit-cifar10", "uvit-h": "uvit-imagenet256-h", "dit-xl": "dit-xl-2-256"}
 CELLS = "dit-xl 128,uvit-h 128,uvit-s 128,dit-xl 32,uvit-h 32"
+FORMS = ("as written", "compiled")
 ROUNDS = 15
 
 
@@ -82,44 +80,47 @@ def measured(masked: FineTuning, dense: FineTuning, rounds: int, device: torch.d
 
 @click.command()
 @click.option("--cells", default=CELLS, show_default=True, help="Models, each with a batch.")
+@click.option("--forms", default=",".join(FORMS), show_default=True, help="A whole compiled model takes minutes.")
 @click.option("--seconds", default=540.0, show_default=True, help="No form is begun after this.")
 @click.option("--imitate", is_flag=True, help="On the CPU with a small model: tries the steps, measures nothing.")
-@click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
-def main(cells: str, seconds: float, imitate: bool, out: Path) -> None:
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=HERE,
+    show_default=True,
+    help="A file, or a folder for one of this GPU.",
+)
+def main(cells: str, forms: str, seconds: float, imitate: bool, out: Path) -> None:
     """Time masked training steps against dense ones."""
+    wanted = [tuple(cell.rsplit(" ", 1)) for cell in cells.split(",")]
+    if unknown := ({name for name, *_ in wanted} - set(MODELS)) | (set(forms.split(",")) - set(FORMS)):
+        raise click.UsageError(f"unknown {', '.join(sorted(unknown))}; there are {', '.join([*MODELS, *FORMS])}")
     if not imitate and not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU")
     device, end = torch.device("cpu" if imitate else "cuda:0"), time.monotonic() + seconds
-    about = {**environment(device), "imitation": imitate}
-    about["versions"] |= {"cuda": torch.version.cuda}
-    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
-    if any(line["about"] != about for line in lines):
-        raise click.ClickException(f"{out} was measured elsewhere, or with other versions: give another --out")
-    done = {(line["cell"], line["form"]) for line in lines}
-    for cell in cells.split(","):
-        name, batch = cell.rsplit(" ", 1)
-        if name not in MODELS:
-            raise click.UsageError(f"unknown {name}; there are {', '.join(MODELS)}")
-        for form in ("as written",) if imitate else ("as written", "compiled"):
-            if (cell, form) in done or time.monotonic() > end:
+    lines = Lines(file_of(out, "training", device) if out.is_dir() else out, about(device, imitate))
+    for name, batch in wanted:
+        cell = f"{name} {batch}"
+        for form in forms.split(","):
+            if form in lines.done(cell) or time.monotonic() > end:
                 continue
             model, size = ("uvit-digits", 2) if imitate else (MODELS[name], int(batch))
-            line: dict[str, Any] = {"cell": cell, "form": form, "about": about}
+            line: dict[str, Any] = {"cell": cell, "form": form}
             try:
-                both = runs(model, size, device, form == "compiled")
+                both = runs(model, size, device, form == "compiled" and not imitate)
                 if device.type == "cuda":
                     line["kernels"] = on_gpu.kernels_for(torch.ones(2, 4, device=device)) is not None
                 line |= measured(*both, 2 if imitate else ROUNDS, device)
             except Exception as failure:  # too little memory is one result among others
+                if not sound(device):
+                    unsound(f"{cell}, {form}: {first_line(failure)}")
                 line["failed"] = f"{type(failure).__name__}: {first_line(failure)}"
             both = None
             gc.collect()
             torch.compiler.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                os.fsync(file.fileno())
+            lines.add(line)
             said = line.get("failed") or f"{line['masked ratio']:.3f}x, by torch {line['by torch ratio']:.3f}x"
             click.echo(f"  {cell:14} {form:12} {said}")
 

@@ -56,7 +56,7 @@ def _rows(
     if by_row is not None:
         assert by_column is not None
         x = rescaled(x, by_row, by_column, bias, torch.float32)
-    return gelu_quantised(x, dtype, gelu)
+    return gelu_quantised(x.contiguous(), dtype, gelu)
 
 
 def _fake_rows(
