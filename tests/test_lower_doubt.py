@@ -195,6 +195,10 @@ def test_examples_of_zeros_hide_no_error() -> None:
     inputs = lively(zeros, lambda given: given["x"])
     assert inputs["x"].std() > 0.9 and inputs["name"] == "kept" and not inputs["time"].any() and not zeros["x"].any()
     assert lively(zeros, lambda given: given["x"].sqrt()) is zeros  # out of the model's range
+    given = {"x": torch.randn(2, 8, WIDTH), "mask": torch.tensor([[1.0, 0.0]]), "none": torch.zeros(0, 2)}
+    assert all(
+        one is given[name] for name, one in lively(given, lambda given: given["x"]).items()
+    )  # its own numbers, and its mask
 
     class Scaled(compressor.Adapter):
         def predict(self, module: nn.Module, inputs: Any) -> Tensor:
@@ -446,3 +450,28 @@ def test_a_kernel_is_checked_with_all_rows_of_the_example(quantises):
     wanted = copy.deepcopy(layers[0]).double()(x[:2].double())
     found = chooser._errors(backend, [right_for_few(layers[0])], group, x, x[:2], wanted)
     assert found == pytest.approx([1, 1], abs=1e-3)
+
+
+class Gated(nn.Module):
+    """A feed-forward pair, but for few tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(nn.functional.gelu(self.first(x)))
+        return out * 2 if x.shape[0] < 8 else out
+
+
+def test_a_block_that_does_otherwise_with_few_tokens_is_no_pair() -> None:
+    model = nn.Sequential(Gated(), nn.Linear(WIDTH, WIDTH)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(NM(2, 4, 4).mask(weight.abs()).apply(weight))
+    x = torch.randn(64, WIDTH)
+    assert [one.unit.kind for one in find_units(model, lambda: model(x))[0]] == ["linear", "linear", "linear"]
+    lowered = compressor.lower(model, x, backends="vnm", cache=False).model
+    with torch.no_grad():
+        assert deviation(lowered(x[:4]), model(x[:4])) < 1e-5

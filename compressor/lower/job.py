@@ -142,7 +142,8 @@ def _named(name: object) -> str:
 
 
 def lively(example: Any, run: Callable[[Any], Any]) -> Any:
-    """The example with random numbers in place of its pictures: some kernels are faster on zeros, and all are exact on them.
+    """The example with random numbers in place of what is constant, as pictures of zeros: some kernels are faster on those, and all
+    are exact. What is not constant stays: errors are of what the caller gives, with its outliers and masks.
 
     The example itself where what `run` gives for those is not finite: they may be out of a model's range, as noise levels are; the
     caller's own should not be.
@@ -150,7 +151,12 @@ def lively(example: Any, run: Callable[[Any], Any]) -> Any:
     rng = torch.Generator().manual_seed(SEED)
 
     def noise(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dim() < 2:
+        if (
+            not tensor.is_floating_point()
+            or tensor.dim() < 2
+            or not tensor.numel()
+            or bool((tensor != tensor.flatten()[0]).any())
+        ):
             return tensor
         return torch.randn(tensor.shape, generator=rng).to(tensor)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,6 +15,7 @@ from compressor.errors import CompressorError
 from compressor.lower import attention
 from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Unit
+from compressor.lower.pairs import chain_of, is_chain
 from compressor.lower.projections import FusedProjections, Sharers, joined
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
@@ -186,7 +186,7 @@ def _pairs(
         first, _, second = chain
         if not {id(first), id(second)} <= free or not all(_ordinary(layer, names) for layer in (first, second)):
             continue
-        if any(map(_observed, block.modules())):
+        if any(map(_observed, block.modules())) or not is_chain(block, chain, shape):
             continue
         free -= {id(first), id(second)}
         found.append(_found(name, chain, shape, names, (first, second)))
@@ -202,13 +202,13 @@ def _side_by_side(
     found = []
     for group in watch.sharers.groups():
         own = [paths[layer] for layer in group if layer in paths and layer in watch.shapes]
-        for fused in _alike(layers, own) if wanted is None else [tuple(one) for one in wanted if {*one} <= {*own}]:
+        for fused in alike(layers, own) if wanted is None else [tuple(one) for one in wanted if {*one} <= {*own}]:
             parts = [layers[path] for path in fused]
             found.append(_found(fused[0], joined(parts), watch.shapes[id(parts[0])], names, parts, fused))
     return found
 
 
-def _alike(layers: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, ...]]:
+def alike(layers: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, ...]]:
     """Those of `paths` whose weights have one pattern, dtype and device, where they are several."""
     groups: dict[Any, list[str]] = {}
     for path in paths:
@@ -285,7 +285,7 @@ class _Watch(TorchFunctionMode):
         start = self._open.pop(id(module), None)
         if start is None:
             return
-        chain = _chain(module, self._calls[start:], args[0], result) if id(module) in self.shapes else None
+        chain = chain_of(module, self._calls[start:], args[0], result) if id(module) in self.shapes else None
         if chain is not None and self.chains.get(id(module), chain) is not None:
             self.chains[id(module)] = chain
         else:
@@ -300,28 +300,6 @@ def _attention_of(*args: Any, **kwargs: Any) -> tuple[tuple[int, ...], float | N
         return (), None
     query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
     return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), kwargs.get("scale")
-
-
-def _chain(module: nn.Module, calls: list[Any], x: Any, result: Any) -> nn.Sequential | None:
-    """Linear, GELU, Linear as one Sequential where that is all that `module` did with `x`; None otherwise."""
-    linears = {id(m.weight): m for m in module.modules() if isinstance(m, nn.Linear)}
-    steps: list[nn.Module] = []
-    value = x
-    for func, args, kwargs, out in calls:
-        if not args or args[0] is not value:
-            return None
-        if func is F.linear or func is torch._C._nn.linear:
-            layer = linears.get(id(args[1])) if len(args) > 1 else None
-            if layer is None:
-                return None
-            steps.append(layer)
-        elif func is F.gelu or func is torch._C._nn.gelu:
-            steps.append(nn.GELU(kwargs.get("approximate", "none")))
-        elif not (func is F.dropout and out is args[0]):  # in eval mode it gives back what it got
-            return None
-        value = out
-    kinds = [type(step) for step in steps]
-    return nn.Sequential(*steps) if value is result and kinds == [nn.Linear, nn.GELU, nn.Linear] else None
 
 
 @contextmanager
