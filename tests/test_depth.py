@@ -107,6 +107,14 @@ def test_a_diffusion_transformer_keeps_the_block_that_its_output_reads():
     assert "transformer_blocks.0" not in find_blocks(model, adapter)
 
 
+def test_a_run_that_removed_nothing_says_so(cli, tmp_path):
+    for macs, said in ((0.99, True), (0.8, False)):
+        out = tmp_path / str(macs)
+        call = (out, "--model", "uvit-digits", "--method", "depth", "--steps", "0", "--set", f"settings.macs={macs}")
+        assert cli.trial(*call).code == 0
+        assert ("Nothing was removed" in " ".join(read_json(out / "report.json")["limitations"])) is said
+
+
 def test_a_run_is_smaller_faster_by_its_macs_and_reloads_without_pickle(cli, tmp_path):
     outcome = cli.trial(
         *(tmp_path / "run", "--model", "uvit-digits", "--method", "depth", "--steps", "2", "--set", "settings.macs=0.8")

@@ -9,8 +9,17 @@ QUADRATIC = "Quadratic spacing of DDIM's steps is not among those of diffusers' 
 
 def limitations(report: Report) -> tuple[str, ...]:
     """What the reader must know, said from the facts of this run."""
-    final, lowering = report.final, report.lowering
+    final, dense, lowering = report.final, report.dense, report.lowering
     found = []
+    if (
+        report.pattern is None
+        and dense is not None
+        and (final.params, final.macs_dense) == (dense.params, dense.macs_dense)
+    ):
+        found.append(
+            "Nothing was removed: the model has every weight and every multiply-accumulate of the dense one, so what differs from it "
+            "comes of training alone."
+        )
     if lowering is None and final.macs_effective < final.macs_lowered:
         found.append(
             "The weights are sparse but were not lowered: no kernel skips their zeros, so no speed-up is claimed. "
