@@ -225,6 +225,18 @@ def test_small_images_that_share_a_tile_give_what_each_gives_alone(
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("v", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 5), (4, 8, 3, 5), (2, 8, 9, 5), (2, 8, 2, 17), (8, 8, 3, 3)])
+def test_images_that_lie_apart_in_a_panel_of_a_linears_size(level: str, shape: tuple[int, ...], v: int) -> None:
+    """As many numbers in a row of the panel as of tokens, and yet vectors of several images."""
+    weight = normal(16, 8, 2, 2)
+    weight = NM(2, 4, v).mask(weight.abs()).apply(weight)
+    x = normal(*shape)
+    for bits in (16, 32) if level in VNNI else (16,):
+        module = VNMConv(packed(weight, normal(16), NM(2, 4, v), block=8, tile=24, bits=bits), 2, 1, 0)
+        exact(lambda module=module: module, x, convolution(x, weight, normal(16), 8, bits, 1, 0))
+
+
 def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> None:
     weight, x = sparse(16, 64, NM(2, 4, 4)), normal(3, 64)
     module = VNMLinear(packed(weight, None, NM(2, 4, 4), bits=32))

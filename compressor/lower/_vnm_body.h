@@ -443,11 +443,11 @@ static const int NAME(most)[4] = {R1, R2, R4, R8};
 #endif
 
 typedef void (*NAME(byte_kernel))(const uint16_t *, size_t, size_t, const strip *);
-/* One function per V and R. A panel of no more tokens, as Linears have, is a case of its own: its stride is a constant. */
+/* One function per V and R. A panel of no more tokens, as Linears have, is a case of its own: its strides are constants. */
 #define MICRO_BYTES(V, R)                                                                                               \
     static void NAME(micro_bytes_##V##_##R)(const uint16_t *panel, size_t stride, size_t apart, const strip *p) {       \
         const size_t whole = (R + 1) / 2 * 2 * VW;                                                                      \
-        if (stride == whole)                                                                                            \
+        if (stride == whole && apart == 2 * VW)                                                                         \
             NAME(micro_bytes)(V, R, panel, whole, 2 * VW, *p);                                                          \
         else                                                                                                            \
             NAME(micro_bytes)(V, R, panel, stride, apart, *p);                                                          \
