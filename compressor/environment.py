@@ -118,6 +118,21 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
+def usual_torch() -> Iterator[None]:
+    """torch as it starts: new tensors are float32, and can be trained, whatever default dtype or inference mode is around the block.
+
+    For all that builds a network: what it is must not hang on what else the process does.
+    """
+    before = torch.get_default_dtype()
+    with torch.inference_mode(False):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Without the bars and the remarks of diffusers and transformers while they load; what fails raises anyway."""
     from diffusers.utils import logging as own

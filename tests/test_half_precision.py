@@ -327,3 +327,48 @@ def test_gradient_checkpointing_gives_the_same_weights_and_is_refused_where_ther
             steps=1,
             gradient_checkpointing=True,
         )
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_what_is_built_does_not_hang_on_torchs_default_dtype(tmp_path, default):
+    adapter = registry.adapter("uvit-digits")
+    dense = adapter.load(None)
+    half = copy.deepcopy(dense).bfloat16()
+    compressor.save(tmp_path / "full", dense, {}, name="uvit-digits")
+    compressor.save(tmp_path / "half", half, {}, name="uvit-digits")
+    folder = tmp_path / "diffusers"
+    pixart(torch.float32).save_pretrained(folder)
+    torch.set_default_dtype(default)
+    try:
+        found = [adapter.build(), adapter.load(None), compressor.load(tmp_path / "full")]
+        rounded = compressor.load(tmp_path / "half")
+        opened = registry.adapter("diffusers").opened(str(folder))
+        found += [opened.build(), opened.load(str(folder))]
+        metric = registry.metric("fd-digits")
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for model in (*found, metric._network):
+        assert set(dtypes_of(model).values()) == {torch.float32}, type(model)
+    assert weights_sha256(found[2]) == weights_sha256(dense) == weights_sha256(found[1])
+    assert weights_sha256(rounded) == weights_sha256(half)
+
+
+def test_a_model_that_is_loaded_in_inference_mode_can_be_trained(tmp_path):
+    adapter = registry.adapter("uvit-digits")
+    compressor.save(tmp_path / "half", adapter.load(None).bfloat16(), {}, name="uvit-digits")
+    with torch.inference_mode():
+        models = [adapter.build(), adapter.load(None), compressor.load(tmp_path / "half")]
+    for model in models:
+        assert not any(value.is_inference() for value in (*model.parameters(), *model.buffers()))
+        next(model.parameters()).square().sum().backward()
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_training_where_no_gradients_are_kept_is_refused(samples, without):
+    given = {"adapter": TinyAdapter(), "data": samples, "batch_size": 8}
+    with without():
+        with pytest.raises(CompressorError, match="training needs gradients"):
+            compressor.prune(tiny_model(), Magnitude(), steps=1, **given)
+        found = compressor.prune(tiny_model(), Magnitude(), steps=0, **given)
+    assert not any(value.is_inference() for value in found.model.parameters())

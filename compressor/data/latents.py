@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_pipeline, stored_bytes
 from compressor.data.sets import Images, ImageSet
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
 from compressor.weights import variant_of
@@ -72,6 +73,7 @@ class Autoencoder:
         return tensor.to(self.model.device, self.model.dtype)
 
 
+@usual_torch()
 def _read(path: Path) -> nn.Module:
     import diffusers
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressor.data.outsized import check_pipeline
-from compressor.environment import quiet_libraries
+from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.foreign.bounded import mapping
@@ -58,6 +58,7 @@ class Opened:
             put(self.pipe, self.part, before)
 
 
+@usual_torch()
 def open_pipeline(source: str | Path, part: str | None = None, device: torch.device | str = "cpu") -> Opened:
     """The pipeline in the folder `source`, or of that name on the hub; each component in the precision that it is stored in.
 

@@ -12,7 +12,7 @@ from torch import nn
 from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter
-from compressor.environment import resolve_device
+from compressor.environment import resolve_device, usual_torch
 from compressor.errors import CompressorError, memory
 from compressor.recipe import Recipe
 from compressor.report import read_report
@@ -101,7 +101,8 @@ def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
         adapter, dense = source(recipe)
         return adapter, saving.load(path, dense)
     adapter, named = saved_adapter(path), saving.read_config(saving.model_folder(path)).model is not None
-    return adapter, saving.load(path, None if named else adapter.build())
+    with usual_torch():
+        return adapter, saving.load(path, None if named else adapter.build())
 
 
 def _of_calls(recipe: Recipe) -> bool:

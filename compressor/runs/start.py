@@ -14,6 +14,7 @@ from compressor.adapter import Adapter
 from compressor.data.latents import Autoencoder
 from compressor.data.reading import read_data
 from compressor.data.sets import ImageSet, SampleSet
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError
 from compressor.recipe import Recipe
 from compressor.sparsity.surgery import surgery_of
@@ -58,6 +59,7 @@ def opened(recipe: Recipe) -> Adapter:
     return adapter.opened(None, recipe.architecture) if recipe.architecture else adapter
 
 
+@usual_torch()
 def started(recipe: Recipe, adapter: Adapter) -> nn.Module:
     """The model of `adapter`, with the weights that `recipe` names, or random ones, drawn from its seed."""
     if recipe.from_scratch:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.discovery import made
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.foreign.bounded import mapping
@@ -122,9 +123,10 @@ def load(path: str | Path, model: nn.Module | None = None, *, revision: str | No
     or a commit there; its safetensors and JSON alone are fetched.
 
     `model` is filled and returned where given (with its original shape, whatever the method removed of it), and keeps its
-    dtypes; else the registered model named in the file is built, in the dtypes of the file. Every hash and
-    every pattern is verified first; nothing in the files is executed, and nothing larger than the model is made of
-    them. Raises CompressorError, and leaves `model` as it was, where anything is missing, damaged or does not fit.
+    dtypes; else the registered model named in the file is built, in the dtypes of the file (float64 becomes float32, in which
+    adapters compute), whatever torch's default dtype is. Every hash and every pattern is verified first; nothing in the files is
+    executed, and nothing larger than the model is made of them. Raises CompressorError, and leaves `model` as it was, where
+    anything is missing, damaged or does not fit.
     """
     if is_repository(path):
         with fetched(str(path), revision) as folder:
@@ -155,6 +157,7 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
+@usual_torch()
 def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
     """As `load`, once."""
     verify(folder, needs=MODEL_FILES)

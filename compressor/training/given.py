@@ -50,8 +50,14 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     """The copy of `model` that a run of so many `steps` prunes and trains: what is in half precision is in float32.
 
     Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises CompressorError
-    where `model` has no values, or shall be trained and has weights of another dtype than these.
+    where `model` has no values, or shall be trained and has weights of another dtype than these; UsageError where it shall be
+    trained and no gradients are kept.
     """
+    if steps and not torch.is_grad_enabled():
+        raise UsageError(
+            "training needs gradients, and torch keeps none here",
+            "Call it outside of torch.no_grad() and torch.inference_mode().",
+        )
     if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
     for name, value in model.named_parameters() if steps else ():
@@ -61,7 +67,8 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
                 'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
     check_finite(model.state_dict(), type(model).__name__)
-    student = float32_(copy.deepcopy(model))
+    with torch.inference_mode(False):  # what is made there can never be trained
+        student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.environment import usual_torch
 from compressor.model_zoo.generic.classified import Classifier, FDOfClassifier
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
@@ -42,5 +43,6 @@ class FDDigits(FDOfClassifier):
     data = "digits"
     shape = (1, 8, 8)
 
+    @usual_torch()
     def __init__(self) -> None:
         super().__init__(DigitsClassifier(), WEIGHTS)

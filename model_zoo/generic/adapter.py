@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError, ReshapedError, UsageError
 from compressor.model_zoo.generic import pretrained, shapes
 from compressor.model_zoo.generic.arguments import called, example, marked, noisy_name
@@ -114,6 +115,7 @@ class DiffusersAdapter(Adapter):
             raise CompressorError(f"{self.name} names no model by itself", self._hint)
         return self._prepared(pretrained.build(self._plain_config), trained=False)
 
+    @usual_torch()
     def load(self, source: str | None) -> nn.Module:
         source = pretrained.whole(source)
         if source is not None and not Path(source).is_file():

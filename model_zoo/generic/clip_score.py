@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.environment import quiet_libraries, resolve_device
+from compressor.environment import quiet_libraries, resolve_device, usual_torch
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.quality.score import Score
 from compressor.weights import weights_sha256
@@ -31,6 +31,7 @@ class ClipScore(Score):
     def __init__(self, model: nn.Module | None = None, processor: Any = None) -> None:
         self._model, self._processor = model, processor
 
+    @usual_torch()
     def opened(self, weights: Path | None) -> ClipScore:
         if weights is None or not (weights / "config.json").is_file():
             raise UsageError(f"clip-score: {weights or 'no folder'} holds no model", _HINT)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_config, check_pipeline, stored_bytes
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.weights import as_stored_, check_finite, read_outline, variant_of
@@ -121,6 +122,7 @@ def check_settings(config: Mapping[str, Any], names: Iterable[str]) -> None:
             )
 
 
+@usual_torch()
 def build(config: Mapping[str, Any]) -> nn.Module:
     """A model of this configuration with random weights. Raises CompressorError where diffusers refuses it."""
     made = model_class(config)
@@ -136,6 +138,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+@usual_torch()
 def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
     """The model with its weights, strictly: a weight that is missing or left over is an error that names it.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor.environment import resolve_device
+from compressor.environment import resolve_device, usual_torch
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.files import file_sha256
 from compressor.quality.metric import Metric
@@ -78,6 +78,7 @@ def as_rgb(images: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1)
 
 
+@usual_torch()
 def _network(weights: Path) -> nn.Module:
     """torch-fidelity's network with the `weights`.
 

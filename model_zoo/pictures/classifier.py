@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.environment import usual_torch
 from compressor.model_zoo.generic.classified import Classifier, FDOfClassifier
 from compressor.model_zoo.pictures.dataset import GROUPS
 
@@ -51,5 +52,6 @@ class FDPictures(FDOfClassifier):
     data = "pictures-32"
     shape = (3, 32, 32)
 
+    @usual_torch()
     def __init__(self) -> None:
         super().__init__(PicturesClassifier(), WEIGHTS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Sampling, as_taken
+from compressor.environment import usual_torch
 from compressor.errors import CompressorError
 from compressor.model_zoo.sampling import Process, beginning, check, describe, draw, dropped, guided, merged
 from compressor.model_zoo.uvit.architecture import checked, found_in
@@ -80,9 +81,11 @@ class UViTAdapter(Adapter):
     def small(self) -> UViTAdapter | None:
         return replace(self, config={**self.config, **self.small_config}, weights=None) if self.small_config else None
 
+    @usual_torch()
     def build(self) -> UViT:
         return UViT(**self.config)
 
+    @usual_torch()
     def load(self, source: str | None) -> UViT:
         path = Path(source) if source is not None else self.weights
         if path is None:
