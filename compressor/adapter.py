@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +135,16 @@ class Sampling:
 
 
 def with_rules(adapter: Adapter, targets: Sequence[str] | None, ignore: Sequence[str] | None) -> Adapter:
-    """A copy of `adapter` with these rules for layers as its own; None keeps the adapter's."""
+    """A copy of `adapter` with these rules for layers as its own; None keeps the adapter's.
+
+    Raises UsageError where rules, the adapter's too, are no sequence of texts but one text.
+    """
     changed = copy.copy(adapter)
     for name, rules in (("targets", targets), ("ignore", ignore)):
-        if rules is not None:
-            object.__setattr__(changed, name, tuple(rules))  # adapters may be frozen
+        if rules is None:
+            texts(f"{name} of {type(adapter).__name__}", getattr(adapter, name))
+        else:
+            object.__setattr__(changed, name, texts(name, rules))  # adapters may be frozen
     return changed
 
 

@@ -156,6 +156,19 @@ def one_of(where: str, found: str, allowed: Sequence[str]) -> None:
         raise UsageError(f"{where}: there is no {found!r}", did_you_mean(str(found), allowed))
 
 
+def texts(where: str, found: Iterable[str]) -> tuple[str, ...]:
+    """`found` as a tuple. Raises UsageError unless it is some texts that can be read again: a single one would be taken letter by
+    letter."""
+    if isinstance(found, str):
+        raise UsageError(f"{where} is the text {found!r}", f"Give a list: [{found!r}].")
+    if isinstance(found, Iterator) or not isinstance(found, Iterable):
+        raise UsageError(f"{where}: a {type(found).__name__}", "Give a list of texts.")
+    several = tuple(found)
+    if wrong := [one for one in several if not isinstance(one, str)]:
+        raise UsageError(f"{where} holds a {type(wrong[0]).__name__}: {wrong[0]!r:.80}", "Allowed: texts.")
+    return several
+
+
 OF_COMPARISON = "Give the folder of one of its trainings: cells/NAME/run."
 """What to do where a comparison is given and a run is wanted."""
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import TinyAdapter, tiny_model
 from torch import nn
 
+import compressor
 from compressor import NM, Unstructured
+from compressor.adapter import with_rules
 from compressor.errors import UsageError
-from compressor.sparsity.layers import fitting, matches, select, survey, unmatched, weighted
+from compressor.plugins.magnitude import Magnitude
+from compressor.sparsity.layers import fitting, matches, reached, select, survey, unmatched, weighted
 
 PATTERN = NM(2, 4)
 
@@ -200,3 +204,52 @@ def test_weighted_layers_have_their_parameters_names_also_where_they_share_one()
     assert found == [("0.weight", "0"), ("2.weight", "2"), ("0.weight", "3")]
     assert all(layer.weight is layer.module.weight for layer in weighted(model))
     assert [layer.name for layer in weighted(nn.Linear(4, 4))] == ["weight"]
+
+
+class Ignoring(TinyAdapter):
+    """With the comma forgotten."""
+
+    ignore = "re:0"
+
+
+@pytest.mark.parametrize("verb", [compressor.prune, compressor.prune_])
+def test_rules_are_texts_and_no_single_one(verb) -> None:
+    given = {"adapter": TinyAdapter(), "data": torch.randn(8, 16), "batch_size": 8}
+    given |= {"steps": 0} if verb is compressor.prune else {}
+    for name in ("targets", "ignore"):
+        with pytest.raises(UsageError, match=rf"{name} is the text 're:0'"):
+            verb(tiny_model(), Magnitude(), **{**given, name: "re:0"})
+        with pytest.raises(UsageError, match=f"{name} holds a NoneType"):
+            verb(tiny_model(), Magnitude(), **{**given, name: [None]})
+        for wrong in (3, (rule for rule in ["0"])):
+            with pytest.raises(UsageError, match=f"{name}: a {type(wrong).__name__}"):
+                verb(tiny_model(), Magnitude(), **{**given, name: wrong})
+    with pytest.raises(UsageError, match="ignore of Ignoring is the text 're:0'"):
+        verb(tiny_model(), Magnitude(), **{**given, "adapter": Ignoring()})
+    assert list(verb(tiny_model(), Magnitude(), **given, ignore=("0",)).masks) == ["2.weight"]
+
+
+def test_rules_that_are_one_text_are_refused_wherever_they_are_read() -> None:
+    model = tiny_model()
+    layer = survey(model, PATTERN)[0]
+    for call in (
+        lambda: compressor.choose_layers(model, Magnitude(), TinyAdapter(), "0", None),
+        lambda: compressor.choose_layers(model, Magnitude(), Ignoring(), None, None),
+        lambda: with_rules(TinyAdapter(), None, "0"),
+        lambda: with_rules(Ignoring(), ["0"], None),
+        lambda: select(model, PATTERN, {"0.weight"}, "0", []),
+        lambda: select(model, PATTERN, {"0.weight"}, [], "0"),
+        lambda: unmatched([layer], "0"),
+        lambda: reached(layer, "0", []),
+        lambda: reached(layer, [], "0"),
+    ):
+        with pytest.raises(UsageError, match="the text"):
+            call()
+
+
+@pytest.mark.parametrize("verb", [compressor.prune, compressor.prune_])
+def test_a_rule_that_leaves_nothing_out_is_warned_of(verb) -> None:
+    given = {"adapter": TinyAdapter(), "data": torch.randn(8, 16), "batch_size": 8}
+    given |= {"steps": 0} if verb is compressor.prune else {}
+    with pytest.warns(UserWarning, match="ignore: 'nope' matches no layer"):
+        verb(tiny_model(), Magnitude(), **given, ignore=["nope", "0"])

@@ -113,10 +113,9 @@ def _results() -> Iterator[None]:
 
 def warn_of_idle_rules(model: nn.Module, ignore: Sequence[str] | None) -> None:
     """Each rule of the user's that leaves nothing out is likely a mistake."""
-    from compressor.sparsity.layers import survey, unmatched
-    from compressor.sparsity.pattern import Unstructured
+    from compressor.sparsity.layers import idle
 
-    for rule in unmatched(survey(model, Unstructured(1.0)), ignore or ()):
+    for rule in idle(model, ignore):
         say(f"warning: --ignore {rule!r} matches no layer", err=True)
 
 

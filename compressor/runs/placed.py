@@ -15,7 +15,7 @@ from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter, to_device
 from compressor.data.calls import Recording
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, texts
 from compressor.lower import Lowered, lower
 from compressor.pipelines.opened import is_pipeline, open_pipeline, opened, put
 from compressor.pipelines.prompts import as_calls, pictures
@@ -77,9 +77,11 @@ def prune(
     of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
 
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
-    pattern, and losses that stop being finite.
+    pattern, and losses that stop being finite. Warns of a rule of `ignore` that matches no layer.
     """
-    rules = {"targets": targets, "ignore": ignore}
+    rules = {
+        name: None if own is None else texts(name, own) for name, own in (("targets", targets), ("ignore", ignore))
+    }
     if not is_pipeline(model):
         if adapter is None or data is None:
             raise UsageError("prune: a module needs adapter= and data=", "Give both: help(compressor.prune).")

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressor.errors import UsageError, did_you_mean
-from compressor.sparsity.pattern import Pattern
+from compressor.errors import UsageError, did_you_mean, texts
+from compressor.sparsity.pattern import Pattern, Unstructured
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes of layers that methods prune. All of their weights are (out, in, *kernel)."""
@@ -89,10 +89,11 @@ def select(
     """The survey with the rules applied: layers outside `targets` (where given), inside `ignore`, or not among the
     `allowed` parameter names get a reason.
 
-    Raises UsageError where a rule in `targets` matches no layer, where it names one by its full name that the pattern
-    does not fit, and where nothing at all is left. A rule in `ignore` that matches nothing is the caller's to warn of
-    (`unmatched`).
+    Raises UsageError where one of both is no sequence of texts, where a rule in `targets` matches no layer, where it names one
+    by its full name that the pattern does not fit, and where nothing at all is left. A rule in `ignore` that matches nothing is
+    the caller's to warn of (`idle`).
     """
+    targets, ignore = texts("targets", targets), texts("ignore", ignore)
     layers = survey(model, pattern)
     if lost := unmatched(layers, targets):
         raise UsageError(
@@ -130,7 +131,12 @@ def shown(rule: str) -> str:
 
 def unmatched(layers: Sequence[Layer], rules: Sequence[str]) -> list[str]:
     """The rules that match none of `layers`."""
-    return [rule for rule in rules if not any(matches(rule, layer) for layer in layers)]
+    return [rule for rule in texts("rules", rules) if not any(matches(rule, layer) for layer in layers)]
+
+
+def idle(model: nn.Module, rules: Sequence[str] | None) -> list[str]:
+    """The rules that match no layer of `model`, whatever a pattern fits. In `ignore`, such a one is likely a mistake."""
+    return unmatched(survey(model, Unstructured(1.0)), texts("ignore", rules or ()))
 
 
 def matches(rule: str, layer: Layer) -> bool:
@@ -152,6 +158,7 @@ def matches(rule: str, layer: Layer) -> bool:
 
 def reached(layer: Layer, targets: Sequence[str], ignore: Sequence[str]) -> bool:
     """Whether the rules leave `layer` to the method: among the `targets`, where there are any, and not in `ignore`."""
+    targets, ignore = texts("targets", targets), texts("ignore", ignore)
     targeted = not targets or any(matches(rule, layer) for rule in targets)
     return targeted and not any(matches(rule, layer) for rule in ignore)
 

@@ -26,7 +26,7 @@ from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
 from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, warn_of_idle
 from compressor.training.pruner import choose_layers as choose_layers  # noqa: PLC0414  # others look for both here
 from compressor.training.pruner import chosen as chosen  # noqa: PLC0414
 from compressor.training.ranks import Ranks
@@ -109,12 +109,12 @@ class FineTuning:
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = teacher_of(model, self.ranks.home(self.device))
-        masked = chosen(self.student, pruner, adapter, targets, ignore)
-        check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         rules = with_rules(adapter, targets, ignore)
+        masked = chosen(self.student, pruner, rules)
+        check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
         pruner, self.surgery = self.ranks.prepared(pruner, self.student, rules, self.batches, previous)
         self.pruner = pruner
-        layers = choose_layers(self.student, pruner, adapter, targets, ignore)
+        layers = choose_layers(self.student, pruner, rules)
         self.layers, first = self.ranks.place(self.student, self.teacher, layers, pruner, self.device)
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -372,8 +372,9 @@ def prune(
     of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
 
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
-    pattern, and losses that stop being finite.
+    pattern, and losses that stop being finite. Warns of a rule of `ignore` that matches no layer.
     """
+    warn_of_idle(model, ignore)
     run = FineTuning(
         model,
         pruner,

@@ -16,7 +16,7 @@ from compressor.errors import UsageError, memory
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import checked_masks
@@ -46,13 +46,14 @@ def prune_(
     refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     model = bare(model).eval()
+    warn_of_idle(model, ignore)
+    rules = with_rules(adapter, targets, ignore)
     check_finite(model.state_dict(), type(model).__name__)
     frozen = [value for value in model.parameters() if not value.requires_grad]
     for value in frozen:  # nothing is trained, so that what is frozen is pruned like the rest
         value.requires_grad_(True)
     try:
-        rules = with_rules(adapter, targets, ignore)
-        layers = chosen(model, pruner, adapter, targets, ignore)  # raises before anything is changed
+        layers = chosen(model, pruner, rules)  # raises before anything is changed
         check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
         with memory("calibration"):
             pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
@@ -61,7 +62,7 @@ def prune_(
                 f"prune_: {type(pruner).__name__} removes structure", "Use compressor.prune, which works on a copy."
             )
         masks = PackedMasks()
-        layers = chosen(model, pruner, adapter, targets, ignore)
+        layers = chosen(model, pruner, rules)
         for group in [[layer] for layer in layers] if pruner.separable else [layers]:
             weights = {layer.name: layer.weight.detach() for layer in group}
             dense = {name: weight.float() for name, weight in weights.items()}
@@ -71,7 +72,7 @@ def prune_(
                 masks[name] = mask
         every = [
             replace(layer, reason=LEFT_DENSE) if layer.reason is None and layer.name not in masks else layer
-            for layer in choose_layers(model, pruner, adapter, targets, ignore)
+            for layer in choose_layers(model, pruner, rules)
         ]
     finally:
         for value in frozen:

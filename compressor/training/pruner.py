@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, with_rules
 from compressor.data.batches import Batches
 from compressor.errors import UsageError
 from compressor.sparsity.codes import Quantise
 from compressor.sparsity.estimator import Estimator, StraightThrough
-from compressor.sparsity.layers import Layer, fitting, select
+from compressor.sparsity.layers import Layer, fitting, idle, select, shown
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.sparsity.surgery import Surgery
 from compressor.weights import bare
@@ -146,20 +147,17 @@ def choose_layers(
     model: nn.Module,
     pruner: Pruner,
     adapter: Adapter,
-    targets: Sequence[str] | None,
-    ignore: Sequence[str] | None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
 ) -> list[Layer]:
-    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None."""
+    """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None.
+
+    Raises UsageError for rules that are no sequence of texts, and for what `compressor.sparsity.layers.select` refuses.
+    """
     if isinstance(pruner, type):
         raise UsageError(f"the pruner is the class {pruner.__name__}", f"Give an instance: {pruner.__name__}().")
-    model = bare(model)
-    return select(
-        model,
-        pruner.pattern,
-        set(pruner.targets(model)),
-        adapter.targets if targets is None else targets,
-        adapter.ignore if ignore is None else ignore,
-    )
+    model, rules = bare(model), with_rules(adapter, targets, ignore)
+    return select(model, pruner.pattern, set(pruner.targets(model)), rules.targets, rules.ignore)
 
 
 def chosen(
@@ -171,3 +169,9 @@ def chosen(
 ) -> list[Layer]:
     """The layers that get a mask: `choose_layers` without those that have a reason for none."""
     return [layer for layer in choose_layers(model, pruner, adapter, targets, ignore) if layer.reason is None]
+
+
+def warn_of_idle(model: nn.Module, ignore: Sequence[str] | None) -> None:
+    """Warn of each rule of the caller's that leaves nothing out: it is likely a mistake. Raises UsageError as `texts` does."""
+    for rule in idle(bare(model), ignore):
+        warnings.warn(f"ignore: {shown(rule)} matches no layer", stacklevel=3)
