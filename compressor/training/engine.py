@@ -98,7 +98,7 @@ class FineTuning:
         previous: Mapping[str, Any] | None = None,
     ) -> None:
         self.ranks = Ranks(training)
-        self.given = Given.of(model := bare(model))
+        self.given = Given.of(model := bare(model), training.steps)
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)

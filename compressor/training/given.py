@@ -27,8 +27,13 @@ class Given:
     trained: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """How `model` is."""
+    def of(cls, model: nn.Module, steps: int = 0) -> Self:
+        """How `model` is, which so many `steps` will train. Raises UsageError where torch keeps no gradients for them."""
+        if steps and not torch.is_grad_enabled():
+            raise UsageError(
+                "training needs gradients, and torch keeps none here",
+                "Call it outside of torch.no_grad() and torch.inference_mode().",
+            )
         return cls(dtypes_of(model), frozenset(n for n, value in model.named_parameters() if value.requires_grad))
 
     def returned(self, model: nn.Module) -> nn.Module:
@@ -50,14 +55,8 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     """The copy of `model` that a run of so many `steps` prunes and trains: what is in half precision is in float32.
 
     Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises CompressorError
-    where `model` has no values, or shall be trained and has weights of another dtype than these; UsageError where it shall be
-    trained and no gradients are kept.
+    where `model` has no values, or shall be trained and has weights of another dtype than these.
     """
-    if steps and not torch.is_grad_enabled():
-        raise UsageError(
-            "training needs gradients, and torch keeps none here",
-            "Call it outside of torch.no_grad() and torch.inference_mode().",
-        )
     if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
     for name, value in model.named_parameters() if steps else ():
