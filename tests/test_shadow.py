@@ -295,6 +295,109 @@ def test_wrong_masks_are_refused_and_named(answer: Any, message: str, model: nn.
         Shadow(weights_of(model), Answering(answer), adamw(model.parameters()))
 
 
+def set_data(model: nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data + 5  # type: ignore[index, operator, union-attr]
+
+
+def load_more(model: nn.Module) -> None:
+    model.load_state_dict({name: value + 5 for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("write", [load_more, set_data])
+def test_weights_that_were_written_to_between_steps_are_not_undone(
+    write: Callable[[nn.Module], None], model: nn.Sequential, samples: Tensor
+) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    fit(model, optimizer, samples)
+    state, weights = shadow.state(), copy.deepcopy(model.state_dict())
+    write(model)
+    written = copy.deepcopy(model.state_dict())
+    with pytest.raises(CompressorError, match=r"0.weight was written to since the last step"):
+        fit(model, optimizer, samples)
+    assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(weights)
+    shadow.restore(state)
+    fit(model, optimizer, samples)
+    shadow.close()
+    write(model)
+    Shadow(weights_of(model), Renewing(), optimizer)
+    fit(model, optimizer, samples)
+
+
+def test_weights_that_have_their_values_again_are_no_alarm(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Answering(lambda w: {"0.weight": PATTERN.mask(w["0.weight"].abs())}), optimizer)
+    for _ in range(3):
+        fit(model, optimizer, samples)
+        own = copy.deepcopy(model.state_dict())
+        load_more(model)
+        model.load_state_dict(own)  # as a look at an average does
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    set_data(model)
+    model[0].weight.data = own["0.weight"]
+    fit(model, optimizer, samples)
+    PATTERN.verify(model[0].weight.detach())
+    assert shadow.masks
+
+
+def test_a_model_that_is_cast_after_its_shadow_was_made_is_refused(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    Shadow(weights_of(model), Renewing(), optimizer)
+    model.bfloat16()
+    with pytest.raises(CompressorError, match=r"0.weight is torch.bfloat16 on cpu, and was torch.float32 on cpu when"):
+        fit(model, optimizer, samples.bfloat16())
+
+
+def test_a_weight_has_one_shadow_and_one_name(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    first = Shadow({"0.weight": model[0].weight}, Renewing(), optimizer)
+    with pytest.raises(CompressorError, match=r"1.weight has a Shadow already"):
+        Shadow({"1.weight": model[0].weight}, Renewing(), optimizer)
+    with pytest.raises(CompressorError, match="a and b are one parameter"):
+        Shadow({"a": model[2].weight, "b": model[2].weight}, Renewing(), optimizer)
+    Shadow({"2.weight": model[2].weight}, Renewing(), optimizer)
+    fit(model, optimizer, samples)
+    first.close()
+    Shadow({"0.weight": model[0].weight}, Renewing(), optimizer)
+    fit(model, optimizer, samples)
+
+
+def test_two_shadows_of_two_optimizers_do_not_undo_each_other(model: nn.Sequential, samples: Tensor) -> None:
+    one, other = adamw(model.parameters()), adamw(model.parameters())
+    Shadow(weights_of(model), Renewing(), one)
+    Shadow(weights_of(model), Renewing(), other)
+    fit(model, one, samples)
+    with pytest.raises(CompressorError, match=r"0.weight was written to since the last step"):
+        fit(model, other, samples)
+
+
+@pytest.mark.parametrize("after", ["close", "restore", "step"])
+def test_a_step_that_fails_leaves_nothing_dense_behind(after: str, model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    shadow = Shadow(weights_of(model), Renewing(), optimizer)
+    fit(model, optimizer, samples)
+    state, dense = copy.deepcopy(shadow.state()), {name: value.clone() for name, value in shadow.dense.items()}
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("once")
+
+    hook = optimizer.register_step_pre_hook(failing)  # after the Shadow's
+    with pytest.raises(MemoryError):
+        fit(model, optimizer, samples)
+    hook.remove()
+    assert torch.equal(model[0].weight.detach(), dense["0.weight"])
+    if after == "step":
+        fit(model, optimizer, samples)
+    else:
+        shadow.close() if after == "close" else shadow.restore(state)
+        assert all(torch.equal(shadow.dense[name], value) for name, value in dense.items())
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight.detach(), shadow.masks[name].apply(shadow.dense[name]))
+        assert weight.data_ptr() != shadow.dense[name].data_ptr()
+        PATTERN.verify(weight.detach())
+
+
 def test_close_ends_masking(model: nn.Sequential, samples: Tensor) -> None:
     optimizer = adamw(model.parameters())
     Shadow(weights_of(model), Renewing(), optimizer).close()

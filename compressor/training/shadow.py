@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask
 from compressor.training.pruner import Pruner
-from compressor.training.rounding import rounded
+from compressor.training.rounding import rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
 
@@ -33,8 +33,10 @@ class Shadow:
     Of weights that FSDP2 has cut, it holds and masks the rows of this process. `previous` are the masks to start from, if any. With
     `outside` the dense weights are in the machine's memory, wherever `weights` are.
     `flips` counts, per weight name, the entries whose mask changed in the last step; `flipped` since the start.
-    Raises CompressorError at an optimizer step with a closure, or with gradients that a scaler has not unscaled; UsageError where
-    a mask of a weight that is cut needs the rows of other processes.
+    Where a step of the optimizer itself raises, the weights are dense until the next one, `restore` or `close`.
+    Raises CompressorError at an optimizer step with a closure, with gradients that a scaler has not unscaled, and where a weight was
+    written to, cast or moved since the last step, which that step would undo; UsageError for a weight that has a Shadow already or
+    two names, and where a mask of a weight that is cut needs the rows of other processes.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Shadow:
     ) -> None:
         refuse_unlocal(pruner.pattern, weights)
         optimizer = _that_steps(optimizer)
+        _refuse_shared(weights, optimizer)
         self.pruner = pruner
         self.progress = progress
         self.dense: dict[str, Tensor] = {
@@ -58,6 +61,9 @@ class Shadow:
         self.flips: dict[str, Tensor] = {}
         self._weights = dict(weights)
         self._sparse: dict[str, Tensor] = {}  # the weights' own memory, while theirs is that of the dense ones
+        self._stepping = False  # true after a step that failed, too
+        self._kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
+        self._marks: dict[str, tuple[int, int]] = {}
         trained = _learning_rates(optimizer)
         if missing := [name for name, weight in weights.items() if id(weight) not in trained]:
             raise CompressorError(
@@ -79,6 +85,7 @@ class Shadow:
         """Take the hooks off the optimizer; the model keeps its sparse weights."""
         for handle in self._handles:
             handle.remove()
+        self._give_back()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, as nested dicts of tensors."""
@@ -96,6 +103,7 @@ class Shadow:
         Raises CompressorError where its masks are not of these weights.
         """
         own = self._weights
+        self._give_back()
         for name, weight in own.items():
             self.dense[name].copy_(part_of(state["dense"][name], weight))
             if not self._lends(name):
@@ -121,6 +129,8 @@ class Shadow:
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise CompressorError("the gradients are still scaled", "Call scaler.unscale_(optimizer) before the step.")
+        self._refuse_changed()
+        self._stepping = True
         estimator = self.pruner.estimator
         for name, weight in self._weights.items():
             mask, dense = self.masks.get(name), self.dense[name].to(weight.device)
@@ -148,8 +158,45 @@ class Shadow:
             else:
                 self.dense[name].copy_(dense)
         self._renew_masks()
+        self._stepping = False
         for name, count in self.flips.items():
             self.flipped[name] += count
+
+    def _refuse_changed(self) -> None:
+        """Raise CompressorError where a weight is not as it was left: a step would undo that, and say nothing.
+
+        Only a weight that was written to since is compared: it may have its values again, as after a look at an average.
+        """
+        for name, weight in self._weights.items():
+            (dtype, device), mask = self._kinds[name], self.masks.get(name)
+            if (weight.dtype, weight.device) != (dtype, device):
+                raise CompressorError(
+                    f"{name} is {weight.dtype} on {weight.device}, and was {dtype} on {device} when its Shadow was made",
+                    "Cast and move the model before the optimizer and the Shadow are made.",
+                )
+            if self._stepping or self._marks[name] == _mark(weight):
+                continue
+            data, left = local(weight.data), self.dense[name].to(device)
+            if mask is not None:
+                left = sparse(left, mask, self.pruner)
+            if not torch.allclose(data, left, rtol=0, atol=0, equal_nan=True):
+                raise CompressorError(
+                    f"{name} was written to since the last step, and this one would undo that",
+                    "Load weights before the Shadow is made: close() it and make another. After a checkpoint, `restore` its state.",
+                )
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        """Undo what a step that failed left: dense weights in the model."""
+        if not self._stepping:
+            return
+        for name, weight in self._weights.items():
+            if name in self._sparse:
+                weight.data = self._sparse.pop(name)
+            elif not self._lends(name):
+                local(weight.data).copy_(self.dense[name])
+        self._stepping = False
+        self._make_sparse({})
 
     @torch.no_grad()
     def _renew_masks(self) -> None:
@@ -172,6 +219,7 @@ class Shadow:
         Rounding has no gradient of its own: the estimator gets that of the rounded weight as it is (straight-through).
         """
         for name, weight in self._weights.items():
+            self._marks[name] = _mark(weight)  # writing to `data` does not count
             mask, data, dense = self.masks.get(name), local(weight.data), self._there(name)
             if mask is None:
                 data.copy_(dense)
@@ -180,6 +228,23 @@ class Shadow:
             self.flips[name] = masked_(data, dense, mask, before.get(name))
             if self.pruner.quantise != "none":
                 data.copy_(rounded(data, self.pruner))
+
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """What changes where others write to `weight` or give it other memory."""
+    return 0 if weight.is_inference() else weight._version, local(weight.data).data_ptr()
+
+
+def _refuse_shared(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Raise UsageError where two names, or two Shadows of one optimizer, would write to one weight."""
+    first: dict[int, str] = {}
+    for name, weight in weights.items():
+        if (known := first.setdefault(id(weight), name)) != name:
+            raise UsageError(f"{known} and {name} are one parameter", "Give it once, as named_parameters() does.")
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, Shadow) and (both := [first[id(w)] for w in other.weights.values() if id(w) in first]):
+            raise UsageError(f"{both[0]} has a Shadow already", "close() that one, or leave the weight out.")
 
 
 def masked_(sparse: Tensor, dense: Tensor, mask: Mask, before: Mask | None) -> Tensor:
