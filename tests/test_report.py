@@ -528,6 +528,27 @@ def test_runs_are_shown_side_by_side_and_only_what_can_be_compared_is(cli, tmp_p
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == before
 
 
+def test_pages_of_runs_side_by_side_replace_no_others(cli, tmp_path):
+    runs = [written(tmp_path / name, {**example(), "seed": seed}) for seed, name in enumerate("ab")]
+    render(runs[0])
+    pages = {path: path.read_bytes() for path in runs[0].iterdir() if path.is_file()}
+    outcome = cli("report", *runs, "--out", runs[0])
+    assert outcome.code == 2 and "a has report.json: it holds a run" in outcome.err, outcome.err
+    assert {path: path.read_bytes() for path in runs[0].iterdir() if path.is_file()} == pages
+    for name in ("report.md", "report.html"):
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("# My own")
+        outcome = cli("report", *runs, "--out", mine.parent)
+        assert outcome.code == 2 and f"{name} is there already, and is not of runs side by side" in outcome.err
+        outcome = cli("report", *runs, "--out", mine)
+        assert outcome.code == 2 and f"{name} is a file" in outcome.err
+        assert mine.read_text() == "# My own" and len(list(mine.parent.iterdir())) == 1
+        mine.unlink()
+    for _ in range(2):  # its own are written anew
+        assert cli("report", *runs, "--out", tmp_path / "mine").code == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

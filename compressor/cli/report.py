@@ -48,8 +48,10 @@ def report(output: Output, runs: tuple[Path, ...], out: Path | None) -> None:
 def _show_beside(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     from compressor.cli.tables import plain_table
     from compressor.report import read_report
-    from compressor.report.beside import beside, write
+    from compressor.report.beside import beside, refuse_other_pages, write
 
+    if out is not None:
+        refuse_other_pages(out)
     for directory in runs:
         if _is_comparison(directory):
             raise UsageError(f"{directory} is a comparison", "Give the directories of finished runs.")

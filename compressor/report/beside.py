@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from compressor import files
+from compressor.errors import UsageError
 from compressor.report import environment_of, resource, timings, words
 from compressor.report.content import DENSE, Report
 from compressor.report.further import further
@@ -61,8 +62,27 @@ def beside(reports: Mapping[str, Report]) -> Beside:
     )
 
 
+_TAKEN = ("run.json", "recipe.yaml", "report.json", files.MANIFEST)
+"""What is in the folder of a run, of a comparison, or of a saved model."""
+_PAGES = {"report.md": "# Runs side by side", "report.html": "runs side by side</p>"}
+"""The pages that are written, with what tells one from another's."""
+
+
+def refuse_other_pages(out: Path) -> None:
+    """Raise UsageError where `out` is a file, holds a run, or has pages of these names that are not of runs side by side."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "Choose a folder with --out.")
+    if taken := [name for name in _TAKEN if (out / name).exists()]:
+        raise UsageError(f"{out} has {taken[0]}: it holds a run, whose report would be lost", "Choose another --out.")
+    for name, said in _PAGES.items():
+        page = out / name
+        if page.exists() and not (page.is_file() and said in page.read_text(encoding="utf-8", errors="replace")):
+            raise UsageError(f"{page} is there already, and is not of runs side by side", "Choose another --out.")
+
+
 def write(found: Beside, out: Path) -> None:
-    """Write report.md and report.html into the folder `out`, which is made."""
+    """Write report.md and report.html into the folder `out`, which is made. Raises UsageError as `refuse_other_pages`."""
+    refuse_other_pages(out)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"found": found, "glossary": glossary(found.metric, [title for title, _, _ in found.columns])}
     page = environment_of(html=True).from_string(resource("beside.html"))
