@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -428,3 +430,39 @@ def test_a_public_name_says_what_it_is(name):
         if inspect.isfunction(value) or isinstance(value, property):
             told = any((getattr(base, key, None).__doc__ or "").strip() for base in thing.__mro__ if hasattr(base, key))
             assert told, f"{name}.{key}"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NO_MODULES = {*PROJECT["entry-points"], "compressor.patterns", "compressor.fish"}
+"""Groups of entry points, one of which has none here, and a shell's file."""
+
+
+def is_there(name: str) -> bool:
+    """Whether `name` leads, by modules and then by what is in them, to something."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for part in parts[count:]:
+                found = getattr(found, part)
+        except AttributeError:
+            return False
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_names_that_the_page_says_can_be_imported(page):
+    text = page.read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"\bcompressor(?:\.[A-Za-z_]\w*)+", text) if name not in NO_MODULES}
+    for module, names in re.findall(r"^\s*from (compressor[\w.]*) import ([\w, ]+)$", text, re.MULTILINE):
+        named |= {f"{module}.{name.split(' as ')[0].strip()}" for name in names.split(",")}
+    assert not [name for name in sorted(named) if not is_there(name)]
+
+
+def test_a_name_that_is_not_there_is_found():
+    assert is_there("compressor.weights.read_weights") and is_there("compressor.Plan.read")
+    assert not is_there("compressor.export.export_nothing") and not is_there("compressor.nothing.at_all")
