@@ -249,8 +249,8 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def bare_name(name: str) -> str:
-    """`name` of a parameter or a module without what torch.compile adds."""
-    return name.replace(_PREFIXES[0], "")
+    """`name` of a parameter or a module without what torch.compile and DataParallel add."""
+    return ".".join(part for part in name.split(".") if f"{part}." not in _PREFIXES)
 
 
 def _wrappers() -> tuple[type[nn.Module], ...]:

@@ -21,6 +21,7 @@ from torch import nn
 import compressor
 from compressor import NM, files, saving
 from compressor.errors import CompressorError
+from compressor.plugins.magnitude import Magnitude
 
 
 def pruned(model):
@@ -563,3 +564,45 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         partial.write_text("new", encoding="utf-8")
         assert path.read_text(encoding="utf-8") == "old"
     assert path.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [path]
+
+
+class Holding(nn.Module):
+    """A model that calls a part of itself `module`, as wrappers do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_masks_by_the_names_of_a_wrapped_model_are_of_its_own_weights(tmp_path, model, inner):
+    model = Holding(model) if inner else model
+    wrapped = nn.DataParallel(torch.compile(model))
+    names = {name: value for name, value in wrapped.named_parameters() if value.dim() == 2}
+    assert all(name.startswith("module._orig_mod.") for name in names)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    masks = compressor.Shadow(names, Magnitude(), optimizer).masks
+    for number, saved in enumerate((wrapped, model)):
+        compressor.save(tmp_path / str(number), saved, masks)
+        config = files.read_json(tmp_path / str(number) / "config.json")
+        assert set(config["patterns"]) == {name for name, value in model.named_parameters() if value.dim() == 2}
+
+
+def test_a_mask_of_no_weight_is_named_and_nothing_is_called_damaged(tmp_path, model):
+    mask = pruned(model)["0.weight"]
+    with pytest.raises(
+        CompressorError, match=r"a mask is of '0.wieght', which is no weight of this Sequential\n.*'0.weight'"
+    ):
+        compressor.save(tmp_path / "saved", model, {"0.wieght": mask})
+    with pytest.raises(CompressorError, match=r"two masks are of 0.weight"):
+        compressor.save(tmp_path / "saved", model, {"0.weight": mask, "module.0.weight": mask})
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_mask_may_have_any_name_of_a_tied_weight(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    mask = Magnitude().masks({"0.weight": model[0].weight.detach()}, 1.0, {})["0.weight"]
+    model[0].weight.data.mul_(mask.keep)
+    compressor.save(tmp_path / "saved", model, {"1.weight": mask})
+    assert files.read_json(tmp_path / "saved" / "config.json")["patterns"] == {"0.weight": "2:4"}

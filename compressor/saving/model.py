@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter
 from compressor.discovery import made
 from compressor.environment import usual_torch
-from compressor.errors import CompressorError, UsageError, memory
+from compressor.errors import CompressorError, UsageError, did_you_mean, memory
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.foreign.bounded import mapping
 from compressor.saving import packing
@@ -40,6 +40,7 @@ from compressor.weights import (
     refuse_misfit,
     sketch,
     state_sha256,
+    ties,
     untied_state,
 )
 
@@ -81,9 +82,11 @@ def save(
     Several processes may save to one path, such as the ranks of torchrun: one waits for the other, each writes a whole model, and
     that of the last one stays. Where their weights differ, save on one rank alone.
 
-    Raises CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it: what
-    was at `path` is then still there. LockedError where another process holds `path`, or the run directory around it, for
-    longer than a writer waits (10 minutes).
+    `masks` may have the names of `model` as it was wrapped (torch.compile, DataParallel, DistributedDataParallel).
+
+    Raises UsageError for a mask that is of no weight of `model`; CompressorError where a weight breaks its mask's pattern or is not
+    finite, and where the disk does not take it: what was at `path` is then still there. LockedError where another process holds
+    `path`, or the run directory around it, for longer than a writer waits (10 minutes).
     """
     path = Path(path)
     for pattern in {mask.pattern for mask in masks.values()}:
@@ -91,9 +94,10 @@ def save(
     recover(path)
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
-    model = bare(model)
+    model, given = bare(model), model
+    own = _own_names(masks, given, model)
     state = plain_state(model)
-    patterns = {bare_name(key): str(mask.pattern) for key, mask in masks.items()}
+    patterns = {own[key]: str(mask.pattern) for key, mask in masks.items()}
     _check(state, patterns, path)
     tensors, names = packing.packed_state(state, patterns) if packed else (state, [])
     config = ModelConfig(
@@ -113,6 +117,27 @@ def save(
             (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
 
     commit(path, write, needs=sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _own_names(masks: Mapping[str, Mask], model: nn.Module, plain: nn.Module) -> dict[str, str]:
+    """The name of each mask in `plain`, the `bare` form of `model`. Raises UsageError where it has no such weight, or one twice."""
+    own, tied = untied_state(plain), ties(plain)
+    first = {id(value): name for name, value in plain.named_parameters()}
+    wrapped = {name: first[id(value)] for name, value in model.named_parameters() if id(value) in first}
+    stripped = {bare_name(name): name for name in own}
+    found: dict[str, str] = {}
+    for name in masks:
+        ways = (name, tied.get(name), wrapped.get(name), stripped.get(bare_name(name)))
+        known = next((one for one in ways if one is not None and one in own), None)
+        if known is None:
+            raise UsageError(
+                f"a mask is of {name!r}, which is no weight of this {type(plain).__name__}",
+                did_you_mean(name, [one for one, value in own.items() if value.dim() > 1]),
+            )
+        if known in found.values():
+            raise UsageError(f"two masks are of {known}", "Give one for each weight.")
+        found[name] = known
+    return found
 
 
 @memory("loading")
