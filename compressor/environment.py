@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -102,6 +103,15 @@ def _shares(root: Path) -> Iterator[float]:
                 quota, period = (float(limit) for limit in limits)  # no limit is "max", or below 0
                 if quota > 0:
                     yield quota / period
+
+
+def cache_folder(kind: str) -> Path:
+    """Where numbers of a `kind` are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
+    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    if base is None:
+        home = os.path.expanduser("~")
+        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
+    return Path(base) / "compressor" / kind
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,11 +44,12 @@ def commit(target: Path, write: Callable[[Path], None], listed: bool = True, nee
     """Let `write` fill a folder, and make it `target` in one step. A folder that was there before is replaced.
 
     Where it is not `listed`, it has no manifest: what is in it is for other libraries, and nothing here reads it. `needs`: the
-    bytes that `write` will write, as far as they are known. Writers of one target take turns.
+    bytes that `write` will write, as far as they are known. Writers of one target take turns. Of a link, what it leads to is replaced.
 
     Raises CompressorError where the disk is full or not writable, and before anything is written where it has fewer bytes free
     than `needs`; LockedError where another process does not let go of `target`. What was at `target` is then still there.
     """
+    target = real(target)
     old = _replaced(target)
     with workshop(target, _PATIENCE, needs) as partial:
         try:
@@ -72,6 +72,7 @@ def workshop(target: Path, wait: float = 0.0, needs: int = 0) -> Iterator[Path]:
     What former writers of `target` left when they died is put back where it is whole (`recover`), and else cleared. An error of
     the disk in the block is a CompressorError that names `target` and the bytes that are free.
     """
+    target = real(target)
     partial = target.parent / f".partial-{os.getpid()}{_TOKEN}-{target.name}"
     with _said(target, needs), claimed(target, wait):
         _restore(target)
@@ -86,6 +87,11 @@ def workshop(target: Path, wait: float = 0.0, needs: int = 0) -> Iterator[Path]:
             raise _failure(target, error, needs, written) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def real(path: Path) -> Path:
+    """`path`, or where it leads as a link: who writes to a link means what is there, which may be on another disk."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def leftovers(target: Path) -> list[Path]:
@@ -111,9 +117,8 @@ def recover(target: Path) -> bool:
 
     True where there was none, and there was one when the writers had let go of `target`.
     """
-    with suppress(
-        OSError, CompressorError
-    ):  # nothing to be done where nothing may be written: readers say what is missing
+    target = real(target)
+    with suppress(OSError, CompressorError):  # where nothing may be written, readers say what is missing
         if not target.exists() and _replaced(target).is_dir():
             with _locked(_beside(target), target, _PATIENCE):
                 _restore(target)
@@ -153,8 +158,17 @@ def _failure(path: Path, error: Exception, needs: int = 0, written: int = 0) -> 
     needed = f"{needs:,} bytes needed, " if needs else ""
     return CompressorError(
         f"{path}: cannot be written: {reason} ({needed}{written:,} bytes written so far, {_free(path):,} bytes free)",
-        f"{_ROOM[:-1]}; what was saved before is intact.",
+        f"{_way(error)}; what was saved before is intact.",
     )
+
+
+def _way(error: Exception) -> str:
+    """What helps, by what the system says; safetensors has its number in a text."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number == errno.EFBIG:
+        return "Files may not be so large here: raise the limit (ulimit -f), or choose another disk"
+    return _ROOM[:-1] if number in _FULL else "Choose another folder, which can be written to"
 
 
 def _list(folder: Path, listed: bool) -> None:
@@ -181,6 +195,7 @@ def claimed(target: Path, wait: float = 0.0) -> Iterator[None]:
     Again in the same thread, it does nothing. Raises LockedError where another process or thread still has either after `wait`
     seconds; CompressorError where the folder around it cannot be written to.
     """
+    target = real(target)
     home = target.parent
     with ExitStack() as stack:
         with _said(target):
@@ -266,7 +281,7 @@ def _replaced(target: Path) -> Path:
 
 def _restore(target: Path) -> None:
     old = _replaced(target)
-    if old.is_dir() and not target.exists():
+    if old.is_dir() and not old.is_symlink() and not target.exists():
         old.rename(target)
 
 
@@ -342,10 +357,11 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place, in one step and flushed to disk, when the block ends.
+    """A file beside `path` (`real`) to write to, which takes its place, in one step and flushed to disk, when the block ends.
 
     Where the block raises, `path` stays as it was and nothing is left beside it.
     """
+    path = real(path)
     # with the process in its name: two that write the same file at once do not write into one
     partial = path.with_name(f".partial-{os.getpid()}{_TOKEN}-{path.name}")
     try:
@@ -382,17 +398,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cache_folder(kind: str) -> Path:
-    """Where numbers of a `kind` are kept: in `COMPRESSOR_CACHE`, else `compressor` in the user's cache folder."""
-    base = os.environ.get("COMPRESSOR_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    if base is None:
-        home = os.path.expanduser("~")
-        base = os.path.join(home if home != "~" else tempfile.gettempdir(), ".cache")
-    return Path(base) / "compressor" / kind
-
-
-def file_name(row: str) -> str:
-    """The stem of a row's picture."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", row)

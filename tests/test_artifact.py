@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -606,3 +607,71 @@ def test_a_mask_may_have_any_name_of_a_tied_weight(tmp_path):
     model[0].weight.data.mul_(mask.keep)
     compressor.save(tmp_path / "saved", model, {"1.weight": mask})
     assert files.read_json(tmp_path / "saved" / "config.json")["patterns"] == {"0.weight": "2:4"}
+
+
+def linked(tmp_path):
+    """A link from one folder to a place in another."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "current"
+    link.symlink_to("../store/v1")
+    return link, tmp_path / "store" / "v1"
+
+
+def test_saving_to_a_link_replaces_what_it_leads_to_and_nothing_comes_back(tmp_path, model):
+    link, behind = linked(tmp_path)
+    masks = pruned(model)
+    for number in (1.0, 2.0):  # the link dangles at first
+        model[0].bias.data.fill_(number)
+        compressor.save(link, model, masks)
+        assert link.is_symlink() and [path.name for path in (tmp_path / "home").iterdir()] == ["current"]
+        assert [path.name for path in (tmp_path / "store").iterdir()] == ["v1"]
+        for path in (link, behind):
+            assert compressor.load(path, copy.deepcopy(model))[0].bias[0].item() == number
+    link.unlink()
+    with pytest.raises(CompressorError):
+        compressor.load(link, model)
+
+
+def test_what_was_being_replaced_behind_a_link_is_put_back(tmp_path, model):
+    link, behind = linked(tmp_path)
+    compressor.save(link, model, pruned(model))
+    behind.rename(behind.with_name(".old-v1"))  # as a writer that dies leaves it
+    compressor.load(link, model)
+    assert link.is_symlink() and behind.is_dir()
+
+
+def test_a_link_of_an_earlier_version_is_no_former_model(tmp_path, model):
+    compressor.save(tmp_path / "v1", model, pruned(model))
+    (tmp_path / ".old-current").symlink_to("v1")
+    with pytest.raises(CompressorError):
+        compressor.load(tmp_path / "current", model)
+    compressor.save(tmp_path / "current", model, pruned(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    link, behind = linked(tmp_path)
+    for text in ("one", "two"):
+        files.write_text(link, text)
+        assert link.is_symlink() and behind.read_text() == link.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+        (OSError(errno.EFBIG, "File too large"), r"raise the limit \(ulimit -f\)"),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "raise the limit"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space"),
+        (OSError(errno.ENOTDIR, "Not a directory"), "Choose another folder, which can be written to; what"),
+        (OSError(errno.EEXIST, "File exists"), "Choose another folder, which can be written to; what"),
+    ],
+)
+def test_what_to_do_is_said_by_what_went_wrong(tmp_path, error, said):
+    def failing(folder):
+        raise error
+
+    with pytest.raises(CompressorError, match=said) as found:
+        files.commit(tmp_path / "out", failing)
+    assert ("Free some space" in str(found.value)) == ("No space" in str(error))

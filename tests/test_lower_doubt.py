@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, Backend, CompressorError, registry
-from compressor.files import cache_folder
+from compressor.environment import cache_folder
 from compressor.lower import Unit, chooser
 from compressor.lower.chooser import _few_rows, relative
 from compressor.lower.forms import deviation

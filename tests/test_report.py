@@ -18,7 +18,6 @@ from pydantic import ValidationError
 import compressor.report as report_package
 from compressor.cost.timing import Times, ratio_interval
 from compressor.errors import CompressorError
-from compressor.files import file_name
 from compressor.lower.contest import Contest
 from compressor.report import charts, render, schema, words
 from compressor.report.compared import schema_text
@@ -27,6 +26,7 @@ from compressor.report.further import direction, further
 from compressor.report.in_short import summary
 from compressor.report.numbers import count, number, size
 from compressor.report.timings import speeds
+from compressor.report.words import file_name
 
 HASH = "0123456789abcdef" * 4
 

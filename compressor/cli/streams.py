@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 from compressor import __version__
-from compressor.files import cache_folder
+from compressor.environment import cache_folder
 from compressor.processes import ranks
 
 

@@ -14,8 +14,8 @@ from compressor import registry
 from compressor.comparison.presets import compared_by_default, presets
 from compressor.cost.macs import layer_macs
 from compressor.errors import CompressorError, UsageError, did_you_mean
-from compressor.files import file_name
 from compressor.recipe import Recipe
+from compressor.report.words import file_name
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
 from compressor.training.engine import chosen

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor import files
+from compressor.environment import cache_folder
 from compressor.errors import CompressorError
-from compressor.files import cache_folder
 from compressor.validation import validated
 
 FILE = "lowering.json"

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.data.sets import ImageSet
+from compressor.environment import cache_folder
 from compressor.errors import CompressorError
-from compressor.files import cache_folder, replacing
+from compressor.files import replacing
 from compressor.foreign.bounded import mapping
 from compressor.quality.fidelity import Reference
 from compressor.quality.metric import Metric

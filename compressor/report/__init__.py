@@ -179,7 +179,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _picture(run: Path, row: str) -> str | None:
-    name = f"{files.file_name(row)}.png"
+    name = f"{words.file_name(row)}.png"
     return name if (run / "samples" / name).is_file() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -232,3 +233,8 @@ def _layers_of(names: Sequence[str], of: int) -> str:
         return f"all {of} layers" if of > 1 else names[0]
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def file_name(row: str) -> str:
+    """The stem of a row's picture."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", row)

@@ -12,7 +12,7 @@ from compressor.errors import CompressorError, UsageError, first_line, printable
 from compressor.report import read_report
 from compressor.report.content import Report
 from compressor.report.in_short import glossary, summary
-from compressor.report.words import columns, headline
+from compressor.report.words import columns, file_name, headline
 from compressor.saving import hub
 
 _MOST_SAMPLES = 8
@@ -42,7 +42,7 @@ def folder_for_hub(run: Path, out: Path, name: str | None = None) -> list[str]:
     for file in hub.FILES:
         if (model / file).is_file():
             shutil.copyfile(model / file, out / file)
-    rows = {files.file_name(row.name): row.name for row in report.rows}
+    rows = {file_name(row.name): row.name for row in report.rows}
     pictures = {}
     for path in sorted((run / "samples").glob("*.png"))[:_MOST_SAMPLES]:
         shutil.copyfile(path, out / "samples" / path.name)

@@ -14,9 +14,8 @@ from torch import nn
 from compressor import registry
 from compressor.adapter import Adapter, to_device
 from compressor.data.calls import Index, Recording, joined
-from compressor.environment import resolve_device
+from compressor.environment import cache_folder, resolve_device
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.files import cache_folder
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import DENOISERS, Opened, open_pipeline
 from compressor.pipelines.prompts import pictures, read_prompts

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from compressor import cost, files, saving
-from compressor.files import file_name
 from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
 from compressor.report.limitations import limitations
+from compressor.report.words import file_name
 from compressor.runs import facts
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Seen, Variant
