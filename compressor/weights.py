@@ -231,8 +231,12 @@ def bare(model: nn.Module) -> nn.Module:
 
     Its parameters are those of `model`; where nothing is around anything, it is `model` itself. Every function that takes a
     model of the user's asks for it first, so that `_orig_mod.` and `module.` are in no name. Raises UsageError where the model
-    holds adapters of peft, which hide the weights that they are added to.
+    holds adapters of peft, which hide the weights that they are added to, or is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"a {type(model).__name__} is no module", "Give a torch.nn.Module, as a Result has in `model`."
+        )
     around = _wrappers()
     while isinstance(model, around):
         model = _inside(model)

@@ -675,3 +675,36 @@ def test_what_to_do_is_said_by_what_went_wrong(tmp_path, error, said):
     with pytest.raises(CompressorError, match=said) as found:
         files.commit(tmp_path / "out", failing)
     assert ("Free some space" in str(found.value)) == ("No space" in str(error))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"path": "x" * 300}, "'xxx.*: File name too long"),
+        ({"path": "a\0b"}, r"'a\\x00b': .*null"),
+        ({"masks": [1]}, "masks: a list"),
+        ({"masks": {"0.weight": torch.ones(1)}}, "masks: '0.weight' has a Tensor"),
+        ({"name": 3}, "name: a int"),
+        ({"model": "a model"}, "a str is no module"),
+        ({"architecture": [1]}, "architecture: no mapping"),
+        ({"architecture": {"x": [1, {"y": float("nan")}]}}, "architecture.x.1.y: nan"),
+        ({"architecture": {"x": object()}}, "architecture.x: a object"),
+        ({"architecture": {"x": {1: 2}}}, "architecture.x: the key 1"),
+        ({"architecture": {"x": "\ud800"}}, r"architecture.x: '\\ud800'"),
+    ],
+)
+def test_what_cannot_be_saved_is_named(tmp_path, model, monkeypatch, changed, said):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"path": "saved", "model": model, "masks": pruned(model), **changed}
+    with pytest.raises(CompressorError, match=said):
+        compressor.save(**arguments)
+    assert not list(tmp_path.iterdir())
+    if "path" in changed:
+        with pytest.raises(CompressorError, match=said):
+            compressor.load(arguments["path"], model)
+
+
+def test_an_architecture_is_read_as_it_was_saved(tmp_path, model):
+    architecture = {"a": {"b": [1, 2.5, None, True, "ä"]}}
+    compressor.save(tmp_path / "saved", model, pruned(model), architecture=architecture)
+    assert saving.read_config(tmp_path / "saved").architecture == architecture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,11 +86,13 @@ def save(
 
     `masks` may have the names of `model` as it was wrapped (torch.compile, DataParallel, DistributedDataParallel).
 
-    Raises UsageError for a mask that is of no weight of `model`; CompressorError where a weight breaks its mask's pattern or is not
-    finite, and where the disk does not take it: what was at `path` is then still there. LockedError where another process holds
-    `path`, or the run directory around it, for longer than a writer waits (10 minutes).
+    Raises UsageError for a path that no disk can have, a mask that is of no weight of `model`, and for what JSON cannot hold;
+    CompressorError where a weight breaks its mask's pattern or is not finite, and where the disk does not take it: what was at
+    `path` is then still there. LockedError where another process holds `path`, or the run directory around it, for longer than a
+    writer waits (10 minutes).
     """
-    path = Path(path)
+    path = _place(path)
+    _refuse_unsavable(masks, name, architecture)
     for pattern in {mask.pattern for mask in masks.values()}:
         refuse_unreadable(pattern)
     recover(path)
@@ -117,6 +121,51 @@ def save(
             (folder / SURGERY).write_text(json.dumps(surgery.to_json()) + "\n", encoding="utf-8")
 
     commit(path, write, needs=sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _place(path: str | Path) -> Path:
+    """`path`. Raises UsageError where it can be that of nothing."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{str(path)[:80]!r}: {reason}", "Choose another path.") from error
+    return Path(path)
+
+
+def _refuse_unsavable(masks: Any, name: Any, architecture: Any) -> None:
+    """Raise UsageError unless `masks` are Masks by name, and `name` and `architecture` are what JSON can hold."""
+    if not isinstance(masks, Mapping):
+        raise UsageError(f"masks: a {type(masks).__name__}", "Give a mapping of weight name to Mask, as a Result has.")
+    for key, mask in masks.items():
+        if not isinstance(mask, Mask):
+            raise UsageError(f"masks: {key!r} has a {type(mask).__name__}", "Give compressor.Mask(keep, pattern).")
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"name: a {type(name).__name__}", "Give that of a registered model, or none.")
+    wrong = (
+        "architecture: no mapping" if not isinstance(architecture, Mapping) else _no_json(architecture, "architecture")
+    )
+    if wrong is not None:
+        raise UsageError(
+            wrong, "Allowed: texts, finite numbers, True, False, None, and lists and mappings (by text) of them."
+        )
+
+
+def _no_json(value: Any, at: str) -> str | None:
+    """What in `value` JSON cannot hold as it is, and where; None where there is nothing."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            return f"{at}: the key {wrong[0]!r}"
+        return next(filter(None, (_no_json(one, f"{at}.{key}") for key, one in value.items())), None)
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, (_no_json(one, f"{at}.{number}") for number, one in enumerate(value))), None)
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{at}: {value}"
+    if isinstance(value, str):
+        return None if value.isascii() or value == value.encode(errors="replace").decode() else f"{at}: {value!r}"
+    return None if value is None or isinstance(value, int) else f"{at}: a {type(value).__name__}"
 
 
 def _own_names(masks: Mapping[str, Mask], model: nn.Module, plain: nn.Module) -> dict[str, str]:
@@ -156,15 +205,16 @@ def load(path: str | Path, model: nn.Module | None = None, *, revision: str | No
     if is_repository(path):
         with fetched(str(path), revision) as folder:
             return _loaded(folder, model)
+    path = _place(path)
     if revision is not None:
         raise UsageError(f"{path}: a revision is one of the hub, and this is a folder", "Leave revision out.")
-    folder = model_folder(Path(path))
+    folder = model_folder(path)
     while True:
         before = _identity(folder)
         try:
             return _loaded(folder, model)
         except CompressorError:
-            replaced, former, folder = recover(folder), folder, model_folder(Path(path))
+            replaced, former, folder = recover(folder), folder, model_folder(path)
             if not replaced and folder == former and _identity(folder) == before:
                 raise  # else another process replaced the folder meanwhile: what was read is of two models, or of none
 
