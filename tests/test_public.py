@@ -65,7 +65,7 @@ _BUDGETS = [
 _TRAIN = ["--train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha)."]
 _PIPELINES = """
 --pipeline DIR|OWNER/NAME A pipeline of diffusers, not a --model: learns from its calls (--prompts) or captioned pictures (--data).
---prompts FILE Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl).
+--prompts FILE Prompts for --pipeline: one a line, JSON objects of arguments (.jsonl), or a JSON list (.json).
 --part NAME The part of the pipeline: unet, transformer, vae.decoder, … Default: what denoises.
 --records DIR Where its recorded calls are kept. Default: the user's cache folder.
 """
@@ -74,7 +74,7 @@ Usage: compressor record [OPTIONS] PIPELINE
 Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.
 `compressor run --pipeline PIPELINE --records DIR` learns from them. Interrupted, the same command goes on.
 Options:
---prompts FILE One a line, or JSON objects of arguments (.jsonl). [required]
+--prompts FILE One a line, JSON objects of arguments (.jsonl), or a list (.json). [required]
 --n INTEGER RANGE Pictures to learn from. [default: 16; x>=1]
 --unseen INTEGER RANGE Pictures to be judged on. [default: 4; x>=1]
 --steps INTEGER RANGE Sampler steps. Default: the pipeline's own number. [x>=1]

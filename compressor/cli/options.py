@@ -67,7 +67,9 @@ input_options = options(
         help="A pipeline of diffusers, not a --model: learns from its calls (--prompts) or captioned pictures (--data).",
     ),
     setting(
-        "--prompts", metavar="FILE", help="Prompts for --pipeline: one a line, or JSON objects of arguments (.jsonl)."
+        "--prompts",
+        metavar="FILE",
+        help="Prompts for --pipeline: one a line, JSON objects of arguments (.jsonl), or a JSON list (.json).",
     ),
     setting(
         "--part",

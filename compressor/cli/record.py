@@ -15,7 +15,12 @@ from compressor.cli.terminal import Output, print_json, say, watch
 @click.command(cls=Command, shared=True)
 @click.argument("pipeline", metavar="PIPELINE")
 @options(
-    click.option("--prompts", required=True, metavar="FILE", help="One a line, or JSON objects of arguments (.jsonl)."),
+    click.option(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="One a line, JSON objects of arguments (.jsonl), or a list (.json).",
+    ),
     click.option("--n", type=click.IntRange(1), default=16, show_default=True, help="Pictures to learn from."),
     click.option("--unseen", type=click.IntRange(1), default=4, show_default=True, help="Pictures to be judged on."),
     click.option("--steps", type=click.IntRange(1), help="Sampler steps. Default: the pipeline's own number."),

@@ -17,15 +17,24 @@ from compressor.seeds import generator
 
 _MOST_BYTES = 16 * 2**20
 _MOST_CHARACTERS = 4000
-_FORM = "Write a prompt per line (.txt), or a JSON object of the pipeline's arguments per line (.jsonl)."
+_FORM = (
+    "Write a prompt per line (.txt), a JSON object of the pipeline's arguments per line (.jsonl), or a JSON list of texts or such "
+    "objects (.json)."
+)
+_TABLES = (".csv", ".tsv", ".yaml", ".yml")
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """The arguments of each line of `path`: `{"prompt": line}`, or in a `.jsonl` file what the line holds. Empty lines are left out.
+    """The arguments of each line of `path`: `{"prompt": line}`, or in a `.jsonl` file what the line holds; of a `.json` file, those of
+    each entry of its list. Empty lines are left out.
 
-    Raises UsageError, with the line, where the file is empty, too large, no text, or has a line that no prompt can be.
+    Raises UsageError, with the line, where the file is empty, too large, no text, of another kind (a table), or has a line that no
+    prompt can be.
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind in _TABLES:
+        raise UsageError(f"{path}: prompts are not read from {kind} files", _FORM)
     try:
         content = read_bytes(path, _MOST_BYTES)
     except OSError as error:
@@ -37,10 +46,12 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: not a text file in UTF-8", _FORM) from error
     if "\0" in text:
         raise UsageError(f"{path}: not a text file", _FORM)
+    if kind == ".json" and text.strip():
+        return _listed(text, path)
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise UsageError(f"{path}: no prompt in it", _FORM)
-    return [_line(line, f"{path}:{number}", path.suffix.lower() == ".jsonl") for number, line in lines]
+    return [_line(line, f"{path}:{number}", kind == ".jsonl") for number, line in lines]
 
 
 def as_calls(prompts: Sequence[Any]) -> list[dict[str, Any]]:
@@ -75,17 +86,41 @@ def pictures(lines: Sequence[Mapping[str, Any]], n: int, unseen: int, seed: int)
 
 
 def _line(line: str, where: str, is_json: bool) -> dict[str, Any]:
-    if len(line) > _MOST_CHARACTERS:
-        raise UsageError(
-            f"{where}: a line of {len(line):,} characters",
-            f"Allowed: up to {_MOST_CHARACTERS:,}; encoders read 77 to 512 tokens.",
-        )
+    _refuse_long(line, f"{where}: a line")
     if not is_json:
         return {"prompt": line}
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}", _FORM) from error
+    found = _json(line, where)
     if not isinstance(found, dict):
         raise UsageError(f"{where}: not a JSON object", _FORM)
     return found
+
+
+def _listed(text: str, path: Path) -> list[dict[str, Any]]:
+    """The arguments of each entry of a JSON list of texts or objects."""
+    every = _json(text, str(path))
+    if not isinstance(every, list):
+        raise UsageError(f"{path}: not a JSON list", _FORM)
+    if not every:
+        raise UsageError(f"{path}: no prompt in it", _FORM)
+    found: list[dict[str, Any]] = []
+    for number, entry in enumerate(every):
+        if not isinstance(entry, (str, dict)) or not entry or (isinstance(entry, str) and not entry.strip()):
+            raise UsageError(f"{path}: entry {number} is no text and no JSON object: {json.dumps(entry)[:60]}", _FORM)
+        _refuse_long(entry if isinstance(entry, str) else json.dumps(entry), f"{path}: entry {number} is a text")
+        found.append({"prompt": entry.strip()} if isinstance(entry, str) else entry)
+    return found
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}", _FORM) from error
+
+
+def _refuse_long(text: str, what: str) -> None:
+    if len(text) > _MOST_CHARACTERS:
+        raise UsageError(
+            f"{what} of {len(text):,} characters",
+            f"Allowed: up to {_MOST_CHARACTERS:,}; encoders read 77 to 512 tokens.",
+        )
