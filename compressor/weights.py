@@ -237,12 +237,10 @@ def bare(model: nn.Module) -> nn.Module:
         raise UsageError(
             f"a {type(model).__name__} is no module", "Give a torch.nn.Module, as a Result has in `model`."
         )
-    around = _wrappers()
-    while isinstance(model, around):
-        model = _inside(model)
+    model = unwrapped(model)
     _refuse_adapters(model)
     refuse_unsound(model)
-    wrapped = [module for module in model.modules() if isinstance(module, around)]
+    wrapped = [module for module in model.modules() if isinstance(module, _wrappers())]
     if not wrapped:
         return model
     memo = _tensors_of(model)
@@ -250,6 +248,13 @@ def bare(model: nn.Module) -> nn.Module:
         inner = _inside(wrapper)
         memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
     return copy.deepcopy(model, memo)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without what torch.compile or DataParallel put around it as a whole."""
+    while isinstance(model, _wrappers()):
+        model = _inside(model)
+    return model
 
 
 def bare_name(name: str) -> str:
@@ -385,7 +390,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
     return digest.hexdigest()
 
 

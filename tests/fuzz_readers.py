@@ -344,6 +344,8 @@ def _settings(folder: Path) -> Iterator[Reader]:
     lines = b'{"prompt": "a cat", "guidance_scale": 3.5}\n{"prompt": "a dog"}\n'
     yield Reader("prompts", [lines], change.of_lines, _file(folder / "p.jsonl", read_prompts))
     text = b"a cat\n\na dog on a \xc3\xa9toile\n"
+    listed = json.dumps(["a cat", {"prompt": "a", "height": 8}]).encode()
+    yield Reader("prompts-list", [listed], change.of_json, _file(folder / "p.json", read_prompts))
     yield Reader("prompts-text", [text], change.of_bytes, _file(folder / "p.txt", read_prompts))
 
 
@@ -717,7 +719,7 @@ def _runs(folder: Path) -> Iterator[Reader]:
     calls.write(calls.shard(home, 0), [call, call], set())
     picture = calls.Picture(arguments={"prompt": "a cat"}, seed=3)
     facts = {"pipeline": "P", "part": "unet", "module": "M", "weights_sha256": "0" * 64, "dtype": "float32", "steps": 2}
-    index = calls.Index(**facts, pictures=[picture]).model_dump_json().encode()
+    index = calls.Index(**facts, components={"scheduler": "0" * 64}, pictures=[picture]).model_dump_json().encode()
     (home / calls.INDEX).write_bytes(index)
 
     def recording(path: Path) -> object:

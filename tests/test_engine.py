@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -663,6 +664,12 @@ def test_weights_of_another_precision_are_refused_before_the_method_sees_them(mo
 
     with pytest.raises(CompressorError, match=said):
         compressor.prune(model.to(dtype), Any24(), adapter=adapter, data=samples, steps=1)
+
+
+@pytest.mark.parametrize("prune", [partial(compressor.prune, steps=0), compressor.prune_])
+def test_weights_in_8_bits_are_not_pruned_in_one_shot_either(model, adapter, samples, prune):
+    with pytest.raises(CompressorError, match=r"0\.weight is torch\.float8_e4m3fn, in which weights are stored"):
+        prune(model.to(torch.float8_e4m3fn), SparseDM(), adapter=adapter, data=samples)
 
 
 def test_a_pruner_may_set_its_pattern_in_init(model, adapter, samples):

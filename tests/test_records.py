@@ -227,7 +227,9 @@ def test_records_of_other_weights_are_refused(pipe, tmp_path):
         pipe.net.ff_out.bias += 1
     with pytest.raises(CompressorError, match="weights_sha256"):
         made(pipe, tmp_path / "records")
-    with pytest.raises(CompressorError, match="other weights than this pipeline's"):
+    with pytest.raises(
+        CompressorError, match="records of another pipeline than this one: other weights of transformer"
+    ):
         compressor.prune(pipe, SparseDM(), data=records, steps=0)
 
 
@@ -322,6 +324,15 @@ def test_a_part_that_is_never_called_is_named(pipe, tmp_path):
         ("p.txt", b"short\n" + b"x" * 10_000, "p.txt:2: a line of 10,000 characters"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "p.jsonl:2: not JSON"),
         ("p.jsonl", b"[1]", "p.jsonl:1: not a JSON object"),
+        ("p.json", b"", "no prompt in it"),
+        ("p.json", b"[]", "no prompt in it"),
+        ("p.json", b'{"prompt": "a"}', "not a JSON list"),
+        ("p.json", b'[\n"a",\n', "p.json: not JSON"),
+        ("p.json", b'["a", 3]', "entry 1 is no text and no JSON object: 3"),
+        ("p.json", b'["a", " "]', "entry 1 is no text"),
+        ("p.json", b'["' + b"x" * 10_000 + b'"]', "entry 0 is a text of 10,000 characters"),
+        ("p.csv", b"prompt\na cat\n", "prompts are not read from .csv files"),
+        ("P.YAML", b"- a cat\n", "prompts are not read from .yaml files"),
         ("p.txt", None, "No such file"),
     ],
 )
@@ -338,6 +349,8 @@ def test_prompts_are_lines_or_arguments(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "class_labels": [3]}))
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a", "class_labels": [3]}]
+    (tmp_path / "p.json").write_text(json.dumps(["a cat", {"prompt": "a", "height": 8}], indent=1))
+    assert read_prompts(tmp_path / "p.json") == [{"prompt": "a cat"}, {"prompt": "a", "height": 8}]
 
 
 def adapter_of(pipe, records):
@@ -398,6 +411,40 @@ def test_the_result_is_put_into_the_pipeline_and_taken_out(pipe, tmp_path):
     assert pipe.net is result.model
     placed.remove()
     placed.remove()
+    assert pipe.net is dense
+
+
+def test_a_model_takes_the_dtype_of_the_part_and_stays_what_it_was(pipe, tmp_path):
+    result = compressor.prune(pipe, SparseDM(), prompts=PROMPTS, steps=0, record={"n": 2, "unseen": 1})
+    dense = pipe.net.bfloat16()
+    for given in (result, result.model):
+        with compressor.apply(pipe, given):
+            assert {value.dtype for value in pipe.net.parameters()} == {torch.bfloat16} and pipe.net is not result.model
+            assert torch.equal(pipe.net.ff_out.weight, result.model.ff_out.weight.bfloat16())
+        assert pipe.net is dense
+        assert {value.dtype for value in result.model.parameters()} == {torch.float32}
+    dense.to("meta")
+    with compressor.apply(pipe, result):
+        assert {value.device.type for value in pipe.net.parameters()} == {"meta"}
+    assert {value.device.type for value in result.model.parameters()} == {"cpu"}
+    pipe.net = dense = Net().half()
+    result.model.ff_out.weight.data[0, 0] = 1e6
+    with pytest.raises(CompressorError, match=r"ff_out\.weight: 1e\+06 is too large for torch\.float16"):
+        compressor.apply(pipe, result)
+    assert pipe.net is dense
+
+
+def test_what_was_applied_last_is_removed_first(pipe):
+    dense, one, two = pipe.net, Net(), Net()
+    first, second = compressor.apply(pipe, one), compressor.apply(pipe, two)
+    with pytest.raises(CompressorError, match="transformer is not the module any more that was put there"):
+        first.remove()
+    assert pipe.net is two
+    second.remove()
+    first.remove()
+    assert pipe.net is dense
+    with compressor.apply(pipe, one):
+        pipe.net = torch.compile(pipe.net, backend="eager")  # is it still, faster
     assert pipe.net is dense
 
 

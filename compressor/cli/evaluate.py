@@ -63,6 +63,7 @@ def settings_with(out: Path, changed: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
     """Judge the finished run in `out` again with the settings of `evaluate` that are `changed`, and show its report."""
+    from compressor.runs import facts
     from compressor.runs.directory import refuse_busy_directory, refuse_unbegun
     from compressor.runs.finish import unfinished
     from compressor.runs.inputs import prepared, resolve
@@ -76,7 +77,7 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
     refuse_busy_directory(out)
     before, settings = settings_with(out, changed)
     where = str(out / "recipe.yaml")
-    inputs = watch(prepared(resolve(settings, where)), output.quiet)
+    inputs = watch(prepared(resolve(settings, where), facts.begun(out)), output.quiet)
     given = [part for name, value in changed.items() for part in ("--set", f"evaluate.{name}={value}")]
     command = shlex.join(["compressor", "evaluate", str(out), *given])
     drive(judge_again(inputs, out, resolve(before, where)), out, output.quiet, again=command)

@@ -137,6 +137,7 @@ def _continue(
     out: Path, output: Output, evaluate: Mapping[str, Any] = MappingProxyType({}), log_with: Sequence[str] = ()
 ) -> None:
     from compressor.runs.directory import refuse_unbegun
+    from compressor.runs.facts import begun as begun_facts
     from compressor.runs.finish import settle, unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
@@ -164,7 +165,7 @@ def _continue(
             say(f"{out} has a report, but is not finished: {reason}", err=True)
         recipe = resolve(settings_with(out, evaluate)[1], str(out / "recipe.yaml"))
         check_ranks(recipe.train)
-        inputs = watch(prepared(recipe), output.quiet)
+        inputs = watch(prepared(recipe, begun_facts(out)), output.quiet)
         _name_extractor(inputs)
         drive(execute(inputs, out, resume=True, log_with=names), out, output.quiet)
     if here.leads:

@@ -27,6 +27,7 @@ from compressor.errors import CompressorError
 from compressor.foreign.bounded import check_regular, mapping
 
 INDEX = "index.json"
+_EARLIER = "(Earlier versions did not keep which scheduler, text encoder, … their records are of.)"
 _AGAIN = "Record again: remove this file and repeat the command; the other pictures are kept."
 
 
@@ -48,17 +49,18 @@ def _of_torch(name: str) -> str:
 
 
 class Index(BaseModel):
-    """What a recording is of. `weights_sha256` is of the part that was called; `dtype` is that of its weights. `keep` is how many
-    calls of each picture are kept, None for all."""
+    """What a recording is of: a part of a pipeline of the class `pipeline`, its `weights_sha256` and `dtype`, and hashes of all else
+    in the pipeline, by `components`. `keep` is how many calls of each picture are kept, None for all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     pipeline: str
     part: str
     module: str
     weights_sha256: str
     dtype: Annotated[str, AfterValidator(_of_torch)]
+    components: dict[str, str]
     steps: int | None
     keep: int | None = None
     pictures: list[Picture] = Field(min_length=1)
@@ -68,6 +70,11 @@ class Index(BaseModel):
         """`dtype` as PyTorch has it."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+    @property
+    def pipeline_sha256(self) -> str:
+        """A hash of the pipeline beside the weights of the part."""
+        return hashlib.sha256(json.dumps([self.pipeline, self.components], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,17 +187,20 @@ class Recording(SampleSet):
     _whole: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
-    def opened(cls, folder: str | Path) -> Recording:
-        """The recording in `folder`. No tensor is read yet."""
+    def opened(cls, folder: str | Path, only: Sequence[int] | None = None) -> Recording:
+        """The recording in `folder`; or, of its pictures `only`, the calls that are whole. No tensor is read yet."""
         folder = Path(folder)
         found = cls(folder, read_index(folder))
-        for number, picture in enumerate(found.index.pictures):
+        for number in range(len(found.index.pictures)) if only is None else only:
+            picture = found.index.pictures[number]
             path = shard(folder, number)
             listed, names = outline(path)
             found._homes.update((name, path) for name in names)
             found._listed.extend({**call, "unseen": picture.unseen} for call in listed)
-        lost = next((ref for call in found._listed for ref in _references(call) if ref not in found._homes), None)
-        if lost is not None:
+        whole = [call for call in found._listed if all(ref in found._homes for ref in _references(call))]
+        if only is not None:
+            return replace(found, _listed=whole)
+        if len(whole) < len(found._listed):
             raise CompressorError(f"{folder}: a tensor of its calls is in none of its files", _AGAIN)
         if not len(own := found.part_of(unseen=False)):
             raise CompressorError(
@@ -264,7 +274,7 @@ class Recording(SampleSet):
 def read_index(folder: Path) -> Index:
     """What the recording in `folder` is of."""
     return validation.from_file(
-        Index, folder / INDEX, "an index of recorded calls", "Record again into another folder."
+        Index, folder / INDEX, "an index of recorded calls", f"Record again into another folder. {_EARLIER}"
     )
 
 

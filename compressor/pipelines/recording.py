@@ -23,11 +23,12 @@ from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
+from compressor.pipelines.same import components_of, refuse_changed
 from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.numbers import size
 from compressor.seeds import generator
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 STAGE = "record"
 _LEFTOVER = re.compile(rf"\.partial-\d+-({re.escape(storage.INDEX)}|picture-\d+\.safetensors)")
@@ -83,8 +84,12 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
 
 def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, keep: int | None = None) -> Index:
     """What records of the part of `opened` for these `pictures` are of; `steps` of None is the pipeline's own number, and `keep` of
-    None keeps every call of a picture."""
-    module = opened.module
+    None keeps every call of a picture.
+
+    Raises CompressorError where the part is none that can be pruned, or something of the pipeline is not in memory.
+    """
+    module = bare(opened.module)
+    components = components_of(opened)
     dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
     return Index(
         pipeline=opened.name,
@@ -92,6 +97,7 @@ def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, kee
         module=type(module).__name__,
         weights_sha256=weights_sha256(module),
         dtype=str(dtype).removeprefix("torch."),
+        components=components,
         steps=steps,
         keep=keep,
         pictures=[p.model_copy(update={"arguments": storage.described(p.arguments)}) for p in pictures],
@@ -108,8 +114,8 @@ def recording(
     The processes of a launch share the pictures; the first one writes.
 
     After the first picture, the disk space that all will take is told, and an error where there is less. Where another process
-    records into `folder`, it is waited for. Raises CompressorError where `folder` has the records of another model, other pictures
-    or another number of steps.
+    records into `folder`, it is waited for. Raises CompressorError where `folder` has the records of another pipeline, other pictures
+    or another number of steps, or where the part does not answer the first call that is there as it did.
     """
     here = team()
     if not here.shared(here.leads and _is_whole(folder, index)):
@@ -153,6 +159,10 @@ def _recorded(
     known: set[str] = set()
     there = here.shared(_there(folder, len(every), known) if here.leads else [])
     lacking = [number for number in range(len(every)) if number not in there]
+    if here.leads and there and lacking:
+        before = Recording.opened(folder, only=there)
+        if len(before := before if len(before) else before.unseen):
+            refuse_changed(opened, before)
     told = False
     for first in range(0, len(lacking), here.size):  # as many at once as there are processes
         turn = lacking[first : first + here.size]
@@ -217,19 +227,25 @@ def begin(folder: Path, index: Index) -> None:
 
 def refuse_other(folder: Path, index: Index) -> None:
     """Raise CompressorError where the records in `folder` are not those of `index`."""
-    there = storage.read_index(folder)
-    for name in ("part", "module", "weights_sha256", "steps", "keep", "pictures"):
+    if what := other_than(storage.read_index(folder), index):
+        raise CompressorError(f"{folder} has records of {what}", "Choose another folder, or remove this one.")
+
+
+def other_than(there: Index, index: Index) -> str | None:
+    """What records of `there` are of and those of `index` are not, in words; None where both are the same."""
+    for name in ("pipeline", "part", "module", "dtype", "weights_sha256", "components", "steps", "keep", "pictures"):
         found, wanted = getattr(there, name), getattr(index, name)
-        if found != wanted:
-            what = (
-                "prompts, their number or their seed"
-                if name == "pictures"
-                else f"{name} {str(found)[:40]}, not {str(wanted)[:40]}"
-            )
-            raise CompressorError(
-                f"{folder} has records of other {what}" if name == "pictures" else f"{folder} has records of {what}",
-                "Choose another folder, or remove this one.",
-            )
+        if found == wanted:
+            continue
+        if name == "pictures":
+            return "other prompts, their number or their seed"
+        if name == "components":
+            others = sorted(one for one in {**found, **wanted} if found.get(one) != wanted.get(one))
+            return f"another {' and '.join(others)}"
+        if name == "weights_sha256":
+            return f"other weights of {there.part}: {name} {found[:16]}…, not {wanted[:16]}…"
+        return f"{name} {str(found)[:40]}, not {str(wanted)[:40]}"
+    return None
 
 
 def _told(folder: Path, first: Path, more: int) -> str:

@@ -54,6 +54,11 @@ def read(out: Path) -> dict[str, Any]:
     return facts
 
 
+def begun(out: Path) -> dict[str, Any] | None:
+    """The facts of the run in `out`; None where it has not written any yet."""
+    return read(out) if (out / FILE).is_file() else None
+
+
 def refuse_other(before: Mapping[str, Any], inputs: Inputs, where: Path) -> None:
     """Raise CompressorError where what `where` says of its run is not that of `inputs`."""
     former = inputs.identity(evaluated=True)

@@ -134,9 +134,11 @@ class Inputs:
         text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
         source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
+        piped = {} if self.piped is None else {"pipeline_sha256": self.piped.records.index.pipeline_sha256}
         return {
             "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
             "weights_sha256": self.weights_sha256,
+            **piped,
             "data_sha256": self.data.sha256,
         }
 
@@ -181,7 +183,7 @@ def adapter_of(recipe: Recipe) -> Adapter:
     return start.opened(recipe).sampling(wanted)
 
 
-def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
+def prepared(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Generator[Progress, None, Inputs]:
     """As `load_inputs`, with its progress: the calls of a pipeline may have to be recorded first."""
     if recipe.pipeline is None:
         return load_inputs(recipe)
@@ -195,7 +197,7 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
         return inputs
     if recipe.evaluate.latency_batch != 1:
         raise UsageError("evaluate.latency_batch: a pipeline's model is timed on a call as recorded", "Leave it out.")
-    found = yield from piping.piped(recipe)
+    found = yield from piping.piped(recipe, before)
     data = found.records
     settings = recipe.evaluate.model_copy(update={"samples": recipe.record.unseen})
     recipe = recipe.model_copy(update={"model": found.adapter.name, "evaluate": settings})
@@ -205,10 +207,13 @@ def prepared(recipe: Recipe) -> Generator[Progress, None, Inputs]:
 
 
 @memory("loading")
-def load_inputs(recipe: Recipe) -> Inputs:
-    """Find and load what `recipe` names. The cheap checks come first."""
+def load_inputs(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Inputs:
+    """Find and load what `recipe` names. The cheap checks come first.
+
+    `before` are the facts of the run that is gone on with: nothing is recorded of a pipeline that has changed since.
+    """
     if recipe.pipeline is not None:
-        return result_of(prepared(recipe))
+        return result_of(prepared(recipe, before))
     pruner = _pruner(recipe)
     start.refuse_scratch(recipe, pruner)
     if recipe.data is None:

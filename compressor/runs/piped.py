@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressor import registry
-from compressor.adapter import Adapter, to_device
-from compressor.data.calls import Index, Recording, joined
+from compressor.data.calls import Index, Recording
 from compressor.environment import cache_folder, resolve_device
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import CompressorError, UsageError
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import DENOISERS, Opened, open_pipeline
 from compressor.pipelines.prompts import pictures, read_prompts
 from compressor.pipelines.recording import index_of, recording
+from compressor.pipelines.same import refuse_changed
 from compressor.progress import Progress
 from compressor.quality.score import Score
 from compressor.recipe import Recipe
@@ -29,7 +28,6 @@ DEFAULTS: Mapping[str, Any] = {
     "evaluate": {"metric": None, "batch_size": 16, "latency_batch": 1, "latency_rounds": 10},
 }
 """What suits pretrained pipelines: a batch is calls, of one or two samples each."""
-_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +44,15 @@ class Piped:
         return self.opened.module
 
 
-def piped(recipe: Recipe) -> Generator[Progress, None, Piped]:
-    """Open the pipeline of `recipe` and record it, where that was not done before. Raises CompressorError."""
+def piped(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Generator[Progress, None, Piped]:
+    """Open the pipeline of `recipe` and record it, where that was not done before.
+
+    `before` are the facts of the run that is gone on with: where it was of another pipeline, nothing is recorded. Raises
+    CompressorError.
+    """
     scores = _scores(recipe)
-    opened, records = yield from recorded(recipe)
-    _check(opened, records)
+    opened, records = yield from recorded(recipe, before)
+    refuse_changed(opened, records)
     return Piped(opened, records, adapter_of_calls(opened, records), scores)
 
 
@@ -64,14 +66,18 @@ def _scores(recipe: Recipe) -> list[Score]:
     return [registry.score(name).opened(None if path is None else Path(path)) for name, path in given.items()]
 
 
-def recorded(recipe: Recipe) -> Generator[Progress, None, tuple[Opened, Recording]]:
-    """The pipeline of `recipe` and the records of it, made where they were not there."""
+def recorded(
+    recipe: Recipe, before: Mapping[str, Any] | None = None
+) -> Generator[Progress, None, tuple[Opened, Recording]]:
+    """The pipeline of `recipe` and the records of it, made where they were not there; `before` as for `piped`."""
     lines = _lines(recipe)  # what is wrong with them is said before anything is opened
     assert recipe.pipeline is not None  # the caller looked
     yield Progress("open", 0, 1, recipe.pipeline)
     opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
     opened.module.requires_grad_(True).eval()
     index = index_for(recipe, opened, lines)
+    if before is not None:
+        _refuse_other(before, index, recipe.pipeline)
     records = yield from recording(opened, index, records_folder(recipe, index))
     return opened, records
 
@@ -100,33 +106,33 @@ def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:
     return CallsAdapter(opened, records, family.targets, family.ignore, own, name)
 
 
-def records_folder(recipe: Recipe, index: Index) -> Path:
-    """Where the calls of `index` are kept: the folder that `recipe` names, else one of the user's cache by what they are of."""
+def records_folder(recipe: Recipe, index: Index, pipeline_sha256: str | None = None) -> Path:
+    """Where the calls of `index` are kept: the folder that `recipe` names, else one of the user's cache by what they are of.
+
+    `pipeline_sha256` is that of the pipeline which they were made with, where it is another than that of `index`.
+    """
     if recipe.records is not None:
         return Path(recipe.records)
-    key = hashlib.sha256(index.model_dump_json(exclude={"pipeline"}).encode()).hexdigest()[:16]
-    return cache_folder("records") / key
+    text = index.model_dump_json(exclude={"pipeline", "components"}) + (pipeline_sha256 or index.pipeline_sha256)
+    return cache_folder("records") / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
-def _check(opened: Opened, records: Recording) -> None:
-    """Refuse a part that does not answer a recorded call as it did: then it is told something that no argument says."""
-    if not len(records):
-        raise UsageError(f"{records.folder}: no call to fine-tune on", "Record at least one picture.")
-    adapter: Adapter = CallsAdapter(opened, records)
-    (call,) = records.take(torch.arange(1))
-    inputs, _ = adapter.noised([call], torch.Generator())
-    device = next(opened.module.parameters()).device
-    try:
-        found = adapter.predict(opened.module, to_device(inputs, device)).float().cpu()
-    except Exception as error:  # whatever a model raises
+def _refuse_other(before: Mapping[str, Any], index: Index, where: str) -> None:
+    """Raise CompressorError where the run with the facts `before` was not of the pipeline of `index`."""
+    was = before.get("pipeline_sha256")
+    if was is None:
         raise CompressorError(
-            f"{opened.part} cannot be called as it was recorded: {first_line(error)}", "Record the pipeline again."
-        ) from error
-    expected = joined([call])
-    scale = float(expected.square().mean().sqrt()) or 1.0
-    if found.shape != expected.shape or float((found - expected).square().mean().sqrt()) > _TOLERANCE * scale:
-        raise CompressorError(
-            f"{opened.part} does not answer a recorded call as it did then",
-            "Something beside its arguments changes it (hooks, a state, an attention processor). Record it without that.",
+            "the run is of an earlier version, which did not keep which scheduler, text encoder, … its pipeline had",
+            "Start a new run. Its model and its pipeline can be used as they are.",
         )
+    for name, now in (("pipeline", index.pipeline_sha256), ("weights", index.weights_sha256)):
+        if before.get(f"{name}_sha256") != now:
+            what = (
+                f"the weights of its {index.part}"
+                if name == "weights"
+                else "its scheduler, a text encoder or another part"
+            )
+            raise CompressorError(
+                f"{where}: {what} changed since the run began: the hash was {before.get(f'{name}_sha256')}, and is now {now}",
+                "Go on with the pipeline as it was, or start a new run.",
+            )

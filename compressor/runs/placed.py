@@ -9,23 +9,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter, to_device
 from compressor.data.calls import Recording
-from compressor.errors import CompressorError, UsageError, texts
+from compressor.data.settings import Record
+from compressor.errors import CompressorError, UsageError, first_line, texts
 from compressor.lower import Lowered, lower
-from compressor.pipelines.opened import is_pipeline, open_pipeline, opened, put
+from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
 from compressor.pipelines.prompts import as_calls, pictures
-from compressor.pipelines.recording import index_of, recording
+from compressor.pipelines.recording import index_of, other_than, recording
+from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
+from compressor.runs import facts
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine
 from compressor.training.engine import Result
+from compressor.training.given import refuse_untrainable
 from compressor.training.pruner import Pruner
+from compressor.training.settings import Training
 from compressor.validation import validated
+from compressor.weights import bare, cast_, dtypes_of, unwrapped
 
 
 def record(
@@ -46,10 +53,16 @@ def record(
     `prompts`: texts, or mappings of the pipeline's own arguments; `n` pictures are made of them to learn from, and `unseen` of
     others to be judged on, each in `steps` sampler steps (None: the pipeline's own number), from noise that `seed` gives; `keep`
     calls of each are kept, chosen by chance (None: all).
-    `arguments` are the pipeline's, for every picture. What is in `out` already is kept. Raises CompressorError.
+    `arguments` are the pipeline's, for every picture. What is in `out` already is kept.
+
+    Raises CompressorError: for a number that is not allowed, a part with hooks of diffusers that change its answers or weights that
+    are offloaded one by one, a folder with records of another pipeline or other pictures, and where the pipeline fails.
     """
+    lines = [{**arguments, **line} for line in as_calls(prompts)]
+    validated(Record, {"n": n, "unseen": unseen, "steps": steps, "keep": keep, "seed": seed}, "record()")
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
-    wanted = pictures([{**arguments, **line} for line in as_calls(prompts)], n, unseen, seed)
+    refuse_hooked(found, copied=False)
+    wanted = pictures(lines, n, unseen, seed)
     events = recording(found, index_of(found, wanted, steps, keep), Path(out), wanted)
     return result_of(events)
 
@@ -77,7 +90,9 @@ def prune(
     of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
 
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
-    pattern, and losses that stop being finite. Warns of a rule of `ignore` that matches no layer.
+    pattern, and losses that stop being finite; of a pipeline also for a part that cannot be copied or trained, before anything is
+    recorded, and for records of another pipeline, or of a part that answered otherwise. Warns of a rule of `ignore` that matches no
+    layer.
     """
     rules = {
         name: None if own is None else texts(name, own) for name, own in (("targets", targets), ("ignore", ignore))
@@ -92,6 +107,9 @@ def prune(
         raise UsageError("prune: a pipeline brings its own adapter", "Leave adapter out.")
     found = opened(model, part)
     given = {**DEFAULTS["train"], **training}
+    refuse_away(found)
+    refuse_hooked(found, copied=True)
+    refuse_untrainable(bare(found.module), validated(Training, given, "prune()").steps)
     if isinstance(data, Recording):
         _refuse_records(data, found)
         return engine.prune(found.module, pruner, adapter=adapter_of_calls(found, data), data=data, **rules, **given)
@@ -111,15 +129,24 @@ class Applied:
     """A part of a pipeline that another module stands for, until `remove` or the end of a `with` block."""
 
     def __init__(self, pipe: Any, part: str, module: nn.Module) -> None:
-        self.pipe, self.part = pipe, part
+        self.pipe, self.part, self.module = pipe, part, module
         self._before: nn.Module | None = opened(pipe, part).module
         put(pipe, part, module)
 
     def remove(self) -> None:
-        """Put the part that was there before back. Again, it does nothing."""
-        if self._before is not None:
-            put(self.pipe, self.part, self._before)
-            self._before = None
+        """Put the part that was there before back. Again, it does nothing.
+
+        Raises UsageError where another module was put over it since: what was applied last is removed first.
+        """
+        if self._before is None:
+            return
+        if unwrapped(part_of(self.pipe, self.part)) is not unwrapped(self.module):
+            raise UsageError(
+                f"remove: {self.part} is not the module any more that was put there",
+                f"Remove first what was applied after it, or put the module that you want there yourself: pipe.{self.part} = …",
+            )
+        put(self.pipe, self.part, self._before)
+        self._before = None
 
     def __enter__(self) -> Any:
         return self.pipe
@@ -134,15 +161,17 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
     """Put a pruned model into the pipeline `pipe`, in the place of its `part` (None: that of the run, else what denoises).
 
     `pruned`: the directory of a run or of a saved model, a `Result`, a `Lowered`, or a module. With `lowered`, a run's model
-    is lowered for this machine first, on the first of its recorded calls. The dtype and the device are those of the part.
-    `with compressor.apply(pipe, "runs/x"): …` takes it out again at the end; else `remove()` does. Raises CompressorError.
+    is lowered for this machine first, on the first of its recorded calls. The dtype and the device are those of the part: where a
+    module has others, a copy of it is put there; a `Lowered` is put there as it is.
+    `with compressor.apply(pipe, "runs/x"): …` takes it out again at the end; else `remove()` does. Several are removed in the
+    opposite order. Raises CompressorError.
     """
     folder = Path(pruned) if isinstance(pruned, (str, Path)) else None
     settings = recipes.read(folder / "recipe.yaml") if folder is not None and (folder / "recipe.yaml").is_file() else {}
     found = opened(pipe, part or settings.get("part"))
     own = found.module
     if folder is not None:
-        module = saving.load(folder, copy.deepcopy(own))
+        module = saving.load(folder, _copy_of(own, found.part))
     elif isinstance(pruned, (Result, Lowered)):
         module = pruned.model
     elif isinstance(pruned, nn.Module):
@@ -151,30 +180,53 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
         raise UsageError(
             f"apply: a {type(pruned).__name__}", "Give a run's directory, a Result, a Lowered or a module."
         )
-    first = next(own.parameters())
+    device = next((value.device for value in own.parameters()), torch.device("cpu"))
     if not isinstance(pruned, Lowered):
-        module = module.to(first.device)
+        module = _like(module, own, device)
     if lowered and folder is not None and settings.get("data"):  # the saved model knows what its inputs look like
         adapter = saving.adapter_at(saving.model_folder(folder))
-        module = lower(module, to_device(adapter.example_inputs(1), first.device), adapter=adapter).model
+        module = lower(module, to_device(adapter.example_inputs(1), device), adapter=adapter).model
     elif lowered:
-        if not settings.get("prompts"):
+        if folder is None or not settings.get("prompts"):
             raise UsageError(
                 "apply: lowered needs the directory of a pipeline's run",
                 "Lower it yourself: compressor.lower(module, example).",
             )
         recipe = validated(recipes.Recipe, settings, str(folder))
-        calls = Recording.opened(records_folder(recipe, index_for(recipe, found)))
+        made = facts.begun(folder) or {}
+        calls = Recording.opened(records_folder(recipe, index_for(recipe, found), made.get("pipeline_sha256")))
         adapter = adapter_of_calls(found, calls)
         module = lower(module, adapter.example_inputs(1), adapter=adapter).model
     return Applied(pipe, found.part, module)
 
 
-def _refuse_records(records: Recording, found: Any) -> None:
-    """Raise CompressorError where `records` are of another model than the part of `found`."""
-    mine = index_of(found, records.index.pictures, records.index.steps)
-    if (records.index.part, records.index.weights_sha256) != (mine.part, mine.weights_sha256):
+def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with the dtypes of `own`, by the names of its tensors, and on `device`: itself, or a copy where that changes it."""
+    wanted, found = dtypes_of(unwrapped(own)), dtypes_of(unwrapped(module))
+    same = all(wanted.get(name, dtype) == dtype for name, dtype in found.items())
+    if same and all(value.device == device for value in (*module.parameters(), *module.buffers())):
+        return module
+    made = _copy_of(module, "the module")
+    cast_(unwrapped(made), wanted)
+    return made.to(device)
+
+
+def _copy_of(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except (TypeError, RuntimeError) as error:  # such as a stream or a lock in a hook
+        raise UsageError(
+            f"apply: {name} cannot be copied: {first_line(error)}",
+            "Load the pipeline without hooks, such as offloading.",
+        ) from error
+
+
+def _refuse_records(records: Recording, found: Opened) -> None:
+    """Raise CompressorError where `records` are of another pipeline than `found`, or its part does not answer as it did then."""
+    index = records.index
+    if what := other_than(index, index_of(found, index.pictures, index.steps, index.keep)):
         raise CompressorError(
-            f"{records.folder}: records of {records.index.part} with other weights than this pipeline's {found.part}",
+            f"{records.folder} has records of another pipeline than this one: {what}",
             "Record this pipeline: compressor.record(pipe, prompts, folder).",
         )
+    refuse_changed(found, records)

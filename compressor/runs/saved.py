@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from compressor.errors import CompressorError, memory
 from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
-from compressor.runs import start
+from compressor.runs import facts, start
 from compressor.runs.captioned import as_model, is_captioned
 from compressor.runs.inputs import adapter_of, load_inputs, resolve
 from compressor.weights import weights_sha256
@@ -53,7 +55,7 @@ def finished(out: Path) -> Finished:
         )
     report = read_report(out / "report.json")
     settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
-    adapter, dense = source(settings)
+    adapter, dense = source(settings, facts.begun(out))
     device = resolve_device(settings.train.device)
     sparse = saving.load(out / "model", copy.deepcopy(dense)).to(device)  # whose hash it verifies
     if settings.from_scratch:  # nothing stood at its start
@@ -76,10 +78,10 @@ def finished(out: Path) -> Finished:
 
 
 @memory("loading")
-def source(recipe: Recipe) -> tuple[Adapter, nn.Module]:
-    """The adapter and the dense model that `recipe` names, in eval mode."""
+def source(recipe: Recipe, before: Mapping[str, Any] | None = None) -> tuple[Adapter, nn.Module]:
+    """The adapter and the dense model that `recipe` names, in eval mode; `before` as for `load_inputs`."""
     if _of_calls(recipe):
-        inputs = load_inputs(recipe)
+        inputs = load_inputs(recipe, before)
         return inputs.adapter, inputs.model.eval()
     adapter = adapter_of(recipe)
     return adapter, start.started(as_model(recipe) if is_captioned(recipe) else recipe, adapter).eval()

@@ -55,8 +55,18 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     """The copy of `model` that a run of so many `steps` prunes and trains: what is in half precision is in float32.
 
     Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises CompressorError
-    where `model` has no values, or shall be trained and has weights of another dtype than these.
+    as `refuse_untrainable` does, and where a weight is not finite.
     """
+    refuse_untrainable(model, steps)
+    check_finite(model.state_dict(), type(model).__name__)
+    with torch.inference_mode(False):  # what is made there can never be trained
+        student = float32_(copy.deepcopy(model))
+    return student if steps else _unfrozen(student)
+
+
+def refuse_untrainable(model: nn.Module, steps: int) -> None:
+    """Raise CompressorError where `model` has no values, or weights that nothing can be computed with, or shall be trained for `steps`
+    and has weights of another dtype than float32 and half precision."""
     if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
     for name, value in model.named_parameters() if steps else ():
@@ -65,10 +75,17 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
                 f"{name} is {value.dtype}: only float32 is trained, and float16 and bfloat16 through it",
                 'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
-    check_finite(model.state_dict(), type(model).__name__)
-    with torch.inference_mode(False):  # what is made there can never be trained
-        student = float32_(copy.deepcopy(model))
-    return student if steps else _unfrozen(student)
+    refuse_8_bits(model)
+
+
+def refuse_8_bits(model: nn.Module) -> None:
+    """Raise CompressorError for weights that are stored in 8-bit floating point, with which torch does not compute."""
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.element_size() == 1:
+            raise CompressorError(
+                f"{name} is {value.dtype}, in which weights are stored and not computed with",
+                "Load the model in float32, float16 or bfloat16 (without layerwise casting).",
+            )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from compressor.errors import UsageError, memory
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
+from compressor.training.given import refuse_8_bits
 from compressor.training.pruner import Pruner, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -46,6 +47,7 @@ def prune_(
     refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     model = bare(model).eval()
+    refuse_8_bits(model)
     warn_of_idle(model, ignore)
     rules = with_rules(adapter, targets, ignore)
     check_finite(model.state_dict(), type(model).__name__)
