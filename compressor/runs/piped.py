@@ -134,5 +134,5 @@ def _refuse_other(before: Mapping[str, Any], index: Index, where: str) -> None:
             )
             raise CompressorError(
                 f"{where}: {what} changed since the run began: the hash was {before.get(f'{name}_sha256')}, and is now {now}",
-                "Go on with the pipeline as it was, or start a new run.",
+                "Go on with the pipeline as it was, and its versions of diffusers and transformers, or start a new run.",
             )
