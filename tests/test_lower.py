@@ -290,7 +290,7 @@ def test_a_sparse_kernel_that_gains_nothing_is_not_taken(net: nn.Module) -> None
     result = lowered(net, "eager", Fake(seconds=2e-3))
     assert {layer.choice for layer in result.plan.layers} == {"eager"}
     assert all("less than the 1.03x" in layer.reason for layer in result.plan.layers)
-    assert result.plan.choice in ("eager", "dense") and "no layer gains" in result.plan.reason
+    assert result.plan.choice.startswith(("eager", "dense")) and "no layer gains" in result.plan.reason
 
 
 def test_the_guard_goes_back_to_dense_where_the_whole_model_does_not_gain(net: nn.Module) -> None:
@@ -315,7 +315,7 @@ def test_the_guard_goes_back_to_dense_where_the_whole_model_does_not_gain(net: n
         except StopIteration as finished:
             plan = finished.value.plan
     assert plan.layers[0].choice == "fake"
-    assert plan.choice in ("eager", "dense") and "not taken" in plan.reason
+    assert plan.choice.startswith(("eager", "dense")) and "not taken" in plan.reason
     assert not plan.lowered and plan.skipping() == set()
     form = plan.form("lowered")
     assert form is not None and form.speedup < 0.9

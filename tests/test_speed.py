@@ -160,7 +160,7 @@ def test_plain_2_4_says_that_a_cpu_gains_nothing_and_what_would(finished: Path, 
     assert outcome.code == 0, outcome.err
     report = read(run)
     plan = Plan.read(run)
-    assert not plan.lowered and plan.choice in ("eager", "dense")
+    assert not plan.lowered and plan.choice.startswith(("eager", "dense"))
     assert "4:2:4" in " ".join(report["limitations"]) and "gains nothing from V = 1" in " ".join(report["limitations"])
     assert report["rows"][-1]["macs_lowered"] == report["rows"][-1]["macs_dense"]
     assert "gains nothing from V = 1" in (run / "report.html").read_text()
