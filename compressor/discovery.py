@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compressor.errors import CompressorError, UsageError, Work, did_you_mean, memory, memory_behind, memory_short
@@ -29,6 +31,10 @@ SINGULAR = {
 }
 _OWN = "compressor_user_"
 """How the modules of users' own files are called."""
+_beside: dict[str, ModuleType] = {}
+"""The modules beside users' own files that these imported, by name."""
+_imported: dict[str, tuple[str, ...]] = {}
+"""The files of those, by the own file that imported them when it was loaded last."""
 
 
 def entry_points(group: str, name: str | None = None) -> EntryPoints:
@@ -71,24 +77,81 @@ def from_file(reference: str, option: str) -> Any:
         raise UsageError(f"{option} {reference!r}: not FILE.py:NAME", f"Write it like {option} mine.py:Mine")
     if not path.is_file():
         raise UsageError(f"{option} {reference!r}: no such file", f"Looked for {path.absolute()}")
+    module = module_of(path)
+    if module is None:
+        raise UsageError(f"{option} {reference!r}: cannot be imported", "Give a Python source file.")
+    if name not in vars(module):
+        found = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
+        raise UsageError(f"{path} has no {name!r}", did_you_mean(name, found))
+    return vars(module)[name]
+
+
+def module_of(path: Path) -> ModuleType | None:
+    """The module in the user's own file at `path`, run anew, with the modules beside it that it imports; None where it is no source.
+
+    Its folder is the last place where modules are looked for, and only while it is loaded: a file beside it cannot take the place of
+    a library. Raises CompressorError where it fails.
+    """
     module_name = f"{_OWN}{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{option} {reference!r}: cannot be imported", "Give a Python source file.")
+        return None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
-        spec.loader.exec_module(module)
+        with _folder_importable(path):
+            spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         raise CompressorError(
             f"{path} failed to import: {type(error).__name__}: {error}", "Run it with python."
         ) from error
-    if name not in vars(module):
-        found = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module_name]
-        raise UsageError(f"{path} has no {name!r}", did_you_mean(name, found))
-    return vars(module)[name]
+    return module
+
+
+@contextmanager
+def _folder_importable(path: Path) -> Iterator[None]:
+    """Modules in the folder of `path` can be imported, and are noted as imported by it. Those of other own files are not taken for
+    them, though they may have their names."""
+    folder = os.path.abspath(path.parent)
+    set_aside = {name: sys.modules.pop(name) for name in [*_beside] if name in sys.modules}
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.reverse()  # the last one of that name is ours
+        sys.path.remove(folder)
+        sys.path.reverse()
+        found = {name: module for name in set(sys.modules) - before if _is_in(module := sys.modules[name], folder)}
+        _imported[os.path.abspath(path)] = tuple(
+            sorted({file for one in found.values() if (file := getattr(one, "__file__", None)) is not None})
+        )
+        _beside.update(found)
+        for name, module in set_aside.items():
+            sys.modules.setdefault(name, module)
+
+
+def _is_in(module: ModuleType, folder: str) -> bool:
+    """Whether the module, or the outermost package that it is in, lies directly in `folder`."""
+    name, _, inner = module.__name__.partition(".")
+    outer = sys.modules.get(name, module) if inner else module
+    places = [*getattr(outer, "__path__", ())] or [getattr(outer, "__file__", None) or ""]
+    return any(os.path.dirname(os.path.abspath(place)) == folder for place in places if place)
+
+
+def sources(reference: str) -> list[Path]:
+    """The file that `FILE.py:NAME` names, and those beside it that it imported when it was loaded last, in this process."""
+    path = Path(reference.rpartition(":")[0])
+    return [path, *map(Path, _imported.get(os.path.abspath(path), ()))]
+
+
+def file_of(cls: type) -> str | None:
+    """The user's own file that `cls` is of, where it came from one by `FILE.py:NAME`."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) if cls.__module__.startswith(_OWN) else None
 
 
 def made(kind: str, name: str, expected: type[_T]) -> _T:

@@ -289,6 +289,55 @@ def test_a_signal_during_training_is_answered_in_this_process_too(tmp_path, cli,
 # --- Finished. ---
 
 
+FORGETFUL = """
+from dataclasses import dataclass
+import compressor
+
+SEEN = {}
+
+
+@dataclass
+class Stateful(compressor.Pruner):
+    pattern: compressor.Pattern = compressor.NM(2, 4)
+    sign: float = compressor.found()
+
+    def prepare(self, model, adapter, batches):
+        self.sign = -1.0
+        return self
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask((self.sign or 1.0) * weight.abs()) for name, weight in weights.items()}
+
+
+class Cached(Stateful):
+    def prepare(self, model, adapter, batches):
+        SEEN.update({name: value.detach().abs().clone() for name, value in model.named_parameters()})
+        return self
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(SEEN.get(name, weight.abs())) for name, weight in weights.items()}
+
+
+class Kept(Stateful):
+    def state(self):
+        return {"sign": self.sign}
+
+    def restored(self, state):
+        return Kept(self.pattern, state["sign"])
+"""
+
+
+@pytest.mark.parametrize("name", ["Stateful", "Cached", "Kept"])
+def test_a_method_that_forgets_what_it_found_is_refused_before_it_trains(tmp_path, cli, name):
+    (tmp_path / "p.py").write_text(FORGETFUL, encoding="utf-8")
+    outcome = cli.trial(tmp_path / "out", "--pruner", f"{tmp_path / 'p.py'}:{name}")
+    if name == "Kept":
+        assert outcome.code == 0, outcome.err
+        return
+    assert outcome.code == 1 and f"{name} chooses another mask for" in outcome.err and "`state`" in outcome.err
+    assert not list((tmp_path / "out").glob("model*"))
+
+
 def test_resuming_a_finished_run_changes_nothing(finished, cli, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

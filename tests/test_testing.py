@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from compressor import NM, CompressorError, Mask, Pattern, Pruner, found
+from compressor import NM, CompressorError, Mask, Pattern, Pruner, Unstructured, found
 from compressor.testing import CHECKS, check_pruner, families, findings
 
 
@@ -86,6 +86,98 @@ class Unmarked(Pruner):
         return {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}
 
 
+@dataclass
+class InPlace(Pruner):
+    """Keeps what it finds in itself, and tells no checkpoint of it."""
+
+    pattern: Pattern = NM(2, 4)
+    signs: dict[str, torch.Tensor] = found(dict)
+
+    def prepare(self, model, adapter, batches):
+        self.signs[""] = torch.tensor(-1.0)
+        return self
+
+    def masks(self, weights, progress, previous):
+        sign = self.signs.get("", torch.tensor(1.0))
+        return {name: self.pattern.mask(sign * weight.abs()) for name, weight in weights.items()}
+
+
+FIRST: dict[str, torch.Tensor] = {}
+
+
+class OfTheModule(Plain):
+    """What it finds of the first model that this process sees goes for every model."""
+
+    def prepare(self, model, adapter, batches):
+        for name, value in model.named_parameters():
+            FIRST.setdefault(name, value.detach().abs().clone())
+        return self
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(FIRST.get(name, weight.abs())) for name, weight in weights.items()}
+
+
+class OfHashes(Plain):
+    """Python's hashes of names differ from process to process."""
+
+    def masks(self, weights, progress, previous):
+        return {name: self.pattern.mask(self.drawn(name, weight)) for name, weight in weights.items()}
+
+    def drawn(self, name, weight):
+        return torch.rand(weight.shape, generator=torch.Generator().manual_seed(hash(name) % 2**31))
+
+
+class Idle(Plain):
+    def masks(self, weights, progress, previous):
+        return {}
+
+
+class OfAnotherPattern(Plain):
+    def masks(self, weights, progress, previous):
+        return {name: NM(3, 4).mask(weight.abs()) for name, weight in weights.items()}
+
+
+class OfAnotherShare(Plain):
+    pattern = Unstructured(0.5)
+
+    def __init__(self):
+        pass
+
+    def masks(self, weights, progress, previous):
+        return {name: Unstructured(0.9).mask(weight.abs()) for name, weight in weights.items()}
+
+
+class Emptying(Plain):
+    def masks(self, weights, progress, previous):
+        return {
+            name: Mask(torch.zeros_like(weight, dtype=torch.bool), self.pattern) for name, weight in weights.items()
+        }
+
+
+class Uneven(Pruner):
+    """A right one: layers have shares of their own, which come to the pattern's."""
+
+    pattern = Unstructured(0.5)
+
+    def masks(self, weights, progress, previous):
+        total = sum(weight.numel() for weight in weights.values())
+        left, shares = 0.5 * total, {}
+        for name, weight in sorted(weights.items()):
+            shares[name] = min(0.6, left / weight.numel()) if left > 0.02 * weight.numel() else 0.02
+            left -= shares[name] * weight.numel()
+        return {name: Unstructured(shares[name]).mask(weight.abs()) for name, weight in weights.items()}
+
+
+class Remembered(InPlace):
+    """A right one: what it keeps in itself, checkpoints have."""
+
+    def state(self):
+        return {"signs": self.signs}
+
+    def restored(self, state):
+        return replace(self, signs=dict(state["signs"]))
+
+
 class RankDependent(Plain):
     def prepare(self, model, adapter, batches):
         for parameter in model.parameters():
@@ -117,6 +209,14 @@ class Leaving(Plain):
         (Random, "masks() changes nothing"),
         (Remembering, "masks() changes nothing"),
         (Forgetful, "An interrupted run goes on"),
+        (InPlace, "An interrupted run goes on"),
+        (InPlace, "prepare() leaves the pruner"),
+        (OfTheModule, "A process of its own"),
+        (OfHashes, "A process of its own"),
+        (Idle, "The finished masks"),
+        (OfAnotherPattern, "The finished masks"),
+        (OfAnotherShare, "The finished masks"),
+        (Emptying, "The finished masks"),
         (Unmarked, "prepare() leaves the settings"),
         (RankDependent, "Every rank gets the same"),
         (RankDependent, "The same seed gives the same bytes"),
@@ -134,10 +234,22 @@ def test_the_error_lists_what_is_wrong(monkeypatch):
     only_uvit(monkeypatch)
     check_pruner(Plain)
     check_pruner(Plain(NM(1, 4)))
+    check_pruner(Uneven)
+    check_pruner(Remembered)
     with pytest.raises(CompressorError, match=r"breaks \d+ promises:\n.*Masks obey"):
         check_pruner(Illegal)
     with pytest.raises(CompressorError, match="no subclass"):
         check_pruner(3)
+
+
+def test_what_no_process_can_import_is_not_said_to_hold_there(monkeypatch):
+    only_uvit(monkeypatch)
+
+    class Local(Plain):
+        pass
+
+    (untried,) = [finding for finding in findings(Local) if finding.check.startswith("A process of its own")]
+    assert untried.fault is None and "not tried in another process" in untried.check
 
 
 def test_the_families_are_what_they_are_called_and_always_the_same():

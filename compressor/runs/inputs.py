@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from compressor import discovery, registry, validation
 from compressor import recipe as recipes
-from compressor import registry, validation
 from compressor.adapter import Adapter, Sampling, with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
@@ -38,6 +38,7 @@ from compressor.sparsity.layers import select
 from compressor.sparsity.notation import refuse_unreadable
 from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
+from compressor.training.forgetful import refuse_forgetful
 from compressor.training.given import surveyed
 from compressor.training.optimizers import check_optimizer
 from compressor.training.pruner import Pruner, chosen
@@ -124,6 +125,12 @@ class Inputs:
             previous=previous,
         )
 
+    def refuse_forgetful(self, run: FineTuning) -> None:
+        """Raise CompressorError where `run`, which was prepared here, would be another one after a checkpoint: the method as the
+        recipe alone makes it, in a process of its own, lacks what this one found."""
+        if type(self.pruner).prepare is not Pruner.prepare and self.recipe.train.steps:
+            refuse_forgetful(run, _pruner(self.recipe))
+
     def one_shot(self) -> Result:
         """What the recipe's method gives without fine-tuning."""
         untrained = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"steps": 0})})
@@ -133,7 +140,7 @@ class Inputs:
         """The hashes that a resumed run must find again; `evaluated`: as earlier versions made them (`recipe.identity`)."""
         text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
         own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
-        source = b"".join(Path(name.rpartition(":")[0]).read_bytes() for name in own)
+        source = b"".join(path.read_bytes() for name in own for path in discovery.sources(name))
         piped = {} if self.piped is None else {"pipeline_sha256": self.piped.records.index.pipeline_sha256}
         return {
             "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),

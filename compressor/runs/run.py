@@ -172,6 +172,8 @@ def _fine_tune(
         yield Progress("fine-tune", 0, settings.steps, note)
     yield Progress("prepare", 0, 1)
     run = inputs.fine_tuning(previous["run"] if previous else None)
+    if previous is None:
+        inputs.refuse_forgetful(run)
     every = inputs.recipe.checkpoint_every
     space.refuse_full_of(run, out, every, len(_checkpoints(out)), keep_one_shot)
     if keep_one_shot and not run.done:
