@@ -65,6 +65,52 @@ def with_samples(inputs: Any, batch_size: int) -> Any:
     return tree_map_only((Tensor, Shared), taken, inputs)
 
 
+def checked_pair(adapter: Adapter, batch: Any, found: Any) -> tuple[Any, Tensor]:
+    """(inputs, target), which the adapter's `noised` `found` for `batch`.
+
+    Raises CompressorError where that is no such pair, or the target has fewer samples than a batch of tensors.
+    """
+    name = type(adapter).__name__
+    if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
+        raise CompressorError(f"{name}.noised gave {_named(found)}, not (inputs, target)", _PROMISES)
+    inputs, target = found
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if target.dim() == 0 or (isinstance(first, Tensor) and first.dim() and len(target) < len(first)):
+        held = f"for {len(first)} samples" if isinstance(first, Tensor) and first.dim() else ""
+        raise CompressorError(f"{name}.noised gave a target {tuple(target.shape)} {held}".rstrip(), _PROMISES)
+    return inputs, target
+
+
+def checked_answer(adapter: Adapter, answer: Any, target: Tensor) -> Tensor:
+    """The `answer` of the adapter's `predict`. Raises CompressorError unless it is a tensor of the shape of `target`: a loss would
+    spread the smaller one over the other."""
+    name = type(adapter).__name__
+    if not isinstance(answer, Tensor):
+        raise CompressorError(f"{name}.predict gave {_named(answer)}, not a tensor", _PROMISES)
+    if answer.shape != target.shape:
+        raise CompressorError(
+            f"{name}.predict gave {tuple(answer.shape)}, and the target of {name}.noised is {tuple(target.shape)}",
+            _PROMISES,
+        )
+    return answer
+
+
+def check_examples(adapter: Adapter, answer: Any, batch_size: int) -> None:
+    """Raise CompressorError unless `answer`, to the `example_inputs` for `batch_size`, has a row for every sample."""
+    if not adapter.fixed_batch and isinstance(answer, Tensor) and answer.dim() and len(answer) != batch_size:
+        raise CompressorError(
+            f"{type(adapter).__name__}.example_inputs({batch_size}) holds {len(answer)} samples, by what the model answers",
+            "Times would go for another batch than they are of: give as many as are asked for, or set `fixed_batch`.",
+        )
+
+
+_PROMISES = "noised gives (inputs, target), and predict a tensor like the target; help(compressor.Adapter) says more."
+
+
+def _named(found: Any) -> str:
+    return f"{type(found).__name__} of {len(found)}" if isinstance(found, (tuple, list, dict)) else type(found).__name__
+
+
 def _rows(n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
     if isinstance(leaf, Shared):
         return leaf.tensor

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import recipe, registry
+from compressor import cost, recipe, registry
 from compressor.errors import CompressorError, UsageError
 from compressor.runs import inputs
 from compressor.weights import read_weights
@@ -321,3 +321,88 @@ def test_resume_takes_no_other_settings(tmp_path, cli):
     done = cli("run", "--resume", "--steps", 5, *given)
     assert done.code == 2 and "train.steps is 0 there, not 5" in done.err
     assert cli("run", "--resume", "--overwrite", "--out", out).code == 2
+
+
+ADAPTER = """
+import torch
+from torch import nn
+from compressor import Adapter
+
+
+class Right(Adapter):
+    name = "right"
+
+    def build(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Unflatten(1, (1, 8, 8)))
+
+    def load(self, source):
+        return self.build().eval()
+
+    def noised(self, batch, rng):
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        noise = torch.randn(images.shape, generator=rng)
+        return images + noise, noise
+
+    def predict(self, module, inputs):
+        return module(inputs)
+
+    def example_inputs(self, batch_size):
+        return torch.zeros(batch_size, 1, 8, 8)
+
+    def sample(self, module, n, rng, steps):
+        return module(torch.randn(n, 1, 8, 8, generator=rng)).clamp(-1, 1)
+
+
+class OneExample(Right):
+    def example_inputs(self, batch_size):
+        return torch.zeros(1, 1, 8, 8)
+
+
+class Shrinking(Right):
+    def noised(self, batch, rng):
+        images, noise = super().noised(batch, rng)
+        return images[::2], noise[::2]
+
+
+class InBytes(Right):
+    def sample(self, module, n, rng, steps):
+        return (super().sample(module, n, rng, steps) + 1) * 127.5
+
+
+class Fewer(Right):
+    def sample(self, module, n, rng, steps):
+        return super().sample(module, 1, rng, steps)
+
+
+class Listed(Right):
+    def sample(self, module, n, rng, steps):
+        return super().sample(module, n, rng, steps).tolist()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("OneExample", ("OneExample.example_inputs(2) holds 1 samples", "`fixed_batch`")),
+        ("Shrinking", ("Shrinking.noised gave a target (1, 1, 8, 8) for 2 samples",)),
+        ("InBytes", ("InBytes.sample gave images from ", "Images are in [-1, 1]: images / 127.5 - 1")),
+        ("Fewer", ("Fewer.sample gave (1, 1, 8, 8) for ",)),
+        ("Listed", ("Listed.sample gave list for ",)),
+        ("Right", ()),
+    ],
+)
+def test_an_adapter_that_breaks_its_promises_is_named_before_it_trains(cli, tmp_path, name, said):
+    (tmp_path / "a.py").write_text(ADAPTER, encoding="utf-8")
+    outcome = cli.run(tmp_path / "out", "--model", f"{tmp_path / 'a.py'}:{name}", "--data", "digits", "--quiet")
+    for part in said:
+        assert part in outcome.err
+    assert outcome.code == (0 if not said else 2 if name == "Shrinking" else 1), outcome.err
+    assert (tmp_path / "out" / "model").exists() == (not said)
+
+
+def test_latencies_are_of_the_batch_that_they_say(tmp_path):
+    (tmp_path / "a.py").write_text(ADAPTER, encoding="utf-8")
+    adapter = registry.adapter(f"{tmp_path / 'a.py'}:OneExample")
+    with refused("OneExample.example_inputs(16) holds 1 samples"):
+        cost.latencies({"dense": adapter.build()}, adapter, 16, 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import compressor
+import compressor.registry
 from compressor import NM, Adapter, CompressorError, FineTuning, Mask, Objective, Pruner, Training
 from compressor.errors import UsageError
 from compressor.plugins.dense import DenseContinued
@@ -682,3 +683,122 @@ def test_a_pruner_may_set_its_pattern_in_init(model, adapter, samples):
 
     result = compressor.prune(model, Plain(1), adapter=adapter, data=samples.numpy(), steps=1, batch_size=8)
     assert {str(mask.pattern) for mask in result.masks.values()} == {"1:4"}
+
+
+# --- What the caller gives, and where it calls from. ---
+
+
+class Narrow(compressor.Adapter):
+    """What `target` and `answer` make of the noise and of the model's answer."""
+
+    def __init__(self, target: Callable[[Tensor], Any] = lambda noise: noise, answer: Any = lambda out: out) -> None:
+        self.target, self.answer = target, answer
+
+    def noised(self, batch: Any, rng: torch.Generator) -> Any:
+        noise = torch.randn(batch.shape, generator=rng)
+        return batch + noise, self.target(noise)
+
+    def predict(self, module: nn.Module, inputs: Any) -> Any:
+        return self.answer(module(inputs))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (
+            Narrow(lambda noise: noise[:, :1]),
+            r"Narrow.predict gave \(8, 16\), and the target of Narrow.noised is \(8, 1\)",
+        ),
+        (
+            Narrow(lambda noise: noise[:, 0]),
+            r"Narrow.predict gave \(8, 16\), and the target of Narrow.noised is \(8,\)",
+        ),
+        (Narrow(answer=lambda out: (out, None)), "Narrow.predict gave tuple of 2, not a tensor"),
+        (Narrow(answer=lambda out: {"sample": out}), "Narrow.predict gave dict of 1, not a tensor"),
+        (Narrow(lambda noise: noise[:4], lambda out: out[:4]), r"a target \(4, 16\) for 8 samples"),
+        (Narrow(lambda noise: noise.tolist()), r"Narrow.noised gave tuple of 2, not \(inputs, target\)"),
+    ],
+)
+@pytest.mark.parametrize("pruner", [Magnitude(), SparseDM(teacher_only=True)])
+def test_an_answer_that_is_not_like_its_target_is_refused(
+    adapter: Adapter, said: str, pruner: Pruner, prune: Prune
+) -> None:
+    with pytest.raises(CompressorError, match=said):
+        prune(pruner, adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": "digits"}, "data is the name 'digits', not samples"),
+        ({"data": Path("digits")}, "data is the name 'digits', not samples"),
+        ({"data": [[0.5, 1.0], [1.5, 2.0]]}, "data is a list of numbers"),
+        ({"data": (1.0, 2.0)}, "data is a tuple of numbers"),
+        ({"data": {"images": torch.zeros(4, 16)}}, "data is a dict, not batches"),
+        ({"adapter": Narrow}, "the adapter is the class Narrow"),
+        ({"adapter": None}, "the adapter is NoneType|a module needs adapter="),
+        ({"adapter": "tiny"}, "the adapter is str"),
+        ({"pruner": Magnitude}, "the pruner is the class Magnitude"),
+        ({"pruner": "magnitude"}, "the pruner is str"),
+        ({"model": nn.Linear}, "the model is the class Linear"),
+        ({"model": None}, "the model is NoneType"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "prune_"])
+def test_what_is_of_another_kind_is_named(given: dict[str, Any], said: str, verb: str, model: nn.Module) -> None:
+    every = {"model": model, "pruner": Magnitude(), "adapter": Narrow(), "data": torch.zeros(8, 16), **given}
+    with pytest.raises(UsageError, match=said):
+        getattr(compressor, verb)(every.pop("model"), every.pop("pruner"), **every)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_is_the_same_where_its_caller_wants_no_gradients(mode: Any, prune: Prune, samples: Tensor) -> None:
+    expected, shot = prune(), prune(steps=0)
+    with mode():
+        own = compressor.prune(
+            copy.deepcopy(expected.model), Magnitude(), adapter=Narrow(), data=[samples * 1.0], steps=1, batch_size=8
+        )
+        found, untrained = prune(), prune(steps=0)
+    for one, other in ((expected, found), (shot, untrained)):
+        for name, value in one.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[name]), name
+    for made in (own, found, untrained):
+        assert not any(value.is_inference() for value in made.model.parameters())
+        made.model(torch.zeros(2, 16)).sum().backward()
+
+
+@pytest.mark.parametrize("method", ["obs", "wanda", "sparsedm"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_autocast_of_the_caller_changes_nothing(method: str, steps: int, prune: Prune) -> None:
+    pruner = compressor.registry.build_pruner(compressor.registry.pruner_class(method), {})
+    expected = prune(pruner, steps=steps)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prune(pruner, steps=steps)
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(value, found.model.state_dict()[name]), name
+
+
+def test_an_autocast_of_the_caller_changes_nothing_in_place(
+    model: nn.Module, adapter: Adapter, samples: Tensor
+) -> None:
+    pruner = compressor.registry.build_pruner(compressor.registry.pruner_class("obs"), {})
+    other = copy.deepcopy(model)
+    compressor.prune_(model, pruner, adapter=adapter, data=samples)
+    with torch.autocast("cpu", torch.bfloat16):
+        compressor.prune_(other, pruner, adapter=adapter, data=samples)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Remembering(nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_refused(prune: Prune) -> None:
+    with pytest.raises(UsageError, match=r"0: Remembering keeps dict beside its tensors \(get_extra_state\)"):
+        prune(model=nn.Sequential(Remembering(16, 16)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,6 +121,48 @@ def test_quality_says_what_was_measured() -> None:
     assert entry == Quality(metric="flat", value=value, ci95=entry.ci95, samples=40, sampler_steps=7, seed=3)
     assert entry.ci95[0] <= value <= entry.ci95[1]
     assert quality(Flat(), images, reference, Evaluation(bootstrap=0)).ci95 is None
+
+
+class Made(Flat):
+    """What `give` makes of the pictures."""
+
+    def __init__(self, give: Callable[[Tensor], Any], sha256: Any = "0" * 64) -> None:
+        self.give, self.own = give, sha256
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.give(images)
+
+    @property
+    def sha256(self) -> str:
+        return self.own
+
+
+BROKEN = [
+    (lambda images: images.flatten(1).mean(1), r"gave features \(6,\) for 6 pictures"),
+    (lambda images: images.flatten(1)[:, :0], r"gave features \(6, 0\) for 6 pictures"),
+    (lambda images: images.flatten(1)[:3], r"gave features \(3, 4\) for 6 pictures"),
+    (lambda images: images.flatten(1).double() * 1e200, "gave features as large as"),
+    (lambda images: images.flatten(1) / 0, "gave features that are not finite"),
+    (lambda images: images.flatten(1).tolist(), "gave list as features"),
+]
+
+
+@pytest.mark.parametrize(("give", "said"), BROKEN)
+def test_a_metric_that_gives_no_features_is_named(give: Any, said: str) -> None:
+    images, reference = draw(6, 4, seed=0).view(6, 1, 2, 2), gaussian(draw(6, 4, seed=1))
+    with pytest.raises(CompressorError, match=rf"metric 'flat' \(Made\) {said}"):
+        quality(Made(give), images, reference, Evaluation(bootstrap=0))
+
+
+def test_a_metric_cannot_change_the_pictures_and_has_a_hash() -> None:
+    images, reference = draw(6, 4, seed=0).view(6, 1, 2, 2), gaussian(draw(6, 4, seed=1))
+    before = images.clone()
+    quality(Made(lambda own: own.mul_(0.5).flatten(1)), images, reference, Evaluation(bootstrap=0))
+    assert torch.equal(images, before)
+    with pytest.raises(CompressorError, match="sha256 None"):
+        quality(Made(lambda own: own.flatten(1), None), images, reference, Evaluation(bootstrap=0))
+    with pytest.raises(CompressorError, match="the pictures are not finite"):
+        quality(Made(lambda own: own.flatten(1)), images / 0, reference, Evaluation(bootstrap=0))
 
 
 def test_floor_compares_disjoint_halves() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_pipelines
@@ -11,10 +15,11 @@ import torch
 import transformers
 
 from compressor import files, registry
-from compressor.errors import UsageError
-from compressor.quality.score import scored
+from compressor.errors import CompressorError, UsageError
+from compressor.quality.score import Score, scored
 from compressor.quality.settings import Evaluation
 from compressor.report import read_report
+from compressor.runs import piped
 from compressor.weights import weights_sha256
 
 
@@ -99,3 +104,54 @@ def test_a_pipelines_report_has_the_scores_of_every_row(clip, cli, tmp_path, mon
     assert refused.code == 2 and "a line of prompts has no text" in refused.err
     alone = cli("run", "--out", tmp_path / "other", "--set", f"evaluate.scores.clip-score={clip}")
     assert alone.code == 2 and "evaluate.scores without a pipeline" in alone.err
+
+
+@dataclass(frozen=True)
+class Made(Score):
+    """What `give` makes of the pictures."""
+
+    give: Callable[[torch.Tensor], Any]
+    sha256: Any = "0" * 64
+    name = "made"
+
+    def opened(self, weights: Path | None) -> Score:
+        return self
+
+    def scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return self.give(images)
+
+
+BROKEN = [
+    (lambda images: images.flatten(1).mean(1) * float("nan"), "gave nan for picture 0"),
+    (lambda images: torch.tensor([1.0, float("inf")]), "gave inf for picture 1"),
+    (lambda images: [1.0, 2.0], "gave list, not a tensor"),
+    (lambda images: torch.tensor(1.0), r"gave \(\) for 2 pictures"),
+    (lambda images: images.flatten(1).mean(1)[:1], r"gave \(1,\) for 2 pictures"),
+    (lambda images: images.flatten(1).mean(1).to(torch.complex64), "gave a tensor of torch.complex64"),
+]
+
+
+@pytest.mark.parametrize(("give", "said"), BROKEN)
+def test_a_score_that_gives_no_number_for_each_picture_is_named(give, said):
+    with pytest.raises(CompressorError, match=rf"score 'made' \(Made\) {said}"):
+        scored(Made(give), torch.rand(2, 3, 4, 4), ["a", "b"], Evaluation())
+
+
+def test_a_score_cannot_change_the_pictures_of_the_report():
+    images = torch.rand(2, 3, 4, 4)
+    before = images.clone()
+    scored(Made(lambda own: own.zero_().flatten(1).mean(1)), images, ["a", "b"], Evaluation())
+    assert torch.equal(images, before)
+    with pytest.raises(CompressorError, match="sha256 None"):
+        scored(Made(lambda own: own.flatten(1).mean(1), None), images, ["a", "b"], Evaluation())
+    with pytest.raises(CompressorError, match="the pictures are not finite"):
+        scored(Made(lambda own: own.flatten(1).mean(1)), images * float("nan"), ["a", "b"], Evaluation())
+
+
+def test_scores_judge_a_picture_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(piped, "sample", lambda *_: SimpleNamespace(images=torch.rand(1, 3, 4, 4)))
+    seen = SimpleNamespace(unseen=False, arguments={"prompt": "a boat"})
+    records = SimpleNamespace(index=SimpleNamespace(pictures=[seen], steps=2))
+    piped._try([Made(lambda images: images.flatten(1).mean(1))], None, records)
+    with pytest.raises(CompressorError, match="gave list"):
+        piped._try([Made(lambda images: [1.0, 2.0])], None, records)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, check_examples, to_device
 from compressor.cost.timing import Times, ratio_interval, side_by_side
 from compressor.report.content import DENSE, EAGER, Latency
 from compressor.weights import in_float32
@@ -30,6 +30,8 @@ def latencies(models: Mapping[str, nn.Module], adapter: Adapter, batch_size: int
     first = next(models[against].parameters())
     example = to_device(adapter.example_inputs(batch_size), first.device)
     dtype = str(first.dtype).removeprefix("torch.")
+    with torch.no_grad():
+        check_examples(adapter, adapter.predict(models[against], example), batch_size)
     times = predictions(models, adapter, example, rounds, first.device)
     return {
         name: latency(EAGER, first.device, dtype, batch_size, own, EAGER, times[against]) for name, own in times.items()

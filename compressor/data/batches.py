@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, default_collate
 
 from compressor.data.sets import Images, ImageSet, Records, SampleSet
@@ -172,6 +174,15 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     """`data` as Batches. Samples: a SampleSet, a tensor, a map-style dataset. Batches: a list, a DataLoader, an iterable."""
     if isinstance(data, Batches):
         return data
+    if isinstance(data, (str, bytes, os.PathLike)):
+        raise UsageError(
+            f"data is the name {os.fspath(data)!r}, not samples",
+            "Read it: compressor.read_data(PATH); compressor.registry.images(NAME) is a set of `compressor list data`.",
+        )
+    if isinstance(data, Mapping):
+        raise UsageError(
+            f"data is a {type(data).__name__}, not batches", "One batch alone is a list of it: data=[batch]."
+        )
     if isinstance(data, np.ndarray):
         data = torch.from_numpy(data)
     if isinstance(data, (SampleSet, Tensor, Dataset)) and not isinstance(data, torch.utils.data.IterableDataset):
@@ -182,6 +193,11 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     if isinstance(data, (list, tuple)):
         if not data:
             raise CompressorError("the data is empty", "Give at least one batch.")
+        if all(isinstance(leaf, (bool, int, float)) for leaf in tree_leaves(data[0])):
+            raise UsageError(
+                f"data is a {type(data).__name__} of numbers, not batches",
+                "Samples are a tensor: data=torch.tensor(data). Batches are a list of tensors.",
+            )
         return Listed(data)
     if isinstance(data, Iterable):
         return Streamed(data)

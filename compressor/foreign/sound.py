@@ -25,12 +25,15 @@ def refuse_unsound(model: nn.Module) -> None:
     """Raise UsageError for weights that cannot be pruned, copied or saved as what they are, by their names.
 
     Those without a shape yet, those that torch or another library quantised, those that a hook computes anew at every call, and
-    parameters that share memory without being one: views of each other come back from a file as tensors of their own.
+    parameters that share memory without being one: views of each other come back from a file as tensors of their own. What modules
+    keep beside their tensors (`get_extra_state`) is refused too.
     """
     for name, module in model.named_modules():
         home = type(module).__module__
         if home.startswith("torch.ao.nn.") and "quantized" in home:
             raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            _refuse_extra_state(name, module)
         for hook in module._forward_pre_hooks.values():
             kind = next((kind for kind in type(hook).__mro__ if kind in _COMPUTING), None)
             if kind is not None:
@@ -44,6 +47,14 @@ def refuse_unsound(model: nn.Module) -> None:
         if value.is_quantized or type(value).__module__.partition(".")[0] in ("torchao", "bitsandbytes"):
             raise UsageError(f"{name}: quantised ({type(value).__name__}, {value.dtype})", _UNQUANTISED)
     _refuse_shared_memory(model)
+
+
+def _refuse_extra_state(name: str, module: nn.Module) -> None:
+    if not isinstance(state := module.get_extra_state(), Tensor):
+        raise UsageError(
+            f"{name or 'the model'}: {type(module).__name__} keeps {type(state).__name__} beside its tensors (get_extra_state)",
+            "A saved model holds tensors alone: let get_extra_state give a tensor, or make it a buffer.",
+        )
 
 
 def _refuse_shared_memory(model: nn.Module) -> None:

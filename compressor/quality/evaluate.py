@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
+from compressor.errors import CompressorError
 from compressor.quality.fidelity import Reference, measures
 from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, gaussian
-from compressor.quality.metric import Metric
+from compressor.quality.metric import Metric, features_of, spatial_of
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Floor, Quality
 from compressor.seeds import generator
+
+_BRIGHT = 2.0
+"""No dense model's images lie above it that are never below 0, but for those in bytes."""
 
 
 def can_sample(adapter: Adapter) -> bool:
@@ -30,20 +35,41 @@ def sample(
     """
     for first in range(rank * settings.batch_size, settings.drawn, count * settings.batch_size):
         n = min(settings.batch_size, settings.drawn - first)
-        yield adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps).cpu()
+        drawn = adapter.sample(module, n, generator(settings.seed, "sample", first), settings.sampler_steps)
+        yield checked_images(adapter, drawn, n).cpu()
+
+
+def checked_images(adapter: Adapter, drawn: Any, n: int) -> Tensor:
+    """What the adapter's `sample` has `drawn`. Raises CompressorError unless it is a tensor of `n` images."""
+    if not isinstance(drawn, Tensor) or not drawn.dim() or len(drawn) != n:
+        found = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+        raise CompressorError(
+            f"{type(adapter).__name__}.sample gave {found} for {n} images", "It gives (n, channels, height, width)."
+        )
+    return drawn
+
+
+def refuse_bytes(adapter: Adapter, drawn: Tensor) -> None:
+    """Raise CompressorError where images of the dense model go from 0 up to far more than 1: they are taken as [-1, 1]."""
+    low, high = (float(value) for value in drawn.aminmax()) if drawn.numel() else (0.0, 0.0)
+    if low >= 0 and high > _BRIGHT:
+        raise CompressorError(
+            f"{type(adapter).__name__}.sample gave images from {low:.3g} to {high:.3g}",
+            "Images are in [-1, 1]: images / 127.5 - 1 makes them of bytes.",
+        )
 
 
 def qualities(metric: Metric, images: Tensor, reference: Reference, settings: Evaluation) -> list[Quality]:
     """The `quality` of a report row for these generated images: the Fréchet distance, then `settings.measures`."""
-    features = metric.features(images)
-    spatial = metric.spatial(images) if reference.spatial is not None else None
+    features = features_of(metric, images)
+    spatial = spatial_of(metric, images) if reference.spatial is not None else None
     first = _distance(metric, features, reference.gaussian, settings)
     return [first, *measures(metric, features, spatial, reference, settings)]
 
 
 def quality(metric: Metric, images: Tensor, reference: Gaussian, settings: Evaluation) -> Quality:
     """The metric's own entry of a report row for these generated images."""
-    return _distance(metric, metric.features(images), reference, settings)
+    return _distance(metric, features_of(metric, images), reference, settings)
 
 
 def _distance(metric: Metric, features: Tensor, reference: Gaussian, settings: Evaluation) -> Quality:

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from compressor.errors import CompressorError
 from compressor.files import replacing
 from compressor.foreign.bounded import mapping
 from compressor.quality.fidelity import Reference
-from compressor.quality.metric import Metric
+from compressor.quality.metric import Metric, features_of, spatial_of
 from compressor.quality.settings import Evaluation
 
 _Found = TypeVar("_Found", Tensor, Tensor | None)
@@ -87,23 +88,26 @@ def _write(path: Path, features: Tensor) -> None:
 
 def real_features(metric: Metric, data: ImageSet) -> Tensor:
     """The features (n, d) of all real images."""
-    return _over(data, metric.features)
+    return _over(data, metric, partial(features_of, metric))
 
 
 def real_spatial(metric: Metric, data: ImageSet) -> Tensor | None:
     """The spatial features (n, e) of all real images; None where the extractor has none."""
-    if metric.spatial(data.images(torch.arange(min(2, len(data))))) is None:
+    if spatial_of(metric, data.images(torch.arange(min(2, len(data))))) is None:
         return None
 
     def extract(images: Tensor) -> Tensor:
-        found = metric.spatial(images)
+        found = spatial_of(metric, images)
         if found is None:
             raise CompressorError(f"{metric.name} has spatial features of some images only", "Mend that metric.")
         return found
 
-    return _over(data, extract)
+    return _over(data, metric, extract)
 
 
-def _over(data: ImageSet, extract: Callable[[Tensor], Tensor]) -> Tensor:
+def _over(data: ImageSet, metric: Metric, extract: Callable[[Tensor], Tensor]) -> Tensor:
     batches = data.stream(torch.split(torch.arange(len(data)), 1024))
-    return torch.cat([extract(batch if data.labels is None else batch[0]) for batch in batches])
+    found = [extract(batch if data.labels is None else batch[0]) for batch in batches]
+    if len(widths := {part.shape[1] for part in found}) > 1:
+        raise CompressorError(f"{metric.name} gives features of {sorted(widths)} numbers", "Mend that metric.")
+    return torch.cat(found)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from compressor.errors import UsageError
+from compressor.errors import CompressorError, UsageError
+
+_LARGEST = 1e40
+"""Of a feature: measures take its sixth power."""
 
 
 class Metric(ABC):
@@ -53,3 +57,52 @@ class Metric(ABC):
     def spatial(self, images: Tensor) -> Tensor | None:
         """Features (n, e) that still know where in the image things are; None where the extractor has none."""
         return None
+
+
+def features_of(metric: Metric, images: Tensor) -> Tensor:
+    """The features (n, d) of `images`, which stay as they are.
+
+    Raises CompressorError that names the metric where they are anything but a row of finite numbers for each.
+    """
+    return _rows(metric, "features", metric.features(images.clone()), images)
+
+
+def spatial_of(metric: Metric, images: Tensor) -> Tensor | None:
+    """As `features_of`, of the spatial features; None where the extractor has none."""
+    found = metric.spatial(images.clone())
+    return None if found is None else _rows(metric, "spatial features", found, images)
+
+
+def _rows(metric: Metric, what: str, found: Any, images: Tensor) -> Tensor:
+    count = len(images)
+    of = f"metric {metric.name!r} ({type(metric).__name__})"
+    hint = "Mend that metric: it gives a row of finite numbers for each picture, as help(compressor.quality.metric.Metric) says."
+    if not isinstance(found, Tensor) or found.is_complex():
+        raise CompressorError(f"{of} gave {kind_of(found)} as {what}, not a tensor of numbers", hint)
+    if found.dim() != 2 or len(found) != count or not found.shape[1]:
+        raise CompressorError(f"{of} gave {what} {tuple(found.shape)} for {count} pictures", hint)
+    found = found.detach()
+    if not bool(found.isfinite().all()):
+        refuse_broken(images)
+        raise CompressorError(f"{of} gave {what} that are not finite", hint)
+    if float(largest := found.double().abs().max()) > _LARGEST:
+        raise CompressorError(f"{of} gave {what} as large as {float(largest):.3g}", hint)
+    refuse_no_hash(metric.sha256, of)
+    return found
+
+
+def refuse_broken(images: Tensor) -> None:
+    """Raise CompressorError where `images` are not finite: no extractor is to blame for what it makes of them."""
+    if not bool(images.isfinite().all()):
+        raise CompressorError("the pictures are not finite", "Prune less, or fine-tune with a lower learning rate.")
+
+
+def kind_of(found: Any) -> str:
+    """What a plugin gave, in a word or two."""
+    return f"a tensor of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+
+
+def refuse_no_hash(sha256: Any, of: str) -> None:
+    """Raise CompressorError unless `sha256`, of the plugin `of`, is a text: reports hold it, and what was computed is kept by it."""
+    if not isinstance(sha256, str) or not sha256:
+        raise CompressorError(f"{of} has the sha256 {sha256!r}", "It is the hash of its weights, as text.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.errors import CompressorError
+from compressor.quality.metric import kind_of, refuse_broken, refuse_no_hash
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Scored
 from compressor.seeds import generator
@@ -31,7 +34,7 @@ class Score(ABC):
 
     @abstractmethod
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The score (n,) of each of `images` (n, channels, height, width), in [-1, 1], with its prompt."""
+        """The score (n,) of each of `images` (n, channels, height, width), in [-1, 1], with its prompt: finite numbers."""
 
     @property
     @abstractmethod
@@ -39,9 +42,28 @@ class Score(ABC):
         """The hash of the network's weights."""
 
 
+def scores_of(score: Score, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The scores (n,), float64, on the CPU, of `images`, which stay as they are. Raises CompressorError that names the score where it
+    gives anything but a finite number for each."""
+    found: Any = score.scores(images.clone(), tuple(prompts))
+    of = f"score {score.name!r} ({type(score).__name__})"
+    hint = "Mend or leave out that score: `scores` gives one finite number for each picture."
+    if not isinstance(found, Tensor) or found.is_complex():
+        raise CompressorError(f"{of} gave {kind_of(found)}, not a tensor of numbers", hint)
+    if tuple(found.shape) != (len(images),):
+        raise CompressorError(f"{of} gave {tuple(found.shape)} for {len(images)} pictures", hint)
+    values = found.detach().double().cpu()
+    if not bool(values.isfinite().all()):
+        refuse_broken(images)
+        at = int((~values.isfinite()).nonzero()[0])
+        raise CompressorError(f"{of} gave {float(values[at])} for picture {at}", hint)
+    refuse_no_hash(score.sha256, of)
+    return values
+
+
 def scored(score: Score, images: Tensor, prompts: Sequence[str], settings: Evaluation) -> Scored:
     """The mean of a row's scores, with a 95% interval over the drawing of pictures (a bootstrap of `settings.bootstrap` draws)."""
-    values = score.scores(images, prompts).double()
+    values = scores_of(score, images, prompts)
     interval = None
     if settings.bootstrap and len(values) > 1:
         draws = torch.randint(

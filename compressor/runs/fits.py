@@ -7,10 +7,10 @@ from itertools import count
 import torch
 from torch import nn
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, check_examples, checked_pair, to_device
 from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.quality.metric import Metric
+from compressor.quality.metric import Metric, features_of, spatial_of
 from compressor.recipe import Recipe
 from compressor.seeds import generator
 
@@ -24,7 +24,7 @@ def asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
     """
     try:
         batch = data.take(torch.arange(_unmistakable(data)) % len(data))
-        inputs, target = adapter.noised(batch, generator("check"))
+        inputs, target = checked_pair(adapter, batch, adapter.noised(batch, generator("check")))
         given = to_device(inputs, next(model.parameters()).device)
         found = tuple(adapter.predict(model, given).shape)
     except UsageError:
@@ -43,9 +43,10 @@ def asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
     if isinstance(data, Records):
         return adapter.exampled(inputs)
     try:
-        adapter.example_inputs(1)
+        examples = adapter.example_inputs(2)
     except CompressorError:
         return adapter.exampled(inputs)
+    check_examples(adapter, adapter.predict(model, to_device(examples, next(model.parameters()).device)), 2)
     return adapter
 
 
@@ -101,4 +102,7 @@ def check_metric(metric: Metric, recipe: Recipe, pictures: SampleSet, count: int
             f"{metric.name} needs at least 2 samples and 4 real images, got {recipe.evaluate.samples} and {count}",
             "Draw more with evaluate.samples, or measure nothing with --set evaluate.metric=null",
         )
-    metric.features(pictures.images(torch.arange(2)))  # raises now where it cannot take these images
+    two = pictures.images(torch.arange(2))
+    features_of(metric, two)  # raises now where it cannot take these images
+    if "sfd" in recipe.evaluate.measures:
+        spatial_of(metric, two)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.cost.timing import WARM_UP
@@ -17,7 +17,7 @@ from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.processes import team
 from compressor.progress import Progress, duration
-from compressor.quality.evaluate import can_sample
+from compressor.quality.evaluate import can_sample, checked_images, refuse_bytes
 from compressor.quality.settings import Evaluation
 from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs.inputs import Inputs
@@ -113,7 +113,12 @@ def sampling_seconds(adapter: Adapter, model: nn.Module, settings: Evaluation) -
     device = next(model.parameters()).device
 
     def draw(count: int, steps: int) -> float:
-        return _timed(lambda: adapter.sample(model, count, generator(settings.seed, "probe"), steps), device)
+        drawn: list[Tensor] = []
+        seconds = _timed(
+            lambda: drawn.append(adapter.sample(model, count, generator(settings.seed, "probe"), steps)), device
+        )
+        refuse_bytes(adapter, checked_images(adapter, drawn[0], count))
+        return seconds
 
     batch = min(settings.batch_size, settings.drawn)
     small = min(_SMALL, batch)

@@ -17,10 +17,10 @@ from compressor.errors import CompressorError, UsageError
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import DENOISERS, Opened, open_pipeline
 from compressor.pipelines.prompts import pictures, read_prompts
-from compressor.pipelines.recording import index_of, recording
+from compressor.pipelines.recording import index_of, recording, sample
 from compressor.pipelines.same import refuse_changed
 from compressor.progress import Progress
-from compressor.quality.score import Score
+from compressor.quality.score import Score, scores_of
 from compressor.recipe import Recipe
 
 DEFAULTS: Mapping[str, Any] = {
@@ -53,6 +53,7 @@ def piped(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Generator[
     scores = _scores(recipe)
     opened, records = yield from recorded(recipe, before)
     refuse_changed(opened, records)
+    _try(scores, opened, records)
     return Piped(opened, records, adapter_of_calls(opened, records), scores)
 
 
@@ -136,3 +137,16 @@ def _refuse_other(before: Mapping[str, Any], index: Index, where: str) -> None:
                 f"{where}: {what} changed since the run began: the hash was {before.get(f'{name}_sha256')}, and is now {now}",
                 "Go on with the pipeline as it was, and its versions of diffusers and transformers, or start a new run.",
             )
+
+
+def _try(scores: Sequence[Score], opened: Opened, records: Recording) -> None:
+    """Let `scores` judge a picture of the pipeline as it is, twice: what one of them cannot do is said before anything is trained."""
+    if not scores:
+        return
+    index = records.index
+    picture = next((one for one in index.pictures if one.unseen), index.pictures[0])
+    images = sample(opened, picture, index.steps).images
+    if images is not None:
+        images = images[:1].repeat(2, *(1 for _ in images.shape[1:]))
+        for score in scores:
+            scores_of(score, images, [str(picture.arguments.get("prompt"))] * 2)

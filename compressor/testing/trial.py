@@ -188,7 +188,7 @@ def alike(first: Any, second: Any, deep: int = _DEEP) -> bool:
         return first.keys() == second.keys() and all(alike(first[key], second[key], deep - 1) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(alike(a, b, deep - 1) for a, b in zip(first, second, strict=True))
-    if is_dataclass(first) or type(first).__eq__ is object.__eq__:
+    if is_dataclass(first) or getattr(type(first), "__eq__", None) is object.__eq__:
         return alike(getattr(first, "__dict__", None), getattr(second, "__dict__", None), deep - 1)
     try:
         return bool(first == second)

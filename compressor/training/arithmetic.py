@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,23 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
     # torch's own autocast: accelerate fixes one precision per process, and a second run may want another.
     enabled = precision(training, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@contextmanager
+def in_own_precision() -> Iterator[None]:
+    """A context in which an autocast of the caller's has no part: numbers do not depend on where something is called."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """As `in_own_precision`; and gradients are there, also inside the caller's `no_grad` or `inference_mode`."""
+    with in_own_precision(), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def compiled_(device: torch.device, *models: nn.Module | None) -> None:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, checked_pair, to_device
 from compressor.data.batches import Batches
 from compressor.errors import UsageError, one_of
 from compressor.seeds import generator
+from compressor.training.arithmetic import in_own_precision
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def visits(
     """
     for index in range(timesteps):
         time = 1 - (index + 0.5) / timesteps
-        inputs, _ = adapter.noised_at(batches.at(index, time), time, generator("calibration", index))
+        batch = batches.at(index, time)
+        inputs, _ = checked_pair(adapter, batch, adapter.noised_at(batch, time, generator("calibration", index)))
         yield Visit(inputs, 1 - (1 - last_weight) * _fallen(index, timesteps, falls))
 
 
@@ -97,7 +99,8 @@ def observe(
     try:
         for visit in seen:
             weight = visit.weight
-            adapter.predict(model, to_device(visit.inputs, next(model.parameters()).device))
+            with in_own_precision():
+                adapter.predict(model, to_device(visit.inputs, next(model.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, to_device, with_rules
+from compressor.adapter import Adapter, checked_answer, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
@@ -21,12 +21,12 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.arithmetic import autocast, compiled_, restore_optimizer
+from compressor.training.arithmetic import autocast, compiled_, restore_optimizer, undisturbed
 from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
 from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
-from compressor.training.pruner import Pruner, warn_of_idle
+from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.pruner import choose_layers as choose_layers  # noqa: PLC0414  # others look for both here
 from compressor.training.pruner import chosen as chosen  # noqa: PLC0414
 from compressor.training.ranks import Ranks
@@ -85,6 +85,7 @@ class FineTuning:
     """
 
     @no_exit("training")
+    @undisturbed()
     def __init__(
         self,
         model: nn.Module,
@@ -97,8 +98,9 @@ class FineTuning:
         ignore: Sequence[str] | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
+        refuse_misplaced(model, pruner, adapter)
         self.ranks = Ranks(training)
-        self.given = Given.of(model := bare(model), training.steps)
+        self.given = Given.of(model := bare(model))
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
@@ -162,6 +164,7 @@ class FineTuning:
         return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
 
     @no_exit("training")
+    @undisturbed()
     def state(self, whole: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on, as nested dicts of tensors, numbers and strings. Of several processes, all
         call it, and the first has it `whole`, for any number of them.
@@ -185,6 +188,7 @@ class FineTuning:
         return self.ranks.whole(state) if whole else state
 
     @no_exit("training")
+    @undisturbed()
     @torch.no_grad()
     def one_shot(self) -> Result:
         """What the method gives without fine-tuning: a model of its own. To be asked for before the first step."""
@@ -236,6 +240,7 @@ class FineTuning:
         self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 
     @no_exit("training")
+    @undisturbed()
     def advance(self) -> Step:
         """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
         t, settings = self.done, self.training
@@ -277,6 +282,7 @@ class FineTuning:
         return Step(self.done, settings.steps, loss, noise_loss, teacher_loss, lr, grad_norm, flips / max(1, entries))
 
     @no_exit("training")
+    @undisturbed()
     def finish(self) -> Result:
         """Write the averaged weights, masked once, into the student, and give the result. The run is over then.
 
@@ -319,12 +325,15 @@ class FineTuning:
         for piece, wanted, share, last in self.ranks.share(self.adapter, inputs, target, self.training.accumulate):
             piece = to_device(piece, self.device)
             with autocast(self.training, self.device):
-                prediction = self.ranks.asked(self.student, self.adapter, piece, last).float()
+                prediction = checked_answer(
+                    self.adapter, self.ranks.asked(self.student, self.adapter, piece, last), wanted
+                ).float()
                 noise_loss = F.mse_loss(prediction, to_device(wanted, self.device).float())
                 loss = noise * noise_loss
                 if self.teacher is not None:
                     with torch.no_grad():
-                        expected = self.adapter.predict(self.teacher, piece).float()
+                        answer = self.adapter.predict(self.teacher, piece)
+                    expected = checked_answer(self.adapter, answer, wanted).float()
                     teacher_loss = F.mse_loss(prediction, expected)
                     loss = loss + objective.teacher * teacher_loss
                     teacher_sum += share * float(teacher_loss.detach())

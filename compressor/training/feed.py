@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter, Shared
+from compressor.adapter import Adapter, Shared, checked_pair
 from compressor.data.batches import Batches
 from compressor.seeds import generator
 from compressor.training.settings import Training
@@ -52,7 +52,13 @@ class Feed:
         ):  # an adapter that draws from the global generator too repeats itself all the same
             torch.default_generator.manual_seed(generator(self.training.seed, "model", step).initial_seed())
             noised = self.adapter.noised_evenly if self.training.times == "even" else self.adapter.noised
-            return noised(batch, generator(self.training.seed, "noise", step))
+            found = noised(batch, generator(self.training.seed, "noise", step))
+        return tree_map_only(Tensor, _trainable, checked_pair(self.adapter, batch, found))  # type: ignore[no-any-return]
+
+
+def _trainable(tensor: Tensor) -> Tensor:
+    """A tensor that the backward pass may keep: what was made in inference mode is copied."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _pinned(leaf: Tensor | Shared) -> Tensor | Shared:

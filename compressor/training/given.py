@@ -27,13 +27,8 @@ class Given:
     trained: frozenset[str]
 
     @classmethod
-    def of(cls, model: nn.Module, steps: int = 0) -> Self:
-        """How `model` is, which so many `steps` will train. Raises UsageError where torch keeps no gradients for them."""
-        if steps and not torch.is_grad_enabled():
-            raise UsageError(
-                "training needs gradients, and torch keeps none here",
-                "Call it outside of torch.no_grad() and torch.inference_mode().",
-            )
+    def of(cls, model: nn.Module) -> Self:
+        """How `model` is."""
         return cls(dtypes_of(model), frozenset(n for n, value in model.named_parameters() if value.requires_grad))
 
     def returned(self, model: nn.Module) -> nn.Module:
@@ -59,8 +54,7 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     """
     refuse_untrainable(model, steps)
     check_finite(model.state_dict(), type(model).__name__)
-    with torch.inference_mode(False):  # what is made there can never be trained
-        student = float32_(copy.deepcopy(model))
+    student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
 
 

@@ -15,9 +15,10 @@ from compressor.discovery import no_exit
 from compressor.errors import UsageError, memory
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
+from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
 from compressor.training.given import refuse_8_bits
-from compressor.training.pruner import Pruner, warn_of_idle
+from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
 from compressor.training.shadow import checked_masks
@@ -26,6 +27,7 @@ from compressor.weights import bare, check_finite
 
 
 @no_exit()
+@in_own_precision()
 @torch.no_grad()
 def prune_(
     model: nn.Module,
@@ -46,6 +48,7 @@ def prune_(
     """
     refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
+    refuse_misplaced(model, pruner, adapter)
     model = bare(model).eval()
     refuse_8_bits(model)
     warn_of_idle(model, ignore)

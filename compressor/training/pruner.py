@@ -143,6 +143,16 @@ def settings_of(pruner: Pruner) -> dict[str, Any]:
     return {name: getattr(pruner, name) for name in setting_names(type(pruner)) if name in fields}
 
 
+def refuse_misplaced(model: Any, pruner: Any, adapter: Any) -> None:
+    """Raise UsageError for what is no model, pruner or adapter, such as the class of one."""
+    for name, found, kind in (("model", model, nn.Module), ("pruner", pruner, Pruner), ("adapter", adapter, Adapter)):
+        if isinstance(found, type):
+            raise UsageError(f"the {name} is the class {found.__name__}", f"Give an instance: {found.__name__}().")
+        if not isinstance(found, kind):
+            home = "torch.nn.Module" if kind is nn.Module else f"compressor.{kind.__name__}"
+            raise UsageError(f"the {name} is {type(found).__name__}", f"Give an instance of {home}.")
+
+
 def choose_layers(
     model: nn.Module,
     pruner: Pruner,
@@ -154,8 +164,7 @@ def choose_layers(
 
     Raises UsageError for rules that are no sequence of texts, and for what `compressor.sparsity.layers.select` refuses.
     """
-    if isinstance(pruner, type):
-        raise UsageError(f"the pruner is the class {pruner.__name__}", f"Give an instance: {pruner.__name__}().")
+    refuse_misplaced(model, pruner, adapter)
     model, rules = bare(model), with_rules(adapter, targets, ignore)
     return select(model, pruner.pattern, set(pruner.targets(model)), rules.targets, rules.ignore)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, checked_answer, checked_pair, to_device
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError
 from compressor.seeds import generator
@@ -99,9 +99,11 @@ def _gradients(
     """The loss at the `index`-th of `timesteps` evenly spaced times, on a batch of its own, and its gradients."""
     weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
     device = next(iter(weights.values())).device
-    inputs, target = adapter.noised_at(batches.batch(index), (index + 0.5) / timesteps, generator("structured", index))
+    batch = batches.batch(index)
+    noised = adapter.noised_at(batch, (index + 0.5) / timesteps, generator("structured", index))
+    inputs, target = checked_pair(adapter, batch, noised)
     with torch.enable_grad():
-        prediction = adapter.predict(model, to_device(inputs, device))
+        prediction = checked_answer(adapter, adapter.predict(model, to_device(inputs, device)), target)
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         loss = F.mse_loss(prediction.to(dtype), target.to(device, dtype))
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
