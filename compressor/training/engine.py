@@ -383,6 +383,7 @@ def prune(
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
     pattern, and losses that stop being finite. Warns of a rule of `ignore` that matches no layer.
     """
+    refuse_misplaced(model, pruner, adapter)
     warn_of_idle(model, ignore)
     run = FineTuning(
         model,
