@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from conftest import SMALL, UNMEASURED
 
 import compressor
+from compressor.discovery import from_file
 from compressor.runs import directory
 
 PRUNER = """
@@ -236,6 +241,78 @@ def test_a_pruner_of_fifteen_lines_in_a_file_runs(cli, here):
     assert (report["method"], report["pattern"]) == ("Mine", "1:4")
     assert report["settings"]["largest"] is False
     assert compressor.load(here / "out") is not None
+
+
+BESIDE = """
+from compressor import NM, Pruner
+from {module} import SIGN
+
+
+class Mine(Pruner):
+    pattern = NM(2, 4)
+
+    def masks(self, weights, progress, previous):
+        return {{name: self.pattern.mask(SIGN * weight.abs()) for name, weight in weights.items()}}
+"""
+
+
+def test_a_file_imports_what_lies_beside_it_and_resume_compares_that_too(cli, here):
+    for folder, sign in (("a", 1.0), ("b", -1.0)):
+        (here / folder).mkdir()
+        (here / folder / "p.py").write_text(BESIDE.format(module="beside_it"))
+        (here / folder / "beside_it.py").write_text(f"SIGN = {sign}")
+    for folder, sign in (("a", 1.0), ("b", -1.0), ("a", 1.0)):
+        assert from_file(f"{folder}/p.py:SIGN", "--pruner") == sign
+    assert str(here / "a") not in sys.path
+    assert cli.trial(here / "out", "--pruner", "a/p.py:Mine").code == 0
+    (here / "out" / "report.json").unlink()
+    assert cli("resume", here / "out").code == 0
+    (here / "out" / "report.json").unlink()
+    (here / "a" / "beside_it.py").write_text("SIGN = -1.00")
+    outcome = cli("resume", here / "out")
+    assert outcome.code == 1 and "the recipe changed" in outcome.err
+
+
+def test_a_file_beside_it_takes_no_librarys_place(here):
+    (here / "click.py").write_text("raise SystemExit('not this one')")
+    (here / "einops.py").write_text("raise SystemExit('not this one')")
+    (here / "p.py").write_text("import click, einops\n\nEINOPS = einops.__file__")
+    assert Path(from_file("p.py:EINOPS", "--pruner")).parent.name == "einops"
+    ended = subprocess.run(
+        [sys.executable, "-m", "compressor", "--version"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0 and "compressor" in ended.stdout, ended.stderr
+
+
+NOISY = """
+import ctypes
+import os
+from compressor import NM, Pruner
+
+print("noise at import")
+
+
+class Noisy(Pruner):
+    pattern = NM(2, 4)
+
+    def masks(self, weights, progress, previous):
+        print("noise")
+        os.write(1, b"noise\\n")
+        os.system("echo noise")
+        ctypes.CDLL(None).puts(b"noise")
+        return {name: self.pattern.mask(weight.abs()) for name, weight in weights.items()}
+"""
+
+
+def test_json_is_alone_on_stdout_whatever_a_plugin_prints(cli, here):
+    (here / "noisy.py").write_text(NOISY)
+    arguments = ("run", "--pruner", "noisy.py:Noisy", *SMALL, *UNMEASURED, "--steps", "1", "--quiet", "--json")
+    command = [sys.executable, "-m", "compressor", *arguments, "--out", "out"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["method"] == "Noisy" and ended.stderr.count("noise") > 4
+    here_too = cli("plan", "--pruner", "noisy.py:Noisy", "--json", "--quiet")
+    assert here_too.code == 0 and json.loads(here_too.out) and "noise at import" in here_too.err
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ app.add_command(push)
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """The console script, and `python -m compressor`."""
     settle()
     with hushed():
         code = _ended()

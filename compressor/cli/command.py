@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from compressor.cli.terminal import Output, errors
+from compressor.cli.streams import ResultsAlone
+from compressor.cli.terminal import RESULTS, Output, errors
 from compressor.errors import UsageError
 from compressor.processes import ranks, refuse_ranks, terminated, together
 
@@ -61,7 +62,9 @@ class Command(click.Command):
         with errors(debug):
             if self.name not in ("list", "doctor") and not self.shared:
                 refuse_ranks(f"compressor {self.name}")
-            with together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
+            alone = ResultsAlone() if values["output"].as_json else nullcontext()
+            ctx.meta[RESULTS] = alone if isinstance(alone, ResultsAlone) else None
+            with alone, together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
                 return super().invoke(ctx)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import platform
@@ -11,8 +12,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, TextIO
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, Self, TextIO
 
 from compressor import __version__
 from compressor.environment import cache_folder
@@ -78,6 +79,59 @@ def hushed() -> Iterator[None]:
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
+
+
+class ResultsAlone:
+    """While it is entered, standard output is for results alone: what anything else prints to it, code of plugins and processes that
+    they start too, goes to stderr. Where stdout is no descriptor of the process, as in tests, what Python prints does.
+    """
+
+    def __init__(self) -> None:
+        self._stdout: TextIO | None = None
+        self._kept: int | None = None
+
+    def __enter__(self) -> Self:
+        self._stdout = sys.stdout
+        if _is_descriptor(sys.stdout, 1):
+            self._kept = os.dup(1)
+        self._lead_away()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lead_back()
+        if self._kept is not None:
+            os.close(self._kept)
+            self._kept = None
+
+    @contextmanager
+    def result(self) -> Iterator[None]:
+        """Here, standard output is what it was."""
+        self._lead_back()
+        try:
+            yield
+        finally:
+            self._lead_away()
+
+    def _lead_away(self) -> None:
+        if self._kept is not None:
+            os.dup2(2, 1)
+        sys.stdout = sys.stderr
+
+    def _lead_back(self) -> None:
+        sys.stdout = self._stdout  # type: ignore[assignment]  # None, as typeshed does not say, where there is none
+        if self._kept is not None:
+            with suppress(OSError, AttributeError, ValueError):  # what others have printed and still hold
+                if sys.__stdout__ is not None and sys.__stdout__ is not self._stdout:
+                    sys.__stdout__.flush()
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(self._kept, 1)
+
+
+def _is_descriptor(stream: TextIO | None, number: int) -> bool:
+    try:
+        return stream is not None and stream.fileno() == number
+    except (OSError, ValueError):  # a stream of another kind, or a closed one
+        return False
 
 
 def flushed() -> int:

@@ -146,9 +146,15 @@ def watch(events: Generator[Progress, None, _Result], quiet: bool) -> _Result:
         return result_of(events, ticker.show)
 
 
+RESULTS = "compressor.results"
+"""Under which click's context has the `ResultsAlone` of a command that was asked for JSON."""
+
+
 def print_json(value: Any) -> None:
     """A command's result, for programs."""
-    with _results():
+    context = click.get_current_context(silent=True)
+    alone = None if context is None else context.meta.get(RESULTS)
+    with nullcontext() if alone is None else alone.result(), _results():
         click.echo(json.dumps(value, indent=2))
 
 
