@@ -118,7 +118,7 @@ class ResultsAlone:
         sys.stdout = sys.stderr
 
     def _lead_back(self) -> None:
-        sys.stdout = self._stdout  # type: ignore[assignment]  # None, as typeshed does not say, where there is none
+        sys.stdout = self._stdout
         if self._kept is not None:
             with suppress(OSError, AttributeError, ValueError):  # what others have printed and still hold
                 if sys.__stdout__ is not None and sys.__stdout__ is not self._stdout:

@@ -81,14 +81,14 @@ def _rows(metric: Metric, what: str, found: Any, images: Tensor) -> Tensor:
         raise CompressorError(f"{of} gave {kind_of(found)} as {what}, not a tensor of numbers", hint)
     if found.dim() != 2 or len(found) != count or not found.shape[1]:
         raise CompressorError(f"{of} gave {what} {tuple(found.shape)} for {count} pictures", hint)
-    found = found.detach()
-    if not bool(found.isfinite().all()):
+    rows: Tensor = found.detach()
+    if not bool(rows.isfinite().all()):
         refuse_broken(images)
         raise CompressorError(f"{of} gave {what} that are not finite", hint)
-    if float(largest := found.double().abs().max()) > _LARGEST:
+    if float(largest := rows.double().abs().max()) > _LARGEST:
         raise CompressorError(f"{of} gave {what} as large as {float(largest):.3g}", hint)
     refuse_no_hash(metric.sha256, of)
-    return found
+    return rows
 
 
 def refuse_broken(images: Tensor) -> None:
