@@ -193,7 +193,8 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
     if isinstance(data, (list, tuple)):
         if not data:
             raise CompressorError("the data is empty", "Give at least one batch.")
-        if all(isinstance(leaf, (bool, int, float)) for leaf in tree_leaves(data[0])):
+        leaves = tree_leaves(data[0])
+        if leaves and all(isinstance(leaf, (bool, int, float)) for leaf in leaves):
             raise UsageError(
                 f"data is a {type(data).__name__} of numbers, not batches",
                 "Samples are a tensor: data=torch.tensor(data). Batches are a list of tensors.",
