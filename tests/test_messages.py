@@ -59,6 +59,19 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("run --data ''", 2, ("the value after --data is empty", "Leave both out, or give it a value.")),
     ("run --out ''", 2, ("the value after --out is empty",)),
     ("resume ''", 2, ("the value after resume is empty",)),
+    # two things at once
+    ("run --quick --full", 2, ("--quick with --full", "Give one of them.")),
+    ("evaluate run --full --quick", 2, ("--quick with --full", "Give one of them.")),
+    ("bench run --compiled --no-compiled", 2, ("--compiled with --no-compiled", "Give one of them.")),
+    ("lower run --compiled --no-compiled", 2, ("--compiled with --no-compiled", "Give one of them.")),
+    ("run --pipeline nowhere --model uvit-digits", 2, ("--model and --pipeline name two models", "Give one of them")),
+    ("plan --pipeline nowhere --set model=dit", 2, ("--model and --pipeline name two models", "Give one of them")),
+    ("compare --pipeline nowhere --model dit", 2, ("--model and --pipeline name two models", "Give one of them")),
+    (
+        "merge-lora run other.safetensors --out others",
+        2,
+        ("others is not empty: it has notes.txt", "Choose another --out."),
+    ),
     # files
     ("run --data nowhere.npz", 1, ("nowhere.npz",)),
     ("run --weights nowhere.pth", 1, ("nowhere.pth",)),

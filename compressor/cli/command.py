@@ -48,7 +48,20 @@ class Command(click.Command):
                 raise UsageError(f"the value after {before} is empty", "Leave both out, or give it a value.")
             if re.fullmatch(r"--[\w-]+=", given):
                 raise UsageError(f"{given[:-1]} is empty", "Leave it out, or give it a value.")
+        self._refuse_contrary(args)
         return super().parse_args(ctx, args)
+
+    def _refuse_contrary(self, args: list[str]) -> None:
+        """Raise UsageError where flags set one option in two ways, of which the last would win."""
+        args = args[: args.index("--")] if "--" in args else args
+        found: dict[str | None, str] = {}
+        for option in self.params:
+            if not isinstance(option, click.Option) or not option.is_flag:
+                continue
+            for spellings in (option.opts, option.secondary_opts):
+                given = next((one for one in spellings if one in args), None)
+                if given is not None and (other := found.setdefault(option.name, given)) != given:
+                    raise UsageError(f"{other} with {given}", "Give one of them.")
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function. In one of several processes that were launched together, those that are `shared`, `list` and

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import budget_options, input_options, model_options, numbers, options, training_options
+from compressor.cli.options import (
+    budget_options,
+    input_options,
+    model_options,
+    numbers,
+    options,
+    refuse_two_models,
+    training_options,
+)
 from compressor.cli.report import show_comparison
 from compressor.cli.terminal import Output, drive, watch
 
@@ -111,6 +119,7 @@ def compare(
     from compressor import recipe as recipes
 
     common = recipes.merged(settings, *map(recipes.assignment, assignments))
+    refuse_two_models(common, common)
     if out is None:
         first = recipes.merged(recipes.read(configs[0]), common) if configs and not methods else common
         out = Path("runs") / f"compare-{first.get('model', recipes.Recipe().model)}"

@@ -157,8 +157,18 @@ def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignment
     if settings.get("pruner") and settings.get("method"):
         raise UsageError("--method and --pruner name two methods", "Give one of them.")
     file = recipes.read(config) if config is not None else {}
-    merged = recipes.merged(file, settings, *map(recipes.assignment, assignments))
+    told = recipes.merged(settings, *map(recipes.assignment, assignments))
+    merged = recipes.merged(file, told)
+    refuse_two_models(told, merged)
     return resolve(merged, str(config) if config is not None else "recipe")
+
+
+def refuse_two_models(told: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise UsageError where a model is `told` and the `settings` name a pipeline, whose part is the model."""
+    if told.get("model") and settings.get("pipeline"):
+        raise UsageError(
+            "--model and --pipeline name two models", "Give one of them; --part names a part of the pipeline."
+        )
 
 
 def numbers(text: str | None, kind: type[_Number], example: str) -> tuple[_Number, ...]:

@@ -47,8 +47,8 @@ def locked(out: Path, wait: float = 0.0) -> Iterator[None]:
         yield
 
 
-def refuse_used_directory(out: Path, overwrite: bool) -> None:
-    """Raise UsageError unless `out` is empty, not there yet, or may be overwritten."""
+def refuse_used_directory(out: Path, overwrite: bool | None) -> None:
+    """Raise UsageError unless `out` is empty, not there yet, or may be overwritten; None: by nobody."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
     found = contents(out)
@@ -58,8 +58,9 @@ def refuse_used_directory(out: Path, overwrite: bool) -> None:
     foreign = _FACTS not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found)
     if not overwrite:
         ways = ["Choose another --out"]
-        ways += [f"continue it with `{resume_command(out)}`"] if RECIPE in found else []
-        ways += [] if foreign else ["replace it with --overwrite"]
+        if overwrite is not None:
+            ways += [f"continue it with `{resume_command(out)}`"] if RECIPE in found else []
+            ways += [] if foreign else ["replace it with --overwrite"]
         hint = ", ".join(ways[:-1]) + f", or {ways[-1]}." if len(ways) > 1 else f"{ways[0]}."
         raise UsageError(f"{out} is not empty: it has {listing}", hint)
     if foreign:

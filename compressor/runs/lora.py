@@ -80,7 +80,7 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
     if not math.isfinite(scale):
         raise UsageError(f"scale {scale}", "Give a number, such as 0.8.")
     if target is not None:
-        refuse_used_directory(target, overwrite=False)
+        refuse_used_directory(target, overwrite=None)
     adapter, model = saved_model(run)
     patterns = saving.read_config(saving.model_folder(run)).patterns
     changes, left_out = _changes(lora, model)
@@ -95,7 +95,7 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
     found = Merged(given.returned(merged), layers, left_out, target)
     if target is not None:
         with locked(target):
-            refuse_used_directory(target, overwrite=False)  # again: another process may have been faster
+            refuse_used_directory(target, overwrite=None)  # again: another process may have been faster
             facts = {"source": str(run), "lora_sha256": file_sha256(lora), "scale": scale}
             _write(found, adapter, masks, run, target, facts)
     return found
