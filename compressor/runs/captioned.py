@@ -39,10 +39,7 @@ def is_captioned(recipe: Recipe) -> bool:
 def refuse_mixed(recipe: Recipe) -> None:
     """Raise UsageError where a recipe names a pipeline and, beside it, a model of its own, or data of two kinds; or prompts and no
     pipeline."""
-    other = (
-        recipe.model if recipe.model != Recipe().model else None
-    )  # who names the default one is not told from who names none
-    own = {"model": other, "weights": recipe.weights, "vae": recipe.vae, "architecture": recipe.architecture}
+    own = {"weights": recipe.weights, "vae": recipe.vae, "architecture": recipe.architecture}
     if recipe.pipeline is not None and (given := [name for name, value in own.items() if value]):
         raise UsageError(
             f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."

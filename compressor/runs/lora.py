@@ -71,8 +71,9 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
     """The sparse model of `run` (its directory, or a saved model's folder) with the LoRA of the file `lora` merged into it.
 
     Each masked weight becomes W + `scale` · (B A) ∘ mask, in its own dtype, with the LoRA's own alpha in B A; other weights
-    take all of it. With `out`, the result is written there as a run's is: `model/`, `pipeline/`, and `lora.json`. The file is
-    read by diffusers, in every layout that its pipelines read.
+    take all of it. A saved model does not tell an entry that was kept and is zero from one that was pruned: both stay zero. With
+    `out`, the result is written there as a run's is: `model/`, `pipeline/`, and `lora.json`. The file is read by diffusers, in
+    every layout that its pipelines read.
 
     Raises UsageError where the file is no LoRA of this model, with the first names that do not fit.
     """
