@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, Self, TextIO
 
 from compressor import __version__
-from compressor.environment import cache_folder
 from compressor.processes import ranks
 
 
@@ -153,11 +152,13 @@ def crashed(error: BaseException) -> str:
     text += "".join(f"{package} {found}\n" for package in _packages() if (found := _version(package)) is not None)
     try:
         text += f"command: {sys.argv!r}\nfolder: {os.getcwd()!r}\n\n{lines}"
+        from compressor.environment import cache_folder  # which imports torch, and that may be what fails
+
         folder = cache_folder("crashes")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError:
+    except (OSError, ImportError):
         return "Run again with --debug for the traceback, and please report it."
     return f"Please report it with this file, which has the traceback, the command and the versions: {path}"
 
