@@ -18,7 +18,7 @@ from typing import Any
 import click
 import torch
 from blocks import compiled
-from lines import HERE, Lines, Session, about, file_of, sound, unsound
+from lines import Lines, Session, about, file_of, out_option, sound, unsound
 from lowering import Cell
 from subjects import SUBJECTS
 from torch.profiler import ProfilerActivity, profile
@@ -105,13 +105,7 @@ def inputs_in_8_bits(lines: Lines, device: torch.device) -> None:
 
 @click.command()
 @click.option("--cells", default="", help="Models, each with a batch; without any, inputs.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=HERE,
-    show_default=True,
-    help="A file, or a folder for one of this GPU.",
-)
+@out_option
 def main(cells: str, out: Path) -> None:
     """Profile forms kernel by kernel, and time the kernel of 8-bit inputs."""
     if not torch.cuda.is_available():

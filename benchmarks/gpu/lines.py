@@ -29,6 +29,13 @@ LIBRARIES = ("torch", "cuda", "cusparselt", "torchao")
 """What times are compared within. torch's version without its build, which older lines do not have."""
 
 Line = dict[str, Any]
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=HERE,
+    show_default=True,
+    help="A file, or a folder for one of this GPU.",
+)
 
 
 def about(device: torch.device, imitation: bool) -> Line:

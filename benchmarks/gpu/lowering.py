@@ -30,7 +30,7 @@ from typing import Any
 import click
 import torch
 from blocks import compiled, convolutional
-from lines import HERE, Line, Lines, Session, about, file_of
+from lines import Line, Lines, Session, about, file_of, out_option
 from subjects import SUBJECTS, Subject, Tensors, made_sparse
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -328,13 +328,7 @@ def _needed(form: str, precision: str, done: Mapping[str, Line], best: Mapping[s
 @click.option(
     "--imitate", is_flag=True, help="With an imitated GPU and small models: tries the steps, measures nothing."
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=HERE,
-    show_default=True,
-    help="A file, or a folder for one of this GPU.",
-)
+@out_option
 def main(
     cells: str,
     backends: str,

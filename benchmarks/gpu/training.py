@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import click
 import torch
-from lines import HERE, Lines, about, file_of, sound, unsound
+from lines import Lines, about, file_of, out_option, sound, unsound
 
 from compressor import FineTuning, Training, registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
@@ -83,13 +83,7 @@ def measured(masked: FineTuning, dense: FineTuning, rounds: int, device: torch.d
 @click.option("--forms", default=",".join(FORMS), show_default=True, help="A whole compiled model takes minutes.")
 @click.option("--seconds", default=540.0, show_default=True, help="No form is begun after this.")
 @click.option("--imitate", is_flag=True, help="On the CPU with a small model: tries the steps, measures nothing.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=HERE,
-    show_default=True,
-    help="A file, or a folder for one of this GPU.",
-)
+@out_option
 def main(cells: str, forms: str, seconds: float, imitate: bool, out: Path) -> None:
     """Time masked training steps against dense ones."""
     wanted = [tuple(cell.rsplit(" ", 1)) for cell in cells.split(",")]
