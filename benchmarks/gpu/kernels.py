@@ -18,12 +18,11 @@ from typing import Any
 import click
 import torch
 from blocks import compiled
-from lines import Lines, Session, about, file_of, out_option, sound, unsound
+from lines import Lines, Session, lines_of, out_option, why
 from lowering import Cell
 from subjects import SUBJECTS
 from torch.profiler import ProfilerActivity, profile
 
-from compressor.errors import first_line
 from compressor.lower.quantised import kernels
 from compressor.sparsity.codes import gelu_quantised
 
@@ -71,9 +70,7 @@ def profiled(name: str, batch: int, lines: Lines, device: torch.device) -> None:
             spent = by_kernel(make(), cell.cast)
             found |= {"us": sum(one["us"] for one in spent), "kernels": spent[:_SHOWN]}
         except Exception as failure:  # a form that does not run is one result among others
-            if not sound(device):
-                unsound(f"{cell.name}, {form}: {first_line(failure)}")
-            found["failed"] = f"{type(failure).__name__}: {first_line(failure)}"
+            found["failed"] = why(f"{cell.name}, {form}", failure, device)
         lines.add(found)
         click.echo(f"{cell.name} {form}: {found.get('us', found.get('failed'))}")
         torch.cuda.empty_cache()
@@ -111,7 +108,7 @@ def main(cells: str, out: Path) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU")
     device = torch.device("cuda", 0)
-    lines = Lines(file_of(out, "kernels", device) if out.is_dir() else out, about(device, imitation=False))
+    lines = lines_of("kernels", out, device)
     if not cells:
         inputs_in_8_bits(lines, device)
     for cell in filter(None, cells.split(",")):

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 import torch
@@ -106,27 +106,28 @@ class Lines:
             if "failed" not in line or line["about"].get("code") == self.about["code"]
         }
 
+    def _by_this_code(self, cell: str) -> list[Line]:
+        return [one for one in self.all if one.get("cell") == cell and one["about"].get("code") == self.about["code"]]
+
     def ended(self, cell: str, form: str) -> bool:
         """Whether the process ended twice while this code tried a form, which then is not tried again."""
-        own = [
-            line for line in self.all if line.get("cell") == cell and line["about"].get("code") == self.about["code"]
-        ]
-        return form not in self.done(cell) and sum(line.get("begun") == form for line in own) > 1
+        tries = sum(line.get("begun") == form for line in self._by_this_code(cell))
+        return form not in self.done(cell) and tries > 1
 
     def complete(self, cell: str, asked: Line) -> bool:
         """Whether this code was once asked for that much of a cell, or more, and had the time for it."""
-        own = [
-            line["complete"]
-            for line in self.all
-            if line.get("cell") == cell and "complete" in line and line["about"].get("code") == self.about["code"]
-        ]
         return any(
             set(asked["backends"]) <= set(one["backends"])
             and asked["autotune"] <= one["autotune"]
             and asked["alone"] <= one["alone"]
             and one["forms"] in ("", asked["forms"])
-            for one in own
+            for one in (line["complete"] for line in self._by_this_code(cell) if "complete" in line)
         )
+
+
+def lines_of(what: str, out: Path, device: torch.device, imitation: bool = False) -> Lines:
+    """Those of what is measured on this GPU: of the file `out`, or of its own in the folder `out`."""
+    return Lines(file_of(out, what, device) if out.is_dir() else out, about(device, imitation))
 
 
 def read(path: Path) -> list[Line]:
@@ -144,20 +145,17 @@ def read(path: Path) -> list[Line]:
     return found
 
 
-def sound(device: torch.device) -> bool:
-    """Whether the GPU still answers: after some faults every later call fails, until the process has ended."""
+def why(where: str, failure: Exception, device: torch.device) -> str:
+    """What a form that failed says. Ends the process with 3 where the GPU answers no more, as after some faults until the process has
+    ended: what failed may not have been what was tried, and another process tries it anew."""
+    said = f"{type(failure).__name__}: {first_line(failure)}"
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except RuntimeError:
-        return False
-    return True
-
-
-def unsound(said: str) -> NoReturn:
-    """Ends the process with 3: what failed may not have been what was tried, and another process tries it anew."""
-    click.echo(f"the GPU answers no more: {said}", err=True)
-    raise SystemExit(3)
+        click.echo(f"the GPU answers no more: {where}: {said}", err=True)
+        raise SystemExit(3) from failure
+    return said
 
 
 @dataclass
@@ -184,7 +182,4 @@ class Session:
 
     def failed(self, cell: str, form: str, failure: Exception) -> None:
         """The same of one that does not run. Ends the process where the GPU answers no more."""
-        said = f"{type(failure).__name__}: {first_line(failure)}"
-        if not sound(self.device):
-            unsound(f"{cell}, {form}: {said}")
-        self.add(cell, form, failed=said)
+        self.add(cell, form, failed=why(f"{cell}, {form}", failure, self.device))

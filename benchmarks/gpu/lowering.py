@@ -30,7 +30,7 @@ from typing import Any
 import click
 import torch
 from blocks import compiled, convolutional
-from lines import Line, Lines, Session, about, file_of, out_option
+from lines import Line, Session, lines_of, out_option
 from subjects import SUBJECTS, Subject, Tensors, made_sparse
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -358,12 +358,11 @@ def main(
             raise click.ClickException(reason)
     os.environ.setdefault(SECONDS_VARIABLE, str(search_seconds))
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would run the rest as it is, and not say so
-    path = file_of(out, "lowering", device) if out.is_dir() else out
-    lines = Lines(path, about(device, imitate))
+    lines = lines_of("lowering", out, device, imitate)
     session = Session(device, lines, time.monotonic() + seconds, 0.01 if imitate else SUSTAINED_S)
     versions = lines.about["versions"]
     click.echo(
-        f"{lines.about['hardware']}; torch {versions['torch']}, cuSPARSELt {versions['cusparselt']}; into {path}"
+        f"{lines.about['hardware']}; torch {versions['torch']}, cuSPARSELt {versions['cusparselt']}; into {lines.path}"
     )
     with context:
         for name, batch in wanted:

@@ -20,11 +20,10 @@ from unittest.mock import patch
 
 import click
 import torch
-from lines import Lines, about, file_of, out_option, sound, unsound
+from lines import lines_of, out_option, why
 
 from compressor import FineTuning, Training, registry
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
-from compressor.errors import first_line
 from compressor.plugins.dense import DenseContinued
 from compressor.plugins.ste import STE
 from compressor.sparsity import on_gpu
@@ -92,7 +91,7 @@ def main(cells: str, forms: str, seconds: float, imitate: bool, out: Path) -> No
     if not imitate and not torch.cuda.is_available():
         raise click.ClickException("torch finds no CUDA GPU")
     device, end = torch.device("cpu" if imitate else "cuda:0"), time.monotonic() + seconds
-    lines = Lines(file_of(out, "training", device) if out.is_dir() else out, about(device, imitate))
+    lines = lines_of("training", out, device, imitate)
     for name, batch in wanted:
         cell = f"{name} {batch}"
         for form in forms.split(","):
@@ -106,9 +105,7 @@ def main(cells: str, forms: str, seconds: float, imitate: bool, out: Path) -> No
                     line["kernels"] = on_gpu.kernels_for(torch.ones(2, 4, device=device)) is not None
                 line |= measured(*both, 2 if imitate else ROUNDS, device)
             except Exception as failure:  # too little memory is one result among others
-                if not sound(device):
-                    unsound(f"{cell}, {form}: {first_line(failure)}")
-                line["failed"] = f"{type(failure).__name__}: {first_line(failure)}"
+                line["failed"] = why(f"{cell}, {form}", failure, device)
             both = None
             gc.collect()
             torch.compiler.reset()

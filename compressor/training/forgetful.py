@@ -19,7 +19,7 @@ from compressor.training.shadow import Shadow, checked_masks
 def refuse_forgetful(run: FineTuning, anew: Pruner) -> None:
     """Raise CompressorError where `run`, which has begun, would go on from a checkpoint with other masks: where its prepared method
     and `anew`, the same method as a resumed run makes it, choose others for the same weights. Masks are pure, so that these tell."""
-    if type(anew).prepare is Pruner.prepare or not isinstance(run.shadow, Shadow):
+    if not isinstance(run.shadow, Shadow):
         return
     state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), dict(run.pruner.state()))
     # other weights than those that it was prepared with: by these, what only a module keeps would not be missed

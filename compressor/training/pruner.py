@@ -182,5 +182,5 @@ def chosen(
 
 def warn_of_idle(model: nn.Module, ignore: Sequence[str] | None) -> None:
     """Warn of each rule of the caller's that leaves nothing out: it is likely a mistake. Raises UsageError as `texts` does."""
-    for rule in idle(bare(model), ignore):
+    for rule in idle(bare(model), ignore) if ignore is not None else ():
         warnings.warn(f"ignore: {shown(rule)} matches no layer", stacklevel=3)
