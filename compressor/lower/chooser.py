@@ -151,7 +151,10 @@ def _rounds(
     began = Cores.now()
     measured = contest.timed(calls, _ROUNDS, device, skipping)
     found = {name: tuple(ms / share for ms in own) for name, own in measured.items()}
-    if contest.decided(found, skipping) and not contest.busy(contest.taken_since(began, device)):
+    taken = contest.taken_since(began, device)
+    if taken is not None and contest.busy(taken):
+        store.busy = max(store.busy, taken)
+    elif contest.decided(found, skipping):
         store.put(key, found)
     return found
 

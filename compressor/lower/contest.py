@@ -58,6 +58,14 @@ def busy(taken: float | None) -> bool:
     return taken is not None and taken > BUSY
 
 
+def doubtful(taken: float) -> str:
+    """What to say of layers that were chosen while so much was `taken`."""
+    return (
+        f"other programs had the cores for up to {taken:.0%} of the time while layers were timed: some layers may have another form "
+        f"than the one that is fastest on an idle machine; {_AGAIN}"
+    )
+
+
 def asked(taken: float | None) -> float:
     """The speed-up that counts where so much was `taken`."""
     return ASKED_BUSY if busy(taken) else GAIN

@@ -14,6 +14,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.environment import give_back
 from compressor.errors import UsageError, first_line, memory_in
+from compressor.lower import contest
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
 from compressor.lower.forms import built, deviation, guarded, planned, seeded
@@ -140,6 +141,8 @@ def lowering(
     if max_error is not None:
         layers, search = yield from within(job, layers, max_error)
     yield Progress("lower", len(alike), len(alike), "whole model")
+    if store.busy:
+        job.notes.append(contest.doubtful(store.busy))
     compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
     give_back()

@@ -193,6 +193,8 @@ class Cache:
         self.setting, self.read = setting, read
         self.used = False
         """Whether a choice was made by times from here."""
+        self.busy = 0.0
+        """The largest share of the time that other programs had the cores while layers were timed, where that makes them doubtful."""
 
     def get(self, key: str) -> dict[str, tuple[float, ...]] | None:
         """The times stored for `key`: milliseconds by backend, of each round."""
