@@ -17,8 +17,12 @@ import pytest
 import torch
 
 from compressor import files, recipe, saving
+from compressor.plugins.magnitude import Magnitude
 from compressor.runs import finish, inputs
 from compressor.runs import run as runs
+from compressor.training.engine import FineTuning
+from compressor.training.forgetful import refuse_forgetful
+from compressor.training.settings import Training
 
 SHORT, LONG = 10, 60  # steps; the long run leaves time to kill it
 
@@ -336,6 +340,29 @@ def test_a_method_that_forgets_what_it_found_is_refused_before_it_trains(tmp_pat
         return
     assert outcome.code == 1 and f"{name} chooses another mask for" in outcome.err and "`state`" in outcome.err
     assert not list((tmp_path / "out").glob("model*"))
+
+
+def test_a_method_is_asked_about_other_weights_in_the_memory_of_its_own(model, adapter, samples):
+    """A copy of all weights would be memory that a run does not have."""
+    seen = []
+
+    class Watched(Magnitude):
+        def masks(self, weights, progress, previous):
+            seen.append({name: (weight.data_ptr(), weight.clone()) for name, weight in weights.items()})
+            return self.pattern.magnitude_masks(weights)
+
+    training = Training(steps=2, batch_size=4, device="cpu")
+    run = FineTuning(model, Watched(), adapter=adapter, data=samples, training=training)
+    before = {name: weight.clone() for name, weight in run.shadow.dense.items()}
+    sparse = {name: weight.detach().clone() for name, weight in run.parameters.items()}
+    seen.clear()
+    refuse_forgetful(run, Watched())
+    for asked in seen:
+        for name, (place, weight) in asked.items():
+            assert place == run.shadow.dense[name].data_ptr()
+            assert torch.equal(weight, before[name].flip(0))
+    assert len(seen) == 2 and all(torch.equal(run.shadow.dense[name], value) for name, value in before.items())
+    assert all(torch.equal(run.parameters[name], value) for name, value in sparse.items())
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, cli, tmp_path):

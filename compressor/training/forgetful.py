@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from compressor.errors import CompressorError
 from compressor.sparsity.pattern import Mask
 from compressor.training.engine import FineTuning
 from compressor.training.pruner import Pruner
+from compressor.training.rounding import sparse
 from compressor.training.shadow import Shadow, checked_masks
+from compressor.training.shards import local
 
 
 @torch.no_grad()
@@ -22,21 +25,43 @@ def refuse_forgetful(run: FineTuning, anew: Pruner) -> None:
     if not isinstance(run.shadow, Shadow):
         return
     state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), dict(run.pruner.state()))
+    progress, masks = (run.done + 1) / max(1, run.training.steps), dict(run.shadow.masks)
     # other weights than those that it was prepared with: by these, what only a module keeps would not be missed
-    there = {name: dense.to(run.shadow.weights[name].device).flip(0) for name, dense in run.shadow.dense.items()}
-    progress = (run.done + 1) / max(1, run.training.steps)
+    with _turned(run.shadow) as there:
 
-    def chosen(pruner: Pruner) -> Mapping[str, Mask]:
-        return checked_masks(pruner.masks(there, progress, dict(run.shadow.masks)), there)
+        def chosen(pruner: Pruner) -> Mapping[str, Mask]:
+            return checked_masks(pruner.masks(there, progress, dict(masks)), there)
 
-    expected = chosen(run.pruner)
-    try:
-        found = chosen(anew.restored(state))
-    except Exception as error:  # a plugin may raise anything
-        raise _forgetful(run.pruner, f"fails: {type(error).__name__}: {error}") from error
+        expected = chosen(run.pruner)
+        try:
+            found = chosen(anew.restored(state))
+        except Exception as error:  # a plugin may raise anything
+            raise _forgetful(run.pruner, f"fails: {type(error).__name__}: {error}") from error
     for name in {**expected, **found}:
         if name not in expected or name not in found or not torch.equal(expected[name].keep, found[name].keep):
             raise _forgetful(run.pruner, f"chooses another mask for {name}")
+
+
+@contextmanager
+def _turned(shadow: Shadow) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, the dense weights where the weights are, by name, with their rows in the opposite order.
+
+    They are turned in their own memory, or, where that is another device's, in that of the sparse weights; after the block all is
+    as it was.
+    """
+    own = {name: local(weight.data) for name, weight in shadow.weights.items()}
+    there = {name: dense if dense.device == own[name].device else own[name] for name, dense in shadow.dense.items()}
+    for name, dense in shadow.dense.items():
+        there[name].copy_(dense.flip(0))
+    try:
+        yield there
+    finally:
+        for name, dense in shadow.dense.items():
+            if there[name] is dense:
+                dense.copy_(dense.flip(0))
+            else:
+                again, mask = dense.to(own[name].device), shadow.masks.get(name)
+                own[name].copy_(again if mask is None else sparse(again, mask, shadow.pruner))
 
 
 def _forgetful(pruner: Pruner, what: str) -> CompressorError:
