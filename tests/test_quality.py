@@ -250,6 +250,18 @@ def test_macs_of_a_layer_are_those_counted_by_hand(module: nn.Module, shape: tup
     assert layer_macs(module, Shaped(*shape)) == (macs, {"weight": macs})
 
 
+def test_macs_of_torchs_own_transformer_are_counted_whole() -> None:
+    """In eval mode it takes a way of its own, in one operation, and it multiplies with its output layer without calling it."""
+    tokens, dim, hidden = 5, 8, 24
+    layer = nn.TransformerEncoderLayer(dim, 2, hidden, batch_first=True).eval()
+    attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+    feed_forward = {"linear1.weight": tokens * dim * hidden, "linear2.weight": tokens * dim * hidden}
+    assert layer_macs(layer, Shaped(tokens, dim)) == (
+        attention + sum(feed_forward.values()),
+        {"self_attn.out_proj.weight": tokens * dim * dim, **feed_forward},
+    )
+
+
 class SelfAttention(nn.Module):
     """Two heads over tokens of dim 8."""
 

@@ -25,16 +25,19 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     by_weight: dict[str, int] = {}
     model = in_float32(model)
 
-    def counter_of(layer: Weighted) -> Callable[[nn.Module, Any, Tensor], None]:
-        def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def counter_of(layer: Weighted) -> Callable[[nn.Module, Any, Any], None]:
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
+            answer: Tensor = output[0] if isinstance(output, tuple) else output
             # positions at which the whole weight is applied: tokens of a Linear, output pixels of a convolution
-            positions = output.numel() // layer.weight.shape[0]
+            positions = answer.numel() // layer.weight.shape[0]
             by_weight[layer.name] = by_weight.get(layer.name, 0) + positions * layer.weight.numel()
 
         return count
 
+    # torch's attention module does not call its last layer, but multiplies with its weight
+    callers = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = [layer for layer in weighted(model) if isinstance(layer.weight, nn.Parameter)]
-    handles = [layer.module.register_forward_hook(counter_of(layer)) for layer in layers]
+    handles = [callers.get(id(layer.module), layer.module).register_forward_hook(counter_of(layer)) for layer in layers]
     # torch's counter knows every fused attention but the CPU's, and takes it for free
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -42,10 +45,15 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
         return int(sdpa_flop(query, key, value))
 
     counter = FlopCounterMode(display=False, custom_mapping={fused: attention})
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # of torch's transformer layers, which the counter takes for free too
     try:
         with torch.no_grad(), counter:
             adapter.predict(model, to_device(adapter.example_inputs(1), next(model.parameters()).device))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     return counter.get_total_flops() // 2, by_weight
