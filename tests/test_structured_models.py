@@ -15,7 +15,7 @@ import compressor
 from compressor import Adapter, CompressorError
 from compressor.plugins.structured import Structured
 from compressor.plugins.structured.graph import Channels, Refused
-from compressor.plugins.structured.groups import find_groups
+from compressor.plugins.structured.groups import find_groups, survey_groups
 from compressor.plugins.structured.removal import removal
 from compressor.sparsity.surgery import Surgery
 
@@ -221,6 +221,19 @@ class Unflat(nn.Module):
 
     def forward(self, x):
         return self.last(torch.relu(self.first(x)).view(len(x), -1, 2, 2))
+
+
+class SharedHeads(nn.Module):
+    """Two heads of keys and values serve four of queries; of such repetitions torch-pruning loses where channels came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.last = nn.Linear(8, 32), nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(32, 8)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (y[:, :, None].expand(-1, -1, 2, -1, -1).reshape(len(x), 4, -1, 8) for y in (k, v))
+        return self.last(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Transformer(nn.Module):
@@ -516,6 +529,11 @@ def test_what_cannot_be_pruned_rightly_is_left_alone_for_a_plain_reason(name):
     with pytest.raises(CompressorError, match=reason):
         find_groups(model, adapter, 1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_heads_that_share_keys_and_values_are_left_alone():
+    found = survey_groups(built(SharedHeads), example(TOKENS), 1)
+    assert not found.groups and "repeat them for several heads" in found.left["q"]
 
 
 def counted(channels: Channels) -> list[int]:
