@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from compressor import NM, Average, CompressorError, Estimator, Exact, Mask, Pruner, Shadow, StraightThrough
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SRSTE
+from compressor.plugins.ste import STE
+from compressor.plugins.structured import Structured
+from compressor.plugins.wanda import Wanda
 
 PATTERN = NM(2, 4)
 
@@ -293,6 +296,83 @@ BAD_ANSWERS = {
 def test_wrong_masks_are_refused_and_named(answer: Any, message: str, model: nn.Sequential) -> None:
     with pytest.raises(CompressorError, match=message):
         Shadow(weights_of(model), Answering(answer), adamw(model.parameters()))
+
+
+MISPLACED = {
+    "pairs": (lambda m: (m.named_parameters(), Renewing(), adamw(m.parameters())), "the weights are generator"),
+    "class": (lambda m: (weights_of(m), Magnitude, adamw(m.parameters())), "the pruner is the class Magnitude"),
+    "schedule": (lambda m: (weights_of(m), Renewing(), "adamw"), "the optimizer is str"),
+    "vector": (
+        lambda m: (dict(m.named_parameters()), Renewing(), adamw(m.parameters())),
+        r"0\.bias: 2:4 needs a weight",
+    ),
+    "narrow": (
+        lambda m: ({"a": m[2].weight}, Magnitude(NM(2, 5)), adamw(m.parameters())),
+        "a: 2:5 needs dim 1 divisible",
+    ),
+    "unprepared": (lambda m: (weights_of(m), Wanda(), adamw(m.parameters())), "Wanda has looked at nothing yet"),
+    "structure": (lambda m: (weights_of(m), Structured(), adamw(m.parameters())), "Structured removes structure"),
+    "half": (
+        lambda m: (weights_of(m.bfloat16()), STE(quantise="int8"), adamw(m.parameters())),
+        "quantise int8: 0.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), MISPLACED.values(), ids=MISPLACED)
+def test_what_a_shadow_cannot_keep_is_refused_and_leaves_the_optimizer_alone(
+    make: Any, message: str, model: nn.Sequential
+) -> None:
+    weights, pruner, optimizer = make(model)
+    with pytest.raises(CompressorError, match=message):
+        Shadow(weights, pruner, optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+        Shadow(weights_of(model), Renewing(), optimizer)
+
+
+def test_a_weight_that_is_no_number_any_more_is_named(model: nn.Sequential, samples: Tensor) -> None:
+    optimizer = adamw(model.parameters())
+    Shadow(weights_of(model), Renewing(), optimizer)
+    with pytest.raises(CompressorError, match=r"0\.weight holds NaN"):
+        fit(model, optimizer, samples * torch.nan)
+
+
+def test_a_step_that_calls_the_step_of_the_class_below_is_one_step(
+    samples: Tensor, tiny: Callable[..., nn.Sequential]
+) -> None:
+    """torch calls the hooks of both, where both classes were used."""
+
+    class Mine(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    found = []
+    for kind in (torch.optim.AdamW, Mine):
+        model = tiny()
+        optimizer = kind(model.parameters(), lr=0.03)
+        shadow = Shadow(weights_of(model), Renewing(SRSTE(decay=0.5)), optimizer)
+        for _ in range(4):
+            fit(model, optimizer, samples)
+        found.append(shadow.dense)
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+
+
+def test_a_failed_step_that_is_repeated_gets_the_estimators_gradient_once(samples: Tensor, tiny: Any) -> None:
+    found = []
+    for fails in (False, True):
+        model = tiny()
+        optimizer = adamw(model.parameters())
+        shadow = Shadow(weights_of(model), Renewing(SRSTE(decay=0.5)), optimizer)
+        F.mse_loss(model(samples), -samples).backward()
+        if fails:
+            failing = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step()
+            failing.remove()
+        optimizer.step()
+        found.append(shadow.dense)
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
 
 
 def set_data(model: nn.Module) -> None:

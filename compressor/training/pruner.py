@@ -131,10 +131,15 @@ class Pruner(ABC):
 
 def setting_names(cls: type[Pruner]) -> tuple[str, ...]:
     """The names of a method's settings: what its constructor takes, but for fields that `found` declares."""
-    fields: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = [p.name for p in inspect.signature(cls).parameters.values() if p.kind in kinds]
-    return tuple(n for n in parameters if n not in fields or fields[n].metadata.get(_MARK) != "found")
+    return tuple(name for name in parameters if name not in found_names(cls))
+
+
+def found_names(cls: type[Pruner]) -> tuple[str, ...]:
+    """The names of the fields that `found` declares."""
+    fields: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    return tuple(name for name, one in fields.items() if one.metadata.get(_MARK) == "found")
 
 
 def settings_of(pruner: Pruner) -> dict[str, Any]:

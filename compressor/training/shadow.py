@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from compressor.errors import CompressorError, UsageError
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
-from compressor.sparsity.pattern import Mask
-from compressor.training.pruner import Pruner
-from compressor.training.rounding import rounded, sparse
+from compressor.sparsity.pattern import Mask, Pattern
+from compressor.training.pruner import Pruner, found_names
+from compressor.training.rounding import check_quantise, rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
 
@@ -36,7 +36,8 @@ class Shadow:
     Where a step of the optimizer itself raises, the weights are dense until the next one, `restore` or `close`.
     Raises CompressorError at an optimizer step with a closure, with gradients that a scaler has not unscaled, and where a weight was
     written to, cast or moved since the last step, which that step would undo; UsageError for a weight that has a Shadow already or
-    two names, and where a mask of a weight that is cut needs the rows of other processes.
+    two names, for a method that has to be prepared and is not, and where a mask of a weight that is cut needs the rows of other
+    processes.
     """
 
     def __init__(
@@ -48,9 +49,13 @@ class Shadow:
         previous: Mapping[str, Mask] | None = None,
         outside: bool = False,
     ) -> None:
-        refuse_unlocal(pruner.pattern, weights)
         optimizer = _that_steps(optimizer)
+        _refuse_misplaced(weights, pruner, optimizer)
+        refuse_unlocal(pruner.pattern, weights)
         _refuse_shared(weights, optimizer)
+        check_quantise(pruner, {name: weight.dtype for name, weight in weights.items()})
+        if previous is None:
+            _refuse_unprepared(pruner)
         self.pruner = pruner
         self.progress = progress
         self.dense: dict[str, Tensor] = {
@@ -69,12 +74,13 @@ class Shadow:
             raise CompressorError(
                 f"{missing[0]} is pruned but not trained by the optimizer", "Give it all the targets."
             )
+        self._given: dict[str, tuple[Tensor, int]] = {}  # the estimator's gradients of this step
+        self._renew_masks()
+        self.flipped: dict[str, Tensor] = {name: torch.zeros_like(count) for name, count in self.flips.items()}
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
-        self._renew_masks()
-        self.flipped: dict[str, Tensor] = {name: torch.zeros_like(count) for name, count in self.flips.items()}
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:
@@ -134,8 +140,9 @@ class Shadow:
         estimator = self.pruner.estimator
         for name, weight in self._weights.items():
             mask, dense = self.masks.get(name), self.dense[name].to(weight.device)
-            if mask is not None and weight.grad is not None:
+            if mask is not None and weight.grad is not None and not self._is_given(name, weight.grad):
                 weight.grad = cut_like(estimator.gradient(local(weight.grad), dense, mask), weight)
+                self._given[name] = weight.grad, _version(weight.grad)
             if not self._lends(name):
                 local(weight.data).copy_(dense)
             elif weight.data_ptr() != dense.data_ptr():  # the same after a step that failed
@@ -143,6 +150,9 @@ class Shadow:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._stepping:
+            return  # called a second time in one step: see _is_given
+        self._given.clear()
         estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
         for name, weight in self._weights.items():
             lends, mask = self._lends(name), self.masks.get(name)
@@ -161,6 +171,11 @@ class Shadow:
         self._stepping = False
         for name, count in self.flips.items():
             self.flipped[name] += count
+
+    def _is_given(self, name: str, grad: Tensor) -> bool:
+        """Whether a gradient is what the estimator gave: where a step that failed is repeated as it was, or where the `step` of an
+        optimizer's class calls that of the class below, of which torch calls the hooks, too."""
+        return name in self._given and self._given[name][0] is grad and self._given[name][1] == _version(grad)
 
     def _refuse_changed(self) -> None:
         """Raise CompressorError where a weight is not as it was left: a step would undo that, and say nothing.
@@ -201,7 +216,11 @@ class Shadow:
     @torch.no_grad()
     def _renew_masks(self) -> None:
         before, there = self.masks, {name: self._there(name) for name in self._weights}
-        self.masks = checked_masks(self.pruner.masks(there, self.progress, dict(before)), there)
+        try:
+            masks = self.pruner.masks(there, self.progress, dict(before))
+        except CompressorError as error:
+            raise _named(error, self.pruner.pattern, there) from error
+        self.masks = checked_masks(masks, there)
         self._make_sparse(before)
 
     def _lends(self, name: str) -> bool:
@@ -230,9 +249,51 @@ class Shadow:
                 data.copy_(rounded(data, self.pruner))
 
 
+def _named(error: CompressorError, pattern: Pattern, weights: Mapping[str, Tensor]) -> CompressorError:
+    """What `pattern` says of a weight, with the weight's name; an `error` of another origin as it is."""
+    if error.message.startswith(f"{pattern}: "):
+        for name, weight in weights.items():
+            if reason := pattern.misfit(tuple(weight.shape)):
+                hint = "Leave it out: compressor.choose_layers lists the layers that the pattern fits."
+                return CompressorError(f"{name}: {pattern} {reason}", hint)
+            if bool(weight.isnan().any()):
+                return CompressorError(f"{name} holds NaN", "Leave out steps whose loss or gradient is not finite.")
+    return error
+
+
+def _refuse_misplaced(weights: Any, pruner: Any, optimizer: Any) -> None:
+    """Raise UsageError for what is no weights by name, no pruner or no optimizer of torch."""
+    if not isinstance(weights, Mapping):
+        how = "Give them by name: {name: p for name, p in model.named_parameters() if p.dim() > 1}."
+        raise UsageError(f"the weights are {type(weights).__name__}", how)
+    if not isinstance(pruner, Pruner):
+        found = f"the class {pruner.__name__}" if isinstance(pruner, type) else type(pruner).__name__
+        raise UsageError(f"the pruner is {found}", "Give an instance of a compressor.Pruner.")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise UsageError(f"the optimizer is {type(optimizer).__name__}", "Give one of torch.optim, or accelerate's.")
+
+
+def _refuse_unprepared(pruner: Pruner) -> None:
+    """Raise UsageError for a method that has found nothing yet of what its `prepare` finds, and for one that removes structure."""
+    name, names = type(pruner).__name__, found_names(type(pruner))
+    if pruner.surgery is not None or "surgery" in names:
+        raise UsageError(f"{name} removes structure, and a Shadow does not", "Use compressor.prune.")
+    held = [getattr(pruner, one) for one in names]
+    if names and all(one is None or (isinstance(one, Mapping) and not one) for one in held):
+        raise UsageError(
+            f"{name} has looked at nothing yet, and a Shadow does not call its prepare()",
+            "Train the result of compressor.prune(..., steps=0) with Magnitude(), or give pruner.prepare(model, adapter, batches).",
+        )
+
+
 def _mark(weight: Tensor) -> tuple[int, int]:
     """What changes where others write to `weight` or give it other memory."""
-    return 0 if weight.is_inference() else weight._version, local(weight.data).data_ptr()
+    return _version(weight), local(weight.data).data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes where `tensor` is written to, other than by its `data`."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _refuse_shared(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
