@@ -19,6 +19,7 @@ from compressor.lower import Unit
 from compressor.lower.units import pattern_of
 from compressor.lower.vnm import VNM, kernels
 from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.codes import fake_quantised
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,6 +91,36 @@ def test_zeros_among_the_kept_break_nothing() -> None:
         weight[row, column] = 0
     Clustered(2, 4, 4).verify(weight)
     Clustered(2, 4, 4).verify(torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize("v", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(64, 64), (32, 16, 3, 3)])
+@pytest.mark.parametrize("zeros", ["rounded", "anywhere", "columns", "rows"])
+def test_rows_that_share_a_choice_are_found_though_some_of_what_they_keep_is_zero(
+    v: int, shape: tuple[int, ...], zeros: str
+) -> None:
+    """As 8 bits make of small weights, and calibration of inputs that are never used: such models are saved, loaded and lowered."""
+    pattern, weight = Clustered(2, 4, v), normal(*shape)
+    weight = pattern.mask(weight.abs()).apply(weight)
+    if zeros == "rounded":
+        weight = fake_quantised(weight)
+    elif zeros == "anywhere":
+        weight *= torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.05
+    else:
+        (weight if zeros == "rows" else weight.transpose(0, 1))[::3] = 0
+    assert int(weight.count_nonzero()) < weight.numel() // 2
+    pattern.verify(weight)
+    order = pattern.order(weight)
+    assert sorted(order.tolist()) == list(range(len(weight)))
+    pattern.neighbours.verify(weight[order])
+
+
+def test_rows_that_share_nothing_are_told_at_once() -> None:
+    weight = NM(2, 4).mask(normal(64, 64).abs()).apply(normal(64, 64))
+    weight[:, 5] = 0
+    assert Clustered(2, 4, 2).violations(weight != 0) > 0 and sorted(Clustered(2, 4, 2).order(weight).tolist()) == [
+        *range(64)
+    ]
 
 
 def test_rows_stay_together_from_step_to_step() -> None:

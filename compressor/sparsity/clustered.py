@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from compressor.errors import UsageError
 from compressor.sparsity.pattern import NM, Mask, Pattern
+
+_AT_ONCE = 64
+"""Rows that are compared with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +77,60 @@ class Clustered(Pattern):
     def order(self, keep: Tensor) -> Tensor:
         """Row numbers (out,) in which rows that share a choice follow each other, `v` at a time. `keep` is bool, or a weight.
 
-        A row that happens to have a zero where its group keeps joins a group that has room for it.
+        Rows of a weight that have zeros where their group keeps join the rows that they have most in common with.
         """
-        support = (keep != 0).flatten(1)
-        full = self.n * (support.shape[1] // self.m)
+        support = (keep != 0).cpu()
+        flat = support.flatten(1)
+        full = self.n * (flat.shape[1] // self.m)
         groups: dict[bytes, list[int]] = {}
         odd: list[int] = []  # also every row of a weight that is all zeros
-        for row, (bits, count) in enumerate(zip(support.cpu().numpy(), support.sum(1).tolist(), strict=True)):
+        for row, (bits, count) in enumerate(zip(flat.numpy(), flat.sum(1).tolist(), strict=True)):
             if count == full:
                 groups.setdefault(bits.tobytes(), []).append(row)
             else:
                 odd.append(row)
-        open_groups = [rows for rows in groups.values() if len(rows) % self.v]
-        loose = groups.setdefault(b"", [])
-        taken = support[[rows[0] for rows in open_groups]]
-        for row in odd:
-            fits = (~(support[row] & ~taken).any(1)).nonzero().flatten().tolist()
-            place = next((one for one in fits if len(open_groups[one]) % self.v), None)
-            (loose if place is None else open_groups[place]).append(row)
-        return torch.tensor([row for rows in groups.values() for row in rows], device=keep.device)
+        order, loose = [], odd
+        for rows in groups.values():
+            alone = len(rows) % self.v
+            order += rows[: len(rows) - alone]
+            loose = loose + rows[len(rows) - alone :]
+        order += self._met(support, sorted(loose)) if odd else loose
+        return torch.tensor(order, device=keep.device)
+
+    def _met(self, support: Tensor, rows: list[int]) -> list[int]:
+        """`rows` of `support` (out, in, *kernel) in an order in which those that can share a choice follow each other.
+
+        The row with most entries is joined by those that have most in common with it and can share; then the next of those left.
+        Where one finds too few, the rest follows as it is: then rows share no choice, or too little is left of them to see it.
+        """
+        some = support[rows]
+        numbers = some.flatten(1).float()
+        left = torch.ones(len(rows), dtype=torch.bool)
+        first = numbers.sum(1).argsort(descending=True, stable=True)
+        order: list[int] = []
+        for seeds in torch.split(first, _AT_ONCE):
+            for seed, likeness in zip(seeds.tolist(), numbers[seeds] @ numbers.t(), strict=True):
+                if not left[seed]:
+                    continue
+                shared = some[seed].clone()
+                for number in range(self.v):
+                    row = seed if number == 0 else self._next(some, shared, likeness.masked_fill(~left, -1.0))
+                    if row is None:
+                        return [rows[i] for i in (*order, *left.nonzero().flatten().tolist())]
+                    shared |= some[row]
+                    left[row] = False
+                    order.append(row)
+        return [rows[i] for i in order]
+
+    def _next(self, support: Tensor, shared: Tensor, likeness: Tensor) -> int | None:
+        """The row of most `likeness`, none below 0, that can share its choice with the entries `shared` (in, *kernel)."""
+        ranked = likeness.argsort(descending=True, stable=True)[: int((likeness >= 0).sum())]
+        for some in (ranked[:_AT_ONCE], ranked[_AT_ONCE:]):  # nearly always one of the first
+            lanes = rearrange(support[some] | shared, "o (i m) ... -> m o (i ...)", m=self.m)
+            fits = (lanes.sum(0) <= self.n).all(1).nonzero().flatten()
+            if len(fits):
+                return int(some[fits[0]])
+        return None
 
     def _chosen(self, score: Tensor, order: Tensor) -> Tensor:
         keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
