@@ -18,6 +18,7 @@ from compressor.errors import UsageError
 from compressor.lower import Unit
 from compressor.lower.units import pattern_of
 from compressor.lower.vnm import VNM, kernels
+from compressor.plugins.sparsedm import SparseDM
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.codes import fake_quantised
 
@@ -132,6 +133,15 @@ def test_rows_stay_together_from_step_to_step() -> None:
     pattern.neighbours.verify(second["w"].keep[order])
     other = pattern.masks({"w": normal(32, 16).abs()}, {"w": NM(2, 4).mask(normal(32, 16).abs())})
     assert torch.equal(other["w"].keep, first["w"].keep)
+
+
+def test_rows_of_a_progressive_schedule_stay_together_once_they_have_met() -> None:
+    pattern = Clustered(2, 4, 4)
+    pruner = SparseDM(pattern, progressive=True)
+    first = pruner.masks({"w": normal(32, 16)}, 0.99, {"w": NM(3, 4).mask(normal(32, 16))})
+    second = pruner.masks({"w": normal(32, 16, seed=1)}, 1.0, first)
+    assert not torch.equal(first["w"].keep, second["w"].keep)
+    pattern.neighbours.verify(second["w"].keep[pattern.order(first["w"].keep)])
 
 
 @pytest.mark.parametrize("v", [2, 4, 8])

@@ -96,7 +96,11 @@ class SparseDM(Pruner):
             return previous
         if not self.progressive:
             return self.pattern.magnitude_masks(weights, previous)
-        return {name: self._stage(weight, progress).mask(weight.abs()) for name, weight in weights.items()}
+        stages = {name: self._stage(weight, progress) for name, weight in weights.items()}
+        found: dict[str, Mask] = {}
+        for stage in dict.fromkeys(stages.values()):
+            found |= stage.magnitude_masks({n: w for n, w in weights.items() if stages[n] == stage}, previous)
+        return {name: found[name] for name in weights}
 
     def _stage(self, weight: Tensor, progress: float) -> Pattern:
         """The pattern of the schedule in force for `weight` at `progress`."""
