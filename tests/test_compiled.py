@@ -14,6 +14,7 @@ from torch import nn
 import compressor
 from compressor import CompressorError, discovery, saving
 from compressor.lower import Backend, dense_operators
+from compressor.lower.dense import PrepackedLinear
 from compressor.lower.graphs import Graphed
 from compressor.lower.units import find_units, put
 from compressor.plugins.magnitude import Magnitude
@@ -194,3 +195,89 @@ def test_a_packed_weight_goes_when_its_last_module_does():
     del second
     gc.collect()
     assert number not in dense_operators._held
+
+
+@pytest.fixture
+def packed_model():
+    """Convolutions, a pair and Linears with their weights packed by oneDNN, the dense model, and what both are called with."""
+    backend = discovery.made("backends", "onednn", Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, x = Mixture("2:4").eval(), torch.randn(2, 16, 8, 8)
+    return with_backend(model, backend, x)[0], model, x
+
+
+@torch.no_grad()
+def test_packed_weights_go_with_what_is_exported(packed_model):
+    form, model, x = packed_model
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(form, (x,), dynamic_shapes=({0: batch},))
+    assert (
+        "packed" not in exported.graph_module.code
+    )  # by their numbers another process would find other weights, or none
+    torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
+    strict = torch.export.export(form, (x,), strict=True)
+    torch.testing.assert_close(strict.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_weights_are_pickled(packed_model, tmp_path, monkeypatch):
+    form, _, x = packed_model
+    torch.save(form, tmp_path / "lowered.pt")
+    monkeypatch.setattr(dense_operators, "_held", {})  # as in another process
+    again = torch.load(tmp_path / "lowered.pt", weights_only=False)
+    assert again.out.packed is not form.out.packed and again.out.number == form.out.number
+    assert torch.equal(again(x), form(x))
+    del dense_operators._held[again.out.number]
+    with pytest.raises(CompressorError, match="needs a packed weight that this process does not have"):
+        torch.ops.compressor.packed_linear(x, None, again.out.number, "none", "")
+
+
+def test_what_is_compiled_for_a_packed_weight_is_known_by_its_numbers(packed_model):
+    first, like, other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 16, bias=False)
+    like.load_state_dict(first.state_dict())
+    made = [PrepackedLinear(layer, 4) for layer in (first, like, other)]
+    made.append(PrepackedLinear(first, 1024))
+    assert made[0].packed is made[1].packed
+    assert len({one.number for one in made}) == 3  # torch keeps on disk what it compiled, by these
+
+
+@torch.no_grad()
+def test_packed_layers_take_what_autocast_makes(packed_model):
+    form, model, x = packed_model
+    half = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = form(half)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), model(x), rtol=0.1, atol=0.1)
+    with pytest.raises(CompressorError, match=r"got torch\.float64; it takes float32 or bfloat16"):
+        form(x.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-dense", "vnm-int8"])
+def test_lowered_convolutions_take_an_image_without_a_batch(name):
+    backend = discovery.made("backends", name, Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    conv.weight.copy_(parse("4:2:4").mask(conv.weight.detach().abs()).apply(conv.weight.detach()))
+    form, _ = with_backend(conv, backend, torch.randn(2, 8, 8, 6))
+    x = torch.randn(8, 8, 6)  # as many rows as channels
+    assert form(x).shape == (8, 8, 6) and float((form(x) - conv(x)).norm() / conv(x).norm()) < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-int8"])
+def test_lowered_layers_are_exported_for_any_batch(name):
+    backend = discovery.made("backends", name, Backend)
+    if reason := backend.unavailable(torch.device("cpu")):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 8, 8)
+    form, _ = with_backend(Mixture("4:2:4").eval(), backend, x)
+    exported = torch.export.export(form, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for one in (x, torch.randn(5, 16, 8, 8)):
+        torch.testing.assert_close(exported.module()(one), form(one))

@@ -268,12 +268,31 @@ def test_copies_have_plans_of_their_own(bindings):
     assert torch.equal(other(x), before)
 
 
+def test_what_is_exported_or_pickled_runs_where_its_plans_are_not(bindings, monkeypatch, tmp_path):
+    pair = nn.Sequential(sparse_(nn.Linear(64, 128)), nn.GELU("tanh"), sparse_(nn.Linear(128, 64))).to(BF16)
+    lowered: Any = CuSparseLtDirect().build(unit(pair, (8, 64)))
+    x = normal(8, 64, dtype=BF16)
+    with torch.no_grad():
+        wanted = lowered(x)
+        torch.save(lowered, tmp_path / "lowered.pt")
+        assert error(torch.load(tmp_path / "lowered.pt", weights_only=False)(x), wanted.double()) < 1e-2
+        exported = torch.export.export(lowered, (x,)).module()
+        numbers = [one.packed.plans.number for one in lowered]
+        for others in (
+            {},
+            dict(zip(numbers, [cusparselt_direct.Plans(), cusparselt_direct.Plans("none")], strict=True)),
+        ):
+            monkeypatch.setattr(cusparselt_direct, "_held", others)  # those of another process
+            assert error(exported(x), wanted.double()) < 1e-2
+
+
 @pytest.mark.slow
 def test_it_works_under_compile_and_export(bindings):
     pair = nn.Sequential(sparse_(nn.Linear(64, 128)), nn.GELU(), sparse_(nn.Linear(128, 64))).to(BF16)
     lowered: Any = CuSparseLtDirect().build(unit(pair, (8, 64)))
     weight = lowered[1].packed
-    arguments = (normal(8, 128, dtype=BF16), weight.packed, weight.bias, 64, [3, -1, -1, 1], weight.plans.number)
+    plans = weight.plans
+    arguments = (normal(8, 128, dtype=BF16), weight.packed, weight.bias, 64, [3, -1, -1, 1], plans.number, plans.gelu)
     torch.library.opcheck(torch.ops.compressor.cslt_planned, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled: Any = torch.compile(lowered, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (8, 5, 24):

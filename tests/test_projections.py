@@ -328,6 +328,18 @@ def test_a_tensor_that_was_written_to_since_is_multiplied_anew() -> None:
     torch.testing.assert_close(made[1](x), layers[1](x))
 
 
+def test_parts_are_exported_for_any_number_of_rows() -> None:
+    layers, made = parts(8, 16)
+
+    class Both(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([part(x) for part in made], -1)
+
+    exported = torch.export.export(Both(), (X,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for x in (X, torch.randn(len(X) + 3, *X.shape[1:])):
+        torch.testing.assert_close(exported(x), torch.cat([layer(x) for layer in layers], -1))
+
+
 def test_a_copy_between_two_parts_has_nothing_of_the_first() -> None:
     layers, made = parts(8, 16)
     with torch.enable_grad():

@@ -101,6 +101,12 @@ class Backend(ABC):
         change: weights are packed now. Its buffers are on `unit.device`. Other input shapes than the example's work too."""
 
 
+def exporting() -> bool:
+    """Whether torch.export traces what is called: what comes of it may run elsewhere."""
+    # not is_exporting(), which is True in all that torch 2.10 compiles
+    return torch.compiler.is_compiling() and bool(getattr(torch.compiler, "_is_exporting_flag", True))
+
+
 def refuse_gradients(x: Tensor) -> None:
     """Raise CompressorError where a gradient is wanted of `x`: lowered layers have none, and torch would go on without."""
     if torch.is_grad_enabled() and x.requires_grad:

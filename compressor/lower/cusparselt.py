@@ -109,8 +109,9 @@ class Packed(nn.Module):
         algorithm = self.tuned.algorithm if padded.shape[0] == self.tokens else self.tuned.otherwise
         given = (padded, self.packed, self.bias, self.out, algorithm.numbers)
         operators: Any = torch.ops.compressor
+        plans = self.plans
         out: Tensor = (
-            operators.cslt_linear(*given) if self.plans is None else operators.cslt_planned(*given, self.plans.number)
+            operators.cslt_linear(*given) if plans is None else operators.cslt_planned(*given, plans.number, plans.gelu)
         )
         return out[:tokens]
 

@@ -212,8 +212,8 @@ class Plans:
         self.kept: OrderedDict[tuple[Any, ...], Planned] = OrderedDict()
         _held[self.number] = self
 
-    def __deepcopy__(self, memo: Any) -> Plans:
-        return Plans(self.gelu)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plans, (self.gelu,)
 
     def of(self, x: Tensor, out: int, bias: Tensor | None, algorithm: Algorithm) -> Planned:
         """The plan for x (tokens, inner). Raises what the bindings raise where the library does not take it."""
@@ -241,25 +241,32 @@ _held: WeakValueDictionary[int, Plans] = WeakValueDictionary()
 
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define("cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, int plans) -> Tensor")
+_library.define(
+    "cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, int plans, str? gelu) -> Tensor"
+)
 
 
-def _planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int) -> Tensor:
+def _planned(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int, gelu: str | None
+) -> Tensor:
     if not x.shape[0]:
-        return _fake_planned(x, packed, bias, out, algorithm, plans)
+        return _fake_planned(x, packed, bias, out, algorithm, plans, gelu)
     alg_id, split_k, mode, transposed = algorithm
     how = Algorithm(alg_id, split_k, mode, bool(transposed))
     x = x.contiguous()
-    its = _held[plans]
-    try:
-        plan = its.of(x, out, bias, how)
-    except bindings().cuSPARSELtError:  # for another number of tokens than was planned when the model was lowered
-        result = multiply(packed.view(x.dtype), x, bias, how)
-        return result if its.gelu is None else F.gelu(result, approximate=its.gelu)
-    return plan(x, packed)
+    its, plan = _held.get(plans), None
+    if its is not None and its.gelu == gelu:  # what was exported may run where those of its number are others, or none
+        with suppress(bindings().cuSPARSELtError):  # for another number of tokens than when the model was lowered
+            plan = its.of(x, out, bias, how)
+    if plan is not None:
+        return plan(x, packed)
+    result = multiply(packed.view(x.dtype), x, bias, how)
+    return result if gelu is None else F.gelu(result, approximate=gelu)
 
 
-def _fake_planned(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int) -> Tensor:
+def _fake_planned(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int, gelu: str | None
+) -> Tensor:
     return x.new_empty((x.shape[0], out))
 
 

@@ -10,11 +10,14 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Kind, Unit, refuse_gradients
-from compressor.lower.dense_operators import PackedWeight
+from compressor.lower.backend import Backend, Kind, Unit, exporting, refuse_gradients
+from compressor.lower.dense_operators import PackedWeight, packed
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Eager(Backend):
@@ -48,7 +51,7 @@ class OneDNN(Backend):
     def refusal(self, unit: Unit) -> str | None:
         if unit.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return "oneDNN has no bfloat16 on this processor"
-        if unit.dtype not in (torch.float32, torch.bfloat16):
+        if unit.dtype not in _DTYPES:
             return f"oneDNN takes float32 and bfloat16 here, not {unit.dtype}"
         for layer in unit.layers:
             if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
@@ -137,8 +140,8 @@ class PrepackedLinear(_Immutable):
     def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, epilogue: str = "none") -> None:
         super().__init__()
         # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
-        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().clone(), tokens)
-        self.packed, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
+        self.packed = packed(layer.weight, (tokens,))
+        self.number = self.packed.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
         self.attribute, self.algorithm = {
             "none": ("none", ""),
@@ -148,12 +151,17 @@ class PrepackedLinear(_Immutable):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
+        if x.dtype != self.packed.dtype:
+            return self.forward(_cast(x, self.packed.dtype)).to(x.dtype)
         attribute, algorithm = self.attribute, self.algorithm
+        if exporting():
+            out = F.linear(x, self.packed.plain(), self.bias)
+            return F.gelu(out, approximate=algorithm) if attribute == "gelu" else out
         if torch.compiler.is_compiling():
             known: Tensor = torch.ops.compressor.packed_linear(x, self.bias, self.number, attribute, algorithm)
             return known
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, self.bias, attribute, [], algorithm)
-        return out
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, self.bias, attribute, [], algorithm)
+        return made
 
 
 class PrepackedConv(_Immutable):
@@ -163,17 +171,32 @@ class PrepackedConv(_Immutable):
         super().__init__()
         padding, stride, dilation = (list(map(int, pair)) for pair in (layer.padding, layer.stride, layer.dilation))
         self.where = (padding, stride, dilation, layer.groups)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            layer.weight.detach().clone(), padding, stride, dilation, layer.groups, list(input_shape)
-        )
-        self.packed, self.number = (held := PackedWeight(packed, layer.weight.shape)), held.number
+        self.packed = packed(layer.weight, (*self.where, list(input_shape)))
+        self.number = self.packed.number
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
+        if x.dtype != self.packed.dtype:
+            return self.forward(_cast(x, self.packed.dtype)).to(x.dtype)
+        if x.dim() == 3:  # an image without a batch
+            return self.forward(x[None])[0]
+        if exporting():
+            padding, stride, dilation, groups = self.where
+            return F.conv2d(x, self.packed.plain(), self.bias, stride, padding, dilation, groups)
         if torch.compiler.is_compiling():
             known: Tensor = torch.ops.compressor.packed_conv(x, self.bias, self.number, *self.where)
             return known
         weight = self.packed.tensor
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.where, "none", [], "")
         return out
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, which came in another dtype than the layer's, as autocast makes it, in that."""
+    if x.dtype not in _DTYPES:
+        raise CompressorError(
+            f"a lowered layer got {x.dtype}; it takes float32 or bfloat16",
+            "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
+        )
+    return x.to(dtype)

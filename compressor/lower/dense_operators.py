@@ -6,13 +6,16 @@ weights are found by that for as long as a module holds them. Only compiled mode
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from compressor.errors import CompressorError
 
 _torch_library: Any = torch.library  # it has no annotations
 _library = _torch_library.Library("compressor", "FRAGMENT")
@@ -20,27 +23,61 @@ _library.define("packed_linear(Tensor x, Tensor? bias, int weight, str attribute
 _library.define(
     "packed_conv(Tensor x, Tensor? bias, int weight, int[] padding, int[] stride, int[] dilation, int groups) -> Tensor"
 )
-_numbers = count()
 
 
 class PackedWeight:
-    """A weight (out, in, *kernel) as oneDNN has packed it, with its plain `shape`, and the number that operators know it by."""
+    """A weight (out, in, *kernel) as oneDNN has packed it, `how`: for about so many rows, or for a convolution's padding, stride,
+    dilation, groups and input shape. Operators know it by its `number`."""
 
-    def __init__(self, tensor: Tensor, shape: Sequence[int]) -> None:
-        self.tensor, self.shape, self.number = tensor, tuple(shape), next(_numbers)
-        _held[self.number] = self
+    def __init__(self, weight: Tensor, how: tuple[Any, ...], number: int) -> None:
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        if len(how) > 1:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+        self.tensor = pack(weight.clone(), *how)
+        self.shape, self.dtype, self.how, self.number = tuple(weight.shape), weight.dtype, how, number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return packed, (self.plain(), self.how)
+
+    @torch.compiler.assume_constant_result
+    def plain(self) -> Tensor:
+        """The weight as it was: a tensor of its own."""
+        with _disable_current_modes():
+            return self.tensor.to_dense(self.dtype)
 
 
 _held: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
 
 
+def packed(weight: Tensor, how: tuple[Any, ...]) -> PackedWeight:
+    """`weight`, packed; one and the same where this process has such a one.
+
+    Its number is of what it holds: what torch has compiled for one weight, and kept on disk, is never run with another.
+    """
+    weight = weight.detach().contiguous()
+    digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)} {how}".encode(), digest_size=7)
+    digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    number = int.from_bytes(digest.digest())
+    return _held.get(number) or _held.setdefault(number, PackedWeight(weight, how, number))
+
+
+def _weight(number: int) -> PackedWeight:
+    try:
+        return _held[number]
+    except KeyError as error:
+        raise CompressorError(
+            "what was compiled needs a packed weight that this process does not have",
+            "Compile the lowered model here, where it was lowered or read.",
+        ) from error
+
+
 def _linear(x: Tensor, bias: Tensor | None, weight: int, attribute: str, algorithm: str) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, _held[weight].tensor, bias, attribute, [], algorithm)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, _weight(weight).tensor, bias, attribute, [], algorithm)
     return out.contiguous()
 
 
 def _fake_linear(x: Tensor, bias: Tensor | None, weight: int, attribute: str, algorithm: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _held[weight].shape[0]))
+    return x.new_empty((*x.shape[:-1], _weight(weight).shape[0]))
 
 
 def _conv(
@@ -53,7 +90,7 @@ def _conv(
     groups: int,
 ) -> Tensor:
     where = (list(padding), list(stride), list(dilation), groups)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, _held[weight].tensor, bias, *where, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, _weight(weight).tensor, bias, *where, "none", [], "")
     return out.contiguous()
 
 
@@ -66,7 +103,7 @@ def _fake_conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    out, _, *kernel = _held[weight].shape
+    out, _, *kernel = _weight(weight).shape
     sides = zip(x.shape[-len(kernel) :], kernel, padding, stride, dilation, strict=True)
     after = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, p, s, d in sides]
     return x.new_empty((*x.shape[: -len(kernel) - 1], out, *after))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compressor.lower.backend import exporting
+
 
 class _Shared(NamedTuple):
     """A tensor, how often it had been written to, and the Linears (by id) that were called on it."""
@@ -108,7 +110,7 @@ class FusedProjections(nn.Module):
             parts, in_order = made[2], True
         else:
             parts, in_order = self.product(x).split(self.sizes, -1), place == 0
-            if x.shape[:-1] != self.rows:
+            if exporting() or x.shape[:-1] != self.rows:  # what is exported takes any shape
                 parts = tuple(part.contiguous() for part in parts)
         self._made = (x, how, parts, place + 1) if in_order and place + 1 < len(parts) else None
         return parts[place]

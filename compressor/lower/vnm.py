@@ -73,8 +73,8 @@ class VNMPair(nn.Module):
 
 
 class VNMConv(nn.Module):
-    """x (batch, in, height, width) -> (batch, out, height', width'), as Conv2d has them; `padding` None: half of the kernel's side,
-    so that an odd one with a stride of 1 keeps the size."""
+    """x ([batch,] in, height, width) -> ([batch,] out, height', width'), as Conv2d has them; `padding` None: half of the
+    kernel's side, so that an odd one with a stride of 1 keeps the size."""
 
     def __init__(self, weight: KernelWeight, side: int, stride: int = 1, padding: int | None = None) -> None:
         super().__init__()
@@ -82,6 +82,8 @@ class VNMConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
+        if x.dim() == 3:  # an image without a batch
+            return self.forward(x[None])[0]
         w = self.packed
         largest = None
         # `in`: torch 2.10 compiles no comparison of an enum's names by `>=`

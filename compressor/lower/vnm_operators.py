@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.lower.backend import exporting
 from compressor.lower.vnm_kernels import kernels, served
 from compressor.lower.vnm_weight import Lanes, Layout
 
@@ -38,10 +39,7 @@ _SERVED = served()
 def direct() -> bool:
     """Whether to call the operators that the extension itself gives to torch: in what torch compiles. Where they are not, and in what
     is run line by line, or exported to run elsewhere, those in Python do the same, and say more of what is wrong."""
-    if not _SERVED or not torch.compiler.is_compiling():
-        return False
-    # not is_exporting(), which is True in all that torch 2.10 compiles
-    return not getattr(torch.compiler, "_is_exporting_flag", True)
+    return _SERVED and torch.compiler.is_compiling() and not exporting()
 
 
 HALF = {torch.float32: 0, torch.bfloat16: 1}
@@ -202,7 +200,7 @@ def _image(x: Tensor, channels: int, side: int, stride: int, padding: int) -> Te
             f"its kernel of {side} x {side} with stride {stride} does not fit"
         )
     sizes = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
-    return x.new_empty((len(x), channels, *sizes))
+    return x.new_empty((x.shape[0], channels, *sizes))  # not len(): no tracer follows it
 
 
 def _conv(
