@@ -327,8 +327,8 @@ def cast_(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
         if not value.is_meta and not bool(new.isfinite().all()) and bool(value.isfinite().all()):
             largest = float(value.detach().abs().max())
             raise CompressorError(
-                f"{name}: {largest:.6g} is too large for {dtype}, the dtype that it came in",
-                "Load the model in bfloat16 or float32 (model.bfloat16()) and prune it again.",
+                f"{name}: {largest:.6g} is too large for {dtype}",
+                "bfloat16 and float32 hold it: load, prune or lower the model in one of them.",
             )
         value.grad = None
         value.data = new

@@ -415,6 +415,29 @@ def test_another_precision_takes_and_gives_the_first(net: nn.Module) -> None:
     assert next(net.parameters()).dtype == torch.float32
 
 
+class Turned(nn.Module):
+    """Turns pairs of channels by complex numbers in a buffer, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+        self.register_buffer("turns", torch.polar(torch.ones(4, 8), torch.arange(32.0).view(4, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.proj(x).float().unflatten(-1, (8, 2)))
+        return torch.view_as_real(pairs * self.turns).flatten(-2).to(x.dtype)
+
+
+@torch.no_grad()
+def test_another_precision_keeps_complex_numbers_and_refuses_what_it_cannot_hold() -> None:
+    model = Turned()
+    result = compressor.lower(model, X, ["eager"], dtype=torch.bfloat16, cache=False)
+    assert torch.allclose(result.model(X), model(X), atol=0.05)
+    model.proj.weight[0, 0] = 1e6
+    with pytest.raises(CompressorError, match=r"proj\.weight: 1e\+06 is too large for torch\.float16"):
+        compressor.lower(model, X, ["eager"], dtype=torch.float16, cache=False)
+
+
 def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(net: nn.Module) -> None:
     for example in (X, (X, 2.0), {"x": X, "scale": 2.0}):
         plan = compressor.lower(net, example, ["eager"], cache=False).plan

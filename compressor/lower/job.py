@@ -21,6 +21,7 @@ from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
 from compressor.lower.units import Found, LeftOut, find_units, is_unit
+from compressor.weights import cast_, dtypes_of
 
 SEED = 0
 """Of the random data that layers and models are timed on."""
@@ -197,7 +198,9 @@ def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     def cast_output(module: nn.Module, args: Any, output: Any) -> Any:
         return tree_map_only(Tensor, lambda t: cast(t, before), output)
 
-    base.to(dtype)
+    cast_(
+        base, dict.fromkeys(dtypes_of(base), dtype)
+    )  # not to(dtype), which would take the imaginary parts from complex tensors
     base.register_forward_pre_hook(cast_inputs, with_kwargs=True)
     base.register_forward_hook(cast_output)
     return base
