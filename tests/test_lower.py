@@ -244,6 +244,25 @@ def test_a_lowered_layer_answers_what_a_model_asks_of_its_weight(backend: str) -
         assert torch.allclose(compiled(x), made(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["onednn", "vnm", "vnm-int8"])
+@pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
+@torch.no_grad()
+def test_encoders_of_torch_call_their_lowered_layers(backend: str) -> None:
+    """Without gradients nn.TransformerEncoderLayer hands its weights to a kernel of torch's, where they are tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
+    model = sparsify(nn.TransformerEncoder(layer, 2), NM(2, 4, 4)).eval()
+    x = torch.randn(2, 5, 16)
+    made: Any = copy.deepcopy(model)
+    for one in find_units(model, lambda: model(x))[0]:
+        if one.weights:
+            put(made, one.at, registry.backend(backend).build(one.unit))
+    assert type(made.layers[1].linear2).__name__.startswith(("Prepacked", "VNM"))
+    assert float((made(x) - model(x)).norm() / model(x).norm()) < 0.02
+    with pytest.raises(CompressorError, match="linear of a lowered layer's weight"):
+        F.linear(torch.randn(1, 16), made.layers[0].linear1.weight)
+
+
 # --- What is chosen. ---
 
 

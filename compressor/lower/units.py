@@ -320,11 +320,19 @@ def _hooked(watch: _Watch, modules: list[nn.Module], all_modules: list[nn.Module
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """What a model may ask of the `weight` of a layer that was lowered, as some cast their inputs to its dtype."""
+    """What a model may ask of the `weight` or the `bias` of a layer that was lowered, as some cast their inputs to its dtype."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Without its numbers. That it has this keeps nn.TransformerEncoderLayer from computing with its layers' weights itself."""
+        raise CompressorError(
+            f"{getattr(func, '__name__', func)} of a lowered layer's weight: a kernel has packed it",
+            "Call the layer instead, or leave it dense; the model that was lowered has the weight.",
+        )
 
 
 _ASKED = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
@@ -332,15 +340,16 @@ _ASKED = ("in_features", "out_features", "in_channels", "out_channels", "kernel_
 
 def _answer(module: nn.Module, dense: nn.Module) -> None:
     """Let `module` answer as the layer `dense` does, in whose place it comes."""
-    weight = getattr(dense, "weight", None)
-    if isinstance(weight, Tensor):
-        weight = HeldWeight(weight.shape, weight.dtype, weight.device)
     first = next(dense.parameters(), None)
     # some look for the dtype of the first one that there is
     if first is not None and next(module.parameters(), None) is None:
         module.register_parameter("held", nn.Parameter(first.new_empty(0), requires_grad=False))
-    if isinstance(weight, HeldWeight) and not hasattr(module, "weight"):
-        setattr(module, "weight", weight)  # noqa: B010 - no tensor
+    for name in ("weight", "bias"):
+        held = getattr(dense, name, None)
+        if isinstance(held, Tensor):
+            held = HeldWeight(held.shape, held.dtype, held.device)
+        if hasattr(dense, name) and not hasattr(module, name):
+            setattr(module, name, held)
     for name in _ASKED:
         if hasattr(dense, name) and not hasattr(module, name):
             setattr(module, name, getattr(dense, name))
