@@ -291,6 +291,37 @@ def test_damaged_pictures_are_left_out_with_their_captions(folders, photos, tmp_
         read_captioned(tmp_path).images((3, 16, 16), 0, False, 64)
 
 
+def test_latents_are_known_by_what_they_were_computed_from(photos, monkeypatch):
+    pictures = compressor.read_data(photos, (3, 32, 32))
+    torch.manual_seed(0)
+    vae = tiny_pipelines._vae()
+    made = Autoencoder(vae).encoded(pictures)
+    own = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, images: own(self, images) * (1 + 1e-6))  # another machine
+    again = Autoencoder(vae).encoded(pictures)
+    assert not torch.equal(again.pixels, made.pixels) and again.sha256 == made.sha256
+    vae.config["scaling_factor"] = 0.5
+    others = [Autoencoder(vae).encoded(pictures), Autoencoder(tiny_pipelines._vae()).encoded(pictures)]
+    others.append(Autoencoder(vae).encoded(compressor.read_data(photos, (3, 16, 16))))
+    assert len({made.sha256, *(one.sha256 for one in others)}) == 4
+
+
+def test_captioned_data_are_known_by_what_they_were_computed_from(folders, photos, monkeypatch, tmp_path):
+    _, _, data = data_of("sd3", folders("sd3"), photos)
+    own = Autoencoder.encode
+    with monkeypatch.context() as patch:  # another machine
+        patch.setattr(Autoencoder, "encode", lambda self, images: own(self, images) * (1 + 1e-6))
+        again = data_of("sd3", folders("sd3"), photos)[2]
+    first = next(iter(data.arrays))
+    assert not torch.equal(again.arrays[first], data.arrays[first]) and again.sha256 == data.sha256
+    assert data_of("sd3", folders("sd3"), photos, seed=1)[2].sha256 != data.sha256
+    for path in photos.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert data_of("sd3", folders("sd3"), tmp_path)[2].made_of == data.made_of
+    (tmp_path / "0.txt").write_text("something else", encoding="utf-8")
+    assert data_of("sd3", folders("sd3"), tmp_path)[2].sha256 != data.sha256
+
+
 # --- The command. ---
 
 

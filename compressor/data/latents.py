@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from compressor.data.sets import Images, ImageSet
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
-from compressor.weights import variant_of
+from compressor.weights import state_sha256, untied_state, variant_of
 
 _BATCH = 8
 
@@ -67,7 +69,13 @@ class Autoencoder:
     def encoded(self, pictures: ImageSet) -> Images:
         """The latents of all `pictures`, in memory, with their labels."""
         parts = [self.encode(pictures.images(rows)) for rows in torch.split(torch.arange(len(pictures)), _BATCH)]
-        return Images(pictures.name, torch.cat(parts), pictures.labels, pictures.skipped)
+        made_of = hashlib.sha256(f"latents {pictures.sha256} {self.sha256}".encode()).hexdigest()
+        return Images(pictures.name, torch.cat(parts), pictures.labels, pictures.skipped, made_of=made_of)
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of its weights and of how latents are scaled."""
+        return state_sha256({**untied_state(self.model), "scale": self.scale, "shift": self.shift})
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.model.device, self.model.dtype)

@@ -56,7 +56,7 @@ class SampleSet(ABC):
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """A hash of all samples, the same however they were stored."""
+        """A hash of all samples, the same however they were stored, and on every machine."""
 
 
 class ImageSet(SampleSet):
@@ -109,7 +109,8 @@ def images_sha256(dtype: torch.dtype, shape: Sequence[int], stored: Iterable[Ten
 class Images(ImageSet):
     """Images in memory: `pixels` (n, channels, height, width), uint8 or, for latents, float; `labels` (n,) or None.
 
-    `held_out` are images of the same kind that nothing is trained on, where there are such.
+    `held_out` are images of the same kind that nothing is trained on, where there are such. `made_of` is a hash of all that latents
+    were computed from, by which they are known: other machines, or numbers of threads, round them to other bits.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Images(ImageSet):
     skipped: int = 0
     held_out: Images | None = None
     greyed: bool = False
+    made_of: str = ""
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
@@ -140,7 +142,7 @@ class Images(ImageSet):
 
     @property
     def sha256(self) -> str:
-        own = images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
+        own = self.made_of or images_sha256(self.pixels.dtype, self.pixels.shape, [self.pixels], self.labels)
         return own if self.held_out is None else hashlib.sha256(f"{own} {self.held_out.sha256}".encode()).hexdigest()
 
 
@@ -150,7 +152,7 @@ class Records(SampleSet):
 
     A name with dots is a place in nested dicts: `a.b` is `{"a": {"b": …}}`. Those that are in `shared` belong to all samples
     alike, and are in each batch whole, as `Shared`; so are `constants`, which are no tensors (JSON, by such names too).
-    `held_out` are samples of the same kind that fine-tuning leaves out, where there are such.
+    `held_out` are samples of the same kind that fine-tuning leaves out, where there are such. `made_of` is as that of `Images`.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Records(SampleSet):
     constants: Mapping[str, Any] = field(default_factory=dict)
     held_out: Records | None = None
     skipped: int = 0
+    made_of: str = ""
 
     def __len__(self) -> int:
         return next(len(array) for name, array in self.arrays.items() if name not in self.shared)
@@ -184,7 +187,8 @@ class Records(SampleSet):
 
     @property
     def sha256(self) -> str:
-        own = state_sha256({name + SHARED * (name in self.shared): array for name, array in self.arrays.items()})
+        arrays = {name + SHARED * (name in self.shared): array for name, array in self.arrays.items()}
+        own = self.made_of or state_sha256(arrays)
         if not self.constants and self.held_out is None:
             return own
         rest = json.dumps(dict(self.constants), sort_keys=True)

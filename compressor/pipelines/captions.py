@@ -6,7 +6,9 @@ no encoder, and no name of an argument, has to be known here; which argument is 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from compressor.data.settings import Loading, Record
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.pipelines.opened import Opened, takes
 from compressor.pipelines.recording import copied, sample
+from compressor.pipelines.same import components_of
 from compressor.progress import Progress
 from compressor.seeds import generator
 
@@ -47,6 +50,7 @@ def encoded(
     `arguments`. Raises UsageError where the pipeline takes no text, or where it is not known how it makes what its denoiser is
     called with; that is tried on one caption, before anything is encoded. The autoencoder in `opened` is left in float32.
     """
+    components = components_of(opened)  # now: the autoencoder will be in float32
     yield Progress("captions", 0, len(captioned.captions), "one is tried")
     asking = _Asking.of(opened, adapter, record.arguments, loading.size, captioned.captions[0])
     yield Progress("pictures", 0, len(captioned.captions))
@@ -59,12 +63,14 @@ def encoded(
     conditions = _joined(told)
     place = {caption: row for row, caption in enumerate(told)}
     latents = yield from asking.latents(pictures)
+    made_of = [pictures.sha256, captions, components, record.model_dump(mode="json"), asking.size]
     whole = Records(
         pictures.name,
         {asking.name: latents, **conditions.arrays},
         frozenset(conditions.shared),
         conditions.constants,
         skipped=pictures.skipped,
+        made_of=hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest(),
     )
     rows = torch.tensor([place[caption] for caption in captions])
     return _split(whole, conditions, rows, asking, record)
