@@ -20,6 +20,7 @@ from compressor.comparison.claims import PATIENCE, Claims, refuse_shared
 from compressor.comparison.crew import Crew, reason
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.foretold import Outlook
+from compressor.comparison.made_of import KEY, changed, made_of
 from compressor.comparison.page import Outcome, written
 from compressor.comparison.worker import JOB, ROW, RUN, read_row
 from compressor.environment import environment, resolve_device
@@ -28,6 +29,7 @@ from compressor.progress import Progress
 from compressor.recipe import Recipe
 from compressor.report.content import Environment, Latency
 from compressor.runs.directory import locked
+from compressor.runs.inputs import SHARED
 from compressor.runs.latency import timed
 
 REPORT, MATCH = "report", "match"
@@ -131,7 +133,7 @@ def conduct(
         _refuse_others(wanted, out)
         if wanted.match == "latency":
             _write_match(wanted, out)
-        _prepare(wanted, out)
+        _write_job(out / "dense", _dense(wanted), SHARED)
         rates: dict[str, float] = {}
         failed: dict[str, str] = {}
         places = _devices(wanted, workers, devices)
@@ -171,17 +173,20 @@ def _plan(wanted: Comparison, out: Path) -> str:
     return hashlib.sha256(json.dumps([jobs, rest], sort_keys=True).encode()).hexdigest()
 
 
-def _prepare(wanted: Comparison, out: Path) -> None:
+def _dense(wanted: Comparison) -> dict[str, Any]:
     recipe = wanted.inputs.recipe
-    _write_job(
-        out / "dense",
-        {"kind": "dense", "recipe": recipe.model_dump(mode="json"), "sampler_steps": list(wanted.sampler_steps)},
-        ("evaluate", "model", "weights", "data", "architecture", "vae", "loading"),
-    )
+    return {
+        "kind": "dense",
+        "recipe": recipe.model_dump(mode="json"),
+        "sampler_steps": list(wanted.sampler_steps),
+        KEY: made_of(wanted.inputs, recipe, trains=False),
+    }
 
 
 def _refuse_others(wanted: Comparison, out: Path) -> None:
-    """Raise CompressorError where a cell was begun in `out` with another recipe than `wanted` has for it."""
+    """Raise CompressorError where the dense model was judged or a cell begun in `out` with another recipe than `wanted` has for it,
+    or where what the recipes name is not what it was then."""
+    _refuse_other(out / "dense", _dense(wanted), SHARED)
     path = out / "rates.json"
     rates: dict[str, float] = files.read_json(path) if wanted.rates and path.is_file() else {}
     for cell in (*wanted.trials(), *wanted.cells(rates)):
@@ -208,6 +213,7 @@ def _job(wanted: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         "first": cell.first,
         "dense": os.path.join("..", "..", "dense"),  # from the job's folder: others may see it in another place
         "sampler_steps": [] if cell.tuning else list(wanted.sampler_steps),
+        KEY: made_of(wanted.inputs, cell.recipe, trains=True),
     }
 
 
@@ -235,10 +241,12 @@ def _write_job(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) ->
 
 
 def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str]) -> None:
-    """Raise CompressorError where something was begun in `folder` with another recipe, by the keys of `identity`."""
+    """Raise CompressorError where something was begun in `folder` with another recipe, by the keys of `identity`, or of something
+    else."""
     if not _is_begun(folder):
         return
-    before = files.read_json(folder / JOB).get("recipe")
+    former = files.read_json(folder / JOB)
+    before = former.get("recipe")
     if not isinstance(before, dict):
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
     defaults = Recipe().model_dump(mode="json")  # of settings that are newer than the job
@@ -248,6 +256,11 @@ def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str])
             before[key] = {**defaults[key], **before[key]}
         if differences := _differences(key, before.get(key), job["recipe"][key]):
             raise CompressorError(f"{folder} was made with another {'; '.join(differences[:3])}", _OTHER)
+    if found := changed(former.get(KEY), job[KEY]):
+        raise CompressorError(
+            f"{folder}: since it was made, {found}",
+            f"Put back what it was, choose another --out, or remove {folder}: it is made again.",
+        )
 
 
 _OTHER = "Choose another --out, or start anew with --overwrite."

@@ -24,6 +24,7 @@ from torch import nn
 
 from compressor import files, processes, saving, validation
 from compressor.adapter import to_device
+from compressor.comparison.made_of import KEY, changed, made_of
 from compressor.discovery import blamed
 from compressor.environment import environment
 from compressor.errors import CompressorError, first_line, memory_behind
@@ -221,6 +222,10 @@ def _done(folder: Path, loaded: Inputs | None, tell: Callable[[str], None], host
         found = sharing(recipe, loaded, loaded.adapter)
     else:
         found = load_inputs(recipe)
+    if what := changed(job.get(KEY), made_of(found, recipe, trains=job["kind"] == "cell")):
+        raise CompressorError(
+            f"since the comparison was called, {what}", "Put back what it was, and give the same command again."
+        )
     events = dense(found, folder, job["sampler_steps"]) if job["kind"] == "dense" else cell(found, folder, job, host)
     processes.drive(events, lambda event: tell(json.dumps(asdict(event))), processes.TERMINATING)
     return found

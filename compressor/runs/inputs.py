@@ -46,7 +46,11 @@ from compressor.training.rounding import check_quantise
 from compressor.weights import in_float32, weights_sha256
 
 _MANY = 0.05  # of all weights: so many are not left dense without a word
-_OF_PIPELINES = ("pipeline", "part", "prompts", "records", "record")
+SHARED = (
+    *("model", "weights", "architecture", "data", "vae", "loading", "evaluate"),
+    *("pipeline", "part", "prompts", "records", "record"),
+)
+"""The settings that say what is fine-tuned, on what, and how it is judged: those of methods that are compared are the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +143,29 @@ class Inputs:
     def identity(self, evaluated: bool = False) -> dict[str, str]:
         """The hashes that a resumed run must find again; `evaluated`: as earlier versions made them (`recipe.identity`)."""
         text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
-        own = [name for name in (self.recipe.pruner, self.recipe.model) if name and registry.is_file_reference(name)]
-        source = b"".join(path.read_bytes() for name in own for path in discovery.sources(name))
+        source = own_source(self.recipe.pruner) + own_source(self.recipe.model)
+        return {"recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(), **self.sources}
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """The hashes of the model, the pipeline that it is a part of, where it is of one, and the data."""
         piped = {} if self.piped is None else {"pipeline_sha256": self.piped.records.index.pipeline_sha256}
-        return {
-            "recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(),
-            "weights_sha256": self.weights_sha256,
-            **piped,
-            "data_sha256": self.data.sha256,
-        }
+        return {"weights_sha256": self.weights_sha256, **piped, "data_sha256": self.data.sha256}
+
+    @cached_property
+    def judges(self) -> dict[str, str]:
+        """The hashes of what samples are judged by: the extractor of the metric, and the autoencoder that decodes them."""
+        measures = self.metric is not None and self.recipe.evaluate.samples  # where nothing is, it may lack its weights
+        metric = {"metric_sha256": self.metric.sha256} if self.metric is not None and measures else {}
+        vae = {} if self.autoencoder is None else {"vae_sha256": self.autoencoder.sha256}
+        return {**metric, **vae}
+
+
+def own_source(name: str | None) -> bytes:
+    """The source of what `name` names, with the files beside it that it imported, where it is FILE.py:NAME; else nothing."""
+    if name is None or not registry.is_file_reference(name):
+        return b""
+    return b"".join(path.read_bytes() for path in discovery.sources(name))
 
 
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
@@ -257,8 +275,7 @@ def load_inputs(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Inpu
 
 def same_source(recipe: Recipe, other: Recipe) -> bool:
     """Whether both name the same model, weights and data, and are judged alike."""
-    names = ("model", "weights", "architecture", "data", "vae", "loading", "evaluate", *_OF_PIPELINES)
-    return all(getattr(recipe, name) == getattr(other, name) for name in names)
+    return all(getattr(recipe, name) == getattr(other, name) for name in SHARED)
 
 
 def sharing(recipe: Recipe, loaded: Inputs, adapter: Adapter) -> Inputs:
