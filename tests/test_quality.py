@@ -22,6 +22,7 @@ from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, ga
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Drift, Quality
+from compressor.runs.fits import asked
 
 
 def draw(n: int, d: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -212,6 +213,25 @@ def test_drift_is_zero_for_the_same_weights_and_the_formula_for_others() -> None
     assert entry.value == pytest.approx(0.01, rel=1e-4)
     assert sample_rmse(torch.ones(4, 1, 2, 2), torch.zeros(4, 1, 2, 2)).value == 1
     assert sample_rmse(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, 1, 2, 2)).value == 0.5
+
+
+def test_drift_from_or_of_what_is_no_answer_is_an_error() -> None:
+    silent, images = torch.zeros(4, 3), torch.zeros(2, 1, 2, 2)
+    with pytest.raises(CompressorError, match="predicts zeros alone"):
+        prediction_error(torch.ones(4, 3), silent)
+    with pytest.raises(CompressorError, match="predictions are not finite"):
+        prediction_error(torch.full((4, 3), math.inf), torch.ones(4, 3))
+    with pytest.raises(CompressorError, match="pictures are not finite"):
+        sample_rmse(images / 0, images)
+
+
+def test_a_model_that_predicts_zeros_alone_is_refused_unless_it_is_to_be_trained() -> None:
+    data, silent = Images("grey", torch.zeros(4, 1, 2, 2)), nn.Conv2d(1, 1, 1)
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    with pytest.raises(CompressorError, match="was never trained"):
+        asked(Drawing(), silent, data)
+    assert asked(Drawing(), silent, data, trained=False).example_inputs(1).shape == (1, 1, 2, 2)
 
 
 # Cost

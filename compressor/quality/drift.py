@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,13 +10,19 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, to_device
 from compressor.data.sets import SampleSet
+from compressor.errors import CompressorError
+from compressor.quality.metric import refuse_broken
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Drift
 from compressor.seeds import generator
 
 
 def sample_rmse(images: Tensor, dense: Tensor) -> Drift:
-    """Root mean square difference of images from the dense model's, from the same noise; pixels span [-1, 1]."""
+    """Root mean square difference of images from the dense model's, from the same noise; pixels span [-1, 1].
+
+    Raises CompressorError where the images are not finite.
+    """
+    refuse_broken(images)
     value = float((images - dense).square().mean().sqrt())
     return Drift(metric="sample_rmse", value=value, samples=len(images))
 
@@ -49,6 +56,19 @@ def answers(
 
 
 def prediction_error(predicted: Tensor, dense: Tensor) -> Drift:
-    """Mean square difference from the dense model's predictions, relative to their mean square."""
+    """Mean square difference from the dense model's predictions, relative to their mean square. Raises CompressorError where there is
+    no such number."""
+    refuse_silent(dense)
     value = float((predicted - dense).square().mean() / dense.square().mean())
+    if not math.isfinite(value):
+        raise CompressorError("the predictions are not finite", "Prune less, or fine-tune with a lower learning rate.")
     return Drift(metric="prediction_error", value=value, samples=len(predicted))
+
+
+def refuse_silent(answers: Tensor) -> None:
+    """Raise CompressorError where the dense model's `answers` are zeros alone: nothing can be told of how far others are from them."""
+    if not bool(answers.any()):
+        raise CompressorError(
+            "the dense model predicts zeros alone: it was never trained, or its weights are others",
+            "Give the weights of a trained model, or train one: compressor train.",
+        )

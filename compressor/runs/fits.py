@@ -10,23 +10,26 @@ from torch import nn
 from compressor.adapter import Adapter, check_examples, checked_pair, to_device
 from compressor.data.sets import ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.quality.drift import refuse_silent
 from compressor.quality.metric import Metric, features_of, spatial_of
 from compressor.recipe import Recipe
 from compressor.seeds import generator
 
 
 @torch.no_grad()
-def asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
+def asked(adapter: Adapter, model: nn.Module, data: SampleSet, trained: bool = True) -> Adapter:
     """`adapter`, once its model has taken a batch of `data`; with the batch's inputs as examples where those of its own would be
     guessed: where `data` holds the model's arguments, whose sizes nothing else tells, or where it has none.
 
-    Data that the model cannot take is refused by asking it: only the adapter knows what it means.
+    Data that the model cannot take is refused by asking it: only the adapter knows what it means. So is a `trained` model that says
+    nothing.
     """
     try:
         batch = data.take(torch.arange(_unmistakable(data)) % len(data))
         inputs, target = checked_pair(adapter, batch, adapter.noised(batch, generator("check")))
         given = to_device(inputs, next(model.parameters()).device)
-        found = tuple(adapter.predict(model, given).shape)
+        answer = adapter.predict(model, given)
+        found = tuple(answer.shape)
     except UsageError:
         raise  # of what the user said, not of the data
     except Exception as error:  # whatever an adapter or a model raises
@@ -40,6 +43,8 @@ def asked(adapter: Adapter, model: nn.Module, data: SampleSet) -> Adapter:
             f"{data.name}: {adapter.name} answers {found} to {_held(data)}, the target is {tuple(target.shape)}",
             "The target has the shape of what the model predicts.",
         )
+    if trained:
+        refuse_silent(answer)
     if isinstance(data, Records):
         return adapter.exampled(inputs)
     try:

@@ -259,7 +259,7 @@ def load_inputs(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Inpu
         adapter = adapter_of(recipe)
         model = start.started(recipe, adapter)
     fits.check_shapes(adapter, data, recipe.loading.size)
-    adapter = fits.asked(adapter, in_float32(model), data)
+    adapter = fits.asked(adapter, in_float32(model), data, not recipe.from_scratch)
     if recipe.evaluate.samples and adapter.unsampled:
         raise UsageError(
             adapter.unsampled,
