@@ -215,6 +215,12 @@ def test_drift_is_zero_for_the_same_weights_and_the_formula_for_others() -> None
     assert sample_rmse(torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, 1, 2, 2)).value == 0.5
 
 
+def test_a_distance_in_one_feature_is_that_of_two_normal_distributions() -> None:
+    a, b = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [2.0]])
+    expected = (2 - 1.5) ** 2 + (2 - math.sqrt(0.5)) ** 2
+    assert frechet_distance(gaussian(a), gaussian(b)) == pytest.approx(expected)
+
+
 def test_drift_from_or_of_what_is_no_answer_is_an_error() -> None:
     silent, images = torch.zeros(4, 3), torch.zeros(2, 1, 2, 2)
     with pytest.raises(CompressorError, match="predicts zeros alone"):

@@ -26,7 +26,7 @@ def gaussian(features: Tensor) -> Gaussian:
         raise CompressorError(
             f"features {tuple(x.shape)} must be at least 2 rows of finite numbers", "Draw more samples."
         )
-    return Gaussian(x.mean(0), x.T.cov())
+    return Gaussian(x.mean(0), x.T.cov().reshape(x.shape[1], x.shape[1]))  # of one feature it is a number
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
