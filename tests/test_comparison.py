@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from compressor import CompressorError, comparison, files
 from compressor.comparison import words
 from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import refuse_used
-from compressor.comparison.page import render
+from compressor.comparison.page import Outcome, build, render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
@@ -446,6 +447,37 @@ def test_the_verdict_agrees_with_the_statistics(told, said, unsaid):
 def test_one_seed_gives_no_verdict_and_one_method_no_winner():
     assert words.headline(judged({"a": 8.0, "b": 9.0}, (), seeds=1)).startswith("No verdict on uvit-digits: one seed")
     assert "No other pruned method is there." in words.headline(judged({"a": 8.0}, ()))
+
+
+def test_who_loses_on_the_common_seeds_does_not_win_by_a_seed_that_the_other_lacks():
+    means = {"a": {0: 1.0, 1: 1.1, 2: 9.0}, "b": {0: 2.0, 1: 2.15}, "c": {0: 8.0, 1: 8.2, 2: 20.0}}
+    report = judged({name: sum(own.values()) / len(own) for name, own in means.items()}, ())
+    found = [pair for pair in differences(means) if {pair.a, pair.b} != {"a", "c"}]
+    assert [(pair.significant, pair.mean < 0) for pair in found] == [(True, True), (True, True)]
+    text = words.headline(report.model_copy(update={"differences": tuple(found)}))
+    assert text.startswith("No single winner") and "c cannot be told apart from a" in text and "a beats b" in text, text
+    assert "lies from 2.08 (b)" in text
+
+
+def test_cells_made_with_other_versions_say_so(compared, tmp_path):
+    out = tmp_path / "out"
+    for name in ("dense", "cells/sparsedm-seed-0", "cells/sparsedm-seed-1"):
+        (out / name).mkdir(parents=True)
+        shutil.copyfile(compared[0] / name / "row.json", out / name / "row.json")
+    common = {"data": FEW, "steps": 3, "evaluate": {"samples": 32}}
+    wanted = comparison.planned(["sparsedm"], [], None, common, seeds=2)
+    done = [(cell, out / "cells" / cell.name) for cell in wanted.cells({})]
+    facts = read_row(done[0][1]).environment
+    assert facts is not None
+    outcome = Outcome(wanted, out, done, {}, {}, {}, facts)
+    assert all(cell.environment is None for cell in build(outcome).entries[0].cells)
+    path = done[1][1] / "row.json"
+    row = files.read_json(path)
+    row["environment"]["versions"]["torch"] = "1.0"
+    files.write_json(path, row)
+    report = build(outcome)
+    assert [cell.environment.versions["torch"] == "1.0" for cell in report.entries[0].cells] == [False, True]
+    assert "Cells were made with different versions of torch" in " ".join(report.limitations)
 
 
 def test_a_summary_of_a_comparison_claims_no_speed_within_the_noise():

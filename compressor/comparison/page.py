@@ -52,11 +52,13 @@ def build(outcome: Outcome) -> ComparisonReport:
     wanted = outcome.wanted
     recipe, data = wanted.inputs.recipe, wanted.inputs.data
     judged = read_row(outcome.out / "dense")
+    rows = [(cell, read_row(folder)) for cell, folder in outcome.done]
+    places = [row.environment for _, row in rows if row.environment is not None]
+    differ = any(place != places[0] for place in places)
     entries = []
     for label in wanted.recipes:
-        own = [(cell, read_row(folder)) for cell, folder in outcome.done if cell.label == label]
-        if own:
-            entries.append(_entry(label, own, outcome.times.get(label, ())))
+        if own := [(cell, row) for cell, row in rows if cell.label == label]:
+            entries.append(_entry(label, own, outcome.times.get(label, ()), differ))
     measured = any(entry.quality for entry in entries)
     values = {
         entry.label: {cell.seed: score for cell in entry.cells if (score := _score(cell, measured)) is not None}
@@ -96,7 +98,8 @@ def _score(cell: CellResult, measured: bool) -> float | None:
     return next((drift.value for drift in cell.drift if drift.metric == "prediction_error"), None)
 
 
-def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Latency]) -> Entry:
+def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Latency], differ: bool) -> Entry:
+    """The entry `label`. `differ`: whether cells of the comparison were made in different surroundings, which each then tells."""
     recipe, first = own[0][0].recipe, own[0][1]
     bare = next((judged for _, judged in own if judged.one_shot is not None), first)
     cells = [
@@ -108,7 +111,7 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
             drift=judged.row.drift,
             train=judged.row.train,
             by_steps=judged.by_steps,
-            **_place(judged),
+            **_place(judged, differ),
         )
         for cell, judged in own
     ]
@@ -138,9 +141,11 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
     )
 
 
-def _place(judged: Judged) -> dict[str, Any]:
-    """Where a cell was made, if it is said."""
-    return {} if judged.host is None else {"host": judged.host, "environment": judged.environment}
+def _place(judged: Judged, differ: bool) -> dict[str, Any]:
+    """Where a cell was made, where computers shared the comparison, or its cells `differ` in that."""
+    host = {} if judged.host is None else {"host": judged.host}
+    told = judged.environment is not None and (differ or host)
+    return {**host, **({"environment": judged.environment} if told else {})}
 
 
 def _pattern(judged: Judged) -> str | None:

@@ -21,18 +21,22 @@ def headline(report: ComparisonReport) -> str:
         return f"{len(report.entries)} methods on {report.model}, none of which removes a multiplication."
     scores = {e.label: _score(report, e) for e in pruned}
     ordered = sorted(scores, key=lambda label: scores[label].mean)
-    best, called = ordered[0], metric.replace("_", " ")
+    wins = {(p.a, p.b) if p.mean < 0 else (p.b, p.a) for p in report.differences if p.significant}
+    # where seeds are missing, the lowest mean may be of other seeds than those on which it loses
+    best = next((one for one in ordered if not any((other, one) in wins for other in ordered)), ordered[0])
+    called = metric.replace("_", " ")
     dense = f"; dense has {number(report.dense.quality[0].value)}" if report.dense.quality else ""
     n = len(report.seeds)
-    told = {frozenset((pair.a, pair.b)): pair.significant for pair in report.differences}
-    pairs_told = [told.get(frozenset((a, b))) for at, a in enumerate(ordered) for b in ordered[at + 1 :]]
-    beaten = [label for label in ordered[1:] if told.get(frozenset((best, label)))]
-    level = [label for label in ordered if label not in beaten]
-    low, high = scores[best], scores[ordered[-1]]
+    pairs_told = [bool({(a, b), (b, a)} & wins) for at, a in enumerate(ordered) for b in ordered[at + 1 :]]
+    beaten = [label for label in ordered if (best, label) in wins]
+    level = [best, *(label for label in ordered if label not in (best, *beaten))]
+    low, high = scores[ordered[0]], scores[ordered[-1]]
     if len(ordered) == 1:
         found = f"{called} {_interval(low, metric)}{_over(low)}, lower is better{dense}"
         return f"{best} on {report.model}: {found}. No other pruned method is there."
-    ends = f"{_mean(low, metric)} ({_seen(best, low, n)}) to {_mean(high, metric)} ({_seen(ordered[-1], high, n)})"
+    ends = (
+        f"{_mean(low, metric)} ({_seen(ordered[0], low, n)}) to {_mean(high, metric)} ({_seen(ordered[-1], high, n)})"
+    )
     reach = f"{called} lies from {ends}, lower is better{dense}."
     if n == 1:
         return f"No verdict on {report.model}: one seed cannot tell methods apart. Their {reach}"
@@ -42,7 +46,8 @@ def headline(report: ComparisonReport) -> str:
         )
         return f"No winner on {report.model}: {count_of} larger than the noise of {n} seeds. Their {reach}"
     if len(level) == 1:
-        found = f"{called} {_interval(low, metric)}{_over(low)}, lower is better{dense}"
+        own = scores[best]
+        found = f"{called} {_interval(own, metric)}{_over(own)}, lower is better{dense}"
         beats = "It beats each of the others by more than the seeds' noise."
         return f"{best} is the best of the pruned methods on {report.model}: {found}. {beats}"
     if not beaten:

@@ -100,9 +100,9 @@ def cell(
         if bare.patterns:
             further["sensitivity"] = yield from _sensitivity(judge, model, list(bare.patterns))
         judged = judged.model_copy(update=further)
+    judged = judged.model_copy(update={"environment": Environment(**environment(judge.device))})
     if host is not None:
-        made = Environment(**environment(judge.device))
-        judged = judged.model_copy(update={"host": host, "environment": made})
+        judged = judged.model_copy(update={"host": host})
     files.write_json(folder / ROW, judged.as_json())
     finish.settle(run)
 

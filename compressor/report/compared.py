@@ -73,7 +73,10 @@ class CellResult(Value):
     host: str | None = Field(
         default=None, description="the computer that made it, of several that shared the comparison"
     )
-    environment: Environment | None = Field(default=None, description="of that computer")
+    environment: Environment | None = Field(
+        default=None,
+        description="in which it was made, where that is not the same for all cells, or computers shared them",
+    )
 
 
 class DenseRow(Row):
