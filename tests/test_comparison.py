@@ -24,7 +24,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from compressor import CompressorError, comparison, files
 from compressor.comparison import words
 from compressor.comparison.foretold import Outlook
-from compressor.comparison.jobs import refuse_used
+from compressor.comparison.jobs import _write_match, refuse_used
 from compressor.comparison.page import Outcome, build, render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
@@ -544,12 +544,22 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     )
     wanted = comparison.planned(["structured", "sparsedm"], [], None, {}, match="latency")
     assert wanted.recipes["structured"].settings == {"macs": 0.7} and seen[0][0].method == "sparsedm"
-    again = comparison.planned(
-        ["structured", "sparsedm"], [], None, {}, match="latency", known={"structured": {"macs": 0.6}}
-    )
+    known = {wanted.mask: {"structured": {"macs": 0.6}}}
+    again = comparison.planned(["structured", "sparsedm"], [], None, {}, match="latency", known=known)
     assert again.recipes["structured"].settings == {"macs": 0.6} and len(seen) == 1  # not measured a second time
+    known = {wanted.mask: {"structured": {"macs": 0.6}}}
+    other = comparison.planned(["structured", "sparsedm"], [], None, {"pattern": "1:4"}, match="latency", known=known)
+    assert other.recipes["structured"].settings == {"macs": 0.7} and len(seen) == 2  # of another mask
     own = comparison.planned(["structured", "sparsedm"], [], None, {"settings": {}}, match="macs")
     assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
+
+
+def test_what_was_measured_for_a_match_is_kept_beside_that_of_other_methods(tmp_path):
+    one = comparison.planned(["magnitude"], [], None, {}, match="none", seeds=1)
+    for label, mask in (("structured", "2:4"), ("depth", "2:4"), ("depth", "1:4")):
+        _write_match(replace(one, matched={label: {"macs": 0.6}}, mask=mask), tmp_path)
+    of_each = {"structured": {"macs": 0.6}, "depth": {"macs": 0.6}}
+    assert comparison.matched_before(tmp_path) == {"2:4": of_each, "1:4": {"depth": {"macs": 0.6}}}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,8 +50,9 @@ class Cell:
 class Comparison:
     """A resolved comparison: for every label its recipe, with the first seed.
 
-    `found` has what was matched, by label: the setting and its value. `sampler_steps` are numbers of steps in which every model
-    is sampled besides the recipe's. `max_error` is how far a lowered model's output may be from that of the weights judged.
+    `matched` has what was matched, by label: the setting and its value, and `mask` what to, where that was measured. `sampler_steps`
+    are numbers of steps in which every model is sampled besides the recipe's. `max_error` is how far a lowered model's output may be
+    from that of the weights judged.
     """
 
     recipes: Mapping[str, Recipe]
@@ -57,6 +60,7 @@ class Comparison:
     inputs: Inputs
     match: str = "macs"
     matched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    mask: str = ""
     rates: Sequence[float] = ()
     sampler_steps: Sequence[int] = ()
     lower: bool = False
@@ -93,12 +97,13 @@ def planned(
     sampler_steps: Sequence[int] = (),
     lower: bool = False,
     max_error: float | None = None,
-    known: Mapping[str, Mapping[str, float]] | None = None,
+    known: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType({}),
     before: Mapping[str, Any] = MappingProxyType({}),
 ) -> Comparison:
     """The comparison of `methods`, the recipes `configs`, and a `preset`; `common` settings hold for all of them.
 
-    `known` is what an earlier call has measured for `match` latency, `before` its settings, below all others.
+    `known` is what earlier calls have measured for `match` latency, by what was matched (`Comparison.mask`) and by label; `before` has
+    their settings, below all others.
     Loads what each entry needs, so that nothing is trained where one of them cannot be. Raises UsageError.
     """
     if match not in MATCHES:
@@ -118,7 +123,7 @@ def planned(
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
     own = {label: entries[label].get("settings", {}) for label in entries}
-    matched = _matched(loaded, own, match, known or {})
+    matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():
         found[label] = found[label].model_copy(update={"settings": {**found[label].settings, **changes}})
     start = first.recipe.train.seed
@@ -128,6 +133,7 @@ def planned(
         first,
         match,
         matched,
+        mask,
         tuple(rates),
         tuple(step for step in sampler_steps if step != first.recipe.evaluate.sampler_steps),
         lower,
@@ -227,9 +233,10 @@ def _matched(
     loaded: Mapping[str, Inputs],
     own: Mapping[str, Mapping[str, Any]],
     match: str,
-    known: Mapping[str, Mapping[str, float]],
-) -> dict[str, dict[str, float]]:
-    """For each method that can be told what to cost, and was not: the setting that makes it cost what the first mask does."""
+    known: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[dict[str, dict[str, float]], str]:
+    """For each method that can be told what to cost, and was not: the setting that makes it cost what the first mask does; and what
+    that mask is, where its time was measured."""
     free = [
         label
         for label, found in loaded.items()
@@ -238,22 +245,25 @@ def _matched(
     ]
     masked = next((found for found in loaded.values() if _layers(found)), None)
     if match == "none" or not free or masked is None:
-        return {}
+        return {}, ""
     if match == "density":
         density = float(masked.pruner.pattern.density)
         pruners = {label: loaded[label].pruner for label in free}
-        return {label: _told(p, density, "density") or _told(p, density, "macs") for label, p in pruners.items()}
+        return {label: _told(p, density, "density") or _told(p, density, "macs") for label, p in pruners.items()}, ""
     if match == "macs":
         share = round(_effective(masked), 4)
-        return {label: _told(loaded[label].pruner, share, "macs") for label in free}
+        return {label: _told(loaded[label].pruner, share, "macs") for label in free}, ""
     from compressor.comparison.latency import macs_of_equal_latency
 
+    layers = hashlib.sha256(json.dumps(_layers(masked)).encode()).hexdigest()[:16]
+    mask = f"{masked.pruner.pattern} on the layers {layers}, batch {masked.recipe.evaluate.latency_batch}"
+    measured = known.get(mask, {})
     return {
-        label: dict(known[label])
-        if label in known
+        label: dict(measured[label])
+        if label in measured
         else _told(loaded[label].pruner, round(macs_of_equal_latency(masked, loaded[label]), 2), "macs")
         for label in free
-    }
+    }, mask
 
 
 def _told(pruner: Pruner, share: float, measure: Cost) -> dict[str, Any]:

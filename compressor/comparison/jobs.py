@@ -53,8 +53,9 @@ def _names(out: Path) -> set[str]:
     return {path.name for path in out.iterdir() if not path.name.startswith(".lock")} if out.is_dir() else set()
 
 
-def matched_before(out: Path) -> dict[str, dict[str, float]]:
-    """What was measured for `--match latency` in the folder `out`; a comparison that goes on keeps it."""
+def matched_before(out: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What was measured for `--match latency` in the folder `out`, by what was matched and by label; a comparison that goes on keeps
+    it."""
     path = out / "match.json"
     return files.read_json(path) if path.is_file() else {}
 
@@ -84,7 +85,7 @@ def measured_in_turn(
         return plan()
     if (yield from claims.turn(MATCH, "prepare")):
         found = plan()
-        if found.match == "latency":
+        if found.mask:
             _write_match(found, out)
         claims.release(MATCH, "done")
         return found
@@ -92,7 +93,10 @@ def measured_in_turn(
 
 
 def _write_match(wanted: Comparison, out: Path) -> None:
-    files.write_json(out / "match.json", {label: dict(own) for label, own in wanted.matched.items()})
+    """Keep what was measured, beside what was for other methods or other masks."""
+    before = matched_before(out)
+    found = {**before.get(wanted.mask, {}), **{label: dict(own) for label, own in wanted.matched.items()}}
+    files.write_json(out / "match.json", {**before, wanted.mask: found})
 
 
 def evaluated_before(out: Path) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def conduct(
                 path = out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         _refuse_others(wanted, out)
-        if wanted.match == "latency":
+        if wanted.mask:
             _write_match(wanted, out)
         _write_job(out / "dense", _dense(wanted), SHARED)
         rates: dict[str, float] = {}
