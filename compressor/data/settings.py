@@ -34,5 +34,5 @@ class Record(BaseModel):
     unseen: Annotated[int, Field(ge=1, le=10_000)] = 4
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     keep: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     arguments: dict[str, Any] = Field(default_factory=dict)

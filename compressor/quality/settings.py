@@ -38,7 +38,7 @@ class Evaluation(BaseModel):
     sampler_steps: Annotated[int, Field(ge=1, le=999)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 256
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     latency_batch: Annotated[int, Field(ge=1)] = 16
     latency_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
 

@@ -45,7 +45,7 @@ class Training(BaseModel):
     ema: _Share = 0.9999
     clip: _NotNegative = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward passes; auto is bfloat16 autocast on GPUs that have it, else float32."""
