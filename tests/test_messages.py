@@ -48,7 +48,11 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     # values
     ("run --pattern 5:4", 2, ("5:4",)),
     ("run --steps -1", 2, ("steps", "found -1", "recipe.yaml")),
-    ("train --model uvit --data digits --seed 18446744073709551616", 2, ("train.seed", "less than 9223372036854775808")),
+    (
+        "train --model uvit --data digits --seed 18446744073709551616",
+        2,
+        ("train.seed", "less than 9223372036854775808"),
+    ),
     ("run --set train.lr=nan", 2, ("train.lr", "nan")),
     ("run --dtype float8", 2, ("dtype", "float8", "bfloat16")),
     ("run --device abacus", 1, ("device 'abacus' cannot be used", "Use auto, cpu, cuda or cuda:0.")),

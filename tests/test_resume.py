@@ -12,13 +12,14 @@ import sys
 import time
 from dataclasses import replace
 
+import diffusers
 import faults
 import pytest
 import torch
 
-from compressor import files, recipe, saving
+from compressor import CompressorError, files, recipe, saving
 from compressor.plugins.magnitude import Magnitude
-from compressor.runs import finish, inputs
+from compressor.runs import facts, finish, inputs
 from compressor.runs import run as runs
 from compressor.training.engine import FineTuning
 from compressor.training.forgetful import refuse_forgetful
@@ -494,3 +495,29 @@ def test_a_run_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path,
         assert faults.in_a_process(lambda f=folder: work(f / "run"), folder) == faults.DONE
         assert result_of(folder / "run") == result_of(uninterrupted)
         assert finish.unfinished(folder / "run") is None
+
+
+def test_a_scheduler_that_changed_since_the_run_began_is_refused(tmp_path):
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    settings = {
+        **{"model": "ddpm", "weights": str(tmp_path / "ddpm"), "data": "digits", "method": "magnitude"},
+        "evaluate": {"samples": 0, "latency_rounds": 0},
+    }
+    read = lambda: inputs.load_inputs(inputs.resolve(settings, "test"))  # noqa: E731
+    before = facts.facts_of(read())
+    path = tmp_path / "ddpm" / "scheduler" / "scheduler_config.json"
+    config = files.read_json(path)
+    files.write_json(path, {**config, "_diffusers_version": "0.1"})
+    facts.refuse_other(before, read(), tmp_path)
+    files.write_json(path, {**config, "prediction_type": "v_prediction"})
+    with pytest.raises(CompressorError, match="the configuration of the model, or of its scheduler changed"):
+        facts.refuse_other(before, read(), tmp_path)
+    with pytest.raises(CompressorError, match="with another configuration of the model"):
+        facts.refuse_other_checkpoint(before, read(), tmp_path)
+    del before["architecture_sha256"]  # a run of an earlier version
+    facts.refuse_other(before, read(), tmp_path)
+    facts.refuse_other_checkpoint(before, read(), tmp_path)

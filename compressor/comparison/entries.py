@@ -219,7 +219,7 @@ def _named_error(label: str, load: Callable[[], Inputs]) -> Inputs:
 def _refuse_different(first_label: str, first: Inputs, label: str, found: Inputs) -> None:
     """Raise UsageError where `found` has other weights or data than the `first`, or is evaluated differently."""
     identity, other = first.identity(), found.identity()
-    for key in ("weights_sha256", "data_sha256"):
+    for key in ("weights_sha256", "architecture_sha256", "data_sha256"):
         if other[key] != identity[key]:
             what = key.removesuffix("_sha256")
             raise UsageError(

@@ -13,6 +13,7 @@ KEY = "made_of"
 """Where a job has it."""
 _WHAT = {
     "weights": "the model's weights",
+    "architecture": "the model's configuration, or its scheduler's",
     "pipeline": "the pipeline (its scheduler, a text encoder or another part)",
     "data": "the data",
     "metric": "the weights of the metric's extractor",

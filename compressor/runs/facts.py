@@ -17,6 +17,7 @@ from compressor.training.arithmetic import described
 
 FILE = "run.json"
 _SEAL = "sealed"
+_CALLED = {"architecture_sha256": "configuration of the model, or of its scheduler"}
 _CIRCUMSTANCES = ("versions", "hardware", "platform", "arithmetic")
 
 
@@ -63,8 +64,8 @@ def refuse_other(before: Mapping[str, Any], inputs: Inputs, where: Path) -> None
     """Raise CompressorError where what `where` says of its run is not that of `inputs`."""
     former = inputs.identity(evaluated=True)
     for key, value in inputs.identity().items():
-        name = key.removesuffix("_sha256")
-        if before.get(key) not in (value, former[key]):
+        name = _CALLED.get(key, key.removesuffix("_sha256"))
+        if before.get(key) not in (value, former.get(key)):
             raise CompressorError(
                 f"{where}: the {name} changed: its hash was {before.get(key)}, and is now {value}",
                 "Resume with the same files and settings, or start a new run.",
@@ -76,10 +77,10 @@ def refuse_other_checkpoint(made: Any, inputs: Inputs, folder: Path) -> None:
     hint = f"Remove {folder} to go on without it, or resume the run that it is of."
     if not isinstance(made, Mapping):
         raise CompressorError(f"{folder} does not say which run it is of", hint)
-    former = inputs.identity(evaluated=True)
+    former = {**inputs.identity(evaluated=True), "method": inputs.method}
     for key, value in {**inputs.identity(), "method": inputs.method}.items():
-        if made.get(key) not in (value, former.get(key, value)):
-            name = key.removesuffix("_sha256")
+        if made.get(key) not in (value, former.get(key)):
+            name = _CALLED.get(key, key.removesuffix("_sha256"))
             whose = f" ({made['method']}, not {inputs.method})" if made.get("method") != inputs.method else ""
             raise CompressorError(
                 f"{folder} is of a run with another {name}{whose}: {made.get(key)}, not {value}", hint

@@ -46,6 +46,7 @@ from compressor.training.rounding import check_quantise
 from compressor.weights import in_float32, weights_sha256
 
 _MANY = 0.05  # of all weights: so many are not left dense without a word
+_CONFIGURED = "architecture_sha256"
 SHARED = (
     *("model", "weights", "architecture", "data", "vae", "loading", "evaluate"),
     *("pipeline", "part", "prompts", "records", "record"),
@@ -141,16 +142,20 @@ class Inputs:
         return replace(self, recipe=untrained).fine_tuning().finish()
 
     def identity(self, evaluated: bool = False) -> dict[str, str]:
-        """The hashes that a resumed run must find again; `evaluated`: as earlier versions made them (`recipe.identity`)."""
+        """The hashes that a resumed run must find again; `evaluated`: those that earlier versions made, as they made them."""
         text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
         source = own_source(self.recipe.pruner) + own_source(self.recipe.model)
-        return {"recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(), **self.sources}
+        found = {"recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(), **self.sources}
+        return {name: value for name, value in found.items() if not (evaluated and name == _CONFIGURED)}
 
     @cached_property
     def sources(self) -> dict[str, str]:
-        """The hashes of the model, the pipeline that it is a part of, where it is of one, and the data."""
+        """The hashes of the model, its configuration (with that of its noise), the pipeline that it is a part of, where it is of one,
+        and the data."""
         piped = {} if self.piped is None else {"pipeline_sha256": self.piped.records.index.pipeline_sha256}
-        return {"weights_sha256": self.weights_sha256, **piped, "data_sha256": self.data.sha256}
+        text = json.dumps(_meant(self.adapter.architecture), sort_keys=True)
+        configured = {_CONFIGURED: hashlib.sha256(text.encode()).hexdigest()}
+        return {"weights_sha256": self.weights_sha256, **configured, **piped, "data_sha256": self.data.sha256}
 
     @cached_property
     def judges(self) -> dict[str, str]:
@@ -159,6 +164,16 @@ class Inputs:
         metric = {"metric_sha256": self.metric.sha256} if self.metric is not None and measures else {}
         vae = {} if self.autoencoder is None else {"vae_sha256": self.autoencoder.sha256}
         return {**metric, **vae}
+
+
+def _meant(value: Any) -> Any:
+    """A configuration as JSON, without what only says from which file it was read, and by which version it was written."""
+    if isinstance(value, Mapping):
+        kept = {str(key): one for key, one in value.items() if not str(key).startswith("_") or key == "_class_name"}
+        return {key: _meant(one) for key, one in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [_meant(one) for one in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 def own_source(name: str | None) -> bytes:
