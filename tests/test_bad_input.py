@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import cost, recipe, registry
+from compressor.data.sets import Images
 from compressor.errors import CompressorError, UsageError
 from compressor.runs import inputs
+from compressor.runs.fits import refuse_unsigned
 from compressor.weights import read_weights
 
 
@@ -137,6 +139,17 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, cli):
 
 
 # --- Data. ---
+
+
+@pytest.mark.parametrize("largest", [1.0, 255.0])
+def test_pictures_in_floats_that_are_never_below_zero_are_refused(tmp_path, cli, largest):
+    images = np.linspace(0, largest, 8 * 64, dtype=np.float32).reshape(8, 1, 8, 8)
+    np.savez(tmp_path / "set.npz", images=images)
+    outcome = cli("run", "--data", tmp_path / "set.npz", "--out", tmp_path / "run")
+    assert outcome.code == 2 and f"set: images are floats from 0 to {largest:g}" in outcome.err
+    assert "pictures lie in [-1, 1]" in outcome.err and "uint8" in outcome.err
+    refuse_unsigned(Images("latents", torch.from_numpy(images - largest / 2)))
+    refuse_unsigned(Images("bytes", torch.zeros(2, 1, 8, 8, dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("shape", [(20, 1, 16, 16), (20, 3, 8, 8)])

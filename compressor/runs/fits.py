@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressor.adapter import Adapter, check_examples, checked_pair, to_device
-from compressor.data.sets import ImageSet, Records, SampleSet
+from compressor.data.sets import Images, ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.quality.drift import refuse_silent
 from compressor.quality.metric import Metric, features_of, spatial_of
@@ -67,6 +67,19 @@ def _unmistakable(data: SampleSet) -> int:
 
 def _held(data: SampleSet) -> str:
     return f"its arrays ({data.describe()})" if isinstance(data, Records) else f"its images {data.shape}"
+
+
+def refuse_unsigned(data: SampleSet) -> None:
+    """Raise UsageError where `data` are images in floats that are never below 0: they would be taken as in [-1, 1], and are not."""
+    if not isinstance(data, Images) or not data.latent:
+        return
+    low, high = (float(value) for value in data.pixels.aminmax())
+    if 0 <= low < high:
+        raise UsageError(
+            f"{data.name}: images are floats from {low:.3g} to {high:.3g}; floats are taken as they are, and pictures lie in [-1, 1]",
+            "Save pictures as uint8, or as floats from -1 to 1. For numbers that mean something else, give an adapter of your own: "
+            "--model FILE.py:NAME.",
+        )
 
 
 def check_shapes(adapter: Adapter, data: SampleSet, size: int | None) -> None:

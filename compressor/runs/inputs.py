@@ -274,6 +274,8 @@ def load_inputs(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Inpu
         adapter = adapter_of(recipe)
         model = start.started(recipe, adapter)
     fits.check_shapes(adapter, data, recipe.loading.size)
+    if not registry.is_file_reference(recipe.model):  # an adapter of the user's knows what its numbers mean
+        fits.refuse_unsigned(data)
     adapter = fits.asked(adapter, in_float32(model), data, not recipe.from_scratch)
     if recipe.evaluate.samples and adapter.unsampled:
         raise UsageError(
