@@ -18,7 +18,7 @@ from compressor import recipe, registry, saving
 from compressor.errors import CompressorError
 from compressor.model_zoo.pictures import GROUPS, images
 from compressor.model_zoo.pictures.make import Emoji
-from compressor.runs import inputs, start
+from compressor.runs import finish, inputs, start
 from compressor.runs.run import execute
 
 QUICK = ["train.batch_size=4", "train.warmup=0", "evaluate.samples=0", "evaluate.latency_rounds=0"]
@@ -212,6 +212,28 @@ def test_a_run_is_judged_again_and_its_model_stays(judged, tmp_path, cli):
     assert done.code == 0 and quality(out)[0]["samples"] == 10, done.err
     done = cli("evaluate", out, "--set", "train.lr=1")
     assert done.code == 2 and "no setting of `evaluate`" in done.err
+
+
+def test_judging_again_that_is_broken_off_leaves_the_former_report_or_none(judged, tmp_path, cli, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(judged, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    command = ("evaluate", out, "--samples", "8", "--sampler-steps", "1", "--set", "evaluate.measures=[]")
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.runs.rows.weights_sha256", stopped)  # while it is measured
+        assert cli(*command).code == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr("compressor.runs.run.render", stopped)
+        assert cli(*command).code == 130
+    assert not (out / "report.html").exists() and finish.unfinished(out) is not None
+    assert cli("resume", out).code == 0
+    assert quality(out)[0]["samples"] == 8 == recipe.read(out / "recipe.yaml")["evaluate"]["samples"]
+    assert finish.unfinished(out) is None
 
 
 def test_a_run_that_is_not_finished_cannot_be_judged(tmp_path, cli):

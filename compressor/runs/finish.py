@@ -28,6 +28,12 @@ def unfinished(out: Path) -> str | None:
     return None
 
 
+def reopen(out: Path) -> None:
+    """Let the run in `out` be unfinished: the pages of its report go."""
+    for name in _PAGES[1:]:
+        (out / name).unlink(missing_ok=True)
+
+
 def refuse_lost(out: Path) -> None:
     """Raise CompressorError where something that a run has just left in `out` is not there, or is not as it was written."""
     if (reason := unfinished(out)) is not None:

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from compressor import cost, files, saving
+from compressor import recipe as recipes
 from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
 from compressor.report.limitations import limitations
 from compressor.report.words import file_name
-from compressor.runs import facts
+from compressor.runs import facts, finish
+from compressor.runs.directory import RECIPE
 from compressor.runs.inputs import Inputs
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
@@ -28,7 +30,8 @@ from compressor.weights import weights_sha256
 def build_report(
     inputs: Inputs, out: Path, final: nn.Module | None = None
 ) -> Generator[Progress, None, Finished | None]:
-    """Evaluate and measure every row's very weights, and write the report.
+    """Evaluate and measure every row's very weights, and write the report, with the recipe that it is of. Until its pages are written
+    too, the run is not finished.
 
     `final` is the finished model, which is in `out` already; it is loaded from there where it is not given. Of the processes of a
     launch, all call it, and all but the first, which writes, get None.
@@ -56,6 +59,8 @@ def build_report(
         return None
     layers = layer_rows(bare.layers, config.patterns, final, run["train"]["flipped"])
     report = _report(inputs, here, judge, rows, layers, ", ".join(sorted(set(config.patterns.values()))) or None)
+    finish.reopen(out)  # pages of before would stand beside other numbers
+    files.write_text(out / RECIPE, recipes.dump(inputs.recipe))
     files.write_json(out / "report.json", report.as_json())
     return Finished(
         out, inputs.adapter, inputs.model, final, judge.device, report, inputs.recipe.evaluate.latency_batch

@@ -81,7 +81,6 @@ def judge_again(inputs: Inputs, out: Path, before: Recipe) -> Generator[Progress
         benched = (out / "report.json").is_file() and read_report(out / "report.json").lowering is not None
         yield from _reported(inputs, out, None, inputs.recipe.lower or benched)
         run_facts.write(out, {**facts, **inputs.identity()})
-        files.write_text(out / RECIPE, recipes.dump(inputs.recipe))
 
 
 def _reported(inputs: Inputs, out: Path, final: nn.Module | None, lowers: bool) -> Generator[Progress, None, None]:
