@@ -341,6 +341,10 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
         (("--sampler-steps", "2.5"), "not numbers above zero"),
         (("--methods", "magnitude", "--pattern", "2:7"), "magnitude: 2:7"),
         (("--methods", "sparsedm", "--set", "settings.teachr=1"), "teacher"),
+        (
+            ("--methods", "sr-ste", "--model", "uvit", "--data", "digits", "--set", "from_scratch=true"),
+            "one trained model",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_trained(cli, tmp_path, monkeypatch, arguments, said):
@@ -552,6 +556,14 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     assert other.recipes["structured"].settings == {"macs": 0.7} and len(seen) == 2  # of another mask
     own = comparison.planned(["structured", "sparsedm"], [], None, {"settings": {}}, match="macs")
     assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
+
+
+def test_what_is_named_twice_is_done_once():
+    wanted = comparison.planned(
+        ["magnitude"], [], None, {}, seeds=1, rates=(1e-3, 0.001, 2e-3), sampler_steps=(10, 10, 5)
+    )
+    assert wanted.rates == (1e-3, 2e-3) and wanted.sampler_steps == (10, 5)
+    assert len({cell.name for cell in wanted.trials()}) == len(wanted.trials()) == 2
 
 
 def test_what_was_measured_for_a_match_is_kept_beside_that_of_other_methods(tmp_path):

@@ -119,6 +119,11 @@ def planned(
     found = {
         label: inputs.resolve(_fitting(recipes.merged(before, settings)), label) for label, settings in entries.items()
     }
+    if new := [label for label, recipe in found.items() if recipe.from_scratch]:
+        raise UsageError(
+            f"{new[0]}: from_scratch: methods are compared from one trained model, and each seed would begin with another random one",
+            "Train a dense model first (compressor train), and give it with --weights.",
+        )
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
@@ -134,8 +139,8 @@ def planned(
         match,
         matched,
         mask,
-        tuple(rates),
-        tuple(step for step in sampler_steps if step != first.recipe.evaluate.sampler_steps),
+        tuple(dict.fromkeys(rates)),
+        tuple(step for step in dict.fromkeys(sampler_steps) if step != first.recipe.evaluate.sampler_steps),
         lower,
         max_error,
         preset or ", ".join(found),
