@@ -22,7 +22,7 @@ from filelock import FileLock
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, comparison, files
-from compressor.comparison import words
+from compressor.comparison import jobs, words, worker
 from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import _write_match, refuse_used
 from compressor.comparison.page import Outcome, build, render
@@ -558,6 +558,21 @@ def test_density_and_latency_can_be_matched(monkeypatch):
     assert 0.5 < own.recipes["structured"].settings["macs"] < 0.6
 
 
+def test_a_rate_is_tried_against_what_the_dense_model_says_on_the_same_noise(tmp_path):
+    common = {
+        **{"data": FEW, "train": {"steps": 1, "batch_size": 4}},
+        "evaluate": {"samples": 8, "sampler_steps": 1, "metric": None, "latency_rounds": 0},
+    }
+    wanted = comparison.planned(["dense-continued"], [], None, common, seeds=1, rates=(1e-9,))
+    jobs._write_job(tmp_path / "dense", jobs._dense(wanted), ())
+    folders = [tmp_path / "dense", *(jobs._folder(wanted, cell, tmp_path) for cell in wanted.trials())]
+    loaded = None
+    for folder in folders:
+        loaded = worker._done(folder, loaded, lambda text: None, None)
+    [drift] = read_row(folders[1]).row.drift
+    assert drift.metric == "prediction_error" and drift.value < 1e-6  # a model that has hardly moved
+
+
 def test_what_is_named_twice_is_done_once():
     wanted = comparison.planned(
         ["magnitude"], [], None, {}, seeds=1, rates=(1e-3, 0.001, 2e-3), sampler_steps=(10, 10, 5)
@@ -585,8 +600,6 @@ def test_what_was_measured_for_a_match_is_kept_beside_that_of_other_methods(tmp_
     ],
 )
 def test_workers_are_given_a_gpu_each(monkeypatch, device, seen, workers, expected):
-    from compressor.comparison import jobs
-
     given = comparison.planned(["magnitude"], [], None, {"train": {"device": "cpu"}}, seeds=1)
     recipe = given.inputs.recipe
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})

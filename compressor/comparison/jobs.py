@@ -215,6 +215,7 @@ def _job(wanted: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         "label": cell.label,
         "recipe": cell.recipe.model_dump(mode="json"),
         "first": cell.first,
+        **({"tuning": True} if cell.tuning else {}),
         "dense": os.path.join("..", "..", "dense"),  # from the job's folder: others may see it in another place
         "sampler_steps": [] if cell.tuning else list(wanted.sampler_steps),
         KEY: made_of(wanted.inputs, cell.recipe, trains=True),

@@ -77,10 +77,13 @@ def cell(
     with directory.locked(run, _PATIENCE):  # a former worker may be about to end: nobody waits for it any more
         resumed = (run / "run.json").is_file()
         final = yield from runs.train(found, run, resume=resumed, keep_one_shot=job["first"])
-    stored = load_file(folder / job["dense"] / SEEN)
-    given = Seen(stored.get("images"), stored["predictions"])
     judge = Judge(found)
     yield from judge.look()
+    if job.get("tuning"):  # on other noise than the dense model's row
+        given = Seen(None, judge.predicted(found.working.to(judge.device).eval()))
+    else:
+        stored = load_file(folder / job["dense"] / SEEN)
+        given = Seen(stored.get("images"), stored["predictions"])
     if final is None:
         final = saving.load(run / "model", copy.deepcopy(found.model))
     trained = facts.read(run)["train"]
