@@ -194,11 +194,10 @@ Options:
 --model NAME uvit, ddpm or dit, which take the size of the data; any other of `compressor list models`.
 --data PATH|NAME A folder of pictures, CIFAR, .npz, … (docs/data.md), or a bundled set.
 --vae DIR An AutoencoderKL of diffusers, for models of latents: it encodes pictures.
---steps INTEGER Fine-tuning steps; 0 is one-shot pruning.
+--steps INTEGER Steps of training.
 --seed INTEGER Seed of everything random.
 --device TEXT auto, cpu, cuda, cuda:1, …
 --dtype TEXT auto, float32 or bfloat16 (autocast).
---train full|lora Train all, or adapters under the masks (lora.rank, lora.alpha).
 --set KEY=VALUE Any setting, e.g. train.lr=1e-4.
 --quick A look: few samples, the metric alone, few rounds of timing.
 --full For publication: as many samples as real images, whatever it costs.

@@ -83,15 +83,25 @@ input_options = options(
 )
 """Model, weights and data."""
 
-training_options = options(
-    setting("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning."),
+run_options = options(
     setting("--seed", type=int, help="Seed of everything random."),
     setting("--device", help="auto, cpu, cuda, cuda:1, …"),
     setting("--dtype", help="auto, float32 or bfloat16 (autocast)."),
+)
+"""What a training draws from, where it runs, and in what."""
+
+set_option = click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4."
+)
+"""Any other setting."""
+
+training_options = options(
+    setting("--steps", type=int, help="Fine-tuning steps; 0 is one-shot pruning."),
+    run_options,
     setting(
         "--train", "mode", metavar="full|lora", help="Train all, or adapters under the masks (lora.rank, lora.alpha)."
     ),
-    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. train.lr=1e-4."),
+    set_option,
 )
 """Training, and any other setting."""
 

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import budget_options, options, resolved_recipe, setting, tracking_option, training_options
+from compressor.cli.options import (
+    budget_options,
+    options,
+    resolved_recipe,
+    run_options,
+    set_option,
+    setting,
+    tracking_option,
+)
 from compressor.cli.run import begin
 from compressor.cli.terminal import Output
 
@@ -25,7 +33,9 @@ from compressor.cli.terminal import Output
         "--data", metavar="PATH|NAME", help="A folder of pictures, CIFAR, .npz, … (docs/data.md), or a bundled set."
     ),
     setting("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents: it encodes pictures."),
-    training_options,
+    setting("--steps", type=int, help="Steps of training."),
+    run_options,
+    set_option,
     budget_options,
     tracking_option,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-trained."),
