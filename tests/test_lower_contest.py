@@ -274,6 +274,12 @@ def test_a_whole_model_has_to_gain_as_much_as_a_layer() -> None:
     assert plan.choice == "eager" and plan.reason.endswith("less than the 1.03x that are asked: not taken")
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(1.0299, "1.02x"), (1.024, "1.02x"), (0.956, "0.96x")])
+def test_a_gain_that_is_too_small_is_not_rounded_up_to_what_is_asked(ratio: float, said: str) -> None:
+    reason = contest.Verdict("eager", "vnm", "onednn", ratio).reason()
+    assert reason == f"vnm has {said} the speed of onednn, less than the 1.03x that are asked"
+
+
 def test_what_is_still_open_is_not_stored_and_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = contest.interleaved
 

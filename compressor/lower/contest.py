@@ -133,15 +133,15 @@ class Verdict:
             return none + doubt
         if self.choice == self.best:
             return f"{self.ratio:.2f}x the speed of {self.opponent}, the best dense form"
-        has = f"{who or self.best} has {self.ratio:.2f}x the speed of {self.opponent}"
         if self.ratio >= asked(self.taken):
-            return has + doubt
-        return f"{has}, {_less(self.taken)}{'' if busy(self.taken) else doubt}"
+            return f"{who or self.best} has {self.ratio:.2f}x the speed of {self.opponent}{doubt}"
+        return f"{_less(who or self.best, self.ratio, self.opponent, self.taken)}{'' if busy(self.taken) else doubt}"
 
 
-def _less(taken: float | None) -> str:
-    """Why a gain does not count."""
-    less = f"less than the {asked(taken):.2f}x that are asked"
+def _less(who: str, ratio: float, opponent: str, taken: float | None) -> str:
+    """Why the gain of `who` does not count."""
+    shown = min(ratio, asked(taken) - 0.01)  # 1.029 is not rounded to the 1.03 that it is less than
+    less = f"{who} has {shown:.2f}x the speed of {opponent}, less than the {asked(taken):.2f}x that are asked"
     return f"{less} while other programs have the cores for {taken:.0%} of the time: {_AGAIN}" if busy(taken) else less
 
 
@@ -221,7 +221,7 @@ class Contest:
         passed = [name for name in self.dense if name != BASE and GAIN <= self.ratio(name, BASE) < asked(self.taken)]
         if passed:  # on a busy machine
             best = max(passed, key=lambda name: self.ratio(name, BASE))
-            return f"{best} has {self.ratio(best, BASE):.2f}x the speed of {BASE}, {_less(self.taken)}"
+            return _less(best, self.ratio(best, BASE), BASE, self.taken)
         for name, other in pairs:  # the first says enough
             if (found := self.against.get(name, {}).get(other)) is not None:
                 return f"{name} could not be told apart from {other} in {found.rounds} rounds, of which it won {found.wins}: {_AGAIN}"
