@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compressor.lower import Backend, Lowered, Plan
     from compressor.lower.lowering import lower as lower  # a package that can be called: the verb, to type checkers
     from compressor.runs.lora import Merged, merge_lora
-    from compressor.runs.placed import apply, prune, record
+    from compressor.runs.placed import apply, prune, prune_, record
     from compressor.saving.model import load, save
     from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
     from compressor.sparsity.notation import parse
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from compressor.sparsity.surgery import Surgery
     from compressor.training.average import Average
     from compressor.training.engine import FineTuning, Result, Step, choose_layers, steps
-    from compressor.training.in_place import prune_
     from compressor.training.pruner import Objective, Preset, Pruner, found
     from compressor.training.settings import Training
     from compressor.training.shadow import Shadow
@@ -44,7 +43,7 @@ _HOMES = {
     "data.sets": ("ImageSet", "Images", "Records", "SampleSet"),
     "errors": ("CompressorError",),
     "lower": ("Backend", "Lowered", "Plan"),
-    "runs.placed": ("apply", "prune", "record"),
+    "runs.placed": ("apply", "prune", "prune_", "record"),
     "runs.lora": ("Merged", "merge_lora"),
     "saving.model": ("load", "save"),
     "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
@@ -53,7 +52,6 @@ _HOMES = {
     "sparsity.surgery": ("Surgery",),
     "training.average": ("Average",),
     "training.engine": ("FineTuning", "Result", "Step", "choose_layers", "steps"),
-    "training.in_place": ("prune_",),
     "training.pruner": ("Objective", "Preset", "Pruner", "found"),
     "training.settings": ("Training",),
     "training.shadow": ("Shadow",),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from conftest import TinyAdapter, tiny_model
 
@@ -78,3 +80,30 @@ def test_packed_masks_are_the_same_masks(shape):
         assert torch.equal(packed[name].keep, mask.keep) and packed[name].pattern == mask.pattern
         packed[name].verify()
     assert isinstance(packed["0"], Mask) and "9" not in packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_is_pruned_itself_as_its_copy_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    pipe = tiny_pipelines.made("sd3", tmp_path / "files").to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    records = compressor.record(pipe, tiny_pipelines.PROMPTS, tmp_path / "records", n=2, unseen=1, steps=2)
+    pruner = Magnitude(parse("4:2:4"))
+    expected = compressor.prune(pipe, pruner, data=records, steps=0)
+    found = compressor.prune_(pipe, pruner, data=records)
+    assert found.model is pipe.transformer and {value.dtype for value in found.model.parameters()} == {dtype}
+    assert found.masks and found.masks.keys() == expected.masks.keys()
+    assert all(torch.equal(mask.keep, expected.masks[name].keep) for name, mask in found.masks.items())
+    with pytest.raises(CompressorError, match="weights"):
+        compressor.prune_(pipe, OBS(timesteps=2), data=records)  # what was recorded was the dense model
+
+
+def test_what_a_pipeline_or_a_module_lacks_is_said(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.made("sd3", tmp_path / "files")
+    with pytest.raises(CompressorError, match="needs data=, the records"):
+        compressor.prune_(pipe, Magnitude(), data=data())
+    with pytest.raises(CompressorError, match="its own adapter"):
+        compressor.prune_(pipe, Magnitude(), adapter=TinyAdapter(), data=data())
+    with pytest.raises(CompressorError, match="needs adapter= and data="):
+        compressor.prune_(tiny_model(), Magnitude(), data=data())
+    with pytest.raises(CompressorError, match="part is for pipelines"):
+        compressor.prune_(tiny_model(), Magnitude(), adapter=TinyAdapter(), data=data(), part="unet")

@@ -26,7 +26,7 @@ from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
 from compressor.runs import facts
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
-from compressor.training import engine
+from compressor.training import engine, in_place
 from compressor.training.engine import Result
 from compressor.training.given import refuse_untrainable
 from compressor.training.pruner import Pruner
@@ -123,6 +123,47 @@ def prune(
 
 
 _record = record
+
+
+def prune_(
+    model: Any,
+    pruner: Pruner,
+    *,
+    adapter: Adapter | None = None,
+    data: Any = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    part: str | None = None,
+    **training: Any,
+) -> Result:
+    """Prune `model` itself, in one shot: as `prune` with steps=0, but in place, in the model's own dtype, and without a copy.
+
+    Above the model, memory goes to what the method keeps of its calibration, to one layer at a time where the method is
+    `separable`, and to a bit per masked entry. The arguments are those of `prune`; of the `training` only the batches are used
+    (`batch_size`, `seed`). Of a pipeline the `part` in it is pruned, with the Recording that `compressor.record` gave as `data`.
+    In half precision calibration runs in it, so that scores are not to the last bit those of `prune`.
+    Raises CompressorError as `prune` does; a model that a method had begun to change is then not what it was.
+    """
+    if not is_pipeline(model):
+        if adapter is None or data is None:
+            raise UsageError("prune_: a module needs adapter= and data=", "Give both: help(compressor.prune_).")
+        if part is not None:
+            raise UsageError("prune_: part is for pipelines", "Leave it out for a module.")
+        return in_place.prune_(model, pruner, adapter=adapter, data=data, targets=targets, ignore=ignore, **training)
+    if adapter is not None:
+        raise UsageError("prune_: a pipeline brings its own adapter", "Leave adapter out.")
+    if not isinstance(data, Recording):
+        raise UsageError(
+            "prune_: a pipeline needs data=, the records of its calls",
+            "Make them: compressor.record(pipe, prompts, folder).",
+        )
+    found = opened(model, part)
+    refuse_away(found)
+    refuse_hooked(found, copied=True)
+    _refuse_records(data, found)
+    rules = {"targets": targets, "ignore": ignore}
+    given = {**DEFAULTS["train"], **training}
+    return in_place.prune_(found.module, pruner, adapter=adapter_of_calls(found, data), data=data, **rules, **given)
 
 
 class Applied:

@@ -39,13 +39,7 @@ def prune_(
     ignore: Sequence[str] | None = None,
     **training: Any,
 ) -> Result:
-    """Prune `model` itself, in one shot: as `prune` with steps=0, but in place, in the model's own dtype, and without a copy.
-
-    Above the model, memory goes to what the method keeps of its calibration, to one layer at a time where the method is
-    `separable`, and to a bit per masked entry. The arguments are those of `prune`; of the `training` only the batches are used
-    (`batch_size`, `seed`). In half precision calibration runs in it, so that scores are not to the last bit those of `prune`.
-    Raises CompressorError as `prune` does; a model that a method had begun to change is then not what it was.
-    """
+    """Prune the module `model` itself: `compressor.prune_` (`compressor.runs.placed`), which also takes pipelines, says the rest."""
     refuse_ranks("pruning")
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     refuse_misplaced(model, pruner, adapter)
