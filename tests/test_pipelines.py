@@ -162,6 +162,9 @@ def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     assert torch.allclose(fast, expected, atol=1e-3)
     loaded = compressor.load(tmp_path / "run")
     assert type(loaded).__name__ == "SD3Transformer2DModel"
+    drawn = cli("sample", tmp_path / "run")
+    assert drawn.code == 2 and "draws its pictures itself" in drawn.err and "run/pipeline" in drawn.err
+    assert not (tmp_path / "run" / "drawn").exists()
 
 
 def test_what_was_recorded_before_is_used_again(folders, cli, tmp_path, monkeypatch):

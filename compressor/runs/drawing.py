@@ -25,7 +25,7 @@ from compressor.errors import CompressorError, UsageError, memory
 from compressor.processes import safe_path, team
 from compressor.progress import Progress
 from compressor.runs.pictures import save_grid, save_image
-from compressor.runs.saved import saved_adapter, saved_model
+from compressor.runs.saved import learned_from_calls, saved_adapter, saved_model
 from compressor.seeds import generator
 from compressor.weights import in_float32
 
@@ -55,13 +55,19 @@ def draw(wanted: Draw, out: Path, processes: int = 1, overwrite: bool = False) -
 
     The processes of a launch share the batches, and the first one writes.
 
-    Raises UsageError where `out` is not empty; CompressorError where the model cannot be loaded or cannot sample; LockedError where
+    Raises UsageError where `out` is not empty, and for the run of a pipeline; CompressorError where the model cannot be loaded or
+    cannot sample; LockedError where
     another process works on `out`, or in the directory of the run around it.
     """
     leads = team().leads
     if leads:
         _refuse_used(out, overwrite)
     folder = saving.model_folder(Path(wanted.source))
+    if learned_from_calls(Path(wanted.source)):
+        raise UsageError(
+            f"{wanted.source} is the run of a pipeline, which draws its pictures itself",
+            f'With diffusers: DiffusionPipeline.from_pretrained("{Path(wanted.source, "pipeline")}").',
+        )
     adapter = saved_adapter(Path(wanted.source)).sampling(wanted.how)
     with files.claimed(out) if leads else nullcontext():
         if leads:

@@ -107,6 +107,12 @@ def saved_model(path: Path) -> tuple[Adapter, nn.Module]:
         return adapter, saving.load(path, None if named else adapter.build())
 
 
+def learned_from_calls(path: Path) -> bool:
+    """Whether `path` is the directory of a run that learned from the recorded calls of a pipeline."""
+    recipe = _recipe(path)
+    return recipe is not None and _of_calls(recipe)
+
+
 def _of_calls(recipe: Recipe) -> bool:
     """Whether the adapter of `recipe` is that of recorded calls, which it has to find again."""
     return recipe.pipeline is not None and not is_captioned(recipe)
