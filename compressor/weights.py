@@ -388,10 +388,18 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     """A hash of every tensor: names, dtypes, shapes and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw(tensor))
     return digest.hexdigest()
+
+
+def raw(tensor: Tensor) -> Any:
+    """The bytes of `tensor`, row by row."""
+    value = tensor.detach().cpu().contiguous()
+    if not value.numel():
+        return b""
+    # a number that was expanded to one entry is contiguous with a stride of 0, which no view as bytes takes
+    return value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def part_names(name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_denoisers
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -468,3 +469,26 @@ def test_half_precision_and_scalars_are_kept(tmp_path):
         "number",
         "dtype",
     ]
+
+
+def test_a_time_that_was_expanded_to_one_sample_is_kept(tmp_path):
+    """Pipelines make the time of a batch of one so; it has a stride of 0."""
+    storage.write(tmp_path / "x.safetensors", [Call((torch.tensor(3.5).expand(1),), {}, torch.zeros(1))], set())
+    _, (name, other) = storage.outline(tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert {float(file.get_tensor(one)) for one in (name, other)} == {0.0, 3.5}
+
+
+def test_a_model_that_keeps_some_weights_in_float32_is_pruned_in_half_precision(tmp_path):
+    torch.manual_seed(0)
+    case = tiny_denoisers.wan()
+    model = case.pipeline.transformer.bfloat16()
+    for name, value in model.named_parameters():  # as diffusers loads it
+        value.data = value.float() if any(one in name for one in type(model)._keep_in_fp32_modules) else value
+    call = {key: value.bfloat16() if key == "prompt_embeds" else value for key, value in case.call.items()}
+    records = compressor.record(case.pipeline, [call] * 2, tmp_path / "records", n=1, unseen=1, steps=2)
+    assert records.index.dtype == "bfloat16"
+    result = compressor.prune(case.pipeline, OBS(timesteps=2), data=records, steps=1)
+    assert {n: v.dtype for n, v in result.model.named_parameters()} == {n: v.dtype for n, v in model.named_parameters()}
+    with compressor.apply(case.pipeline, result) as pipe:
+        assert np.isfinite(pipe(**call, num_inference_steps=2, output_type="np").frames).all()

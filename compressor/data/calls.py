@@ -25,6 +25,7 @@ from compressor import files, validation
 from compressor.data.sets import SampleSet
 from compressor.errors import CompressorError
 from compressor.foreign.bounded import check_regular, mapping
+from compressor.weights import raw
 
 INDEX = "index.json"
 _EARLIER = "(Earlier versions did not keep which scheduler, text encoder, … their records are of.)"
@@ -338,7 +339,7 @@ def joined(calls: Sequence[Call]) -> Tensor:
 
 def _hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    digest.update(raw(tensor))
     return digest.hexdigest()
 
 

@@ -29,6 +29,7 @@ from compressor.training import shards
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.training.shadow import checked_masks
+from compressor.weights import raw
 
 
 def check_ranks(training: Training) -> None:
@@ -284,5 +285,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        found.update(raw(tensor))
     return found.hexdigest()
