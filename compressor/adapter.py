@@ -118,6 +118,7 @@ def _rows(n: int, part: slice, leaf: Tensor | Shared) -> Tensor:
 
 
 _TAKES = "_compressor_takes"
+_KEPT_WIDE = "_keep_in_fp32_modules"
 
 
 def as_taken(inputs: Any, module: nn.Module) -> Any:
@@ -131,9 +132,12 @@ def as_taken(inputs: Any, module: nn.Module) -> Any:
 def dtype_taken(module: nn.Module, dims: int = 0) -> torch.dtype | None:
     """The dtype of the inputs of `module`: that of its first weight of `dims` (0 or 2) dims or more; None where it has none.
 
-    A lowered model was told it (`take_as`): its weights are no parameters any more. This is asked in every call, so it makes no names
-    of parameters on its way.
+    Left out are weights that a model of diffusers keeps in float32 whatever its dtype is. A lowered model was told it (`take_as`): its
+    weights are no parameters any more. This is asked in every call, so it makes no names of parameters on its way where it need not.
     """
+    for name, value in module.named_parameters() if (wide := getattr(module, _KEPT_WIDE, None)) else ():
+        if value.is_floating_point() and value.dim() >= dims and not any(part in name for part in wide):
+            return value.dtype
     left = [module]
     while left:
         part = left.pop()

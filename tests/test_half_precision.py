@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
+import tiny_denoisers
 import torch
 from conftest import TinyAdapter, tiny_model
 from torch import nn
@@ -57,6 +58,12 @@ def test_inputs_are_in_the_dtype_of_the_first_weight_in_torchs_order(first, seco
     images, times = as_taken((torch.randn(2, 4), torch.rand(2)), model)
     assert images.dtype == first and times.dtype == torch.float32
     assert as_taken(torch.randn(2, 4), nn.LayerNorm(4).bfloat16()).dtype == torch.float32
+
+
+def test_weights_that_a_model_keeps_in_float32_do_not_say_what_it_takes():
+    model = tiny_denoisers.wan().pipeline.transformer.bfloat16()
+    model.scale_shift_table.data = model.scale_shift_table.float()
+    assert as_taken(torch.randn(2, 4), model).dtype == torch.bfloat16
 
 
 class Packed(Backend):

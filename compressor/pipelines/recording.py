@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compressor import files
+from compressor.adapter import dtype_taken
 from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
@@ -90,7 +91,7 @@ def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, kee
     """
     module = bare(opened.module)
     components = components_of(opened)
-    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    dtype = dtype_taken(module) or torch.float32
     return Index(
         pipeline=opened.name,
         part=opened.part,
