@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import compressor
 from compressor import CompressorError, files, parse
 from compressor.pipelines.opened import open_pipeline
+from compressor.pipelines.prompts import pictures
 from compressor.pipelines.recording import sample
 from compressor.report import read_report
 
@@ -179,6 +180,26 @@ def test_what_was_recorded_before_is_used_again(folders, cli, tmp_path, monkeypa
     outcome = cli(*command(folder, tmp_path / "run", "--records", records, "--method", "magnitude", "--steps", "0"))
     assert outcome.code == 0, outcome.err
     assert {path.name: path.stat().st_mtime_ns for path in records.iterdir()} == before
+
+
+def test_pictures_that_are_judged_are_of_one_size_and_others_may_differ(folders, cli, tmp_path):
+    folder, lines = folders("sd"), tmp_path / "lines.jsonl"
+    given = [{"prompt": f"a cat {number}", "height": 16, "width": 16} for number in range(10)]
+    tall = next(
+        n for n, one in enumerate(given) if one in [p.arguments for p in pictures(given, 10, 1, 0) if not p.unseen]
+    )
+    given[tall]["height"] = 32
+    lines.write_text("\n".join(map(json.dumps, given)))
+    common = ("run", "--pipeline", folder, "--prompts", lines, *NO_TIMES, "--method", "magnitude", "--steps", "2")
+    common += ("--set", "record.steps=2", "--set", "record.n=9", "--set", "record.keep=1")
+    outcome = cli(*common, "--out", tmp_path / "run", "--set", "record.unseen=1")
+    assert outcome.code == 0, outcome.err
+    for number, one in enumerate(given):
+        one["height"] = 16 * (1 + number % 2)
+    lines.write_text("\n".join(map(json.dumps, given)))
+    seed = next(s for s in range(9) if len({p.arguments["height"] for p in pictures(given, 9, 2, s) if p.unseen}) == 2)
+    outcome = cli(*common, "--out", tmp_path / "other", "--set", "record.unseen=2", "--set", f"record.seed={seed}")
+    assert outcome.code == 2 and "the pictures that are judged have height 16 and 32" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_denoisers
+import tiny_pipelines
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -382,7 +383,7 @@ def test_calibration_sees_every_step_in_turn(pipe, tmp_path):
     records = made(pipe, tmp_path / "records")
     batches = compressor.Samples(records, 2, 0)
     seen = list(visits(adapter_of(pipe, records), batches, STEPS))
-    times = [[float(kwargs["when"][0]) for _, kwargs in visit.inputs] for visit in seen]
+    times = [[float(kwargs["when"][0]) for _, kwargs, _ in visit.inputs] for visit in seen]
     assert times == [[1.0] * 2, [0.75] * 2, [0.5] * 2, [0.25] * 2]
 
 
@@ -492,3 +493,26 @@ def test_a_model_that_keeps_some_weights_in_float32_is_pruned_in_half_precision(
     assert {n: v.dtype for n, v in result.model.named_parameters()} == {n: v.dtype for n, v in model.named_parameters()}
     with compressor.apply(case.pipeline, result) as pipe:
         assert np.isfinite(pipe(**call, num_inference_steps=2, output_type="np").frames).all()
+
+
+UNLIKE = {
+    "sizes": [{"height": 16}, {"height": 32}],
+    "numbers": [{}, {"num_images_per_prompt": 2}],
+    "guidance": [{}, {"guidance_scale": 1.0}],
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_calls_of_unlike_shapes_are_learned_from(kind, tmp_path):
+    pipe = tiny_pipelines.made("sd", tmp_path / "files")
+    prompts = [{"prompt": f"a cat {n}", "height": 16, "width": 16, **one} for n, one in enumerate(2 * UNLIKE[kind])]
+    records = compressor.record(pipe, prompts, tmp_path / "records", n=3, unseen=1, steps=1)
+    adapter = CallsAdapter(opened(pipe), records)
+    calls = records.take(torch.arange(3))
+    inputs, target = adapter.noised(calls, torch.Generator())
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.predict(pipe.unet, inputs), target, rtol=1e-4, atol=1e-5)
+    for call, (one, wanted, share) in zip(calls, adapter.pieces(inputs, target, 1), strict=True):
+        assert torch.equal(wanted, call.output) and share == 1 / 3
+        assert len(one) == 1 and adapter.predict(pipe.unet, one).shape == wanted.shape
+    assert compressor.prune(pipe, OBS(timesteps=2), data=records, steps=1, batch_size=3).masks

@@ -332,9 +332,10 @@ def _is_plain(value: Any, depth: int) -> bool:
     return isinstance(held, str) if kind == "tensor" else kind == "value" and not isinstance(held, (dict, list))
 
 
-def joined(calls: Sequence[Call]) -> Tensor:
-    """The answers of `calls`, one after another along dim 0, in float32."""
-    return torch.cat([call.output.float() for call in calls])
+def joined(answers: Sequence[Tensor]) -> Tensor:
+    """`answers`, one after another along dim 0; as numbers (n,) where they differ in another dim, as those of unlike sizes do."""
+    alike = len({answer.shape[1:] for answer in answers}) == 1
+    return torch.cat([answer if alike else answer.flatten() for answer in answers])
 
 
 def _hash(tensor: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class CallsAdapter(Adapter):
     """Connects the part of `opened` whose calls are in `records` to the engine. A batch is a list of `Call`.
 
     The model is asked call by call, each as the pipeline asked it: no two are joined, as nothing is known of their arguments. Its
-    inputs are pairs (args, kwargs). What the dense model answered is in the records, so that no teacher is needed.
+    inputs are (args, kwargs, the shape of the answer). What the dense model answered is in the records, so that no teacher is needed.
     `targets`, `ignore`: rules for layers. `registered`: the adapter by which a saved model is built again, and written
     where its structure became smaller; None for parts that no registered model stands for.
     """
@@ -42,10 +43,11 @@ class CallsAdapter(Adapter):
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         """The calls as they were; nothing is drawn."""
         calls: list[Call] = batch
-        return [(call.args, dict(call.kwargs)) for call in calls], joined(calls)
+        inputs = [(call.args, dict(call.kwargs), tuple(call.output.shape)) for call in calls]
+        return inputs, joined([call.output.float() for call in calls])
 
     def predict(self, module: nn.Module, inputs: Any) -> Tensor:
-        """The answers to all calls, one after another along dim 0."""
+        """The answers to all calls, as `joined` has them."""
         stored = self.records.index.torch_dtype
         own = dtype_taken(module) or stored
 
@@ -53,13 +55,14 @@ class CallsAdapter(Adapter):
             return tensor.to(own) if tensor.dtype == stored != own else tensor
 
         given = tree_map_only(Tensor, here, inputs)
-        return torch.cat([answer(module(*args, **kwargs)) for args, kwargs in given])
+        return joined([answer(module(*args, **kwargs)) for args, kwargs, _ in given])
 
     def pieces(self, inputs: Any, target: Tensor, count: int) -> Iterator[tuple[Any, Tensor, float]]:
         """Call by call, whatever the `count`: that takes the least memory, and gives the same numbers."""
-        rows = len(target) // len(inputs)
-        for number, one in enumerate(inputs):
-            yield [one], target[number * rows : (number + 1) * rows], 1 / len(inputs)
+        shapes = [shape for _, _, shape in inputs]
+        parts = target.flatten().split([math.prod(shape) for shape in shapes])
+        for one, part, shape in zip(inputs, parts, shapes, strict=True):
+            yield [one], part.view(shape), 1 / len(inputs)
 
     def example_inputs(self, batch_size: int) -> Any:
         """The first recorded call, as it is: how many samples a call has is the pipeline's to say."""

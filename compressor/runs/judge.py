@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import cost
+from compressor.data.calls import joined
 from compressor.data.sets import ImageSet
 from compressor.environment import resolve_device
 from compressor.errors import memory_in
@@ -108,7 +109,8 @@ class Judge:
             quality = evaluate.qualities(inputs.metric, seen.images, self.reference, settings)
         differences: list[Drift] = []
         if dense is not None:
-            differences.append(drift.prediction_error(seen.predictions, dense.predictions))
+            asked = drift.asked(inputs.data)
+            differences.append(drift.prediction_error(seen.predictions, dense.predictions, asked))
             if seen.images is not None and dense.images is not None:
                 differences.append(drift.sample_rmse(seen.images, dense.images))
         return Row(
@@ -144,4 +146,4 @@ class Judge:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.zeros(0)
+    return joined(parts) if parts else torch.zeros(0)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from compressor import registry
-from compressor.data.calls import Index, Recording
+from compressor.data.calls import Index, Picture, Recording
 from compressor.environment import cache_folder, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.pipelines.adapter import CallsAdapter
@@ -72,6 +72,7 @@ def recorded(
 ) -> Generator[Progress, None, tuple[Opened, Recording]]:
     """The pipeline of `recipe` and the records of it, made where they were not there; `before` as for `piped`."""
     lines = _lines(recipe)  # what is wrong with them is said before anything is opened
+    _refuse_unlike(recipe, lines)
     assert recipe.pipeline is not None  # the caller looked
     yield Progress("open", 0, 1, recipe.pipeline)
     opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
@@ -85,9 +86,8 @@ def recorded(
 
 def index_for(recipe: Recipe, opened: Opened, lines: Sequence[Mapping[str, Any]] | None = None) -> Index:
     """What the records of `opened` that `recipe` wants are of."""
-    record = recipe.record
-    wanted = pictures(_lines(recipe) if lines is None else lines, record.n, record.unseen, record.seed)
-    return index_of(opened, wanted, record.steps, record.keep)
+    wanted = _wanted(recipe, _lines(recipe) if lines is None else lines)
+    return index_of(opened, wanted, recipe.record.steps, recipe.record.keep)
 
 
 def _lines(recipe: Recipe) -> list[dict[str, Any]]:
@@ -95,6 +95,22 @@ def _lines(recipe: Recipe) -> list[dict[str, Any]]:
     if recipe.prompts is None:
         raise UsageError("--pipeline needs prompts", "Give --prompts FILE: one a line, or JSON objects (.jsonl).")
     return [{**recipe.record.arguments, **line} for line in read_prompts(recipe.prompts)]
+
+
+def _refuse_unlike(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UsageError where the pictures that are judged would be of several sizes: they are compared as one."""
+    wanted = _wanted(recipe, lines)
+    for name in ("height", "width", "num_frames"):
+        if len(found := {str(one.arguments.get(name)) for one in wanted if one.unseen}) > 1:
+            raise UsageError(
+                f"{recipe.prompts}: the pictures that are judged have {name} {' and '.join(sorted(found))}",
+                f"Give all lines the same {name}. In Python, compressor.record and compressor.prune take several.",
+            )
+
+
+def _wanted(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """The pictures that `recipe` records."""
+    return pictures(lines, recipe.record.n, recipe.record.unseen, recipe.record.seed)
 
 
 def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:
