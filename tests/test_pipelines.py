@@ -135,6 +135,13 @@ def test_a_decoder_is_pruned_like_a_denoiser(folders, cli, tmp_path):
         compressor.load(tmp_path / "run")
 
 
+@pytest.mark.parametrize("told", ["sampler=ddim", "guidance=2", "metric=fd-digits", "inception_weights=weights.pth"])
+def test_how_bundled_models_are_judged_is_refused_for_a_pipeline(folders, cli, tmp_path, told):
+    outcome = cli(*command(folders("sd3"), tmp_path / "run", "--set", f"evaluate.{told}"))
+    assert outcome.code == 2 and f"evaluate.{told.partition('=')[0]}: a pipeline draws" in outcome.err, outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     folder = folders("sd3")
     outcome = cli(*command(folder, tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES))
@@ -163,6 +170,12 @@ def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     assert torch.allclose(fast, expected, atol=1e-3)
     loaded = compressor.load(tmp_path / "run")
     assert type(loaded).__name__ == "SD3Transformer2DModel"
+    report = (tmp_path / "run" / "report.json").read_bytes()
+    for told in ("--samples=10", "--sampler-steps=7", "--sampler=ddim", "--guidance=2", "--metric=fd-digits"):
+        judged = cli("evaluate", tmp_path / "run", told)
+        name = told[2:].partition("=")[0].replace("-", "_")
+        assert judged.code == 2 and f"evaluate.{name}: a pipeline" in judged.err, judged.err
+    assert (tmp_path / "run" / "report.json").read_bytes() == report
     drawn = cli("sample", tmp_path / "run")
     assert drawn.code == 2 and "draws its pictures itself" in drawn.err and "run/pipeline" in drawn.err
     assert not (tmp_path / "run" / "drawn").exists()

@@ -76,6 +76,12 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
         raise UsageError(f"{out} is not finished: {reason}", f"Finish it first: compressor resume {out}")
     refuse_busy_directory(out)
     before, settings = settings_with(out, changed)
+    unused = [name for name in ("samples", "sampler_steps", "measures") if name in changed]
+    if before.get("prompts") and unused:
+        raise UsageError(
+            f"evaluate.{unused[0]}: a pipeline's run is judged by the pictures of its records",
+            "Start another run with other records: record.unseen, record.steps.",
+        )
     where = str(out / "recipe.yaml")
     inputs = watch(prepared(resolve(settings, where), facts.begun(out)), output.quiet)
     given = [part for name, value in changed.items() for part in ("--set", f"evaluate.{name}={value}")]

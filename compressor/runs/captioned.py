@@ -44,6 +44,8 @@ def refuse_mixed(recipe: Recipe) -> None:
         raise UsageError(
             f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
         )
+    if recipe.pipeline is not None:
+        _refuse_unused(recipe)
     alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
     alone["evaluate.scores"] = recipe.evaluate.scores or None
     if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
@@ -61,6 +63,16 @@ def refuse_mixed(recipe: Recipe) -> None:
         raise UsageError(f"part {recipe.part}: captioned pictures are for what denoises", "Record it: --prompts FILE.")
 
 
+def _refuse_unused(recipe: Recipe) -> None:
+    """Raise UsageError where the recipe of a pipeline says how pictures of other models are drawn and judged."""
+    for name in ("metric", "inception_weights", "sampler", "spacing", "guidance"):
+        if getattr(recipe.evaluate, name) is not None:
+            raise UsageError(
+                f"evaluate.{name}: a pipeline draws its pictures itself, and they have no real ones beside them",
+                "Leave it out; how it draws: record.steps, record.arguments.NAME; scores of its pictures: evaluate.scores.",
+            )
+
+
 def as_model(recipe: Recipe) -> Recipe:
     """`recipe` with the denoiser of its pipeline as its model, by the family that reads pipelines."""
     assert recipe.pipeline is not None  # the caller looked
@@ -71,11 +83,10 @@ def as_model(recipe: Recipe) -> Recipe:
 def captioned(recipe: Recipe, adapter: Adapter) -> Generator[Progress, None, tuple[Adapter, nn.Module, Records]]:
     """The adapter of the denoiser, which knows what its inputs look like, the denoiser, and the data of `recipe`."""
     assert recipe.pipeline is not None and recipe.data is not None  # the caller looked
-    settings = recipe.evaluate
-    if settings.samples or settings.metric is not None:
+    if recipe.evaluate.samples:
         raise UsageError(
-            "evaluate: pictures of a pipeline are the pipeline's to draw",
-            "Leave samples and metric out, and draw with the pipeline that the run writes; or judge by --prompts.",
+            "evaluate.samples: pictures of a pipeline are the pipeline's to draw",
+            "Leave it out, and draw with the pipeline that the run writes; or judge by --prompts.",
         )
     pictures = read_captioned(Path(recipe.data))  # what is wrong with them is said before anything is opened
     yield Progress("open", 0, 1, recipe.pipeline)
