@@ -316,6 +316,39 @@ def test_a_table_in_a_page_is_the_committed_measurement(place):
     assert tables.replaced(page, marker, "x") != page
 
 
+def speed_ups(page: str, marker: str) -> dict[str, tuple[str, str]]:
+    """By model, what few bits gain over the fastest engine of all, and float32 over the fastest that is no less exact."""
+    (table,) = re.findall(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", page, re.DOTALL)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    few, exact = (
+        next(row for row in rows if row[0].startswith(f"*lowered, {form}*: over the {over}"))
+        for form, over in (("8 bits", "fastest of all"), ("float32", "best that is no less exact"))
+    )
+    return {name: (few[at].split()[0], exact[at].split()[0]) for at, name in enumerate(rows[0]) if at}
+
+
+@pytest.mark.parametrize(
+    ("machine", "marker"),
+    [
+        ("Zen 4, AVX-512 with VNNI", "opponents-vnni"),
+        ("Zen 5, AVX-512 with VNNI", "opponents-zen5"),
+        ("Zen 5 kept to AVX-VNNI", "opponents-avx-vnni"),
+        ("Zen 4 kept to AVX2", "opponents"),
+    ],
+)
+def test_what_the_readme_says_of_cpus_is_in_the_tables_of_lowering(machine, marker):
+    lowering = (ROOT / "docs" / "lowering.md").read_text(encoding="utf-8")
+    found = speed_ups(lowering, marker)
+    order = ["U-ViT-S/2, 32x32, batch 4, ms", "U-ViT-S/2, 32x32, batch 1, ms"]
+    order += ["one block of DiT-XL/2, 1,024 tokens, batch 1, ms", "DDPM UNet, CIFAR-10, batch 4, ms"]
+    cells = [", ".join(found[name]) for name in order]
+    assert f"| {machine} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+    few, exact = (sorted(found[name][at] for name in order) for at in (0, 1))
+    assert f"| {machine} | {few[0]} to {few[-1]} | {exact[0]} to {exact[-1]} |" in lowering
+
+
 def load_gather():
     spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
     gather = importlib.util.module_from_spec(spec)
