@@ -168,6 +168,15 @@ def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     with compressor.apply(opened.pipe, tmp_path / "run", lowered=True):
         fast = sample(opened, wanted, 2).images
     assert torch.allclose(fast, expected, atol=1e-3)
+    plan = tmp_path / "run" / "lowering.json"
+    assert cli("lower", tmp_path / "run", "--max-error", "0.05").code == 0
+    for how in ({"max_error": 0.05}, {"plan": compressor.Plan.read(plan)}):
+        with compressor.apply(opened.pipe, tmp_path / "run", lowered=how):
+            fewer = sample(opened, wanted, 2).images
+        assert torch.allclose(fewer, expected, atol=0.2)
+    for wrong in ("vnm", {"max_eror": 0.05}):
+        with pytest.raises(CompressorError, match=r"arguments of compressor\.lower"):
+            compressor.apply(opened.pipe, tmp_path / "run", lowered=wrong)
     loaded = compressor.load(tmp_path / "run")
     assert type(loaded).__name__ == "SD3Transformer2DModel"
     report = (tmp_path / "run" / "report.json").read_bytes()

@@ -198,15 +198,21 @@ class Applied:
         self.remove()
 
 
-def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = False) -> Applied:
+_LOWERING = ("backends", "dtype", "plan", "compiled", "tolerance", "max_error", "cache", "fuse_projections")
+"""Arguments of `compressor.lower` that `apply` hands on."""
+
+
+def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Mapping[str, Any] = False) -> Applied:
     """Put a pruned model into the pipeline `pipe`, in the place of its `part` (None: that of the run, else what denoises).
 
     `pruned`: the directory of a run or of a saved model, a `Result`, a `Lowered`, or a module. With `lowered`, a run's model
-    is lowered for this machine first, on the first of its recorded calls. The dtype and the device are those of the part: where a
+    is lowered for this machine first, on the first of its recorded calls: True, or arguments of `compressor.lower`, such as
+    `{"max_error": 0.05}` or `{"plan": Plan.read("runs/x/lowering.json")}`. The dtype and the device are those of the part: where a
     module has others, a copy of it is put there; a `Lowered` is put there as it is.
     `with compressor.apply(pipe, "runs/x"): …` takes it out again at the end; else `remove()` does. Several are removed in the
     opposite order. Raises CompressorError.
     """
+    how = _how(lowered)
     folder = Path(pruned) if isinstance(pruned, (str, Path)) else None
     settings = recipes.read(folder / "recipe.yaml") if folder is not None and (folder / "recipe.yaml").is_file() else {}
     found = opened(pipe, part or settings.get("part"))
@@ -224,10 +230,12 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
     device = next((value.device for value in own.parameters()), torch.device("cpu"))
     if not isinstance(pruned, Lowered):
         module = _like(module, own, device)
-    if lowered and folder is not None and settings.get("data"):  # the saved model knows what its inputs look like
+    if (
+        how is not None and folder is not None and settings.get("data")
+    ):  # the saved model knows what its inputs look like
         adapter = saving.adapter_at(saving.model_folder(folder))
-        module = lower(module, to_device(adapter.example_inputs(1), device), adapter=adapter).model
-    elif lowered:
+        module = lower(module, to_device(adapter.example_inputs(1), device), adapter=adapter, **how).model
+    elif how is not None:
         if folder is None or not settings.get("prompts"):
             raise UsageError(
                 "apply: lowered needs the directory of a pipeline's run",
@@ -237,8 +245,20 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool = Fa
         made = facts.begun(folder) or {}
         calls = Recording.opened(records_folder(recipe, index_for(recipe, found), made.get("pipeline_sha256")))
         adapter = adapter_of_calls(found, calls)
-        module = lower(module, adapter.example_inputs(1), adapter=adapter).model
+        module = lower(module, adapter.example_inputs(1), adapter=adapter, **how).model
     return Applied(pipe, found.part, module)
+
+
+def _how(lowered: Any) -> Mapping[str, Any] | None:
+    """The arguments of `lower` that `lowered` comes to, None where it is False. Raises UsageError for what is none of them."""
+    if isinstance(lowered, bool):
+        return {} if lowered else None
+    if not isinstance(lowered, Mapping) or (other := [name for name in lowered if name not in _LOWERING]):
+        what = f"a {type(lowered).__name__}" if not isinstance(lowered, Mapping) else repr(other[0])
+        raise UsageError(
+            f"apply: lowered is {what}", f"Give True, or arguments of compressor.lower: {', '.join(_LOWERING)}."
+        )
+    return lowered
 
 
 def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:
