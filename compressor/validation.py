@@ -15,8 +15,11 @@ from compressor.errors import CompressorError, UsageError, did_you_mean
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Model:
-    """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed."""
+_OF_RECIPES = "The recipe.yaml of any run has every setting with a value that is allowed."
+
+
+def validated(model: type[_Model], values: Mapping[str, Any], where: str, hint: str = _OF_RECIPES) -> _Model:
+    """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed, with `hint`."""
     if (broken := _half(values)) is not None:
         raise UsageError(
             f"{where}: {broken!r} has half a character in it, which no file can hold", "Write it in UTF-8."
@@ -41,7 +44,7 @@ def validated(model: type[_Model], values: Mapping[str, Any], where: str) -> _Mo
         found = repr(first["input"])
         raise UsageError(
             f"{where}: {path}: {first['msg'].lower()}, found {found[:80]}",
-            "The recipe.yaml of any run has every setting with a value that is allowed.",
+            hint,
         ) from error
 
 

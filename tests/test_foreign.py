@@ -31,6 +31,8 @@ from compressor.data.outsized import check_config, check_pipeline
 from compressor.data.reading import read_data
 from compressor.data.reading.captions import read_captioned
 from compressor.data.reading.hugging_face import Rows
+from compressor.export.onnx import export_onnx
+from compressor.export.tensorrt import export_tensorrt
 from compressor.files import read_json, verify
 from compressor.foreign.bounded import check_tree, read_bytes
 from compressor.lower import Plan
@@ -604,6 +606,37 @@ def test_weights_that_are_not_what_they_seem_are_refused_by_name(
         compressor.save(tmp_path / "model", model, {})
     with refused(*parts):
         compressor.lower(model, torch.zeros(1, 16))
+
+
+class Kept(nn.Module):
+    """Keeps what it computed, as some do to look at it."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.linear, self.inside, self.seen = nn.Linear(16, 16), inside, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        self.seen = {"last": [out]} if self.inside else out  # type: ignore[assignment]
+        return out
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_torch_does_not_copy_is_named_where_a_model_is_copied(
+    inside: bool, adapter: Adapter, samples: Tensor, tmp_path: Path
+) -> None:
+    model, words = Kept(inside), ("seen: kept from a forward pass", "module.seen = None")
+    model(samples)
+    for steps in (0, 2):
+        with refused(*words):
+            compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=steps, batch_size=4)
+    with refused(*words):
+        compressor.lower(model, torch.zeros(1, 16))
+    for export in (export_onnx, export_tensorrt):
+        with refused(*words):
+            export(model, adapter, tmp_path / "model.onnx")
+    compressor.save(tmp_path / "model", model, {})  # which copies nothing
 
 
 class Around(nn.Module):

@@ -513,6 +513,32 @@ def test_a_plan_for_another_model_machine_or_pattern_is_refused(net: nn.Module, 
             Plan.read(tmp_path)
 
 
+def test_a_plan_that_was_edited_and_arguments_of_other_types_are_named(net: nn.Module, tmp_path: Path) -> None:
+    plan = lowered(net, "eager", "onednn").plan
+    (pair,) = (layer for layer in plan.layers if layer.kind == "pair")
+    for update, words in (
+        ({"candidates": ()}, "mlp: the plan has no time of the layer as it is"),
+        ({"choice": "vnm-dense"}, "mlp: vnm-dense does not run it here: it takes no pair"),
+        ({"choice": "attention"}, "mlp: attention does not run it here: it takes no pair"),
+    ):
+        layers = tuple(layer.model_copy(update=update) if layer is pair else layer for layer in plan.layers)
+        edited = plan.model_copy(update={"layers": layers, "choice": "dense"})
+        with pytest.raises(CompressorError, match=words):
+            lowered(net, "eager", "onednn", "vnm-dense", "attention", plan=edited)
+    wrong: Any
+    for wrong, words in (
+        ({"plan": "lowering.json"}, r"the plan is a str\nGive a compressor\.Plan: compressor\.Plan\.read\(path\)"),
+        ({"max_error": "0.1"}, "max_error '0.1'"),
+        ({"tolerance": [0.1]}, r"tolerance \[0\.1\]"),
+        ({"backends": 5}, "backends: a int"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            compressor.lower(net, X, **wrong)
+    (tmp_path / "lowering.json").write_text('{"choice": 1}')
+    with pytest.raises(CompressorError, match=r"\nLower the model again"):
+        Plan.read(tmp_path)
+
+
 def test_times_are_cached_by_what_they_depend_on(
     net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,6 +360,18 @@ def test_a_plan_is_read_and_applied_and_held_against_its_own_error(tmp_path: Pat
     compressor.lower(model, X, worse, plan=plan, max_error=0.05)
 
 
+def test_a_plan_has_the_tolerance_that_it_was_made_with(tmp_path: Path) -> None:
+    model = Parallel()
+    backends = Sparse(), shares(model, [0.01, 0.01, 0.01, 0.01, 0.01])
+    first = compressor.lower(model, X, backends, cache=False, tolerance=0.05)
+    assert {layer.choice for layer in first.plan.layers} == {"coarse"}
+    first.plan.save(tmp_path / "lowering.json")
+    again = compressor.lower(model, X, backends, plan=Plan.read(tmp_path))
+    assert torch.equal(again.model(X), first.model(X))
+    with pytest.raises(CompressorError, match="differs by"):
+        compressor.lower(model, X, backends, plan=first.plan, tolerance=1e-5)
+
+
 def test_a_plan_from_before_there_was_a_search_is_read(tmp_path: Path) -> None:
     plan = plan_of(Parallel(), X, Sparse())
     before = json.loads(plan.model_dump_json())

@@ -38,6 +38,7 @@ from compressor.export.graph import (
 )
 from compressor.export.parity import TOLERANCE, Parity, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
+from compressor.foreign.sound import refuse_kept
 from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
@@ -137,7 +138,7 @@ def export_onnx(
     """
     path = Path(path)
     refuse(path, form, int8, overwrite)
-    model = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
+    model = in_float32_on_cpu(model)
     example = to_device(adapter.example_inputs(2), torch.device("cpu"))
     if patterns is None:
         patterns = {name: p for name, layer in layers_of(model).items() if (p := pattern_of(layer.weight)) is not None}
@@ -173,6 +174,12 @@ def export_onnx(
         weights_sha256=digest,
         versions=versions_of(("torch", *PACKAGES)),
     )
+
+
+def in_float32_on_cpu(model: nn.Module) -> nn.Module:
+    """A copy of `model` as graphs are made of: bare, in float32 and eval mode, on the CPU."""
+    refuse_kept(model := bare(model))
+    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
 
 # --- The gathered form. ---

@@ -7,7 +7,6 @@ such a file could not be checked, and NVIDIA's documentation names float16 and i
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shlex
@@ -34,7 +33,7 @@ from compressor.export.graph import (
     input_shapes,
     write,
 )
-from compressor.export.onnx import INT8_TOLERANCE, committed, layers_of, refuse, used_layers
+from compressor.export.onnx import INT8_TOLERANCE, committed, in_float32_on_cpu, layers_of, refuse, used_layers
 from compressor.export.parity import Parity, parity, random_inputs
 from compressor.export.tensorrt_graph import (
     Product,
@@ -48,7 +47,7 @@ from compressor.export.tensorrt_graph import (
 from compressor.files import file_sha256
 from compressor.lower.job import in_dtype
 from compressor.sparsity.pattern import Pattern
-from compressor.weights import bare, weights_sha256
+from compressor.weights import weights_sha256
 
 if TYPE_CHECKING:
     import onnx
@@ -147,7 +146,7 @@ def export_tensorrt(
     refuse(path, "dense", False, overwrite)
     if batch < 1:
         raise UsageError(f"batch {batch}", "Give how many samples the engine is used with at once: 1 or more.")
-    dense = copy.deepcopy(bare(model)).cpu().float().eval().requires_grad_(False)
+    dense = in_float32_on_cpu(model)
     example, digest = to_device(adapter.example_inputs(2), torch.device("cpu")), weights_sha256(dense)
     half = in_dtype(dense, torch.float16).requires_grad_(False)
     names = input_names_of(example, input_names)

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from compressor.errors import UsageError
 
@@ -47,6 +48,23 @@ def refuse_unsound(model: nn.Module) -> None:
         if value.is_quantized or type(value).__module__.partition(".")[0] in ("torchao", "bitsandbytes"):
             raise UsageError(f"{name}: quantised ({type(value).__name__}, {value.dtype})", _UNQUANTISED)
     _refuse_shared_memory(model)
+
+
+def refuse_kept(model: nn.Module) -> None:
+    """Raise UsageError for a tensor of a forward pass that a module has kept with what gradients need: torch does not copy such."""
+    for name, module in model.named_modules():
+        for attribute, value in {**vars(module), **module._buffers}.items():
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            held = [value] if isinstance(value, Tensor) else []
+            if isinstance(value, (list, tuple, dict)) and value:
+                held = [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+            if not all(one.is_leaf for one in held):
+                raise UsageError(
+                    f"{name}.{attribute}: kept from a forward pass, with what gradients need".lstrip("."),
+                    "torch does not copy such a tensor. Keep it without (x.detach()), or let go of it: "
+                    f"module.{attribute} = None.",
+                )
 
 
 def _refuse_extra_state(name: str, module: nn.Module) -> None:

@@ -48,7 +48,7 @@ def prepare(job: Job) -> None:
     """
     first = [group[0].unit for group in groups(job.found)]
     for backend in job.backends:
-        units = [unit for unit in first if unit.kind in backend.takes and _refusal(backend, unit, job.device) is None]
+        units = [unit for unit in first if refusal_of(backend, unit, job.device) is None]
         try:
             if units:
                 backend.prepare(units)
@@ -72,7 +72,7 @@ def choose(
     unit, device = group[0].unit, job.device
     backends = [backend for backend in job.backends if unit.kind in backend.takes]
     allowed = {b.name: _allowed(b, unit, tolerance, free) for b in backends}
-    refused = {b.name: reason for b in backends if (reason := _refusal(b, unit, device))}
+    refused = {b.name: reason for b in backends if (reason := refusal_of(b, unit, device))}
     able = [backend for backend in backends if backend.name not in refused]
     rng = torch.Generator().manual_seed(SEED)
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
@@ -159,8 +159,10 @@ def _rounds(
     return found
 
 
-def _refusal(backend: Backend, unit: Unit, device: torch.device) -> str | None:
-    """Why `backend` does not run `unit`; one that fails to say so is refused for that."""
+def refusal_of(backend: Backend, unit: Unit, device: torch.device) -> str | None:
+    """Why `backend` does not run `unit` on `device`; one that fails to say so is refused for that."""
+    if unit.kind not in backend.takes:
+        return f"it takes no {unit.kind.value}"
     try:
         return backend.unavailable(device) or backend.refusal(unit)
     except (Exception, SystemExit) as failure:  # a plugin may raise anything

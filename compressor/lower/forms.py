@@ -22,7 +22,7 @@ from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
 from compressor.lower import contest
-from compressor.lower.chooser import held, relative
+from compressor.lower.chooser import held, refusal_of, relative
 from compressor.lower.contest import Contest
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
@@ -354,8 +354,10 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
         raise CompressorError(f"the plan is for another model: {strange[0]}", again)
     for name, layer in layers.items():
         backend, unit = job.backend(layer.choice), units[name].unit
-        if weights and (reason := backend.unavailable(job.device) or backend.refusal(unit)):
+        if weights and (reason := refusal_of(backend, unit, job.device)):
             raise CompressorError(f"{name}: {layer.choice} does not run it here: {reason}", again)
+        if (timed := layer.candidate(contest.BASE)) is None or timed.median_ms is None:
+            raise CompressorError(f"{name}: the plan has no time of the layer as it is", again)
         if layer.dtype != (found := str(unit.dtype).removeprefix("torch.")):
             raise CompressorError(f"{name}: the plan was measured in {layer.dtype}, this is {found}", again)
         patterns = tuple(None if p is None else str(p) for p in units[name].patterns)

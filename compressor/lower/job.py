@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +46,10 @@ class Job:
         for backend in self.backends:
             if backend.name == name:
                 return backend
-        raise UsageError(f"the plan uses the backend {name!r}", "Add it to `backends`, or install it.")
+        raise UsageError(
+            f"the plan uses the backend {name!r}",
+            "Add it to `backends`, or install it; those of few bits want the `tolerance` or `max_error` that they were chosen by.",
+        )
 
 
 def prepared(
@@ -115,6 +118,8 @@ def _backends(asked: str | Sequence[str | Backend], quantising: bool) -> tuple[l
     "auto" leaves out those that give other numbers, unless they are `quantising`: where the caller says how much that may be.
     """
     auto = asked == "auto"
+    if not isinstance(asked, (str, Iterable)):
+        raise UsageError(f"backends: a {type(asked).__name__}", "Give a list of names, or of instances of Backend.")
     names = discovery.names("backends") if auto else [asked] if isinstance(asked, str) else list(asked)
     made: list[Backend] = []
     notes: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.environment import give_back
 from compressor.errors import UsageError, first_line, memory_in
+from compressor.foreign.sound import refuse_kept
 from compressor.lower import contest
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
@@ -67,7 +69,8 @@ def lower(
     rounding. `max_error` is that of the whole model's output on the example: kernels of few bits are tried, and layers go back to
     slower ones until it holds; with both, both hold. Measured times are kept on disk; with `cache=False` they are measured anew.
     With `fuse_projections`, Linears of one pattern that a module calls on one tensor (query, key and value) are one product, in dense
-    forms and lowered ones; by default they are on a GPU. A `plan` has its own.
+    forms and lowered ones; by default they are on a GPU. A `plan` has its own, and the errors that it was made with, where none are
+    given.
 
     Raises UsageError for unknown backends, and errors that are not above 0 and up to 1; CompressorError where the example does
     not run or a plan does not fit.
@@ -109,12 +112,8 @@ def lowering(
 
     `digest` is the model's `weights_sha256`, where it is known already.
     """
-    model = bare(model)
-    for name, value in (("tolerance", tolerance), ("max_error", max_error)):
-        if value is not None and not 0 < value <= 1:
-            raise UsageError(f"{name} {value!r}", "Give a relative error above 0, up to 1: 0.02 is two hundredths.")
-    if plan is not None and plan.search is not None and max_error is None:
-        max_error = plan.search.max_error
+    refuse_kept(model := bare(model))
+    tolerance, max_error = _allowed(plan, tolerance, max_error)
     quantising = tolerance is not None or max_error is not None
     fuse: bool | Collection[Sequence[str]] | None = fuse_projections if plan is None else plan.fused
     prepare_with = partial(prepared, model, example_inputs, backends, dtype, adapter, quantising)
@@ -145,8 +144,24 @@ def lowering(
         job.notes.append(contest.doubtful(store.busy))
     compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
+    made = made.model_copy(update={"tolerance": None if tolerance is None else float(tolerance)})
     give_back()
     return Lowered(form, made)
+
+
+def _allowed(plan: Plan | None, tolerance: float | None, max_error: float | None) -> tuple[float | None, float | None]:
+    """The errors of a layer and of the whole model: those given, else those of the plan. Raises UsageError for what is none."""
+    if not (plan is None or isinstance(plan, Plan)):
+        raise UsageError(
+            f"the plan is a {type(plan).__name__}", "Give a compressor.Plan: compressor.Plan.read(path) of a file."
+        )
+    if plan is not None:
+        tolerance = plan.tolerance if tolerance is None else tolerance
+        max_error = plan.search.max_error if max_error is None and plan.search is not None else max_error
+    for name, value in (("tolerance", tolerance), ("max_error", max_error)):
+        if value is not None and not (isinstance(value, Real) and 0 < value <= 1):
+            raise UsageError(f"{name} {value!r}", "Give a relative error above 0, up to 1: 0.02 is two hundredths.")
+    return tolerance, max_error
 
 
 def _rounding(job: Job) -> float:

@@ -144,6 +144,8 @@ class Plan(_Value):
     notes: tuple[str, ...] = ()
     search: Search | None = None
     """Where an error of the whole model was given."""
+    tolerance: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The error that each layer may have, where one was given."""
     exact: tuple[str, ...] = ()
     """Layers whose form in the dense form `dense` quantises nothing: the whole model's error would be above what is allowed."""
     backends: dict[str, str] = Field(default_factory=dict)
@@ -179,7 +181,7 @@ class Plan(_Value):
         """The plan saved at `path` (the file, or the folder of a run). Raises CompressorError where it is not one."""
         path = Path(path)
         path = path / FILE if path.is_dir() else path
-        return validated(cls, files.read_json(path), str(path))
+        return validated(cls, files.read_json(path), str(path), "Lower the model again: its plan has what is allowed.")
 
 
 class Cache:

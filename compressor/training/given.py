@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.sound import refuse_kept
 from compressor.training.arithmetic import eagerly
 from compressor.training.shards import local
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
@@ -53,6 +54,7 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     as `refuse_untrainable` does, and where a weight is not finite.
     """
     refuse_untrainable(model, steps)
+    refuse_kept(model)
     check_finite(model.state_dict(), type(model).__name__)
     student = float32_(copy.deepcopy(model))
     return student if steps else _unfrozen(student)
