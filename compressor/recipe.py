@@ -26,6 +26,20 @@ _MAX_DEPTH = 8
 _MAX_VALUES = 2000
 
 
+_Error = Annotated[float, Field(gt=0, le=1)] | None
+
+
+class Lowering(BaseModel):
+    """How the model is lowered, where `lower` asks for it: the errors that are allowed of each layer (`tolerance`) and of the whole
+    model, and whether Linears that take the same tensor are one product (None: on a GPU)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    tolerance: _Error = None
+    max_error: _Error = None
+    fuse_projections: bool | None = None
+
+
 class Recipe(BaseModel):
     """One run. `settings` are the method's own; `pattern`, `targets` and `ignore` are None where the default holds. With
     `from_scratch` the model has random weights at the start, drawn from `train.seed`, and fits the data."""
@@ -53,6 +67,7 @@ class Recipe(BaseModel):
     record: Record = Record()
     checkpoint_every: Annotated[int, Field(ge=1)] = 100
     lower: bool = False
+    lowering: Lowering = Lowering()
     from_scratch: bool = False
 
     @model_validator(mode="before")
@@ -70,6 +85,7 @@ SECTIONS: Mapping[str, type[BaseModel]] = {
     "evaluate": Evaluation,
     "loading": Loading,
     "record": Record,
+    "lowering": Lowering,
 }
 
 
@@ -195,7 +211,7 @@ def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LATER: Mapping[str, tuple[str, ...]] = {
-    "": ("pipeline", "part", "prompts", "records", "record", "from_scratch"),
+    "": ("pipeline", "part", "prompts", "records", "record", "from_scratch", "lowering"),
     "evaluate": ("scores",),
     "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload", "parallel", "times"),
 }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+import torch
 
-from compressor import files
+from compressor import CompressorError, files
+from compressor.runs import estimate
 
 
 @pytest.mark.parametrize("method", ["sparsedm", pytest.param("structured", marks=pytest.mark.slow), "dense-continued"])
@@ -43,6 +46,29 @@ def test_it_says_what_lowering_gains_and_which_layers_stay_dense(cli, tmp_path, 
     assert list(tmp_path.iterdir()) == [tmp_path / "cache"]  # nothing else is written
 
 
+def test_it_lowers_as_run_would(cli, tmp_path, monkeypatch):
+    """With the errors, the fused projections and the precision of the recipe, on the command line and in a file."""
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    given: list[dict[str, Any]] = []
+
+    def lowering(model, example, **how):
+        given.append(how)
+        raise CompressorError("enough")
+        yield
+
+    monkeypatch.setattr(estimate, "lowering", lowering)
+    (tmp_path / "recipe.yaml").write_text("lowering:\n  tolerance: 0.1\n")
+    flags = ("--max-error", "0.05", "--fuse-projections", "--dtype", "bfloat16")
+    assert cli("plan", "--steps", "0", "--config", tmp_path / "recipe.yaml", *flags).code == 1
+    assert cli("plan", "--steps", "0", "--set", "max_error=0.02").code == 1
+    names = ("tolerance", "max_error", "fuse_projections", "dtype")
+    assert [tuple(how[name] for name in names) for how in given] == [
+        (0.1, 0.05, True, torch.bfloat16),
+        (None, 0.02, None, None),
+    ]
+
+
 def test_what_run_would_refuse_is_refused(cli):
     assert cli("plan", "--pattern", "2:7").code == 2
+    assert cli("plan", "--max-error", "2").code == 2
     assert cli("plan", "--method", "sparsedm", "--pruner", "x.py:X").code == 2

@@ -119,17 +119,17 @@ _MAX_ERROR = (
     "--max-error FLOAT RANGE How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit. "
     "[0<x<=1]"
 )
+_FUSE = """--fuse-projections / --no-fuse-projections
+Layers that take the same tensor (query, key, value) as one product. Default: on a GPU."""
+_LOWERING = [_TOLERANCE, _MAX_ERROR, *_FUSE.splitlines()]
 NEW_HELP["compressor plan"] = [
     *NEW_HELP.get("compressor plan", []),
     "The time of evaluation, and of the whole, is told too.",
+    *_LOWERING,
 ]
-_FUSE = """--fuse-projections / --no-fuse-projections
-Layers that take the same tensor (query, key, value) as one product. Default: on a GPU."""
 NEW_HELP["compressor lower"] = [
     "--no-compiled Leave them out on a GPU too, where they are tried by default.",
-    _TOLERANCE,
-    _MAX_ERROR,
-    *_FUSE.splitlines(),
+    *_LOWERING,
 ]
 NEW_HELP["compressor bench"] = f"""
 {_TOLERANCE}
@@ -152,7 +152,7 @@ NEW_HELP["compressor report"] = [
     "--out DIR Of several runs: write their pages there.",
 ]
 _LOG_WITH = "--log-with NAME Send the steps to tensorboard, wandb, trackio or mlflow too. May be repeated."
-NEW_HELP["compressor run"] = [*NEW_HELP["compressor run"], _LOG_WITH]
+NEW_HELP["compressor run"] = [*NEW_HELP["compressor run"], _LOG_WITH, *_LOWERING]
 NEW_HELP["compressor resume"] = [_LOG_WITH]
 NEW_HELP["compressor doctor"] = """
 Usage: compressor doctor [OPTIONS]

@@ -87,6 +87,18 @@ def test_projections_are_fused_where_a_command_asks_for_it(cli: Any, tmp_path: P
     assert "to_q + to_k + to_v" in (out / "report.html").read_text().replace("<wbr>", "")
 
 
+def test_a_run_is_lowered_within_the_errors_that_it_was_given(cli: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wanted = ("--pattern", "4:2:4", "--max-error", "0.05", "--no-fuse-projections")
+    refused = cli.trial(out, *wanted)
+    assert refused.code == 2 and "lowering.max_error is of lowered models" in refused.err and not out.exists()
+    outcome = cli.trial(out, *wanted, "--lower", "--steps", "0")
+    assert outcome.code == 0, outcome.err
+    search = Plan.read(out).search
+    assert search is not None and search.max_error == 0.05 and not Plan.read(out).fused
+    assert read(out)["recipe"]["lowering"] == {"tolerance": None, "max_error": 0.05, "fuse_projections": False}
+
+
 def test_macs_lowered_are_those_that_kernels_leave(lowered: Path) -> None:
     report, plan = read(lowered), Plan.read(lowered)
     final = report["rows"][-1]

@@ -137,23 +137,33 @@ recipe_options = options(
 )
 """The options that make a recipe."""
 
+
+def _lowering_options(option: Callable[..., Callable[[Any], Any]]) -> Callable[[_Function], _Function]:
+    return options(
+        option(
+            "--tolerance",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about 0.01 on.",
+        ),
+        option(
+            "--max-error",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit.",
+        ),
+        option(
+            "--fuse-projections/--no-fuse-projections",
+            default=None,
+            help="Layers that take the same tensor (query, key, value) as one product. Default: on a GPU.",
+        ),
+    )
+
+
+lowering_settings = _lowering_options(setting)
+"""How a run's model is lowered."""
+
 speed_options = options(
     click.option("--dtype", default="auto", metavar="DTYPE", help="auto (the model's own), float32 or bfloat16."),
-    click.option(
-        "--tolerance",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="How far a layer may be from dense (relative, root mean square): lets 8-bit kernels in, from about 0.01 on.",
-    ),
-    click.option(
-        "--max-error",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="How far the whole model's output may be from dense: lets 8-bit kernels in, as many as fit.",
-    ),
-    click.option(
-        "--fuse-projections/--no-fuse-projections",
-        default=None,
-        help="Layers that take the same tensor (query, key, value) as one product. Default: on a GPU.",
-    ),
+    _lowering_options(click.option),
     click.option("--fresh", is_flag=True, help="Measure again, also what was measured on this machine before."),
 )
 """How a finished run is timed."""

@@ -8,13 +8,16 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import recipe_options, resolved_recipe
+from compressor.cli.options import lowering_settings, options, recipe_options, resolved_recipe
 from compressor.cli.terminal import Output, print_json, print_table, say, warn_of_idle_rules, watch
 
 
 @click.command(cls=Command)
-@recipe_options
-@click.option("--lower/--no-lower", default=True, show_default=True, help="Time the lowered model on this machine.")
+@options(
+    recipe_options,
+    click.option("--lower/--no-lower", default=True, show_default=True, help="Time the lowered model on this machine."),
+    lowering_settings,
+)
 def plan(
     output: Output, config: Path | None, settings: dict[str, Any], assignments: tuple[str, ...], lower: bool
 ) -> None:

@@ -11,7 +11,15 @@ import click
 
 from compressor.cli.command import Command
 from compressor.cli.evaluate import again, evaluation, settings_with
-from compressor.cli.options import options, recipe_options, resolved_recipe, run_argument, setting, tracking_option
+from compressor.cli.options import (
+    lowering_settings,
+    options,
+    recipe_options,
+    resolved_recipe,
+    run_argument,
+    setting,
+    tracking_option,
+)
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, say, say_notes, warn_of_idle_rules, watch
 from compressor.errors import CompressorError, UsageError
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     tracking_option,
     click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD."),
     setting("--lower", is_flag=True, default=None, help="At the end, lower the model and report its measured speed."),
+    lowering_settings,
     click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
     click.option("--resume", "resumes", is_flag=True, help="Continue the run in DIR."),
 )
@@ -88,6 +97,8 @@ def begin(
     from compressor.runs.trackers import checked as checked_trackers
     from compressor.training.ranks import check_ranks
 
+    if not recipe.lower and (idle := recipe.lowering.model_dump(exclude_defaults=True)):
+        raise UsageError(f"lowering.{next(iter(idle))} is of lowered models", "Give --lower too.")
     names = checked_trackers(log_with)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
     here = team()

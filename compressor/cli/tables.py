@@ -207,9 +207,10 @@ def planning_lines(facts: Mapping[str, Any]) -> list[str]:
         f"({after['macs_effective'] / before['macs_dense']:.0%})",
     ]
     if (lowering := facts["lowering"]) is not None:
+        off = f"; its output is off by {lowering['error']:.1e}" if (lowering["error"] or 0) > 1e-4 else ""
         lines.append(
             f"speed on {lowering['hardware']}, batch {lowering['batch']}: {lowering['speedup_vs_dense']:.2f}x as fast as the best "
-            f"dense form; {lowering['choice']}: {lowering['reason']}"
+            f"dense form; {lowering['choice']}: {lowering['reason']}{off}"
         )
     if (training := facts["fine_tuning"]) is not None:
         lines.append(

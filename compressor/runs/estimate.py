@@ -17,8 +17,8 @@ from compressor.runs.inputs import Inputs
 from compressor.runs.latency import timed
 from compressor.runs.one_shot import OneShot, layer_rows
 from compressor.runs.pace import drawn_rows, evaluation_seconds
+from compressor.runs.speed import precision_of
 from compressor.training.engine import FineTuning, Result
-from compressor.weights import in_float32
 
 WARM_UP, PROBE = 2, 5
 
@@ -66,12 +66,19 @@ def _lowered(found: Inputs, result: Result) -> Generator[Progress, None, dict[st
     recipe = found.recipe
     device = resolve_device(recipe.train.device)
     example = to_device(found.adapter.example_inputs(recipe.evaluate.latency_batch), device)
-    lowered = yield from lowering(in_float32(result.model).to(device), example, adapter=found.adapter)
+    lowered = yield from lowering(
+        result.model.to(device),
+        example,
+        dtype=precision_of(result.model, device, recipe.train.dtype),
+        adapter=found.adapter,
+        **recipe.lowering.model_dump(),
+    )
     form = lowered.plan.form(lowered.plan.choice)
     facts: dict[str, Any] = {
         "choice": lowered.plan.choice,
         "reason": lowered.plan.reason,
         "speedup_vs_dense": form.speedup if form is not None else 1.0,
+        "error": form.error if form is not None else None,
         "batch": recipe.evaluate.latency_batch,
         "layers_that_skip_zeros": len(lowered.plan.skipping()),
         "hardware": lowered.plan.setting.hardware,

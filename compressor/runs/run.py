@@ -89,7 +89,8 @@ def _reported(inputs: Inputs, out: Path, final: nn.Module | None, lowers: bool) 
     if finished is None:  # not the first process: its part is done
         return
     if lowers:
-        benched = yield from measured(finished, [finished.batch], inputs.recipe.train.dtype)
+        recipe = inputs.recipe
+        benched = yield from measured(finished, [finished.batch], recipe.train.dtype, **recipe.lowering.model_dump())
         if inputs.piped is not None and inputs.recipe.evaluate.latency_rounds:
             judge = PairedJudge(inputs, inputs.piped)
             yield from judge.whole_lowered(finished.reported(benched.report), benched.plan)

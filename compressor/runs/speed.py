@@ -102,7 +102,7 @@ def measured(
         raise UsageError(
             f"batches {list(batches)}: a pipeline's model is timed on a call as it was recorded", "Leave the size out."
         )
-    precision = _precision(run, dtype)
+    precision = precision_of(run.sparse, run.device, dtype)
     entries: list[tuple[str, Latency]] = []
     plan: Plan | None = None
     with tempfile.TemporaryDirectory() as folder:
@@ -136,13 +136,11 @@ def measured(
     return Benched(report, plan, entries, left_out)
 
 
-def _precision(run: Finished, dtype: str) -> torch.dtype | None:
-    """The dtype that the run's models are cast to; None where they are in it. CPUs have no kernels for float16: float32 there."""
-    own = set(dtypes_of(run.sparse).values()) & set(HALF)
+def precision_of(model: nn.Module, device: torch.device, dtype: str) -> torch.dtype | None:
+    """The dtype that a run's models are cast to; None where they are in it. CPUs have no kernels for float16: float32 there."""
+    own = set(dtypes_of(model).values()) & set(HALF)
     if dtype == "auto" and own:
-        return (
-            torch.bfloat16 if own == {torch.bfloat16} else torch.float16 if run.device.type == "cuda" else torch.float32
-        )
+        return torch.bfloat16 if own == {torch.bfloat16} else torch.float16 if device.type == "cuda" else torch.float32
     return torch.float32 if dtype == "float32" and own else DTYPES[dtype]
 
 
