@@ -434,6 +434,23 @@ def test_another_precision_takes_and_gives_the_first(net: nn.Module) -> None:
     assert next(net.parameters()).dtype == torch.float32
 
 
+def test_a_model_of_two_layers_takes_what_it_took_in_another_precision_and_is_pickled(tmp_path: Path) -> None:
+    class Conditioned(Mlp):
+        def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+            out = super().forward(x)
+            return out if t is None else out * t[:, None, None]
+
+    model, t = Conditioned(), torch.tensor([1.0, 2.0, 3.0])
+    for example in ((X, t), {"x": X, "t": t}):
+        result = compressor.lower(model, example, ["eager", "onednn"], dtype=torch.bfloat16, cache=False)
+        with torch.no_grad():
+            assert torch.allclose(result.model(X, t=t), model(X, t), atol=0.05)
+    lowered_ = compressor.lower(Mlp(), X, ["eager", "onednn"], dtype=torch.bfloat16, cache=False).model
+    torch.save(lowered_, tmp_path / "lowered.pt")
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "lowered.pt", weights_only=False)(X), lowered_(X))
+
+
 class Turned(nn.Module):
     """Turns pairs of channels by complex numbers in a buffer, as rotary embeddings do."""
 

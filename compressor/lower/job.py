@@ -191,24 +191,33 @@ def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if dtype is None:
         return base
     if is_unit(base):
-        base = nn.Sequential(base)  # casts go around a module, and must stay where it is replaced
+        base = _Held(base)  # casts go around a module, and must stay where it is replaced
     before = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def cast(value: Tensor, to: torch.dtype) -> Tensor:
-        return value.to(to) if value.is_floating_point() and value.dim() > 1 else value
-
-    def cast_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: cast(t, dtype), (args, kwargs))
-
-    def cast_output(module: nn.Module, args: Any, output: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: cast(t, before), output)
-
     cast_(
         base, dict.fromkeys(dtypes_of(base), dtype)
     )  # not to(dtype), which would take the imaginary parts from complex tensors
-    base.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-    base.register_forward_hook(cast_output)
+    base.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
+    base.register_forward_hook(partial(_cast_output, before))
     return base
+
+
+class _Held(nn.Sequential):
+    """One module, called with whatever it takes."""
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self[0](*args, **named)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, value)
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return _cast((args, kwargs), dtype)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return _cast(output, dtype)
 
 
 def _device(model: nn.Module, inputs: Any) -> torch.device:
