@@ -573,6 +573,57 @@ def test_a_rate_is_tried_against_what_the_dense_model_says_on_the_same_noise(tmp
     assert drift.metric == "prediction_error" and drift.value < 1e-6  # a model that has hardly moved
 
 
+class Made:
+    """A crew whose jobs leave an empty row, but for the trials of magnitude in a folder called `bad`."""
+
+    def __init__(self, *_):
+        self.given = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def carry_out(self, folders):
+        for folder in folders:
+            if not folder.name.startswith("magnitude-seed-1000000") or "bad" not in folder.parts:
+                (folder / "row.json").write_text("{}", encoding="utf-8")
+        yield from ()
+
+
+def test_a_method_whose_trials_failed_is_not_trained_at_a_rate_that_was_not_searched(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(jobs, "Crew", Made)
+    monkeypatch.setattr(jobs, "written", shown.append)
+    monkeypatch.setattr(jobs, "_latencies", lambda *_: iter(()))
+    monkeypatch.setattr(
+        jobs,
+        "_best_rates",
+        lambda trials, folders: {
+            c.label: 1e-3 for c, f in zip(trials, folders, strict=True) if (f / "row.json").is_file()
+        },
+    )
+
+    def done(name, *methods):
+        wanted = comparison.planned(list(methods), [], None, {"data": FEW, "steps": 1}, seeds=1, rates=(1e-3,))
+        list(jobs.conduct(wanted, tmp_path / name))
+        return shown[-1]
+
+    outcome = done("bad", "magnitude", "obs")
+    assert [cell.label for cell, _ in outcome.done] == ["obs"]
+    assert outcome.failed["magnitude-seed-0"] == "none of its learning rates could be tried"
+    assert not (tmp_path / "bad" / "cells" / "magnitude-seed-0").exists()
+    with pytest.raises(CompressorError, match="every trial failed"):
+        done("bad", "magnitude")
+    for methods in (
+        ("magnitude", "obs"),
+        ("obs",),
+        ("magnitude", "obs"),
+    ):  # the last call knows what the first one chose
+        assert len(done("good", *methods).done) == len(methods)
+
+
 def test_what_is_named_twice_is_done_once():
     wanted = comparison.planned(
         ["magnitude"], [], None, {}, seeds=1, rates=(1e-3, 0.001, 2e-3), sampler_steps=(10, 10, 5)

@@ -36,6 +36,8 @@ REPORT, MATCH = "report", "match"
 """Claims besides those on cells: on writing the report, and on measuring what `--match latency` needs."""
 FOLDERS = ("dense", "cells", "trials")
 FILES = ("report.json", "report.md", "report.html", "report.csv", "latency.json", "rates.json", "match.json")
+RATES = "rates.json"
+_UNSEARCHED = "none of its learning rates could be tried"
 
 
 def refuse_used(out: Path) -> None:
@@ -121,8 +123,8 @@ def conduct(
 
     Called again after an interruption it goes on, with other seeds or methods it adds to what is there. With `claims`, of `out`,
     it shares the work with all who have some of the same folder, and ends when all is done. Raises
-    CompressorError where a cell of the folder was trained with other settings, before anything is changed, and where every cell
-    failed.
+    CompressorError where a cell of the folder was trained with other settings, before anything is changed, and where every cell,
+    or every trial of a learning rate, failed.
     """
     refuse_used(out)
     with locked(out) if claims is None else nullcontext():
@@ -138,8 +140,6 @@ def conduct(
         if wanted.mask:
             _write_match(wanted, out)
         _write_job(out / "dense", _dense(wanted), SHARED)
-        rates: dict[str, float] = {}
-        failed: dict[str, str] = {}
         places = _devices(wanted, workers, devices)
         every = (*wanted.trials(), *wanted.cells({}))
         outlook = Outlook(wanted, [cell for cell in every if not (_place(cell, out) / ROW).is_file()], len(places))
@@ -147,13 +147,9 @@ def conduct(
             yield from outlook.told(crew.carry_out([out / "dense"]))
             if not (out / "dense" / ROW).is_file():
                 raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")
-            if trials := wanted.trials():
-                folders = [_folder(wanted, cell, out) for cell in trials]
-                yield from outlook.told(crew.carry_out(folders))
-                rates = _best_rates(trials, folders)
-                failed = _failed(trials, folders)
-                files.write_json(out / "rates.json", rates)
-            cells = wanted.cells(rates)
+            rates, failed = yield from _searched(wanted, out, crew, outlook)
+            # whose rate nothing is known of is not trained at one that was not searched
+            cells = [cell for cell in wanted.cells(rates) if cell.name not in failed]
             folders = [_folder(wanted, cell, out) for cell in cells]
             yield from outlook.told(crew.carry_out(folders))
         if not any((folder / ROW).is_file() for folder in folders):
@@ -168,6 +164,24 @@ def conduct(
         if claims is not None:
             claims.release(REPORT, "done")
         yield Progress("report", 1, 1)
+
+
+def _searched(
+    wanted: Comparison, out: Path, crew: Crew, outlook: Outlook
+) -> Generator[Progress, None, tuple[dict[str, float], dict[str, str]]]:
+    """The learning rates that trials chose, by label, and what failed and why, by the name of the cell: with the trials, all cells of
+    labels that no trial succeeded for."""
+    trials = wanted.trials()
+    if not trials:
+        return {}, {}
+    folders = [_folder(wanted, cell, out) for cell in trials]
+    yield from outlook.told(crew.carry_out(folders))
+    rates = _best_rates(trials, folders)
+    if not rates:
+        raise CompressorError(f"every trial failed; the first: {reason(folders[0])}", "See error.txt in each of them.")
+    files.write_json(out / RATES, {**_rates(out), **rates})  # beside those of methods that this call leaves out
+    unsearched = {cell.name: _UNSEARCHED for cell in wanted.cells(rates) if cell.label not in rates}
+    return rates, {**_failed(trials, folders), **unsearched}
 
 
 def _plan(wanted: Comparison, out: Path) -> str:
@@ -191,13 +205,18 @@ def _refuse_others(wanted: Comparison, out: Path) -> None:
     """Raise CompressorError where the dense model was judged or a cell begun in `out` with another recipe than `wanted` has for it,
     or where what the recipes name is not what it was then."""
     _refuse_other(out / "dense", _dense(wanted), SHARED)
-    path = out / "rates.json"
-    rates: dict[str, float] = files.read_json(path) if wanted.rates and path.is_file() else {}
+    rates = _rates(out) if wanted.rates else {}
     for cell in (*wanted.trials(), *wanted.cells(rates)):
         place = _place(cell, out)
         if wanted.rates and not cell.tuning and cell.label not in rates and _is_begun(place):
             raise CompressorError(f"{place} was made without --lr-grid", _OTHER)
         _refuse_other(place, _job(wanted, cell, out), tuple(Recipe.model_fields))
+
+
+def _rates(out: Path) -> dict[str, float]:
+    """The learning rates that were chosen in the folder `out`, by label."""
+    path = out / RATES
+    return files.read_json(path) if path.is_file() else {}
 
 
 def _failed(cells: Sequence[Cell], folders: Sequence[Path]) -> dict[str, str]:
