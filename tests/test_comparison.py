@@ -624,6 +624,25 @@ def test_a_method_whose_trials_failed_is_not_trained_at_a_rate_that_was_not_sear
         assert len(done("good", *methods).done) == len(methods)
 
 
+def test_times_of_another_machine_are_not_kept_beside_the_name_of_this_one(tmp_path, monkeypatch):
+    measured = []
+
+    def timed(found, models, lowered, max_error):
+        measured.append(list(models))
+        yield Progress("latency", 0, 1)
+        return {name: [] for name in models}
+
+    monkeypatch.setattr(jobs, "timed", timed)
+    wanted = comparison.planned(["magnitude"], [], None, {"data": FEW, "evaluate": {"samples": 8}}, seeds=1)
+    for _ in range(2):
+        list(jobs._latencies(wanted, [], [], tmp_path))
+    assert measured == [["dense"]]
+    here = jobs.environment
+    monkeypatch.setattr(jobs, "environment", lambda device: {**here(device), "hardware": "another"})
+    list(jobs._latencies(wanted, [], [], tmp_path))
+    assert len(measured) == 2
+
+
 def test_what_is_named_twice_is_done_once():
     wanted = comparison.planned(
         ["magnitude"], [], None, {}, seeds=1, rates=(1e-3, 0.001, 2e-3), sampler_steps=(10, 10, 5)

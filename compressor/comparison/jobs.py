@@ -355,7 +355,7 @@ def _best_rates(trials: Sequence[Cell], folders: Sequence[Path]) -> dict[str, fl
 def _latencies(
     wanted: Comparison, cells: Sequence[Cell], folders: Sequence[Path], out: Path
 ) -> Generator[Progress, None, dict[str, list[Latency]]]:
-    """The latency entries by label, of the weights of the first seed that there is; kept while those are the same."""
+    """The latency entries by label, of the weights of the first seed that there is; kept while those and the machine are the same."""
     first: dict[str, Path] = {}
     for cell, folder in zip(cells, folders, strict=True):
         if (folder / ROW).is_file():
@@ -365,6 +365,7 @@ def _latencies(
         return {label: [] for label in ("dense", *first)}
     hashes = {label: read_row(folder).row.weights_sha256 for label, folder in first.items()}
     key = {"weights": hashes, "batch": settings.latency_batch, "rounds": settings.latency_rounds, "lower": wanted.lower}
+    key["machine"] = environment(resolve_device(wanted.inputs.recipe.train.device))  # which the report names
     if wanted.max_error is not None:
         key["max_error"] = wanted.max_error
     path = out / "latency.json"
