@@ -383,6 +383,32 @@ def test_overwrite_keeps_folders_that_are_no_runs(cli, here, folder):
     assert (here / folder / "mine.py").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("model", "pipeline", "name"),
+    [
+        ("uvit", None, "uvit"),
+        ("/somewhere/else/mine.py:Mine", None, "Mine"),
+        ("../../mine.py:Mine", None, "Mine"),
+        ("uvit", "pipes/sd/", "sd"),
+        ("uvit", "owner/name", "name"),
+    ],
+)
+def test_a_directory_is_called_by_its_model_and_lies_where_it_should(model, pipeline, name):
+    from compressor.cli.options import name_of
+
+    assert name_of(model, pipeline) == name
+
+
+def test_compare_of_a_model_of_ones_own_writes_into_runs(cli, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    seen = []
+    monkeypatch.setattr("compressor.comparison.sharing", lambda out, *_: seen.append(out) or 1 / 0)
+    cli("compare", "--model", "../../mine.py:Mine", "--methods", "magnitude")
+    cli("compare", "--pipeline", "../sd", "--methods", "magnitude")
+    assert seen == [Path("runs/compare-Mine"), Path("runs/compare-sd")]
+
+
 def test_without_out_each_run_gets_a_directory_of_its_own(here):
     from compressor.cli.run import free_directory
 

@@ -13,6 +13,7 @@ from compressor.cli.options import (
     budget_options,
     input_options,
     model_options,
+    name_of,
     numbers,
     options,
     refuse_two_models,
@@ -122,7 +123,8 @@ def compare(
     refuse_two_models(common, common)
     if out is None:
         first = recipes.merged(recipes.read(configs[0]), common) if configs and not methods else common
-        out = Path("runs") / f"compare-{first.get('model', recipes.Recipe().model)}"
+        model, pipeline = first.get("model", recipes.Recipe().model), first.get("pipeline")
+        out = Path("runs") / f"compare-{name_of(model, pipeline)}"
     named = [name.strip() for name in devices.split(",")] if devices else []
     plan = partial(
         _planned, methods, configs, common, out, overwrite, numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),

@@ -169,6 +169,15 @@ speed_options = options(
 """How a finished run is timed."""
 
 
+def name_of(model: Any, pipeline: Any) -> str:
+    """What a directory is called by that is of this `model`, or of a part of this `pipeline`: one part of a path."""
+    from compressor.discovery import is_file_reference
+
+    if pipeline is not None:
+        return Path(str(pipeline)).absolute().name
+    return str(model).rpartition(":")[2] if is_file_reference(str(model)) else str(model)
+
+
 def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
     """The recipe of `recipe_options`: the file's settings, then the options', then those of --set."""
     from compressor import recipe as recipes

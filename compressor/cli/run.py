@@ -13,6 +13,7 @@ from compressor.cli.command import Command
 from compressor.cli.evaluate import again, evaluation, settings_with
 from compressor.cli.options import (
     lowering_settings,
+    name_of,
     options,
     recipe_options,
     resolved_recipe,
@@ -104,7 +105,11 @@ def begin(
     here = team()
     check_ranks(recipe.train)
     if here.leads:
-        out = out if out is not None else free_directory(Path("runs") / f"{_source(recipe)}-{name}")
+        out = (
+            out
+            if out is not None
+            else free_directory(Path("runs") / f"{name_of(recipe.model, recipe.pipeline)}-{name}")
+        )
         refuse_busy_directory(out)
         refuse_used_directory(out, overwrite)
         refuse_full_disk(recipe, out)
@@ -208,11 +213,6 @@ def _name_extractor(inputs: Inputs) -> None:
     evaluation, metric = inputs.recipe.evaluate, inputs.metric
     if metric is not None and evaluation.inception_weights is not None and evaluation.samples:
         say(f"{metric.name}: {evaluation.inception_weights}, sha256 {metric.sha256}", err=True)
-
-
-def _source(recipe: Recipe) -> str:
-    """What a run is of, in its directory's name."""
-    return Path(recipe.pipeline).name if recipe.pipeline is not None else recipe.model
 
 
 def free_directory(base: Path) -> Path:
