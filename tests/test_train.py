@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import compressor
 from compressor import recipe, registry, saving
@@ -19,6 +20,7 @@ from compressor.errors import CompressorError
 from compressor.model_zoo.pictures import GROUPS, images
 from compressor.model_zoo.pictures.make import Emoji
 from compressor.runs import finish, inputs, start
+from compressor.runs.directory import is_own, refuse_own_sources
 from compressor.runs.run import execute
 
 QUICK = ["train.batch_size=4", "train.warmup=0", "evaluate.samples=0", "evaluate.latency_rounds=0"]
@@ -173,6 +175,39 @@ def test_a_model_that_lost_channels_is_no_start(tmp_path, cli):
     assert done.code == 0, done.err
     done = cli("run", "--weights", tmp_path / "a", "--out", tmp_path / "b", *options())
     assert done.code == 2 and "no run starts from such a one" in done.err
+
+
+def test_a_run_is_not_replaced_by_one_that_reads_it(trained, tmp_path, cli, colours):
+    name, source = trained
+    shutil.copytree(source, tmp_path / "run")
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    for weights in ("run", "run/model", "run/model/model.safetensors"):
+        arguments = ("--weights", tmp_path / weights, "--model", name, "--data", colours, "--out", tmp_path / "run")
+        done = cli("run", *arguments, "--overwrite")
+        assert done.code == 2 and "would be removed before it is read again" in done.err, done.err
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+    recipe = inputs.resolve({"data": "digits", "pruner": str(tmp_path / "run" / "mine.py:Mine")}, "test")
+    refuse_own_sources(recipe, tmp_path / "run", is_own)  # a file of the user's beside the run's stays
+    with pytest.raises(CompressorError, match=r"mine\.py:Mine lies in"):
+        refuse_own_sources(recipe, tmp_path / "run", lambda name: True)
+    refuse_own_sources(recipe, tmp_path / "run", None)
+
+
+def test_a_run_does_not_write_into_the_pictures_that_it_reads(tmp_path, cli):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        Image.fromarray(np.full((8, 8), 100 * number, np.uint8)).save(photos / f"{number}.png")
+    for command in ("run", "compare"):
+        given = ("--model", "uvit-digits", "--data", photos, "--set", "evaluate.metric=null")
+        done = cli(command, *given, "--out", photos / "runs" / "one")
+        assert done.code == 2 and "lies in the data" in done.err, done.err
+        assert (
+            not (photos / "runs" / "one" / "recipe.yaml").exists() and not (photos / "runs" / "one" / "dense").exists()
+        )
+    settings = inputs.resolve({"model": "uvit-digits", "data": str(photos)}, "test")
+    refuse_own_sources(settings, photos / ".runs" / "one", None)  # whose names the reader leaves out
+    refuse_own_sources(settings, tmp_path, None)
 
 
 def test_weights_of_another_model_are_refused(trained, colours):

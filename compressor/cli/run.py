@@ -91,7 +91,7 @@ def begin(
 ) -> None:
     """Start the run of `recipe`. Where no `out` is given, its directory is called by its model and `name` (its method)."""
     from compressor.data.sets import ImageSet
-    from compressor.runs.directory import refuse_busy_directory, refuse_used_directory
+    from compressor.runs.directory import is_own, refuse_busy_directory, refuse_own_sources, refuse_used_directory
     from compressor.runs.inputs import prepared
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
@@ -112,6 +112,7 @@ def begin(
         )
         refuse_busy_directory(out)
         refuse_used_directory(out, overwrite)
+        refuse_own_sources(recipe, out, is_own if overwrite else None)
         refuse_full_disk(recipe, out)
     out = Path(here.shared(str(out)))
     inputs = watch(prepared(recipe), output.quiet)

@@ -28,7 +28,7 @@ from compressor.errors import CompressorError, UsageError
 from compressor.progress import Progress
 from compressor.recipe import Recipe
 from compressor.report.content import Environment, Latency
-from compressor.runs.directory import locked
+from compressor.runs.directory import locked, refuse_own_sources
 from compressor.runs.inputs import SHARED
 from compressor.runs.latency import timed
 
@@ -127,6 +127,8 @@ def conduct(
     or every trial of a learning rate, failed.
     """
     refuse_used(out)
+    for recipe in wanted.recipes.values():
+        refuse_own_sources(recipe, out, (lambda _: True) if overwrite else None)
     with locked(out) if claims is None else nullcontext():
         if claims is None:
             refuse_shared(out)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compressor import files
 from compressor import recipe as recipes
+from compressor.data.reading import picture_folder
+from compressor.discovery import is_file_reference
 from compressor.errors import OF_COMPARISON, CompressorError, UsageError
 from compressor.recipe import Recipe
 
@@ -33,6 +36,8 @@ OWN_FILES = (
 
 
 _UNDONE = r"\.(partial|old)-.*"
+_SOURCES = ("weights", "pipeline", "vae", "data", "records", "prompts", "model", "pruner")
+"""The settings that name files or folders."""
 OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn", "trackers")
 
 
@@ -65,6 +70,34 @@ def refuse_used_directory(out: Path, overwrite: bool | None) -> None:
         raise UsageError(f"{out} is not empty: it has {listing}", hint)
     if foreign:
         raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+
+
+def refuse_own_sources(recipe: Recipe, out: Path, replaced: Callable[[str], bool] | None) -> None:
+    """Raise UsageError where what is done in `out` would change what `recipe` reads: samples would be among the pictures of its data,
+    or a source is in a former run that goes. `replaced` says what of `out`, by its name, goes; None: nothing."""
+    place = out.resolve()
+    folder = None if recipe.data is None or not os.path.isabs(recipe.data) else picture_folder(recipe.data)
+    if folder is not None and _is_seen(place, folder.resolve()):
+        raise UsageError(
+            f"{out} lies in the data, {folder}: samples would be among the pictures, and the data be others afterwards",
+            "Choose another --out.",
+        )
+    for name in _SOURCES if replaced is not None else ():
+        given: str | None = getattr(recipe, name)
+        path = Path((given.rpartition(":")[0] if is_file_reference(given) else given) if given else "").resolve()
+        if not given or not path.is_relative_to(place):
+            continue
+        inner = path.relative_to(place).parts
+        if not inner or (replaced is not None and replaced(inner[0])):
+            raise UsageError(
+                f"{name} {given} lies in {out}, whose former run would be removed before it is read again",
+                "Choose another --out.",
+            )
+
+
+def _is_seen(place: Path, folder: Path) -> bool:
+    """Whether who looks for pictures in `folder`, and leaves out names with a dot before them, comes to `place`."""
+    return place.is_relative_to(folder) and not any(part.startswith(".") for part in place.relative_to(folder).parts)
 
 
 def refuse_other_settings(out: Path, recipe: Recipe) -> None:
@@ -123,11 +156,16 @@ def resume_command(out: Path) -> str:
 
 def clear(out: Path) -> None:
     """Remove a former run's files, and no others."""
-    for name in sorted(contents(out), key=_order):
+    for name in sorted(filter(is_own, contents(out)), key=_order):
         if name in OWN_FILES:
             (out / name).unlink()
-        elif name in OWN_FOLDERS or re.fullmatch(rf"checkpoint-\d+|{_UNDONE}", name):
+        else:
             files.remove(out / name)
+
+
+def is_own(name: str) -> bool:
+    """Whether a run's directory has a file or folder of its own by this `name`."""
+    return name in OWN_FILES + OWN_FOLDERS or re.fullmatch(rf"checkpoint-\d+|{_UNDONE}", name) is not None
 
 
 def _order(name: str) -> int:

@@ -32,7 +32,16 @@ from compressor.recipe import Recipe
 from compressor.report import read_report, render
 from compressor.runs import facts as run_facts
 from compressor.runs import finish, one_shot, space
-from compressor.runs.directory import NO_PIPELINE, RECIPE, clear, locked, refuse_used_directory, resume_command
+from compressor.runs.directory import (
+    NO_PIPELINE,
+    RECIPE,
+    clear,
+    is_own,
+    locked,
+    refuse_own_sources,
+    refuse_used_directory,
+    resume_command,
+)
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
 from compressor.runs.paired import PairedJudge
@@ -133,6 +142,7 @@ def _begun(inputs: Inputs, out: Path, resume: bool, overwrite: bool) -> Generato
         facts = yield from _resumed(inputs, out)
     else:
         refuse_used_directory(out, overwrite)
+        refuse_own_sources(inputs.recipe, out, is_own if overwrite else None)
         clear(out)
         facts = run_facts.facts_of(inputs)
         run_facts.write(out, facts)

@@ -56,3 +56,9 @@ def read_data(
         packed = path.suffix.lower() in {".gz", ".tgz", ".tar", ".zip", ".7z", ".xz", ".zst"}
         raise CompressorError(f"{path}: not a data file that can be read", "Unpack it first." if packed else _FORMATS)
     return read_pictures(pictures, shape, workers, skip_damaged, cache_mb)
+
+
+def picture_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The folder in and below which pictures are looked for, where `source` is read so."""
+    path = Path(source)
+    return path if path.is_dir() and not (cifar.recognised(path) or hugging_face.recognised(path)) else None
