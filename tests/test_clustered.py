@@ -95,6 +95,15 @@ def test_zeros_among_the_kept_break_nothing() -> None:
 
 
 @pytest.mark.parametrize("v", [2, 4, 8])
+def test_what_has_the_pattern_already_loses_nothing_to_it(v: int) -> None:
+    """As where a model that `obs` has pruned is trained: rows of other sizes than those by which they met."""
+    pattern, weight = Clustered(2, 4, v), normal(64, 64) * normal(64, 1, seed=1).exp()
+    weight = pattern.mask(normal(64, 64, seed=2).abs()).apply(weight)
+    assert torch.equal(pattern.mask(weight.abs()).apply(weight), weight)
+    assert int(pattern.mask(weight.abs()).keep.sum()) == weight.numel() // 2
+
+
+@pytest.mark.parametrize("v", [2, 4, 8])
 @pytest.mark.parametrize("shape", [(64, 64), (32, 16, 3, 3)])
 @pytest.mark.parametrize("zeros", ["rounded", "anywhere", "columns", "rows"])
 def test_rows_that_share_a_choice_are_found_though_some_of_what_they_keep_is_zero(

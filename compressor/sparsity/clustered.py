@@ -57,7 +57,13 @@ class Clustered(Pattern):
         return self.neighbours.misfit(shape)
 
     def survivors(self, score: Tensor) -> Tensor:
-        return self._chosen(score, self._clusters(score))
+        """Of magnitudes that have this pattern already, rows that share a choice go on sharing it: then nothing of them is lost."""
+        order, there = None, score > 0
+        if not bool((score < 0).any()) and not self.grouped.violations(there):
+            order = self.order(there)
+        if order is None or self.neighbours.violations(there[order]):
+            order = self._clusters(score)
+        return self._chosen(score, order)
 
     def masks(self, scores: Mapping[str, Tensor], previous: Mapping[str, Mask] | None = None) -> dict[str, Mask]:
         """As `Pattern.masks`; rows that shared a choice in `previous` go on sharing one, which also saves the search."""
@@ -112,20 +118,21 @@ class Clustered(Pattern):
             for seed, likeness in zip(seeds.tolist(), numbers[seeds] @ numbers.t(), strict=True):
                 if not left[seed]:
                     continue
-                shared = some[seed].clone()
-                for number in range(self.v):
-                    row = seed if number == 0 else self._next(some, shared, likeness.masked_fill(~left, -1.0))
+                group, ranked = [seed], likeness.argsort(descending=True, stable=True)
+                left[seed] = False
+                while len(group) < self.v:
+                    ranked = ranked[left[ranked]]
+                    row = self._next(some, some[group].any(0), ranked)
                     if row is None:
-                        return [rows[i] for i in (*order, *left.nonzero().flatten().tolist())]
-                    shared |= some[row]
+                        return [rows[i] for i in (*order, *group, *left.nonzero().flatten().tolist())]
                     left[row] = False
-                    order.append(row)
+                    group.append(row)
+                order += group
         return [rows[i] for i in order]
 
-    def _next(self, support: Tensor, shared: Tensor, likeness: Tensor) -> int | None:
-        """The row of most `likeness`, none below 0, that can share its choice with the entries `shared` (in, *kernel)."""
-        ranked = likeness.argsort(descending=True, stable=True)[: int((likeness >= 0).sum())]
-        for some in (ranked[:_AT_ONCE], ranked[_AT_ONCE:]):  # nearly always one of the first
+    def _next(self, support: Tensor, shared: Tensor, ranked: Tensor) -> int | None:
+        """The first of the `ranked` rows of `support` that can share a choice with the entries `shared` (in, *kernel)."""
+        for some in (ranked[:4], ranked[4:_AT_ONCE], ranked[_AT_ONCE:]):  # nearly always one of the first
             lanes = rearrange(support[some] | shared, "o (i m) ... -> m o (i ...)", m=self.m)
             fits = (lanes.sum(0) <= self.n).all(1).nonzero().flatten()
             if len(fits):
