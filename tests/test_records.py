@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 from collections import namedtuple
 from contextlib import suppress
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import tiny_denoisers
@@ -516,3 +518,41 @@ def test_calls_of_unlike_shapes_are_learned_from(kind, tmp_path):
         assert torch.equal(wanted, call.output) and share == 1 / 3
         assert len(one) == 1 and adapter.predict(pipe.unet, one).shape == wanted.shape
     assert compressor.prune(pipe, OBS(timesteps=2), data=records, steps=1, batch_size=3).masks
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"])
+def test_what_is_recorded_is_what_the_pipeline_does_with_that_noise(scheduler, tmp_path):
+    """Pipelines look at the names of what the scheduler's step takes before they pass `eta` and `generator` on."""
+    pipe = tiny_pipelines.made("sd", tmp_path / "files")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    records = compressor.record(
+        pipe, ["a", "b"], tmp_path / "records", n=1, unseen=1, steps=3, eta=1.0, height=16, width=16
+    )
+    picture = next(one for one in records.index.pictures if not one.unseen)
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    pipe(**picture.arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(picture.seed))
+    assert all(torch.equal(call.args[0], own) for call, own in zip(records.take(torch.arange(3)), seen, strict=True))
+
+
+def test_a_copy_of_the_scheduler_steps_by_itself(tmp_path):
+    """As pipelines of pictures and sound make one."""
+    copies = []
+
+    class Counting(Scheduler):
+        count = 0
+
+        def step(self, answer, latents):
+            self.count += 1
+            return super().step(answer, latents)
+
+    class Copying(Pipe):
+        def __call__(self, prompt, num_inference_steps=STEPS, generator=None):
+            copies.append(copy.deepcopy(self.scheduler))
+            copies[-1].step(torch.zeros(1), torch.zeros(1))
+            return super().__call__(prompt, num_inference_steps, generator)
+
+    pipe = Copying()
+    pipe.scheduler = Counting()
+    made(pipe, tmp_path / "records")
+    assert [one.count for one in copies] == [1 + STEPS * n for n in range(5)] and pipe.scheduler.count == 5 * STEPS

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -312,22 +313,30 @@ def copied(value: Any) -> Any:
 def _steps(pipe: Any, found: Sampled) -> Iterator[None]:
     """The latents after each step of the pipeline's scheduler go into `found.latents`."""
     scheduler: Any = getattr(pipe, "scheduler", None)
-    own: Callable[..., Any] | None = getattr(scheduler, "step", None)
+    kind: Any = type(scheduler)
+    own: Callable[..., Any] | None = getattr(kind, "step", None)
     if own is None:
         yield
         return
 
-    def step(*args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
-        latents = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
-        found.latents.append(latents.detach().float().cpu().clone() if isinstance(latents, Tensor) else torch.zeros(0))
+    @wraps(own)  # pipelines ask the step which arguments it takes, and leave out the others: eta, generator
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        if self is scheduler:
+            latents = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
+            kept = latents.detach().float().cpu().clone() if isinstance(latents, Tensor) else torch.zeros(0)
+            found.latents.append(kept)
         return output
 
-    scheduler.step = step  # on the instance, over the class's
+    inherited = "step" not in vars(kind)
+    kind.step = step  # on the class: what a pipeline makes a copy of would step the one that it is of
     try:
         yield
     finally:
-        del scheduler.step
+        if inherited:
+            del kind.step
+        else:
+            kind.step = own
 
 
 @contextmanager
