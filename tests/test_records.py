@@ -15,6 +15,7 @@ import pytest
 import tiny_denoisers
 import tiny_pipelines
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
@@ -556,3 +557,39 @@ def test_a_copy_of_the_scheduler_steps_by_itself(tmp_path):
     pipe.scheduler = Counting()
     made(pipe, tmp_path / "records")
     assert [one.count for one in copies] == [1 + STEPS * n for n in range(5)] and pipe.scheduler.count == 5 * STEPS
+
+
+class Dynamic(diffusers.StableDiffusionImg2ImgPipeline):
+    """A user's own: guidance ends after the first step, as diffusers' documentation has it."""
+
+    def __call__(self, prompt, generator=None, **kwargs):
+        def after(pipe, step, time, given):
+            pipe._guidance_scale = 0.0
+            return {"prompt_embeds": given["prompt_embeds"].chunk(2)[-1]} if step == 0 else {}
+
+        told = {"callback_on_step_end": after, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        return super().__call__(prompt, generator=generator, **told, **kwargs)
+
+
+def test_a_pipeline_of_ones_own_takes_what_it_passes_on_and_pictures(tmp_path):
+    parts = tiny_pipelines.made("sd", tmp_path / "files").components
+    pipe = Dynamic(**parts, requires_safety_checker=False)
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    more = {"n": 1, "unseen": 1, "steps": 4, "strength": 1.0}
+    lines = [{"prompt": "a", "image": red}, {"prompt": "a", "image": np.asarray(blue)[None] / np.float32(255)}]
+    records = compressor.record(pipe, lines, tmp_path / "records", **more)
+    assert [len(call.output) for call in records.take(torch.arange(4))] == [2, 1, 1, 1]
+    assert all(one.arguments["image"].startswith("array ") for one in records.index.pictures)
+    assert compressor.prune(pipe, SparseDM(), data=records, steps=1, batch_size=4).masks
+    with pytest.raises(CompressorError, match="other prompts"):
+        compressor.record(pipe, [lines[0], {"prompt": "a", "image": red}], tmp_path / "records", **more)
+    with pytest.raises(CompressorError, match="takes no 'strenth'"):
+        compressor.record(pipe, lines, tmp_path / "wrong", strenth=1)
+    with pytest.raises(CompressorError, match="a set cannot be kept in records"):
+        compressor.record(pipe, [{"prompt": "a", "image": {1}}], tmp_path / "wrong")
+
+
+def test_latents_are_no_pictures(tmp_path):
+    pipe = opened(tiny_pipelines.made("sd", tmp_path / "files"))
+    given = {"prompt": "a", "height": 16, "width": 16, "output_type": "latent"}
+    assert recorder.sample(pipe, storage.Picture(arguments=given, seed=0), 1).images is None

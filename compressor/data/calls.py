@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
@@ -114,7 +115,8 @@ def answer(output: Any) -> Tensor:
 
 
 def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A pipeline's arguments as JSON has them, for an index: a tensor by its hash. Raises CompressorError for what has none."""
+    """A pipeline's arguments as JSON has them, for an index: a tensor, an array or a picture by its hash. Raises CompressorError for
+    what has none."""
     return {name: _described(value, name) for name, value in arguments.items()}
 
 
@@ -127,8 +129,13 @@ def _described(value: Any, where: str) -> Any:
         return [_described(one, f"{where}.{at}") for at, one in enumerate(value)]
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
+    # arrays of NumPy, and pictures of PIL
+    if hasattr(value, "__array_interface__") and not (array := np.asarray(value)).dtype.hasobject:
+        kind = f"{getattr(value, 'mode', '')} {array.dtype} {array.shape}\n"
+        return f"array {hashlib.sha256(kind.encode() + array.tobytes()).hexdigest()}"
     raise CompressorError(
-        f"argument {where}: a {type(value).__name__} cannot be kept in records", "Tensors, numbers and text can."
+        f"argument {where}: a {type(value).__name__} cannot be kept in records",
+        "Tensors, arrays, pictures, numbers and text can. Anything else can be passed on by a pipeline class of your own.",
     )
 
 

@@ -153,8 +153,15 @@ def put(pipe: Any, part: str, module: nn.Module) -> None:
 
 
 def takes(pipe: Any) -> frozenset[str]:
-    """The names of the arguments that the pipeline is called with."""
-    return frozenset(inspect.signature(type(pipe).__call__).parameters) - {"self"}
+    """The names of the arguments that the pipeline is called with. A class that passes on what it does not name (`**kwargs`) takes
+    what the class takes that it is made from."""
+    found: set[str] = set()
+    for call in (vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)):
+        parameters = inspect.signature(call).parameters.values()
+        found |= {one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            break
+    return frozenset(found) - {"self"}
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
                 f"{opened.name} fails: {type(error).__name__}: {first_line(error)[:300]}",
                 "Run it in plain diffusers with the same arguments first.",
             ) from error
-    found.images = _images(output)
+    found.images = None if given.get("output_type") == "latent" else _images(output)
     total = max(len(found.latents), 1)
     found.calls = [Call(c.args, c.kwargs, c.output, min(c.step, total - 1), total) for c in found.calls]
     return found
