@@ -654,7 +654,7 @@ def test_settings_that_do_not_suit_the_data_end_the_run_before_it_begins(
 
 def test_a_metric_of_images_refuses_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "set.npz", sample=np.zeros((9, 4), np.float32))
-    monkeypatch.setattr("compressor.runs.fits.asked", lambda adapter, model, data: adapter)
+    monkeypatch.setattr("compressor.runs.fits.asked", lambda adapter, *_: adapter)
     with pytest.raises(UsageError, match=r"fd-digits compares images, and set holds records"):
         inputs.load_inputs(inputs.resolve({"data": str(tmp_path / "set.npz")}, "here"))
 
