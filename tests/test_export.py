@@ -19,6 +19,7 @@ from compressor.errors import GateError, UsageError
 from compressor.export import graph as onnx_graph
 from compressor.export import onnx as exports
 from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
+from compressor.export.tensorrt import export_tensorrt
 from compressor.lower.units import pattern_of
 from compressor.weights import state_sha256, weights_sha256
 
@@ -425,14 +426,86 @@ def test_a_missing_package_names_its_extra(small, tmp_path, monkeypatch):
         OnnxRunner(tmp_path / "a.onnx")
 
 
-def test_a_model_that_cannot_be_followed_is_named(tmp_path):
+def test_a_model_that_cannot_be_followed_is_named(tmp_path, capfd):
     class Branches(nn.Module):
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return x if float(x.sum()) > 0 else -x
 
-    with pytest.raises(CompressorError, match="feedforward cannot be exported"):
+    words = r"feedforward cannot be exported: Could not guard .* \(test_export\.py, line \d+: return x if float\(x\.sum\(\)\) > 0"
+    with pytest.raises(CompressorError, match=words) as caught:
         export_onnx(Branches(), FeedforwardAdapter(), tmp_path / "a.onnx")
+    assert "\x1b" not in str(caught.value) and capfd.readouterr() == ("", "")  # no graphs, no advice to report it
     assert list(tmp_path.iterdir()) == []
+
+
+class VectorAdapter(Adapter):
+    """Of models that take vectors: in bfloat16, or with the batch in another place."""
+
+    name = "vectors"
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+        out = module(inputs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def example_inputs(self, batch_size: int) -> Any:
+        return torch.zeros(*(batch_size if size < 0 else size for size in self.shape), dtype=self.dtype)
+
+
+class Watched(nn.Module):
+    """A layer, and a head that only training looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.head(x)
+
+
+@pytest.mark.parametrize("export", [export_onnx, pytest.param(export_tensorrt, marks=pytest.mark.slow)])
+def test_a_pruned_layer_that_the_answer_does_not_need_may_be_missing(export, tmp_path):
+    patterns = {"layer.weight": NM(2, 4), "head.weight": NM(2, 4)}
+    model = sparsify(Watched(), patterns).eval()
+    made = export(model, VectorAdapter(-1, 16), tmp_path / "a.onnx", patterns=patterns)
+    assert made.parity.max_error < 0.1 and made.path.is_file()
+
+
+def test_what_depends_on_the_number_of_samples_is_refused(tmp_path):
+    class Few(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            return out if input.shape[0] < 8 else 2 * out
+
+    class Halves(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            first, second = super().forward(input).chunk(2)
+            return torch.cat((second, first))
+
+    for model, limit in ((Few(16, 16), "up to 7"), (Halves(16, 16), "2")):
+        with pytest.raises(
+            CompressorError, match=f"vectors cannot be exported for any batch: torch follows it for {limit} samples"
+        ):
+            export_onnx(model, VectorAdapter(-1, 16), tmp_path / "a.onnx")
+    with pytest.raises(CompressorError, match=r"ONNX Runtime does not run the graph on sample \(6, 1, 16\)"):
+        export_onnx(nn.Linear(16, 16), VectorAdapter(6, -1, 16), tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_graph_takes_float32_whatever_the_example_is_in(dtype, tmp_path):
+    made = export_onnx(nn.Linear(16, 16).to(dtype), VectorAdapter(-1, 16, dtype=dtype), tmp_path / "a.onnx")
+    assert onnx.load(made.path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_a_product_of_nothing_is_nothing_in_whole_numbers():
+    product = onnx_graph.IntegerProduct("x", "out", torch.ones(16, 8, dtype=torch.int32), torch.ones(8))
+    assert product.of(torch.zeros(0, 16)).shape == (0, 8)
 
 
 # --- The command. ---

@@ -8,10 +8,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,7 +80,15 @@ class OnnxRunner:
         """Every output of the graph by its name; a graph of this package has one, `prediction`."""
         feed = {name: array_of(tensor) for name, tensor in self.feed(inputs).items()}
         names = [one.name for one in self.session.get_outputs()]
-        return dict(zip(names, map(torch.from_numpy, self.session.run(names, feed)), strict=True))
+        try:
+            found = self.session.run(names, feed)
+        except Exception as error:  # its exceptions have no common base
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feed.items())
+            raise CompressorError(
+                f"ONNX Runtime does not run the graph on {shapes}: {first_line(error)}",
+                "Give inputs as those that it was exported with; dim 0 of each is the batch.",
+            ) from error
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
 
 class Flat(nn.Module):
@@ -125,13 +134,40 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
             graph: onnx.ModelProto = program.model_proto
     except Exception as error:
         raise CompressorError(
-            f"{adapter.name} cannot be exported: {first_line(error)}",
+            f"{adapter.name} cannot be exported: {_reason(error)}",
             "torch.export must be able to follow the model; see https://docs.pytorch.org/docs/stable/export.html",
         ) from error
+    if not adapter.fixed_batch and (limit := _limit(program.exported_program)) is not None:
+        raise CompressorError(
+            f"{adapter.name} cannot be exported for any batch: torch follows it for {limit} samples alone",
+            "Dim 0 of the example inputs has to be the batch, and the model to do the same with any: x.shape[0], say, and not len(x).",
+        )
     for node in graph.graph.node:  # traces of the exporting machine's source files
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     return graph
+
+
+def _reason(error: BaseException) -> str:
+    """What stopped the exporter, and where in the model's code: behind its own error, which tells how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1] / "export"))
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith((*own, "<"))]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{first_line(error)}{place}"
+
+
+def _limit(program: Any) -> str | None:
+    """How many samples the graph is right for, in words; None where it is for any number."""
+    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    first = placeholders[program.graph_signature.user_inputs[0]]
+    if not first.dim():
+        return None
+    if isinstance(size := first.shape[0], int):
+        return str(size)
+    bounds = program.range_constraints.get(size.node.expr)
+    return f"up to {bounds.upper}" if bounds is not None and bounds.upper < 2**31 else None
 
 
 def input_names_of(example: Any, given: Sequence[str] | None) -> list[str]:
@@ -244,6 +280,8 @@ class IntegerProduct:
 
         Source: DynamicQuantizeLinear and MatMulInteger in https://onnx.ai/onnx/operators/
         """
+        if not x.numel():
+            return torch.zeros(*x.shape[:-1], self.weight.shape[-1])
         low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
         step = (high - low) / 255 if high > low else torch.ones(())
         zero = (-low / step).round().clamp(0, 255)
@@ -296,8 +334,9 @@ def integer_errors(file: Path, inputs: Any) -> dict[str, float]:
     found = {}
     for one in products:
         wanted = one.of(values[one.x])
-        difference = (values[one.out] - wanted).abs() / (float(wanted.std(correction=0)) or 1.0)
-        found[one.out] = float(difference.nan_to_num(nan=math.inf).max())
+        if wanted.numel():  # an expert that no token went to
+            difference = (values[one.out] - wanted).abs() / (float(wanted.std(correction=0)) or 1.0)
+            found[one.out] = float(difference.nan_to_num(nan=math.inf).max())
     return found
 
 
@@ -313,13 +352,14 @@ def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without the exporter's and the quantizer's words: which operators torchvision would have, what might be optimized."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", None)]
+    """Without the exporter's and the quantizer's words: which operators torchvision would have, what might be optimized, whole graphs
+    of what it could not follow. Standard output is where --json is written."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", None)]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # where --json is written
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from compressor.adapter import Adapter
 from compressor.errors import GateError
@@ -73,10 +73,15 @@ def parity(model: nn.Module, adapter: Adapter, runner: OnnxRunner, found: Parity
     return found
 
 
+def float32_inputs(inputs: Any) -> Any:
+    """`inputs` as graphs take them: on the CPU, and floating-point numbers in float32."""
+    return tree_map_only(Tensor, lambda t: t.cpu().float() if t.is_floating_point() else t.cpu(), inputs)
+
+
 def random_inputs(example: Any, classes: int, rng: torch.Generator) -> Any:
     """Inputs like `example`, but random: noise for what has two dims or more; for numbers per sample up to twice those of
     the example; for whole numbers up to those of the example, or `classes` where they are the last input."""
-    leaves, spec = tree_flatten(example)
+    leaves, spec = tree_flatten(example := float32_inputs(example))
     tensors = tensors_of(example)
 
     def drawn(leaf: Any) -> Any:
