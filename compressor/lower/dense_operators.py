@@ -39,11 +39,12 @@ class PackedWeight:
     def __reduce__(self) -> tuple[Any, ...]:
         return packed, (self.plain(), self.how)
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def plain(self) -> Tensor:
         """The weight as it was: a tensor of its own."""
         with _disable_current_modes():
-            return self.tensor.to_dense(self.dtype)
+            plain: Tensor = self.tensor.to_dense(self.dtype)
+            return plain
 
 
 _held: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
