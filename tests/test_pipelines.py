@@ -281,6 +281,23 @@ def test_a_run_that_was_stopped_is_resumed(folders, cli, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_of_plain_weights_and_a_variant_the_plain_ones_are_opened_and_written(cli, tmp_path):
+    """As many pipelines on the hub have both, and diffusers takes the plain ones."""
+    folder = tiny_pipelines.saved("sd", tmp_path)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
+    pipe.save_pretrained(folder, variant="non_ema")  # two in half precision, one not
+    assert {part.dtype for part in open_pipeline(folder).pipe.components.values() if hasattr(part, "dtype")} == {
+        torch.float32
+    }
+    outcome = cli(*command(folder, tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES))
+    assert outcome.code == 0, outcome.err
+    written = tmp_path / "run" / "pipeline" / "unet"
+    assert [path.name for path in written.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    weight = diffusers.DiffusionPipeline.from_pretrained(written.parent).unet.mid_block.resnets[0].conv1.weight
+    assert weight.dtype == torch.float32 and float((weight == 0).float().mean()) == 0.5
+
+
 @pytest.mark.slow
 def test_half_precision_comes_back_no_larger(folders, cli, tmp_path):
     pipe = tiny_pipelines.made("sd3", tmp_path / "files")

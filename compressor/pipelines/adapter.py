@@ -18,6 +18,7 @@ from compressor.data.calls import Call, Recording, answer, joined
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
 from compressor.sparsity.surgery import surgery_of
+from compressor.weights import variant_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +105,6 @@ class CallsAdapter(Adapter):
             shutil.copytree(
                 opened.source, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else []
             )
-            component.save_pretrained(folder / name, **_variant_of(own))
+            component.save_pretrained(folder / name, variant=variant_of(own))
             if (own / "config.json").is_file():  # the very settings, without the path that they were read from
                 shutil.copyfile(own / "config.json", folder / name / "config.json")
-
-
-def _variant_of(folder: Path) -> dict[str, str]:
-    """The argument that keeps the variant (`fp16`) that a component is stored as."""
-    for path in folder.glob("*.safetensors"):
-        _, dot, tail = path.name.removesuffix(".safetensors").partition(".")
-        if dot:
-            return {"variant": tail.partition("-")[0]}
-    return {}

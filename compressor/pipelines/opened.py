@@ -18,6 +18,7 @@ from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.foreign.bounded import mapping
+from compressor.weights import stored_in, variant_of
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
@@ -90,12 +91,13 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     part = part if part is not None else next((name for name in DENOISERS if name in components), None)
     if part is None or part.partition(".")[0] not in components:
         raise _no_part(part, components, str(folder))
-    dtypes = {name: dtype for name in components if (dtype := _stored_dtype(folder / name)) is not None}
+    variant = _variant(folder)
+    dtypes = {name: dtype for name in components if (dtype := _stored_dtype(folder / name, variant)) is not None}
     given: dict[str, Any] = {}
     if dtypes:  # the argument's name changed in 0.42
         name = "dtype" if _version(library.__version__) >= (0, 42) else "torch_dtype"
         given[name] = {**dtypes, "default": torch.float32}
-    if (variant := _variant(folder)) is not None:
+    if variant is not None:
         given["variant"] = variant
     try:
         with quiet_libraries():
@@ -174,10 +176,13 @@ def _no_part(part: str | None, names: list[str], where: str) -> UsageError:
     return UsageError(f"{where}: no part {part!r}", did_you_mean(part, names))
 
 
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """The floating-point type that most tensors of a component's safetensors files have; None where it has no such file."""
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
+    """The floating-point type that most tensors have in the safetensors files that are opened of a component, those of the `variant`
+    or, where there are none, the plain ones; None where it has no such file."""
     counts: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
+    every = {path: own for path, own in stored_in(folder).items() if path.suffix == ".safetensors"}
+    wanted = variant if variant in every.values() else None
+    for path in (path for path, own in every.items() if own == wanted):
         try:
             with mapping(), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -190,10 +195,6 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 def _variant(folder: Path) -> str | None:
-    """The variant (`fp16`) that every component's weights are stored as, where none is stored plainly; else None."""
-    found: set[str | None] = set()
-    for path in folder.glob("*/*.safetensors"):
-        stem = path.name.removesuffix(".safetensors")
-        head, dot, tail = stem.partition(".")
-        found.add(tail.partition("-")[0] if dot and head in ("diffusion_pytorch_model", "model") else None)
-    return next(iter(found)) if len(found) == 1 else None
+    """The variant (`fp16`) that some component's weights are stored as alone; of others it is opened where they have it."""
+    found = {variant_of(inner) for inner in folder.iterdir() if inner.is_dir()} - {None}
+    return found.pop() if len(found) == 1 else None
