@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor import CompressorError, files
+from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import open_pipeline, opened
 from compressor.pipelines.recording import index_of
 from compressor.pipelines.same import components_of
@@ -286,6 +287,22 @@ def test_a_part_with_hooks_of_diffusers_is_refused_before_anything_is_recorded(t
         with pytest.raises(CompressorError, match=f"has a hook of diffusers: {hook}"):
             compressor.record(pipe, PROMPTS, tmp_path / "records", **given)
         assert not (tmp_path / "records").exists()
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_fused_projections_are_refused_as_what_they_were_made_of_is_loaded_again(name, tmp_path):
+    pipe = tiny_pipelines.made(name, tmp_path / "files")
+    given = {"n": 1, "unseen": 1, "steps": 1, **tiny_pipelines.arguments(name)}
+    records = compressor.record(pipe, PROMPTS, tmp_path / "records", **given)
+    adapter = CallsAdapter(opened(pipe), records)
+    opened(pipe).module.fuse_qkv_projections()
+    with pytest.raises(CompressorError, match="has fused projections"):
+        compressor.prune(pipe, Magnitude(), prompts=PROMPTS, record=given, steps=0)
+    with pytest.raises(CompressorError, match="has fused projections"):
+        compressor.record(pipe, PROMPTS, tmp_path / "more", **given)
+    for prune in (compressor.prune, compressor.prune_):
+        with pytest.raises(CompressorError, match="has fused projections"):
+            prune(opened(pipe).module, Magnitude(), adapter=adapter, data=records, steps=0)
 
 
 def on_meta(pipe):

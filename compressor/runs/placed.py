@@ -28,7 +28,7 @@ from compressor.runs import facts
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine, in_place
 from compressor.training.engine import Result
-from compressor.training.given import refuse_untrainable
+from compressor.training.given import refuse_fused, refuse_untrainable
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.validation import validated
@@ -55,13 +55,15 @@ def record(
     calls of each are kept, chosen by chance (None: all).
     `arguments` are the pipeline's, for every picture. What is in `out` already is kept.
 
-    Raises CompressorError: for a number that is not allowed, a part with hooks of diffusers that change its answers or weights that
-    are offloaded one by one, a folder with records of another pipeline or other pictures, and where the pipeline fails.
+    Raises CompressorError: for a number that is not allowed, a part with hooks of diffusers that change its answers, with fused
+    projections or with weights that are offloaded one by one, a folder with records of another pipeline or other pictures, and where
+    the pipeline fails.
     """
     lines = [{**arguments, **line} for line in as_calls(prompts)]
     validated(Record, {"n": n, "unseen": unseen, "steps": steps, "keep": keep, "seed": seed}, "record()")
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
     refuse_hooked(found, copied=False)
+    refuse_fused(found.module)
     wanted = pictures(lines, n, unseen, seed)
     events = recording(found, index_of(found, wanted, steps, keep), Path(out), wanted)
     return result_of(events)

@@ -72,6 +72,18 @@ def refuse_untrainable(model: nn.Module, steps: int) -> None:
                 'Call model.float() first; dtype="bfloat16" then computes in bfloat16 and keeps the weights.',
             )
     refuse_8_bits(model)
+    refuse_fused(model)
+
+
+def refuse_fused(model: nn.Module) -> None:
+    """Raise UsageError for attention whose projections diffusers fused: the fused ones are computed with, and those that they were
+    made of are what is loaded again."""
+    for name, module in model.named_modules():
+        if getattr(module, "fused_projections", False) is True:
+            raise UsageError(
+                f"{name} has fused projections (fuse_qkv_projections()): what is pruned of them would not be loaded again",
+                "Load the model anew, and fuse nothing: compressor.lower does that with the pruned model.",
+            )
 
 
 def refuse_8_bits(model: nn.Module) -> None:

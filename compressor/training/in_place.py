@@ -17,7 +17,7 @@ from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
-from compressor.training.given import refuse_8_bits
+from compressor.training.given import refuse_8_bits, refuse_fused
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -45,6 +45,7 @@ def prune_(
     refuse_misplaced(model, pruner, adapter)
     model = bare(model).eval()
     refuse_8_bits(model)
+    refuse_fused(model)
     warn_of_idle(model, ignore)
     rules = with_rules(adapter, targets, ignore)
     check_finite(model.state_dict(), type(model).__name__)
