@@ -461,6 +461,26 @@ def test_an_answer_of_a_list_is_stacked_and_others_are_refused():
         storage.answer([torch.zeros(2), torch.ones(3)])
 
 
+def test_an_answer_of_two_tensors_is_learned_whole(tmp_path):
+    """As of a model of video and sound."""
+
+    class Both(Net):
+        def __init__(self):
+            super().__init__()
+            self.ff_sound = nn.Linear(8, 4)
+
+        def forward(self, x, **given):
+            (picture,) = super().forward(x, **given)
+            return picture, self.ff_sound(x)
+
+    pipe = Pipe()
+    pipe.net = Both()
+    records = made(pipe, tmp_path / "records")
+    assert records.take(torch.arange(1))[0].output.shape == (2 * 8 + 2 * 4,)
+    result = compressor.prune(pipe, SparseDM(), data=records, steps=2, batch_size=2, lr=0.1)
+    assert not torch.equal(result.model.ff_sound.bias, pipe.net.ff_sound.bias)
+
+
 def test_half_precision_and_scalars_are_kept(tmp_path):
     given = (torch.ones(2, dtype=torch.bfloat16), torch.tensor(3.5), torch.tensor([True]), float("inf"), torch.float16)
     call = Call(given, {"none": None}, torch.zeros(1))

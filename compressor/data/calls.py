@@ -96,15 +96,17 @@ class Call:
 
 
 def answer(output: Any) -> Tensor:
-    """The tensor that a model's `output` comes to: it, the first value of a tuple or mapping, or a list of samples, stacked.
+    """The tensor that a model's `output` comes to: it, the first value of a tuple or mapping, or a list of samples, stacked. Where
+    other values are tensors too, as sound beside a video, the numbers of all of them (n,).
 
     Raises CompressorError where that is none.
     """
-    found = output
-    if isinstance(found, Mapping):
-        found = next(iter(found.values()), None)
-    elif isinstance(found, tuple):
-        found = found[0] if found else None
+    values = list(
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    )
+    found = values[0] if values else None
+    if isinstance(found, Tensor) and len(every := [value for value in values if isinstance(value, Tensor)]) > 1:
+        return torch.cat([value.flatten() for value in every])
     if isinstance(found, list) and found and all(isinstance(one, Tensor) for one in found):
         if len({one.shape for one in found}) > 1:
             raise CompressorError("the model answers samples of unlike shapes", "Record pictures of one size.")
