@@ -613,3 +613,19 @@ def test_latents_are_no_pictures(tmp_path):
     pipe = opened(tiny_pipelines.made("sd", tmp_path / "files"))
     given = {"prompt": "a", "height": 16, "width": 16, "output_type": "latent"}
     assert recorder.sample(pipe, storage.Picture(arguments=given, seed=0), 1).images is None
+
+
+def test_the_second_of_two_models_is_told_and_pruned_as_a_part_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    case, other = tiny_denoisers.wan(), tiny_denoisers.wan().pipeline.transformer
+    pipe = diffusers.WanPipeline(**{**case.pipeline.components, "transformer_2": other}, boundary_ratio=0.9)
+    for part, left in (("transformer", "transformer_2"), ("transformer_2", "transformer")):
+        given = {"n": 1, "unseen": 1, "steps": 4}
+        with pytest.warns(UserWarning, match=f"^{left}, of the class of {part}, left dense"):
+            result = compressor.prune(pipe, OBS(timesteps=2), prompts=[case.call] * 2, part=part, record=given, steps=1)
+        compressor.apply(pipe, result, part=part)
+    pipe.save_pretrained(tmp_path)
+    none = dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "image_processor"))
+    found = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **none)
+    for part in ("transformer", "transformer_2"):
+        assert float((getattr(found, part).blocks[0].attn1.to_q.weight == 0).float().mean()) == 0.5

@@ -18,7 +18,7 @@ from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.foreign.bounded import mapping
-from compressor.weights import stored_in, variant_of
+from compressor.weights import stored_in, unwrapped, variant_of
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
@@ -47,6 +47,16 @@ class Opened:
     def name(self) -> str:
         """The pipeline's class."""
         return type(self.pipe).__name__
+
+    @property
+    def left_dense(self) -> str | None:
+        """In words, which other components are of the class of the part, such as the second of two models that share the times."""
+        own = type(unwrapped(self.module))
+        modules = [name for name, value in self.pipe.components.items() if type(unwrapped(value)) is own]
+        others = [name for name in modules if name != self.part]
+        if self.part not in modules or not others:
+            return None
+        return f"{' and '.join(others)}, of the class of {self.part}, left dense: each is pruned as a part of its own"
 
     @contextmanager
     def having(self, module: nn.Module) -> Iterator[Any]:

@@ -76,6 +76,8 @@ def recorded(
     assert recipe.pipeline is not None  # the caller looked
     yield Progress("open", 0, 1, recipe.pipeline)
     opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
+    if opened.left_dense is not None:
+        yield Progress("open", 1, 1, opened.left_dense)
     opened.module.requires_grad_(True).eval()
     index = index_for(recipe, opened, lines)
     if before is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +95,7 @@ def prune(
     Raises CompressorError: for settings that are not valid, a pattern that fits no layer, masks that break their
     pattern, and losses that stop being finite; of a pipeline also for a part that cannot be copied or trained, before anything is
     recorded, and for records of another pipeline, or of a part that answered otherwise. Warns of a rule of `ignore` that matches no
-    layer.
+    layer, and of other components that are of the class of the part.
     """
     rules = {
         name: None if own is None else texts(name, own) for name, own in (("targets", targets), ("ignore", ignore))
@@ -109,6 +110,8 @@ def prune(
         raise UsageError("prune: a pipeline brings its own adapter", "Leave adapter out.")
     found = opened(model, part)
     given = {**DEFAULTS["train"], **training}
+    if found.left_dense is not None:
+        warnings.warn(found.left_dense, stacklevel=2)
     refuse_away(found)
     refuse_hooked(found, copied=True)
     refuse_untrainable(bare(found.module), validated(Training, given, "prune()").steps)
