@@ -177,6 +177,9 @@ def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
     for wrong in ("vnm", {"max_eror": 0.05}):
         with pytest.raises(CompressorError, match=r"arguments of compressor\.lower"):
             compressor.apply(opened.pipe, tmp_path / "run", lowered=wrong)
+    opened.pipe.to(torch.bfloat16)
+    with pytest.raises(CompressorError, match="has no records of transformer with these weights"):
+        compressor.apply(opened.pipe, tmp_path / "run", lowered=True)
     loaded = compressor.load(tmp_path / "run")
     assert type(loaded).__name__ == "SD3Transformer2DModel"
     report = (tmp_path / "run" / "report.json").read_bytes()

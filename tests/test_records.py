@@ -354,8 +354,8 @@ def test_prompts_are_lines_or_arguments(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "class_labels": [3]}))
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a", "class_labels": [3]}]
-    (tmp_path / "p.json").write_text(json.dumps(["a cat", {"prompt": "a", "height": 8}], indent=1))
-    assert read_prompts(tmp_path / "p.json") == [{"prompt": "a cat"}, {"prompt": "a", "height": 8}]
+    (tmp_path / "p.json").write_text(json.dumps(["a cat", {"prompt": "a", "height": 8}, {}], indent=1))
+    assert read_prompts(tmp_path / "p.json") == [{"prompt": "a cat"}, {"prompt": "a", "height": 8}, {}]
 
 
 def adapter_of(pipe, records):

@@ -104,7 +104,7 @@ def _listed(text: str, path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: no prompt in it", _FORM)
     found: list[dict[str, Any]] = []
     for number, entry in enumerate(every):
-        if not isinstance(entry, (str, dict)) or not entry or (isinstance(entry, str) and not entry.strip()):
+        if not isinstance(entry, (str, dict)) or (isinstance(entry, str) and not entry.strip()):
             raise UsageError(f"{path}: entry {number} is no text and no JSON object: {json.dumps(entry)[:60]}", _FORM)
         _refuse_long(entry if isinstance(entry, str) else json.dumps(entry), f"{path}: entry {number} is a text")
         found.append({"prompt": entry.strip()} if isinstance(entry, str) else entry)

@@ -16,7 +16,7 @@ from torch import nn
 from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter, to_device
-from compressor.data.calls import Recording
+from compressor.data.calls import INDEX, Recording
 from compressor.data.settings import Record
 from compressor.errors import CompressorError, UsageError, first_line, texts
 from compressor.lower import Lowered, lower
@@ -248,7 +248,14 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
             )
         recipe = validated(recipes.Recipe, settings, str(folder))
         made = facts.begun(folder) or {}
-        calls = Recording.opened(records_folder(recipe, index_for(recipe, found), made.get("pipeline_sha256")))
+        records = records_folder(recipe, index_for(recipe, found), made.get("pipeline_sha256"))
+        if not (records / INDEX).is_file():
+            raise CompressorError(
+                f"apply: {folder} has no records of {found.part} with these weights in {records}",
+                "Load the pipeline in the precision in which the run opened it, that of its files; or lower the model yourself: "
+                "compressor.lower(module, example).",
+            )
+        calls = Recording.opened(records)
         adapter = adapter_of_calls(found, calls)
         module = lower(module, adapter.example_inputs(1), adapter=adapter, **how).model
     return Applied(pipe, found.part, module)
