@@ -135,9 +135,10 @@ def dtype_taken(module: nn.Module, dims: int = 0) -> torch.dtype | None:
     Left out are weights that a model of diffusers keeps in float32 whatever its dtype is. A lowered model was told it (`take_as`): its
     weights are no parameters any more. This is asked in every call, so it makes no names of parameters on its way where it need not.
     """
-    for name, value in module.named_parameters() if (wide := getattr(module, _KEPT_WIDE, None)) else ():
-        if value.is_floating_point() and value.dim() >= dims and not any(part in name for part in wide):
-            return value.dtype
+    wide: Sequence[str] = getattr(module, _KEPT_WIDE, None) or ()
+    for name, own in module.named_parameters() if wide else ():
+        if own.is_floating_point() and own.dim() >= dims and not any(part in name for part in wide):
+            return own.dtype
     left = [module]
     while left:
         part = left.pop()

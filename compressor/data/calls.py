@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
@@ -116,31 +115,6 @@ def answer(output: Any) -> Tensor:
     return found
 
 
-def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A pipeline's arguments as JSON has them, for an index: a tensor, an array or a picture by its hash. Raises CompressorError for
-    what has none."""
-    return {name: _described(value, name) for name, value in arguments.items()}
-
-
-def _described(value: Any, where: str) -> Any:
-    if isinstance(value, Tensor):
-        return f"tensor {_hash(value.detach().cpu().contiguous())}"
-    if isinstance(value, Mapping):
-        return {str(key): _described(one, f"{where}.{key}") for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_described(one, f"{where}.{at}") for at, one in enumerate(value)]
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    # arrays of NumPy, and pictures of PIL
-    if hasattr(value, "__array_interface__") and not (array := np.asarray(value)).dtype.hasobject:
-        kind = f"{getattr(value, 'mode', '')} {array.dtype} {array.shape}\n"
-        return f"array {hashlib.sha256(kind.encode() + array.tobytes()).hexdigest()}"
-    raise CompressorError(
-        f"argument {where}: a {type(value).__name__} cannot be kept in records",
-        "Tensors, arrays, pictures, numbers and text can. Anything else can be passed on by a pipeline class of your own.",
-    )
-
-
 def write(path: Path, calls: Sequence[Call], known: set[str]) -> None:
     """Write the calls of a picture to `path`, without the tensors in `known`, which gets their hashes.
 
@@ -151,7 +125,7 @@ def write(path: Path, calls: Sequence[Call], known: set[str]) -> None:
 
     def keep(tensor: Tensor) -> str:
         value = tensor.detach().cpu().contiguous()
-        digest = _hash(value)
+        digest = hash_of(value)
         if digest not in known and digest not in own:
             tensors[digest] = value.clone()
             own.add(digest)
@@ -275,7 +249,7 @@ class Recording(SampleSet):
         except (SafetensorError, OSError) as error:
             raise CompressorError(f"{path}: {error}", _AGAIN) from error
         if digest not in self._whole:
-            if _hash(tensor) != digest:
+            if hash_of(tensor) != digest:
                 raise CompressorError(f"{path}: its bytes are not those that were recorded", _AGAIN)
             self._whole.add(digest)
         return tensor
@@ -347,7 +321,8 @@ def joined(answers: Sequence[Tensor]) -> Tensor:
     return torch.cat([answer if alike else answer.flatten() for answer in answers])
 
 
-def _hash(tensor: Tensor) -> str:
+def hash_of(tensor: Tensor) -> str:
+    """The hash of a tensor: its dtype, its shape and its bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(raw(tensor))
     return digest.hexdigest()

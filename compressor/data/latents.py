@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_pipeline, stored_bytes
 from compressor.data.sets import Images, ImageSet
+from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
-from compressor.weights import state_sha256, untied_state, variant_of
+from compressor.weights import state_sha256, untied_state
 
 _BATCH = 8
 

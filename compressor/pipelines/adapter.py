@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, dtype_taken
 from compressor.data.calls import Call, Recording, answer, joined
+from compressor.data.variants import variant_of
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
 from compressor.sparsity.surgery import surgery_of
-from compressor.weights import variant_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class CallsAdapter(Adapter):
     def pieces(self, inputs: Any, target: Tensor, count: int) -> Iterator[tuple[Any, Tensor, float]]:
         """Call by call, whatever the `count`: that takes the least memory, and gives the same numbers."""
         shapes = [shape for _, _, shape in inputs]
-        parts = target.flatten().split([math.prod(shape) for shape in shapes])
+        parts = torch.split(target.flatten(), [math.prod(shape) for shape in shapes])
         for one, part, shape in zip(inputs, parts, shapes, strict=True):
             yield [one], part.view(shape), 1 / len(inputs)
 

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressor.data.outsized import check_pipeline
+from compressor.data.variants import stored_in, variant_of
 from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.foreign.bounded import mapping
-from compressor.weights import stored_in, unwrapped, variant_of
+from compressor.weights import unwrapped
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""

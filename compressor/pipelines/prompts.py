@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from errno import EFBIG
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from compressor.data.calls import Picture
-from compressor.errors import UsageError
+from compressor.data.calls import Picture, hash_of
+from compressor.errors import CompressorError, UsageError
 from compressor.foreign.bounded import read_bytes
 from compressor.seeds import generator
 
@@ -66,6 +69,31 @@ def as_calls(prompts: Sequence[Any]) -> list[dict[str, Any]]:
             )
         found.append({"prompt": one} if isinstance(one, str) else dict(one))
     return found
+
+
+def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's arguments as JSON has them, for an index: a tensor, an array or a picture by its hash. Raises CompressorError for
+    what has none."""
+    return {name: _described(value, name) for name, value in arguments.items()}
+
+
+def _described(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return f"tensor {hash_of(value)}"
+    if isinstance(value, Mapping):
+        return {str(key): _described(one, f"{where}.{key}") for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(one, f"{where}.{at}") for at, one in enumerate(value)]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    # arrays of NumPy, and pictures of PIL
+    if hasattr(value, "__array_interface__") and not (array := np.asarray(value)).dtype.hasobject:
+        kind = f"{getattr(value, 'mode', '')} {array.dtype} {array.shape}\n"
+        return f"array {hashlib.sha256(kind.encode() + array.tobytes()).hexdigest()}"
+    raise CompressorError(
+        f"argument {where}: a {type(value).__name__} cannot be kept in records",
+        "Tensors, arrays, pictures, numbers and text can. Anything else can be passed on by a pipeline class of your own.",
+    )
 
 
 def pictures(lines: Sequence[Mapping[str, Any]], n: int, unseen: int, seed: int) -> list[Picture]:

@@ -25,6 +25,7 @@ from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
+from compressor.pipelines.prompts import described
 from compressor.pipelines.same import components_of, refuse_changed
 from compressor.processes import team
 from compressor.progress import Progress
@@ -102,7 +103,7 @@ def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, kee
         components=components,
         steps=steps,
         keep=keep,
-        pictures=[p.model_copy(update={"arguments": storage.described(p.arguments)}) for p in pictures],
+        pictures=[p.model_copy(update={"arguments": described(p.arguments)}) for p in pictures],
     )
 
 

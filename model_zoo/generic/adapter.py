@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
+from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, ReshapedError, UsageError
 from compressor.model_zoo.generic import pretrained, shapes
@@ -26,7 +27,7 @@ from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.model_zoo.sampling import beginning, check, describe, draw, dropped, guided, merged
 from compressor.sparsity.surgery import surgery_of
-from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights, variant_of
+from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_config, check_pipeline, stored_bytes
+from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.weights import as_stored_, check_finite, read_outline, variant_of
+from compressor.weights import as_stored_, check_finite, read_outline
 
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
