@@ -257,7 +257,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
             )
         calls = Recording.opened(records)
         adapter = adapter_of_calls(found, calls)
-        module = lower(module, adapter.example_inputs(1), adapter=adapter, **how).model
+        module = lower(module, to_device(adapter.example_inputs(1), device), adapter=adapter, **how).model
     return Applied(pipe, found.part, module)
 
 
