@@ -305,6 +305,14 @@ def test_fused_projections_are_refused_as_what_they_were_made_of_is_loaded_again
             prune(opened(pipe).module, Magnitude(), adapter=adapter, data=records, steps=0)
 
 
+def test_a_frozen_part_is_told_before_anything_is_recorded(pipe):
+    """As fuse_lora and unload_lora_weights leave it."""
+    pipe.unet.requires_grad_(False)
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("recorded"))
+    with pytest.raises(CompressorError, match="unet is frozen: none of its weights is to be trained"):
+        compressor.prune(pipe, Magnitude(), prompts=PROMPTS, record={"n": 1, "unseen": 1, "steps": 1}, steps=1)
+
+
 def on_meta(pipe):
     pipe.text_encoder.to("meta")
 

@@ -112,9 +112,7 @@ def prune(
     given = {**DEFAULTS["train"], **training}
     if found.left_dense is not None:
         warnings.warn(found.left_dense, stacklevel=2)
-    refuse_away(found)
-    refuse_hooked(found, copied=True)
-    refuse_untrainable(bare(found.module), validated(Training, given, "prune()").steps)
+    _refuse_part(found, validated(Training, given, "prune()").steps)
     if isinstance(data, Recording):
         _refuse_records(data, found)
         return engine.prune(found.module, pruner, adapter=adapter_of_calls(found, data), data=data, **rules, **given)
@@ -292,6 +290,18 @@ def _copy_of(module: nn.Module, name: str) -> nn.Module:
             f"apply: {name} cannot be copied: {first_line(error)}",
             "Load the pipeline without hooks, such as offloading.",
         ) from error
+
+
+def _refuse_part(found: Opened, steps: int) -> None:
+    """Raise CompressorError where the part of `found` cannot be copied, or trained for so many `steps`."""
+    refuse_away(found)
+    refuse_hooked(found, copied=True)
+    refuse_untrainable(bare(found.module), steps)
+    if steps and not any(value.requires_grad for value in found.module.parameters()):
+        raise UsageError(
+            f"{found.part} is frozen: none of its weights is to be trained",
+            f"pipe.{found.part}.requires_grad_(True), as peft leaves frozen what adapters were fused into; or prune with steps=0.",
+        )
 
 
 def _refuse_records(records: Recording, found: Opened) -> None:
