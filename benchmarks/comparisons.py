@@ -101,9 +101,8 @@ def main(only: tuple[str, ...], workers: int, folder: Path) -> None:
         out = folder.absolute() / name
         if not (out / "report.json").is_file():
             command = [sys.executable, "-m", "compressor.cli", "compare", *options.split(), "--seeds", str(seeds)]
-            judged = (
-                [] if "evaluate.samples" in options else ["--set", "evaluate.samples=1797"]
-            )  # as many as real digits
+            # as many as real digits
+            judged = [] if "evaluate.samples" in options else ["--set", "evaluate.samples=1797"]
             subprocess.run([*command, *judged, "--workers", str(workers), "--out", str(out)], cwd=ROOT, check=True)
         found = slim(json.loads((out / "report.json").read_text(encoding="utf-8")))
         path = ROOT / "benchmarks" / "results" / f"comparison_{name}.json"

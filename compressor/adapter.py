@@ -28,9 +28,8 @@ class Shared:
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """An adapter's `inputs` with every tensor on `device`, shared ones too, as `predict` takes them."""
-    queued = (
-        device.type == "cuda"
-    )  # the GPU copies from pinned memory when it comes to it; a CPU may not read before it is there
+    # the GPU copies from pinned memory when it comes to it; a CPU may not read before it is there
+    queued = device.type == "cuda"
     return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device, non_blocking=queued), inputs)
 
 

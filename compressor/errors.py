@@ -88,9 +88,8 @@ def memory_behind(error: BaseException | None) -> BaseException | None:
 
 def _is_memory_short(error: BaseException) -> bool:
     """Whether it does: Python's error, torch's on a GPU or not, or the system's."""
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # torch's: this file does not need torch
+    # torch's: this file does not need torch
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM

@@ -168,9 +168,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
     refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
     for name, own in untied_state(model).items():
-        if (
-            own.is_floating_point() and kind_of(state[name]) == "whole"
-        ):  # codes, without the scales that make weights of them
+        # codes, without the scales that make weights of them
+        if own.is_floating_point() and kind_of(state[name]) == "whole":
             raise CompressorError(
                 f"{where}: {name} is {state[name].dtype}, the model's {own.dtype}",
                 "Weights that were quantised are not read without their scales: save them as floating-point numbers.",

@@ -213,9 +213,8 @@ def test_packed_weights_go_with_what_is_exported(packed_model):
     form, model, x = packed_model
     batch = torch.export.Dim("batch")
     exported = torch.export.export(form, (x,), dynamic_shapes=({0: batch},))
-    assert (
-        "packed" not in exported.graph_module.code
-    )  # by their numbers another process would find other weights, or none
+    # by their numbers another process would find other weights, or none
+    assert "packed" not in exported.graph_module.code
     torch.testing.assert_close(exported.module()(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
     strict = torch.export.export(form, (x,), strict=True)
     torch.testing.assert_close(strict.module()(x), model(x), rtol=1e-4, atol=1e-5)

@@ -374,9 +374,8 @@ def test_a_bias_that_is_not_added_as_given_is_found_out(library, monkeypatch, fa
 
     def faulty(packed, right, bias=None, **more):
         if bias is not None:
-            stale = first.setdefault(
-                tuple(packed.shape), bias.clone()
-            )  # plans that are kept by shape remember the pointer
+            # plans that are kept by shape remember the pointer
+            stale = first.setdefault(tuple(packed.shape), bias.clone())
             bias = {"none": None, "stale": stale, "doubled": bias * 2}[fault]
         return multiplied(packed, right, bias=bias, **more)
 

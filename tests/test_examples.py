@@ -45,9 +45,8 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = json.loads((EXAMPLES / "progress.ipynb").read_text(encoding="utf-8"))
-    assert all(
-        not cell.get("outputs") for cell in notebook["cells"]
-    )  # what is committed has no outputs of some machine
+    # what is committed has no outputs of some machine
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
     names: dict[str, object] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

@@ -215,9 +215,8 @@ def test_small_images_that_share_a_tile_give_what_each_gives_alone(
     weight = normal(8, 8, side, side)
     weight = NM(2, 4, 4).mask(weight.abs()).apply(weight)
     module = VNMConv(packed(weight, normal(8), NM(2, 4, 4), block=8, tile=24), side)
-    x = (normal(*shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None] + 1).to(
-        dtype
-    )  # each with a scale of its own
+    # each with a scale of its own
+    x = (normal(*shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None] + 1).to(dtype)
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -27,9 +27,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"validation"}),
     frozenset({"sparsity", "data", "report"}),
     frozenset({"training", "saving", "quality"}),
-    frozenset(
-        {"cost", "recipe", "model_zoo", "pipelines", "calibration"}
-    ),  # `calibration` forwards, for documents of 0.1.0
+    # `calibration` forwards, for documents of 0.1.0
+    frozenset({"cost", "recipe", "model_zoo", "pipelines", "calibration"}),
     frozenset({"lower", "plugins"}),
     frozenset({"export", "registry"}),
     frozenset({"runs", "testing"}),

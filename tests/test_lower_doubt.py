@@ -196,9 +196,8 @@ def test_examples_of_zeros_hide_no_error() -> None:
     assert inputs["x"].std() > 0.9 and inputs["name"] == "kept" and not inputs["time"].any() and not zeros["x"].any()
     assert lively(zeros, lambda given: given["x"].sqrt()) is zeros  # out of the model's range
     given = {"x": torch.randn(2, 8, WIDTH), "mask": torch.tensor([[1.0, 0.0]]), "none": torch.zeros(0, 2)}
-    assert all(
-        one is given[name] for name, one in lively(given, lambda given: given["x"]).items()
-    )  # its own numbers, and its mask
+    # its own numbers, and its mask
+    assert all(one is given[name] for name, one in lively(given, lambda given: given["x"]).items())
 
     class Scaled(compressor.Adapter):
         def predict(self, module: nn.Module, inputs: Any) -> Tensor:

@@ -101,9 +101,8 @@ def test_workers_and_memory_change_no_byte(folder: Path) -> None:
         resumed.itself = resumed  # type: ignore[attr-defined]
         del samples, resumed  # and with them their workers, by count or by the collector of cycles
         gc.collect()
-        assert [worker.exitcode for worker in workers] == [0] * len(
-            workers
-        )  # they ended by themselves; nobody had to kill them
+        # they ended by themselves; nobody had to kill them
+        assert [worker.exitcode for worker in workers] == [0] * len(workers)
         started += len(workers)
     assert started
     assert torch.equal(torch.get_rng_state(), before)

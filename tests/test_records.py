@@ -603,8 +603,8 @@ def test_a_pipeline_of_ones_own_takes_what_it_passes_on_and_pictures(tmp_path):
     assert compressor.prune(pipe, SparseDM(), data=records, steps=1, batch_size=4).masks
     with pytest.raises(CompressorError, match="other prompts"):
         compressor.record(pipe, [lines[0], {"prompt": "a", "image": red}], tmp_path / "records", **more)
-    with pytest.raises(CompressorError, match="takes no 'strenth'"):
-        compressor.record(pipe, lines, tmp_path / "wrong", strenth=1)
+    with pytest.raises(CompressorError, match="takes no 'force'"):
+        compressor.record(pipe, lines, tmp_path / "wrong", force=1)
     with pytest.raises(CompressorError, match="a set cannot be kept in records"):
         compressor.record(pipe, [{"prompt": "a", "image": {1}}], tmp_path / "wrong")
 

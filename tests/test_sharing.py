@@ -94,9 +94,8 @@ def test_a_job_is_ones_until_it_is_given_back_done_or_failed(shared: Any) -> Non
     second.release("b", "failed")
     assert first.state("b") == "failed" and not first.take("b")
     later = shared()
-    assert (
-        later.state("a") == later.state("b") == "free"
-    )  # whether it is there, its files say; what failed is tried again
+    # whether it is there, its files say; what failed is tried again
+    assert later.state("a") == later.state("b") == "free"
     assert later.take("b")
 
 

@@ -416,9 +416,8 @@ def test_frozen_layers_and_those_that_are_no_targets_keep_their_outputs(adapter,
     assert [m.out_features for m in frozen if isinstance(m, nn.Linear)] == [32, 12, 16]
     assert not frozen[0].weight.requires_grad and frozen[2].weight.requires_grad
     model.requires_grad_(False)
-    whole = compressor.prune(
-        model, pruner, adapter=adapter, data=samples, steps=0
-    ).model  # nothing is trained in one shot
+    # nothing is trained in one shot
+    whole = compressor.prune(model, pruner, adapter=adapter, data=samples, steps=0).model
     assert [m.out_features for m in whole if isinstance(m, nn.Linear)] == [16, 12, 16]
     with pytest.raises(CompressorError, match="trainable"):
         compressor.prune(model, pruner, adapter=adapter, data=samples, steps=1)

@@ -179,9 +179,8 @@ def test_a_run_directory_is_loaded_whose_model_was_being_replaced(tmp_path) -> N
 def test_a_file_that_is_gone_before_torch_maps_it_is_missing(tmp_path, monkeypatch) -> None:
     gone = tmp_path / "gone.safetensors"
     with pytest.raises(FileNotFoundError), mapping():
-        torch.UntypedStorage.from_file(
-            str(gone), False, 8
-        )  # what safetensors calls, once it has seen that the file is there
+        # what safetensors calls, once it has seen that the file is there
+        torch.UntypedStorage.from_file(str(gone), False, 8)
     with pytest.raises(RuntimeError, match="another"), mapping():
         raise RuntimeError("another (2)")
     path, models = tmp_path / "model", [pruned(0)]
@@ -396,9 +395,8 @@ def test_a_run_killed_while_it_clears_the_former_one_is_not_finished_and_can_be_
         begun.append((out / directory.RECIPE).is_file())
         assert (finish.unfinished(out) is None) == whole
         if begun[-1]:
-            files.verify(
-                out / "model", needs=saving.MODEL_FILES
-            )  # what may be continued has lost nothing but its pages
+            # what may be continued has lost nothing but its pages
+            files.verify(out / "model", needs=saving.MODEL_FILES)
         if code == KILLED:
             directory.refuse_used_directory(out, overwrite=True)
         assert (out / "mine.txt").read_text() == "mine"
@@ -593,9 +591,8 @@ def test_a_model_that_does_not_fit_leaves_the_former_one(small_disk, monkeypatch
     compressor.save(disk / "model", *models[0])
     (disk / "ballast").write_bytes(b"x" * 4096)
     if known:
-        monkeypatch.setattr(
-            files, "_free", lambda path: 2_000
-        )  # pages are too coarse for a disk that has nearly enough
+        # pages are too coarse for a disk that has nearly enough
+        monkeypatch.setattr(files, "_free", lambda path: 2_000)
     if not known:
         monkeypatch.setattr(files, "refuse_full", lambda *arguments: None)
     said = "on the disk, and" if known else "cannot be written: "

@@ -46,9 +46,8 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
 
     counter = FlopCounterMode(display=False, custom_mapping={fused: attention})
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # of torch's transformer layers, which the counter takes for free too
+    # of torch's transformer layers, which the counter takes for free too
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), counter:
             adapter.predict(model, to_device(adapter.example_inputs(1), next(model.parameters()).device))

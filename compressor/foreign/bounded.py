@@ -70,9 +70,8 @@ def read_bytes(path: str | bytes | os.PathLike[str], most: int) -> bytes:
     """What the regular file at `path` holds. Raises OSError where that is more than `most` bytes, without reading them."""
     with open_regular(path) as file:
         pieces, left = [], most
-        while piece := file.read(
-            min(_PIECE, left + 1)
-        ):  # files of the system say that they have no bytes, and have some
+        # files of the system say that they have no bytes, and have some
+        while piece := file.read(min(_PIECE, left + 1)):
             left -= len(piece)
             if left < 0:
                 raise OSError(errno.EFBIG, f"larger than {most:,} bytes", os.fspath(path))

@@ -37,9 +37,8 @@ class Captured:
             with torch.no_grad():
                 return forward(self._inputs)
 
-        self._forward = (
-            forward  # a graph owns the memory of its own results, and not that of the weights which it reads
-        )
+        # a graph owns the memory of its own results, and not that of the weights which it reads
+        self._forward = forward
         try:
             self._replay, self._outputs = _recorded(run, device, warm_up)
         except Exception as error:  # whatever the model does that a graph cannot hold

@@ -193,9 +193,8 @@ def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if is_unit(base):
         base = _Held(base)  # casts go around a module, and must stay where it is replaced
     before = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast_(
-        base, dict.fromkeys(dtypes_of(base), dtype)
-    )  # not to(dtype), which would take the imaginary parts from complex tensors
+    # not to(dtype), which would take the imaginary parts from complex tensors
+    cast_(base, dict.fromkeys(dtypes_of(base), dtype))
     base.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
     base.register_forward_hook(partial(_cast_output, before))
     return base

@@ -233,9 +233,8 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
     device = next((value.device for value in own.parameters()), torch.device("cpu"))
     if not isinstance(pruned, Lowered):
         module = _like(module, own, device)
-    if (
-        how is not None and folder is not None and settings.get("data")
-    ):  # the saved model knows what its inputs look like
+    # the saved model knows what its inputs look like
+    if how is not None and folder is not None and settings.get("data"):
         adapter = saving.adapter_at(saving.model_folder(folder))
         module = lower(module, to_device(adapter.example_inputs(1), device), adapter=adapter, **how).model
     elif how is not None:

@@ -39,9 +39,8 @@ def refuse_full_of(run: FineTuning, out: Path, every: int, there: int, keeps_one
     each `every` steps, of which `there` are there already."""
     weights = sum(value.nbytes for value in run.student.state_dict().values())
     trained = sum(value.nbytes for group in run.optimizer.param_groups for value in group["params"])
-    state = nbytes(run.state(whole=False)) + (
-        2 * trained if not run.done else 0
-    )  # the optimizer's moments come with the first step
+    # the optimizer's moments come with the first step
+    state = nbytes(run.state(whole=False)) + (2 * trained if not run.done else 0)
     ahead = max(0, (run.training.steps - 1) // every - run.done // every)
     checkpoints = min(ahead, max(1, _KEPT + 1 - there))
     kept = weights if keeps_one_shot and not run.done else 0

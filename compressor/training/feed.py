@@ -47,9 +47,8 @@ class Feed:
 
     def _made(self, step: int) -> tuple[Any, Tensor]:
         batch = self.batches.batch(step)
-        with torch.random.fork_rng(
-            []
-        ):  # an adapter that draws from the global generator too repeats itself all the same
+        # an adapter that draws from the global generator too repeats itself all the same
+        with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(generator(self.training.seed, "model", step).initial_seed())
             noised = self.adapter.noised_evenly if self.training.times == "even" else self.adapter.noised
             found = noised(batch, generator(self.training.seed, "noise", step))

@@ -85,9 +85,8 @@ class Visiting(torch.optim.Optimizer):
     def __init__(self, trained: Iterable[nn.Parameter], **settings: Any) -> None:
         super().__init__(list(trained), settings)
         first = self.param_groups[0]["params"][0]
-        self._one = torch.optim.AdamW(
-            [first], **settings
-        )  # its hooks are its own: those of this optimizer are called once
+        # its hooks are its own: those of this optimizer are called once
+        self._one = torch.optim.AdamW([first], **settings)
         self.register_load_state_dict_post_hook(lambda _: self._home())
 
     @torch.no_grad()

@@ -185,9 +185,8 @@ def _outline(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """What a folder's files hold, without the values, by the names of `model`: diffusers reads all of it as float32."""
     for ending in ("*.safetensors", "*.bin"):
         files = sorted(folder.glob(ending))
-        if (
-            files := [file for file in files if "." not in file.stem] or files
-        ):  # x.fp16.safetensors stands behind x.safetensors
+        # x.fp16.safetensors stands behind x.safetensors
+        if files := [file for file in files if "." not in file.stem] or files:
             state = {name: value for file in files for name, value in read_outline(file).items()}
             return modern_names(model, state)
     return {}

@@ -151,9 +151,8 @@ def _mapped(channels: list[_Index], mappings: Iterable[Any]) -> list[_Index]:
             found = found if mapping is None else mapping(found)
         except (IndexError, TypeError) as error:
             raise Refused("operations between layers join or split them in a way that cannot be followed") from error
-    if any(
-        index.root_idx is None for index in found
-    ):  # torch-pruning's answer where keys and values are repeated for heads
+    # torch-pruning's answer where keys and values are repeated for heads
+    if any(index.root_idx is None for index in found):
         raise Refused("operations between layers repeat them for several heads")
     return found
 

@@ -66,9 +66,8 @@ def decode(content: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             side = 4 * max(height, width)
             opened.draft(None, (side, side))  # a JPEG of ten megapixels need not be decoded in full
-            most = (
-                math.inf if opened.format == "WEBP" else max(_LARGEST, _RATIO * len(content))
-            )  # which packs plain areas to nothing
+            # which packs plain areas to nothing
+            most = math.inf if opened.format == "WEBP" else max(_LARGEST, _RATIO * len(content))
             if math.prod(opened.size) * len(opened.getbands()) > most:
                 raise ValueError(f"{len(content)} bytes that claim to be {opened.width}x{opened.height} pixels")
             image = ImageOps.exif_transpose(_eight_bit(opened))
