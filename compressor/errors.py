@@ -74,15 +74,25 @@ _SAID = ("DefaultCPUAllocator", "not enough memory", "out of memory", "_STATUS_A
 """Parts of what torch, CUDA, cuBLAS, cuDNN and the operating system say."""
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what was behind it, each once: `raise error from error` makes a circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__
+
+
 def memory_behind(error: BaseException | None) -> BaseException | None:
     """The error behind `error`, or itself, that says that there is no memory left; None where there is none.
 
     Much code takes whatever a library raises for a damaged file or a model that does not fit, and says so: what was behind it knows.
     """
-    while error is not None and not isinstance(error, MemoryShortError):
-        if _is_memory_short(error):
-            return error
-        error = error.__cause__
+    for one in causes(error):
+        if isinstance(one, MemoryShortError):
+            return None
+        if _is_memory_short(one):
+            return one
     return None
 
 

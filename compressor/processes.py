@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, causes
 from compressor.progress import Progress
 
 _Result = TypeVar("_Result")
@@ -272,13 +272,10 @@ def _store() -> Any:
     return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=wait)  # type: ignore[attr-defined]
 
 
-def _is_lost(error: BaseException | None) -> bool:
-    """Whether `error` says that another process does not answer any more."""
-    if error is None:
-        return False
-    text = f"{type(error).__name__} {error}".lower()
-    lost = isinstance(error, RuntimeError) and any(word in text for word in _TRANSPORT)
-    return lost or _is_lost(error.__cause__)
+def _is_lost(error: BaseException) -> bool:
+    """Whether `error`, or one behind it, says that another process does not answer any more."""
+    said = (f"{type(one).__name__} {one}".lower() for one in causes(error) if isinstance(one, RuntimeError))
+    return any(word in text for text in said for word in _TRANSPORT)
 
 
 @contextmanager

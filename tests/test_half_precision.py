@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -26,7 +25,7 @@ from compressor.plugins.obs import OBS
 from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.structured import Structured
 from compressor.plugins.wanda import Wanda
-from compressor.runs.speed import _precision
+from compressor.runs.speed import precision_of
 from compressor.weights import dtypes_of, weights_sha256
 
 HALF = (torch.float16, torch.bfloat16)
@@ -272,8 +271,7 @@ def test_the_report_compares_with_the_file_that_was_given(half_run):
     ],
 )
 def test_a_run_is_timed_in_its_models_own_dtype(own, device, asked, expected):
-    run = SimpleNamespace(sparse=tiny_model().to(own), device=torch.device(device))
-    assert _precision(run, asked) == expected
+    assert precision_of(tiny_model().to(own), torch.device(device), asked) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,6 +63,14 @@ def test_what_libraries_say_of_memory_is_known_behind_whatever_it_was_taken_for(
         raise taken from error
 
 
+def test_an_error_that_stands_behind_itself_ends() -> None:
+    error = CompressorError("a fact")
+    error.__cause__ = error
+    assert memory_behind(error) is None
+    with pytest.raises(CompressorError, match="a fact"), memory("training"):
+        raise error from error
+
+
 @pytest.mark.parametrize(
     "error",
     [

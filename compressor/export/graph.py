@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from compressor.adapter import Adapter
-from compressor.errors import CompressorError, GateError, UsageError, first_line
+from compressor.errors import CompressorError, GateError, UsageError, causes, first_line
 
 if TYPE_CHECKING:
     import numpy
@@ -150,8 +150,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
 
 def _reason(error: BaseException) -> str:
     """What stopped the exporter, and where in the model's code: behind its own error, which tells how to report it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    *_, error = causes(error)
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1] / "export"))
     frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith((*own, "<"))]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""

@@ -219,7 +219,9 @@ class Shadow:
         try:
             masks = self.pruner.masks(there, self.progress, dict(before))
         except CompressorError as error:
-            raise _named(error, self.pruner.pattern, there) from error
+            if (named := _named(error, self.pruner.pattern, there)) is None:
+                raise
+            raise named from error
         self.masks = checked_masks(masks, there)
         self._make_sparse(before)
 
@@ -249,8 +251,8 @@ class Shadow:
                 data.copy_(rounded(data, self.pruner))
 
 
-def _named(error: CompressorError, pattern: Pattern, weights: Mapping[str, Tensor]) -> CompressorError:
-    """What `pattern` says of a weight, with the weight's name; an `error` of another origin as it is."""
+def _named(error: CompressorError, pattern: Pattern, weights: Mapping[str, Tensor]) -> CompressorError | None:
+    """What `pattern` says of a weight, with the weight's name; None for an `error` of another origin."""
     if error.message.startswith(f"{pattern}: "):
         for name, weight in weights.items():
             if reason := pattern.misfit(tuple(weight.shape)):
@@ -258,7 +260,7 @@ def _named(error: CompressorError, pattern: Pattern, weights: Mapping[str, Tenso
                 return CompressorError(f"{name}: {pattern} {reason}", hint)
             if bool(weight.isnan().any()):
                 return CompressorError(f"{name} holds NaN", "Leave out steps whose loss or gradient is not finite.")
-    return error
+    return None
 
 
 def _refuse_misplaced(weights: Any, pruner: Any, optimizer: Any) -> None:
