@@ -105,11 +105,8 @@ def begin(
     here = team()
     check_ranks(recipe.train)
     if here.leads:
-        out = (
-            out
-            if out is not None
-            else free_directory(Path("runs") / f"{name_of(recipe.model, recipe.pipeline)}-{name}")
-        )
+        if out is None:
+            out = free_directory(Path("runs") / f"{name_of(recipe.model, recipe.pipeline)}-{name}")
         refuse_busy_directory(out)
         refuse_used_directory(out, overwrite)
         refuse_own_sources(recipe, out, is_own if overwrite else None)
