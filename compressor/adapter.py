@@ -125,7 +125,12 @@ def as_taken(inputs: Any, module: nn.Module) -> Any:
     dtype = dtype_taken(module, 2)
     if dtype not in (torch.float16, torch.bfloat16):
         return inputs
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, inputs)
+    return as_dtype(dtype, inputs)
+
+
+def as_dtype(dtype: torch.dtype, values: Any) -> Any:
+    """`values` with their floating-point tensors of two or more dims in `dtype`; times and the like, with fewer, stay as they are."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, values)
 
 
 def dtype_taken(module: nn.Module, dims: int = 0) -> torch.dtype | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import discovery
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, as_dtype
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import cusparselt_library
@@ -207,16 +207,12 @@ class _Held(nn.Sequential):
         return self[0](*args, **named)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() and t.dim() > 1 else t, value)
-
-
 def _cast_inputs(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return _cast((args, kwargs), dtype)
+    return as_dtype(dtype, (args, kwargs))
 
 
 def _cast_output(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
-    return _cast(output, dtype)
+    return as_dtype(dtype, output)
 
 
 def _device(model: nn.Module, inputs: Any) -> torch.device:

@@ -161,8 +161,7 @@ def prune_(
             "Make them: compressor.record(pipe, prompts, folder).",
         )
     found = opened(model, part)
-    refuse_away(found)
-    refuse_hooked(found, copied=True)
+    _refuse_part(found, 0)
     _refuse_records(data, found)
     rules = {"targets": targets, "ignore": ignore}
     given = {**DEFAULTS["train"], **training}
