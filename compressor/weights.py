@@ -363,11 +363,6 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The `untied_state` as tensors of their own on the CPU."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in untied_state(model).items()}
-
-
 def weights_sha256(model: nn.Module) -> str:
     """The `state_sha256` of the model's state, each tensor once."""
     return state_sha256(untied_state(model))

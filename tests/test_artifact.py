@@ -16,13 +16,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import compressor
 from compressor import NM, files, saving
 from compressor.errors import CompressorError
 from compressor.plugins.magnitude import Magnitude
+from compressor.saving.plain import apart
 
 
 def pruned(model):
@@ -539,6 +540,19 @@ def test_a_state_that_was_read_does_not_keep_its_file(tmp_path):
         gc.enable()
     assert str(tmp_path) not in mapped
     assert loaded["optimizer"][0].sum() == 1 << 18
+    assert saving.load_state(tmp_path, mapped=True)["optimizer"][0].sum() == 1 << 18
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_written_is_copied_only_where_it_has_to_be():
+    whole, lone = torch.arange(6.0), nn.Parameter(torch.ones(2, 2))
+    given = {"lone": lone, "whole": whole, "part": whole[2:4], "again": whole, "turned": whole.view(2, 3).T}
+    given |= {"empty": torch.empty(0), "number": torch.tensor(1.0), "one": torch.tensor([2.0]).expand(3)}
+    made = apart(given)
+    assert all(torch.equal(made[name], value) for name, value in given.items())
+    assert [name for name in made if made[name].data_ptr() == given[name].data_ptr()][:2] == ["lone", "whole"]
+    assert len({one.untyped_storage().data_ptr() for one in made.values() if one.numel()}) == len(given) - 1
+    assert save(made) == save({name: value.detach().clone().contiguous() for name, value in given.items()})
 
 
 def test_a_folder_that_is_no_saved_model_is_not_replaced(tmp_path, model):

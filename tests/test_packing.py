@@ -6,11 +6,13 @@ import hashlib
 import itertools
 import json
 import random
+from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
@@ -19,7 +21,7 @@ from compressor import NM, Unstructured, files, saving
 from compressor.cost.macs import costs
 from compressor.errors import CompressorError
 from compressor.saving import model as saved_files
-from compressor.saving import packing
+from compressor.saving import packing, plain
 from compressor.saving.packing import pack, unpack
 from compressor.weights import FILE_METADATA, load_strictly, part_names, read_weights
 
@@ -425,6 +427,24 @@ def test_the_reported_size_is_that_of_the_packed_file(tmp_path, model, adapter):
         found = costs(model, adapter, {name: str(mask.pattern) for name, mask in masks.items()}).size_bytes
         assert found == (saved(tmp_path, model, masks) / "model.safetensors").stat().st_size
     assert costs(model, adapter, {}).size_bytes > costs(model, adapter, dict.fromkeys(masks, "2:4")).size_bytes
+
+
+def test_the_size_of_a_file_is_told_without_writing_it():
+    state = {str(dtype): torch.zeros(16, dtype=torch.uint8).view(dtype) for dtype in plain._TYPES}
+    for name in [name for name in state if "fnu" in name]:
+        with suppress(SafetensorError, KeyError, ValueError):  # versions before know fewer
+            save({name: state[name]})
+            continue
+        del state[name]
+    state |= {
+        "a" * 200: torch.ones(3, 1, 7),
+        '"\n\0\\é中\x7f': torch.tensor(1.0),
+        "": torch.empty(0, 4, dtype=torch.int64),
+    }
+    rng = random.Random(0)
+    for count in range(len(state) + 1):
+        some = {name: state[name] for name in rng.sample(sorted(state), count)}
+        assert plain.file_bytes({n: t.to("meta") for n, t in some.items()}) == len(save(some, metadata=FILE_METADATA))
 
 
 # --- Files by others. ---

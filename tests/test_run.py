@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import jsonschema
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import compressor
 from compressor import recipe, registry
-from compressor.runs import inputs
+from compressor.runs import inputs, rows
 from compressor.runs import run as runs
 from compressor.weights import weights_sha256
 
@@ -271,6 +272,33 @@ def test_no_steps_is_one_shot_pruning(cli, tmp_path):
     assert (final["drift"], final["quality"]) == (one_shot["drift"], one_shot["quality"])
     assert metrics_of(tmp_path / "run") == []
     jsonschema.Draft202012Validator(SCHEMA).validate(report_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_holds_no_model_longer_than_it_needs_it(cli, tmp_path, monkeypatch, steps):
+    """What it trained with is gone when the model is written; weights that were not trained are there once."""
+    begun, ended = [], []
+    start, commit, judged = inputs.Inputs.fine_tuning, runs._commit_model, rows._judged
+
+    def started(self, previous):
+        run = start(self, previous)
+        begun.append(weakref.ref(run))
+        return run
+
+    def committed(*given):
+        ended.append([one() for one in begun])
+        return commit(*given)
+
+    def seen(judge, variants, samples):
+        ended.append(len({id(variant.model) for variant in variants}))
+        return judged(judge, variants, samples)
+
+    monkeypatch.setattr(inputs.Inputs, "fine_tuning", started)
+    monkeypatch.setattr(runs, "_commit_model", committed)
+    monkeypatch.setattr(rows, "_judged", seen)
+    outcome = cli.trial(tmp_path / "run", "--steps", steps)
+    assert outcome.code == 0, outcome.err
+    assert ended == [[None], 2 if steps == 0 else 3]
 
 
 def test_magnitude_keeps_the_largest_weights_and_only_those(cli, tmp_path):

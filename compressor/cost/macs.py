@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter, to_device
 from compressor.report.content import Costs
 from compressor.saving import packing
+from compressor.saving.plain import file_bytes, plain_state
 from compressor.sparsity.layers import Weighted, weighted
-from compressor.weights import FILE_METADATA, in_float32, plain_state
+from compressor.weights import in_float32
 
 
 def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]:
@@ -71,12 +71,12 @@ def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> Cost
     nonzero = {name: int(torch.count_nonzero(value)) for name, value in parameters.items()}
     skipped = sum(by_weight.get(name, 0) * (1 - nonzero[name] / parameters[name].numel()) for name in pruned)
     masked = sum(parameters[name].numel() for name in pruned)
-    tensors, _ = packing.packed_state(plain_state(model), pruned)
+    tensors, _ = packing.packed_state(plain_state(model), pruned, "meta")
     return Costs(
         density=sum(nonzero[name] for name in pruned) / masked if masked else 1.0,
         params=sum(value.numel() for value in parameters.values()),
         nonzero_params=sum(nonzero.values()),
-        size_bytes=len(save(tensors, metadata=FILE_METADATA)),
+        size_bytes=file_bytes(tensors),
         macs_dense=total,
         macs_effective=round(total - skipped),
         macs_lowered=total,

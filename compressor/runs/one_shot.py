@@ -67,7 +67,7 @@ def one_shot(inputs: Inputs, folder: Path) -> OneShot:
     """What was kept in `folder`; prepared anew where nothing was, or where it is damaged or of another run."""
     try:
         files.verify(folder, needs=("state.json", "state.safetensors"))
-        state = saving.load_state(folder)
+        state = saving.load_state(folder, mapped=True)
     except CompressorError:
         state = {}
     if state.get("made") != inputs.identity():

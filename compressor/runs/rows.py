@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from compressor import cost, files, saving
 from compressor import recipe as recipes
+from compressor.environment import give_back
 from compressor.processes import team
 from compressor.progress import Progress
 from compressor.report.content import DENSE, ONE_SHOT, DataFacts, Environment, Layer, Report, Row, TrainSummary
@@ -39,10 +41,14 @@ def build_report(
     run = team().shared(facts.read(out) if team().leads else {})
     here = facts.facts_of(inputs)  # the numbers are measured here and now, wherever the run began
     yield Progress("one-shot", 0, 1)
-    bare = one_shot(inputs, out / FOLDER)
     config = saving.read_config(out / "model")
     if final is None:
         final = saving.load(out / "model", copy.deepcopy(inputs.model))
+    bare = one_shot(inputs, out / FOLDER)
+    untrained = weights_sha256(bare.model)
+    if untrained == config.weights_sha256:
+        bare = replace(bare, model=final)  # one model in memory less
+    give_back()
     judge = Judge(inputs) if inputs.piped is None else PairedJudge(inputs, inputs.piped)
     for model in (inputs.model, bare.model, final):
         model.to(judge.device).eval()
@@ -51,7 +57,7 @@ def build_report(
     if not inputs.recipe.from_scratch:  # what is random is held against nothing
         variants = (
             Variant(DENSE, inputs.model, inputs.weights_sha256),
-            Variant(ONE_SHOT, bare.model, weights_sha256(bare.model), bare.patterns),
+            Variant(ONE_SHOT, bare.model, untrained, bare.patterns),
             *variants,
         )
     rows = yield from _judged(judge, variants, out / "samples")

@@ -25,6 +25,7 @@ from compressor import files, saving
 from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
+from compressor.environment import give_back
 from compressor.errors import CompressorError, MemoryShortError, ReshapedError
 from compressor.processes import Interrupted, team
 from compressor.progress import Progress
@@ -186,12 +187,13 @@ def _fine_tune(
         inputs.refuse_forgetful(run)
     every = inputs.recipe.checkpoint_every
     space.refuse_full_of(run, out, every, len(_checkpoints(out)), keep_one_shot)
-    if keep_one_shot and not run.done:
+    if keep_one_shot and settings.steps and not run.done:
         untrained = run.one_shot()
         if here.leads:
             one_shot.keep(untrained, out / one_shot.FOLDER, inputs)
         del untrained
     seconds = float(previous["seconds"]) if previous else 0.0
+    del previous  # which is in `run` now
     if here.leads and (lost := run.done - _keep_first_lines(out / "metrics.jsonl", run.done)):
         yield Progress("fine-tune", 0, settings.steps, f"metrics.jsonl lacks {lost} of the steps before")
     made = run_facts.facts_of(inputs)
@@ -223,6 +225,11 @@ def _fine_tune(
     if here.leads:
         summary = {"steps": run.done, "seconds": seconds, "flipped": dict(result.flipped)}
         run_facts.write(out, {**facts, "train": summary})
+    del run  # what it trained with is several times the model
+    give_back()
+    if here.leads:
+        if keep_one_shot and not settings.steps:  # what it is then is not made twice
+            one_shot.keep(result, out / one_shot.FOLDER, inputs)
         _commit_model(inputs, out, result)
     return result.model
 
@@ -336,7 +343,7 @@ def _newest_checkpoint(inputs: Inputs, out: Path) -> tuple[dict[str, Any] | None
 
 def _read_checkpoint(folder: Path) -> dict[str, Any]:
     files.verify(folder, needs=("state.json", "state.safetensors"))
-    return saving.load_state(folder)
+    return saving.load_state(folder, mapped=True)
 
 
 def _is_whole(folder: Path) -> bool:

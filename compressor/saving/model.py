@@ -25,6 +25,7 @@ from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.foreign.bounded import mapping
 from compressor.saving import packing
 from compressor.saving.hub import fetched, is_repository
+from compressor.saving.plain import plain_state
 from compressor.sparsity.notation import parse, refuse_unreadable
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import FILE as SURGERY
@@ -38,7 +39,6 @@ from compressor.weights import (
     check_finite,
     kind_of,
     load_strictly,
-    plain_state,
     refuse_misfit,
     sketch,
     state_sha256,

@@ -106,8 +106,11 @@ def index_bytes(shape: tuple[int, ...], pattern: NM) -> int:
 # --- A model's state: some weights packed, the rest plain. ---
 
 
-def packed_state(state: Mapping[str, Tensor], patterns: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:
-    """What a file holds of `state`, and the names of the weights that are packed in it.
+def packed_state(
+    state: Mapping[str, Tensor], patterns: Mapping[str, str], device: str = "cpu"
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What a file holds of `state`, and the names of the weights that are packed in it. On the `device` "meta" the parts of those
+    are only as large as they would be.
 
     A weight stays plain where its pattern (by name, as text) is not N:M, where its packed form is not smaller or cannot
     be exact, and where a part would have the name of another tensor.
@@ -122,7 +125,7 @@ def packed_state(state: Mapping[str, Tensor], patterns: Mapping[str, str]) -> tu
         if kept * weight.element_size() + added >= weight.nbytes:
             continue
         try:
-            parts = pack(weight, pattern)
+            parts = [part.to(device) for part in pack(weight, pattern)]
         except CompressorError:  # a -0.0 too many, or a dtype without words
             continue
         del tensors[name]

@@ -227,7 +227,7 @@ class FineTuning:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if not self.ranks.sharded:  # else each process copies its parts, and reads no more of a file
-            state = copy.deepcopy(state)  # the optimizer takes tensors as they are, and the caller keeps its own
+            state = {**state, "optimizer": copy.deepcopy(state["optimizer"])}  # it takes tensors as they are
         self.student.load_state_dict(self.ranks.parts(state["model"], self.student.state_dict()))
         optimizer, trained = revived(state["optimizer"]), [p for g in self.optimizer.param_groups for p in g["params"]]
         moments = {int(index): value for index, value in optimizer["state"].items()}

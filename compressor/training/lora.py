@@ -83,7 +83,7 @@ class Adapters:
         for name, start in self._start.items():
             start.copy_(state["start"][name])
             mask = state["masks"][name]
-            self.masks[name] = Mask(mask["keep"].to(start.device), parse(mask["pattern"]))
+            self.masks[name] = Mask(mask["keep"].to(start.device, copy=True), parse(mask["pattern"]))
         self._write()
 
     @torch.no_grad()

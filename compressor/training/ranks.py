@@ -6,6 +6,7 @@ the weights do not depend on how many there are, beyond the rounding of sums.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -101,7 +102,7 @@ class Ranks:
                 pruner = pruner.prepare(model, adapter, batches)
             surgery, found = pruner.surgery, self.agreed(pruner, model)
         if found is not None:
-            pruner = pruner.restored(found["pruner"])
+            pruner = pruner.restored(copy.deepcopy(found["pruner"]))
             removed = found.get("surgery")
             surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
         if surgery is not None:
@@ -237,16 +238,16 @@ class Ranks:
         return {name: shards.cut_like(part, likes[name]) for name, part in parts.items()}
 
     def parts(self, wholes: Mapping[str, Any], likes: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The tensors `wholes`, cut like those in `likes` where they have their shape."""
+        """The tensors `wholes`; where the model is cut, copies, cut like those in `likes` where they have their shape."""
         if not self.sharded:
             return dict(wholes)
-        found = dict(wholes)
+        found = {}
         for name, value in wholes.items():
-            if isinstance(value, Tensor) and value.shape == likes[name].shape:
-                like = likes[name]
-                found[name] = shards.cut_like(
-                    shards.part_of(value, like).to(shards.local(like).device, copy=True), like
-                )
+            if isinstance(value, Tensor) and value.shape == (like := likes[name]).shape:
+                part = shards.part_of(value, like).to(shards.local(like).device, copy=True)
+                found[name] = shards.cut_like(part, like)
+            else:
+                found[name] = copy.deepcopy(value)
         return found
 
     def agreed_masks(

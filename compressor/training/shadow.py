@@ -117,13 +117,17 @@ class Shadow:
         device = {name: weight.device for name, weight in own.items()}
         masks = {
             name: Mask(
-                (part_of(mask["keep"], own[name]) if name in own else mask["keep"]).to(device.get(name, "cpu")),
+                (part_of(mask["keep"], own[name]) if name in own else mask["keep"]).to(
+                    device.get(name, "cpu"), copy=True
+                ),
                 parse(mask["pattern"]),
             )
             for name, mask in state["masks"].items()
         }
         self.masks = checked_masks(masks, {name: self._there(name) for name in own})
-        self.flipped = {n: part_of_count(count.to(device[n]), own[n]) for n, count in state["flipped"].items()}
+        self.flipped = {
+            n: part_of_count(count.to(device[n], copy=True), own[n]) for n, count in state["flipped"].items()
+        }
         self._make_sparse({})
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError
 from compressor.model_zoo.generic.layout import Layout
-from compressor.weights import plain_state
+from compressor.saving.plain import plain_state
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Attention heads by width, for the sizes S, B, L and XL. Source: Peebles & Xie 2023, table 1."""

@@ -26,8 +26,9 @@ from compressor.model_zoo.generic.noise import Noise, flow
 from compressor.model_zoo.generic.pretrained import Pretrained
 from compressor.model_zoo.generic.reshaped import as_configured
 from compressor.model_zoo.sampling import beginning, check, describe, draw, dropped, guided, merged
+from compressor.saving.plain import apart
 from compressor.sparsity.surgery import surgery_of
-from compressor.weights import as_stored_, cast_, dtypes_of, load_strictly, read_outline, read_weights
+from compressor.weights import as_stored_, load_strictly, read_outline, read_weights
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,10 @@ class DiffusersAdapter(Adapter):
             own_model.save_pretrained(folder)
 
     def _copied(self, module: nn.Module) -> nn.Module:
-        """A model of its own: the given one may share tensors between names, which diffusers does not save."""
-        plain = cast_(pretrained.build(self._plain_config), dtypes_of(module))
-        plain.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+        """A model to be written: the given one may share tensors between names, which diffusers does not save."""
+        with torch.device("meta"):
+            plain = pretrained.build(self._plain_config)
+        plain.load_state_dict(apart(module.state_dict()), assign=True)
         return plain
 
     def _prepared(self, model: nn.Module, trained: bool) -> nn.Module:
