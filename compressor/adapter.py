@@ -38,12 +38,17 @@ def plain(leaf: Tensor | Shared) -> Tensor:
     return leaf.tensor if isinstance(leaf, Shared) else leaf
 
 
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """The tensors of an adapter's `inputs`, in their order."""
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
 def samples_in(inputs: Any) -> int:
     """How many samples an adapter's `inputs` hold: the first dim that most of their tensors have.
 
     Raises CompressorError where none has a dim.
     """
-    sizes = Counter(len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0)
+    sizes = Counter(len(leaf) for leaf in tensors_of(inputs) if leaf.dim() > 0)
     if not sizes:
         raise CompressorError(
             "the inputs hold no tensor with a dim for the batch", "Give `noised` inputs that have one."

@@ -345,11 +345,10 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
 
 def sketch(model: nn.Module) -> nn.Module:
     """A copy of `model` without values, on the meta device: what its shapes allow can be tried on it, for no memory."""
-    held = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    empty = {key: torch.empty_like(value, device="meta") for key, value in held.items()}
-    memo = {
-        k: nn.Parameter(e, held[k].requires_grad) if isinstance(held[k], nn.Parameter) else e for k, e in empty.items()
-    }
+    memo: dict[int, Any] = {}
+    for key, value in _tensors_of(model).items():
+        empty = torch.empty_like(value, device="meta")
+        memo[key] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 
 

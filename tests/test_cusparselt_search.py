@@ -429,12 +429,12 @@ def test_a_trial_times_products_by_the_gpus_own_clock(library, monkeypatch):
     def unrecorded(forward: Any, inputs: Any, warm_up: int) -> Any:
         raise CompressorError("this is not recorded")
 
-    monkeypatch.setattr(worker, "captured", unrecorded)
+    monkeypatch.setattr(worker, "Captured", unrecorded)
     trial = worker.Trial(PRODUCT, torch.device("cpu"))
     assert trial.milliseconds([Algorithm(), Algorithm(2)], replays=3) == [1.0, 1.0]
     assert not trial.recordable and {call["alg_id"] for call in library.calls} == {0, 2}
     monkeypatch.setattr(
-        worker, "captured", lambda forward, inputs, warm_up: SimpleNamespace(replay=lambda: forward(inputs))
+        worker, "Captured", lambda forward, inputs, warm_up: SimpleNamespace(replay=lambda: forward(inputs))
     )
     trial = worker.Trial(PRODUCT, torch.device("cpu"))
     assert trial.milliseconds([Algorithm()], replays=1) == [1.0] and trial.recordable

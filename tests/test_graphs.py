@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from compressor import CompressorError
 from compressor.lower import graphs
-from compressor.lower.graphs import Graphed, captured
+from compressor.lower.graphs import Captured, Graphed
 
 # --- Recorded forwards. ---
 
@@ -58,7 +58,7 @@ class Net(nn.Module):
 
 def test_a_recording_copies_what_goes_in_and_what_comes_out(recorder):
     example = torch.ones(2)
-    forward = captured(lambda inputs: {"twice": inputs["x"] * 2, "n": 3}, {"x": example})
+    forward = Captured(lambda inputs: {"twice": inputs["x"] * 2, "n": 3}, {"x": example})
     first = forward({"x": torch.full((2,), 5.0)})
     second = forward({"x": torch.full((2,), 7.0)})
     assert first["twice"].tolist() == [10, 10] and second["twice"].tolist() == [14, 14] and second["n"] == 3
@@ -143,7 +143,7 @@ def test_outputs_that_would_be_overwritten_are_refused(recorder):
             self.value = value
 
     with pytest.raises(CompressorError, match="gave Box"):
-        captured(Box, torch.ones(2))
+        Captured(Box, torch.ones(2))
 
 
 def test_without_a_gpu_everything_runs_as_it_did():
@@ -152,7 +152,7 @@ def test_without_a_gpu_everything_runs_as_it_did():
         wrapped(normal(2, 4))
     assert wrapped.module.calls == 1 and wrapped._recordings == {}
     with pytest.raises(CompressorError, match="on one GPU"):
-        captured(lambda x: x, torch.ones(2))
+        Captured(lambda x: x, torch.ones(2))
 
 
 def test_a_replay_keeps_the_weights_that_it_reads(monkeypatch):
@@ -161,7 +161,7 @@ def test_a_replay_keeps_the_weights_that_it_reads(monkeypatch):
     monkeypatch.setattr(graphs, "_recorded", lambda run, device, warm_up: (lambda: None, run()))
     layer = nn.Linear(4, 4)
     alive = weakref.ref(layer)
-    replay = graphs.captured(layer, torch.ones(2, 4)).replay
+    replay = Captured(layer, torch.ones(2, 4)).replay
     del layer
     gc.collect()
     replay()

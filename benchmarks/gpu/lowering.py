@@ -42,7 +42,7 @@ from compressor.lower.chooser import choose, groups, prepare, relative
 from compressor.lower.contest import Contest
 from compressor.lower.cusparselt_tuning import SECONDS_VARIABLE
 from compressor.lower.forms import channels_last
-from compressor.lower.graphs import captured
+from compressor.lower.graphs import Captured
 from compressor.lower.job import in_dtype, prepared
 from compressor.lower.plan import Cache, LayerPlan
 from compressor.lower.units import Found, find_units, put, put_unit
@@ -191,7 +191,7 @@ class Cell:
         """It as a graph on a GPU: a replay, without the copies in and out."""
         if self.session.device.type != "cuda":
             return lambda: form(*self.cast)
-        return captured(lambda given: form(*given), self.cast).replay
+        return Captured(lambda given: form(*given), self.cast).replay
 
     def measure(self, name: str, precision: str, call: Form, error: float) -> None:
         """Time a form in turns with its opponents, and write it."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, tensors_of
 from compressor.errors import CompressorError, first_line
-from compressor.export.graph import Flat, OnnxRunner, array_of, tensors_of
+from compressor.export.graph import Flat, OnnxRunner, array_of
 from compressor.export.onnx import export_onnx, random_inputs
 from compressor.lower.job import in_dtype
 from compressor.report.content import ONNX, OPENVINO, TENSORRT

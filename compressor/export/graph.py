@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, tensors_of
 from compressor.errors import CompressorError, GateError, UsageError, causes, first_line
 
 if TYPE_CHECKING:
@@ -337,10 +337,6 @@ def integer_errors(file: Path, inputs: Any) -> dict[str, float]:
             difference = (values[one.out] - wanted).abs() / (float(wanted.std(correction=0)) or 1.0)
             found[one.out] = float(difference.nan_to_num(nan=math.inf).max())
     return found
-
-
-def tensors_of(inputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:

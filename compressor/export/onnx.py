@@ -43,6 +43,7 @@ from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
 from compressor.sparsity.clustered import Clustered
+from compressor.sparsity.layers import PRUNABLE
 from compressor.sparsity.pattern import NM, Pattern
 from compressor.sparsity.venom import Venom
 from compressor.weights import bare, weights_sha256
@@ -166,7 +167,7 @@ def export_onnx(
         gathered=forward.gathered,
         left=forward.left,
         size_bytes=sizes,
-        dense_size_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        dense_size_bytes=sum(t.nbytes for t in model.state_dict().values()),
         parity=parity,
         inputs=input_shapes(graph),
         opset=OPSET,
@@ -237,8 +238,7 @@ def _slower(unit: Unit) -> str | None:
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """The Linear and convolution layers of `model`, by the name of their weight."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
+    return {f"{name}.weight".lstrip("."): layer for name, layer in model.named_modules() if isinstance(layer, PRUNABLE)}
 
 
 def used_layers(model: nn.Module, adapter: Adapter, example: Any) -> set[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, tensors_of
 from compressor.errors import GateError
-from compressor.export.graph import OnnxRunner, tensors_of
+from compressor.export.graph import OnnxRunner
 
 TOLERANCE = 1e-4
 """The largest difference from PyTorch that float32 may show, in standard deviations of the output."""
@@ -90,7 +90,7 @@ def random_inputs(example: Any, classes: int, rng: torch.Generator) -> Any:
         if leaf.is_floating_point():
             if leaf.dim() > 1:
                 return torch.randn(leaf.shape, generator=rng).to(leaf.dtype)
-            return (2 * leaf.cpu() * torch.rand(leaf.shape, generator=rng)).to(leaf.dtype)
+            return (2 * leaf * torch.rand(leaf.shape, generator=rng)).to(leaf.dtype)
         top = classes if classes and leaf is tensors[-1] else int(leaf.max()) + 1
         return torch.randint(top, leaf.shape, generator=rng).to(leaf.dtype)
 

@@ -19,7 +19,7 @@ from compressor.errors import UsageError, first_line
 from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
 from compressor.lower.contest import BASE, Contest
-from compressor.lower.graphs import captured
+from compressor.lower.graphs import Captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
 from compressor.lower.units import Found
@@ -180,7 +180,7 @@ def _calls(modules: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
     """A call that runs the next of `modules`; on a GPU one that runs them all, as one launch: the host's cost of a launch is
     not the layer's."""
     if x.device.type == "cuda":
-        return captured(lambda given: [module(given) for module in modules], x).replay
+        return Captured(lambda given: [module(given) for module in modules], x).replay
     turn = itertools.cycle(modules)
     return lambda: next(turn)(x)
 

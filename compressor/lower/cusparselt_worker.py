@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, first_line
 from compressor.lower.cusparselt_tuning import KEPT, Algorithm, Product, candidates, multiply, operator_arguments
-from compressor.lower.graphs import captured
+from compressor.lower.graphs import Captured
 from compressor.sparsity.pattern import NM
 
 _ERROR = 1e-2  # relative; bfloat16 rounds to 4e-3
@@ -57,8 +57,8 @@ def search(
                 yield {"event": "timed", "algorithm": str(algorithm), "ms": times[algorithm]}
             except Exception as error:  # not supported, or wrong: the next one may be right
                 trial.still_alive()  # otherwise the last line remains "trying", and names the culprit
-                line = (str(error).splitlines() or [""])[0]
-                yield {"event": "failed", "algorithm": str(algorithm), "why": f"{type(error).__name__}: {line}"}
+                why = f"{type(error).__name__}: {first_line(error)}"
+                yield {"event": "failed", "algorithm": str(algorithm), "why": why}
         if times or found:
             break  # a copy of the result is only for where the library cannot lay it out
     best = sorted(times, key=times.__getitem__)[:KEPT]
@@ -148,7 +148,7 @@ class Trial:
         if self.recordable:
             try:
                 # Planning a call takes the host longer than many a product takes the GPU, and a model runs as a graph.
-                return captured(lambda _: calls(), self.inputs[0][:1], warm_up=1).replay
+                return Captured(lambda _: calls(), self.inputs[0][:1], warm_up=1).replay
             except CompressorError:
                 self.still_alive()
                 self.recordable = False

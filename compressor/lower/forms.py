@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from compressor.adapter import Adapter, take_as
+from compressor.adapter import Adapter, take_as, tensors_of
 from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
@@ -151,7 +150,7 @@ def guarded(
     plan = Plan(
         weights_sha256=weights,
         dtype=layers[0].dtype if layers else _dtype_of(base),
-        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(job.inputs) if isinstance(leaf, Tensor)),
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tensors_of(job.inputs)),
         setting=job.setting,
         layers=tuple(layers),
         left_out={one.weight: one.reason for one in job.left},

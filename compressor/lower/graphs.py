@@ -14,21 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from compressor.errors import CompressorError
+from compressor.adapter import tensors_of
+from compressor.errors import CompressorError, first_line
 
 _WARM_UP = 3
 _RECORDINGS = 4  # each keeps its own memory, so a wrapper takes a few shapes, not all that ever come
 
 
 class Captured:
-    """A recorded forward. Its parameters and all that it reads besides `inputs` must stay where they were; what `forward` holds is
-    kept for that.
+    """`forward(inputs)` as a CUDA graph: call it with other inputs like these, or `replay()` it as it is to time it.
+
+    `inputs` is any nesting of tuples, lists and dicts; its tensors are on one GPU. They are copied, and so is what comes out;
+    `replay()` copies nothing. The forward runs `warm_up` times before it is recorded, without which libraries would load, compile
+    or tune themselves in the recording. Its parameters and all that it reads besides `inputs` must stay where they were; what
+    `forward` holds is kept for that. Raises CompressorError where the forward cannot be recorded.
 
     Not for several threads or streams at once: a recording has one set of buffers.
     """
 
     def __init__(self, forward: Callable[[Any], Any], inputs: Any, warm_up: int = _WARM_UP) -> None:
-        device = _device(_tensors(inputs))
+        device = _device(tensors_of(inputs))
         if device is None:
             raise CompressorError("a CUDA graph needs inputs on one GPU", "Move every tensor of the inputs there.")
         self._inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
@@ -42,9 +47,8 @@ class Captured:
         try:
             self._replay, self._outputs = _recorded(run, device, warm_up)
         except Exception as error:  # whatever the model does that a graph cannot hold
-            line = (str(error).splitlines() or [""])[0]
             raise CompressorError(
-                f"this forward cannot be recorded as a CUDA graph: {type(error).__name__}: {line}",
+                f"this forward cannot be recorded as a CUDA graph: {type(error).__name__}: {first_line(error)}",
                 "A graph holds no copies from the CPU, no .item() and no shapes that depend on values.",
             ) from error
         for leaf in tree_leaves(self._outputs):
@@ -58,20 +62,10 @@ class Captured:
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs for `inputs`, which have the shapes and dtypes of the recorded ones, and the same other values."""
-        for mine, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
+        for mine, given in zip(tensors_of(self._inputs), tensors_of(inputs), strict=True):
             mine.copy_(given)
         self.replay()
         return tree_map_only(Tensor, lambda tensor: tensor.clone(), self._outputs)
-
-
-def captured(forward: Callable[[Any], Any], inputs: Any, warm_up: int = _WARM_UP) -> Captured:
-    """`forward(inputs)` as a CUDA graph: call it with other inputs like these, or `replay()` it as it is to time it.
-
-    `inputs` is any nesting of tuples, lists and dicts; its tensors are on one GPU. They are copied, and so is what comes out;
-    `replay()` copies nothing. The forward runs `warm_up` times before it is recorded, without which libraries would load, compile
-    or tune themselves in the recording. Raises CompressorError where the forward cannot be recorded.
-    """
-    return Captured(forward, inputs, warm_up)
 
 
 class Graphed(nn.Module):
@@ -100,7 +94,7 @@ class Graphed(nn.Module):
 
     def _record(self, args: Any, kwargs: Any) -> Captured | None:
         try:
-            return captured(lambda inputs: self.module(*inputs[0], **inputs[1]), (args, kwargs))
+            return Captured(lambda inputs: self.module(*inputs[0], **inputs[1]), (args, kwargs))
         except CompressorError:
             if not self._recordings:
                 raise
@@ -143,10 +137,6 @@ class Graphed(nn.Module):
             if name == "module":
                 raise
             return getattr(self.module, name)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device | None:

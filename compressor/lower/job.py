@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import discovery
-from compressor.adapter import Adapter, as_dtype
+from compressor.adapter import Adapter, as_dtype, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import cusparselt_library
@@ -216,7 +216,7 @@ def _cast_output(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) 
 
 
 def _device(model: nn.Module, inputs: Any) -> torch.device:
-    tensors = [*model.parameters(), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))]
+    tensors = [*model.parameters(), *tensors_of(inputs)]
     return tensors[0].device if tensors else torch.device("cpu")
 
 

@@ -132,7 +132,7 @@ def _in_one(layout: Layout, tile: int, parts: Sequence[Tensor | None]) -> tuple[
     end = _NUMBERS * 8
     for part in parts:
         begin = -(-end // _LINE) * _LINE
-        end = end if part is None else begin + part.numel() * part.element_size()
+        end = end if part is None else begin + part.nbytes
         spans.append(None if part is None else _Span(begin, end, part.dtype, part.shape))
     size = -(-end // _LINE) * _LINE
     packed = torch.zeros(size // 4, dtype=torch.float32, device="cpu")  # whatever torch's defaults are

@@ -149,7 +149,7 @@ class Clustered(Pattern):
         members = torch.arange(len(score), device=score.device)[:, None]
         sums = score.float()
         while members.shape[1] < self.v:
-            keep = NM(self.n, self.m).survivors(sums)
+            keep = self.grouped.survivors(sums)
             first, second = _paired(sums.flatten(1), keep.flatten(1))
             members = torch.cat([members[first], members[second]], dim=1)
             sums = sums[first] + sums[second]
