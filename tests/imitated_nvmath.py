@@ -191,7 +191,7 @@ def install(monkeypatch: pytest.MonkeyPatch, library: Library, version: tuple[in
     for module in (nvmath, bindings, cusparse, made):
         module.__spec__ = ModuleSpec(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for cached in ("bindings", "_order", "_operation", "_number", "_handle"):
+    for cached in ("bindings", "_cusparse", "_number", "_handle"):
         function = getattr(cusparselt_direct, cached)
         function.cache_clear()
     return made

@@ -23,7 +23,7 @@ from compressor.lower.cusparselt_tuning import Algorithm, Tuned
 
 
 def forget() -> None:
-    for cached in ("bindings", "_order", "_operation", "_number", "_handle"):
+    for cached in ("bindings", "_cusparse", "_number", "_handle"):
         getattr(cusparselt_direct, cached).cache_clear()
 
 
@@ -108,8 +108,8 @@ def test_the_imitation_has_what_the_real_bindings_have():
             else real.get_matmul_alg_attribute_dtype
         )
         assert ask(int(of[name]))().itemsize == size, name
-    assert (int(cusparselt_direct._order().COL), int(cusparselt_direct._order().ROW)) == (1, 2)
-    operation = cusparselt_direct._operation()
+    assert (int(cusparselt_direct._cusparse().Order.COL), int(cusparselt_direct._cusparse().Order.ROW)) == (1, 2)
+    operation = cusparselt_direct._cusparse().Operation
     assert (int(operation.NON_TRANSPOSE), int(operation.TRANSPOSE)) == (0, 1)
     assert (cusparselt_direct._number(BF16), cusparselt_direct._number(FP16)) == (14, 2)
     assert issubclass(real.cuSPARSELtError, Exception)

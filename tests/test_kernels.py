@@ -375,7 +375,7 @@ def test_a_weight_is_packed_whatever_torch_makes_by_default(dtype: torch.dtype) 
 def test_operators_refuse_what_would_lead_outside(change: dict[str, Any]) -> None:
     pattern = NM(2, 4, 4)
     w = KernelWeight(sparse((16, 8), pattern), None, pattern, block=8)
-    numbers = list(w.numbers)
+    numbers = list(w.layout)
     for place, value in change.get("numbers", {}).items():
         numbers[place] = value
     values, index = w.parts.values[change.get("values", slice(None))], w.parts.index[change.get("index", slice(None))]

@@ -107,6 +107,19 @@ def exporting() -> bool:
     return torch.compiler.is_compiling() and bool(getattr(torch.compiler, "_is_exporting_flag", True))
 
 
+def was_cast() -> CompressorError:
+    """The error of a lowered model that has another dtype than it was lowered in."""
+    return CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+
+
+def other_input(found: str, takes: str) -> CompressorError:
+    """The error of a lowered layer that got an input which it does not take."""
+    return CompressorError(
+        f"a lowered layer got {found}; it takes {takes}",
+        "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
+    )
+
+
 def refuse_gradients(x: Tensor) -> None:
     """Raise CompressorError where a gradient is wanted of `x`: lowered layers have none, and torch would go on without."""
     if torch.is_grad_enabled() and x.requires_grad:

@@ -21,9 +21,18 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError
 from compressor.lower import cusparselt_direct, cusparselt_library
-from compressor.lower.backend import Backend, Unit, refuse_gradients
+from compressor.lower.backend import Backend, Unit, other_input, refuse_gradients, was_cast
 from compressor.lower.cusparselt_direct import Plans
-from compressor.lower.cusparselt_tuning import Algorithm, Product, Tuned, multiply, search_together, tuned
+from compressor.lower.cusparselt_tuning import (
+    Algorithm,
+    Product,
+    Tuned,
+    mixed_dtype,
+    multiply,
+    search_together,
+    tuned,
+)
+from compressor.lower.operators import define
 from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix, no_product, products_of
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM, Pattern
@@ -34,29 +43,18 @@ _CHECKED = 1024  # columns of a weight that are unpacked at a time; a multiple o
 
 # --- The operator: one argument list for every version of torch, and opaque to compilers. ---
 
-_torch_library: Any = torch.library  # it has no annotations
-_library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define("cslt_linear(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm) -> Tensor")
-
-
-def _out_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.dtype.itemsize == 1 else x.dtype
-
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: Sequence[int]) -> Tensor:
     if not x.shape[0]:
         return _fake_linear(x, packed, bias, out, algorithm)
-    alg_id, split_k, split_k_mode, transposed = algorithm
-    how = Algorithm(alg_id, split_k, split_k_mode, bool(transposed))
-    return multiply(packed.view(x.dtype), x.contiguous(), bias, how)
+    return multiply(packed.view(x.dtype), x.contiguous(), bias, Algorithm.of(algorithm))
 
 
 def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], out), dtype=_out_dtype(x))
+    return x.new_empty((x.shape[0], out), dtype=mixed_dtype(x.dtype) or x.dtype)
 
 
-_library.impl("cslt_linear", _linear, "CompositeExplicitAutograd")
-_torch_library.register_fake("compressor::cslt_linear", _fake_linear, lib=_library)
+define("cslt_linear(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm) -> Tensor", _fake_linear, _linear)
 
 # --- Weights. ---
 
@@ -92,12 +90,10 @@ class Packed(nn.Module):
         """rows (tokens, in) -> (tokens, out): bfloat16 for 8-bit rows, else of their dtype."""
         refuse_gradients(rows)
         if rows.dtype != self.dtype or rows.shape[-1] != self.inner:
-            raise CompressorError(
-                f"a lowered layer got {rows.dtype} of shape {tuple(rows.shape)}; it takes {self.dtype} with {self.inner} channels",
-                "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
-            )
+            found = f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise other_input(found, f"{self.dtype} with {self.inner} channels")
         if self.bias is not None and self.bias.dtype != self.dtype:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+            raise was_cast()
         if not torch.compiler.is_compiling():
             self._tell(rows.shape[0])
         return self._product(rows)

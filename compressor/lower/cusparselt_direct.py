@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, first_line
 from compressor.lower import cusparselt_library
 from compressor.lower.cusparselt_tuning import Algorithm, multiply
+from compressor.lower.operators import define
 
 _PACKAGE = "nvmath"
 _INSTALL = 'pip install "diffusion-compressor[cusparselt]"'
@@ -48,13 +49,8 @@ def bindings() -> Any:
 
 
 @cache
-def _order() -> Any:
-    return import_module(f"{_PACKAGE}.bindings.cusparse").Order
-
-
-@cache
-def _operation() -> Any:
-    return import_module(f"{_PACKAGE}.bindings.cusparse").Operation
+def _cusparse() -> Any:
+    return import_module(f"{_PACKAGE}.bindings.cusparse")
 
 
 @cache
@@ -71,9 +67,7 @@ def missing() -> str | None:
     try:
         own = cusparselt_library.numbered(*(bindings().get_property(part) for part in range(3)))
     except Exception as error:  # its own exceptions, and those of its loader
-        return (
-            f"nvmath-python finds no cuSPARSELt: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        )
+        return f"nvmath-python finds no cuSPARSELt: {first_line(error)}"
     theirs, dotted = cusparselt_library.version(), cusparselt_library.dotted
     if own != theirs:
         other = "none" if theirs is None else dotted(theirs)
@@ -115,8 +109,8 @@ class Planned:
     def _plan(self, x: Tensor, gelu: bool) -> None:
         lt, handle = bindings(), _handle(x.device.index or 0)
         self.handle = handle
-        (tokens, inner), kind, order = x.shape, _number(x.dtype), _order()
-        half = lt.Sparsity.SPARSITY_50_PERCENT
+        (tokens, inner), kind = x.shape, _number(x.dtype)
+        half, order, operation = lt.Sparsity.SPARSITY_50_PERCENT, _cusparse().Order, _cusparse().Operation
         rows = int(order.ROW)
         weight = self._own(
             lt.structured_descriptor_init(handle, self.out, inner, inner, _ALIGNMENT, kind, rows, int(half)),
@@ -134,7 +128,6 @@ class Planned:
             ),
             lt.mat_descriptor_destroy,
         )
-        operation = _operation()
         matmul = self._own(
             lt.matmul_descriptor_init(
                 *(handle, int(operation.NON_TRANSPOSE), int(operation.TRANSPOSE), weight, dense, result, result),
@@ -239,21 +232,13 @@ class Plans:
 
 _held: WeakValueDictionary[int, Plans] = WeakValueDictionary()
 
-_torch_library: Any = torch.library  # it has no annotations
-_library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define(
-    "cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, int plans, str? gelu) -> Tensor"
-)
-
 
 def _planned(
     x: Tensor, packed: Tensor, bias: Tensor | None, out: int, algorithm: list[int], plans: int, gelu: str | None
 ) -> Tensor:
     if not x.shape[0]:
         return _fake_planned(x, packed, bias, out, algorithm, plans, gelu)
-    alg_id, split_k, mode, transposed = algorithm
-    how = Algorithm(alg_id, split_k, mode, bool(transposed))
-    x = x.contiguous()
+    how, x = Algorithm.of(algorithm), x.contiguous()
     its, plan = _held.get(plans), None
     if its is not None and its.gelu == gelu:  # what was exported may run where those of its number are others, or none
         with suppress(bindings().cuSPARSELtError):  # for another number of tokens than when the model was lowered
@@ -270,5 +255,8 @@ def _fake_planned(
     return x.new_empty((x.shape[0], out))
 
 
-_library.impl("cslt_planned", _planned, "CompositeExplicitAutograd")
-_torch_library.register_fake("compressor::cslt_planned", _fake_planned, lib=_library)
+define(
+    "cslt_planned(Tensor x, Tensor packed, Tensor? bias, int out, int[] algorithm, int plans, str? gelu) -> Tensor",
+    _fake_planned,
+    _planned,
+)

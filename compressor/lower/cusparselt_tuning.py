@@ -49,7 +49,7 @@ class Algorithm:
     transposed: bool = True
 
     def __str__(self) -> str:
-        return f"{self.alg_id},{self.split_k},{self.split_k_mode},{int(self.transposed)}"
+        return ",".join(map(str, self.numbers))
 
     @property
     def numbers(self) -> list[int]:
@@ -62,10 +62,15 @@ class Algorithm:
         return (self.alg_id, self.split_k) == (0, 1)
 
     @classmethod
+    def of(cls, numbers: Iterable[int]) -> Algorithm:
+        """The inverse of `numbers`. Raises ValueError where they are not four."""
+        alg_id, split_k, split_k_mode, transposed = numbers
+        return cls(alg_id, split_k, split_k_mode, bool(transposed))
+
+    @classmethod
     def parse(cls, text: str) -> Algorithm:
         """The inverse of `str`. Raises ValueError."""
-        alg_id, split_k, split_k_mode, transposed = (int(part) for part in text.split(","))
-        return cls(alg_id, split_k, split_k_mode, bool(transposed))
+        return cls.of(int(part) for part in text.split(","))
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,8 @@ class Product:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """What the library writes: bfloat16 where it reads 8 bits, else what it reads."""
-        return torch.bfloat16 if self.torch_dtype.itemsize == 1 else self.torch_dtype
+        """What the library writes."""
+        return mixed_dtype(self.torch_dtype) or self.torch_dtype
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,11 @@ class Tuned:
 # --- The library's operator. ---
 
 
+def mixed_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What the library is told to write where it reads 8 bits; None of 16, for which torch refuses to be told."""
+    return torch.bfloat16 if dtype.itemsize == 1 else None
+
+
 def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
     """x (tokens, inner), contiguous, times the packed weight (out, inner): (tokens, out), contiguous, plus `bias` (out,).
 
@@ -114,7 +124,7 @@ def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorith
         packed,
         x.t(),
         bias=bias,
-        out_dtype=torch.bfloat16 if x.dtype.itemsize == 1 else None,  # given for 16 bits, it is refused
+        out_dtype=mixed_dtype(x.dtype),
         transpose_result=algorithm.transposed,
         alg_id=algorithm.alg_id,
         **split_arguments(algorithm, operator_arguments()),

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError, first_line
-from compressor.lower.cusparselt_tuning import KEPT, Algorithm, Product, candidates, multiply, operator_arguments
+from compressor.lower.cusparselt_tuning import (
+    KEPT,
+    Algorithm,
+    Product,
+    candidates,
+    mixed_dtype,
+    multiply,
+    operator_arguments,
+)
 from compressor.lower.graphs import Captured
 from compressor.sparsity.pattern import NM
 
@@ -98,17 +106,13 @@ class Trial:
         """How many algorithms the library has for this product, and the one that its own search takes, as far as it says."""
         names: Any = torch._C
         try:
-            found = names._cusparselt.mm_search(
-                self.packed[0], self.inputs[0].t(), self.bias, None, self._mixed_dtype(), True
-            )
+            mixed = mixed_dtype(self.product.torch_dtype)
+            found = names._cusparselt.mm_search(self.packed[0], self.inputs[0].t(), self.bias, None, mixed, True)
             alg_id, split_k, split_k_mode, limit = map(int, found)
             return max(1, min(limit, 1000)), Algorithm(alg_id, split_k, split_k_mode if split_k != 1 else -1)
         except Exception:  # private to torch, and not in every version
             self.still_alive()
             return NO_LIMIT, None
-
-    def _mixed_dtype(self) -> torch.dtype | None:
-        return self.product.out_dtype if self.product.torch_dtype.itemsize == 1 else None
 
     def check(self, algorithm: Algorithm) -> None:
         """Raise ArithmeticError where the result is wrong."""

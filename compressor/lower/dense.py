@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Kind, Unit, exporting, refuse_gradients
+from compressor.lower.backend import Backend, Kind, Unit, exporting, other_input, refuse_gradients
 from compressor.lower.dense_operators import PackedWeight, packed
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -195,8 +195,5 @@ class PrepackedConv(_Immutable):
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x, which came in another dtype than the layer's, as autocast makes it, in that."""
     if x.dtype not in _DTYPES:
-        raise CompressorError(
-            f"a lowered layer got {x.dtype}; it takes float32 or bfloat16",
-            "Lower the model again for other inputs: compressor.lower(model, example_inputs, dtype=...).",
-        )
+        raise other_input(str(x.dtype), "float32 or bfloat16")
     return x.to(dtype)

@@ -16,13 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from compressor.errors import CompressorError
-
-_torch_library: Any = torch.library  # it has no annotations
-_library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define("packed_linear(Tensor x, Tensor? bias, int weight, str attribute, str algorithm) -> Tensor")
-_library.define(
-    "packed_conv(Tensor x, Tensor? bias, int weight, int[] padding, int[] stride, int[] dilation, int groups) -> Tensor"
-)
+from compressor.lower.operators import define
 
 
 class PackedWeight:
@@ -120,10 +114,16 @@ def _fake_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-_library.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-_library.impl("linear_gelu", _linear_gelu, "CompositeExplicitAutograd")
-_torch_library.register_fake("compressor::linear_gelu", _fake_linear_gelu, lib=_library)
-
-for _name, _real, _fake in (("packed_linear", _linear, _fake_linear), ("packed_conv", _conv, _fake_conv)):
-    _library.impl(_name, _real, "CPU")
-    _torch_library.register_fake(f"compressor::{_name}", _fake, lib=_library)
+define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _fake_linear_gelu, _linear_gelu)
+define(
+    "packed_linear(Tensor x, Tensor? bias, int weight, str attribute, str algorithm) -> Tensor",
+    _fake_linear,
+    _linear,
+    "CPU",
+)
+define(
+    "packed_conv(Tensor x, Tensor? bias, int weight, int[] padding, int[] stride, int[] dilation, int groups) -> Tensor",
+    _fake_conv,
+    _conv,
+    "CPU",
+)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit, refuse_gradients
+from compressor.lower.backend import Backend, Unit, refuse_gradients, was_cast
+from compressor.lower.operators import define
 from compressor.sparsity.codes import LARGEST, gelu_quantised, quantised
 from compressor.sparsity.on_gpu import checked
 
@@ -28,12 +29,6 @@ _LEAST_ROWS = 32
 """Rows that a product of whole numbers is padded to: torch asks for more than 16."""
 
 # --- Inputs in 8 bits: an operator, opaque to compilers, which would make two passes of it. ---
-
-_torch_library: Any = torch.library  # it has no annotations
-_library = _torch_library.Library("compressor", "FRAGMENT")
-_library.define(
-    "quantised_rows(Tensor x, bool whole, str gelu, Tensor? by_row, Tensor? by_column, Tensor? bias) -> (Tensor, Tensor)"
-)
 
 
 def kernels(index: int) -> ModuleType | None:
@@ -66,8 +61,11 @@ def _fake_rows(
     return codes, x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-_library.impl("quantised_rows", _rows, "CompositeExplicitAutograd")
-_torch_library.register_fake("compressor::quantised_rows", _fake_rows, lib=_library)
+define(
+    "quantised_rows(Tensor x, bool whole, str gelu, Tensor? by_row, Tensor? by_column, Tensor? bias) -> (Tensor, Tensor)",
+    _fake_rows,
+    _rows,
+)
 
 # --- Layers. ---
 
@@ -108,7 +106,7 @@ class QuantisedLinear(nn.Module):
         """Codes (tokens, in) and scales (tokens, 1) of x (..., in), or of its GELU; with `scales` (by token, by channel, a bias), of
         what these make of x. Raises CompressorError where the model was cast."""
         if self.scale.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+            raise was_cast()
         rows, given = x.reshape(-1, x.shape[-1]), scales or (None, None, None)
         found: tuple[Tensor, Tensor] = torch.ops.compressor.quantised_rows(rows, self.dtype == torch.int8, gelu, *given)
         return found
@@ -225,7 +223,7 @@ class _DenseFp8(_Dense):
 
     def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         if self.bias is not None and self.bias.dtype != dtype:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+            raise was_cast()
         if not codes.shape[0]:
             return codes.new_empty((0, self.out), dtype=dtype)
         out = torch._scaled_mm(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError, first_line
-from compressor.lower.backend import Backend, Unit
+from compressor.lower.backend import Backend, Unit, was_cast
 from compressor.lower.cusparselt import no_sparse_product
 from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix
 from compressor.sparsity.codes import quantised
@@ -57,7 +57,7 @@ class SparseFp8(QuantisedLinear):
 
     def scaled(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         if self.bias is not None and self.bias.dtype != dtype:
-            raise CompressorError("a lowered model was cast", "Lower the dense model again with dtype=... instead.")
+            raise was_cast()
         return self._multiplied(codes, scale.flatten(), self.scale, self.bias, dtype)
 
     def _multiplied(

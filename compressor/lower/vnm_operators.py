@@ -13,27 +13,13 @@ from torch import Tensor
 
 from compressor.errors import CompressorError
 from compressor.lower.backend import exporting
+from compressor.lower.operators import define
 from compressor.lower.vnm_kernels import kernels, served
 from compressor.lower.vnm_weight import Lanes, Layout
 
-_torch_library: Any = torch.library  # it has no annotations
-_library = _torch_library.Library("compressor", "DEF")
 _MATRIX = "Tensor values{0}, Tensor index{0}, Tensor? bias{0}, Tensor? order{0}, Tensor? scale{0}, Tensor? total{0}, int[] numbers{0}"
-_library.define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor")
-_library.define(f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor")
-_library.define(
-    f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int stride, int padding, int tile) -> Tensor"
-)
-_library.define("attention(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor")
-# The same for compiled models, which the extension itself gives to torch: see _vnm_torch.h. A weight is its `packed`.
-_library.define("vnm_linear_direct(Tensor x, Tensor weight, int out) -> Tensor")
-_library.define("vnm_pair_direct(Tensor x, Tensor first, Tensor second, int out, bool tanh) -> Tensor")
-_library.define(
-    "vnm_conv_direct(Tensor x, Tensor weight, Tensor largest, int out, int side, int stride, int padding) -> Tensor"
-)
-_library.define("attention_direct(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor")
-
-_SERVED = served()
+_PARTS, _SCALE = 7, 4
+"""How many arguments a weight is, and which of them its scales are."""
 
 
 def direct() -> bool:
@@ -111,7 +97,7 @@ def _matrix(
     total: Tensor | None,
     numbers: Sequence[int],
 ) -> tuple[int, ...]:
-    """A weight as the extension takes it: its layout, and where its buffers lie."""
+    """A weight, as `_MATRIX` says, as the extension takes it: its layout, and where its buffers lie."""
     layout, lanes, places, totals = _layout(tuple(numbers))
     if values.element_size() != 4 or (total is not None and total.shape != totals):
         raise CompressorError("a packed weight is not as its numbers say", "Lower the dense model again.")
@@ -126,69 +112,38 @@ def _matrix(
     )
 
 
-def _run(job: _Job, *matrices: tuple[int, ...]) -> None:
+def _extension() -> Any:
+    """The compiled kernels. Raises CompressorError where they are not here."""
     extension, why = kernels()
     if extension is None:
         raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
-    extension.run(*job, *chain.from_iterable(matrices))
+    return extension
 
 
-def _tokens(work: _Work, x: Tensor, y: Tensor, tokens: int, tile: int, tanh: int = 0) -> _Job:
-    return _Job(
-        work, x.data_ptr(), y.data_ptr(), HALF[x.dtype], tanh, 1, 1, 0, 1, 1, tokens, tile, torch.get_num_threads()
-    )
+def _run(job: _Job, *matrices: tuple[int, ...]) -> None:
+    _extension().run(*job, *chain.from_iterable(matrices))
 
 
-def _linear(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    scale: Tensor | None,
-    total: Tensor | None,
-    numbers: Sequence[int],
-    tile: int,
-) -> Tensor:
-    layout = Layout(*numbers)
-    x = _check(x, layout.channels, -1)
-    y = x.new_empty((*x.shape[:-1], layout.out))
-    tokens = x.numel() // layout.channels
-    if tokens:
-        _run(_tokens(_Work.LINEAR, x, y, tokens, tile), _matrix(values, index, bias, order, scale, total, numbers))
+def _on_tokens(work: _Work, x: Tensor, weights: Sequence[Sequence[Any]], tile: int, tanh: int = 0) -> Tensor:
+    """x (..., in) -> (..., out) by one of `weights` after the other, each as `_MATRIX` says."""
+    channels, out = Layout(*weights[0][-1]).channels, Layout(*weights[-1][-1]).out
+    x = _check(x, channels, -1)
+    y = x.new_empty((*x.shape[:-1], out))
+    if tokens := x.numel() // channels:
+        where, half, threads = (x.data_ptr(), y.data_ptr()), HALF[x.dtype], torch.get_num_threads()
+        job = _Job(work, *where, half, tanh, 1, 1, 0, 1, 1, tokens, tile, threads)
+        _run(job, *(_matrix(*weight) for weight in weights))
     return y
 
 
-def _pair(
-    x: Tensor,
-    values1: Tensor,
-    index1: Tensor,
-    bias1: Tensor | None,
-    order1: Tensor | None,
-    scale1: Tensor | None,
-    total1: Tensor | None,
-    numbers1: Sequence[int],
-    values2: Tensor,
-    index2: Tensor,
-    bias2: Tensor | None,
-    order2: Tensor | None,
-    scale2: Tensor | None,
-    total2: Tensor | None,
-    numbers2: Sequence[int],
-    tanh: bool,
-    tile: int,
-) -> Tensor:
-    first, second = Layout(*numbers1), Layout(*numbers2)
-    x = _check(x, first.channels, -1)
-    y = x.new_empty((*x.shape[:-1], second.out))
-    tokens = x.numel() // first.channels
-    if tokens:
-        _run(
-            _tokens(_Work.PAIR, x, y, tokens, tile, int(tanh)),
-            _matrix(values1, index1, bias1, order1, scale1, total1, numbers1),
-            _matrix(values2, index2, bias2, order2, scale2, total2, numbers2),
-        )
-    return y
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    *weight, tile = rest
+    return _on_tokens(_Work.LINEAR, x, [weight], tile)
+
+
+def _pair(x: Tensor, *rest: Any) -> Tensor:
+    *weights, tanh, tile = rest
+    return _on_tokens(_Work.PAIR, x, [weights[:_PARTS], weights[_PARTS:]], tile, int(tanh))
 
 
 def _image(x: Tensor, channels: int, side: int, stride: int, padding: int) -> Tensor:
@@ -203,22 +158,9 @@ def _image(x: Tensor, channels: int, side: int, stride: int, padding: int) -> Te
     return x.new_empty((x.shape[0], channels, *sizes))  # not len(): no tracer follows it
 
 
-def _conv(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    scale: Tensor | None,
-    total: Tensor | None,
-    numbers: Sequence[int],
-    largest: Tensor | None,
-    side: int,
-    stride: int,
-    padding: int,
-    tile: int,
-) -> Tensor:
-    layout = Layout(*numbers)
+def _conv(x: Tensor, *rest: Any) -> Tensor:
+    *weight, largest, side, stride, padding, tile = rest
+    layout, scale = Layout(*weight[-1]), weight[_SCALE]
     x = _check(x, layout.channels, 1)
     batch, _, height, width = x.shape
     y = _image(x, layout.out, side, stride, padding)
@@ -234,7 +176,7 @@ def _conv(
                 raise CompressorError(f"a convolution in few bits needs the {what} of each image, in float32")
             largest = largest.contiguous()
             job = job._replace(largest=largest.data_ptr())
-        _run(job, _matrix(values, index, bias, order, scale, total, numbers))
+        _run(job, _matrix(*weight))
     return y
 
 
@@ -243,25 +185,12 @@ _KEYS = 128
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lanes: int) -> Tensor:
-    extension, why = kernels()
-    if extension is None:
-        raise CompressorError("this model was lowered to compiled CPU kernels", why or "")
     images, heads, queries, channels = query.shape
     out = _fake_attention(query, key, value, scale, lanes)
-    numbers = (
-        images,
-        heads,
-        queries,
-        key.shape[2],
-        channels,
-        value.shape[3],
-        _KEYS,
-        torch.get_num_threads(),
-        lanes,
-    )
+    sizes = (images, heads, queries, key.shape[2], channels, value.shape[3])
     strides = (stride for tensor in (query, key, value) for stride in tensor.stride()[:3])
     pointers = (tensor.data_ptr() for tensor in (query, key, value, out))
-    extension.attend(*pointers, *numbers, scale, *strides)
+    _extension().attend(*pointers, *sizes, _KEYS, torch.get_num_threads(), lanes, scale, *strides)
     return out
 
 
@@ -284,58 +213,19 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, lan
     return query.new_empty((images, queries, heads, value.shape[3])).transpose(1, 2)
 
 
-def _fake_linear(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Any,
-    order: Any,
-    scale: Any,
-    total: Any,
-    numbers: Sequence[int],
-    tile: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], Layout(*numbers).out))
+def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
+    *weight, _ = rest
+    return x.new_empty((*x.shape[:-1], Layout(*weight[-1]).out))
 
 
-def _fake_pair(
-    x: Tensor,
-    values1: Tensor,
-    index1: Tensor,
-    bias1: Any,
-    order1: Any,
-    scale1: Any,
-    total1: Any,
-    numbers1: Sequence[int],
-    values2: Tensor,
-    index2: Tensor,
-    bias2: Any,
-    order2: Any,
-    scale2: Any,
-    total2: Any,
-    numbers2: Sequence[int],
-    tanh: bool,
-    tile: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], Layout(*numbers2).out))
+def _fake_pair(x: Tensor, *rest: Any) -> Tensor:
+    *weights, _, _ = rest
+    return x.new_empty((*x.shape[:-1], Layout(*weights[-1]).out))
 
 
-def _fake_conv(
-    x: Tensor,
-    values: Tensor,
-    index: Tensor,
-    bias: Any,
-    order: Any,
-    scale: Any,
-    total: Any,
-    numbers: Sequence[int],
-    largest: Any,
-    side: int,
-    stride: int,
-    padding: int,
-    tile: int,
-) -> Tensor:
-    return _image(x, Layout(*numbers).out, side, stride, padding)
+def _fake_conv(x: Tensor, *rest: Any) -> Tensor:
+    *weight, _, side, stride, padding, _ = rest
+    return _image(x, Layout(*weight[-1]).out, side, stride, padding)
 
 
 def _fake_tokens(x: Tensor, weight: Tensor, out: int) -> Tensor:
@@ -350,18 +240,31 @@ def _fake_image(x: Tensor, weight: Tensor, largest: Tensor, out: int, side: int,
     return _image(x, out, side, stride, padding)
 
 
-for _name, _fake_direct in (
-    ("vnm_linear_direct", _fake_tokens),
-    ("vnm_pair_direct", _fake_tokens_of_pair),
-    ("vnm_conv_direct", _fake_image),
-    ("attention_direct", _fake_attention),
-):
-    _torch_library.register_fake(f"compressor::{_name}", _fake_direct, lib=_library)
-for _name, _real, _fake in (
-    ("vnm_linear", _linear, _fake_linear),
-    ("vnm_pair", _pair, _fake_pair),
-    ("vnm_conv", _conv, _fake_conv),
-    ("attention", _attention, _fake_attention),
-):
-    _library.impl(_name, _real, "CPU")
-    _torch_library.register_fake(f"compressor::{_name}", _fake, lib=_library)
+_ATTENTION = "(Tensor query, Tensor key, Tensor value, float scale, int lanes) -> Tensor"
+define(f"vnm_linear(Tensor x, {_MATRIX.format('')}, int tile) -> Tensor", _fake_linear, _linear, "CPU")
+define(
+    f"vnm_pair(Tensor x, {_MATRIX.format('1')}, {_MATRIX.format('2')}, bool tanh, int tile) -> Tensor",
+    _fake_pair,
+    _pair,
+    "CPU",
+)
+define(
+    f"vnm_conv(Tensor x, {_MATRIX.format('')}, Tensor? largest, int side, int stride, int padding, int tile) -> Tensor",
+    _fake_conv,
+    _conv,
+    "CPU",
+)
+define(f"attention{_ATTENTION}", _fake_attention, _attention, "CPU")
+# The same for compiled models, which the extension itself gives to torch: see _vnm_torch.h. A weight is its `packed`.
+define("vnm_linear_direct(Tensor x, Tensor weight, int out) -> Tensor", _fake_tokens, None)
+define(
+    "vnm_pair_direct(Tensor x, Tensor first, Tensor second, int out, bool tanh) -> Tensor", _fake_tokens_of_pair, None
+)
+define(
+    "vnm_conv_direct(Tensor x, Tensor weight, Tensor largest, int out, int side, int stride, int padding) -> Tensor",
+    _fake_image,
+    None,
+)
+define(f"attention_direct{_ATTENTION}", _fake_attention, None)
+
+_SERVED = served()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
+from compressor.lower.backend import was_cast
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM
@@ -102,7 +103,6 @@ _NUMBERS = 24
 _UNCAST."""
 _UNCAST = 0x7F800001
 """A signalling NaN where fp32 is read: no cast there and back leaves it as it is."""
-_AGAIN = "Lower the dense model again with dtype=... instead."
 _LINE = 64
 """Bytes of a line of the cache: parts begin with one."""
 
@@ -228,7 +228,7 @@ class KernelWeight(nn.Module):
         """What `packed` holds, as views of it. Raises CompressorError where the model was cast."""
         if torch.compiler.is_compiling():  # which sees no numbers to look at
             if self._was_cast:
-                raise CompressorError("a lowered model was cast", _AGAIN)
+                raise was_cast()
             return self._views(self.packed)
         if self._seen is None or self._seen[0] is not self.packed:  # another tensor once the model was moved, or cast
             views = self._views(self.packed)
@@ -245,26 +245,21 @@ class KernelWeight(nn.Module):
 
     def _views(self, packed: Tensor) -> Parts:
         if packed.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", _AGAIN)
+            raise was_cast()
         parts: list[Any] = [None if span is None else span.of(packed) for span in self._spans]
         return Parts(*parts)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The layout as operators take it."""
-        return list(self.layout)
 
     @property
     def arguments(self) -> tuple[Tensor | list[int] | None, ...]:
         """The weight as operators take it."""
         p = self.parts
-        return p.values, p.index, p.bias, p.order, p.scale, p.total, self.numbers
+        return p.values, p.index, p.bias, p.order, p.scale, p.total, list(self.layout)
 
     def _refuse_other(self, packed: Tensor) -> None:
         """Raise CompressorError unless `packed` is laid out as this weight is, and leads nowhere outside of it."""
         again = "Lower the dense model again instead."
         if packed.dtype != torch.float32:
-            raise CompressorError("a lowered model was cast", _AGAIN)
+            raise was_cast()
         numbers = _numbers(packed) if packed.shape == self.packed.shape else []
         if numbers != self._begins_with:
             cast = numbers and _UNCAST not in numbers
