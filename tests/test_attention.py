@@ -233,9 +233,19 @@ class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         images, tokens, dim = x.shape
         query, key, value = self.qkv(x).view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, **self.extra)
+        mixed = self.attend(query, key, value)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(images, tokens, dim))
         return out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **self.extra)
+
+
+class Named(Attends):
+    """Torch's function takes its tensors by place or by name."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value=value)
 
 
 class Model(nn.Module):
@@ -328,6 +338,12 @@ def test_a_scale_of_the_models_own_is_kept(taken: list[tuple[int, ...]]) -> None
     assert error(lowered(model)(X), model(X).double()) < 1e-5 and len(taken) == 2
     (first, *_) = [layer for layer in compressor.lower(model, X, cache=False).plan.layers if layer.kind == "attention"]
     assert all(one.error is None or one.error < 1e-5 for one in first.candidates)
+
+
+@torch.no_grad()
+def test_tensors_that_are_given_by_name_are_found(taken: list[tuple[int, ...]]) -> None:
+    plan = compressor.lower(Named().eval(), X, cache=False).plan
+    assert [layer.name for layer in plan.layers if layer.kind == "attention"] == [""] and taken
 
 
 def test_a_gradient_goes_through_torch(taken: list[tuple[int, ...]]) -> None:

@@ -294,12 +294,13 @@ class _Watch(TorchFunctionMode):
             self._calls.clear()  # they hold every value in between
 
 
-def _attention_of(*args: Any, **kwargs: Any) -> tuple[tuple[int, ...], float | None]:
+def _attention_of(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, **named: Any
+) -> tuple[tuple[int, ...], float | None]:
     """The shape of a self-attention that kernels take, and its scale; an empty shape of any other."""
-    if not attention.fits(*args, **kwargs):
+    if not attention.fits(query, key, value, *rest, scale=scale, **named):
         return (), None
-    query, key, value = args[:3] if len(args) >= 3 else (kwargs[name] for name in ("query", "key", "value"))
-    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), kwargs.get("scale")
+    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), scale
 
 
 @contextmanager
