@@ -25,50 +25,27 @@ from compressor.lower.cusparselt_tuning import (
     candidates,
     search_together,
     searched,
-    split_arguments,
     tuned,
 )
 
 # --- Algorithms. ---
 
-TORCH_2_5 = frozenset({"alg_id"})
-TORCH_2_6 = frozenset({"alg_id", "split_k", "split_k_one_kernel"})
-TORCH_2_13 = frozenset({"alg_id", "split_k", "split_k_mode"})
+
+@pytest.fixture
+def unsplit(monkeypatch):
+    """Algorithms that do not split, so that a search is short."""
+    monkeypatch.setattr(worker, "candidates", lambda limit, transposed, major: candidates(limit, transposed, 1)[:limit])
 
 
 def test_the_operator_of_this_torch_has_the_arguments_that_are_given():
-    assert {"bias", "out_dtype", "transpose_result", "alg_id"} <= cusparselt_tuning.operator_arguments()
-    assert cusparselt_tuning.operator_arguments() & {"split_k_mode", "split_k_one_kernel"}
+    its = {a.name for a in torch.ops.aten._cslt_sparse_mm.default._schema.arguments}
+    assert {"bias", "out_dtype", "transpose_result", "alg_id", "split_k", "split_k_mode"} <= its
     assert [a.name for a in torch.ops.aten._cslt_compress.default._schema.arguments] == ["input"]
 
 
-@pytest.mark.parametrize(
-    ("names", "algorithm", "wanted"),
-    [
-        (TORCH_2_5, Algorithm(7), {}),
-        (TORCH_2_6, Algorithm(7, 2, 1), {"split_k": 2, "split_k_one_kernel": True}),
-        (TORCH_2_6, Algorithm(7, 4, 2), {"split_k": 4, "split_k_one_kernel": False}),
-        (TORCH_2_13, Algorithm(7), {}),
-        (TORCH_2_13, Algorithm(7, 4, 2), {"split_k": 4, "split_k_mode": 2}),
-        (TORCH_2_13, Algorithm(7, -1, -1), {"split_k": -1, "split_k_mode": -1}),
-    ],
-)
-def test_splits_are_told_as_the_version_wants_them(names, algorithm, wanted):
-    assert split_arguments(algorithm, names) == wanted
-
-
-def test_splits_that_a_version_does_not_know_are_refused():
-    with pytest.raises(CompressorError, match="cannot split"):
-        split_arguments(Algorithm(7, 2, 1), TORCH_2_5)
-    with pytest.raises(CompressorError, match="cannot split"):
-        split_arguments(Algorithm(7, -1, -1), TORCH_2_6)
-
-
-@pytest.mark.parametrize(("names", "count"), [(TORCH_2_5, 5), (TORCH_2_6, 35), (TORCH_2_13, 40)])
-def test_candidates_are_all_different_and_begin_with_the_default(names, count):
-    found = candidates(5, names)
-    assert found[0] == Algorithm() and len(set(found)) == len(found) == count
-    assert all(split_arguments(algorithm, names) is not None for algorithm in found)
+def test_candidates_are_all_different_and_begin_with_the_default():
+    found = candidates(5)
+    assert found[0] == Algorithm() and len(set(found)) == len(found) == 40
     assert all(Algorithm.parse(str(algorithm)) == algorithm for algorithm in found)
     assert [a.split_k for a in found[:5]] == [1] * 5
 
@@ -77,7 +54,7 @@ def test_candidates_are_all_different_and_begin_with_the_default(names, count):
     ("major", "splits"), [(8, {1, 2, 4, 8}), (9, {1, -1}), (10, {1, -1, 2, 4, 8}), (0, {1, -1, 2, 4, 8})]
 )
 def test_splits_that_a_generation_refuses_are_not_tried(major, splits):
-    found = candidates(5, TORCH_2_13, major=major)
+    found = candidates(5, major=major)
     assert {algorithm.split_k for algorithm in found} == splits and found[0] == Algorithm()
 
 
@@ -267,7 +244,7 @@ def test_a_common_search_that_does_not_start_leaves_all_to_their_own(act):
         tuned(PRODUCTS[0], 0)
 
 
-def test_the_worker_takes_one_product_after_the_other(monkeypatch, capsys):
+def test_the_worker_takes_one_product_after_the_other(monkeypatch, capsys, unsplit):
     made = []
 
     class Named(Trial):
@@ -294,7 +271,6 @@ def test_the_worker_takes_one_product_after_the_other(monkeypatch, capsys):
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
     monkeypatch.setattr(worker, "Trial", Named)
-    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
     monkeypatch.setattr(worker.os, "_exit", end)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -346,8 +322,7 @@ def events(trial: Any, **more: Any) -> list[tuple[Any, Any]]:
     return [(line["event"], line["algorithm"]) for line in worker.search(trial, **given)]
 
 
-def test_the_worker_announces_tries_and_times_the_best_again(monkeypatch):
-    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+def test_the_worker_announces_tries_and_times_the_best_again(unsplit):
     assert events(Trial()) == [
         *[("trying", "0,1,-1,1"), ("timed", "0,1,-1,1")],
         *[("trying", "1,1,-1,1"), ("failed", "1,1,-1,1")],
@@ -361,23 +336,18 @@ def test_the_worker_announces_tries_and_times_the_best_again(monkeypatch):
     assert events(Trial(), seconds=-1.0) == []
 
 
-def test_the_librarys_own_winner_is_tried_first_and_once(monkeypatch):
-    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_13)
+def test_the_librarys_own_winner_is_tried_first_and_once():
     said = events(Trial(), winner=Algorithm(2, 4, 2))
     tried = [algorithm for event, algorithm in said if event == "trying"]
-    assert tried[:2] == ["2,4,2,1", "0,1,-1,1"] and len(set(tried)) == len(tried) == len(
-        candidates(3, TORCH_2_13, True, 8)
-    )
+    assert tried[:2] == ["2,4,2,1", "0,1,-1,1"] and len(set(tried)) == len(tried) == len(candidates(3, True, 8))
 
 
-def test_the_worker_copies_results_only_where_nothing_else_is_right(monkeypatch):
-    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+def test_the_worker_copies_results_only_where_nothing_else_is_right(unsplit):
     said = events(Trial(transposed=False))
     assert [algorithm for event, algorithm in said if event == "timed"] == ["0,1,-1,0", "2,1,-1,0"]
 
 
-def test_the_worker_dies_with_the_culprit_as_its_last_word(monkeypatch):
-    monkeypatch.setattr(worker, "operator_arguments", lambda: TORCH_2_5)
+def test_the_worker_dies_with_the_culprit_as_its_last_word(unsplit):
     search = worker.search(Trial(deadly=2), 60.0, 3, [], False)  # type: ignore[arg-type]
     said = [next(search) for _ in range(5)]
     with pytest.raises(worker.Poisoned):

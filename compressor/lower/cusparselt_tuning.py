@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -120,6 +120,7 @@ def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorith
     8-bit inputs give bfloat16. `bias` is of the output's dtype.
     """
     # torch takes a product's right side that is not contiguous for the transpose of one that is: x.t() is.
+    split = {} if algorithm.split_k == 1 else {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
     result = torch._cslt_sparse_mm(
         packed,
         x.t(),
@@ -127,38 +128,21 @@ def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorith
         out_dtype=mixed_dtype(x.dtype),
         transpose_result=algorithm.transposed,
         alg_id=algorithm.alg_id,
-        **split_arguments(algorithm, operator_arguments()),
+        **split,
     )
     return result if algorithm.transposed else result.t().contiguous()
 
 
-@cache
-def operator_arguments() -> frozenset[str]:
-    """The names of the operator's arguments, which are not the same in every version of torch."""
-    return frozenset(argument.name for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments)
-
-
-def split_arguments(algorithm: Algorithm, names: Collection[str]) -> dict[str, Any]:
-    """How `algorithm`'s split is told to an operator with arguments of these `names`. Raises CompressorError where it cannot."""
-    if algorithm.split_k == 1:
-        return {}
-    if "split_k_mode" in names:
-        return {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
-    if "split_k_one_kernel" in names and algorithm.split_k_mode in (1, 2):
-        return {"split_k": algorithm.split_k, "split_k_one_kernel": algorithm.split_k_mode == 1}
-    raise CompressorError(f"this torch cannot split a sparse product as in {algorithm}", "Use torch 2.8 or later.")
-
-
-def candidates(limit: int, names: Collection[str], transposed: bool = True, major: int = 0) -> list[Algorithm]:
+def candidates(limit: int, transposed: bool = True, major: int = 0) -> list[Algorithm]:
     """All algorithms there are to try, those that do not split first. The very first is the default.
 
     `major` is the GPU's compute capability: Hopper (9) splits by segments or not at all, those before it never by segments, and those
     after it may do both (0 as well). By the library's error messages.
     """
     splits = [(1, -1)]
-    if "split_k_mode" in names and (major >= 9 or not major):
+    if major >= 9 or not major:
         splits += [(-1, -1)]
-    if {"split_k_mode", "split_k_one_kernel"} & set(names) and major != 9:
+    if major != 9:
         splits += [(k, mode) for k in (2, 4, 8) for mode in (1, 2)]
     return [Algorithm(alg_id, k, mode, transposed) for k, mode in splits for alg_id in range(limit)]
 

@@ -27,7 +27,6 @@ from compressor.lower.cusparselt_tuning import (
     candidates,
     mixed_dtype,
     multiply,
-    operator_arguments,
 )
 from compressor.lower.graphs import Captured
 from compressor.sparsity.pattern import NM
@@ -51,7 +50,7 @@ def search(
     end = time.monotonic() + seconds
     times: dict[Algorithm, float] = {}
     for transposed in (True, False):
-        every = candidates(limit, operator_arguments(), transposed, trial.major)
+        every = candidates(limit, transposed, trial.major)
         if winner is not None:
             every.insert(0, replace(winner, transposed=transposed))
         for algorithm in dict.fromkeys(every):
