@@ -53,6 +53,12 @@ class Unit:
         return found
 
     @property
+    def tokens(self) -> int:
+        """Rows of its products in the example, one number per input channel in each; one at least."""
+        channels = self.input_shape[-3] if isinstance(self.module, nn.Conv2d) else self.input_shape[-1]
+        return max(1, torch.Size(self.input_shape).numel() // max(1, channels))
+
+    @property
     def kind(self) -> Kind:
         """What it is, by its layers."""
         if len(self.layers) != 1:

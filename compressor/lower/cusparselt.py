@@ -33,7 +33,7 @@ from compressor.lower.cusparselt_tuning import (
     tuned,
 )
 from compressor.lower.operators import define
-from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix, no_product, products_of
+from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix, no_product, products_of, too_exact
 from compressor.sparsity.codes import quantised
 from compressor.sparsity.pattern import NM, Pattern
 
@@ -250,8 +250,7 @@ class CuSparseLt(Backend):
     def build(self, unit: Unit) -> nn.Module:
         if reason := self.refusal(unit):
             raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
-        tokens = _tokens(unit)
-        return by_products(unit, lambda layer: self._linear(layer, tokens))
+        return by_products(unit, lambda layer: self._linear(layer, unit.tokens))
 
     def prepare(self, units: Sequence[Unit]) -> None:
         """Search all their algorithms in one process."""
@@ -260,7 +259,7 @@ class CuSparseLt(Backend):
 
     def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
         out, inner = layer.weight.shape[:2]
-        return _product_of(_tokens(unit), out, inner, unit.dtype, layer.bias is not None)
+        return _product_of(unit.tokens, out, inner, unit.dtype, layer.bias is not None)
 
     _multiple = 16
 
@@ -285,13 +284,11 @@ class CuSparseLtDirect(CuSparseLt):
         return super().unavailable(device) or cusparselt_direct.missing()
 
     def build(self, unit: Unit) -> nn.Module:
-        if reason := self.refusal(unit):
-            raise CompressorError(f"{unit.name} has no form on sparse tensor cores: {reason}")
-        if isinstance(unit.module, nn.Sequential):
-            tokens, (first, second) = _tokens(unit), unit.layers
+        if isinstance(unit.module, nn.Sequential) and self.refusal(unit) is None:
+            first, second = unit.layers
             with suppress(CompressorError):  # the library has no GELU for every type: it stays between then
-                fused = SparseLinear(first, tokens, Plans(unit.activation.approximate))
-                return nn.Sequential(fused, self._linear(second, tokens))
+                fused = SparseLinear(first, unit.tokens, Plans(unit.activation.approximate))
+                return nn.Sequential(fused, self._linear(second, unit.tokens))
         return super().build(unit)
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
@@ -306,7 +303,6 @@ class CuSparseLtQuantised(CuSparseLt):
     """
 
     quantises = True
-    """Whether it gives other numbers than rounding explains: not among the backends tried unless an error is allowed."""
     _multiple = 32
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -321,13 +317,11 @@ class CuSparseLtQuantised(CuSparseLt):
         return super().unavailable(device) or cusparselt_library.missing_8_bits(device, self.dtype)
 
     def _wrong_dtype(self, unit: Unit) -> str | None:
-        if unit.dtype in (torch.bfloat16, torch.float16):
-            return None
-        return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+        return too_exact(unit)
 
     def _product(self, unit: Unit, layer: nn.Linear | nn.Conv2d) -> Product:
         out, inner = layer.weight.shape[:2]
-        return _product_of(_tokens(unit), out, inner, self.dtype, False)
+        return _product_of(unit.tokens, out, inner, self.dtype, False)
 
     def _linear(self, layer: nn.Linear | nn.Conv2d, tokens: int) -> nn.Module:
         return QuantisedSparseLinear(layer, tokens, self.dtype)
@@ -341,12 +335,6 @@ def int8() -> CuSparseLtQuantised:
 def fp8() -> CuSparseLtQuantised:
     """2:4 weights in fp8 on NVIDIA GPUs, by cuSPARSELt."""
     return CuSparseLtQuantised(torch.float8_e4m3fn)
-
-
-def _tokens(unit: Unit) -> int:
-    """Rows of the unit's products in its example; one at least."""
-    channels = unit.input_shape[-3] if isinstance(unit.module, nn.Conv2d) else unit.input_shape[-1]
-    return max(1, torch.Size(unit.input_shape).numel() // max(1, channels))
 
 
 def no_sparse_product(unit: Unit, rows: int, columns: int) -> str | None:

@@ -120,7 +120,7 @@ def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorith
     8-bit inputs give bfloat16. `bias` is of the output's dtype.
     """
     # torch takes a product's right side that is not contiguous for the transpose of one that is: x.t() is.
-    split = {} if algorithm.split_k == 1 else {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+    split: dict[str, Any] = {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
     result = torch._cslt_sparse_mm(
         packed,
         x.t(),
@@ -128,7 +128,7 @@ def multiply(packed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorith
         out_dtype=mixed_dtype(x.dtype),
         transpose_result=algorithm.transposed,
         alg_id=algorithm.alg_id,
-        **split,
+        **(split if algorithm.split_k != 1 else {}),
     )
     return result if algorithm.transposed else result.t().contiguous()
 

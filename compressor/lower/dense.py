@@ -61,8 +61,7 @@ class OneDNN(Backend):
     def build(self, unit: Unit) -> nn.Module:
         if isinstance(unit.module, nn.Conv2d):
             return PrepackedConv(unit.module, unit.input_shape)
-        tokens = max(1, torch.Size(unit.input_shape).numel() // unit.input_shape[-1])
-        layers = unit.layers
+        tokens, layers = unit.tokens, unit.layers
         if len(layers) == 1:
             return PrepackedLinear(layers[0], tokens)
         gelu = PrepackedLinear(layers[0], tokens, f"gelu{unit.activation.approximate}")

@@ -47,22 +47,17 @@ def built(job: Job, choices: Mapping[str, str], found: Sequence[Found] | None = 
 def _fastest_dense(job: Job, layers: Sequence[LayerPlan], exact: Collection[str] = ()) -> dict[str, str]:
     """Every layer's fastest dense form by its times, doubtful or not: sparse ones are held against it, and it against the model as it
     is. Layers named in `exact` have none that quantises."""
-    skipping = {backend.name for backend in job.backends if backend.skips_zeros}
-    out = {True: skipping | _quantising(job), False: skipping}
+    out = {True: job.skipping | job.quantising, False: job.skipping}
     return {
-        layer.name: held(layer, skipping, without=out[layer.name in exact]).verdict(sure=False).choice
+        layer.name: held(layer, job.skipping, without=out[layer.name in exact]).verdict(sure=False).choice
         for layer in layers
     }
-
-
-def _quantising(job: Job) -> set[str]:
-    return {backend.name for backend in job.backends if backend.quantises}
 
 
 def _exact(job: Job, layers: Sequence[LayerPlan], allowed: float) -> tuple[str, ...]:
     """The layers that the dense form has to have in no 8 bits, so that its whole error is `allowed`: none, those that the lowered
     model has in none either, or all."""
-    quantising = _quantising(job)
+    quantising = job.quantising
     if not quantising & set(_fastest_dense(job, layers).values()):
         return ()
     expected = seeded(job.forward, job.base)

@@ -41,6 +41,16 @@ class Job:
     backends: list[Backend]
     notes: list[str]
 
+    @property
+    def skipping(self) -> set[str]:
+        """The backends that skip zeros, by name."""
+        return {backend.name for backend in self.backends if backend.skips_zeros}
+
+    @property
+    def quantising(self) -> set[str]:
+        """The backends that quantise, by name."""
+        return {backend.name for backend in self.backends if backend.quantises}
+
     def backend(self, name: str) -> Backend:
         """The backend of that name."""
         for backend in self.backends:
@@ -68,9 +78,10 @@ def prepared(
     chosen, notes = _backends(backends, quantising)
     base = in_dtype(model, dtype)
     try:
-        inputs = lively(example_inputs, partial(_call, base, adapter=adapter))
-        forward = partial(_call_on, inputs, adapter)
-        fuse = _device(base, inputs).type == "cuda" if fuse is None else fuse
+        inputs = lively(example_inputs, lambda inputs: _call(adapter, inputs, base))
+        forward = partial(_call, adapter, inputs)
+        device = _device(base, inputs)
+        fuse = device.type == "cuda" if fuse is None else fuse
         found, left = find_units(base, partial(forward, base), fuse)
         out = forward(base)
     except Exception as error:
@@ -86,7 +97,6 @@ def prepared(
         )
     kinds = frozenset[Kind]().union(*(backend.takes for backend in chosen if backend.name != "eager"))
     found = [one for one in found if one.weights or one.unit.kind in kinds]
-    device = _device(base, inputs)
     for backend in chosen:
         try:
             notes += [remark] if (remark := backend.remark(device)) else []
@@ -106,10 +116,6 @@ def tensors_in(value: Any) -> list[Tensor]:
         elif isinstance(leaf, Mapping):
             found += tensors_in(list(leaf.values()))
     return found
-
-
-def _call_on(inputs: Any, adapter: Adapter | None, model: nn.Module) -> Any:
-    return _call(model, inputs, adapter)
 
 
 def _backends(asked: str | Sequence[str | Backend], quantising: bool) -> tuple[list[Backend], list[str]]:
@@ -174,7 +180,7 @@ def _finite(out: Any) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors_in(out))
 
 
-def _call(model: nn.Module, inputs: Any, adapter: Adapter | None) -> Any:
+def _call(adapter: Adapter | None, inputs: Any, model: nn.Module) -> Any:
     if adapter is not None:
         return adapter.predict(model, inputs)
     if isinstance(inputs, dict):

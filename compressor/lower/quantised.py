@@ -191,6 +191,13 @@ def no_product(layer: nn.Conv2d) -> str | None:
     return None
 
 
+def too_exact(unit: Unit) -> str | None:
+    """Why products that give 16 bits are no form of `unit`; None where they are one."""
+    if unit.dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+
+
 def matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
     """The weight (out, in), without negative zeros: packers have taken them for entries to keep, which makes three of four."""
     return layer.weight.detach().flatten(1) + 0.0
@@ -281,8 +288,8 @@ class DenseQuantised(Backend):
         return None
 
     def refusal(self, unit: Unit) -> str | None:
-        if unit.dtype not in (torch.bfloat16, torch.float16):
-            return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
+        if reason := too_exact(unit):
+            return reason
         for layer in unit.layers:
             if isinstance(layer, nn.Conv2d) and (reason := no_product(layer)):
                 return reason

@@ -127,8 +127,7 @@ def _with(
 
 
 def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
-    quantising = {backend.name for backend in job.backends if backend.quantises}
-    skipping = {backend.name for backend in job.backends if backend.skips_zeros}
+    quantising, skipping = job.quantising, job.skipping
     found = []
     for place, layer in enumerate(layers):
         if layer.choice not in quantising:

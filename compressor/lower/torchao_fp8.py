@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError, first_line
 from compressor.lower.backend import Backend, Unit, was_cast
 from compressor.lower.cusparselt import no_sparse_product
-from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix
+from compressor.lower.quantised import QuantisedLinear, by_products, digest, matrix, too_exact
 from compressor.sparsity.codes import quantised
 
 _PRODUCT = "torchao::rowwise_scaled_linear_sparse_cutlass_f8f8"
@@ -121,9 +121,7 @@ class TorchaoFp8(Backend):
         return None
 
     def refusal(self, unit: Unit) -> str | None:
-        if unit.dtype not in (torch.bfloat16, torch.float16):
-            return f"8-bit products give bfloat16, less than {unit.dtype} promises: lower with dtype=torch.bfloat16"
-        return no_sparse_product(unit, _OUT, _IN)
+        return too_exact(unit) or no_sparse_product(unit, _OUT, _IN)
 
     def build(self, unit: Unit) -> nn.Module:
         if reason := self.refusal(unit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,13 +97,11 @@ def find_units(
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
-    counts: dict[int, int] = {}
-    for module in modules.values():
-        counts[id(module)] = counts.get(id(module), 0) + 1
+    counts = Counter(map(id, modules.values()))
     layers = {name: module for name, module in modules.items() if isinstance(module, _LAYERS)}
     blocks = {name: module for name, module in modules.items() if _two_linears(module)}
     watch = _Watch()
-    with watch, _hooked(watch, [*layers.values(), *blocks.values()], list(modules.values())):
+    with watch, _hooked(watch, model, {*layers.values(), *blocks.values()}):
         forward()
     once = {name: layer for name, layer in layers.items() if counts[id(layer)] == 1}
     found = _pairs(blocks, once, watch, names)
@@ -112,22 +111,20 @@ def find_units(
         found.append(one)
     left: list[LeftOut] = []
     for name, layer in layers.items():
-        weight = names.get(id(layer.weight), f"{name}.weight" if name else "weight")
         if id(layer) in taken:
             continue
         taken.add(id(layer))
         if id(layer) not in watch.shapes:
-            left.append(LeftOut(weight, "the example did not reach it as an ordinary call with one tensor"))
-        elif _is_empty(layer):
-            left.append(LeftOut(weight, "its weight is empty"))
+            reason: str | None = "the example did not reach it as an ordinary call with one tensor"
         elif counts[id(layer)] > 1:
-            left.append(LeftOut(weight, "several modules of the model are this one layer"))
-        elif not _plain(layer, names):
-            left.append(LeftOut(weight, "its weight is no plain parameter of a plain layer"))
-        elif _observed(layer):
-            left.append(LeftOut(weight, "it has forward hooks, or another forward, which would be lost"))
+            reason = "several modules of the model are this one layer"
         else:
+            reason = _irreplaceable(layer, names)
+        if reason is None:
             found.append(_found(name, layer, watch.shapes[id(layer)], names, (layer,)))
+        else:
+            weight = names.get(id(layer.weight), f"{name}.weight" if name else "weight")
+            left.append(LeftOut(weight, reason))
     order = {identity: place for place, identity in enumerate(watch.shapes)}
     found.sort(key=lambda f: order[id(modules[f.at])])
     return found + [
@@ -136,10 +133,6 @@ def find_units(
         if counts[id(module)] == 1
         for one in _attentions(name, watch.attention.get(id(module), []))
     ], left
-
-
-def _is_empty(layer: nn.Module) -> bool:
-    return any(not value.numel() for name, value in layer.named_parameters() if name == "weight")
 
 
 def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) -> list[Found]:
@@ -184,7 +177,7 @@ def _pairs(
         if chain is None or shape is None:
             continue
         first, _, second = chain
-        if not {id(first), id(second)} <= free or not all(_ordinary(layer, names) for layer in (first, second)):
+        if not {id(first), id(second)} <= free or any(_irreplaceable(layer, names) for layer in (first, second)):
             continue
         if any(map(_observed, block.modules())) or not is_chain(block, chain, shape):
             continue
@@ -198,7 +191,7 @@ def _side_by_side(
 ) -> list[Found]:
     """The units of several of `layers` that take the same tensor: the groups of names in `wanted`; None: all of one pattern."""
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    paths = {id(layer): name for name, layer in linears.items() if _ordinary(layer, names)}
+    paths = {id(layer): name for name, layer in linears.items() if _irreplaceable(layer, names) is None}
     found = []
     for group in watch.sharers.groups():
         own = [paths[layer] for layer in group if layer in paths and layer in watch.shapes]
@@ -217,13 +210,14 @@ def alike(layers: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, ..
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def _ordinary(layer: nn.Module, names: dict[int, str]) -> bool:
-    """Whether another module can stand for `layer`: it is plain, not observed and not empty."""
-    return _plain(layer, names) and not _observed(layer) and not _is_empty(layer)
-
-
-def _plain(layer: nn.Module, names: dict[int, str]) -> bool:
-    return type(layer) in _LAYERS and isinstance(layer.weight, nn.Parameter) and id(layer.weight) in names
+def _irreplaceable(layer: nn.Module, names: dict[int, str]) -> str | None:
+    """Why no other module can stand for `layer`; None where one can."""
+    weight = layer.weight
+    if type(layer) not in _LAYERS or not isinstance(weight, nn.Parameter) or id(weight) not in names:
+        return "its weight is no plain parameter of a plain layer"
+    if not weight.numel():
+        return "its weight is empty"
+    return "it has forward hooks, or another forward, which would be lost" if _observed(layer) else None
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -295,21 +289,22 @@ class _Watch(TorchFunctionMode):
 
 
 def _attention_of(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, **named: Any
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
 ) -> tuple[tuple[int, ...], float | None]:
     """The shape of a self-attention that kernels take, and its scale; an empty shape of any other."""
-    if not attention.fits(query, key, value, *rest, scale=scale, **named):
+    if not attention.fits(query, key, value, *rest, **named):
         return (), None
-    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), scale
+    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), named.get("scale")
 
 
 @contextmanager
-def _hooked(watch: _Watch, modules: list[nn.Module], all_modules: list[nn.Module]) -> Iterator[None]:
+def _hooked(watch: _Watch, model: nn.Module, shown: Collection[nn.Module]) -> Iterator[None]:
+    """`watch` hears when a module of `model` begins and ends, and what those that are `shown` take and give."""
     handles = []
-    for module in {id(module): module for module in all_modules}.values():
+    for module in model.modules():
         handles.append(module.register_forward_pre_hook(watch.inside))
         handles.append(module.register_forward_hook(watch.outside, always_call=True))
-    for module in {id(module): module for module in modules}.values():
+    for module in shown:
         handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(watch.leave))
     try:
