@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from compressor.cost.contention import Cores
 from compressor.errors import UsageError, first_line
 from compressor.lower import contest
 from compressor.lower.backend import Backend, Kind, Unit
-from compressor.lower.contest import BASE, Contest
+from compressor.lower.contest import BASE, Contest, Verdict
 from compressor.lower.graphs import Captured
 from compressor.lower.job import SEED, Job
 from compressor.lower.plan import Cache, Candidate, LayerPlan
@@ -62,6 +63,35 @@ def _key(unit: Unit) -> str:
     return f"{unit.module!r} {unit.input_shape} {unit.dtype} {[str(p) for p in unit.patterns]}"
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A backend that takes a group of layers which run alike: its error of each, and a call that can be timed; or why it does not
+    run."""
+
+    backend: Backend
+    allowed: float
+    refused: str | None = None
+    errors: Sequence[float] = ()
+    call: Callable[[], object] | None = None
+
+    def candidate(self, place: int, timed: Contest) -> Candidate:
+        """It beside the others for the layer at `place` of the group."""
+        name = self.backend.name
+        return Candidate(
+            backend=name,
+            median_ms=timed.medians.get(name),
+            error=self.errors[place] if self.errors and math.isfinite(self.errors[place]) else None,
+            refused=self.refused or self.wrong(place),
+            against=dict(timed.against.get(name, {})),
+        )
+
+    def wrong(self, place: int) -> str | None:
+        """Why it is not for the layer at `place` of the group; None where it is. The layer as it is always stands."""
+        if self.refused or self.backend.name == BASE or self.errors[place] <= self.allowed:
+            return None
+        return f"its error is {self.errors[place]:.1e}, above {self.allowed:.0e}"
+
+
 def choose(
     group: Sequence[Found], job: Job, tolerance: float | None, store: Cache, free: bool = False
 ) -> list[LayerPlan]:
@@ -70,53 +100,43 @@ def choose(
     `free`: 8 bits whatever their error, where no `tolerance` is given.
     """
     unit, device = group[0].unit, job.device
-    backends = [backend for backend in job.backends if unit.kind in backend.takes]
-    allowed = {b.name: _allowed(b, unit, tolerance, free) for b in backends}
-    refused = {b.name: reason for b in backends if (reason := refusal_of(b, unit, device))}
-    able = [backend for backend in backends if backend.name not in refused]
     rng = torch.Generator().manual_seed(SEED)
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
-    calls: dict[str, Callable[[], object]] = {}
-    errors: dict[str, list[float]] = {}  # of each layer of the group
     sample = _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS)
     wanted = _reference(unit, sample)
-    for backend in able:
-        try:
-            modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-            errors[backend.name] = _errors(backend, modules, group, x, sample, wanted)
-            calls[backend.name] = _calls(modules, x)
-        except (Exception, SystemExit) as failure:  # a kernel may refuse a shape only when it runs
-            refused[backend.name] = f"{type(failure).__name__}: {first_line(failure)}"
-            continue
-        if not min(errors[backend.name]) <= allowed[backend.name] and backend.name != BASE:
-            del calls[backend.name]
-    how = sorted(f"{b.name} {b.version}".strip() for b in able if b.name in calls)
+    entries = [
+        _entered(backend, _allowed(backend, unit, tolerance, free), group, x, sample, wanted)
+        for backend in job.backends
+        if unit.kind in backend.takes
+    ]
+    calls = {one.backend.name: one.call for one in entries if one.call is not None}
+    how = sorted(f"{one.backend.name} {one.backend.version}".strip() for one in entries if one.call is not None)
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
-    skipping = {backend.name for backend in backends if backend.skips_zeros}
     share = min(len(group), _MEMBERS) if device.type == "cuda" else 1
-    every = Contest.of(_rounds(key, calls, store, device, skipping, share), skipping)
+    every = Contest.of(_rounds(key, calls, store, device, job.skipping, share), job.skipping)
     plans = []
-    for place, one in enumerate(group):
-        own = {name: found[place] for name, found in errors.items()}
-        wrong = {
-            name: f"its error is {error:.1e}, above {allowed[name]:.0e}"
-            for name, error in own.items()
-            if not error <= allowed[name] and name not in refused and name != BASE  # the layer as it is always stands
-        }
-        timed = every.without(wrong)
-        candidates = tuple(
-            Candidate(
-                backend=b.name,
-                median_ms=timed.medians.get(b.name),
-                error=_finite(own.get(b.name)),
-                refused=refused.get(b.name) or wrong.get(b.name),
-                against=dict(timed.against.get(b.name, {})),
-            )
-            for b in backends
-        )
-        verdict = timed.verdict()
-        plans.append(_layer_plan(one, candidates, verdict.choice, verdict.reason(), verdict.choice in skipping))
+    for place, layer in enumerate(group):
+        timed = every.without([one.backend.name for one in entries if one.wrong(place)])
+        candidates = tuple(one.candidate(place, timed) for one in entries)
+        plans.append(_layer_plan(layer, candidates, timed.verdict(), job.skipping))
     return plans
+
+
+def _entered(
+    backend: Backend, allowed: float, group: Sequence[Found], x: Tensor, sample: Tensor, wanted: Tensor
+) -> _Entry:
+    """`backend` for the group, tried on x; `sample` and `wanted` as `_errors` takes them."""
+    entry = _Entry(backend, allowed, refusal_of(backend, group[0].unit, x.device))
+    if entry.refused:
+        return entry
+    try:
+        modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
+        entry = replace(entry, errors=_errors(backend, modules, group, x, sample, wanted))
+        call = _calls(modules, x)
+    except (Exception, SystemExit) as failure:  # a kernel may refuse a shape only when it runs
+        return replace(entry, refused=f"{type(failure).__name__}: {first_line(failure)}")
+    fits = min(entry.errors) <= allowed or backend.name == BASE
+    return replace(entry, call=call if fits else None)
 
 
 def _errors(
@@ -194,10 +214,6 @@ def _few_rows(x: Tensor, channels_dim: int, most: int) -> Tensor:
     return x[: -(-most // rows)]
 
 
-def _finite(error: float | None) -> float | None:
-    return error if error is not None and math.isfinite(error) else None
-
-
 def held(layer: LayerPlan, skipping: set[str], without: Collection[str] = ()) -> Contest:
     """The backends that were timed on `layer`, but for those in `without`."""
     timed = {c.backend: c for c in layer.candidates if c.median_ms is not None}
@@ -224,9 +240,7 @@ def relative(out: Tensor, wanted: Tensor) -> float:
     return float(difference / wanted.norm()) if wanted.any() else float(difference)
 
 
-def _layer_plan(
-    one: Found, candidates: tuple[Candidate, ...], choice: str, reason: str, skips_zeros: bool
-) -> LayerPlan:
+def _layer_plan(one: Found, candidates: tuple[Candidate, ...], verdict: Verdict, skipping: set[str]) -> LayerPlan:
     unit = one.unit
     shapes = _shapes(unit)
     return LayerPlan.model_validate(
@@ -239,9 +253,9 @@ def _layer_plan(
             "dtype": str(unit.dtype).removeprefix("torch."),
             "gflop": sum(2e-9 * m * n * k for m, n, k in shapes),
             "candidates": candidates,
-            "choice": choice,
-            "reason": reason,
-            "skips_zeros": skips_zeros,
+            "choice": verdict.choice,
+            "reason": verdict.reason(),
+            "skips_zeros": verdict.choice in skipping,
             "fused": one.fused,
         }
     )

@@ -80,6 +80,16 @@ def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
     return choices
 
 
+def _choices(job: Job, form: str, layers: Sequence[LayerPlan], exact: Collection[str]) -> dict[str, str]:
+    """The backend of each layer in the `form` of that name; none in the model as it is."""
+    if form == _UNCACHED:
+        return _packed(job, layers)
+    name = form.partition(", ")[0]
+    if name == "lowered":
+        return {layer.name: layer.choice for layer in layers}
+    return _fastest_dense(job, layers, exact) if name == "dense" else {}
+
+
 def _forms(
     job: Job, layers: Sequence[LayerPlan], compiled: bool, cached: bool, dense: Mapping[str, str]
 ) -> dict[str, nn.Module]:
@@ -315,14 +325,9 @@ def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
 
 def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     name, *how = plan.choice.split(", ")
-    if plan.choice == _UNCACHED:
-        return own(built(job, _packed(job, layers)))
-    if name not in _PLAIN or how not in _WAYS:
+    if plan.choice != _UNCACHED and (name not in _PLAIN or how not in _WAYS):
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
-    if name == "lowered":
-        form = built(job, {layer.name: layer.choice for layer in layers})
-    else:
-        form = job.base if name == "eager" else built(job, _fastest_dense(job, layers, plan.exact))
+    form = job.base if name == "eager" else built(job, _choices(job, plan.choice, layers, plan.exact))
     return _compiled(form, job.device) if how == ["compiled"] else _in_way(own(form), how)
 
 
@@ -371,12 +376,7 @@ def _same_versions(job: Job, plan: Plan) -> None:
     """Raise CompressorError where a backend that the plan's choice runs is not what was timed.
 
     Those that it does not run may be anything: a dense model stays as fast as it was."""
-    name = plan.choice.partition(", ")[0]
-    used = {layer.choice for layer in plan.layers} if name == "lowered" else set()
-    if plan.choice == _UNCACHED:
-        used = set(_packed(job, plan.layers).values())
-    elif name == "dense":
-        used = set(_fastest_dense(job, plan.layers, plan.exact).values())
+    used = set(_choices(job, plan.choice, plan.layers, plan.exact).values())
     for backend in map(job.backend, sorted(used)):
         if (before := plan.backends.get(backend.name, "")) != backend.version:
             was = repr(before) if before else "an unknown version"
