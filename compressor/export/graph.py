@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
@@ -222,6 +223,14 @@ def write(graph: onnx.ModelProto, file: Path, data: str) -> None:
     onnx.save_model(whole, file, save_as_external_data=True, location=data)
 
 
+def write_described(graph: onnx.ModelProto, file: Path, form: str, digest: str) -> None:
+    """As `write`, with what the graph is in its metadata: its `form`, and the `digest` of the model's weights."""
+    facts = {"form": form, "weights_sha256": digest, "version": version("diffusion-compressor")}
+    for key, value in facts.items():
+        graph.metadata_props.add(key=f"compressor.{key}", value=value)
+    write(graph, file, f"{file.stem}-{form}-{digest[:12]}.data")
+
+
 def quantize(graph: onnx.ModelProto, file: Path) -> None:
     """Replace `file` by its int8 form, which means the same on every CPU: no weight is beyond `LARGEST_INT8`.
 
@@ -360,12 +369,6 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def describe(graph: onnx.ModelProto, **facts: str) -> None:
-    """Write `facts` into `graph`, each under `compressor.` and its name."""
-    for key, value in facts.items():
-        graph.metadata_props.add(key=f"compressor.{key}", value=value)
 
 
 def input_shapes(graph: onnx.ModelProto) -> dict[str, tuple[str | int, ...]]:

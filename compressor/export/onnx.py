@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from compressor.export.graph import (
     OPSET,
     PACKAGES,
     OnnxRunner,
-    describe,
     graph_of,
     input_names_of,
     input_shapes,
@@ -34,7 +32,7 @@ from compressor.export.graph import (
     quantize,
     require_packages,
     stored_weights,
-    write,
+    write_described,
 )
 from compressor.export.parity import TOLERANCE, Parity, float32_inputs, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
@@ -150,9 +148,8 @@ def export_onnx(
         graph = graph_of(forward.module, adapter, example, names)
         if form == "dense":
             _verify_patterns(graph, model, adapter, example, patterns)
-        describe(graph, form=form, weights_sha256=digest, version=version("diffusion-compressor"))
         file = folder / path.name
-        write(graph, file, f"{path.stem}-{form}-{digest[:12]}.data")
+        write_described(graph, file, form, digest)
         if int8:
             quantize(graph, file)
         parity = _parity(model, adapter, file, int8)

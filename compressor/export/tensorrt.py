@@ -11,9 +11,8 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,11 @@ from compressor.export.graph import (
     OPSET,
     PACKAGES,
     OnnxRunner,
-    describe,
     graph_of,
     input_names_of,
     input_shapes,
     write,
+    write_described,
 )
 from compressor.export.onnx import (
     INT8_TOLERANCE,
@@ -156,53 +155,36 @@ def export_tensorrt(
         raise UsageError(f"batch {batch}", "Give how many samples the engine is used with at once: 1 or more.")
     dense = in_float32_on_cpu(model)
     example, digest = float32_inputs(adapter.example_inputs(2)), weights_sha256(dense)
-    half = in_dtype(dense, torch.float16).requires_grad_(False)
-    names = input_names_of(example, input_names)
+    half, names = in_dtype(dense, torch.float16).requires_grad_(False), input_names_of(example, input_names)
     with committed(path) as folder:
         graph = graph_of(half, adapter, example, names)
         straighten(graph)
         eligible, left = _sorted(graph, dense, adapter, example, patterns or {})
-        if int8 and not eligible:
-            raise CompressorError("int8: no layer is 2:4", "Leave --int8 out, or prune the model as in --pattern 2:4.")
-        file, seen = folder / path.name, None
-        if int8:
-            inputs, seen = _calibration(adapter, calibration)
-            quantise(graph, eligible.values(), _ranges(graph, eligible.values(), inputs, folder / "ranges"))
-        describe(graph, form="tensorrt", weights_sha256=digest, version=version("diffusion-compressor"))
-        write(graph, file, f"{path.stem}-tensorrt-{digest[:12]}.data")
+        seen = _in_8_bits(graph, eligible.values(), adapter, calibration, folder / "ranges") if int8 else None
+        write_described(graph, file := folder / path.name, "tensorrt", digest)
         _check(file, eligible, int8)
-        found = _parity(dense, adapter, file, int8)
-        ready = _known(path, file, graph, eligible, found)
-        ready = replace(ready, int8=int8, batch=batch, left=left, calibration=seen, weights_sha256=digest)
-        ready = replace(ready, command=build_command(path.name, ready.inputs, batch))
+        files, inputs = list(folder.iterdir()), input_shapes(graph)
+        ready = ReadyForTensorRT(
+            path=path,
+            data=next((path.parent / f.name for f in files if f.name != path.name), None),
+            description=path.with_name(f"{path.stem}.build.json"),
+            int8=int8,
+            command=build_command(path.name, inputs, batch),
+            batch=batch,
+            eligible={name.removesuffix(".weight"): tuple(one.weight.shape) for name, one in eligible.items()},
+            left=left,
+            calibration=seen,
+            size_bytes=sum(f.stat().st_size for f in files),
+            parity=_parity(dense, adapter, file, int8),
+            inputs=inputs,
+            opset=OPSET,
+            sha256=file_sha256(file),
+            weights_sha256=digest,
+            versions=versions_of(("torch", *PACKAGES)),
+        )
         here = {**ready.as_json(), **{n: p.name for n in _PATHS if (p := getattr(ready, n)) is not None}}
         (folder / ready.description.name).write_text(json.dumps(here, indent=1) + "\n")
     return ready
-
-
-def _known(
-    path: Path, file: Path, graph: onnx.ModelProto, eligible: Mapping[str, Product], found: Parity
-) -> ReadyForTensorRT:
-    """What the written `file`, which will be `path`, says of itself."""
-    files = list(file.parent.iterdir())
-    return ReadyForTensorRT(
-        path=path,
-        data=next((path.parent / f.name for f in files if f.name != path.name), None),
-        description=path.with_name(f"{path.stem}.build.json"),
-        int8=False,
-        command="",
-        batch=1,
-        eligible={name.removesuffix(".weight"): tuple(one.weight.shape) for name, one in eligible.items()},
-        left={},
-        calibration=None,
-        size_bytes=sum(f.stat().st_size for f in files),
-        parity=found,
-        inputs=input_shapes(graph),
-        opset=OPSET,
-        sha256=file_sha256(file),
-        weights_sha256="",
-        versions=versions_of(("torch", *PACKAGES)),
-    )
 
 
 def build_command(name: str, inputs: Mapping[str, tuple[str | int, ...]], batch: int) -> str:
@@ -245,6 +227,17 @@ def _sorted(
         else:
             eligible[name] = there[name]
     return eligible, left
+
+
+def _in_8_bits(
+    graph: onnx.ModelProto, found: Collection[Product], adapter: Adapter, given: Iterable[Any] | None, folder: Path
+) -> str:
+    """Put 8 bits around the products `found`; what their ranges were read from, in words."""
+    if not found:
+        raise CompressorError("int8: no layer is 2:4", "Leave --int8 out, or prune the model as in --pattern 2:4.")
+    inputs, seen = _calibration(adapter, given)
+    quantise(graph, found, _ranges(graph, found, inputs, folder))
+    return seen
 
 
 def _calibration(adapter: Adapter, given: Iterable[Any] | None) -> tuple[list[Any], str]:

@@ -246,23 +246,24 @@ def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
             "Give the model as it was before torch.compile.",
         )
 
-    def build() -> nn.Module:
-        return given if given is not None else adapter_at(folder).build()
+    def built() -> nn.Module:
+        return adapter_at(folder).build() if given is None else given
+
+    def cut(whole: nn.Module) -> nn.Module:
+        if surgery is not None and surgery_of(whole) != surgery:
+            surgery.apply(whole)
+        return whole
 
     if given is None:
         with torch.device("meta"):
-            tried = build()
+            tried = built()
     else:
         tried = given if surgery is None else sketch(given)
-    if surgery is not None and surgery_of(tried) != surgery:
-        surgery.apply(tried)
-    state = _read_state(folder, config, tried)  # what does not fit is refused before memory is taken for it
+    state = _read_state(folder, config, cut(tried))  # what does not fit is refused before memory is taken for it
     _check(state, config.patterns, folder)
     if state_sha256(state) != config.weights_sha256:
         raise CompressorError(f"{folder}: weights_sha256 is not that of the weights", "Files of two models were mixed.")
-    loaded = build()
-    if surgery is not None and surgery_of(loaded) != surgery:
-        surgery.apply(loaded)
+    loaded = cut(built())
     if model is None:
         as_stored_(loaded, state)
     load_strictly(loaded, state, folder)
