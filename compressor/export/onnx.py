@@ -34,7 +34,7 @@ from compressor.export.graph import (
     stored_weights,
     write_described,
 )
-from compressor.export.parity import TOLERANCE, Parity, float32_inputs, parity, random_inputs
+from compressor.export.parity import BATCHES, TOLERANCE, Parity, float32_inputs, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
 from compressor.foreign.sound import refuse_kept
 from compressor.lower.backend import Unit
@@ -64,8 +64,6 @@ _ADVICE = {
     "gathered": "next: run it in ONNX Runtime, on a CPU; measure it there beside the dense form.",
     "int8": "next: run it in ONNX Runtime, on a CPU, and look at samples: int8 costs quality.",
 }
-_BATCHES = (1, 2, 5)
-_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -288,10 +286,9 @@ def _verify_patterns(
 def _parity(model: nn.Module, adapter: Adapter, file: Path, int8: bool) -> Parity:
     """Compare the file with `model`, and an int8 file with its own arithmetic. Raises GateError where they differ by more
     than is allowed."""
-    found = Parity(0.0, 0.0, TOLERANCE, _BATCHES, _DRAWS)
     if not int8:
-        return parity(model, adapter, OnnxRunner(file), found, "Please report this model.")
-    found = replace(found, tolerance=INT8_TOLERANCE, bounded="rms_error", **_integer_parity(adapter, file))
+        return parity(model, adapter, OnnxRunner(file), Parity(), "Please report this model.")
+    found = Parity(tolerance=INT8_TOLERANCE, bounded="rms_error", **_integer_parity(adapter, file))
     return parity(model, adapter, OnnxRunner(file), found, "int8 costs this model too much: leave --int8 out.")
 
 
@@ -299,7 +296,7 @@ def _integer_parity(adapter: Adapter, file: Path) -> dict[str, Any]:
     """How far the products of an int8 file are from its own arithmetic. Raises GateError where they differ by more than
     `TOLERANCE`."""
     rng, errors = torch.Generator().manual_seed(0), list[dict[str, float]]()
-    for batch in _BATCHES[:2]:  # one row and several go through different kernels
+    for batch in BATCHES[:2]:  # one row and several go through different kernels
         inputs = random_inputs(adapter.example_inputs(batch), adapter.num_classes, rng)
         errors.append(integer_errors(file, inputs))
     if not errors[0]:

@@ -15,6 +15,7 @@ from compressor.export.graph import OnnxRunner
 
 TOLERANCE = 1e-4
 """The largest difference from PyTorch that float32 may show, in standard deviations of the output."""
+BATCHES = (1, 2, 5)
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Parity:
     inputs, in standard deviations of the product.
     """
 
-    max_error: float
-    rms_error: float
-    tolerance: float
-    batches: tuple[int, ...]
-    draws: int
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    tolerance: float = TOLERANCE
+    batches: tuple[int, ...] = BATCHES
+    draws: int = 3
     bounded: str = "max_error"
     integer_error: float | None = None
     integer_products: int = 0

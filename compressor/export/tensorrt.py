@@ -300,6 +300,6 @@ def _check(file: Path, eligible: Mapping[str, Product], int8: bool) -> None:
 def _parity(model: nn.Module, adapter: Adapter, file: Path, int8: bool) -> Parity:
     """How far the file is from `model` in float32. It is carried out as it is written, not as CPUs would rather have it: what ONNX
     Runtime 1.32 makes of a product in float16 behind a Transpose ends the process."""
-    found = Parity(0.0, 0.0, INT8_TOLERANCE if int8 else TOLERANCE, (1, 2, 5), 3, bounded="rms_error")
+    found = Parity(tolerance=INT8_TOLERANCE if int8 else TOLERANCE, bounded="rms_error")
     hint = "int8 costs this model too much: leave --int8 out." if int8 else "This model needs more than float16."
     return parity(model, adapter, OnnxRunner(file, as_written=True), found, hint)

@@ -64,7 +64,7 @@ class OneDNN(Backend):
         tokens, layers = unit.tokens, unit.layers
         if len(layers) == 1:
             return PrepackedLinear(layers[0], tokens)
-        gelu = PrepackedLinear(layers[0], tokens, f"gelu{unit.activation.approximate}")
+        gelu = PrepackedLinear(layers[0], tokens, unit.activation.approximate)
         return nn.Sequential(gelu, PrepackedLinear(layers[1], tokens))
 
 
@@ -118,8 +118,13 @@ class LinearGelu(nn.Module):
 class _Immutable(nn.Module):
     """Holds a weight that torch can neither copy nor move, and that nothing changes: copies of a model share it."""
 
-    packed: PackedWeight
     bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
+        self.packed, self.number = weight, weight.number
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Immutable:
         copied = copy.copy(self)
@@ -134,19 +139,11 @@ class _Immutable(nn.Module):
 
 
 class PrepackedLinear(_Immutable):
-    """A Linear whose weight lies as oneDNN wants it for about `tokens` rows; `epilogue` is applied to its result."""
+    """A Linear whose weight lies as oneDNN wants it for about `tokens` rows; `gelu` is the `approximate` of the GELU that follows."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, epilogue: str = "none") -> None:
-        super().__init__()
-        # Opaque to torch's copying and moving, and packed for this processor: an attribute, not a buffer.
-        self.packed = packed(layer.weight, (tokens,))
-        self.number = self.packed.number
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
-        self.attribute, self.algorithm = {
-            "none": ("none", ""),
-            "gelunone": ("gelu", "none"),
-            "gelutanh": ("gelu", "tanh"),
-        }[epilogue]
+    def __init__(self, layer: nn.Linear | nn.Conv2d, tokens: int, gelu: str = "") -> None:
+        super().__init__(packed(layer.weight, (tokens,)), layer.bias)
+        self.attribute, self.algorithm = "gelu" if gelu else "none", gelu
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
@@ -167,12 +164,10 @@ class PrepackedConv(_Immutable):
     """A convolution whose weight lies as oneDNN wants it for inputs of about `input_shape`."""
 
     def __init__(self, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> None:
-        super().__init__()
         padding, stride, dilation = (list(map(int, pair)) for pair in (layer.padding, layer.stride, layer.dilation))
-        self.where = (padding, stride, dilation, layer.groups)
-        self.packed = packed(layer.weight, (*self.where, list(input_shape)))
-        self.number = self.packed.number
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        where = (padding, stride, dilation, layer.groups)
+        super().__init__(packed(layer.weight, (*where, list(input_shape))), layer.bias)
+        self.where = where
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)

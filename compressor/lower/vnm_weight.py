@@ -208,8 +208,8 @@ class KernelWeight(nn.Module):
         self.layout = Layout(out, channels, v, taps, block, m, steps, rows, int(lanes), most)
         self.tile = tile
         parts = (  # as Parts has them
-            torch.cat(values),
-            torch.cat(index).to(torch.uint16),
+            values,
+            index.to(torch.uint16),
             None if bias is None else bias.detach().float(),
             None if order is None else order.to(torch.int32),
             None if scale is None else scale.flatten(),
@@ -323,9 +323,9 @@ def _in_16_bits(kept: Tensor, groups: int) -> Tensor:
     return torch.maximum(pairs / 127, sums.amax(0) / 251)
 
 
-def _blocks(kept: Tensor, groups: int) -> list[Tensor]:
+def _blocks(kept: Tensor, groups: int) -> Sequence[Tensor]:
     """`kept` (groups of rows, v, groups of channels, ...) block by block, of `groups` groups of channels."""
-    return [kept[:, :, start : start + groups] for start in range(0, kept.shape[2], groups)]
+    return torch.split(kept, groups, 2)
 
 
 def _in_sets(kept: Tensor) -> Tensor:
@@ -350,31 +350,25 @@ def _totals(kept: Tensor, groups: int) -> Tensor:
     return torch.stack([torch.zeros_like(blocks[0]), *blocks]).cumsum(0, dtype=torch.int32)
 
 
-def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[list[Tensor], list[Tensor]]:
+def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[Tensor, Tensor]:
     """The kept values as 32-bit lanes and their rows of the panel, block of channels by block.
 
     `kept` (groups of rows, v, groups of channels, n, taps); `at` (groups of rows, groups of channels, n, taps): the places of
     the kept in their group of `m`.
     """
     values, index = [], []
-    groups = block // m
-    for start in range(0, at.shape[1], groups):
-        some = slice(start, start + groups)
-        here = at[:, some]
-        group = torch.arange(here.shape[1], device=here.device)[None, :, None]
-        if lanes == Lanes.BYTES:
-            rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
-            values.append(_byte_lanes(kept[:, :, some]))
-            filled = F.pad(rows, (0, 0, 0, -rows.shape[1] % SET))  # with weights of zero
-            index.append(filled.permute(2, 0, 1).flatten())
-        elif lanes != Lanes.FLOATS:
-            rows = _PAIRS[here[:, :, 0], here[:, :, 1]] + 6 * group
-            pairs = kept[:, :, some].permute(4, 0, 2, 1, 3)
-            pairs = pairs.to(torch.int16 if lanes == Lanes.CODES else torch.bfloat16)
-            values.append(pairs.contiguous().flatten().view(torch.int32))
-            index.append(rows.permute(2, 0, 1).flatten())
+    for own, here in zip(_blocks(kept, block // m), torch.split(at, block // m, 1), strict=True):
+        group = torch.arange(here.shape[1], device=here.device)
+        if lanes == Lanes.FLOATS:
+            rows = here.permute(3, 0, 1, 2) + m * group[:, None]
+            words = own.permute(4, 0, 2, 3, 1).float()
         else:
-            rows = here + m * group[..., None]
-            values.append(kept[:, :, some].permute(4, 0, 2, 3, 1).float().contiguous().flatten().view(torch.int32))
-            index.append(rows.permute(3, 0, 1, 2).flatten())
-    return values, index
+            rows = _PAIRS[here[:, :, 0], here[:, :, 1]].permute(2, 0, 1) + 6 * group
+            if lanes == Lanes.BYTES:
+                rows = F.pad(rows, (0, -len(group) % SET))  # with weights of zero
+                words = _byte_lanes(own)
+            else:
+                words = own.permute(4, 0, 2, 1, 3).to(torch.int16 if lanes == Lanes.CODES else torch.bfloat16)
+        values.append(words.contiguous().flatten().view(torch.int32))
+        index.append(rows.flatten())
+    return torch.cat(values), torch.cat(index)
