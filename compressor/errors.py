@@ -151,6 +151,15 @@ def memory_in(
     return decorate
 
 
+@contextmanager
+def said_of(where: object) -> Iterator[None]:
+    """An error of the family in the block is a CompressorError that says `where` first."""
+    try:
+        yield
+    except CompressorError as error:
+        raise CompressorError(f"{where}: {error.message}", error.hint) from error
+
+
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """`did you mean 'sparsedm'? ` plus the list of what exists, for the hint of an error."""
     names = sorted(allowed)

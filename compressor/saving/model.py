@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter
 from compressor.discovery import made
 from compressor.environment import usual_torch
-from compressor.errors import CompressorError, UsageError, did_you_mean, memory
+from compressor.errors import CompressorError, UsageError, did_you_mean, memory, said_of
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.foreign.bounded import mapping
 from compressor.saving import packing
@@ -326,12 +326,10 @@ def _read_state(folder: Path, config: ModelConfig, model: nn.Module) -> dict[str
 def _reading(path: Path) -> Iterator[None]:
     """What goes wrong in the block is a CompressorError that names `path`."""
     try:
-        with mapping():
+        with said_of(path), mapping():
             yield
     except (SafetensorError, OSError) as error:
         raise CompressorError(f"{path}: {error}", "The file is damaged; use another copy.") from error
-    except CompressorError as error:
-        raise CompressorError(f"{path}: {error.message}", error.hint) from error
 
 
 def _check(state: Mapping[str, Tensor], patterns: Mapping[str, str], where: Path) -> None:

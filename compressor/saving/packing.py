@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, said_of
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import NM
 from compressor.weights import part_names
@@ -154,10 +154,8 @@ def unpacked_state(tensors: MutableMapping[str, Tensor], rules: Mapping[str, NM]
     state = {}
     for name, pattern in rules.items():
         values, index = (tensors.pop(part) for part in part_names(name))
-        try:
+        with said_of(name):
             state[name] = unpack(values, index, pattern)
-        except CompressorError as error:
-            raise CompressorError(f"{name}: {error.message}", error.hint) from error
     return {**tensors, **state}
 
 
@@ -173,12 +171,10 @@ def unpacked_shapes(found: Mapping[str, tuple[int, ...]], rules: Mapping[str, NM
         if lost := [part for part in part_names(name) if part not in found]:
             raise CompressorError(f"{name} should be packed, but {lost[0]} is missing", _HINT)
         values, index = (shapes.pop(part) for part in part_names(name))
-        try:
+        with said_of(name):
             shape = unpacked_shape(values, pattern)
-        except CompressorError as error:
-            raise CompressorError(f"{name}: {error.message}", error.hint) from error
-        if index != (expected := (index_bytes(shape, pattern),)):
-            raise CompressorError(f"{name}: {pattern}: the index must be {expected}, got {index}", _HINT)
+            if index != (expected := (index_bytes(shape, pattern),)):
+                raise CompressorError(f"{pattern}: the index must be {expected}, got {index}", _HINT)
         shapes[name] = shape
     return shapes
 

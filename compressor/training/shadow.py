@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, said_of
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask, Pattern
@@ -359,7 +359,5 @@ def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
 def verify(masks: Mapping[str, Mask]) -> None:
     """Raise CompressorError, with the name of the weight, where a mask breaks its pattern."""
     for name, mask in masks.items():
-        try:
+        with said_of(name):
             mask.verify()
-        except CompressorError as error:
-            raise CompressorError(f"{name}: {error.message}", error.hint) from error
