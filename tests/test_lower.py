@@ -665,21 +665,23 @@ def test_without_the_compiled_kernels_the_gathered_form_is_left_and_the_plan_say
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_many_lowerings() -> None:
+def test_memory_stays_flat_over_many_lowerings(monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
 
     import psutil
 
+    for name in ("chooser._ROUNDS", "forms._ROUNDS", "contest._MOST"):  # more of them keep no more
+        monkeypatch.setattr(f"compressor.lower.{name}", 2)
     model = sparsify(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)), NM(2, 4, 4))
     x, process = torch.zeros(4, 256), psutil.Process()
     sizes = []
-    for turn in range(60):
+    for turn in range(30):
         compressor.lower(model, x, cache=False)
-        if turn in (19, 59):
+        if turn in (9, 29):
             gc.collect()
             sizes.append((process.memory_info().rss, process.num_fds()))
     assert sizes[1][1] <= sizes[0][1]
-    assert sizes[1][0] - sizes[0][0] < 8e6, sizes
+    assert sizes[1][0] - sizes[0][0] < 4e6, sizes  # a weight is 262 KB
 
 
 def test_lower_is_a_verb_and_a_package() -> None:
