@@ -13,7 +13,7 @@ from compressor.adapter import Adapter, to_device
 from compressor.report.content import Costs
 from compressor.saving import packing
 from compressor.saving.plain import file_bytes, plain_state
-from compressor.sparsity.layers import Weighted, weighted
+from compressor.sparsity.layers import Layer, weighted
 from compressor.weights import in_float32
 
 
@@ -25,7 +25,7 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     by_weight: dict[str, int] = {}
     model = in_float32(model)
 
-    def counter_of(layer: Weighted) -> Callable[[nn.Module, Any, Any], None]:
+    def counter_of(layer: Layer) -> Callable[[nn.Module, Any, Any], None]:
         def count(module: nn.Module, inputs: Any, output: Any) -> None:
             answer: Tensor = output[0] if isinstance(output, tuple) else output
             # positions at which the whole weight is applied: tokens of a Linear, output pixels of a convolution

@@ -24,18 +24,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer with a weight: the weight's parameter name, its module, and why it gets no mask (None: it does)."""
-
-    name: str
-    module_name: str
-    module: nn.Module
-    weight: Tensor
-    reason: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Weighted:
-    """A layer and its weight (out, in, *kernel), with the weight's parameter name and the layer's module name.
+    """A layer and its weight (out, in, *kernel): the weight's parameter name, the layer's module name, and why it gets no mask (None:
+    nothing keeps it from having one).
 
     A weight that a parametrization computes, which is no parameter, has the name that it would have.
     """
@@ -44,9 +34,10 @@ class Weighted:
     module_name: str
     module: nn.Module
     weight: Tensor
+    reason: str | None = None
 
 
-def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) -> Iterator[Weighted]:
+def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) -> Iterator[Layer]:
     """Every layer of `model` of one of the `kinds`, in the order of the model, each module once.
 
     Two layers that share a weight both come, with the same name: the first that the parameter has.
@@ -56,7 +47,7 @@ def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) ->
         if isinstance(module, kinds):
             weight: Any = module.weight
             unnamed = f"{module_name}.weight" if module_name else "weight"
-            yield Weighted(names.get(id(weight), unnamed), module_name, module, weight)
+            yield Layer(names.get(id(weight), unnamed), module_name, module, weight)
 
 
 def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
@@ -64,11 +55,11 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     layers: list[Layer] = []
     seen: set[str] = set()
     for layer in weighted(model, PRUNABLE + _TRANSPOSED):
-        name, module, weight = layer.name, layer.module, layer.weight
-        if name in seen:
+        weight = layer.weight
+        if layer.name in seen:
             continue
-        seen.add(name)
-        if isinstance(module, _TRANSPOSED):
+        seen.add(layer.name)
+        if isinstance(layer.module, _TRANSPOSED):
             reason: str | None = "transposed convolution: dim 1 of its weight is the output"
         elif not isinstance(weight, nn.Parameter):
             reason = "its weight is computed by a parametrization"
@@ -79,7 +70,7 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         else:
             misfit = pattern.misfit(tuple(weight.shape))
             reason = f"{pattern} {misfit}" if misfit else None
-        layers.append(Layer(name, layer.module_name, module, weight, reason))
+        layers.append(replace(layer, reason=reason))
     return layers
 
 
