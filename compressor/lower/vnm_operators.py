@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -126,13 +126,13 @@ def _run(job: _Job, *matrices: tuple[int, ...]) -> None:
 
 def _on_tokens(work: _Work, x: Tensor, weights: Sequence[Sequence[Any]], tile: int, tanh: int = 0) -> Tensor:
     """x (..., in) -> (..., out) by one of `weights` after the other, each as `_MATRIX` says."""
-    channels, out = Layout(*weights[0][-1]).channels, Layout(*weights[-1][-1]).out
+    channels, out = weights[0][-1][1], weights[-1][-1][0]  # as Layout begins
     x = _check(x, channels, -1)
     y = x.new_empty((*x.shape[:-1], out))
     if tokens := x.numel() // channels:
-        where, half, threads = (x.data_ptr(), y.data_ptr()), HALF[x.dtype], torch.get_num_threads()
-        job = _Job(work, *where, half, tanh, 1, 1, 0, 1, 1, tokens, tile, threads)
-        _run(job, *(_matrix(*weight) for weight in weights))
+        half, threads = HALF[x.dtype], torch.get_num_threads()
+        job = _Job(work, x.data_ptr(), y.data_ptr(), half, tanh, 1, 1, 0, 1, 1, tokens, tile, threads)
+        _run(job, *starmap(_matrix, weights))
     return y
 
 
