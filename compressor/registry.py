@@ -66,7 +66,9 @@ def listing(kind: str) -> list[Listed]:
     for own, name in [(group, one) for group in kinds for one in names(group)]:
         try:
             loaded = load(own, name)
-            summary = (inspect.getdoc(loaded) or "").strip().split("\n")[0]
+            summary = " ".join(
+                (inspect.getdoc(loaded) or "").partition("\n\n")[0].split()
+            )  # all of its first paragraph
             about = adapter(name).about if own == "models" else {}
             found.append(Listed(name, distribution_of(entry_point(own, name)), summary, None, dict(about)))
         except (Exception, SystemExit) as error:

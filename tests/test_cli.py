@@ -204,7 +204,17 @@ def test_list_prints_json(cli):
     assert set(found) == {"pruners", "models", "data", "metrics", "backends"}
     assert {"name", "distribution", "summary", "error"} <= found["pruners"][0].keys()
     assert {line["name"] for line in found["pruners"]} >= {"sparsedm", "magnitude"}
-    assert all(line["summary"] and line["error"] is None for lines in found.values() for line in lines)
+    assert all(line["summary"].endswith(".") and line["error"] is None for lines in found.values() for line in lines)
+
+
+def test_a_narrow_terminal_breaks_lines_and_cuts_nothing(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "│ uvit-imagenet512-h │" in cli("list", "models").out  # names in whole
+    layers = cli("inspect", "uvit-digits", "--pattern", "2:4").out
+    assert "…" not in layers
+    assert "out_blocks.0.skip_linear.weight" in "".join(
+        line.split("│")[1].strip() for line in layers.splitlines() if "│" in line
+    )
 
 
 def test_a_broken_plugin_is_shown_and_is_not_fatal(cli, install):

@@ -187,8 +187,12 @@ def _gained(form: Form, plan: Plan) -> str:
 
 
 def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """A table of text, which is shown as it is: neither markup nor escape codes of a name do anything."""
-    table = Table(*[escape(printable(title)) for title in columns])
+    """A table of text, which is shown as it is: neither markup nor escape codes of a name do anything. What is too long for a narrow
+    terminal goes on in the next line instead of being cut; short names, in the first column, stay whole."""
+    table = Table()
+    for number, title in enumerate(columns):
+        short = number == 0 and all(len(printable(line[0])) <= 20 for line in lines)
+        table.add_column(escape(printable(title)), overflow="fold", no_wrap=short)
     for line in lines:
         table.add_row(*[escape(printable(cell)) for cell in line])
     return table
