@@ -597,6 +597,7 @@ def test_they_are_told_by_name() -> None:
     lowered = compressor.lower(made(Block()), X, "eager", cache=False, fuse_projections=True)
     table = plan_tables(lowered.plan)[0]
     assert next(iter(table.columns[0].cells)) == "attn.to_q + to_k + to_v"
+    assert next(iter(table.columns[4].cells)).startswith("eager ")  # of backends that were timed alone
     assert layer_name("", ()) == "the whole model" and layer_name("a.b", ()) == "a.b"
     assert layer_name("a.q", ("a.q", "b.k", "v")) == "a.q + b.k + v"
 

@@ -196,6 +196,16 @@ def test_missing_parts_are_left_out(tmp_path):
     assert "<svg" not in page and "<img" not in page and "quality was not measured" in page
 
 
+def test_a_run_that_drew_nothing_says_first_how_far_its_predictions_are(tmp_path):
+    report = example()
+    report["metric"] = None
+    for entry in report["rows"]:
+        entry["quality"] = []
+    run = written(tmp_path / "run", report)
+    render(run)
+    assert "% prediction error; quality was not measured" in (run / "report.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("text", [None, "{}", "[]", "nonsense", '{"rows": NaN}'])
 def test_a_directory_without_a_report_is_named(tmp_path, text):
     if text is not None:

@@ -58,7 +58,9 @@ def lower(output: Output, directory: Path, batch: int | None, compiled: bool, no
     click.option(
         "--compiled/--no-compiled", default=True, show_default=True, help="Forms under torch.compile; take minutes."
     ),
-    click.option("--onnx/--no-onnx", default=None, help="ONNX Runtime. Default: where it is installed."),
+    click.option(
+        "--onnx/--no-onnx", default=None, help="ONNX Runtime, and OpenVINO. Default: where they are installed."
+    ),
     click.option(
         "--cache",
         "caches",
@@ -81,7 +83,7 @@ def bench(
     steps: str | None,
     **flags: Any,
 ) -> None:
-    """Time a finished run's model in every form, side by side: dense eager, prepacked and compiled, lowered, ONNX Runtime.
+    """Time a finished run's model in every form, side by side: eager, prepacked, compiled, lowered, ONNX Runtime, OpenVINO.
 
     A pipeline's run can also be drawn with caches and fewer steps, dense and sparse, from the same noise: its report then shows
     the time of each against what the pictures lose.

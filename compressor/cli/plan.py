@@ -23,8 +23,8 @@ def plan(
 ) -> None:
     """What a run will cost and may bring, before any training.
 
-    Takes the options of `run`: which layers qualify, what is left of parameters, bytes and multiply-accumulates, how fast the
-    lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
+    Takes the options of `run`, but those of its directory: which layers qualify, what is left of parameters, bytes and
+    multiply-accumulates, how fast the lowered model is on this machine, and how long fine-tuning will take, by a few steps of it.
 
     The time of evaluation, and of the whole, is told too.
     """

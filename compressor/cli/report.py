@@ -14,7 +14,7 @@ from compressor.errors import CompressorError, UsageError
 
 @click.command(cls=Command)
 @options(
-    click.argument("runs", nargs=-1, required=True, metavar="RUN", type=click.Path(path_type=Path)),
+    click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path(path_type=Path)),
     click.option(
         "--out", metavar="DIR", type=click.Path(path_type=Path), help="Of several runs: write their pages there."
     ),

@@ -153,7 +153,6 @@ def plan_tables(plan: Plan) -> list[Table]:
     """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
     from compressor.report.words import layer_name
 
-    backends = list(dict.fromkeys(candidate.backend for layer in plan.layers for candidate in layer.candidates))
     groups: dict[str, list[LayerPlan]] = {}
     for layer in plan.layers:
         groups.setdefault(f"{layer.shapes} {layer.patterns} {layer.kind} {layer.choice}", []).append(layer)
@@ -162,11 +161,11 @@ def plan_tables(plan: Plan) -> list[Table]:
         first = group[0]
         shape = ", ".join("x".join(map(str, shape)) for shape in first.shapes)
         pattern = ", ".join(sorted({text or "dense" for text in first.patterns})) or "—"
-        times = {c.backend: c.median_ms for c in first.candidates}
-        cells = [f"{time:.3f}" if (time := times.get(name)) else "—" for name in backends]
+        times = sorted((c.median_ms, c.backend) for c in first.candidates if c.median_ms)
+        told = ", ".join(f"{name} {time:.3f}" for time, name in times) or "—"
         name = layer_name(first.name, first.fused) + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-        lines.append((name, shape, pattern, *cells, first.choice, first.reason))
-    layers = plain_table(("layer", "MxNxK", "pattern", *[f"{name}, ms" for name in backends], "choice", "why"), lines)
+        lines.append((name, shape, pattern, first.choice, told, first.reason))
+    layers = plain_table(("layer", "MxNxK", "pattern", "choice", "alone, ms", "why"), lines)
     forms = [
         (f.name, f"{f.median_ms:.2f} ms", _gained(f, plan), "" if f.error is None else f"{f.error:.1e}")
         for f in plan.forms

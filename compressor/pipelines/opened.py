@@ -82,7 +82,13 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     library: Any = diffusers  # it has few annotations
     folder = Path(source)
     if not folder.is_dir():
-        if folder.exists() or len(Path(source).parts) != 2:
+        if folder.exists():
+            raise UsageError(
+                f"{source} is a file, not a folder",
+                "Give the folder of a pipeline. Of a checkpoint in a single file, diffusers makes one: "
+                "PipelineClass.from_single_file(FILE).save_pretrained(DIR).",
+            )
+        if len(folder.parts) != 2:
             raise UsageError(
                 f"{source}: no such folder", "Give the folder of a pipeline (with model_index.json), or OWNER/NAME."
             )

@@ -37,10 +37,15 @@ def summary(report: Report) -> list[tuple[str, str]]:
 def _quality(report: Report) -> str | None:
     final, dense, bare = report.final, report.dense, report.row(ONE_SHOT)
     if not final.quality:
-        error = final.drift_by("prediction_error")
+        error, alike = final.drift_by("prediction_error"), final.drift_by("ssim")
         if error is None or dense is final:
             return None
-        return f"No measure of pictures was taken; predictions differ from the dense model's by {percent(error.value)}, relative."
+        pictures = (
+            "No picture was measured"
+            if alike is None
+            else f"Pictures have an SSIM of {number(alike.value)} to the dense model's"
+        )
+        return f"{pictures}; predictions differ from the dense model's by {percent(error.value)}, relative."
     own = final.quality[0]
     text = f"{own.metric} is {number(own.value)}; lower is better."
     if dense is not None and dense is not final and dense.quality:

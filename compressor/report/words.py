@@ -25,7 +25,8 @@ def headline(report: Report) -> str:
                 f"{what}: {percent(error.value)} prediction error on calls that it did not see, and pictures with SSIM "
                 f"{number(alike.value)} to the dense model's from the same noise.{_gain(report, final)}"
             )
-        return f"{what}: quality was not measured.{_gain(report, final)}"
+        told = "" if error is None else f"{percent(error.value)} prediction error; "
+        return f"{what}: {told}quality was not measured.{_gain(report, final)}"
     others = [
         f"{number(row.quality[0].value)} {name}"
         for name in (DENSE, ONE_SHOT)
