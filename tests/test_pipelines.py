@@ -18,6 +18,7 @@ from compressor import CompressorError, files, parse
 from compressor.pipelines.opened import open_pipeline
 from compressor.pipelines.prompts import pictures
 from compressor.pipelines.recording import sample
+from compressor.plugins.magnitude import Magnitude
 from compressor.report import read_report
 
 QUICK = (
@@ -375,3 +376,29 @@ def test_methods_are_compared_on_the_records_of_one_pipeline(folders, cli, tmp_p
     report = files.read_json(tmp_path / "out" / "report.json")
     assert report["compared_by"] == "prediction_error"
     assert [(entry["label"], len(entry["cells"])) for entry in report["entries"]] == [("magnitude", 1), ("sparsedm", 1)]
+
+
+def test_a_pruned_denoiser_goes_on_beside_a_controlnet(tmp_path):
+    pipe = tiny_pipelines.made("sdxl", tmp_path / "files")
+    pipe.set_progress_bar_config(disable=True)
+    records = compressor.record(
+        pipe, tiny_pipelines.PROMPTS, tmp_path / "records", n=1, unseen=1, steps=1, height=16, width=16
+    )
+    result = compressor.prune(pipe, Magnitude(), data=records, steps=0)
+    beside = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    torch.nn.init.normal_(beside.controlnet_mid_block.weight)  # zeros, before it has learned
+    both = diffusers.StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=beside)
+    both.set_progress_bar_config(disable=True)
+    shown = Image.new("RGB", (16, 16), (200, 20, 90))
+
+    def drawn(pipe, **more):
+        noise = torch.Generator().manual_seed(0)
+        call = partial(pipe, "a red cat", num_inference_steps=1, height=16, width=16, output_type="pt", generator=noise)
+        return call(**more).images[0]
+
+    dense = drawn(both, image=shown)
+    with compressor.apply(both, result):
+        sparse = drawn(both, image=shown)
+        assert both.unet is result.model
+    pipe.unet = result.model
+    assert not torch.equal(dense, sparse) and not torch.equal(drawn(pipe), sparse)

@@ -249,6 +249,26 @@ def test_kernels_that_skip_no_zeros_gain_nothing_from_sparsity():
     assert ("sparsedm", "ONNX Runtime", "1.46x over ONNX Runtime") in [(*line[:2], line[-1]) for line in lines]
 
 
+def test_a_form_of_an_earlier_timing_says_so_and_is_not_divided_by_a_newer_one():
+    report = lowered_example()
+    dense = report["rows"][0]
+    for row in report["rows"]:
+        row["latency"] = [{**entry, "timed": 2} for entry in row["latency"]]
+    engine = {
+        **dense["latency"][0],
+        "backend": "ONNX Runtime",
+        "against": "ONNX Runtime",
+        "timed": 1,
+        "speedup_vs_dense": 1.0,
+    }
+    dense["latency"].append(engine)
+    jsonschema.validate(report, schema())
+    [(_, lines)] = speeds(typed(report))
+    forms = {form: eager for row, form, _, _, eager, _ in lines if row == "dense"}
+    assert forms["eager"] == "1.00x" and forms["ONNX Runtime, timed before"] == "—"
+    assert sum("timed before" in line[1] for line in lines) == 1
+
+
 def test_a_row_of_the_table_has_one_batch_size_and_dense_at_its_best():
     report = lowered_example()
     dense, final = report["rows"][0], report["rows"][2]

@@ -99,6 +99,7 @@ class Latency(Value):
         description="root mean square difference from the same weights in eager float32, in standard deviations of the output",
     )
     of_plan: bool = Field(default=False, description="whether it is the form of the report's plan of lowering")
+    timed: Count = Field(default=0, description="which timing of the run it is from: forms of one timing took turns")
 
     @property
     def setting(self) -> tuple[str, str, str, int]:

@@ -114,8 +114,8 @@ SPEEDS = ("form", "median", "error", "over eager dense", "over the best dense fo
 def speeds(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Every latency of a lowered run, a setting at a time: (setting, lines of weights and `SPEEDS`).
 
-    The speed-ups are over the dense model in eager mode, and over its fastest form that is no less exact, in whatever engine. Engines
-    stand with float32, whatever their precision.
+    The speed-ups are over the dense model in eager mode, and over its fastest form that is no less exact, in whatever engine, of those
+    that took turns with it: forms of an earlier timing say so. Engines stand with float32, whatever their precision.
     """
     if report.lowering is None:
         return []
@@ -129,11 +129,13 @@ def speeds(report: Report) -> list[tuple[str, list[tuple[str, ...]]]]:
     found = []
     for (device, batch, dtype), entries in sorted(settings.items(), key=lambda item: (item[0][2], item[0][1])):
         base = next((e for row, e in entries if row.name == DENSE and e.backend == EAGER), None)
+        last = max((e.timed for _, e in entries if not _whole(e)), default=0)
         lines: list[tuple[str, ...]] = []
         for row, entry in entries:
+            name = entry.backend if entry.timed == last or _whole(entry) else f"{entry.backend}, timed before"
             time = f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})"
             error = NONE if entry.error is None else f"{entry.error:.1e}"
-            lines.append((row.name, entry.backend, time, error, *_ratios(report, row, entry, base)))
+            lines.append((row.name, name, time, error, *_ratios(report, row, entry, base)))
         found.append((f"batch {batch}, {dtype}, {device}", lines))
     return found
 
@@ -143,7 +145,8 @@ def _ratios(report: Report, row: Row, entry: Latency, base: Latency | None) -> t
     dense = row.name == DENSE
     if not dense and not skips(report, row, entry):
         return NONE, ratio(entry, False)
-    eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and not _whole(entry) else NONE
+    beside = base is not None and base.timed == entry.timed and not _whole(entry)
+    eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and beside else NONE
     if dense and entry.against == entry.backend and entry.speedup_vs_dense == 1:
         return eager, "the best dense form"
     return eager, ratio(entry, True, f" over {entry.against}")

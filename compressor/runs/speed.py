@@ -251,8 +251,9 @@ def _densities(plan: Plan) -> dict[str, float]:
 def _added(report: Report, plan: Plan, macs: int, entries: Sequence[tuple[str, Latency]]) -> Report:
     """`report` with the new `entries` in place of former ones of the same setting, the plan, and the MACs that its kernels leave."""
     rows = []
+    timed = 1 + max((entry.timed for row in report.rows for entry in row.latency), default=0)
     for row in report.rows:
-        new = [entry for name, entry in entries if name == row.name]
+        new = [entry.model_copy(update={"timed": timed}) for name, entry in entries if name == row.name]
         settings = {entry.setting for entry in new}
         kept = [_of_no_plan(entry) for entry in row.latency if entry.setting not in settings]
         # readers from before `of_plan` take the first lowered entry for that of the plan
