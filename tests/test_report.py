@@ -194,6 +194,7 @@ def test_missing_parts_are_left_out(tmp_path):
     render(run)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "<svg" not in page and "<img" not in page and "quality was not measured" in page
+    assert "()" not in (run / "report.md").read_text(encoding="utf-8")  # a row that says nothing of what it is
 
 
 def test_a_run_that_drew_nothing_says_first_how_far_its_predictions_are(tmp_path):

@@ -102,7 +102,7 @@ def glossary(metric: str | None, shown: Sequence[str]) -> list[tuple[str, str]]:
 
 def _about(metric: str) -> str:
     if metric.startswith(("fd-", "fid")):
-        features = "an Inception network" if metric.startswith("fid") else f"what `{metric}` looks at"
+        features = "an Inception network" if metric.startswith("fid") else f"the extractor of `{metric}`"
         return (
             f"Fréchet distance: generated and real pictures are put through {features}, and the means and covariances of its features "
             "are compared. Lower is better; not even real pictures score 0, but the floor. Values hold only beside others of "

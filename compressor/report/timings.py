@@ -78,10 +78,7 @@ def measures(report: Report, each_batch: bool = False) -> list[tuple[str, str, l
         ]
         about = "against dense in the same rounds; 95% interval"
         found.append((f"speed-up{which}", about, gains))
-    return found or [
-        ("latency", "was not measured", [NONE] * len(report.rows)),
-        ("speed-up", "", [NONE] * len(report.rows)),
-    ]
+    return found or [("latency", "was not measured", [NONE] * len(report.rows))]
 
 
 def time_of(entry: Latency) -> str:
