@@ -170,6 +170,10 @@ def test_the_shell_completes_commands_and_options():
     complete = ShellComplete(app, {}, "compressor", "_COMPRESSOR_COMPLETE")
     assert "inspect" in [item.value for item in complete.get_completions([], "ins")]
     assert "--method" in [item.value for item in complete.get_completions(["run"], "--me")]
+    assert [item.value for item in complete.get_completions(["run", "--method"], "sp")] == ["sparsedm"]
+    (model, *_), (weights,) = (complete.get_completions(["run", name], "") for name in ("--model", "--weights"))
+    assert model.type == weights.type == "file"
+    assert [item.type for item in complete.get_completions(["record"], "pipe")] == ["file"]
 
 
 def test_the_adapter_of_the_page_runs_from_the_command_line(tmp_path, monkeypatch, cli):

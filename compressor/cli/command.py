@@ -7,15 +7,35 @@ from contextlib import nullcontext
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from compressor import discovery
 from compressor.cli.streams import ResultsAlone
 from compressor.cli.terminal import RESULTS, Output, errors
 from compressor.errors import UsageError
 from compressor.processes import ranks, refuse_ranks, terminated, together
 
+_KINDS = {"method": "pruners", "model": "models", "data": "data", "metric": "metrics"}
+
+
+def suggested(_: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What the tab key offers for a value: files, where it may be one, and what is registered."""
+    kind, form = _KINDS.get(parameter.name or ""), parameter.metavar or ""
+    files = (
+        [CompletionItem(incomplete, type="file")]
+        if re.search("FILE|DIR|PATH|PIPELINE", form) or kind == "models"
+        else []
+    )
+    return files + [
+        CompletionItem(name) for name in (discovery.names(kind) if kind else ()) if name.startswith(incomplete)
+    ]
+
 
 class Setting(click.Option):
     """An option whose name is that of a recipe's setting. Commands get those that were given as `settings`."""
+
+    def __init__(self, *arguments: Any, **attributes: Any) -> None:
+        super().__init__(*arguments, **({"shell_complete": suggested} | attributes))
 
 
 class Command(click.Command):

@@ -6,14 +6,19 @@ from typing import Any
 
 import click
 
-from compressor.cli.command import Command
+from compressor.cli.command import Command, suggested
 from compressor.cli.options import model_options
 from compressor.cli.terminal import Output, print_json, print_table, say, warn_of_idle_rules
 
 
 @click.command(cls=Command)
-@click.argument("model", metavar="MODEL")
-@click.option("--weights", metavar="FILE", help="Check that this file fits the model.")
+@click.argument("model", metavar="MODEL", shell_complete=suggested)
+@click.option(
+    "--weights",
+    metavar="FILE|DIR|OWNER/NAME",
+    shell_complete=suggested,
+    help="Check that these fit the model; `diffusers`, `ddpm`, `dit` and `uvit` are what they say.",
+)
 @model_options
 def inspect(output: Output, model: str, weights: str | None, settings: dict[str, Any]) -> None:
     """Show every layer of MODEL: its shape, its share of the MACs, and whether the pattern fits, or why not."""

@@ -7,18 +7,19 @@ from typing import Any
 
 import click
 
-from compressor.cli.command import Command
+from compressor.cli.command import Command, suggested
 from compressor.cli.options import options
 from compressor.cli.terminal import Output, print_json, say, watch
 
 
 @click.command(cls=Command, shared=True)
-@click.argument("pipeline", metavar="PIPELINE")
+@click.argument("pipeline", metavar="PIPELINE", shell_complete=suggested)
 @options(
     click.option(
         "--prompts",
         required=True,
         metavar="FILE",
+        shell_complete=suggested,
         help="One a line, JSON objects of arguments (.jsonl), or a list (.json).",
     ),
     click.option("--n", type=click.IntRange(1), default=16, show_default=True, help="Pictures to learn from."),

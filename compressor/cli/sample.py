@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from compressor.cli.command import Command
+from compressor.cli.command import Command, suggested
 from compressor.cli.options import options, run_argument
 from compressor.cli.terminal import Output, print_json, say, watch
 from compressor.errors import CompressorError
@@ -43,7 +43,9 @@ from compressor.processes import team
         show_default=True,
         help="Share the batches; one GPU each.",
     ),
-    click.option("--vae", metavar="DIR", help="An AutoencoderKL of diffusers, for models of latents."),
+    click.option(
+        "--vae", metavar="DIR", shell_complete=suggested, help="An AutoencoderKL of diffusers, for models of latents."
+    ),
     click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, …"),
     click.option("--overwrite", is_flag=True, help="Replace former samples in DIR."),
 )
