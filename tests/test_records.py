@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Event
 from types import SimpleNamespace
 
 import diffusers
@@ -22,11 +25,12 @@ from torch import nn
 import compressor
 from compressor import CompressorError, Recording
 from compressor.data import calls as storage
-from compressor.data.calls import INDEX, Call
+from compressor.data.calls import INDEX, Call, Picture
 from compressor.pipelines import recording as recorder
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import opened
 from compressor.pipelines.prompts import pictures, read_prompts
+from compressor.pipelines.recording import sample
 from compressor.plugins.obs import OBS
 from compressor.plugins.sparsedm import SparseDM
 from compressor.training.calibration import visits
@@ -554,6 +558,47 @@ def test_what_is_recorded_is_what_the_pipeline_does_with_that_noise(scheduler, t
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     pipe(**picture.arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(picture.seed))
     assert all(torch.equal(call.args[0], own) for call, own in zip(records.take(torch.arange(3)), seen, strict=True))
+
+
+class _InTurns(Pipe):
+    """Waits for the other to begin, or to end, a while: as long as it is let."""
+
+    begun, ended = Event(), Event()
+
+    def __call__(self, prompt, num_inference_steps=STEPS, generator=None):
+        is_first = not self.begun.is_set()
+        if is_first:
+            self.begun.set()
+        (self.begun if is_first else self.ended).wait(0.3)
+        time.sleep(0.1 * is_first)
+        try:
+            return super().__call__(prompt, num_inference_steps, generator)
+        finally:
+            if is_first:
+                self.ended.set()
+
+
+def test_threads_record_what_one_after_another_would():
+    step = Scheduler.step
+    wanted = Picture(arguments={"prompt": "one"}, seed=3)
+    alone = sample(opened(Pipe()), wanted, STEPS, keep=True)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: sample(opened(_InTurns()), wanted, STEPS, keep=True), range(2)))
+    assert Scheduler.step is step
+    for one in found:
+        assert [call.step for call in one.calls] == list(range(STEPS))
+        assert all(torch.equal(a, b) for a, b in zip(one.latents, alone.latents, strict=True))
+
+
+def test_a_scheduler_with_a_step_of_its_own_is_followed(pipe):
+    wanted = Picture(arguments={"prompt": "one"}, seed=3)
+    plain = sample(opened(Pipe()), wanted, STEPS)
+    own = Scheduler.step
+    pipe.scheduler.step = given = lambda answer, latents: own(pipe.scheduler, answer, latents)
+    found = sample(opened(pipe), wanted, STEPS, keep=True)
+    assert vars(pipe.scheduler)["step"] is given and Scheduler.step is own
+    assert [call.step for call in found.calls] == list(range(STEPS))
+    assert all(torch.equal(a, b) for a, b in zip(found.latents, plain.latents, strict=True))
 
 
 def test_a_copy_of_the_scheduler_steps_by_itself(tmp_path):

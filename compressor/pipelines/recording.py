@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ from compressor.weights import bare, weights_sha256
 STAGE = "record"
 _LEFTOVER = re.compile(rf"\.partial-\d+-({re.escape(storage.INDEX)}|picture-\d+\.safetensors)")
 _SPARE = 64 * 2**20  # bytes that are left free on the disk
+_TURN = RLock()
+"""Held while a pipeline runs: threads share the class of a scheduler, which is watched, and the generator that all noise may be of."""
 
 
 @dataclass(eq=False)
@@ -52,7 +55,7 @@ class Sampled:
 def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = False) -> Sampled:
     """Run the pipeline for one `picture`, with noise of its seed alone. With `keep`, every call of the part is kept.
 
-    Raises UsageError for arguments that the pipeline does not take, and CompressorError where it fails.
+    Threads take turns. Raises UsageError for arguments that the pipeline does not take, and CompressorError where it fails.
     """
     pipe, known = opened.pipe, takes(opened.pipe)
     for name in picture.arguments:
@@ -68,7 +71,7 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
     if "generator" in known:
         given["generator"] = torch.Generator().manual_seed(picture.seed)
     found = Sampled()
-    with _quiet(pipe), _steps(pipe, found), _kept(opened.module, found, keep), torch.random.fork_rng(devices=[]):
+    with _TURN, _quiet(pipe), _steps(pipe, found), _kept(opened.module, found, keep), torch.random.fork_rng(devices=[]):
         torch.manual_seed(picture.seed)  # for pipelines that draw some of their noise without the generator
         try:
             output = pipe(**given)
@@ -314,30 +317,32 @@ def copied(value: Any) -> Any:
 def _steps(pipe: Any, found: Sampled) -> Iterator[None]:
     """The latents after each step of the pipeline's scheduler go into `found.latents`."""
     scheduler: Any = getattr(pipe, "scheduler", None)
-    kind: Any = type(scheduler)
-    own: Callable[..., Any] | None = getattr(kind, "step", None)
+    # on the class: what a pipeline makes a copy of would step the one that it is of; unless the user gave this one a step of its own
+    is_own = "step" in getattr(scheduler, "__dict__", {})
+    holder: Any = scheduler if is_own else type(scheduler)
+    own: Callable[..., Any] | None = getattr(holder, "step", None)
     if own is None:
         yield
         return
 
     @wraps(own)  # pipelines ask the step which arguments it takes, and leave out the others: eta, generator
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = own(self, *args, **kwargs)
-        if self is scheduler:
+    def step(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        if is_own or args[0] is scheduler:
             latents = output[0] if isinstance(output, tuple) else getattr(output, "prev_sample", None)
             kept = latents.detach().float().cpu().clone() if isinstance(latents, Tensor) else torch.zeros(0)
             found.latents.append(kept)
         return output
 
-    inherited = "step" not in vars(kind)
-    kind.step = step  # on the class: what a pipeline makes a copy of would step the one that it is of
+    inherited = "step" not in vars(holder)
+    holder.step = step
     try:
         yield
     finally:
         if inherited:
-            del kind.step
+            del holder.step
         else:
-            kind.step = own
+            holder.step = own
 
 
 @contextmanager
