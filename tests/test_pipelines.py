@@ -136,11 +136,36 @@ def test_a_decoder_is_pruned_like_a_denoiser(folders, cli, tmp_path):
         compressor.load(tmp_path / "run")
 
 
-@pytest.mark.parametrize("told", ["sampler=ddim", "guidance=2", "metric=fd-digits", "inception_weights=weights.pth"])
-def test_how_bundled_models_are_judged_is_refused_for_a_pipeline(folders, cli, tmp_path, told):
-    outcome = cli(*command(folders("sd3"), tmp_path / "run", "--set", f"evaluate.{told}"))
-    assert outcome.code == 2 and f"evaluate.{told.partition('=')[0]}: a pipeline draws" in outcome.err, outcome.err
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("evaluate.sampler=ddim", "evaluate.guidance=2", "evaluate.metric=fd-digits", "evaluate.samples=1"),
+        *("evaluate.inception_weights=weights.pth", "evaluate.samples=0", "evaluate.sampler_steps=25"),
+        *("evaluate.sampler_steps=3", "evaluate.measures=[kid]", "evaluate.bootstrap=7", "evaluate.seed=7"),
+        *(
+            "loading.size=64",
+            "loading.flip=true",
+            "loading.workers=1",
+            "loading.skip_damaged=true",
+            "loading.cache_mb=9",
+        ),
+        *("train.times=even", "train.lora.rank=4"),
+    ],
+)
+def test_what_no_run_of_a_pipeline_asks_is_refused(folders, cli, tmp_path, told):
+    outcome = cli(*command(folders("sd3"), tmp_path / "run", "--set", told))
+    assert outcome.code == 2 and f"error: {told.partition('=')[0]}" in outcome.err, outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_that_a_run_wrote_is_run_again(folders, cli, tmp_path):
+    given = ("--method", "magnitude", "--steps", "0", *NO_TIMES, "--quick")
+    outcome = cli(*command(folders("sd3"), tmp_path / "run", *given))
+    assert outcome.code == 0, outcome.err
+    again = cli("run", "--config", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
+    assert weights[0] == weights[1]
 
 
 def test_a_run_is_put_into_a_pipeline_in_memory(folders, cli, tmp_path):
@@ -368,11 +393,13 @@ def test_methods_are_compared_on_the_records_of_one_pipeline(folders, cli, tmp_p
             tmp_path / "out",
             *QUICK,
             *NO_TIMES,
-            "--set",
-            "evaluate.bootstrap=2",
         ),
     )
     assert outcome.code == 0, outcome.err
+    outcome = cli("compare", "--pipeline", folder, "--prompts", folder.with_suffix(".jsonl"), "--sampler-steps", "2")
+    assert outcome.code == 2 and "--sampler-steps: what fewer steps cost is told by a metric" in outcome.err, (
+        outcome.err
+    )
     report = files.read_json(tmp_path / "out" / "report.json")
     assert report["compared_by"] == "prediction_error"
     assert [(entry["label"], len(entry["cells"])) for entry in report["entries"]] == [("magnitude", 1), ("sparsedm", 1)]

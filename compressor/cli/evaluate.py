@@ -64,6 +64,7 @@ def settings_with(out: Path, changed: Mapping[str, Any]) -> tuple[dict[str, Any]
 def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
     """Judge the finished run in `out` again with the settings of `evaluate` that are `changed`, and show its report."""
     from compressor.runs import facts
+    from compressor.runs.captioned import refuse_unused
     from compressor.runs.directory import refuse_busy_directory, refuse_unbegun
     from compressor.runs.finish import unfinished
     from compressor.runs.inputs import prepared, resolve
@@ -76,14 +77,11 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
         raise UsageError(f"{out} is not finished: {reason}", f"Finish it first: compressor resume {out}")
     refuse_busy_directory(out)
     before, settings = settings_with(out, changed)
-    unused = [name for name in ("samples", "sampler_steps", "measures") if name in changed]
-    if before.get("prompts") and unused:
-        raise UsageError(
-            f"evaluate.{unused[0]}: a pipeline's run is judged by the pictures of its records",
-            "Start another run with other records: record.unseen, record.steps.",
-        )
     where = str(out / "recipe.yaml")
-    inputs = watch(prepared(resolve(settings, where), facts.begun(out)), output.quiet)
+    recipe = resolve(settings, where)
+    if recipe.pipeline is not None:
+        refuse_unused(recipe, changed)
+    inputs = watch(prepared(recipe, facts.begun(out)), output.quiet)
     given = [part for name, value in changed.items() for part in ("--set", f"evaluate.{name}={value}")]
     command = shlex.join(["compressor", "evaluate", str(out), *given])
     drive(judge_again(inputs, out, resolve(before, where)), out, output.quiet, again=command)

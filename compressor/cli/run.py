@@ -100,6 +100,8 @@ def begin(
 
     if not recipe.lower and (idle := recipe.lowering.model_dump(exclude_defaults=True)):
         raise UsageError(f"lowering.{next(iter(idle))} is of lowered models", "Give --lower too.")
+    if recipe.train.mode != "lora" and (idle := recipe.train.lora.model_dump(exclude_defaults=True)):
+        raise UsageError(f"train.lora.{next(iter(idle))} is of adapters", "Give --set train.mode=lora too.")
     names = checked_trackers(log_with)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
     here = team()

@@ -114,7 +114,8 @@ def planned(
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     chosen_preset = None if preset is None else _preset(preset)
     entries = _entries(methods, configs, chosen_preset, common)
-    if sampler_steps == () and chosen_preset is not None:
+    given = tuple(sampler_steps)
+    if not given and chosen_preset is not None:
         sampler_steps = chosen_preset.sampler_steps
     found = {
         label: inputs.resolve(_fitting(recipes.merged(before, settings)), label) for label, settings in entries.items()
@@ -127,6 +128,11 @@ def planned(
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
+    if given and first.metric is None:
+        raise UsageError(
+            "--sampler-steps: what fewer steps cost is told by a metric, and none is measured here",
+            "Leave it out, or choose one: --set evaluate.metric=NAME. Of a pipeline: compressor bench RUN --steps 14,7.",
+        )
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():

@@ -102,10 +102,11 @@ def _write_match(wanted: Comparison, out: Path) -> None:
 
 
 def evaluated_before(out: Path) -> dict[str, Any]:
-    """The number of samples in the folder `out`, as settings below the user's: a comparison that goes on keeps it."""
+    """The number of samples in the folder `out`, as settings below the user's: a comparison that goes on keeps it. None of a pipeline,
+    whose pictures are recorded."""
     path = out / "dense" / JOB
     recipe = files.read_json(path).get("recipe") if path.is_file() else None
-    settings = recipe.get("evaluate") if isinstance(recipe, dict) else None
+    settings = recipe.get("evaluate") if isinstance(recipe, dict) and recipe.get("pipeline") is None else None
     samples = settings.get("samples") if isinstance(settings, dict) else None
     return {"evaluate": {"samples": samples}} if isinstance(samples, int) else {}
 

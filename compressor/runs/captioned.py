@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from compressor import registry
 from compressor.adapter import Adapter
 from compressor.data.reading.captions import read_captioned
 from compressor.data.sets import Records
+from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import UsageError
 from compressor.pipelines.captions import encoded
 from compressor.pipelines.opened import DENOISERS, open_pipeline
 from compressor.progress import Progress
+from compressor.quality.settings import Evaluation, of_budget
 from compressor.recipe import Recipe
 from compressor.runs import piped
 from compressor.seeds import generator
@@ -25,6 +28,13 @@ from compressor.weights import bare
 
 DEFAULTS = {**piped.DEFAULTS, "evaluate": {**piped.DEFAULTS["evaluate"], "samples": 0}}
 """Pictures are the pipeline's to draw."""
+_DRAWN = (
+    *("metric", "inception_weights", "sampler", "spacing", "guidance"),
+    *("samples", "sampler_steps", "measures"),
+)
+_USUAL = Evaluation().model_dump()
+_OF_A_RUN = {"architecture", "vae", "weights"}
+"""Settings that a pipeline's recipe has where a run wrote it, and that are refused beside a pipeline where they say anything."""
 _FOLDER = (
     "Beside a pipeline, data is a folder of pictures with captions, such as cat.png and cat.txt. Or leave it out, and give "
     "--prompts."
@@ -45,7 +55,7 @@ def refuse_mixed(recipe: Recipe) -> None:
             f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
         )
     if recipe.pipeline is not None:
-        _refuse_unused(recipe)
+        refuse_unused(recipe)
     alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
     alone["evaluate.scores"] = recipe.evaluate.scores or None
     if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
@@ -63,14 +73,37 @@ def refuse_mixed(recipe: Recipe) -> None:
         raise UsageError(f"part {recipe.part}: captioned pictures are for what denoises", "Record it: --prompts FILE.")
 
 
-def _refuse_unused(recipe: Recipe) -> None:
-    """Raise UsageError where the recipe of a pipeline says how pictures of other models are drawn and judged."""
-    for name in ("metric", "inception_weights", "sampler", "spacing", "guidance"):
-        if getattr(recipe.evaluate, name) is not None:
-            raise UsageError(
-                f"evaluate.{name}: a pipeline draws its pictures itself, and they have no real ones beside them",
-                "Leave it out; how it draws: record.steps, record.arguments.NAME; scores of its pictures: evaluate.scores.",
-            )
+def refuse_unused(recipe: Recipe, given: Collection[str] = ()) -> None:
+    """Raise UsageError for settings that say how other models are trained, drawn and judged, and that no run of a pipeline asks.
+
+    Those are meant that are not as usual, those of `evaluate` that are `given`, and a number of steps that is given in a recipe which
+    no run wrote: a run writes all settings.
+    """
+    captioned, settings = is_captioned(recipe), recipe.evaluate
+    usual = {**_USUAL, **of_budget(settings.budget, {}), "samples": 0 if captioned else recipe.record.unseen}
+    names = _DRAWN if settings.scores else (*_DRAWN, "bootstrap") if captioned else (*_DRAWN, "bootstrap", "seed")
+    meant = {name for name in names if getattr(settings, name) not in (_USUAL[name], usual[name])} | set(given)
+    if not recipe.model_fields_set >= _OF_A_RUN:
+        meant |= settings.model_fields_set & {"sampler_steps"}
+    if drawn := [name for name in names if name in meant]:
+        raise UsageError(
+            f"evaluate.{drawn[0]}: a pipeline draws its pictures itself, and they have no real ones beside them",
+            "Leave it out. Which it draws, and how: record.unseen, record.seed, record.steps, record.arguments.NAME; scores of its "
+            "pictures: evaluate.scores.",
+        )
+    if captioned:
+        idle, why = _unusual(recipe.record, ("n", "steps", "keep"), "record"), "captioned pictures are not recorded"
+    else:
+        idle, why = _unusual(recipe.loading, Loading.model_fields, "loading"), "recorded calls are no pictures"
+        idle += _unusual(recipe.train, ("times",), "train")
+    if idle:
+        raise UsageError(f"{idle[0]}: nothing asks for it, as {why}", "Leave it out.")
+
+
+def _unusual(section: BaseModel, names: Iterable[str], where: str) -> list[str]:
+    """The `names` of a section that are not as usual."""
+    usual = type(section)()
+    return [f"{where}.{name}" for name in names if getattr(section, name) != getattr(usual, name)]
 
 
 def as_model(recipe: Recipe) -> Recipe:
@@ -83,11 +116,6 @@ def as_model(recipe: Recipe) -> Recipe:
 def captioned(recipe: Recipe, adapter: Adapter) -> Generator[Progress, None, tuple[Adapter, nn.Module, Records]]:
     """The adapter of the denoiser, which knows what its inputs look like, the denoiser, and the data of `recipe`."""
     assert recipe.pipeline is not None and recipe.data is not None  # the caller looked
-    if recipe.evaluate.samples:
-        raise UsageError(
-            "evaluate.samples: pictures of a pipeline are the pipeline's to draw",
-            "Leave it out, and draw with the pipeline that the run writes; or judge by --prompts.",
-        )
     pictures = read_captioned(Path(recipe.data))  # what is wrong with them is said before anything is opened
     yield Progress("open", 0, 1, recipe.pipeline)
     opened = open_pipeline(recipe.pipeline, recipe.part, resolve_device(recipe.train.device))
