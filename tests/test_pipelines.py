@@ -253,6 +253,52 @@ def test_pictures_that_are_judged_are_of_one_size_and_others_may_differ(folders,
     assert outcome.code == 2 and "the pictures that are judged have height 16 and 32" in outcome.err
 
 
+def test_pictures_that_a_pipeline_changes_are_named_in_the_file_of_prompts(folders, cli, tmp_path):
+    parts = diffusers.DiffusionPipeline.from_pretrained(folders("sd"), local_files_only=True).components
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "source")
+    lines = [{"prompt": f"a cat {n}", "image": {"file_name": f"{n}.png"}, "strength": 0.9} for n in range(5)]
+    shown = [Image.new("RGB", (16, 16), (50 * number, 0, 99)) for number in range(5)]
+    for line, image in zip(lines, shown, strict=True):
+        image.save(tmp_path / line["image"]["file_name"])
+    (tmp_path / "source.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ("--records", tmp_path / "records", "--method", "magnitude", "--steps", "0")
+    outcome = cli(*command(tmp_path / "source", tmp_path / "run", *given))
+    assert outcome.code == 0, outcome.err
+    found = compressor.Recording.opened(tmp_path / "records")
+    given = [{**line, "image": image} for line, image in zip(lines, shown, strict=True)]
+    same = compressor.record(pipe, given, tmp_path / "same", n=3, unseen=2, steps=3)
+    assert found.sha256 == same.sha256
+    with compressor.apply(pipe, tmp_path / "run", lowered=True):
+        assert pipe(**given[0], num_inference_steps=3, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("none.png", "none.png: no picture: No such file"), ("text.png", "no picture"), ("", "no picture")],
+)
+def test_what_is_no_picture_is_told_before_anything_is_opened(cli, tmp_path, name, said):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "images": [{"file_name": name}]}))
+    outcome = cli("record", tmp_path / "nowhere", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "records")
+    assert outcome.code == 2 and said in outcome.err and "images: " in outcome.err, outcome.err
+
+
+def test_pictures_of_several_sizes_are_refused_where_they_say_the_size(cli, tmp_path):
+    for side in (16, 32):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    lines = [{"prompt": "a", "image": {"file_name": f"{16 + 16 * (n % 2)}.png"}} for n in range(10)]
+    seed = next(
+        s
+        for s in range(9)
+        if len({p.arguments["image"]["file_name"] for p in pictures(lines, 9, 2, s) if p.unseen}) == 2
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ("--unseen", "2", "--seed", str(seed), "--out", tmp_path / "records")
+    outcome = cli("record", tmp_path / "nowhere", "--prompts", tmp_path / "p.jsonl", *given)
+    assert outcome.code == 2 and "the pictures that are judged have image 16x16 and 32x32" in outcome.err, outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, dtype_taken
-from compressor.data.calls import Call, Recording, answer, joined
+from compressor.data.calls import Call, Picture, Recording, answer, joined
 from compressor.data.variants import variant_of
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
@@ -27,6 +27,7 @@ class CallsAdapter(Adapter):
 
     The model is asked call by call, each as the pipeline asked it: no two are joined, as nothing is known of their arguments. Its
     inputs are (args, kwargs, the shape of the answer). What the dense model answered is in the records, so that no teacher is needed.
+    `pictures` are those of the records with their very arguments, where some are no JSON.
     `targets`, `ignore`: rules for layers. `registered`: the adapter by which a saved model is built again, and written
     where its structure became smaller; None for parts that no registered model stands for.
     """
@@ -37,9 +38,15 @@ class CallsAdapter(Adapter):
     ignore: Sequence[str] = ()
     registered: Adapter | None = None
     name: str = "pipeline"
+    pictures: Sequence[Picture] = ()
     answered: bool = True
     writes_pipeline: bool = True
     fixed_batch: bool = True
+
+    @property
+    def held_out(self) -> list[Picture]:
+        """The pictures that are judged, as the pipeline draws them."""
+        return [picture for picture in self.pictures or self.records.index.pictures if picture.unseen]
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
         """The calls as they were; nothing is drawn."""

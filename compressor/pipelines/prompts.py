@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from compressor.data.calls import Picture, hash_of
-from compressor.errors import CompressorError, UsageError
+from compressor.data.reading.decoded import FORMATS, opened_picture
+from compressor.errors import CompressorError, UsageError, first_line
 from compressor.foreign.bounded import read_bytes
 from compressor.seeds import generator
 
 _MOST_BYTES = 16 * 2**20
 _MOST_CHARACTERS = 4000
+_MOST_BYTES_OF_A_PICTURE = 256 * 2**20
+_FILE = "file_name"
+"""The one key of what stands for a picture among arguments, as the captions of a folder name theirs."""
 _FORM = (
     "Write a prompt per line (.txt), a JSON object of the pipeline's arguments per line (.jsonl), or a JSON list of texts or such "
     "objects (.json)."
@@ -55,6 +59,28 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     if not lines:
         raise UsageError(f"{path}: no prompt in it", _FORM)
     return [_line(line, f"{path}:{number}", kind == ".jsonl") for number, line in lines]
+
+
+def with_pictures(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """`arguments` with the picture, in colour, in the place of each `{"file_name": PATH}`, which may be relative to `folder`. Raises
+    UsageError where there is none."""
+    return {name: _with_pictures(value, folder, name) for name, value in arguments.items()}
+
+
+def _with_pictures(value: Any, folder: Path, where: str) -> Any:
+    if isinstance(value, list):
+        return [_with_pictures(one, folder, where) for one in value]
+    if not isinstance(value, Mapping) or set(value) != {_FILE}:
+        return value
+    path = folder / str(value[_FILE])
+    try:
+        return opened_picture(read_bytes(path, _MOST_BYTES_OF_A_PICTURE)).convert("RGB")
+    except Exception as error:  # Pillow raises a dozen types on damaged pictures
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UsageError(
+            f"{where}: {path}: no picture: {reason}",
+            f"{{{_FILE!r}: PATH}} is a picture of the formats {', '.join(FORMATS)}; paths are relative to the file of prompts.",
+        ) from error
 
 
 def as_calls(prompts: Sequence[Any]) -> list[dict[str, Any]]:

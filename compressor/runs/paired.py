@@ -36,7 +36,7 @@ class PairedJudge(Judge):
     def __init__(self, inputs: Inputs, piped: Piped) -> None:
         super().__init__(inputs)
         self.piped = piped
-        self.pictures = [picture for picture in piped.records.index.pictures if picture.unseen]
+        self.pictures = piped.adapter.held_out
         self.latents: dict[str, list[Sequence[Tensor]]] = {}
         self.drawn_by: dict[str, Tensor] = {}
         self.prompts: list[str] = []

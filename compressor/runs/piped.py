@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import nn
 
 from compressor import registry
@@ -16,7 +17,7 @@ from compressor.environment import cache_folder, resolve_device
 from compressor.errors import CompressorError, UsageError
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import DENOISERS, Opened, open_pipeline
-from compressor.pipelines.prompts import pictures, read_prompts
+from compressor.pipelines.prompts import pictures, read_prompts, with_pictures
 from compressor.pipelines.recording import index_of, recording, sample
 from compressor.pipelines.same import refuse_changed
 from compressor.progress import Progress
@@ -28,6 +29,7 @@ DEFAULTS: Mapping[str, Any] = {
     "evaluate": {"metric": None, "batch_size": 16, "latency_batch": 1, "latency_rounds": 10},
 }
 """What suits pretrained pipelines: a batch is calls, of one or two samples each."""
+_PICTURES = ("image", "mask_image", "control_image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +55,9 @@ def piped(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Generator[
     scores = _scores(recipe)
     opened, records = yield from recorded(recipe, before)
     refuse_changed(opened, records)
-    _try(scores, opened, records)
-    return Piped(opened, records, adapter_of_calls(opened, records), scores)
+    adapter = replace(adapter_of_calls(opened, records), pictures=_wanted(recipe, _lines(recipe)))
+    _try(scores, adapter)
+    return Piped(opened, records, adapter, scores)
 
 
 def _scores(recipe: Recipe) -> list[Score]:
@@ -79,17 +82,17 @@ def recorded(
     if opened.left_dense is not None:
         yield Progress("open", 1, 1, opened.left_dense)
     opened.module.requires_grad_(True).eval()
-    index = index_for(recipe, opened, lines)
+    wanted = _wanted(recipe, lines)
+    index = index_of(opened, wanted, recipe.record.steps, recipe.record.keep)
     if before is not None:
         _refuse_other(before, index, recipe.pipeline)
-    records = yield from recording(opened, index, records_folder(recipe, index))
+    records = yield from recording(opened, index, records_folder(recipe, index), wanted)
     return opened, records
 
 
-def index_for(recipe: Recipe, opened: Opened, lines: Sequence[Mapping[str, Any]] | None = None) -> Index:
+def index_for(recipe: Recipe, opened: Opened) -> Index:
     """What the records of `opened` that `recipe` wants are of."""
-    wanted = _wanted(recipe, _lines(recipe) if lines is None else lines)
-    return index_of(opened, wanted, recipe.record.steps, recipe.record.keep)
+    return index_of(opened, _wanted(recipe, _lines(recipe)), recipe.record.steps, recipe.record.keep)
 
 
 def _lines(recipe: Recipe) -> list[dict[str, Any]]:
@@ -101,18 +104,26 @@ def _lines(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _refuse_unlike(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> None:
     """Raise UsageError where the pictures that are judged would be of several sizes: they are compared as one."""
-    wanted = _wanted(recipe, lines)
-    for name in ("height", "width", "num_frames"):
-        if len(found := {str(one.arguments.get(name)) for one in wanted if one.unseen}) > 1:
+    judged = [one.arguments for one in _wanted(recipe, lines) if one.unseen]
+    sized = all({"height", "width"} <= {*arguments} for arguments in judged)
+    for name in ("height", "width", "num_frames", *(() if sized else _PICTURES)):
+        if len(found := {_extent(arguments.get(name)) for arguments in judged}) > 1:
             raise UsageError(
                 f"{recipe.prompts}: the pictures that are judged have {name} {' and '.join(sorted(found))}",
                 f"Give all lines the same {name}. In Python, compressor.record and compressor.prune take several.",
             )
 
 
+def _extent(value: Any) -> str:
+    """A number, or how large a picture is, in words."""
+    return "x".join(map(str, value.size)) if isinstance(value, Image) else str(value) if isinstance(value, int) else ""
+
+
 def _wanted(recipe: Recipe, lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """The pictures that `recipe` records."""
-    return pictures(lines, recipe.record.n, recipe.record.unseen, recipe.record.seed)
+    """The pictures that `recipe` records, with those that they are asked with. Raises UsageError."""
+    found = pictures(lines, recipe.record.n, recipe.record.unseen, recipe.record.seed)
+    folder = Path(recipe.prompts or "").parent
+    return [one.model_copy(update={"arguments": with_pictures(one.arguments, folder)}) for one in found]
 
 
 def adapter_of_calls(opened: Opened, records: Recording) -> CallsAdapter:
@@ -157,13 +168,12 @@ def _refuse_other(before: Mapping[str, Any], index: Index, where: str) -> None:
             )
 
 
-def _try(scores: Sequence[Score], opened: Opened, records: Recording) -> None:
+def _try(scores: Sequence[Score], adapter: CallsAdapter) -> None:
     """Let `scores` judge a picture of the pipeline as it is, twice: what one of them cannot do is said before anything is trained."""
     if not scores:
         return
-    index = records.index
-    picture = next((one for one in index.pictures if one.unseen), index.pictures[0])
-    images = sample(opened, picture, index.steps).images
+    picture = next(iter((*adapter.held_out, *adapter.pictures)))
+    images = sample(adapter.opened_pipeline, picture, adapter.records.index.steps).images
     if images is not None:
         images = images[:1].repeat(2, *(1 for _ in images.shape[1:]))
         for score in scores:

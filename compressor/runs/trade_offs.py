@@ -92,7 +92,7 @@ def traded(
     """
     adapter = calls_of(run)
     opened, index = adapter.opened_pipeline, adapter.records.index
-    pictures = [picture for picture in index.pictures if picture.unseen]
+    pictures = adapter.held_out
     if not pictures:
         raise CompressorError(f"{run.out}: no picture was held out", "Run with record.unseen of at least 1.")
     models = yield from _models(run, tolerance, max_error, fuse_projections)

@@ -58,14 +58,23 @@ def decode(content: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
     Pillow raises for damaged pictures, and ValueError for what has no clear meaning as 8-bit greys or colours.
     """
     channels, height, width = shape
+    image = opened_picture(content, 4 * max(height, width)).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image).reshape(height, width, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def opened_picture(content: bytes, side: int | None = None) -> Image.Image:
+    """The picture in `content`, in 8 bits, as `decode` has it before it is resized. With `side`, it may be smaller, not below that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if not content:
             raise ValueError("an empty file")
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            side = 4 * max(height, width)
-            opened.draft(None, (side, side))  # a JPEG of ten megapixels need not be decoded in full
+            if side is not None:
+                opened.draft(None, (side, side))  # a JPEG of ten megapixels need not be decoded in full
             # which packs plain areas to nothing
             most = math.inf if opened.format == "WEBP" else max(_LARGEST, _RATIO * len(content))
             if math.prod(opened.size) * len(opened.getbands()) > most:
@@ -74,11 +83,7 @@ def decode(content: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image).reshape(height, width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
