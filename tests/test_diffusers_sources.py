@@ -278,10 +278,52 @@ def test_a_single_file_with_its_architecture_said_is_read(tmp_path):
         key: value for key, value in json.loads((folder / "config.json").read_text()).items() if value is not None
     }
     file = shutil.copy(folder / "diffusion_pytorch_model.safetensors", tmp_path / "model.safetensors")
-    with pytest.raises(CompressorError, match="comes without weights"):
+    with pytest.raises(CompressorError, match=r"a file of weights alone, without the config\.json"):
         registry.adapter("diffusers").opened(str(file)).load(str(file))
     said = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
     same(registry.adapter("diffusers").opened(str(file), said).load(str(file)).state_dict(), load_file(file))
+
+
+SINGLE = {
+    "cond_stage_model.transformer.text_model.final_layer_norm.bias": "StableDiffusionPipeline.from_single_file(",
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": "StableDiffusionXLPipeline.from_single_file(",
+    "text_encoders.clip_g.logit_scale": "StableDiffusion3Pipeline.from_single_file(",
+    "model.diffusion_model.out.2.bias": "type(pipe.transformer).from_single_file(",
+    "double_blocks.0.img_attn.qkv.bias": "type(pipe.transformer).from_single_file(",
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_single_files_of_authors_are_refused_with_what_makes_a_folder_of_them(name, ending, cli, tmp_path):
+    file = tmp_path / f"model.{ending}"
+    state = {name: torch.ones(2), "model.diffusion_model.input_blocks.0.0.bias": torch.ones(2)}
+    save_file(state, file) if ending == "safetensors" else torch.save({"state_dict": state}, file)
+    of_pipeline = ("--pipeline", file, "--prompts", _prompts(tmp_path))
+    for given in (of_pipeline, ("--model", "diffusers", "--weights", file, "--data", "digits")):
+        outcome = cli("run", *given, "--out", tmp_path / "run")
+        assert outcome.code == 2 and SINGLE[name] in outcome.err and str(file) in outcome.err, outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def _prompts(folder):
+    (folder / "p.txt").write_text("a cat")
+    return folder / "p.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("m.gguf", "GGUF holds quantised weights"),
+        ("m.zip", "a file, not the folder"),
+        ("m.safetensors", "a single file of weights"),
+    ],
+)
+def test_other_files_are_no_pipelines(name, said, cli, tmp_path):
+    file = tmp_path / name
+    file.write_bytes(b"GGUF") if name != "m.safetensors" else save_file({"conv_in.bias": torch.ones(2)}, file)
+    outcome = cli("record", file, "--prompts", _prompts(tmp_path), "--out", tmp_path / "records")
+    assert outcome.code == 2 and said in outcome.err, outcome.err
 
 
 # --- Records. ---

@@ -16,6 +16,7 @@ import transformers
 
 from compressor import files, registry
 from compressor.errors import CompressorError, UsageError
+from compressor.pipelines.adapter import CallsAdapter
 from compressor.quality.score import Score, scored
 from compressor.quality.settings import Evaluation
 from compressor.report import read_report
@@ -152,6 +153,7 @@ def test_scores_judge_a_picture_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(piped, "sample", lambda *_: SimpleNamespace(images=torch.rand(1, 3, 4, 4)))
     seen = SimpleNamespace(unseen=False, arguments={"prompt": "a boat"})
     records = SimpleNamespace(index=SimpleNamespace(pictures=[seen], steps=2))
-    piped._try([Made(lambda images: images.flatten(1).mean(1))], None, records)
+    adapter = CallsAdapter(None, records, pictures=[seen])
+    piped._try([Made(lambda images: images.flatten(1).mean(1))], adapter)
     with pytest.raises(CompressorError, match="gave list"):
-        piped._try([Made(lambda images: [1.0, 2.0])], None, records)
+        piped._try([Made(lambda images: [1.0, 2.0])], adapter)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressor.data.outsized import check_pipeline
+from compressor.data.single_file import refuse_single_file
 from compressor.data.variants import stored_in, variant_of
 from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
@@ -81,6 +82,8 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
 
     library: Any = diffusers  # it has few annotations
     folder = Path(source)
+    if folder.is_file():
+        refuse_single_file(folder, anyway=True)
     if not folder.is_dir():
         if folder.exists():
             raise UsageError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
+from compressor.data.single_file import refuse_single_file
 from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, ReshapedError, UsageError
@@ -69,8 +70,15 @@ class DiffusersAdapter(Adapter):
             if self.layout is not None:  # the names and shapes in the file tell what it is of
                 config = self.layout.configuration(read_outline(source), self.config, architecture)
                 opened = replace(self, config=config, file=Path(source))
-            elif not self.config and (beside := pretrained.find_beside(Path(source))) is not None:
-                opened = self._of(beside)
+            else:
+                refuse_single_file(Path(source))
+                if not self.config and (beside := pretrained.find_beside(Path(source))) is not None:
+                    opened = self._of(beside)
+                elif not self.config and "_class_name" not in architecture:
+                    raise UsageError(
+                        f"{source}: a file of weights alone, without the config.json that says of which model they are",
+                        f"Put it beside the file, or say it: --set architecture._class_name=…. {self._hint}",
+                    )
         elif source is not None:
             opened = self._of(pretrained.find(source))
         given = dict(architecture)
