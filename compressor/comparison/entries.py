@@ -128,11 +128,8 @@ def planned(
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
-    if given and first.metric is None:
-        raise UsageError(
-            "--sampler-steps: what fewer steps cost is told by a metric, and none is measured here",
-            "Leave it out, or choose one: --set evaluate.metric=NAME. Of a pipeline: compressor bench RUN --steps 14,7.",
-        )
+    if given:
+        _refuse_unmeasured(first)
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():
@@ -151,6 +148,15 @@ def planned(
         max_error,
         preset or ", ".join(found),
     )
+
+
+def _refuse_unmeasured(first: Inputs) -> None:
+    """Raise UsageError where no metric would tell what fewer sampler steps cost."""
+    if first.metric is None:
+        raise UsageError(
+            "--sampler-steps: what fewer steps cost is told by a metric, and none is measured here",
+            "Leave it out, or choose one: --set evaluate.metric=NAME. Of a pipeline: compressor bench RUN --steps 14,7.",
+        )
 
 
 def _preset(name: str) -> Preset:
