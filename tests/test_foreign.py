@@ -559,6 +559,44 @@ def _quantised(model: nn.Sequential) -> None:
     torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
 
 
+class GGUFParameter(nn.Parameter):
+    """As diffusers makes them: bytes of blocks, of which a Linear of its own makes numbers at every call."""
+
+    def __new__(cls, data: Tensor) -> GGUFParameter:
+        made: GGUFParameter = Tensor._make_subclass(cls, data, False)
+        return made
+
+
+class Wrapped(Tensor):
+    """As optimum-quanto and torchao make theirs: of codes and scales, and to other code a tensor of floats."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Wrapped:
+        made: Wrapped = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        return made
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(args[0].codes) if func is torch.ops.aten.detach.default else NotImplemented
+
+
+def _gguf(model: nn.Sequential) -> None:
+    model[0].weight = GGUFParameter(torch.ones(32, 17, dtype=torch.uint8))
+
+
+def _wrapped(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(Wrapped(torch.ones(32, 16, dtype=torch.int8)), requires_grad=False)
+
+
+def _quanto(model: nn.Sequential) -> None:
+    """Not frozen yet: a plain weight, which is rounded at every call."""
+    kind = type("QLinear", (nn.Linear,), {"__module__": "optimum.quanto.nn.qlinear"})
+    model[0] = kind(16, 32)
+
+
 def _sparse(model: nn.Sequential) -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
 
@@ -583,6 +621,9 @@ def _expanded(model: nn.Sequential) -> None:
         (_spectral_norm, ("0.weight", "remove_spectral_norm")),
         (_lazy, ("0.weight", "lazy")),
         (_quantised, ("0: ", "quantised")),
+        (_gguf, ("0.weight: quantised (GGUFParameter, torch.uint8)", "without quantisation")),
+        (_wrapped, ("0.weight: quantised (Wrapped, torch.float32)", "without quantisation")),
+        (_quanto, ("0: a QLinear is quantised", "without quantisation")),
         (_sparse, ("0.weight", "to_dense")),
         (_transposed, ("2.weight shares memory with 0.weight", "clone()")),
         (_view, ("2.bias shares memory with 0.weight", "clone()")),
@@ -606,6 +647,16 @@ def test_weights_that_are_not_what_they_seem_are_refused_by_name(
         compressor.save(tmp_path / "model", model, {})
     with refused(*parts):
         compressor.lower(model, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("change", [_gguf, _wrapped])
+def test_a_shadow_refuses_quantised_weights_by_name(
+    model: nn.Sequential, change: Callable[[nn.Sequential], None]
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    change(model)
+    with refused("0.weight: quantised", "without quantisation"):
+        compressor.Shadow({"0.weight": model[0].weight}, Magnitude(), optimizer)
 
 
 class Kept(nn.Module):

@@ -114,8 +114,7 @@ def planned(
         raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     chosen_preset = None if preset is None else _preset(preset)
     entries = _entries(methods, configs, chosen_preset, common)
-    given = tuple(sampler_steps)
-    if not given and chosen_preset is not None:
+    if sampler_steps == () and chosen_preset is not None:
         sampler_steps = chosen_preset.sampler_steps
     found = {
         label: inputs.resolve(_fitting(recipes.merged(before, settings)), label) for label, settings in entries.items()
@@ -128,16 +127,14 @@ def planned(
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
-    if given:
-        _refuse_unmeasured(first)
+    _refuse_unmeasured(first, chosen_preset, sampler_steps)
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():
         found[label] = found[label].model_copy(update={"settings": {**found[label].settings, **changes}})
-    start = first.recipe.train.seed
     return Comparison(
         found,
-        range(start, start + seeds),
+        range(first.recipe.train.seed, first.recipe.train.seed + seeds),
         first,
         match,
         matched,
@@ -150,9 +147,9 @@ def planned(
     )
 
 
-def _refuse_unmeasured(first: Inputs) -> None:
-    """Raise UsageError where no metric would tell what fewer sampler steps cost."""
-    if first.metric is None:
+def _refuse_unmeasured(first: Inputs, preset: Preset | None, steps: Sequence[int]) -> None:
+    """Raise UsageError where no metric would tell what these sampler `steps` cost, which are not those of a preset."""
+    if steps and first.metric is None and (preset is None or steps != preset.sampler_steps):
         raise UsageError(
             "--sampler-steps: what fewer steps cost is told by a metric, and none is measured here",
             "Leave it out, or choose one: --set evaluate.metric=NAME. Of a pipeline: compressor bench RUN --steps 14,7.",

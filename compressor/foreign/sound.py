@@ -13,7 +13,14 @@ from torch.utils._pytree import tree_leaves
 from compressor.errors import UsageError
 
 _CLONE = "module.weight = torch.nn.Parameter(module.weight.detach().clone())"
-_UNQUANTISED = "Prune the model in floating-point numbers, and quantise what comes out of it."
+_UNQUANTISED = (
+    "Load it without quantisation (no quantization_config, no GGUF), prune it in floating-point numbers, and quantise what comes "
+    "out of it."
+)
+_QUANTISED = ("torchao", "bitsandbytes", "optimum", "quanto")
+"""Packages whose tensors are quantised."""
+_ROUNDING = ("optimum.quanto.nn.", "quanto.nn.")
+"""Homes of modules that may hold a plain weight, and multiply another that they make of it."""
 _COMPUTING: dict[type, str] = {
     WeightNorm: "Take it off: torch.nn.utils.remove_weight_norm(module).",
     SpectralNorm: "Take it off: torch.nn.utils.remove_spectral_norm(module).",
@@ -31,7 +38,7 @@ def refuse_unsound(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         home = type(module).__module__
-        if home.startswith("torch.ao.nn.") and "quantized" in home:
+        if ("quantized" in home and home.startswith("torch.ao.nn.")) or home.startswith(_ROUNDING):
             raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             _refuse_extra_state(name, module)
@@ -45,9 +52,20 @@ def refuse_unsound(model: nn.Module) -> None:
             raise UsageError(f"{name}: a lazy weight, without a shape", "Call the model once, model(example), before.")
         if value.layout != torch.strided:
             raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
-        if value.is_quantized or type(value).__module__.partition(".")[0] in ("torchao", "bitsandbytes"):
-            raise UsageError(f"{name}: quantised ({type(value).__name__}, {value.dtype})", _UNQUANTISED)
+        refuse_quantised(name, value)
     _refuse_shared_memory(model)
+
+
+def refuse_quantised(name: str, value: Tensor) -> None:
+    """Raise UsageError for a weight that holds codes, or is made of them and their scales: one of another class than PyTorch's own,
+    unless that only adds to a plain floating-point parameter."""
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    adds = value.is_floating_point() and issubclass(kind, nn.Parameter)
+    if value.is_quantized or package in _QUANTISED or not (package == "torch" or adds):
+        raise UsageError(f"{name}: quantised ({kind.__name__}, {value.dtype})", _UNQUANTISED)
+    if kind.__module__.startswith("torch.sparse."):
+        raise UsageError(f"{name}: stored as {kind.__name__}", "Store it as a dense tensor: value.to_dense().")
 
 
 def refuse_kept(model: nn.Module) -> None:

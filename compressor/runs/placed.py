@@ -29,7 +29,7 @@ from compressor.runs import facts
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine, in_place
 from compressor.training.engine import Result
-from compressor.training.given import refuse_fused, refuse_untrainable
+from compressor.training.given import refuse_8_bits, refuse_fused, refuse_untrainable
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.validation import validated
@@ -219,6 +219,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
     settings = recipes.read(folder / "recipe.yaml") if folder is not None and (folder / "recipe.yaml").is_file() else {}
     found = opened(pipe, part or settings.get("part"))
     own = found.module
+    refuse_8_bits(bare(own))
     if folder is not None:
         module = saving.load(folder, _copy_of(own, found.part))
     elif isinstance(pruned, (Result, Lowered)):

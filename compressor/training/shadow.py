@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CompressorError, UsageError, said_of
+from compressor.foreign.sound import refuse_quantised
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask, Pattern
@@ -52,6 +53,8 @@ class Shadow:
         optimizer = _that_steps(optimizer)
         _refuse_misplaced(weights, pruner, optimizer)
         refuse_unlocal(pruner.pattern, weights)
+        for name, weight in weights.items():
+            refuse_quantised(name, weight)
         _refuse_shared(weights, optimizer)
         check_quantise(pruner, {name: weight.dtype for name, weight in weights.items()})
         if previous is None:
