@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import sys
 import zipfile
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.foreign.bounded import check_regular, check_unpacked, check_zip, mapping
 from compressor.foreign.pickles import check_keys
-from compressor.foreign.sound import refuse_unsound
+from compressor.foreign.sound import copied, refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -235,8 +234,8 @@ def bare(model: nn.Module) -> nn.Module:
     memo = _tensors_of(model)
     for wrapper in reversed(wrapped):  # inner ones come last
         inner = _inside(wrapper)
-        memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
-    return copy.deepcopy(model, memo)
+        memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copied(inner, memo)
+    return copied(model, memo)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -331,7 +330,7 @@ def float32_(model: nn.Module) -> nn.Module:
 
 def in_float32(model: nn.Module) -> nn.Module:
     """`model` itself; where some of it is in half precision, a copy in float32, which runs anywhere and on inputs in float32."""
-    return float32_(copy.deepcopy(model)) if set(dtypes_of(model).values()) & set(HALF) else model
+    return float32_(copied(model)) if set(dtypes_of(model).values()) & set(HALF) else model
 
 
 def as_stored_(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -349,7 +348,7 @@ def sketch(model: nn.Module) -> nn.Module:
     for key, value in _tensors_of(model).items():
         empty = torch.empty_like(value, device="meta")
         memo[key] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -359,7 +358,7 @@ def twin(model: nn.Module) -> nn.Module:
         memo.update(
             (id(held), OrderedDict()) for held in vars(module).values() if type(held) is OrderedDict and not held
         )
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -657,6 +659,42 @@ def test_a_shadow_refuses_quantised_weights_by_name(
     change(model)
     with refused("0.weight: quantised", "without quantisation"):
         compressor.Shadow({"0.weight": model[0].weight}, Magnitude(), optimizer)
+
+
+def _lock() -> Any:
+    return threading.Lock()
+
+
+def _numbers() -> Any:
+    return (number for number in range(3))
+
+
+def _file() -> Any:
+    return io.TextIOWrapper(io.BytesIO())
+
+
+@pytest.mark.parametrize("make", [_lock, _numbers, _file])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_what_python_does_not_copy_is_named_where_a_model_is_copied(
+    make: Callable[[], Any], half: bool, model: nn.Sequential, adapter: Adapter, samples: Tensor, tmp_path: Path
+) -> None:
+    model[1].seen = {"last": [make()]}
+    model[0].hook = lambda x: x  # which is copied
+    words = ("1.seen (a dict): cannot be copied", "module.NAME = None")
+    pruner, given = Magnitude(), {"adapter": adapter, "data": samples}
+    if half:
+        model.to(torch.bfloat16)
+    for steps in (0, 2):
+        with refused(*words):
+            compressor.prune(model, pruner, **given, steps=steps, batch_size=4)
+    with refused(*words):
+        compressor.lower(model, torch.zeros(1, 16))
+    for export in (export_onnx, export_tensorrt):
+        with refused(*words):
+            export(model, adapter, tmp_path / "model.onnx")
+    compressor.save(tmp_path / "model", model, {})  # which copies nothing, as this does
+    assert compressor.prune_(model, pruner, **given, batch_size=4).model is model
 
 
 class Kept(nn.Module):

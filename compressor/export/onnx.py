@@ -36,7 +36,7 @@ from compressor.export.graph import (
 )
 from compressor.export.parity import BATCHES, TOLERANCE, Parity, float32_inputs, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
-from compressor.foreign.sound import refuse_kept
+from compressor.foreign.sound import copied, refuse_kept
 from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
@@ -175,7 +175,7 @@ def export_onnx(
 def in_float32_on_cpu(model: nn.Module) -> nn.Module:
     """A copy of `model` as graphs are made of: bare, in float32 and eval mode, on the CPU."""
     refuse_kept(model := bare(model))
-    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    return copied(model).cpu().float().eval().requires_grad_(False)
 
 
 # --- The gathered form. ---

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
-from compressor.errors import UsageError
+from compressor.errors import UsageError, first_line, memory_behind
 
 _CLONE = "module.weight = torch.nn.Parameter(module.weight.detach().clone())"
 _UNQUANTISED = (
@@ -83,6 +87,37 @@ def refuse_kept(model: nn.Module) -> None:
                     "torch does not copy such a tensor. Keep it without (x.detach()), or let go of it: "
                     f"module.{attribute} = None.",
                 )
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied(model: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
+    """A copy of `model`, as `copy.deepcopy` makes it with this `memo`. Raises UsageError, by its name, for what cannot be copied: a
+    lock, a generator, an open file, whatever has one."""
+    try:
+        return copy.deepcopy(model, dict(memo or {}))
+    except Exception as error:  # Python's own, torch's, and what a `__deepcopy__` of the user's raises
+        if memory_behind(error) is not None:
+            raise
+        refuse_kept(model)
+        what = _uncopied(model) or type(model).__name__
+        raise UsageError(
+            f"{what}: cannot be copied: {first_line(error)}",
+            "Take it out of the model (module.NAME = None), or load the model without it (hooks, such as those of offloading).",
+        ) from error
+
+
+def _uncopied(model: nn.Module) -> str | None:
+    """The first attribute of a module of `model` that cannot be copied."""
+    held = {id(value): value for value in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(held))
+            except Exception:
+                return f"{name}.{attribute} (a {type(value).__name__})".lstrip(".")
+    return None
 
 
 def _refuse_extra_state(name: str, module: nn.Module) -> None:

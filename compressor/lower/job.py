@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,6 +16,7 @@ from compressor import discovery
 from compressor.adapter import Adapter, as_dtype, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.sound import copied
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
@@ -193,7 +193,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype {dtype!r}", "Give torch.float32, torch.bfloat16 or torch.float16.")
     # buffers are the copy's own: a forward may write to them
-    base = copy.deepcopy(model, {} if dtype is not None else {id(p): p for p in model.parameters()}).eval()
+    base = copied(model, {} if dtype is not None else {id(p): p for p in model.parameters()}).eval()
     if dtype is None:
         return base
     if is_unit(base):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,8 @@ from compressor import saving
 from compressor.adapter import Adapter, to_device
 from compressor.data.calls import INDEX, Recording
 from compressor.data.settings import Record
-from compressor.errors import CompressorError, UsageError, first_line, texts
+from compressor.errors import CompressorError, UsageError, texts
+from compressor.foreign.sound import copied, refuse_kept
 from compressor.lower import Lowered, lower
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
 from compressor.pipelines.prompts import as_calls, pictures
@@ -33,7 +33,7 @@ from compressor.training.given import refuse_8_bits, refuse_fused, refuse_untrai
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.validation import validated
-from compressor.weights import bare, cast_, dtypes_of, unwrapped
+from compressor.weights import bare, cast_, dtypes_of, twin, unwrapped
 
 
 def record(
@@ -161,7 +161,7 @@ def prune_(
             "Make them: compressor.record(pipe, prompts, folder).",
         )
     found = opened(model, part)
-    _refuse_part(found, 0)
+    _refuse_part(found, 0, is_copied=False)
     _refuse_records(data, found)
     rules = {"targets": targets, "ignore": ignore}
     given = {**DEFAULTS["train"], **training}
@@ -221,7 +221,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
     own = found.module
     refuse_8_bits(bare(own))
     if folder is not None:
-        module = saving.load(folder, _copy_of(own, found.part))
+        module = saving.load(folder, copied(own))
     elif isinstance(pruned, (Result, Lowered)):
         module = pruned.model
     elif isinstance(pruned, nn.Module):
@@ -276,26 +276,19 @@ def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:
     same = all(wanted.get(name, dtype) == dtype for name, dtype in found.items())
     if same and all(value.device == device for value in (*module.parameters(), *module.buffers())):
         return module
-    made = _copy_of(module, "the module")
+    made = copied(module)
     cast_(unwrapped(made), wanted)
     return made.to(device)
 
 
-def _copy_of(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return copy.deepcopy(module)
-    except (TypeError, RuntimeError) as error:  # such as a stream or a lock in a hook
-        raise UsageError(
-            f"apply: {name} cannot be copied: {first_line(error)}",
-            "Load the pipeline without hooks, such as offloading.",
-        ) from error
-
-
-def _refuse_part(found: Opened, steps: int) -> None:
-    """Raise CompressorError where the part of `found` cannot be copied, or trained for so many `steps`."""
+def _refuse_part(found: Opened, steps: int, is_copied: bool = True) -> None:
+    """Raise CompressorError where the part of `found` cannot be copied (where it `is_copied`), or trained for so many `steps`."""
     refuse_away(found)
     refuse_hooked(found, copied=True)
-    refuse_untrainable(bare(found.module), steps)
+    refuse_untrainable(module := bare(found.module), steps)
+    if is_copied:
+        refuse_kept(module)
+        twin(module)  # raises now what copying it would, for no memory
     if steps and not any(value.requires_grad for value in found.module.parameters()):
         raise UsageError(
             f"{found.part} is frozen: none of its weights is to be trained",

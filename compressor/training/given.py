@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.errors import CompressorError, UsageError
-from compressor.foreign.sound import refuse_kept
+from compressor.foreign.sound import copied, refuse_kept
 from compressor.training.arithmetic import eagerly
 from compressor.training.shards import local
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
@@ -56,7 +55,7 @@ def student_of(model: nn.Module, steps: int) -> nn.Module:
     refuse_untrainable(model, steps)
     refuse_kept(model)
     check_finite(model.state_dict(), type(model).__name__)
-    student = float32_(copy.deepcopy(model))
+    student = float32_(copied(model))
     return student if steps else _unfrozen(student)
 
 
@@ -121,7 +120,7 @@ def teacher_of(model: nn.Module, device: torch.device) -> nn.Module:
     for value in (*model.parameters(), *model.buffers()):
         bare = value.detach()
         shared[id(value)] = nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
-    return float32_(copy.deepcopy(model, shared)).to(device).eval()
+    return float32_(copied(model, shared)).to(device).eval()
 
 
 def refuse_skipped(steps: int, done: int) -> None:
