@@ -465,6 +465,40 @@ def test_an_answer_of_a_list_is_stacked_and_others_are_refused():
         storage.answer([torch.zeros(2), torch.ones(3)])
 
 
+def test_an_answer_of_a_list_and_more_is_all_its_numbers():
+    """As of a ControlNet: what goes to each block on the way down, and what goes to the middle; of FLUX two lists, or one and None."""
+    down, mid = [torch.zeros(2, 3), torch.ones(4)], torch.full((5,), 2.0)
+    expected = torch.cat([torch.zeros(6), torch.ones(4), torch.full((5,), 2.0)])
+    for given in ((down, mid), (tuple(down), mid), {"down": down, "mid": mid}, (down, [mid])):
+        assert torch.equal(storage.answer(given), expected)
+    assert storage.answer(([mid, mid], None)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("part", ["controlnet", "controlnet.nets.1"])
+def test_a_controlnet_is_recorded_pruned_and_put_back(part, tmp_path):
+    def net():
+        made = diffusers.ControlNetModel(
+            block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
+            norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8, conditioning_embedding_out_channels=(8, 16),
+        )  # fmt: skip
+        for value in made.parameters():
+            value.data.normal_(0, 0.05)
+        return made.eval()
+
+    several = "." in part
+    nets, red = diffusers.MultiControlNetModel([net(), net()]) if several else net(), Image.new("RGB", (16, 16), "red")
+    parts = {**tiny_pipelines.made("sd", tmp_path / "files").components, "controlnet": nets}
+    pipe = diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    lines = [{"prompt": prompt, "image": [red, red] if several else red} for prompt in PROMPTS]
+    records = compressor.record(pipe, lines, tmp_path / "records", n=2, unseen=1, steps=2, part=part)
+    result = compressor.prune(pipe, SparseDM(), data=records, steps=2, lr=1e-3, part=part)
+    told = {**lines[0], "num_inference_steps": 2, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    before = pipe(**told).images
+    with compressor.apply(pipe, result, part=part):
+        assert not np.array_equal(pipe(**{**told, "generator": torch.Generator().manual_seed(0)}).images, before)
+    assert any("attn" in name for name in result.masks)
+
+
 def test_an_answer_of_two_tensors_is_learned_whole(tmp_path):
     """As of a model of video and sound."""
 

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from compressor import files, validation
 from compressor.data.sets import SampleSet
@@ -96,7 +97,7 @@ class Call:
 
 def answer(output: Any) -> Tensor:
     """The tensor that a model's `output` comes to: it, the first value of a tuple or mapping, or a list of samples, stacked. Where
-    other values are tensors too, as sound beside a video, the numbers of all of them (n,).
+    other values are tensors too, as sound beside a video or the last part of a ControlNet's answer, the numbers of all of them (n,).
 
     Raises CompressorError where that is none.
     """
@@ -106,7 +107,10 @@ def answer(output: Any) -> Tensor:
     found = values[0] if values else None
     if isinstance(found, Tensor) and len(every := [value for value in values if isinstance(value, Tensor)]) > 1:
         return torch.cat([value.flatten() for value in every])
-    if isinstance(found, list) and found and all(isinstance(one, Tensor) for one in found):
+    if isinstance(found, (list, tuple)) and any(value is not None for value in values[1:]):
+        leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        found = torch.cat([leaf.flatten() for leaf in leaves]) if leaves else found
+    if isinstance(found, (list, tuple)) and found and all(isinstance(one, Tensor) for one in found):
         if len({one.shape for one in found}) > 1:
             raise CompressorError("the model answers samples of unlike shapes", "Record pictures of one size.")
         found = torch.stack(found)
