@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -297,6 +298,16 @@ def test_pictures_of_several_sizes_are_refused_where_they_say_the_size(cli, tmp_
     given = ("--unseen", "2", "--seed", str(seed), "--out", tmp_path / "records")
     outcome = cli("record", tmp_path / "nowhere", "--prompts", tmp_path / "p.jsonl", *given)
     assert outcome.code == 2 and "the pictures that are judged have image 16x16 and 32x32" in outcome.err, outcome.err
+
+
+def test_code_in_a_folder_is_not_run_and_the_error_says_what_to_do(folders, tmp_path):
+    shutil.copytree(folders("sd"), tmp_path / "own")
+    index = files.read_json(tmp_path / "own" / "model_index.json")
+    files.write_json(tmp_path / "own" / "model_index.json", {**index, "_class_name": ["pipeline", "Own"]})
+    (tmp_path / "own" / "pipeline.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(CompressorError, match=r"contains custom code in pipeline\.py") as caught:
+        open_pipeline(tmp_path / "own")
+    assert "trust_remote_code=True" in caught.value.hint
 
 
 @pytest.mark.parametrize(

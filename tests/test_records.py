@@ -18,6 +18,7 @@ import pytest
 import tiny_denoisers
 import tiny_pipelines
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
@@ -441,6 +442,36 @@ def test_a_model_takes_the_dtype_of_the_part_and_stays_what_it_was(pipe, tmp_pat
     with pytest.raises(CompressorError, match=r"ff_out\.weight: 1e\+06 is too large for torch\.float16"):
         compressor.apply(pipe, result)
     assert pipe.net is dense
+
+
+def processors(unet):
+    unet.set_attn_processor(AttnProcessor())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (processors, r"attn1\.processor \(AttnProcessor\), and the module .* has not \(AttnProcessor2_0\)"),
+        (lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6), "FreeU"),
+        (lambda unet: setattr(unet, "encoder_hid_proj", nn.Linear(2, 2)), "encoder_hid_proj"),
+    ],
+)
+def test_what_was_put_into_a_part_since_is_not_lost_without_a_word(change, said, tmp_path):
+    pipe = tiny_pipelines.made("sd", tmp_path / "files")
+    other = copy.deepcopy(pipe.unet)
+    with compressor.apply(pipe, other):
+        change(pipe.unet)  # after apply, it is the module's own
+    other = copy.deepcopy(pipe.unet)
+    change(pipe.unet)
+    with pytest.raises(CompressorError, match=said):
+        compressor.apply(pipe, other)
+    compressor.save(tmp_path / "model", other, {})
+    before = pipe.unet
+    if "hid_proj" not in said:
+        with compressor.apply(pipe, tmp_path / "model"):
+            assert pipe.unet is not before
+    with compressor.apply(pipe, copy.deepcopy(before)):
+        pass
 
 
 def test_what_was_applied_last_is_removed_first(pipe):

@@ -24,6 +24,14 @@ from compressor.weights import unwrapped
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
+_DAMAGED = (
+    "The folder is incomplete or damaged, or a package that it needs is not installed: "
+    'pip install "diffusion-compressor[pipelines]".'
+)
+_OWN_CODE = (
+    "Code in a folder is not run here. Read it, load the pipeline in Python with trust_remote_code=True, and give that: "
+    "compressor.record(pipe, …), compressor.prune(pipe, …)."
+)
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -125,8 +133,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     except Exception as error:  # a dozen types, from missing files and packages to damaged ones
         raise CompressorError(
             f"{folder}: {index.get('_class_name')} cannot be opened: {first_line(error)[:300]}",
-            "The folder is incomplete or damaged, or a package that it needs is not installed: "
-            'pip install "diffusion-compressor[pipelines]".',
+            _OWN_CODE if "trust_remote_code" in str(error) else _DAMAGED,
         ) from error
     return opened(pipe.to(device), part, folder)
 

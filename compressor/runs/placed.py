@@ -231,6 +231,8 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
             f"apply: a {type(pruned).__name__}", "Give a run's directory, a Result, a Lowered or a module."
         )
     device = next((value.device for value in own.parameters()), torch.device("cpu"))
+    if folder is None:
+        _refuse_lost(found, module)
     if not isinstance(pruned, Lowered):
         module = _like(module, own, device)
     # the saved model knows what its inputs look like
@@ -268,6 +270,38 @@ def _how(lowered: Any) -> Mapping[str, Any] | None:
             f"apply: lowered is {what}", f"Give True, or arguments of compressor.lower: {', '.join(_LOWERING)}."
         )
     return lowered
+
+
+def _refuse_lost(found: Opened, module: nn.Module) -> None:
+    """Raise UsageError where the part of `found` has what was put into it (an IP-Adapter, attention processors, FreeU), and `module`,
+    of the same class, has not: pictures would be drawn without."""
+    own, new = unwrapped(found.module), unwrapped(module)
+    if type(own) is not type(new):
+        return
+    before, after = _put_in(own), _put_in(new)
+    if lost := [name for name, value in before.items() if after.get(name) != value]:
+        raise UsageError(
+            f"apply: {found.part} has {lost[0]} ({before[lost[0]]}), and the module that would take its place has not "
+            f"({after.get(lost[0])})",
+            "Put it into the pipeline after apply, or before the part is pruned; or apply the directory of a run, which changes the "
+            "weights alone.",
+        )
+
+
+def _put_in(module: nn.Module) -> dict[str, str]:
+    """What users put into a model of diffusers, by its name: classes of attention processors, adapters of images, FreeU's numbers."""
+    found = {
+        f"{name}.processor": type(one.processor).__name__
+        for name, one in module.named_modules()
+        if getattr(one, "processor", None) is not None
+    }
+    for name, one in module.named_modules():
+        if name.endswith("encoder_hid_proj"):
+            found[name] = type(one).__name__
+        told = [getattr(one, number, None) for number in ("s1", "s2", "b1", "b2")]
+        if any(number is not None for number in told):
+            found[f"{name}: FreeU"] = str(told)
+    return found
 
 
 def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:
