@@ -112,6 +112,17 @@ def test_a_state_is_stored_in_plain_tensors_and_revived(model: nn.Module) -> Non
         assert one.signed == other.signed and one.dtype == other.dtype and one.block_size == other.block_size
 
 
+def test_a_second_moment_too_small_for_8_bits_makes_no_long_step() -> None:
+    pytest.importorskip("torchao")
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = optimizer_of(Training(optimizer="adamw-8bit", lr=1e-3), [weight], torch.device("cpu"))
+    for small in (1e-4, 0.0, 0.0):  # of the largest gradient in its block
+        weight.grad = torch.ones(64, 64)
+        weight.grad[0, 0] = small
+        optimizer.step()
+    assert weight.detach().abs().max() < 10 * 1e-3  # without a floor: 7.3, in the third step
+
+
 def test_a_missing_package_is_one_clear_line(
     adapter: Adapter, samples: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,39 @@ def test_two_processes_recover_by_the_adapters_of_one():
     assert all(farthest(own, expected) < CLOSE for own in launched(lambda rank: plainly(pruned(STE(), mode="lora"))[0]))
 
 
+def test_moments_in_8_bits_follow_the_gradients_of_two_processes_bit_for_bit():
+    """Sums in another order may end in another code, so that two processes differ from one by more than float32 does: given the same
+    gradients, they do not differ at all."""
+    pytest.importorskip("torchao")
+
+    def tuned(given=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 256), nn.Tanh(), nn.Linear(256, 16))
+        training = Training(**{**SETTINGS, "optimizer": "adamw-8bit"})
+        run = FineTuning(model, Magnitude(), adapter=TinyAdapter(), data=samples(), training=training)
+        parameters, told = list(run.parameters.values()), []
+
+        def gradients(*_):
+            if given is not None:
+                for parameter, value in zip(parameters, given[len(told)], strict=True):
+                    parameter.grad.copy_(torch.from_numpy(value))
+            told.append([parameter.grad.clone().numpy() for parameter in parameters])
+
+        run.optimizer.register_step_pre_hook(gradients)
+        hooks = run.optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(next(reversed(hooks)), last=False)  # before the Shadow's
+        for _ in range(SETTINGS["steps"]):
+            run.advance()
+        moments = [own[name].dequantize() for own in run.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        return told, [value.detach().numpy() for value in (*parameters, *moments)]
+
+    first, second = launched(lambda rank: tuned())
+    alone = tuned(first[0])
+    assert all(
+        (one == other).all() for ours in (second[1], alone[1]) for one, other in zip(first[1], ours, strict=True)
+    )
+
+
 class Unused(nn.Module):
     """A network with a part that nobody asks."""
 

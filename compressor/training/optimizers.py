@@ -56,7 +56,11 @@ def check_optimizer(settings: Training) -> None:
 
 
 def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
-    """torchao's AdamW with moments in 8 bits, each block of 256 with a scale of its own; tensors below 4,096 entries in float32."""
+    """torchao's AdamW with moments in 8 bits, each block of 256 with a scale of its own; tensors below 4,096 entries in float32.
+
+    A second moment below all codes of its block counts as the smallest of them (3.25e-7 of the largest), not as 0: divided by the
+    root of 0, a first moment moves its weight by a hundred learning rates and more in one step.
+    """
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -69,6 +73,9 @@ def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
         """Without torch.compile: it would need a compiler, and minutes for each shape; and the same bytes come of every call."""
 
         def step(self, closure: Any = None) -> Any:
+            for moments in self.state.values():
+                if isinstance(codes := getattr(moments["exp_avg_sq"], "codes", None), Tensor):
+                    codes.clamp_(min=1)
             with torch.compiler.set_stance("force_eager"):
                 return super().step(closure)
 
