@@ -103,6 +103,12 @@ class Pruner(ABC):
         """
         return fitting(model, self.pattern)
 
+    @property
+    def unprepared(self) -> bool:
+        """Whether training without `prepare` would not be this method. Default: fields that `found` declares hold nothing yet."""
+        held = [getattr(self, one) for one in found_names(type(self))]
+        return bool(held) and all(one is None or (isinstance(one, Mapping) and not one) for one in held)
+
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         """Called once, before training: calibrate scores, or update weights in place. Default: self.
 
@@ -148,14 +154,26 @@ def settings_of(pruner: Pruner) -> dict[str, Any]:
     return {name: getattr(pruner, name) for name in setting_names(type(pruner)) if name in fields}
 
 
+def refuse_text(pruner: Pruner) -> None:
+    """Raise UsageError for a pattern that is written, not read: `"2:4"` in the place of `parse("2:4")`."""
+    if not isinstance(pattern := pruner.pattern, Pattern):
+        how = (
+            f"compressor.parse({pattern!r})"
+            if isinstance(pattern, str)
+            else 'a compressor.Pattern: compressor.parse("2:4")'
+        )
+        raise UsageError(f"the pattern of {type(pruner).__name__} is {type(pattern).__name__}", f"Give {how}.")
+
+
 def refuse_misplaced(model: Any, pruner: Any, adapter: Any) -> None:
-    """Raise UsageError for what is no model, pruner or adapter, such as the class of one."""
+    """Raise UsageError for what is no model, pruner or adapter, such as the class of one, and as `refuse_text` does."""
     for name, found, kind in (("model", model, nn.Module), ("pruner", pruner, Pruner), ("adapter", adapter, Adapter)):
         if isinstance(found, type):
             raise UsageError(f"the {name} is the class {found.__name__}", f"Give an instance: {found.__name__}().")
         if not isinstance(found, kind):
             home = "torch.nn.Module" if kind is nn.Module else f"compressor.{kind.__name__}"
             raise UsageError(f"the {name} is {type(found).__name__}", f"Give an instance of {home}.")
+    refuse_text(pruner)
 
 
 def choose_layers(

@@ -10,6 +10,7 @@ computed once per optimizer step, not once per forward. The price is one dense c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from compressor.foreign.sound import refuse_quantised
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask, Pattern
-from compressor.training.pruner import Pruner, found_names
+from compressor.training.pruner import Pruner, found_names, refuse_text
 from compressor.training.rounding import check_quantise, rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
@@ -72,7 +73,7 @@ class Shadow:
         self._stepping = False  # true after a step that failed, too
         self._kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
         self._marks: dict[str, tuple[int, int]] = {}
-        trained = _learning_rates(optimizer)
+        trained = _groups(optimizer)
         if missing := [name for name, weight in weights.items() if id(weight) not in trained]:
             raise CompressorError(
                 f"{missing[0]} is pruned but not trained by the optimizer", "Give it all the targets."
@@ -91,7 +92,16 @@ class Shadow:
         return self._weights
 
     def close(self) -> None:
-        """Take the hooks off the optimizer; the model keeps its sparse weights."""
+        """Take the hooks off the optimizer; the model keeps its sparse weights.
+
+        Warns where its masks keep more than the method's pattern does, and `progress` was never set.
+        """
+        loose = [m for m in self.masks.values() if m.pattern.density > self.pruner.pattern.density]
+        if loose and self.progress == 0.0:
+            warnings.warn(
+                f"{len(loose)} weights are {loose[0].pattern}, not yet {self.pruner.pattern}: set shadow.progress before each step",
+                stacklevel=2,
+            )
         for handle in self._handles:
             handle.remove()
         self._give_back()
@@ -142,13 +152,21 @@ class Shadow:
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise CompressorError("the gradients are still scaled", "Call scaler.unscale_(optimizer) before the step.")
+        groups, estimator = _groups(optimizer), self.pruner.estimator
+        if missing := [name for name, weight in self._weights.items() if id(weight) not in groups]:
+            raise CompressorError(
+                f"{missing[0]} is no longer trained by the optimizer",
+                "close() the Shadow first, or freeze the weight instead.",
+            )
         self._refuse_changed()
         self._stepping = True
-        estimator = self.pruner.estimator
         for name, weight in self._weights.items():
             mask, dense = self.masks.get(name), self.dense[name].to(weight.device)
             if mask is not None and weight.grad is not None and not self._is_given(name, weight.grad):
-                weight.grad = cut_like(estimator.gradient(local(weight.grad), dense, mask), weight)
+                up = groups[id(weight)].get("maximize", False)  # estimators are told the gradient of what is minimised
+                grad = -local(weight.grad) if up else local(weight.grad)
+                grad = estimator.gradient(grad, dense, mask)
+                weight.grad = cut_like(-grad if up else grad, weight)
                 self._given[name] = weight.grad, _version(weight.grad)
             if not self._lends(name):
                 local(weight.data).copy_(dense)
@@ -160,15 +178,16 @@ class Shadow:
         if not self._stepping:
             return  # called a second time in one step: see _is_given
         self._given.clear()
-        estimator, lr = self.pruner.estimator, _learning_rates(optimizer)
+        estimator, groups = self.pruner.estimator, _groups(optimizer)
+        skipped = getattr(optimizer, "found_inf", None)  # of a GradScaler, where the optimizer itself is to skip a step
         for name, weight in self._weights.items():
             lends, mask = self._lends(name), self.masks.get(name)
             dense = self._there(name)
             if lends and weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
                 dense.copy_(weight.data)
             if mask is not None and weight.grad is not None:
-                shrunk = estimator.shrink(dense, mask, lr[id(weight)])
-                if shrunk is not dense:
+                shrunk = estimator.shrink(dense, mask, float(groups[id(weight)]["lr"]))
+                if shrunk is not dense and not (skipped is not None and bool(skipped)):
                     dense.copy_(shrunk)
             if lends:
                 weight.data = self._sparse.pop(name)
@@ -280,18 +299,31 @@ def _refuse_misplaced(weights: Any, pruner: Any, optimizer: Any) -> None:
         raise UsageError(f"the pruner is {found}", "Give an instance of a compressor.Pruner.")
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise UsageError(f"the optimizer is {type(optimizer).__name__}", "Give one of torch.optim, or accelerate's.")
+    refuse_text(pruner)
+    name = type(optimizer).__name__
+    if callable(getattr(optimizer, "second_step", None)):
+        raise UsageError(
+            f"{name} steps in two calls, of which a Shadow hears nothing", "Give the optimizer inside it to both."
+        )
+    if callable(getattr(optimizer, "eval", None)):
+        raise UsageError(
+            f"{name} writes other weights than those that it trains into the model (eval()), and they would not be sparse",
+            "Use an optimizer without a schedule of its own, and compressor.Average.",
+        )
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise UsageError(f"{name} has no learning rate (lr=None)", "Give it one: relative_step=False, lr=….")
 
 
 def _refuse_unprepared(pruner: Pruner) -> None:
     """Raise UsageError for a method that has found nothing yet of what its `prepare` finds, and for one that removes structure."""
-    name, names = type(pruner).__name__, found_names(type(pruner))
-    if pruner.surgery is not None or "surgery" in names:
+    name = type(pruner).__name__
+    if pruner.surgery is not None or "surgery" in found_names(type(pruner)):
         raise UsageError(f"{name} removes structure, and a Shadow does not", "Use compressor.prune.")
-    held = [getattr(pruner, one) for one in names]
-    if names and all(one is None or (isinstance(one, Mapping) and not one) for one in held):
+    if pruner.unprepared:
         raise UsageError(
             f"{name} has looked at nothing yet, and a Shadow does not call its prepare()",
-            "Train the result of compressor.prune(..., steps=0) with Magnitude(), or give pruner.prepare(model, adapter, batches).",
+            "Train the result of compressor.prune(..., steps=0) with a method that looks at nothing (Magnitude() keeps its masks), or "
+            "give pruner.prepare(model, adapter, batches).",
         )
 
 
@@ -336,9 +368,9 @@ def _that_steps(optimizer: Any) -> Optimizer:
     return optimizer  # type: ignore[no-any-return]
 
 
-def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """By the id of each trained parameter. Loading a state replaces the optimizer's groups, so they are not kept."""
-    return {id(weight): float(group["lr"]) for group in optimizer.param_groups for weight in group["params"]}
+def _groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of each trained parameter, by its id. Loading a state replaces the optimizer's groups, so they are not kept."""
+    return {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
 
 
 def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:

@@ -6,7 +6,7 @@ Source: Wang, Chen, Li, Mi, Zhu 2025, "SparseDM: Toward Sparse Efficient Diffusi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from compressor.sparsity.codes import QUANTISE, Quantise
 from compressor.sparsity.estimator import SRSTE as SRSTE
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
-from compressor.training.pruner import Objective, Pruner
+from compressor.training.pruner import Objective, Pruner, found
 
 from .presets import PRESETS
 
@@ -53,6 +53,7 @@ class SparseDM(Pruner):
     start: Literal["pretrained", "obs"] | None = None
     preset: Literal["paper", "best"] = "paper"
     quantise: Quantise = "none"
+    updated: bool | None = found()
     compared = True
     presets = PRESETS
 
@@ -85,11 +86,15 @@ class SparseDM(Pruner):
         alone = self.preset == "best" if self.teacher_only is None else self.teacher_only
         return Objective.taught(_TEACHER if self.teacher is None else self.teacher, alone)
 
+    @property
+    def unprepared(self) -> bool:
+        return self.starts_from == "obs" and not self.updated
+
     def prepare(self, model: nn.Module, adapter: Adapter, batches: Batches) -> Self:
         if self.starts_from == "obs":
             method: Callable[..., Pruner] = discovery.load("pruners", "obs")
             method(pattern=self.pattern).prepare(model, adapter, batches)
-        return self
+        return replace(self, updated=True)
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if self.fixed and previous:
