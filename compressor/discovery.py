@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.machinery import BYTECODE_SUFFIXES, all_suffixes
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -146,6 +148,40 @@ def sources(reference: str) -> list[Path]:
     """The file that `FILE.py:NAME` names, and those beside it that it imported when it was loaded last, in this process."""
     path = Path(reference.rpartition(":")[0])
     return [path, *map(Path, _imported.get(os.path.abspath(path), ()))]
+
+
+def code_sha256(kind: str, name: str) -> str | None:
+    """A hash of the code of an installed plugin: the version of its distribution, and the files of modules in the outermost package
+    that has it (namespaces are none). None for this toolkit's own, whose code versions name, and for what is not registered."""
+    entry = next(iter(entry_points(f"compressor.{kind}", name)), None) if name else None
+    if entry is None or entry.module.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    found = hashlib.sha256((entry.dist.version if entry.dist is not None else "").encode())
+    for path, told in _modules_of(entry.module):
+        found.update(told.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def _modules_of(module: str) -> list[tuple[Path, str]]:
+    """The files of modules in the outermost package that `module` is in, with their names in it, in order."""
+    parts = module.split(".")
+    for outer in (".".join(parts[: count + 1]) for count in range(len(parts))):
+        try:
+            spec = importlib.util.find_spec(outer)
+        except (ImportError, ValueError):
+            return []
+        if spec is None or spec.origin is None:
+            continue
+        if spec.submodule_search_locations is None:
+            return [(Path(spec.origin), Path(spec.origin).name)]
+        kinds = tuple({*all_suffixes()} - {*BYTECODE_SUFFIXES})
+        found = [
+            (path, path.relative_to(f).as_posix())
+            for f in spec.submodule_search_locations
+            for path in Path(f).rglob("*")
+        ]
+        return sorted((one for one in found if one[1].endswith(kinds) and one[0].is_file()), key=lambda one: one[1])
+    return []
 
 
 def file_of(cls: type) -> str | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from compressor.errors import CompressorError, first_line
 
 _PACKAGES = ("diffusion-compressor", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors", "torchao")
 
+CODE = "code of diffusion-compressor"
+"""What the hash of this toolkit's source is called among versions: one version may be edited."""
+
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions of Python and the packages that touch the numbers, the processor (or the GPU of `device`), the platform."""
-    versions = {"python": platform.python_version(), **versions_of(_PACKAGES)}
+    versions = {"python": platform.python_version(), **versions_of(_PACKAGES), CODE: _own_code()}
     hardware = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _processor()
     return {
         "versions": versions,
@@ -37,6 +43,29 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = str(torch.__version__) if package == "torch" else version(package)
     return found
+
+
+@cache
+def _own_code() -> str:
+    """The first digits of a hash of this toolkit's modules, bundled methods and models among them."""
+    root, kinds = Path(__file__).parent, (".py", ".c", ".h")
+    specs = {
+        name: find_spec(f"compressor.{name}") for name in ("plugins", "model_zoo")
+    }  # a checkout has them beside the package
+    folders = {
+        "": root,
+        **{name: Path(next(iter(one.submodule_search_locations or ()))) for name, one in specs.items() if one},
+    }
+    every = {
+        Path(name, path.relative_to(folder)).as_posix(): path
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.suffix in kinds
+    }
+    found = hashlib.sha256()
+    for name in sorted(every):
+        found.update(name.encode() + b"\0" + every[name].read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _processor() -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressor.recipe import Recipe
-from compressor.runs.inputs import Inputs, own_source
+from compressor.runs.code import judged_by, modelled_by, own_source, trained_by
+from compressor.runs.inputs import Inputs
 
 KEY = "made_of"
 """Where a job has it."""
@@ -20,6 +21,7 @@ _WHAT = {
     "vae": "the autoencoder",
     "model_file": "the model's own file, or one beside it that it imports",
     "pruner_file": "the method's own file, or one beside it that it imports",
+    **{f"{what}_plugin": f"the code of the {what}'s plugin" for what in ("model", "method", "pattern", "metric")},
 }
 
 
@@ -29,7 +31,8 @@ def made_of(found: Inputs, recipe: Recipe, trains: bool) -> dict[str, str]:
     sources = {
         f"{key}_sha256": hashlib.sha256(text).hexdigest() for key, name in names.items() if (text := own_source(name))
     }
-    return {**found.sources, **found.judges, **sources}
+    plugins = {**(trained_by(recipe) if trains else modelled_by(recipe)), **judged_by(recipe)}
+    return {**found.sources, **found.judges, **sources, **plugins}
 
 
 def changed(before: Any, now: Mapping[str, str]) -> str:
@@ -38,7 +41,6 @@ def changed(before: Any, now: Mapping[str, str]) -> str:
     known: Mapping[str, Any] = before if isinstance(before, Mapping) else {}
     for key in sorted({*known, *now}) if known else ():
         if (was := known.get(key)) != now.get(key):
-            return (
-                f"{_WHAT.get(key.removesuffix('_sha256'), key)} changed: the hash was {was}, and is now {now.get(key)}"
-            )
+            what = key.removesuffix("_sha256")
+            return f"{_WHAT.get(what, what.replace('_', ' '))} changed: the hash was {was}, and is now {now.get(key)}"
     return ""

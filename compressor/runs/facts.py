@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor import files
-from compressor.environment import environment, resolve_device
+from compressor.environment import CODE, environment, resolve_device
 from compressor.errors import CompressorError
 from compressor.processes import ranks
 from compressor.runs.inputs import Inputs
@@ -17,7 +17,10 @@ from compressor.training.arithmetic import described
 
 FILE = "run.json"
 _SEAL = "sealed"
-_CALLED = {"architecture_sha256": "configuration of the model, or of its scheduler"}
+_CALLED = {
+    "architecture_sha256": "configuration of the model, or of its scheduler",
+    **{f"{what}_plugin_sha256": f"code of the {what}'s plugin" for what in ("model", "method", "pattern")},
+}
 _CIRCUMSTANCES = ("versions", "hardware", "platform", "arithmetic")
 
 
@@ -95,7 +98,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name == "arithmetic" and was is None:  # runs of earlier versions do not say
             continue
         if isinstance(was, Mapping) and isinstance(is_now, Mapping):
-            names = sorted({*was, *is_now})
+            names = sorted({*was, *is_now} - ({CODE} - was.keys()))
             found += [
                 f"{one} {was.get(one)}, now {is_now.get(one)}" for one in names if was.get(one) != is_now.get(one)
             ]

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from compressor import discovery, registry, validation
 from compressor import recipe as recipes
+from compressor import registry, validation
 from compressor.adapter import Adapter, Sampling, with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Samples
@@ -31,7 +31,7 @@ from compressor.quality.settings import Evaluation, of_budget, samples_for
 from compressor.recipe import Recipe
 from compressor.report.content import DENSE, ONE_SHOT
 from compressor.runs import captioned as captioning
-from compressor.runs import fits, start
+from compressor.runs import code, fits, start
 from compressor.runs import piped as piping
 from compressor.runs.piped import Piped
 from compressor.sparsity.layers import select
@@ -144,9 +144,10 @@ class Inputs:
     def identity(self, evaluated: bool = False) -> dict[str, str]:
         """The hashes that a resumed run must find again; `evaluated`: those that earlier versions made, as they made them."""
         text = json.dumps(recipes.identity(self.recipe, evaluated), sort_keys=True)
-        source = own_source(self.recipe.pruner) + own_source(self.recipe.model)
+        source = code.own_source(self.recipe.pruner) + code.own_source(self.recipe.model)
         found = {"recipe_sha256": hashlib.sha256(text.encode() + source).hexdigest(), **self.sources}
-        return {name: value for name, value in found.items() if not (evaluated and name == _CONFIGURED)}
+        later = {_CONFIGURED: found.pop(_CONFIGURED), **code.trained_by(self.recipe)}
+        return found if evaluated else {**found, **later}
 
     @cached_property
     def sources(self) -> dict[str, str]:
@@ -174,13 +175,6 @@ def _meant(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_meant(one) for one in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
-
-
-def own_source(name: str | None) -> bytes:
-    """The source of what `name` names, with the files beside it that it imported, where it is FILE.py:NAME; else nothing."""
-    if name is None or not registry.is_file_reference(name):
-        return b""
-    return b"".join(path.read_bytes() for path in discovery.sources(name))
 
 
 def resolve(settings: Mapping[str, Any], where: str) -> Recipe:
