@@ -609,6 +609,14 @@ def test_ctrl_c_in_a_library_that_wraps_it_is_ctrl_c(cli, monkeypatch):
     assert (outcome.code, outcome.err.strip()) == (130, "stopped")
 
 
+def test_the_help_of_all_says_what_each_command_does_in_whole_sentences(cli):
+    said = " ".join(cli("--help").out.partition("Commands:")[2].split())
+    assert "..." not in said
+    assert (
+        "compare Compare methods: equal budgets, data, noise and evaluation, several seeds, one report. doctor" in said
+    )
+
+
 @pytest.mark.parametrize("arguments", [("--version",), ("-h",), ("run", "--help")])
 def test_help_and_version_are_results(cli, arguments):
     outcome = cli(*arguments)

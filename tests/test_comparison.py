@@ -25,7 +25,7 @@ from compressor import CompressorError, comparison, files
 from compressor.comparison import jobs, words, worker
 from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import _write_match, refuse_used
-from compressor.comparison.page import Outcome, build, render
+from compressor.comparison.page import Outcome, _csv, build, render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary, t_quantile
 from compressor.comparison.worker import read_row
@@ -34,7 +34,7 @@ from compressor.progress import Progress
 from compressor.quality.similarity import ssim
 from compressor.report import limitations, read_report, schema
 from compressor.report.compared import ComparisonReport, Summary
-from compressor.runs import latency
+from compressor.runs import latency, start
 
 pytestmark = pytest.mark.xdist_group("comparison")
 """The comparison of this file is made once, not once for each worker."""
@@ -155,6 +155,27 @@ def test_the_table_of_cells_is_complete(compared):
     lines = list(csv.DictReader((out / "report.csv").read_text(encoding="utf-8").splitlines()))
     assert len(lines) == 6
     assert all(float(line["fd-digits"]) > 0 and line["weights_sha256"] for line in lines)
+    for line in lines:
+        row = read_row(out / "cells" / f"{line['label']}-seed-{line['seed']}").row
+        assert all(float(line[key]) == getattr(row, key) for key in ("params", "nonzero_params", "macs_effective"))
+    report = ComparisonReport.model_validate(report_of(out))
+    entry = report.entries[1]
+    cells = (entry.cells[0], entry.cells[1].model_copy(update={"costs": {"params": 7, "density": 0.25}}))
+    other = report.model_copy(update={"entries": (entry.model_copy(update={"cells": cells}),)})
+    first, second = csv.DictReader(_csv(other).splitlines())
+    assert first["params"] == str(entry.params) and (second["params"], second["density"]) == ("7", "0.25")
+    assert second["macs_effective"] == str(entry.macs_effective)
+
+
+def test_the_folder_of_a_comparison_is_called_by_the_model_of_the_run_that_it_starts_from(cli, tmp_path, monkeypatch):
+    def placed(out, *rest):
+        raise CompressorError(f"placed in {out}")
+
+    monkeypatch.setattr(comparison, "sharing", placed)
+    monkeypatch.setattr(start, "model_of", lambda weights: {"model": "ddpm-digits"} if weights == "some-run" else {})
+    assert "placed in runs/compare-ddpm-digits" in cli("compare", "--weights", "some-run").err
+    assert "placed in runs/compare-uvit-digits" in cli("compare").err
+    assert "placed in runs/compare-uvit" in cli("compare", "--weights", "some-run", "--model", "uvit").err
 
 
 @pytest.mark.slow

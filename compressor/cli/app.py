@@ -37,6 +37,13 @@ class _Group(click.Group):
             raise UsageError(f"no command {args[0]!r}", did_you_mean(args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands, each with its whole first sentence: click cuts them at the width of the terminal."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(1000)) for name, command in sorted(self.commands.items())]
+            )
+
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="compressor")

@@ -122,7 +122,10 @@ def compare(
     common = recipes.merged(settings, *map(recipes.assignment, assignments))
     refuse_two_models(common, common)
     if out is None:
+        from compressor.runs import start
+
         first = recipes.merged(recipes.read(configs[0]), common) if configs and not methods else common
+        first = {**start.model_of(first.get("weights")), **first}
         model, pipeline = first.get("model", recipes.Recipe().model), first.get("pipeline")
         out = Path("runs") / f"compare-{name_of(model, pipeline)}"
     named = [name.strip() for name in devices.split(",")] if devices else []

@@ -101,6 +101,7 @@ def _score(cell: CellResult, measured: bool) -> float | None:
 def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Latency], differ: bool) -> Entry:
     """The entry `label`. `differ`: whether cells of the comparison were made in different surroundings, which each then tells."""
     recipe, first = own[0][0].recipe, own[0][1]
+    costs = [{key: getattr(judged.row, key) for key in _COSTS} for _, judged in own]
     bare = next((judged for _, judged in own if judged.one_shot is not None), first)
     cells = [
         CellResult(
@@ -111,9 +112,10 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
             drift=judged.row.drift,
             train=judged.row.train,
             by_steps=judged.by_steps,
+            costs={} if costs[index] == costs[0] else costs[index],
             **_place(judged, differ),
         )
-        for cell, judged in own
+        for index, (cell, judged) in enumerate(own)
     ]
     scores = [cell.quality[0].value for cell in cells if cell.quality]
     if len({cell.weights_sha256 for cell in cells}) == 1:  # the same model with every seed
@@ -133,7 +135,7 @@ def _entry(label: str, own: Sequence[tuple[Cell, Judged]], latency: Sequence[Lat
         drift={metric: summary(values) for metric, values in drifts.items()},
         by_steps={count: summary([cell.by_steps[count].value for cell in cells]) for count in counts},
         one_shot=bare.one_shot,
-        **{key: getattr(first.row, key) for key in _COSTS},
+        **costs[0],
         latency=tuple(latency),
         layers=bare.layers,
         sensitivity=bare.sensitivity,
@@ -251,7 +253,7 @@ def _csv(report: ComparisonReport) -> str:
                     *(entry.label, entry.method, entry.pattern or "", cell.seed),
                     *("" if quality is None else quality.value, *interval),
                     *(drift.get(name, "") for name in drifts),
-                    *(getattr(entry, key) for key in _COSTS),
+                    *(cell.costs.get(key, getattr(entry, key)) for key in _COSTS),
                     *(("", "", "") if time is None else (time.median_ms, time.iqr_ms, time.backend)),
                     *(train.steps, train.seconds, entry.recipe_train["lr"], cell.weights_sha256),
                 ]

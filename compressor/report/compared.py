@@ -70,6 +70,9 @@ class CellResult(Value):
     drift: List[Drift]
     train: TrainSummary
     by_steps: dict[str, Quality]
+    costs: dict[str, int | float] = Field(
+        default={}, description="of its own weights, where they are not those of the entry's first cell"
+    )
     host: str | None = Field(
         default=None, description="the computer that made it, of several that shared the comparison"
     )
