@@ -31,6 +31,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are
 
 
+PATIENCE = 1200.0
+"""Seconds that tests wait for other processes: only what hangs takes so long, however busy the machine is."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests start processes and measure: on a busy machine they take many times what they usually do."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(2 * PATIENCE))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def signal_stack() -> _Stack:
     """The one that the tests' thread had before the first of them."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from conftest import PATIENCE
 from filelock import FileLock
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -261,11 +262,11 @@ def test_interrupted_it_goes_on_with_the_rest_only(tmp_path):
     while process.poll() is None and not (first.is_file() and second.is_file()):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, errors
     assert "stopped; continue with: the same command" in errors
     at = first.stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert first.stat().st_mtime_ns == at
     assert len((second).read_text(encoding="utf-8").splitlines()) == 40
@@ -281,14 +282,13 @@ def test_workers_stop_when_the_one_that_started_them_is_killed(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "out" / "cells" / "sparsedm-seed-0" / "run" / "metrics.jsonl"
     holder = metrics.parent / ".lock-holder"
-    for _ in range(600):
-        if metrics.is_file() and holder.is_file():
-            break
+    while not (metrics.is_file() and holder.is_file()):
+        assert process.poll() is None
         time.sleep(0.1)
     worker = int(holder.read_text(encoding="utf-8").split()[-1])
     process.kill()
     process.wait()
-    for _ in range(300):
+    for _ in range(int(10 * PATIENCE)):
         try:
             os.kill(worker, 0)
         except ProcessLookupError:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
-from conftest import UNMEASURED, TinyAdapter, tiny_model
+from conftest import PATIENCE, UNMEASURED, TinyAdapter, tiny_model
 from launched import launched
 from safetensors.torch import load_file
 from torch import nn
@@ -412,7 +412,7 @@ def torchrun(*command, **environment):
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": {**os.environ, **environment}}
     process = subprocess.Popen([*launcher, *map(str, command)], **given)
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.terminate()  # and with it what it started
         pytest.fail(f"it hangs: {process.communicate(timeout=60)}")

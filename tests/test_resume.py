@@ -16,6 +16,7 @@ import diffusers
 import faults
 import pytest
 import torch
+from conftest import PATIENCE
 
 from compressor import CompressorError, files, recipe, saving
 from compressor.plugins.magnitude import Magnitude
@@ -67,7 +68,7 @@ def started(*arguments):
 
 def wait_until(process, holds):
     """Wait for `holds()` while the process works; fail where it ends before."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -77,7 +78,7 @@ def wait_until(process, holds):
 def kill(process, number=signal.SIGKILL):
     """Send a signal; give the exit code (as a shell shows it) and stderr."""
     process.send_signal(number)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=PATIENCE)
     return process.returncode, err
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 
 from compressor import files
 from compressor.comparison import claims as protocol
@@ -339,7 +340,7 @@ def test_two_nodes_that_share_a_folder_give_the_report_of_one_process_though_one
             assert one.poll() is None and two.poll() is None, logs["one"].read_text() + logs["two"].read_text()
             time.sleep(0.01)
         os.killpg(one.pid, signal.SIGKILL)
-        assert two.wait(timeout=280) == 0, logs["two"].read_text()
+        assert two.wait(timeout=PATIENCE) == 0, logs["two"].read_text()
     finally:
         for process in (one, two):
             process.kill()
