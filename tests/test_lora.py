@@ -336,13 +336,6 @@ def test_a_file_that_does_not_fit_is_refused_by_name(change, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_models_that_diffusers_reads_no_lora_for_are_refused(tmp_path):
-    compressor.save(tmp_path / "uvit", registry.adapter("uvit-digits").load(None), {}, "uvit-digits")
-    save_file({"transformer.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "own.safetensors")
-    with pytest.raises(UsageError, match="diffusers reads no LoRA for UViT"):
-        compressor.merge_lora(tmp_path / "uvit", tmp_path / "own.safetensors")
-
-
 def test_the_command_merges_and_says_how_much_was_removed(tmp_path, cli):
     run, _ = saved_run(sd3(), tmp_path)
     by_diffusers(sd3, tmp_path / "own.safetensors")

@@ -92,7 +92,7 @@ Options:
 _MERGE_LORA = """
 Usage: compressor merge-lora [OPTIONS] RUN LORA
 Merge a LoRA of your own into the sparse model of a run, under its masks.
-LORA is a .safetensors file in a layout that diffusers reads. Every zero stays, and the output says how much of the LoRA the masks removed. DIR gets model/ and pipeline/, as a run's directory has them.
+LORA is a file in a layout that diffusers reads, or a folder of peft. Every zero stays, and the output says how much of the LoRA the masks removed. DIR gets model/ and pipeline/, as a run's directory has them.
 Options:
 -o, --out DIR Default: RUN-LORA, beside RUN.
 --scale FLOAT How strong the LoRA is. [default: 1.0]

@@ -22,8 +22,8 @@ from compressor.cli.terminal import Output, print_json, say
 def merge_lora(output: Output, directory: Path, lora: Path, out: Path | None, scale: float) -> None:
     """Merge a LoRA of your own into the sparse model of a run, under its masks.
 
-    LORA is a .safetensors file in a layout that diffusers reads. Every zero stays, and the output says how much of the LoRA the masks
-    removed. DIR gets model/ and pipeline/, as a run's directory has them.
+    LORA is a file in a layout that diffusers reads, or a folder of peft. Every zero stays, and the output says how much of the LoRA
+    the masks removed. DIR gets model/ and pipeline/, as a run's directory has them.
     """
     from compressor.runs.lora import merge_lora as merged
 
