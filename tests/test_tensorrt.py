@@ -301,17 +301,17 @@ def test_equal_layers_are_told_apart_or_share(tmp_path):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_zeros_that_are_lost_are_noticed(quick, denoiser, tmp_path, monkeypatch, int8):
-    made = tensorrt.write
+    made = tensorrt.write_described
 
-    def broken(graph, file, data):
+    def broken(graph, *where):
         for one in graph.graph.initializer:
             if one.name == "fc1.weight":
                 array = numpy_helper.to_array(one).copy()
                 array[array == 0] = 1e-6  # changes no answer
                 one.CopyFrom(numpy_helper.from_array(array, one.name))
-        made(graph, file, data)
+        made(graph, *where)
 
-    monkeypatch.setattr(tensorrt, "write", broken)
+    monkeypatch.setattr(tensorrt, "write_described", broken)
     with pytest.raises(GateError, match=r"fc1\.weight"):
         export_tensorrt(denoiser, DenoiserAdapter(), tmp_path / "it.onnx", int8=int8)
     assert list(tmp_path.iterdir()) == []
