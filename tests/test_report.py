@@ -268,6 +268,10 @@ def test_a_form_of_an_earlier_timing_says_so_and_is_not_divided_by_a_newer_one()
     forms = {form: eager for row, form, _, _, eager, _ in lines if row == "dense"}
     assert forms["eager"] == "1.00x" and forms["ONNX Runtime, timed before"] == "—"
     assert sum("timed before" in line[1] for line in lines) == 1
+    bare = next(row for row in report["rows"] if row["name"] == "one-shot")
+    bare["latency"] = [{**dense["latency"][0], "timed": 1}]
+    _, _, times = next(entry for entry in words.columns(typed(report)) if entry[0] == "latency")
+    assert ["timed before" in text for text in times] == [False, True, False]
 
 
 def test_a_row_of_the_table_has_one_batch_size_and_dense_at_its_best():

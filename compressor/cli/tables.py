@@ -146,7 +146,7 @@ def _latency(report: Report, row: Row, batch: int) -> str:
     gain = ""
     if entry.backend == "lowered":
         gain = f", {timings.ratio(entry, timings.skips(report, row, entry), f' over {entry.against}')}"
-    return f"{entry.median_ms:.1f} ms (IQR {entry.iqr_ms:.1f}){gain}"
+    return f"{entry.median_ms:.1f} ms (IQR {entry.iqr_ms:.1f}){gain}{timings.before(report, entry)}"
 
 
 def plan_tables(plan: Plan) -> list[Table]:

@@ -70,7 +70,7 @@ def measures(report: Report, each_batch: bool = False) -> list[tuple[str, str, l
     for batch in batches:
         entries = [at(report, row, batch) for row in report.rows]
         which = f", batch {batch}" if each_batch or len(batches) > 1 else ""
-        times = [NONE if entry is None else time_of(entry) for entry in entries]
+        times = [NONE if entry is None else time_of(entry, before(report, entry)) for entry in entries]
         found.append((f"latency{which}", "median; IQR: range of the middle half of the rounds", times))
         gains = [
             NONE if entry is None or row.name == DENSE else ratio(entry, skips(report, row, entry), _over(entry))
@@ -81,9 +81,15 @@ def measures(report: Report, each_batch: bool = False) -> list[tuple[str, str, l
     return found or [("latency", "was not measured", [NONE] * len(report.rows))]
 
 
-def time_of(entry: Latency) -> str:
+def before(report: Report, entry: Latency) -> str:
+    """ ", timed before" where the finished model was timed anew since: machines differ from one hour to the next."""
+    final = report.final.standing_at(entry.batch)
+    return ", timed before" if final is not None and entry.timed < final.timed else ""
+
+
+def time_of(entry: Latency, when: str = "") -> str:
     """The time with its spread and setting."""
-    setting = f"{entry.backend}, {entry.dtype}, batch {entry.batch}"
+    setting = f"{entry.backend}, {entry.dtype}, batch {entry.batch}{when}"
     return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}; {setting})"
 
 
