@@ -561,6 +561,11 @@ def test_runs_are_shown_side_by_side_and_only_what_can_be_compared_is(cli, tmp_p
         and "fd-digits" in (tmp_path / "both/report.md").read_text()
     )
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == before
+    for row in second["rows"]:
+        row["latency"] = []
+    written(tmp_path / "b", second)
+    found = json.loads(cli("report", tmp_path / "a", tmp_path / "b", "--json").out)
+    assert [title for title, _, cells in found["columns"] if set(cells) == {"—"}] == []  # no "latency" that neither has
 
 
 def test_pages_of_runs_side_by_side_replace_no_others(cli, tmp_path):

@@ -48,7 +48,7 @@ def beside(reports: Mapping[str, Report]) -> Beside:
     tables = [_column(first, DENSE)] if with_dense else []
     tables += [_column(report, report.method) for report in reports.values()]
     quality = {title for report in reports.values() for title in _of_quality(report)}
-    titles = {title: about for table in tables for title, (about, _) in table.items()}
+    titles = {title: about for table in tables for title, (about, text) in table.items() if text != NONE}
     return Beside(
         names=((DENSE,) if with_dense else ()) + tuple(reports),
         columns=tuple(
