@@ -385,6 +385,7 @@ def test_a_conditioned_unet_goes_through_the_command_line_with_the_users_arrays(
     command = ("--model", "diffusers", "--weights", folder / "unet", "--data", folder / "batches.npz", *NOISE)
     outcome = cli.run(folder / "run", *command, "--set", "evaluate.samples=0")
     assert outcome.code == 0, outcome.err
+    assert json.loads((folder / "run" / "report.json").read_text())["model"] == "UNet2DConditionModel"
     plain = diffusers.UNet2DConditionModel.from_pretrained(folder / "run" / "pipeline").state_dict()
     assert all(torch.equal(value, plain[name]) for name, value in compressor.load(folder / "run").state_dict().items())
 
