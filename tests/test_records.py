@@ -29,7 +29,7 @@ from compressor.data import calls as storage
 from compressor.data.calls import INDEX, Call, Picture
 from compressor.pipelines import recording as recorder
 from compressor.pipelines.adapter import CallsAdapter
-from compressor.pipelines.opened import opened
+from compressor.pipelines.opened import open_pipeline, opened
 from compressor.pipelines.prompts import pictures, read_prompts
 from compressor.pipelines.recording import sample
 from compressor.plugins.obs import OBS
@@ -528,6 +528,13 @@ def test_a_controlnet_is_recorded_pruned_and_put_back(part, tmp_path):
     with compressor.apply(pipe, result, part=part):
         assert not np.array_equal(pipe(**{**told, "generator": torch.Generator().manual_seed(0)}).images, before)
     assert any("attn" in name for name in result.masks)
+    pipe.save_pretrained(tmp_path / "source")
+    adapter = CallsAdapter(open_pipeline(tmp_path / "source", part), records)
+    (tmp_path / "written").mkdir()
+    adapter.write_pipeline(result.model, tmp_path / "written")
+    written = opened(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "written", local_files_only=True), part)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(written.module.state_dict()[name], value), name
 
 
 def test_an_answer_of_two_tensors_is_learned_whole(tmp_path):

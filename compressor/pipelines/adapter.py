@@ -112,6 +112,7 @@ class CallsAdapter(Adapter):
             shutil.copytree(
                 opened.source, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else []
             )
-            component.save_pretrained(folder / name, variant=variant_of(own))
+            # as text: MultiControlNetModel appends a number to it
+            component.save_pretrained(str(folder / name), variant=variant_of(own))
             if (own / "config.json").is_file():  # the very settings, without the path that they were read from
                 shutil.copyfile(own / "config.json", folder / name / "config.json")
