@@ -326,6 +326,19 @@ def test_other_files_are_no_pipelines(name, said, cli, tmp_path):
     assert outcome.code == 2 and said in outcome.err, outcome.err
 
 
+@pytest.mark.parametrize("told", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"weights": "int8"}])
+def test_a_folder_of_quantised_weights_is_refused_before_it_is_opened(told, cli, tmp_path, monkeypatch):
+    folder = pipeline("sd3", tmp_path / "pipe")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": told}))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", None)
+    of_pipeline = ("--pipeline", folder, "--prompts", _prompts(tmp_path))
+    for given in (of_pipeline, ("--model", "diffusers", "--weights", folder, "--data", "digits")):
+        outcome = cli("run", *given, "--out", tmp_path / "run")
+        assert outcome.code == 2 and "config.json: quantised weights" in outcome.err, outcome.err
+        assert "without quantisation" in outcome.err
+
+
 # --- Records. ---
 
 

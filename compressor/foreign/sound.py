@@ -72,6 +72,14 @@ def refuse_quantised(name: str, value: Tensor) -> None:
         raise UsageError(f"{name}: stored as {kind.__name__}", "Store it as a dense tensor: value.to_dense().")
 
 
+def refuse_quantised_config(config: Mapping[str, Any], where: object) -> None:
+    """Raise UsageError where the configuration `config`, which lies at `where`, says that the weights beside it are quantised."""
+    told = config.get("quantization_config")
+    if told:
+        method = told.get("quant_method", "quantization_config") if isinstance(told, Mapping) else "quantization_config"
+        raise UsageError(f"{where}: quantised weights ({method})", _UNQUANTISED)
+
+
 def refuse_kept(model: nn.Module) -> None:
     """Raise UsageError for a tensor of a forward pass that a module has kept with what gradients need: torch does not copy such."""
     for name, module in model.named_modules():

@@ -20,6 +20,7 @@ from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
 from compressor.foreign.bounded import mapping
+from compressor.foreign.sound import refuse_quantised_config
 from compressor.weights import unwrapped
 
 DENOISERS = ("unet", "transformer", "prior")
@@ -119,6 +120,8 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     part = part if part is not None else next((name for name in DENOISERS if name in components), None)
     if part is None or part.partition(".")[0] not in components:
         raise _no_part(part, components, str(folder))
+    if (own := folder / part.partition(".")[0] / "config.json").is_file():
+        refuse_quantised_config(read_json(own), own)
     variant = _variant(folder)
     dtypes = {name: dtype for name in components if (dtype := _stored_dtype(folder / name, variant)) is not None}
     given: dict[str, Any] = {}

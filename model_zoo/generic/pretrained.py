@@ -20,6 +20,7 @@ from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
+from compressor.foreign.sound import refuse_quantised_config
 from compressor.weights import as_stored_, check_finite, read_outline
 
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -225,6 +226,7 @@ def _folder(source: str) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
+    refuse_quantised_config(config, folder / "config.json")
     if config.get("_class_name") == "Transformer2DModel":
         config["_class_name"] = _OLDER.get(str(config.get("norm_type")), "Transformer2DModel")
     model_class(config)
