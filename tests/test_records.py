@@ -424,6 +424,16 @@ def test_the_result_is_put_into_the_pipeline_and_taken_out(pipe, tmp_path):
     assert pipe.net is dense
 
 
+def test_a_result_of_another_class_than_the_part_is_refused(pipe, tmp_path):
+    records = made(pipe, tmp_path / "records")
+    result = compressor.prune(pipe, SparseDM(), data=records, steps=0)
+    pipe.net = nn.Linear(2, 2)
+    with pytest.raises(CompressorError, match="the result is a Net, and transformer is a Linear"):
+        compressor.apply(pipe, result)
+    with compressor.apply(pipe, result.model):  # a module is the user's to answer for
+        pass
+
+
 def test_a_model_takes_the_dtype_of_the_part_and_stays_what_it_was(pipe, tmp_path):
     result = compressor.prune(pipe, SparseDM(), prompts=PROMPTS, steps=0, record={"n": 2, "unseen": 1})
     dense = pipe.net.bfloat16()

@@ -232,7 +232,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
         )
     device = next((value.device for value in own.parameters()), torch.device("cpu"))
     if folder is None:
-        _refuse_lost(found, module)
+        _refuse_lost(found, module, isinstance(pruned, Result))
     if not isinstance(pruned, Lowered):
         module = _like(module, own, device)
     # the saved model knows what its inputs look like
@@ -272,11 +272,16 @@ def _how(lowered: Any) -> Mapping[str, Any] | None:
     return lowered
 
 
-def _refuse_lost(found: Opened, module: nn.Module) -> None:
+def _refuse_lost(found: Opened, module: nn.Module, is_result: bool) -> None:
     """Raise UsageError where the part of `found` has what was put into it (an IP-Adapter, attention processors, FreeU), and `module`,
-    of the same class, has not: pictures would be drawn without."""
+    of the same class, has not: pictures would be drawn without; or where it `is_result` of a model of another class."""
     own, new = unwrapped(found.module), unwrapped(module)
     if type(own) is not type(new):
+        if is_result:
+            raise UsageError(
+                f"apply: the result is a {type(new).__name__}, and {found.part} is a {type(own).__name__}",
+                "Name the part that it is of: part='unet', part='vae.decoder', …",
+            )
         return
     before, after = _put_in(own), _put_in(new)
     if lost := [name for name, value in before.items() if after.get(name) != value]:
