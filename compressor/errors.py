@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
+from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
 _Given = ParamSpec("_Given")
@@ -189,6 +190,14 @@ def texts(where: str, found: Iterable[str]) -> tuple[str, ...]:
 
 OF_COMPARISON = "Give the folder of one of its trainings: cells/NAME/run."
 """What to do where a comparison is given and a run is wanted."""
+
+
+def how_to_finish(folder: Path) -> str:
+    """What to do where `folder` has no report yet."""
+    if (folder / "cells").is_dir():
+        return "It is a comparison that is not finished: the same `compressor compare` command goes on with it."
+    return "Give the directory of a finished run; `compressor resume` finishes one."
+
 
 _LONGEST = 200
 

@@ -88,6 +88,9 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("run --weights other.safetensors", 1, ("other.safetensors",)),
     ("inspect uvit-digits --weights other.safetensors", 1, ("other.safetensors",)),
     # folders
+    ("report begun", 1, ("begun/report.json: no such file", "the same `compressor compare` command goes on with it")),
+    ("push begun owner/name", 1, ("begun", "the same `compressor compare` command goes on with it")),
+    ("lower begun", 1, ("begun: no report.json", "It is a comparison")),
     ("report nowhere", 1, ("nowhere", "no such file", "Give the directory of a finished run")),
     ("resume nowhere", 2, ("nowhere: no such directory", "Give the directory of a run.")),
     ("sample nowhere", 1, ("nowhere: no such directory", "Give a run's directory or a saved model's.")),
@@ -118,6 +121,7 @@ def place(tmp_path_factory, finished):
     root = tmp_path_factory.mktemp("place")
     shutil.copytree(finished, root / "run")
     (root / "busy").mkdir()
+    (root / "begun" / "cells").mkdir(parents=True)
     (root / "others").mkdir()
     (root / "others" / "notes.txt").write_text("mine")
     (root / "file").write_text("mine")

@@ -9,7 +9,7 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import options
 from compressor.cli.terminal import Output, print_json, print_table, say
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, how_to_finish
 
 
 @click.command(cls=Command)
@@ -58,7 +58,7 @@ def _show_beside(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> Non
         if not (directory / "report.json").is_file():
             raise CompressorError(
                 f"{directory / 'report.json'}: no such file",
-                "Give directories of finished runs; `compressor resume` finishes one.",
+                how_to_finish(directory),
             )
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from compressor import files, validation
-from compressor.errors import OF_COMPARISON, CompressorError, printable
+from compressor.errors import OF_COMPARISON, CompressorError, how_to_finish, printable
 from compressor.foreign.bounded import MOST_PICTURE_BYTES, read_bytes
 from compressor.report import charts, words
 from compressor.report.compared import ComparisonReport
@@ -59,9 +59,7 @@ def render(run: str | Path) -> None:
     run = Path(run)
     path = run / "report.json"
     if not path.is_file():
-        raise CompressorError(
-            f"{path}: no such file", "Give the directory of a finished run; `compressor resume` finishes one."
-        )
+        raise CompressorError(f"{path}: no such file", how_to_finish(run))
     page, text = _written(run, read_report(path), read_metrics(run / "metrics.jsonl"))
     files.write_text(run / "report.md", text)
     files.write_text(run / "report.html", page)  # last: with it, a run is finished

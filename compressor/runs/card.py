@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from compressor import files, saving
-from compressor.errors import CompressorError, UsageError, first_line, printable
+from compressor.errors import CompressorError, UsageError, first_line, how_to_finish, printable
 from compressor.report import read_report
 from compressor.report.content import Report
 from compressor.report.in_short import glossary, summary
@@ -27,7 +27,7 @@ def folder_for_hub(run: Path, out: Path, name: str | None = None) -> list[str]:
     if not (run / "report.json").is_file() or not (run / "model").is_dir():
         raise CompressorError(
             f"{run}: no report.json and model/",
-            "Give the directory of a finished run; `compressor resume` finishes one.",
+            how_to_finish(run),
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CompressorError(f"{out} is there already", "Choose another folder.")

@@ -15,7 +15,7 @@ from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter
 from compressor.environment import resolve_device, usual_torch
-from compressor.errors import CompressorError, memory
+from compressor.errors import CompressorError, how_to_finish, memory
 from compressor.recipe import Recipe
 from compressor.report import read_report
 from compressor.report.content import Report, Row
@@ -50,9 +50,7 @@ class Finished:
 def finished(out: Path) -> Finished:
     """The finished run in `out`. Raises CompressorError where it has no report, or its files belong to other weights."""
     if not (out / "report.json").is_file():
-        raise CompressorError(
-            f"{out}: no report.json", "Give the directory of a finished run; `compressor resume` finishes one."
-        )
+        raise CompressorError(f"{out}: no report.json", how_to_finish(out))
     report = read_report(out / "report.json")
     settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
     adapter, dense = source(settings, facts.begun(out))
