@@ -88,6 +88,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("run --weights other.safetensors", 1, ("other.safetensors",)),
     ("inspect uvit-digits --weights other.safetensors", 1, ("other.safetensors",)),
     # folders
+    ("compare --methods magnitude,", 2, ("--methods 'magnitude,': a name is empty", "--methods magnitude,sparsedm")),
     ("report begun", 1, ("begun/report.json: no such file", "the same `compressor compare` command goes on with it")),
     ("push begun owner/name", 1, ("begun", "the same `compressor compare` command goes on with it")),
     ("lower begun", 1, ("begun: no report.json", "It is a comparison")),

@@ -21,6 +21,7 @@ from compressor.cli.options import (
 )
 from compressor.cli.report import show_comparison
 from compressor.cli.terminal import Output, drive, watch
+from compressor.errors import UsageError
 
 if TYPE_CHECKING:
     from compressor.comparison import Comparison
@@ -128,7 +129,7 @@ def compare(
         first = {**start.model_of(first.get("weights")), **first}
         model, pipeline = first.get("model", recipes.Recipe().model), first.get("pipeline")
         out = Path("runs") / f"compare-{name_of(model, pipeline)}"
-    named = [name.strip() for name in devices.split(",")] if devices else []
+    named = _names(devices, "--devices cuda:0,cuda:1")
     plan = partial(
         _planned, methods, configs, common, out, overwrite, numbers(lr_grid, float, "--lr-grid 5e-4,1e-3"),
         numbers(sampler_steps, int, "--sampler-steps 10,50"), **flags,
@@ -138,6 +139,14 @@ def compare(
         events = comparison.conduct(planned, out, workers, overwrite, named, claims)
         drive(events, out, output.quiet, "the same command")
     show_comparison(out, output.as_json)
+
+
+def _names(text: str | None, like: str) -> list[str]:
+    """The names in `text`, which commas part."""
+    found = [name.strip() for name in text.split(",")] if text else []
+    if "" in found:
+        raise UsageError(f"{like.partition(' ')[0]} {text!r}: a name is empty", f"Write it like {like}")
+    return found
 
 
 def _planned(
@@ -154,7 +163,7 @@ def _planned(
     from compressor import comparison
 
     return comparison.planned(
-        [name.strip() for name in methods.split(",")] if methods else [],
+        _names(methods, "--methods magnitude,sparsedm"),
         configs,
         common=common,
         rates=rates,
