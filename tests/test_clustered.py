@@ -125,6 +125,25 @@ def test_rows_that_share_a_choice_are_found_though_some_of_what_they_keep_is_zer
     pattern.neighbours.verify(weight[order])
 
 
+@pytest.mark.parametrize("text", ["2c:2:4", "4c:2:4", "8c:2:4", "4c:1:4", "4c:4:8"])
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_of_few_inputs_rows_are_found_though_many_go_with_each_other_by_chance(
+    text: str, share: float, tmp_path: Path
+) -> None:
+    """Such a weight is saved and loaded, and loses nothing where it is pruned again."""
+    pattern, layer = parse(text), nn.Linear(16, 64)
+    for seed in range(4):
+        weight = normal(64, 16, seed=seed)
+        mask = pattern.mask(weight.abs())
+        rng = torch.Generator().manual_seed(seed)
+        weight = mask.apply(weight) * (torch.rand(weight.shape, generator=rng) > share)
+        pattern.verify(weight)
+        assert torch.equal(pattern.mask(weight.abs()).apply(weight), weight)
+    layer.weight.data = weight
+    compressor.save(tmp_path / "model", layer, {"weight": mask})
+    assert torch.equal(compressor.load(tmp_path / "model", nn.Linear(16, 64)).get_parameter("weight"), weight)
+
+
 def test_rows_that_share_nothing_are_told_at_once() -> None:
     weight = NM(2, 4).mask(normal(64, 64).abs()).apply(normal(64, 64))
     weight[:, 5] = 0

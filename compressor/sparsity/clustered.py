@@ -14,10 +14,13 @@ from einops import rearrange
 from torch import Tensor
 
 from compressor.errors import UsageError
+from compressor.seeds import generator
 from compressor.sparsity.pattern import NM, Mask, Pattern
 
 _AT_ONCE = 64
 """Rows that are compared with all others at a time."""
+_EXCHANGED, _EXCHANGES = 2**14, 2000
+"""Rows of weights with so many entries, at most, are exchanged so often, at most."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Clustered(Pattern):
             order += rows[: len(rows) - alone]
             loose = loose + rows[len(rows) - alone :]
         order += self._met(support, sorted(loose)) if odd else loose
-        return torch.tensor(order, device=keep.device)
+        return torch.tensor(self._swapped(support, order) if odd else order, device=keep.device)
 
     def _met(self, support: Tensor, rows: list[int]) -> list[int]:
         """`rows` of `support` (out, in, *kernel) in an order in which those that can share a choice follow each other.
@@ -129,6 +132,46 @@ class Clustered(Pattern):
                     group.append(row)
                 order += group
         return [rows[i] for i in order]
+
+    def _swapped(self, support: Tensor, order: list[int]) -> list[int]:
+        """`order`, in which rows are exchanged until those that follow each other can share a choice; as it was where that fails.
+
+        Of few inputs many rows go with each other by chance, so that what `_met` joins first may leave others alone. A row of a group
+        that keeps too much changes places with the row by which most is gained; none of both moves again for some exchanges.
+        """
+        if support.numel() > _EXCHANGED:
+            return order
+        lanes = rearrange(
+            support.flatten(2) if support.dim() > 2 else support[..., None], "o (i m) k -> o (i k) m", m=self.m
+        )
+
+        def excess(shared: Tensor) -> Tensor:
+            return (shared.sum(-1) - self.n).clamp_(min=0).sum(-1)
+
+        rng, rows = generator("clustered"), torch.tensor(order)
+        waits = torch.zeros(len(rows), dtype=torch.long)
+        # of rows that share nothing, more is kept in excess than here: a share of what there can be, larger where more rows meet
+        most = (self.m - self.n) * (1 - 1 / self.v) ** 2 * lanes.shape[1] * len(rows) / self.v
+        for turn in range(_EXCHANGES):
+            groups = lanes[rows].view(-1, self.v, *lanes.shape[1:])
+            count = groups.sum(1, keepdim=True)
+            over = excess(count[:, 0] > 0)
+            if not bool(over.any()):
+                return rows.tolist()
+            if int(over.sum()) > most:
+                break
+            wrong = over.nonzero().flatten()
+            group = int(wrong[torch.randint(len(wrong), (), generator=rng)])
+            one = group * self.v + int(torch.randint(self.v, (), generator=rng))
+            others = (count - groups.int() > 0).flatten(0, 1)  # what the rest of each row's group keeps
+            change = excess(others[one] | lanes[rows]) + excess(others | lanes[rows[one]]) - over[group]
+            change = (change - over.repeat_interleave(self.v)) + torch.rand(len(rows), generator=rng)
+            change[(waits[rows] > turn) | (torch.arange(len(rows)) // self.v == group)] = torch.inf
+            other = int(change.argmin())
+            if bool(change[other] < 1) or bool(torch.rand((), generator=rng) < 0.3 and change[other] < torch.inf):
+                waits[rows[[one, other]]] = turn + 5
+                rows[[one, other]] = rows[[other, one]]
+        return order
 
     def _next(self, support: Tensor, shared: Tensor, ranked: Tensor) -> int | None:
         """The first of the `ranked` rows of `support` that can share a choice with the entries `shared` (in, *kernel)."""
