@@ -330,7 +330,7 @@ def smaller_unet():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [smaller_unet, sd3])
+@pytest.mark.parametrize("make", [smaller_unet, small_unet, sd3])
 def test_other_models_are_exported(make, tmp_path):
     torch.manual_seed(0)
     model = make()

@@ -497,6 +497,25 @@ def test_what_depends_on_the_number_of_samples_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_only_laid_out_anew_from_some_number_of_samples_on_is_exported(tmp_path):
+    """As diffusers' UNets do with 64 images, and again with so many that their numbers are more than 2^31."""
+
+    class Anew(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            out = out.contiguous() if input.shape[0] >= 8 else out
+            return (out.contiguous() if out.numel() > 2**31 else out)[:, None]
+
+    class Late(Anew):
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            return out if input.shape[0] < 1000 else 2 * out
+
+    assert export_onnx(Anew(16, 16), VectorAdapter(-1, 16), tmp_path / "a.onnx").parity.max_error < 1e-5
+    with pytest.raises(CompressorError, match="torch follows it for up to 999 samples"):
+        export_onnx(Late(16, 16), VectorAdapter(-1, 16), tmp_path / "b.onnx")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_graph_takes_float32_whatever_the_example_is_in(dtype, tmp_path):
     made = export_onnx(nn.Linear(16, 16).to(dtype), VectorAdapter(-1, 16, dtype=dtype), tmp_path / "a.onnx")

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from compressor.adapter import Adapter, tensors_of
 from compressor.errors import CompressorError, GateError, UsageError, causes, first_line
+from compressor.export.batch import dynamic, limit
 
 if TYPE_CHECKING:
     import numpy
@@ -117,7 +118,6 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
     Dim 0 of an input is the batch where the example has as many entries there as in its first input.
     """
     flat, tensors = Flat(module, adapter, example).eval(), tuple(tensors_of(example))
-    batch, samples = torch.export.Dim("batch"), tensors[0].shape[:1]
     try:
         with _silence():
             program = torch.onnx.export(
@@ -127,7 +127,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
                 opset_version=OPSET,
                 input_names=list(names),
                 output_names=["prediction"],
-                dynamic_shapes=(tuple({0: batch} if t.shape[:1] == samples else None for t in tensors),),
+                dynamic_shapes=dynamic(tensors, torch.export.Dim("batch")),
                 verbose=False,
             )
             if program is None:
@@ -138,9 +138,9 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
             f"{adapter.name} cannot be exported: {_reason(error)}",
             "torch.export must be able to follow the model; see https://docs.pytorch.org/docs/stable/export.html",
         ) from error
-    if not adapter.fixed_batch and (limit := _limit(program.exported_program)) is not None:
+    if not adapter.fixed_batch and (most := limit(program.exported_program, flat, tensors)) is not None:
         raise CompressorError(
-            f"{adapter.name} cannot be exported for any batch: torch follows it for {limit} samples alone",
+            f"{adapter.name} cannot be exported for any batch: torch follows it for {most} samples alone",
             "Dim 0 of the example inputs has to be the batch, and the model to do the same with any: x.shape[0], say, and not len(x).",
         )
     for node in graph.graph.node:  # traces of the exporting machine's source files
@@ -156,18 +156,6 @@ def _reason(error: BaseException) -> str:
     frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith((*own, "<"))]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
     return f"{first_line(error)}{place}"
-
-
-def _limit(program: Any) -> str | None:
-    """How many samples the graph is right for, in words; None where it is for any number."""
-    placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    first = placeholders[program.graph_signature.user_inputs[0]]
-    if not first.dim():
-        return None
-    if isinstance(size := first.shape[0], int):
-        return str(size)
-    bounds = program.range_constraints.get(size.node.expr)
-    return f"up to {bounds.upper}" if bounds is not None and bounds.upper < 2**31 else None
 
 
 def input_names_of(example: Any, given: Sequence[str] | None) -> list[str]:
