@@ -493,7 +493,6 @@ def test_two_pictures_never_have_one_caption(tmp_path):
         (("--data", "PHOTOS", "--part", "vae.decoder"), "part vae.decoder: captioned pictures are for what denoises"),
         (("--data", "PHOTOS", "--part", "unet"), "unet"),
         (("--data", "PHOTOS", "--set", "evaluate.samples=4"), "evaluate.samples: a pipeline draws its pictures itself"),
-        (("--data", "PHOTOS", "--set", "evaluate.sampler_steps=9"), "evaluate.sampler_steps: a pipeline draws"),
         (("--data", "PHOTOS", "--set", "record.n=8"), "record.n: nothing asks for it"),
         (("--data", "PHOTOS", "--set", "record.steps=8"), "record.steps: nothing asks for it"),
         (("--data", "PHOTOS", "--set", "record.keep=8"), "record.keep: nothing asks for it"),

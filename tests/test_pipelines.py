@@ -140,9 +140,8 @@ def test_a_decoder_is_pruned_like_a_denoiser(folders, cli, tmp_path):
 @pytest.mark.parametrize(
     "told",
     [
-        *("evaluate.sampler=ddim", "evaluate.guidance=2", "evaluate.metric=fd-digits", "evaluate.samples=1"),
-        *("evaluate.inception_weights=weights.pth", "evaluate.samples=0", "evaluate.sampler_steps=25"),
-        *("evaluate.sampler_steps=3", "evaluate.measures=[kid]", "evaluate.bootstrap=7", "evaluate.seed=7"),
+        *("evaluate.sampler=ddim", "evaluate.guidance=2", "evaluate.metric=fd-digits", "evaluate.measures=[kid]"),
+        "evaluate.inception_weights=weights.pth",
         *(
             "loading.size=64",
             "loading.flip=true",
@@ -159,12 +158,23 @@ def test_what_no_run_of_a_pipeline_asks_is_refused(folders, cli, tmp_path, told)
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_that_no_run_of_a_pipeline_asks_are_named(folders, cli, tmp_path):
+    given = ("samples=8", "sampler_steps=3", "bootstrap=7", "seed=7")
+    settings = [part for one in given for part in ("--set", f"evaluate.{one}")]
+    outcome = cli(
+        *command(folders("sd3"), tmp_path / "run", "--method", "magnitude", "--steps", "0", *NO_TIMES, *settings)
+    )
+    assert outcome.code == 0, outcome.err
+    names = "evaluate.samples, evaluate.sampler_steps, evaluate.bootstrap, evaluate.seed"
+    assert f"not asked for: {names}, as a pipeline draws its pictures itself" in outcome.err
+
+
 def test_the_recipe_that_a_run_wrote_is_run_again(folders, cli, tmp_path):
     given = ("--method", "magnitude", "--steps", "0", *NO_TIMES, "--quick")
     outcome = cli(*command(folders("sd3"), tmp_path / "run", *given))
     assert outcome.code == 0, outcome.err
     again = cli("run", "--config", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "again")
-    assert again.code == 0, again.err
+    assert again.code == 0 and "not asked for" not in outcome.err + again.err, again.err
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "again")]
     assert weights[0] == weights[1]
 

@@ -28,13 +28,14 @@ from compressor.weights import bare
 
 DEFAULTS = {**piped.DEFAULTS, "evaluate": {**piped.DEFAULTS["evaluate"], "samples": 0}}
 """Pictures are the pipeline's to draw."""
-_DRAWN = (
-    *("metric", "inception_weights", "sampler", "spacing", "guidance"),
-    *("samples", "sampler_steps", "measures"),
-)
+_DRAWN = ("metric", "inception_weights", "sampler", "spacing", "guidance", "measures")
+"""Settings of `evaluate` that say how other models are drawn and judged."""
 _USUAL = Evaluation().model_dump()
-_OF_A_RUN = {"architecture", "vae", "weights"}
-"""Settings that a pipeline's recipe has where a run wrote it, and that are refused beside a pipeline where they say anything."""
+_BY_ITSELF = "a pipeline draws its pictures itself"
+_INSTEAD = (
+    "Leave it out. Which it draws, and how: record.unseen, record.seed, record.steps, record.arguments.NAME; scores of its "
+    "pictures: evaluate.scores."
+)
 _FOLDER = (
     "Beside a pipeline, data is a folder of pictures with captions, such as cat.png and cat.txt. Or leave it out, and give "
     "--prompts."
@@ -76,21 +77,13 @@ def refuse_mixed(recipe: Recipe) -> None:
 def refuse_unused(recipe: Recipe, given: Collection[str] = ()) -> None:
     """Raise UsageError for settings that say how other models are trained, drawn and judged, and that no run of a pipeline asks.
 
-    Those are meant that are not as usual, those of `evaluate` that are `given`, and a number of steps that is given in a recipe which
-    no run wrote: a run writes all settings.
+    Those are meant that are not as usual, and those of `evaluate` that are `given`.
     """
     captioned, settings = is_captioned(recipe), recipe.evaluate
-    usual = {**_USUAL, **of_budget(settings.budget, {}), "samples": 0 if captioned else recipe.record.unseen}
-    names = _DRAWN if settings.scores else (*_DRAWN, "bootstrap") if captioned else (*_DRAWN, "bootstrap", "seed")
-    meant = {name for name in names if getattr(settings, name) not in (_USUAL[name], usual[name])} | set(given)
-    if not recipe.model_fields_set >= _OF_A_RUN:
-        meant |= settings.model_fields_set & {"sampler_steps"}
-    if drawn := [name for name in names if name in meant]:
-        raise UsageError(
-            f"evaluate.{drawn[0]}: a pipeline draws its pictures itself, and they have no real ones beside them",
-            "Leave it out. Which it draws, and how: record.unseen, record.seed, record.steps, record.arguments.NAME; scores of its "
-            "pictures: evaluate.scores.",
-        )
+    meant = [name for name in _DRAWN if getattr(settings, name) not in _usual(recipe, name)]
+    meant += ["samples"] if captioned and settings.samples else []
+    if drawn := meant or [name for name in (*_DRAWN, *_counts(recipe)) if name in given]:
+        raise UsageError(f"evaluate.{drawn[0]}: {_BY_ITSELF}, and they have no real ones beside them", _INSTEAD)
     if captioned:
         idle, why = _unusual(recipe.record, ("n", "steps", "keep"), "record"), "captioned pictures are not recorded"
     else:
@@ -98,6 +91,29 @@ def refuse_unused(recipe: Recipe, given: Collection[str] = ()) -> None:
         idle += _unusual(recipe.train, ("times",), "train")
     if idle:
         raise UsageError(f"{idle[0]}: nothing asks for it, as {why}", "Leave it out.")
+
+
+def overruled(recipe: Recipe) -> str | None:
+    """A line on the numbers of `evaluate` that are given and that nothing asks for; None where there are none."""
+    given = [name for name in _counts(recipe) if getattr(recipe.evaluate, name) not in _usual(recipe, name)]
+    said = ", ".join(f"evaluate.{name}" for name in given)
+    return f"not asked for: {said}, as {_BY_ITSELF}. {_INSTEAD}" if given else None
+
+
+def _counts(recipe: Recipe) -> tuple[str, ...]:
+    """The numbers of `evaluate` that no run of the recipe's pipeline asks. Scores are drawn again and have a seed."""
+    scored = ("bootstrap",) if is_captioned(recipe) else ("bootstrap", "seed")
+    return ("samples", "sampler_steps", *(() if recipe.evaluate.scores else scored))
+
+
+def _usual(recipe: Recipe, name: str) -> tuple[Any, ...]:
+    """What the setting `name` of `evaluate` is where nobody gave it, also in the recipe that a run wrote."""
+    own = {
+        **_USUAL,
+        **of_budget(recipe.evaluate.budget, {}),
+        "samples": 0 if is_captioned(recipe) else recipe.record.unseen,
+    }
+    return _USUAL[name], own[name]
 
 
 def _unusual(section: BaseModel, names: Iterable[str], where: str) -> list[str]:

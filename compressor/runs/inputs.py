@@ -223,6 +223,8 @@ def prepared(recipe: Recipe, before: Mapping[str, Any] | None = None) -> Generat
         return load_inputs(recipe)
     pruner = _pruner(recipe)
     start.refuse_scratch(recipe, pruner)
+    if (unread := captioning.overruled(recipe)) is not None:
+        yield Progress("open", 0, 1, unread)
     if captioning.is_captioned(recipe):
         adapter, model, told = yield from captioning.captioned(recipe, adapter_of(recipe))
         recipe = recipe.model_copy(update={"model": adapter.name})
