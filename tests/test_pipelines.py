@@ -328,10 +328,7 @@ def test_code_in_a_folder_is_not_run_and_the_error_says_what_to_do(folders, tmp_
         (("--pipeline", "FOLDER", "--prompts", "LINES", "--data", "digits"), "pipeline and data: digits is no folder"),
         (("--pipeline", "nowhere/at/all", "--prompts", "LINES"), "no such folder"),
         (("--pipeline", "FOLDER/transformer", "--prompts", "LINES"), "no model_index.json"),
-        (
-            ("--pipeline", "FOLDER/model_index.json", "--prompts", "LINES"),
-            "from_single_file(FILE).save_pretrained(DIR)",
-        ),
+        (("--pipeline", "FOLDER/model_index.json", "--prompts", "LINES"), "Give the folder of a pipeline"),
         (("--pipeline", "FOLDER", "--prompts", "LINES", "--part", "unet"), "no part 'unet'"),
         (("--pipeline", "FOLDER", "--prompts", "LINES", "--part", "transformer.nothing"), "no part 'nothing'"),
         (("--pipeline", "FOLDER", "--prompts", "EMPTY"), "no prompt in it"),

@@ -100,11 +100,11 @@ def refuse_kept(model: nn.Module) -> None:
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def copied(model: _Module, memo: Mapping[int, Any] | None = None) -> _Module:
+def copied(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
     """A copy of `model`, as `copy.deepcopy` makes it with this `memo`. Raises UsageError, by its name, for what cannot be copied: a
     lock, a generator, an open file, whatever has one."""
     try:
-        return copy.deepcopy(model, dict(memo or {}))
+        return copy.deepcopy(model, memo)
     except Exception as error:  # Python's own, torch's, and what a `__deepcopy__` of the user's raises
         if memory_behind(error) is not None:
             raise
