@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -310,12 +311,17 @@ def test_pictures_of_several_sizes_are_refused_where_they_say_the_size(cli, tmp_
     assert outcome.code == 2 and "the pictures that are judged have image 16x16 and 32x32" in outcome.err, outcome.err
 
 
-def test_code_in_a_folder_is_not_run_and_the_error_says_what_to_do(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("named", "file"),
+    [({"_class_name": ["pipeline", "Own"]}, "pipeline.py"), ({"unet": ["net", "Own"]}, "unet/net.py")],
+    ids=["pipeline", "component"],
+)
+def test_code_in_a_folder_is_not_run_and_the_error_says_what_to_do(folders, tmp_path, named, file):
     shutil.copytree(folders("sd"), tmp_path / "own")
     index = files.read_json(tmp_path / "own" / "model_index.json")
-    files.write_json(tmp_path / "own" / "model_index.json", {**index, "_class_name": ["pipeline", "Own"]})
-    (tmp_path / "own" / "pipeline.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(CompressorError, match=r"contains custom code in pipeline\.py") as caught:
+    files.write_json(tmp_path / "own" / "model_index.json", {**index, **named})
+    (tmp_path / "own" / file).write_text("raise SystemExit('it ran')")
+    with pytest.raises(CompressorError, match=f"contains custom code in {re.escape(file)}") as caught:
         open_pipeline(tmp_path / "own")
     assert "trust_remote_code=True" in caught.value.hint
 

@@ -116,6 +116,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
         )
     check_pipeline(folder)  # diffusers opens whatever is there, and builds it
     index = read_json(folder / "model_index.json")
+    _refuse_code(folder, index)
     components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
     part = part if part is not None else next((name for name in DENOISERS if name in components), None)
     if part is None or part.partition(".")[0] not in components:
@@ -135,10 +136,19 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
             pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # a dozen types, from missing files and packages to damaged ones
         raise CompressorError(
-            f"{folder}: {index.get('_class_name')} cannot be opened: {first_line(error)[:300]}",
-            _OWN_CODE if "trust_remote_code" in str(error) else _DAMAGED,
+            f"{folder}: {index.get('_class_name')} cannot be opened: {first_line(error)[:300]}", _DAMAGED
         ) from error
     return opened(pipe.to(device), part, folder)
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise CompressorError where the class of the pipeline or of a component is code in the folder: diffusers 0.37 runs it unasked."""
+    own = index.get("_class_name")
+    found = [f"{own[0]}.py"] if isinstance(own, list) and own else []
+    named = {name: value[0] for name, value in index.items() if isinstance(value, list) and value}
+    found += [f"{name}/{module}.py" for name, module in named.items() if (folder / name / f"{module}.py").is_file()]
+    if found:
+        raise CompressorError(f"{folder} contains custom code in {found[0]}", _OWN_CODE)
 
 
 def opened(pipe: Any, part: str | None = None, source: Path | None = None) -> Opened:
