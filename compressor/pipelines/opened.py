@@ -142,7 +142,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
 
 
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
-    """Raise CompressorError where the class of the pipeline or of a component is code in the folder: diffusers 0.37 runs it unasked."""
+    """Raise CompressorError where the class of the pipeline or of a component is code in the folder: diffusers 0.37 runs it."""
     own = index.get("_class_name")
     found = [f"{own[0]}.py"] if isinstance(own, list) and own else []
     named = {name: value[0] for name, value in index.items() if isinstance(value, list) and value}
