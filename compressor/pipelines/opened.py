@@ -94,13 +94,7 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     if folder.is_file():
         refuse_single_file(folder, anyway=True)
     if not folder.is_dir():
-        if folder.exists():
-            raise UsageError(
-                f"{source} is a file, not a folder",
-                "Give the folder of a pipeline. Of a checkpoint in a single file, diffusers makes one: "
-                "PipelineClass.from_single_file(FILE).save_pretrained(DIR).",
-            )
-        if len(folder.parts) != 2:
+        if folder.exists() or len(folder.parts) != 2:
             raise UsageError(
                 f"{source}: no such folder", "Give the folder of a pipeline (with model_index.json), or OWNER/NAME."
             )
