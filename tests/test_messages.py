@@ -81,6 +81,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("run --data nowhere.npz", 1, ("nowhere.npz",)),
     ("run --weights nowhere.pth", 1, ("nowhere.pth",)),
     ("run --config nowhere.yaml", 2, ("nowhere.yaml",)),
+    ("run --config two.yaml", 2, ("pipeline and model: two sources", "A pipeline brings its model")),
     ("run --config half.yaml", 2, ("has half a character in it", "Write it in UTF-8.")),
     ("run --config twice.yaml", 2, ("twice.yaml:2: found duplicate key", "Each key stands once")),
     ("run --pruner mine.py:Mine", 2, ("mine.py:Mine", "no such file", "Looked for")),
@@ -126,6 +127,7 @@ def place(tmp_path_factory, finished):
     (root / "others").mkdir()
     (root / "others" / "notes.txt").write_text("mine")
     (root / "file").write_text("mine")
+    (root / "two.yaml").write_text("model: uvit-cifar10\npipeline: nowhere\nprompts: nowhere.txt\n")
     (root / "half.yaml").write_text('data: "a\\uD800b"\n')
     (root / "twice.yaml").write_text("train: {steps: 1}\ntrain: {steps: 2}\n")
     (root / "broken.py").write_text("raise SystemExit(0)\n")

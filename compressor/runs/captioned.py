@@ -17,6 +17,7 @@ from compressor.data.sets import Records
 from compressor.data.settings import Loading
 from compressor.environment import resolve_device
 from compressor.errors import UsageError
+from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.captions import encoded
 from compressor.pipelines.opened import DENOISERS, open_pipeline
 from compressor.progress import Progress
@@ -50,7 +51,9 @@ def is_captioned(recipe: Recipe) -> bool:
 def refuse_mixed(recipe: Recipe) -> None:
     """Raise UsageError where a recipe names a pipeline and, beside it, a model of its own, or data of two kinds; or prompts and no
     pipeline."""
+    written = (Recipe().model, CallsAdapter.name, registry.of_pipelines()[0])  # what a run's own recipe.yaml has there
     own = {"weights": recipe.weights, "vae": recipe.vae, "architecture": recipe.architecture}
+    own["model"] = None if recipe.model in written else recipe.model
     if recipe.pipeline is not None and (given := [name for name, value in own.items() if value]):
         raise UsageError(
             f"pipeline and {given[0]}: two sources", "A pipeline brings its model, and its records are the data."
