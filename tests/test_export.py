@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import compressor
 from compressor import NM, Adapter, CompressorError, registry
 from compressor.errors import GateError, UsageError
 from compressor.export import graph as onnx_graph
+from compressor.export import int8
 from compressor.export import onnx as exports
 from compressor.export.onnx import OnnxRunner, export_onnx, random_inputs
 from compressor.export.tensorrt import export_tensorrt
@@ -314,8 +316,8 @@ def test_int8_is_exact_whole_number_arithmetic_on_this_processor(digits, in_int8
 
 
 def test_a_processor_that_multiplies_otherwise_is_noticed(small, tmp_path, monkeypatch):
-    right = onnx_graph.IntegerProduct.of
-    monkeypatch.setattr(onnx_graph.IntegerProduct, "of", lambda self, x: 1.001 * right(self, x))
+    right = int8.IntegerProduct.of
+    monkeypatch.setattr(int8.IntegerProduct, "of", lambda self, x: 1.001 * right(self, x))
     with pytest.raises(GateError, match="from the product in whole numbers"):
         export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
     assert list(tmp_path.iterdir()) == []
@@ -367,14 +369,22 @@ def test_int8_is_smaller_and_keeps_the_zeros(small, tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.onnx", "b.onnx"]
 
 
-def test_zeros_that_int8_loses_are_noticed(small, tmp_path):
-    done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
-    graph = onnx.load(done.path)
-    for one in graph.graph.initializer:
-        if len(one.dims) == 2:
-            one.CopyFrom(numpy_helper.from_array(np.zeros(tuple(one.dims), np.float32), one.name))
-    with pytest.raises(GateError, match="zeros"):
-        onnx_graph.quantize(graph, done.path)
+def test_zeros_that_int8_loses_are_noticed(small, tmp_path, monkeypatch):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    right = quantization.quantize_dynamic
+
+    def shifted(source: Path, target: Path, **settings: Any) -> None:
+        right(source, target, **settings)
+        graph = onnx.load(target)
+        for one in graph.graph.initializer:
+            if one.name.endswith("_zero_point"):
+                one.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(one) + np.int8(1), one.name))
+        onnx.save(graph, target)
+
+    monkeypatch.setattr(quantization, "quantize_dynamic", shifted)
+    with pytest.raises(GateError, match="int8 gave its zeros a value"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx", int8=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- Files. ---
@@ -395,6 +405,36 @@ def test_weights_too_large_for_one_file_lie_beside_the_graph(small, tmp_path, mo
     done.data.unlink()
     with pytest.raises(CompressorError, match=r"a\.onnx: ONNX Runtime"):
         OnnxRunner(path)
+
+
+def test_int8_weights_too_large_for_one_file_lie_beside_the_graph(small, tmp_path, monkeypatch):
+    adapter, path = FeedforwardAdapter(), tmp_path / "a.onnx"
+    whole = export_onnx(small, adapter, tmp_path / "whole.onnx", int8=True)
+    monkeypatch.setattr(onnx_graph, "LARGEST_FILE", 1000)
+    in_float = export_onnx(small, adapter, path)
+    done = export_onnx(small, adapter, path, int8=True, overwrite=True)
+    assert in_float.data is not None and done.data is not None and in_float.data != done.data
+    assert sorted(tmp_path.iterdir()) == sorted([done.data, path, whole.path])  # not those of the graph before
+    assert done.parity == whole.parity and done.size_bytes == path.stat().st_size + done.data.stat().st_size
+    assert done.data.stat().st_size < in_float.size_bytes / 2
+    inputs = random_inputs(adapter.example_inputs(3), 10, torch.Generator().manual_seed(0))
+    assert torch.equal(OnnxRunner(path)(inputs), OnnxRunner(whole.path)(inputs))
+    assert onnx.load(path).metadata_props == onnx.load(whole.path).metadata_props
+
+
+def test_a_model_is_not_copied_and_stays_as_it_is(small, tmp_path, monkeypatch):
+    held = {name: (p.data_ptr(), p._version, p.requires_grad) for name, p in small.named_parameters()}
+    seen = []
+    graph_of = onnx_graph.graph_of
+    monkeypatch.setattr(exports, "graph_of", lambda module, *rest: (seen.append(module), graph_of(module, *rest))[1])
+    for form in ("dense", "gathered"):
+        export_onnx(small, FeedforwardAdapter(), tmp_path / f"{form}.onnx", form=form)
+    assert {name: (p.data_ptr(), p._version, p.requires_grad) for name, p in small.named_parameters()} == held
+    places = {place for place, *_ in held.values()}
+    for module in seen:
+        assert not any(p.requires_grad for p in module.parameters())
+    dense, gathered = ({p.data_ptr() for p in module.parameters()} for module in seen)
+    assert dense == places and gathered & places  # gathered layers have weights of their own
 
 
 def test_what_cannot_be_written_is_refused(small, tmp_path):
@@ -523,7 +563,7 @@ def test_a_graph_takes_float32_whatever_the_example_is_in(dtype, tmp_path):
 
 
 def test_a_product_of_nothing_is_nothing_in_whole_numbers():
-    product = onnx_graph.IntegerProduct("x", "out", torch.ones(16, 8, dtype=torch.int32), torch.ones(8))
+    product = int8.IntegerProduct("x", "out", lambda: torch.ones(16, 8, dtype=torch.int32), torch.ones(8))
     assert product.of(torch.zeros(0, 16)).shape == (0, 8)
 
 

@@ -1,15 +1,13 @@
-"""ONNX graphs: made from a module, run, asked for their weights, quantized, written. `export` puts these together."""
+"""ONNX graphs: made from a module, run, asked for their weights, written. `export` puts these together."""
 
 from __future__ import annotations
 
 import io
 import logging
-import math
-import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from compressor.adapter import Adapter, tensors_of
-from compressor.errors import CompressorError, GateError, UsageError, causes, first_line
+from compressor.errors import CompressorError, UsageError, causes, first_line
 from compressor.export.batch import dynamic, limit
 
 if TYPE_CHECKING:
@@ -33,10 +31,6 @@ INSTALL = 'pip install "diffusion-compressor[onnx]"'
 OPSET = 20
 LARGEST_FILE = 1_900_000_000
 """Protocol buffers end at 2 GiB: larger weights go into a file of their own, beside the graph."""
-LARGEST_INT8 = 64
-"""Of an int8 weight, as a magnitude. CPUs without VNNI add two products with unsigned 8-bit activations in 16 bits, where
-sums beyond 2^15 - 1 are cut off: 2 x 255 x 64 = 32,640 fits, 2 x 255 x 65 does not. Source: ONNX Runtime's guide to
-quantization (`reduce_range`), and the kernels of its MLAS library for AVX2 and AVX-512 (`vpmaddubsw`)."""
 
 
 def require_packages() -> None:
@@ -119,7 +113,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
     """
     flat, tensors = Flat(module, adapter, example).eval(), tuple(tensors_of(example))
     try:
-        with _silence():
+        with silence():
             program = torch.onnx.export(
                 flat,
                 tensors,
@@ -175,13 +169,27 @@ def input_names_of(example: Any, given: Sequence[str] | None) -> list[str]:
     return names
 
 
-def stored_weights(graph: onnx.ModelProto) -> list[Tensor]:
-    """The constants that products and convolutions of the graph take as weights, as (out, in, *kernel)."""
+def constants_in(
+    graph: onnx.ModelProto, folder: Path | None = None
+) -> dict[str, Callable[[], numpy.ndarray[Any, Any]]]:
+    """What reads each constant of a graph, by its name: a large model is not held twice. `folder` is that of the graph's file, where
+    weights may lie beside it."""
     from onnx import numpy_helper
 
-    constants = {i.name: i for i in graph.graph.initializer}
+    return {one.name: partial(numpy_helper.to_array, one, str(folder or "")) for one in graph.graph.initializer}
+
+
+def stored_weights(graph: onnx.ModelProto) -> list[tuple[tuple[int, ...], Callable[[], Tensor]]]:
+    """The constants that products and convolutions of the graph take as weights: the shape of each, (out, in, *kernel), and what
+    reads it."""
+    shapes, read = {i.name: tuple(i.dims) for i in graph.graph.initializer}, constants_in(graph)
     transposed = {n.output[0]: n.input[0] for n in graph.graph.node if n.op_type == "Transpose"}
-    found = []
+
+    def weight(name: str, turned: bool) -> Tensor:
+        value = torch.from_numpy(read[name]().copy())
+        return value.t() if turned else value
+
+    found: list[tuple[tuple[int, ...], Callable[[], Tensor]]] = []
     for node in graph.graph.node:
         if node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
@@ -190,25 +198,22 @@ def stored_weights(graph: onnx.ModelProto) -> list[Tensor]:
             output_first = any(a.name == "transB" and a.i for a in node.attribute)
         if name in transposed and node.op_type != "Conv":
             name, output_first = transposed[name], not output_first
-        if name in constants:
-            value = torch.from_numpy(numpy_helper.to_array(constants[name]).copy())
-            found.append(value if output_first or value.dim() != 2 else value.t())
+        if name in shapes:
+            turned = not output_first and len(shapes[name]) == 2
+            found.append((shapes[name][::-1] if turned else shapes[name], partial(weight, name, turned)))
     return found
 
 
 def write(graph: onnx.ModelProto, file: Path, data: str) -> None:
-    """Write the graph to `file`, and its weights to `data` beside it where they are too large for one file.
+    """Write the graph to `file`, and its weights to `data` beside it where they are too large for one file: `graph` is then left
+    without them.
 
     The name `data` belongs to the weights, so that a graph never meets another's.
     """
     import onnx
 
-    if sum(len(one.raw_data) for one in graph.graph.initializer) <= LARGEST_FILE:
-        onnx.save_model(graph, file)
-        return
-    whole = onnx.ModelProto()
-    whole.CopyFrom(graph)
-    onnx.save_model(whole, file, save_as_external_data=True, location=data)
+    apart = sum(len(one.raw_data) for one in graph.graph.initializer) > LARGEST_FILE
+    onnx.save_model(graph, file, save_as_external_data=apart, location=data)
 
 
 def write_described(graph: onnx.ModelProto, file: Path, form: str, digest: str) -> None:
@@ -219,123 +224,6 @@ def write_described(graph: onnx.ModelProto, file: Path, form: str, digest: str) 
     write(graph, file, f"{file.stem}-{form}-{digest[:12]}.data")
 
 
-def quantize(graph: onnx.ModelProto, file: Path) -> None:
-    """Replace `file` by its int8 form, which means the same on every CPU: no weight is beyond `LARGEST_INT8`.
-
-    Raises GateError where one is, or where a weight's zero is no zero there.
-    """
-    from onnx import load, numpy_helper
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    before = {one.name: one for one in graph.graph.initializer}
-    target = file.with_name("quantized")
-    with _silence():
-        quantize_dynamic(
-            file,
-            target,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )
-    for other in file.parent.iterdir():
-        if other != target:
-            other.unlink()
-    os.replace(target, file)
-    after = {one.name: numpy_helper.to_array(one) for one in load(file).graph.initializer}
-    for name, value in before.items():
-        if f"{name}_quantized" not in after:
-            continue
-        weight = after[f"{name}_quantized"]
-        if (largest := int(abs(weight.astype("int16")).max(initial=0))) > LARGEST_INT8:
-            raise GateError(
-                f"{name}: int8 weights up to {largest}, more than {LARGEST_INT8}: on CPUs without VNNI sums of two products "
-                "would be cut off",
-                "Please report this model.",
-            )
-        moved = weight != after[f"{name}_zero_point"]
-        if bool((moved & (numpy_helper.to_array(value) == 0)).any()):
-            raise GateError(f"{name}: int8 gave its zeros a value", "Please report this model.")
-
-
-@dataclass(frozen=True, eq=False)
-class IntegerProduct:
-    """A product of an int8 graph: x (..., in) in float32, quantized as it comes, times weight (in, out).
-
-    `x` and `out` are the names of its input and output, `weight` is whole numbers less their zero points, and `scale`,
-    one number or (out,), says what one of them is worth.
-    """
-
-    x: str
-    out: str
-    weight: Tensor
-    scale: Tensor
-
-    def of(self, x: Tensor) -> Tensor:
-        """The product for `x`, without rounding in its sums: whole numbers below 2^53 are exact in float64.
-
-        Source: DynamicQuantizeLinear and MatMulInteger in https://onnx.ai/onnx/operators/
-        """
-        if not x.numel():
-            return torch.zeros(*x.shape[:-1], self.weight.shape[-1])
-        low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-        step = (high - low) / 255 if high > low else torch.ones(())
-        zero = (-low / step).round().clamp(0, 255)
-        levels = ((x / step).round() + zero).clamp(0, 255) - zero
-        sums = (levels.double() @ self.weight.double()).float()
-        return sums * (step * self.scale)
-
-
-def integer_products(graph: onnx.ModelProto) -> list[IntegerProduct]:
-    """Every product in whole numbers that `quantize` put into a graph. Raises GateError for one of another make."""
-    from onnx import numpy_helper
-
-    constants = {one.name: numpy_helper.to_array(one) for one in graph.graph.initializer}
-    makers = {name: node for node in graph.graph.node for name in node.output}
-    users = {name: node for node in graph.graph.node for name in node.input}
-    found = []
-    for node in graph.graph.node:
-        if "Integer" not in node.op_type and not node.op_type.startswith("QLinear"):
-            continue
-        try:
-            levels, weight, _, zero = node.input
-            quantized, scaled = makers[levels], users[users[node.output[0]].output[0]]
-            scales = makers[scaled.input[1]].input
-            kinds = (node.op_type, quantized.op_type, scaled.op_type, scales[0])
-            if kinds != ("MatMulInteger", "DynamicQuantizeLinear", "Mul", quantized.output[1]):
-                raise KeyError(node.op_type)
-            whole = torch.from_numpy(constants[weight].astype("int32") - constants[zero].astype("int32"))
-            scale = torch.from_numpy(constants[scales[1]].copy())
-        except (KeyError, ValueError) as error:
-            raise GateError(f"{node.name}: {node.op_type} of another make", "Please report this model.") from error
-        found.append(IntegerProduct(quantized.input[0], scaled.output[0], whole, scale))
-    return found
-
-
-def integer_errors(file: Path, inputs: Any) -> dict[str, float]:
-    """How far ONNX Runtime is, on this machine, from the whole-number arithmetic that an int8 file asks for.
-
-    For each product the largest difference of any value from `IntegerProduct.of` the same input, in standard deviations of
-    that product, by the name of its output. `inputs` are an adapter's.
-    """
-    from onnx import ValueInfoProto, load
-
-    graph = load(file)
-    products = integer_products(graph)
-    given = [one.name for one in graph.graph.input]
-    known = {*given, *(one.name for one in graph.graph.output)}
-    shown = {name for one in products for name in (one.x, one.out)} - known
-    graph.graph.output.extend(ValueInfoProto(name=name) for name in sorted(shown))
-    values = OnnxRunner(graph.SerializeToString()).outputs(inputs) | dict(zip(given, tensors_of(inputs), strict=True))
-    found = {}
-    for one in products:
-        wanted = one.of(values[one.x])
-        if wanted.numel():  # an expert that no token went to
-            difference = (values[one.out] - wanted).abs() / (float(wanted.std(correction=0)) or 1.0)
-            found[one.out] = float(difference.nan_to_num(nan=math.inf).max())
-    return found
-
-
 def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     tensor = tensor.detach().cpu()
     array: numpy.ndarray[Any, Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
@@ -343,7 +231,7 @@ def array_of(tensor: Tensor) -> numpy.ndarray[Any, Any]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Without the exporter's and the quantizer's words: which operators torchvision would have, what might be optimized, whole graphs
     of what it could not follow. Standard output is where --json is written."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", None)]

@@ -28,12 +28,11 @@ from compressor.export.graph import (
     graph_of,
     input_names_of,
     input_shapes,
-    integer_errors,
-    quantize,
     require_packages,
     stored_weights,
     write_described,
 )
+from compressor.export.int8 import integer_errors, quantize
 from compressor.export.parity import BATCHES, TOLERANCE, Parity, float32_inputs, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
 from compressor.foreign.sound import copied, refuse_kept
@@ -57,7 +56,7 @@ INT8_TOLERANCE = 0.5
 bundled models up to 0.26, at the lowest noise; at 0.5 a fifth of the answer's variance would be noise. That the file itself
 is right is checked apart, product by product and to `TOLERANCE`: this bounds what the rounding alone costs."""
 
-_DATA = re.compile(rf"-({'|'.join((*FORMS, 'tensorrt'))})-[0-9a-f]{{12}}\.data")
+_DATA = re.compile(rf"-({'|'.join((*FORMS, 'int8', 'tensorrt'))})-[0-9a-f]{{12}}\.data")
 _ADVICE = {
     "dense": "next: for TensorRT, which looks for zeros, --to tensorrt-ready; ONNX Runtime's own kernels do not skip any (--form "
     "gathered, --int8).",
@@ -146,10 +145,11 @@ def export_onnx(
         graph = graph_of(forward.module, adapter, example, names)
         if form == "dense":
             _verify_patterns(graph, model, adapter, example, patterns)
-        file = folder / path.name
+        file, inputs = folder / path.name, input_shapes(graph)
         write_described(graph, file, form, digest)
+        del graph  # and its weights
         if int8:
-            quantize(graph, file)
+            quantize(file, digest)
         parity = _parity(model, adapter, file, int8)
         files = sorted(folder.iterdir())
         sizes, sha256 = sum(f.stat().st_size for f in files), file_sha256(file)
@@ -164,7 +164,7 @@ def export_onnx(
         size_bytes=sizes,
         dense_size_bytes=sum(t.nbytes for t in model.state_dict().values()),
         parity=parity,
-        inputs=input_shapes(graph),
+        inputs=inputs,
         opset=OPSET,
         sha256=sha256,
         weights_sha256=digest,
@@ -173,9 +173,12 @@ def export_onnx(
 
 
 def in_float32_on_cpu(model: nn.Module) -> nn.Module:
-    """A copy of `model` as graphs are made of: bare, in float32 and eval mode, on the CPU."""
+    """A copy of `model` as graphs are made of: bare, in float32 and eval mode, on the CPU. What parameters hold is the model's own
+    where it is so already."""
     refuse_kept(model := bare(model))
-    return copied(model).cpu().float().eval().requires_grad_(False)
+    same = [p for p in model.parameters() if type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_cpu]
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in same}
+    return copied(model, shared).cpu().float().eval().requires_grad_(False)
 
 
 # --- The gathered form. ---
@@ -190,7 +193,7 @@ class _Form:
 
 def _gathered_form(model: nn.Module, adapter: Adapter, example: Any, patterns: Mapping[str, Pattern]) -> _Form:
     """`model` with its V:N:M layers in gathered form, where that is faster."""
-    module, backend = copy.deepcopy(model), Gathered()
+    module, backend = copy.deepcopy(model, {id(p): p for p in model.parameters()}), Gathered()
     found, unreached = find_units(module, lambda: adapter.predict(module, example))
     left = {one.weight: one.reason for one in unreached if one.weight in patterns}
     taken: list[str] = []
@@ -276,11 +279,13 @@ def _verify_patterns(
     stored = stored_weights(graph)
     for name in sorted(used & patterns.keys()):
         zero = layers[name].weight == 0
-        place = next((i for i, w in enumerate(stored) if w.shape == zero.shape and not (w[zero] != 0).any()), None)
-        if place is None:
+        same = ((i, read()) for i, (shape, read) in enumerate(stored) if shape == zero.shape)
+        place, weight = next(((i, w) for i, w in same if not (w[zero] != 0).any()), (None, None))
+        if place is None or weight is None:
             refuse_missing(name, model, adapter, example)
         else:
-            patterns[name].verify(stored.pop(place))
+            del stored[place]
+            patterns[name].verify(weight)
 
 
 def _parity(model: nn.Module, adapter: Adapter, file: Path, int8: bool) -> Parity:
