@@ -1,10 +1,10 @@
-"""The memory of `compressor run --pipeline` at the size of Stable Diffusion 1.5: random weights of its very sizes, drawn small.
+"""The memory of `compressor run --pipeline` and `export` at the size of Stable Diffusion 1.5: random weights of its very sizes.
 
     python benchmarks/run_memory.py --out benchmarks/results/run_memory.json
 
 The UNet has 860 million weights in float32, the text encoder 123 and the autoencoder 84; pictures have 64 by 64 pixels, which saves
 time and changes little of the memory: the weights are nearly all of it. Told is the most that the process held of its own (RssAnon of
-Linux: without the files that it has mapped, such as the weights that it was given) in each stage.
+Linux: without the files that it has mapped, such as the weights that it was given) in each stage, in a process for each command.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,6 +80,26 @@ class Watch(threading.Thread):
             time.sleep(0.02)
 
 
+def watched(command: Sequence[str], folder: Path) -> dict[str, float | dict[str, float]]:
+    """The seconds and the memory of `command`, in a process of its own."""
+    if (child := os.fork()) == 0:
+        sys.argv = ["compressor", *command]
+        watch = Watch()
+        watch.start()
+        began = time.perf_counter()
+        try:
+            compressor()
+        except SystemExit as end:
+            if end.code:
+                os._exit(1)
+        most = {stage: round(held / GIB, 2) for stage, held in watch.most.items()}
+        found = {"seconds": round(time.perf_counter() - began, 1), "most_gib": max(most.values()), "stages_gib": most}
+        (folder / "found.json").write_text(json.dumps(found))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return json.loads((folder / "found.json").read_text())
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--method", default="magnitude")
@@ -99,17 +120,13 @@ def main() -> None:
         small = {"record.n": 2, "record.unseen": 1, "record.steps": 2, "evaluate.latency_rounds": 0}
         small |= {"record.arguments.height": 64, "record.arguments.width": 64}
         settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-        sys.argv = ["compressor", "run", "--pipeline", str(folder / "pipeline"), "--prompts", str(prompts), *own]
-        sys.argv += [*settings, "--out", str(folder / "run")]
-        watch = Watch()
-        watch.start()
-        began = time.perf_counter()
-        try:
-            compressor()
-        except SystemExit as end:
-            if end.code:
-                raise
-        seconds = time.perf_counter() - began
+        run = str(folder / "run")
+        source = ["--pipeline", str(folder / "pipeline"), "--prompts", str(prompts)]
+        found = {"run": watched(["run", *source, *own, *settings, "--out", run], folder)}
+        for what in ([], ["--int8"]):
+            command = ["export", run, "--to", "onnx", *what]
+            found[" ".join(["export", *what])] = watched([*command, "--out", str(folder / "model.onnx")], folder)
+            (folder / "model.onnx").unlink()
         report = json.loads((folder / "run" / "report.json").read_text())
     facts = {
         "environment": environment(torch.device("cpu")),
@@ -117,9 +134,7 @@ def main() -> None:
         "pattern": given.pattern,
         "steps": given.steps,
         "weights": report["rows"][0]["params"],
-        "seconds": round(seconds, 1),
-        "most_gib": round(max(watch.most.values()) / GIB, 2),
-        "stages_gib": {stage: round(most / GIB, 2) for stage, most in watch.most.items()},
+        **found,
     }
     print(json.dumps(facts, indent=1))
     if given.out is not None:

@@ -472,6 +472,7 @@ def test_methods_are_compared_on_the_records_of_one_pipeline(folders, cli, tmp_p
     )
     report = files.read_json(tmp_path / "out" / "report.json")
     assert report["compared_by"] == "prediction_error"
+    assert report["model"] == "FluxPipeline, transformer"  # as a run of it says, not the family that reads pipelines
     assert [(entry["label"], len(entry["cells"])) for entry in report["entries"]] == [("magnitude", 1), ("sparsedm", 1)]
 
 

@@ -3,9 +3,10 @@
     python benchmarks/cpu/opponents.py --out benchmarks/results/opponents_cpu.json
 
 Random weights, pruned by magnitude: U-ViT-S/2 (4:2:4 in every Linear of the blocks), the DDPM UNet for CIFAR-10 (8:2:4 in every layer
-that it fits), and one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward). The dense
-weights run in PyTorch (eager, prepacked), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones lowered in float32, and
-with `max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same weights in eager float32, in
+that it fits), one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward), and the UNet of
+Stable Diffusion 1.5 (8:2:4 in every layer that it fits), whose cell takes 20 minutes and some 20 GiB of memory. The dense weights run
+in PyTorch (eager, prepacked), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones lowered in float32, and with
+`max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same weights in eager float32, in
 standard deviations of the output. Cells of a former file stay unless they are measured again.
 """
 
@@ -42,7 +43,10 @@ CELLS = {
     "ddpm-cifar10 4": ("DDPM UNet, CIFAR-10", "8:2:4", 4),
     "ddpm-cifar10 1": ("DDPM UNet, CIFAR-10", "8:2:4", 1),
     "dit-xl-2-block 1": ("one block of DiT-XL/2, 1,024 tokens", "4:2:4", 1),
+    "sd15 2": ("UNet of Stable Diffusion 1.5, 256 pixels", "8:2:4", 2),  # a picture with guidance
 }
+_LARGE = ("sd15",)
+"""Models that are not compiled: torch.compile would hold their weights once more for each form."""
 
 
 _TORCH = {
@@ -57,6 +61,10 @@ _TORCH = {
 def adapter_of(cell: str) -> Adapter:
     """The adapter of a cell's model; a DiT of one block."""
     name = cell.rpartition(" ")[0]
+    if name == "sd15":
+        sizes = {"sample_size": 32, "cross_attention_dim": 768, "attention_head_dim": 8}
+        plain: Any = registry.adapter("diffusers")
+        return replace(plain, config={"_class_name": "UNet2DConditionModel", **sizes})  # type: ignore[no-any-return]
     if name == "dit-xl-2-block":
         whole: Any = registry.adapter("dit-xl-2-512")
         return replace(whole, config={**whole.config, "num_layers": 1})  # type: ignore[no-any-return]
@@ -75,14 +83,13 @@ def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
     return len(taken)
 
 
+@torch.no_grad()
 def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[str, Any]:
     _, pattern, batch = CELLS[cell]
+    compiled = compiled and cell.rpartition(" ")[0] not in _LARGE
+    adapter, example = adapter_of(cell), adapter_of(cell).example_inputs(batch)
     torch.manual_seed(0)
-    adapter = adapter_of(cell)
-    dense = adapter.build().eval()
-    example = adapter.example_inputs(batch)
     sparse = adapter.build().eval()
-    sparse.load_state_dict(dense.state_dict())
     count = pruned(sparse, adapter, pattern)
     example = lively(example, partial(adapter.predict, sparse))  # on zeros, errors are small and products fast
     plans = {
@@ -91,16 +98,17 @@ def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[s
             sparse, example, adapter=adapter, compiled=compiled, max_error=max_error, cache=False
         ),
     }
-    plan = plans["lowered, float32"].plan
-    torch_forms = dense_forms(dense, example, plan, adapter=adapter)
-    calls: dict[str, Any] = {
-        _TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()
-    }
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    wanted = {"sparse": adapter.predict(sparse, example)}
+    del sparse  # a large model and all engines take much memory
+    torch.manual_seed(0)
+    dense = adapter.build().eval()
+    wanted["dense"] = adapter.predict(dense, example)
+    with tempfile.TemporaryDirectory() as folder:
         others, left = engines(dense, adapter, Path(folder), openvino=True)
+        torch_forms = dense_forms(dense, example, plans["lowered, float32"].plan, adapter=adapter)
+        calls = {_TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()}
         calls |= {one.name: lambda one=one: one.run(example) for one in others}
         calls |= {name: lambda form=form: adapter.predict(form.model, example) for name, form in plans.items()}
-        wanted = {name: adapter.predict(model, example) for name, model in (("dense", dense), ("sparse", sparse))}
         errors = {}
         for name, call in calls.items():
             own = wanted["sparse" if name.startswith("lowered") else "dense"]

@@ -68,7 +68,7 @@ def build(outcome: Outcome) -> ComparisonReport:
         schema_version=1,
         kind="comparison",
         title=wanted.title,
-        model=recipe.model,
+        model=wanted.inputs.model_name,
         seeds=tuple(wanted.seeds),
         weights_sha256=judged.row.weights_sha256,
         data=DataFacts(name=data.name, sha256=data.sha256, samples=len(data)),

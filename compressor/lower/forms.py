@@ -180,7 +180,8 @@ def guarded(
         backends=_versions(job, layers),
         taken=held.taken,
     )
-    chosen = forms[choice]
+    chosen = forms.pop(choice)
+    del forms, calls  # the others take as much memory as the model, each
     return chosen if "compiled" in choice else own(chosen), plan
 
 

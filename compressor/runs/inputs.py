@@ -77,6 +77,13 @@ class Inputs:
     def method(self) -> str:
         return type(self.pruner).__name__ if self.recipe.pruner else self.recipe.method
 
+    @property
+    def model_name(self) -> str:
+        """What a report calls the model: by its class where its registered name stands for all of diffusers."""
+        if self.piped is not None:
+            return f"{self.piped.opened.name}, {self.piped.opened.part}"
+        return type(self.model).__name__ if self.recipe.model == registry.of_pipelines()[0] else self.recipe.model
+
     @cached_property
     def weights_sha256(self) -> str:
         """The hash of the model, computed once: nothing trains `model` itself."""

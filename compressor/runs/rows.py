@@ -109,13 +109,6 @@ def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Gener
     return tuple(rows)
 
 
-def _named(inputs: Inputs) -> str:
-    """What a report calls the model: by its class where its registered name stands for all of diffusers."""
-    if inputs.piped is not None:
-        return f"{inputs.piped.opened.name}, {inputs.piped.opened.part}"
-    return type(inputs.model).__name__ if inputs.recipe.model == "diffusers" else inputs.recipe.model
-
-
 def _report(
     inputs: Inputs,
     run: dict[str, Any],
@@ -128,7 +121,7 @@ def _report(
     report = Report(
         schema_version=1,
         method=inputs.method,
-        model=_named(inputs),
+        model=inputs.model_name,
         pattern=patterns,
         seed=recipe.train.seed,
         settings=method_settings(inputs.pruner),
