@@ -134,6 +134,22 @@ def test_inspect_shows_every_layer_and_why(cli):
         assert part in outcome.out
 
 
+def test_inspect_says_no_share_of_what_is_counted_in_the_total_alone(cli, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\nfrom compressor import Adapter\n\n"
+        "class Own(Adapter):\n    name = 'own'\n\n    def build(self):\n        return nn.MultiheadAttention(16, 2)\n\n"
+        "    def noised(self, batch, rng):\n        return batch, batch\n\n"
+        "    def predict(self, model, x):\n        return model(x, x, x)[0]\n\n"
+        "    def example_inputs(self, n):\n        return torch.zeros(n, 3, 16)\n"
+    )
+    given = ("inspect", f"{tmp_path / 'own.py'}:Own", "--pattern", "2:4")
+    packed, layer = json.loads(cli(*given, "--json").out)["layers"]
+    assert (packed["name"], packed["macs"], packed["macs_share"]) == ("in_proj_weight", None, None)
+    assert layer["name"] == "out_proj.weight" and 0 < layer["macs_share"] < 1 and layer["reason"] is None
+    line = next(line for line in cli(*given).out.splitlines() if "in_proj_weight" in line)
+    assert " — " in line and "not of a Linear or convolution" in line
+
+
 def test_inspect_prints_json(cli):
     found = json.loads(cli("inspect", "uvit-digits", "--pattern", "4:2:4", "--json").out)
     assert (found["model"], found["pattern"]) == ("uvit-digits", "4:2:4")

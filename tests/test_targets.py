@@ -161,6 +161,51 @@ def test_layers_without_a_prunable_weight_are_not_listed() -> None:
     assert survey(model, PATTERN) == []
 
 
+def packed() -> nn.Module:
+    """Weights that torch's own modules keep and multiply by, beside those of layers."""
+    alike, unlike = nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2, kdim=8, vdim=8)
+    return nn.ModuleDict(
+        {
+            "alike": alike,
+            "unlike": unlike,
+            "rnn": nn.GRU(16, 16),
+            "cell": nn.LSTMCell(16, 16),
+            "two": nn.Bilinear(4, 4, 8),
+        }
+    )
+
+
+def test_what_else_multiplies_by_weights_is_listed_with_the_reason() -> None:
+    listed = {layer.name: (type(layer.module).__name__, layer.reason) for layer in survey(packed(), PATTERN)}
+    assert [name for name, (_, reason) in listed.items() if reason is None] == [
+        "alike.out_proj.weight",
+        "unlike.out_proj.weight",
+    ]
+    left = {
+        name: kind
+        for name, (kind, reason) in listed.items()
+        if reason == f"a weight of {kind}, not of a Linear or convolution"
+    }
+    assert left == {
+        **{"alike.in_proj_weight": "MultiheadAttention"},
+        **dict.fromkeys((f"unlike.{part}_proj_weight" for part in "qkv"), "MultiheadAttention"),
+        **dict.fromkeys(("rnn.weight_ih_l0", "rnn.weight_hh_l0"), "GRU"),
+        **dict.fromkeys(("cell.weight_ih", "cell.weight_hh"), "LSTMCell"),
+        "two.weight": "Bilinear",
+    }
+    assert len(listed) == len(left) + 2
+
+
+def test_a_rule_for_such_a_module_is_one_for_the_layer_inside() -> None:
+    model = packed()
+    names = {layer.name for layer in survey(model, PATTERN)}
+    taken = [one.name for one in select(model, PATTERN, names, ["alike"], []) if one.reason is None]
+    assert taken == ["alike.out_proj.weight"]
+    with pytest.raises(UsageError, match=r"alike\.in_proj_weight: a weight of MultiheadAttention") as caught:
+        select(model, PATTERN, names, ["alike", "alike.in_proj_weight"], [])
+    assert "--ignore alike.in_proj_weight" in str(caught.value)
+
+
 def test_a_lone_layer_is_its_own_model() -> None:
     assert list(fitting(nn.Linear(8, 4), PATTERN)) == ["weight"]
 

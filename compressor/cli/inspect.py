@@ -33,10 +33,10 @@ def inspect(output: Output, model: str, weights: str | None, settings: dict[str,
     from compressor.cli.tables import plain_table
 
     layers, pattern = facts["layers"], facts["pattern"]
-    lines = [
-        (layer["name"], str(tuple(layer["shape"])), f"{layer['macs_share']:.1%}", layer["reason"] or pattern)
-        for layer in layers
-    ]
+    lines = []
+    for layer in layers:
+        share = "—" if layer["macs_share"] is None else f"{layer['macs_share']:.1%}"
+        lines.append((layer["name"], str(tuple(layer["shape"])), share, layer["reason"] or pattern))
     print_table(plain_table(("weight", "shape", "MACs", "pattern"), lines))
     say(
         f"{facts['model']}: {facts['params']:,} parameters, {facts['macs_dense']:,} MACs per sample; {pattern} on "

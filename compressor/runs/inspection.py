@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from compressor import registry
 from compressor.cost.macs import layer_macs
-from compressor.sparsity.layers import select, survey
+from compressor.sparsity.layers import select, survey, weighted
 from compressor.sparsity.notation import parse
 from compressor.weights import bare
 
@@ -19,8 +20,8 @@ def inspect_model(
 ) -> dict[str, Any]:
     """Every layer of the registered model `name` with shape, share of the MACs, and the reason where it stays dense.
 
-    `weights` is loaded, and so checked, where given; else the model has no memory of its own. MACs are per sample. The
-    model itself is under `module`.
+    `weights` is loaded, and so checked, where given; else the model has no memory of its own. MACs are per sample, None where they
+    are counted in the total alone. The model itself is under `module`.
     """
     adapter, rule = registry.adapter(name).opened(weights), parse(pattern)
     if weights is not None:
@@ -36,6 +37,9 @@ def inspect_model(
         adapter.targets if targets is None else targets,
         adapter.ignore if ignore is None else ignore,
     )
+    counted = (
+        dict.fromkeys((one.name for one in weighted(model) if isinstance(one.weight, nn.Parameter)), 0) | by_weight
+    )
     skipped = sum(by_weight.get(layer.name, 0) * (1 - rule.density) for layer in layers if layer.reason is None)
     return {
         "module": model,
@@ -48,8 +52,8 @@ def inspect_model(
             {
                 "name": layer.name,
                 "shape": list(layer.weight.shape),
-                "macs": by_weight.get(layer.name, 0),
-                "macs_share": by_weight.get(layer.name, 0) / total,
+                "macs": (macs := counted.get(layer.name)),
+                "macs_share": None if macs is None else macs / total,
                 "reason": layer.reason,
             }
             for layer in layers

@@ -20,6 +20,8 @@ from compressor.sparsity.pattern import Pattern, Unstructured
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes of layers that methods prune. All of their weights are (out, in, *kernel)."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PACKED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+"""Classes that multiply by weights of their own, of other shapes or names than a layer has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +52,33 @@ def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) ->
             yield Layer(names.get(id(weight), unnamed), module_name, module, weight)
 
 
+def _multiplying(model: nn.Module) -> Iterator[Layer]:
+    """Every weight that a module of torch's own multiplies by, in the order of the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers = {id(layer.module): layer for layer in weighted(model, PRUNABLE + _TRANSPOSED)}
+    for module_name, module in model.named_modules():
+        if isinstance(module, _PACKED):
+            for weight in module.parameters(recurse=False):
+                if weight.dim() > 1:
+                    yield Layer(names[id(weight)], module_name, module, weight)
+        elif (layer := layers.get(id(module))) is not None:
+            yield layer
+
+
 def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
-    """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name)."""
+    """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name), and, with the reason
+    why it is not pruned, whatever else of torch's own multiplies by weights."""
     layers: list[Layer] = []
     seen: set[str] = set()
-    for layer in weighted(model, PRUNABLE + _TRANSPOSED):
+    for layer in _multiplying(model):
         weight = layer.weight
         if layer.name in seen:
             continue
         seen.add(layer.name)
-        if isinstance(layer.module, _TRANSPOSED):
-            reason: str | None = "transposed convolution: dim 1 of its weight is the output"
+        if isinstance(layer.module, _PACKED):
+            reason: str | None = f"a weight of {type(layer.module).__name__}, not of a Linear or convolution"
+        elif isinstance(layer.module, _TRANSPOSED):
+            reason = "transposed convolution: dim 1 of its weight is the output"
         elif not isinstance(weight, nn.Parameter):
             reason = "its weight is computed by a parametrization"
         elif not weight.requires_grad:
@@ -95,8 +113,9 @@ def select(
         if any(matches(rule, layer) for rule in ignore):
             layer = replace(layer, reason="ignored by a rule")
         elif layer.reason is not None:
-            if layer.module_name in targets or layer.name in targets:
-                raise UsageError(f"{layer.name}: {layer.reason}", f"Leave it out with --ignore {layer.module_name}")
+            named = layer.name if isinstance(layer.module, _PACKED) else layer.module_name
+            if layer.name in targets or named in targets:
+                raise UsageError(f"{layer.name}: {layer.reason}", f"Leave it out with --ignore {named}")
         elif targets and not any(matches(rule, layer) for rule in targets):
             layer = replace(layer, reason="not among the targets")
         elif layer.name not in allowed:
