@@ -233,6 +233,21 @@ def test_packed_weights_are_pickled(packed_model, tmp_path, monkeypatch):
         torch.ops.compressor.packed_linear(x, None, again.out.number, "none", "")
 
 
+@torch.no_grad()
+def test_a_state_belongs_to_the_weights_that_it_was_packed_of(packed_model):
+    form, _, x = packed_model
+    expected = form(x)
+    changed = copy.deepcopy(form)
+    for bias in changed.buffers():
+        bias.zero_()
+    changed.load_state_dict(form.state_dict())
+    assert torch.equal(changed(x), expected)
+    torch.manual_seed(1)
+    other, _ = with_backend(Mixture("2:4").eval(), discovery.made("backends", "onednn", Backend), x)
+    with pytest.raises(CompressorError, match="or of other weights"):  # it has their biases alone
+        other.load_state_dict(form.state_dict())
+
+
 def test_what_is_compiled_for_a_packed_weight_is_known_by_its_numbers(packed_model):
     first, like, other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 16, bias=False)
     like.load_state_dict(first.state_dict())

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 import compressor
 from compressor import NM, Backend, CompressorError, registry
 from compressor.environment import cache_folder
+from compressor.errors import UsageError
 from compressor.lower import Unit, chooser
 from compressor.lower.chooser import _few_rows, relative
 from compressor.lower.forms import deviation
 from compressor.lower.job import lively
 from compressor.lower.plan import Cache, Setting
-from compressor.lower.units import find_units
+from compressor.lower.units import find_units, put
 from compressor.runs.latency import _error
 
 WIDTH = 32
@@ -245,6 +247,21 @@ def test_gradients_are_refused_instead_of_wrong(backend: str) -> None:
         built(X.clone().requires_grad_())
     with pytest.raises(CompressorError, match="no gradients"):
         built(X.clone().requires_grad_())
+    with pytest.raises(CompressorError, match="no gradients"):  # torch's operators would drop the tangent
+        torch.func.jvp(built, (X,), (torch.ones_like(X),))
+
+
+@pytest.mark.parametrize("backend", ["vnm", "onednn"])
+def test_a_lowered_model_is_not_taken_for_the_model_that_was_lowered(backend: str, tmp_path: Path) -> None:
+    chosen = registry.backend(backend)
+    (found, *_), _ = find_units(module := net(), lambda: module(X))
+    if reason := chosen.unavailable(torch.device("cpu")) or chosen.refusal(found.unit):
+        pytest.skip(reason)
+    form = put(module, found.at, chosen.build(found.unit))
+    for use in (lambda: compressor.save(tmp_path / "saved", form, {}), lambda: compressor.lower(form, X, cache=False)):
+        with pytest.raises(UsageError, match="0: lowered"):
+            use()
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_copy_of_a_lowered_model_has_tensors_of_its_own() -> None:

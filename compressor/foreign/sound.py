@@ -25,6 +25,8 @@ _QUANTISED = ("torchao", "bitsandbytes", "optimum", "quanto")
 """Packages whose tensors are quantised."""
 _ROUNDING = ("optimum.quanto.nn.", "quanto.nn.")
 """Homes of modules that may hold a plain weight, and multiply another that they make of it."""
+_LOWERED = "compressor.lower."
+"""The home of modules that a model is lowered to."""
 _COMPUTING: dict[type, str] = {
     WeightNorm: "Take it off: torch.nn.utils.remove_weight_norm(module).",
     SpectralNorm: "Take it off: torch.nn.utils.remove_spectral_norm(module).",
@@ -36,14 +38,19 @@ _COMPUTING: dict[type, str] = {
 def refuse_unsound(model: nn.Module) -> None:
     """Raise UsageError for weights that cannot be pruned, copied or saved as what they are, by their names.
 
-    Those without a shape yet, those that torch or another library quantised, those that a hook computes anew at every call, and
-    parameters that share memory without being one: views of each other come back from a file as tensors of their own. What modules
-    keep beside their tensors (`get_extra_state`) is refused too.
+    Those without a shape yet, those that torch or another library quantised, those of a lowered model, those that a hook computes
+    anew at every call, and parameters that share memory without being one: views of each other come back from a file as tensors of
+    their own. What modules keep beside their tensors (`get_extra_state`) is refused too.
     """
     for name, module in model.named_modules():
         home = type(module).__module__
         if ("quantized" in home and home.startswith("torch.ao.nn.")) or home.startswith(_ROUNDING):
             raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
+        if home.startswith(_LOWERED):
+            raise UsageError(
+                f"{name or 'the model'}: lowered ({type(module).__name__}), its weights packed for this machine",
+                "Give the model that was lowered, which is as it was; what compressor.lower gives is for inference alone.",
+            )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             _refuse_extra_state(name, module)
         for hook in module._forward_pre_hooks.values():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compressor.lower.backend import Backend, Kind, Unit
+from compressor.lower.backend import Backend, Kind, Unit, has_tangent
 from compressor.lower.vnm_kernels import unavailable, unavailable_without_vnni, version
 from compressor.lower.vnm_operators import attention
 from compressor.lower.vnm_weight import Lanes
@@ -42,7 +42,7 @@ def fits(
         return False
     if not all(type(t) is Tensor and t.dim() == 4 and t.dtype == torch.float32 and t.is_cpu for t in tensors):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(map(has_tangent, tensors)):
         return False
     alike = query.shape[:2] == key.shape[:2] and key.shape[:3] == value.shape[:3] and query.shape[3] == key.shape[3]
     return alike and all(t.numel() and t.stride(3) == 1 for t in tensors)

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from compressor.errors import CompressorError
 from compressor.sparsity.clustered import Clustered
@@ -126,9 +127,15 @@ def other_input(found: str, takes: str) -> CompressorError:
     )
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through `x` (torch.func.jvp, for one)."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def refuse_gradients(x: Tensor) -> None:
-    """Raise CompressorError where a gradient is wanted of `x`: lowered layers have none, and torch would go on without."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    """Raise CompressorError where a gradient is wanted of `x`, or `x` carries a tangent: lowered layers have none, and torch would go on
+    without."""
+    if (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x):
         raise CompressorError(
             "a lowered model is for inference: it has no gradients",
             "Call it under torch.no_grad(); take gradients from the model that was lowered.",

@@ -132,6 +132,17 @@ class _Immutable(nn.Module):
         copied.register_buffer("bias", None if self.bias is None else self.bias.clone())
         return copied
 
+    def get_extra_state(self) -> Tensor:
+        """Which weight this is. A state has no weight itself, and belongs to a model of the same."""
+        return torch.tensor(self.number, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raises CompressorError where `state` is that of another weight."""
+        if not isinstance(state, Tensor) or state.is_meta or state.tolist() != self.number:
+            raise CompressorError(
+                "a state of a model lowered otherwise, or of other weights", "Lower the dense model again instead."
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> _Immutable:
         if self.bias is not None and (moved := fn(self.bias)).to(self.bias) is not moved:
             raise CompressorError("a lowered model was cast or moved", "Lower the dense model there instead.")
