@@ -133,7 +133,7 @@ def has_tangent(x: Tensor) -> bool:
 
 
 def refuse_gradients(x: Tensor) -> None:
-    """Raise CompressorError where a gradient is wanted of `x`, or `x` carries a tangent: lowered layers have none, and torch would go on
+    """Raise CompressorError where a gradient is wanted of `x`, or it has a tangent: lowered layers have none, and torch would go on
     without."""
     if (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x):
         raise CompressorError(
