@@ -129,7 +129,7 @@ def other_input(found: str, takes: str) -> CompressorError:
 
 def has_tangent(x: Tensor) -> bool:
     """Whether forward-mode differentiation goes through `x` (torch.func.jvp, for one)."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def refuse_gradients(x: Tensor) -> None:

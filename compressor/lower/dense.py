@@ -138,7 +138,7 @@ class _Immutable(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Raises CompressorError where `state` is that of another weight."""
-        if not isinstance(state, Tensor) or state.is_meta or state.tolist() != self.number:
+        if not isinstance(state, Tensor) or state.is_meta or int(state) != self.number:
             raise CompressorError(
                 "a state of a model lowered otherwise, or of other weights", "Lower the dense model again instead."
             )
