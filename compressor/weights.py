@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line, said_of
 from compressor.foreign.bounded import check_regular, check_unpacked, check_zip, mapping
 from compressor.foreign.pickles import check_keys
-from compressor.foreign.sound import copied, refuse_unsound
+from compressor.foreign.sound import copied, refuse_loss, refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -173,6 +173,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
                 f"{where}: {name} is {state[name].dtype}, the model's {own.dtype}",
                 "Weights that were quantised are not read without their scales: save them as floating-point numbers.",
             )
+        with said_of(where):
+            refuse_loss(name, state[name], own.dtype)
     tied = ties(model)
     for name, first in tied.items():
         if name in state and not torch.equal(state[name], state[first]):
@@ -311,15 +313,10 @@ def cast_(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
         dtype = dtypes.get(name, value.dtype)
         if dtype == value.dtype or not (value.is_floating_point() and dtype.is_floating_point):
             continue
-        new = value.detach().to(dtype)
-        if not value.is_meta and not bool(new.isfinite().all()) and bool(value.isfinite().all()):
-            largest = float(value.detach().abs().max())
-            raise CompressorError(
-                f"{name}: {largest:.6g} is too large for {dtype}",
-                "bfloat16 and float32 hold it: load, prune or lower the model in one of them.",
-            )
+        if not value.is_meta:
+            refuse_loss(name, value.detach(), dtype)
         value.grad = None
-        value.data = new
+        value.data = value.detach().to(dtype)
     return model
 
 

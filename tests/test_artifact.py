@@ -23,7 +23,7 @@ import compressor
 from compressor import NM, files, saving
 from compressor.errors import CompressorError
 from compressor.plugins.magnitude import Magnitude
-from compressor.saving.plain import apart
+from compressor.saving.plain import apart, plain_state
 
 
 def pruned(model):
@@ -190,6 +190,12 @@ def test_a_file_that_the_manifest_does_not_list_is_not_trusted(folder, model, na
     del manifest["files"][name]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with refused(model, name):
+        compressor.load(folder, model=model)
+
+
+def test_structure_that_the_manifest_does_not_list_is_not_carried_out(folder, model):
+    (folder / "surgery.json").write_text("{}")
+    with refused(model, folder / "manifest.json", "surgery.json is not listed"):
         compressor.load(folder, model=model)
 
 
@@ -696,6 +702,8 @@ def test_what_to_do_is_said_by_what_went_wrong(tmp_path, error, said):
     [
         ({"path": "x" * 300}, "'xxx.*: File name too long"),
         ({"path": "a\0b"}, r"'a\\x00b': .*null"),
+        ({"path": None}, "path: a NoneType"),
+        ({"path": b"saved"}, "path: a bytes"),
         ({"masks": [1]}, "masks: a list"),
         ({"masks": {"0.weight": torch.ones(1)}}, "masks: '0.weight' has a Tensor"),
         ({"name": 3}, "name: a int"),
@@ -722,3 +730,47 @@ def test_an_architecture_is_read_as_it_was_saved(tmp_path, model):
     architecture = {"a": {"b": [1, 2.5, None, True, "ä"]}}
     compressor.save(tmp_path / "saved", model, pruned(model), architecture=architecture)
     assert saving.read_config(tmp_path / "saved").architecture == architecture
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("odd", torch.ones(2, dtype=torch.complex128), "odd is torch.complex128"),
+        ("odd", torch.eye(2).to_sparse(), "odd is torch.sparse_coo"),
+        ("__metadata__", torch.ones(2), "called '__metadata__'"),
+        ("\ud800", torch.ones(2), r"called '\\ud800'"),
+    ],
+    ids=["complex128", "sparse", "metadata", "half a character"],
+)
+def test_a_tensor_that_no_file_can_hold_is_named_before_anything_is_written(tmp_path, name, value, said):
+    model = nn.Module()
+    model.register_buffer(name, value)
+    with pytest.raises(CompressorError, match=said):
+        compressor.save(tmp_path / "saved", model, {})
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CompressorError, match=said):
+        plain_state(model)  # of which reports tell the size
+
+
+@pytest.mark.parametrize(
+    ("found", "own"),
+    [
+        (torch.tensor([1e300], dtype=torch.float64), torch.float32),
+        (torch.tensor([1e30]), torch.float16),
+        (torch.tensor([1e30]), torch.float8_e4m3fn),  # which takes 448 for it
+        (torch.tensor([300]), torch.uint8),
+        (torch.tensor([-1]), torch.bool),
+    ],
+    ids=str,
+)
+def test_numbers_that_the_model_cannot_hold_are_refused(tmp_path, found, own):
+    saved, model = nn.Module(), nn.Module()
+    saved.register_buffer("x", found)
+    model.register_buffer("x", torch.zeros(1, dtype=own))
+    compressor.save(tmp_path / "saved", saved, {})
+    with pytest.raises(CompressorError, match="saved: x: "):
+        compressor.load(tmp_path / "saved", model)
+    assert not model.x.float().any()
+    saved.x.copy_(torch.tensor([1]))  # which all of them are
+    compressor.save(tmp_path / "saved", saved, {})
+    assert float(compressor.load(tmp_path / "saved", model).x) == 1

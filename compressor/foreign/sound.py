@@ -1,8 +1,9 @@
-"""Modules whose weights are not what they seem: found when a model is taken, and not when it is saved or loaded."""
+"""Modules whose weights are not what they seem, found when a model is taken, and numbers that another dtype does not hold."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
-from compressor.errors import UsageError, first_line, memory_behind
+from compressor.errors import CompressorError, UsageError, first_line, memory_behind
 
 _CLONE = "module.weight = torch.nn.Parameter(module.weight.detach().clone())"
 _UNQUANTISED = (
@@ -165,3 +166,24 @@ def _refuse_shared_memory(model: nn.Module) -> None:
                 )
             if stop > end:
                 end, last, owner = stop, name, is_weight
+
+
+def refuse_loss(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise CompressorError where `value` in `dtype` would be another number, but for the rounding of floating-point ones."""
+    if value.dtype == dtype:
+        return
+    new = value.to(dtype)
+    if value.is_floating_point() and dtype.is_floating_point:
+        largest = float(value.double().abs().max()) if value.numel() else 0.0
+        # 8-bit floats have no infinity, or take their largest number in its place
+        lost = largest > torch.finfo(dtype).max if dtype.itemsize == 1 else not bool(new.isfinite().all())
+        if lost and math.isfinite(largest):
+            raise CompressorError(
+                f"{name}: {largest:.6g} is too large for {dtype}",
+                "bfloat16 and float32 hold it: load, prune or lower the model in one of them.",
+            )
+    elif not (value.is_complex() and dtype.is_complex) and not torch.equal(new.to(value.dtype), value):
+        raise CompressorError(
+            f"{name}: its numbers are {value.dtype}, and not all of them are numbers of {dtype}",
+            "Give a model in the dtypes of the file.",
+        )

@@ -125,6 +125,8 @@ def save(
 
 def _place(path: str | Path) -> Path:
     """`path`. Raises UsageError where it can be that of nothing."""
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"path: a {type(path).__name__}", "Give a text, or a pathlib.Path.")
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -235,7 +237,8 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
 @usual_torch()
 def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
     """As `load`, once."""
-    verify(folder, needs=MODEL_FILES)
+    # what nobody listed is of another model, or of nobody
+    verify(folder, needs=(*MODEL_FILES, SURGERY) if (folder / SURGERY).is_file() else MODEL_FILES)
     config = read_config(folder)
     surgery = _read_surgery(folder)
 
@@ -294,7 +297,7 @@ def adapter_at(folder: Path) -> Adapter:
 def read_config(folder: Path) -> ModelConfig:
     """The validated `config.json` of a saved model."""
     path = folder / "config.json"
-    return validated(ModelConfig, read_json(path), str(path))
+    return validated(ModelConfig, read_json(path), str(path), "It is damaged, or from a newer version.")
 
 
 def _read_surgery(folder: Path) -> Surgery | None:

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import CompressorError
 from compressor.weights import FILE_METADATA, untied_state
+
+_METADATA = "__metadata__"
+"""What a header has beside the tensors."""
 
 _TYPES = {
     torch.uint64: "U64",
@@ -40,9 +44,13 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` as safetensors takes them. Only what is not so yet is copied; the others are the very memory that was given."""
+    """`tensors` as safetensors takes them. Only what is not so yet is copied; the others are the very memory that was given.
+
+    Raises CompressorError, by its name, for one that no such file can hold, or under whose name it could not be read.
+    """
     found, taken = {}, set[int]()
     for name, tensor in tensors.items():
+        _refuse_unwritable(name, tensor)
         value = tensor.detach().cpu().contiguous()
         memory = value.untyped_storage()
         if memory.nbytes() != value.nbytes or memory.data_ptr() in taken:
@@ -52,10 +60,21 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _refuse_unwritable(name: str, tensor: Tensor) -> None:
+    if name == _METADATA or name != name.encode(errors="replace").decode():
+        raise CompressorError(f"a tensor is called {name!r}, which no safetensors file can hold", "Rename it.")
+    if tensor.layout != torch.strided or tensor.dtype not in _TYPES:
+        what = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise CompressorError(
+            f"{name} is {what}, which no safetensors file can hold",
+            "Allowed: dense tensors of whole, floating-point (8 to 64 bits) and complex64 numbers. Convert it first.",
+        )
+
+
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """The size of a safetensors file of `tensors` with `FILE_METADATA`, without writing it; they may be on the meta device."""
     order = list(_TYPES)
-    header: dict[str, object] = {"__metadata__": FILE_METADATA}
+    header: dict[str, object] = {_METADATA: FILE_METADATA}
     end = 0
     for name, value in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0].encode())):
         begin, end = end, end + value.nbytes
