@@ -30,6 +30,10 @@ class Mask:
         if not isinstance(self.keep, Tensor) or self.keep.dtype != torch.bool:
             found = self.keep.dtype if isinstance(self.keep, Tensor) else type(self.keep).__name__
             raise CompressorError(f"a mask's keep must be a bool tensor, got {found}", "Compare or call .bool() on it.")
+        if not isinstance(self.pattern, Pattern):
+            raise CompressorError(
+                f"a mask's pattern is {type(self.pattern).__name__}", "Give the Pattern: compressor.parse reads a text."
+            )
 
     def apply(self, weight: Tensor) -> Tensor:
         """`weight` with zeros where `keep` is False: plain +0.0, also where the weight is negative or not finite."""

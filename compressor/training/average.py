@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError
 from compressor.sparsity.pattern import Mask
+from compressor.training.answers import masks_of, verify
 from compressor.training.optimizers import average_
 from compressor.training.rounding import sparse
 from compressor.training.settings import gradual
-from compressor.training.shadow import Shadow, checked_masks, verify
+from compressor.training.shadow import Shadow
 from compressor.training.shards import is_cut
 
 
@@ -70,7 +71,7 @@ class Average:
         To be called when training is over, after `shadow.close()`.
         """
         pruner, dense = self._shadow.pruner, {name: self.values[own] for name, own in self._names.items()}
-        masks = checked_masks(pruner.masks(dense, 1.0, dict(self._shadow.masks)), dense)
+        masks = masks_of(pruner, dense, 1.0, self._shadow.masks)
         verify(masks)
         weights = {n: dense[n].to(self._parameters[own].dtype) for n, own in self._names.items() if n in masks}
         masked = {own: sparse(weights[n], masks[n], pruner) for n, own in self._names.items() if n in masks}

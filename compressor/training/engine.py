@@ -21,6 +21,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
+from compressor.training.answers import masks_of, verify
 from compressor.training.arithmetic import autocast, compiled_, restore_optimizer, undisturbed
 from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
@@ -32,7 +33,7 @@ from compressor.training.pruner import chosen as chosen  # noqa: PLC0414
 from compressor.training.ranks import Ranks
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
-from compressor.training.shadow import Shadow, checked_masks, verify
+from compressor.training.shadow import Shadow
 from compressor.training.shards import local, part_of
 from compressor.validation import validated
 from compressor.weights import bare
@@ -147,7 +148,7 @@ class FineTuning:
             self.optimizer = optimizer_of(self.training, self.parameters.values(), self.device, matrices)
             return Shadow(weights, self.pruner, self.optimizer, progress, first, "shadow" in self.training.offload)
         started = {name: weight.detach() for name, weight in weights.items()}
-        masks = checked_masks(self.pruner.masks(started, 1.0, {}), started)
+        masks = masks_of(self.pruner, started, 1.0, {})
         for name, mask in masks.items():
             weights[name].data.copy_(mask.apply(started[name]))
         for name, parameter in self.parameters.items():
@@ -161,7 +162,7 @@ class FineTuning:
         """The masks of the finished weights, which are `dense` before them."""
         if isinstance(self.shadow, Adapters):
             return self.shadow.masks
-        return checked_masks(self.pruner.masks(dense, 1.0, previous), dense)
+        return masks_of(self.pruner, dense, 1.0, previous)
 
     @no_exit("training")
     @undisturbed()

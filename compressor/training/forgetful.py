@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map_only
 
 from compressor.errors import CompressorError
 from compressor.sparsity.pattern import Mask
+from compressor.training.answers import masks_of
 from compressor.training.engine import FineTuning
 from compressor.training.pruner import Pruner
 from compressor.training.rounding import sparse
-from compressor.training.shadow import Shadow, checked_masks
+from compressor.training.shadow import Shadow
 from compressor.training.shards import local
 
 
@@ -30,7 +31,7 @@ def refuse_forgetful(run: FineTuning, anew: Pruner) -> None:
     with _turned(run.shadow) as there:
 
         def chosen(pruner: Pruner) -> Mapping[str, Mask]:
-            return checked_masks(pruner.masks(there, progress, dict(masks)), there)
+            return masks_of(pruner, there, progress, masks)
 
         expected = chosen(run.pruner)
         try:

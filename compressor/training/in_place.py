@@ -12,16 +12,16 @@ from torch import nn
 from compressor.adapter import Adapter, with_rules
 from compressor.data.batches import as_batches
 from compressor.discovery import no_exit
-from compressor.errors import UsageError, memory
+from compressor.errors import UsageError
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
+from compressor.training.answers import masks_of, prepared
 from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
 from compressor.training.given import refuse_8_bits, refuse_fused
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
-from compressor.training.shadow import checked_masks
 from compressor.validation import validated
 from compressor.weights import bare, check_finite
 
@@ -55,8 +55,7 @@ def prune_(
     try:
         layers = chosen(model, pruner, rules)  # raises before anything is changed
         check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
-        with memory("calibration"):
-            pruner = pruner.prepare(model, rules, as_batches(data, settings.batch_size, settings.seed))
+        pruner = prepared(pruner, model, rules, as_batches(data, settings.batch_size, settings.seed))
         if pruner.surgery is not None:
             raise UsageError(
                 f"prune_: {type(pruner).__name__} removes structure", "Use compressor.prune, which works on a copy."
@@ -66,7 +65,7 @@ def prune_(
         for group in [[layer] for layer in layers] if pruner.separable else [layers]:
             weights = {layer.name: layer.weight.detach() for layer in group}
             dense = {name: weight.float() for name, weight in weights.items()}
-            for name, mask in checked_masks(pruner.masks(dense, 1.0, {}), dense).items():
+            for name, mask in masks_of(pruner, dense, 1.0, {}).items():
                 mask.verify()
                 weights[name].copy_(sparse(weights[name], mask, pruner))
                 masks[name] = mask

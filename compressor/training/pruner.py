@@ -16,7 +16,7 @@ from compressor.data.batches import Batches
 from compressor.errors import UsageError
 from compressor.sparsity.codes import Quantise
 from compressor.sparsity.estimator import Estimator, StraightThrough
-from compressor.sparsity.layers import Layer, fitting, idle, select, shown
+from compressor.sparsity.layers import Layer, fitting, idle, select, shown, survey
 from compressor.sparsity.pattern import NM, Mask, Pattern
 from compressor.sparsity.surgery import Surgery
 from compressor.weights import bare
@@ -53,10 +53,20 @@ class Objective:
     """Weights of the two losses: `noise * |target - student|^2 + teacher * |teacher - student|^2` (means of squares).
 
     The teacher, a frozen copy of the model from before pruning, exists only where `teacher` is above zero.
+    Raises UsageError for weights below 0, and where both are 0.
     """
 
     noise: float = 1.0
     teacher: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("noise", self.noise), ("teacher", self.teacher)):
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise UsageError(f"objective: {name} must be a number of at least 0, got {value!r}")
+        if not self.noise and not self.teacher:
+            raise UsageError(
+                "objective: both weights are 0", "Give noise or teacher a weight: nothing is learned without."
+            )
 
     @classmethod
     def taught(cls, teacher: float, alone: bool) -> Objective:
@@ -97,7 +107,7 @@ class Pruner(ABC):
         """
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
-        """The parameters that may get a mask, by name. Default: Linear and Conv weights that the pattern fits.
+        """Which weights of Linear and convolution layers may get a mask, by parameter name. Default: those that the pattern fits.
 
         Raises UsageError where it fits none.
         """
@@ -155,7 +165,7 @@ def settings_of(pruner: Pruner) -> dict[str, Any]:
 
 
 def refuse_text(pruner: Pruner) -> None:
-    """Raise UsageError for a pattern that is written, not read: `"2:4"` in the place of `parse("2:4")`."""
+    """Raise UsageError for a pattern that is written, not read: `"2:4"` in the place of `parse("2:4")`; and for no objective."""
     if not isinstance(pattern := pruner.pattern, Pattern):
         how = (
             f"compressor.parse({pattern!r})"
@@ -163,6 +173,14 @@ def refuse_text(pruner: Pruner) -> None:
             else 'a compressor.Pattern: compressor.parse("2:4")'
         )
         raise UsageError(f"the pattern of {type(pruner).__name__} is {type(pattern).__name__}", f"Give {how}.")
+    refuse_other(pruner, "objective", Objective, pruner.objective)
+
+
+def refuse_other(pruner: Pruner, name: str, kind: type, found: Any) -> None:
+    """Raise UsageError unless what `pruner` has as its `name` is an instance of `kind`."""
+    if not isinstance(found, kind):
+        what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+        raise UsageError(f"the {name} of {type(pruner).__name__} is {what}", f"Give a compressor.{kind.__name__}.")
 
 
 def refuse_misplaced(model: Any, pruner: Any, adapter: Any) -> None:
@@ -185,11 +203,27 @@ def choose_layers(
 ) -> list[Layer]:
     """Every layer, with the reason where it gets no mask; `targets` and `ignore` are the adapter's where None.
 
-    Raises UsageError for rules that are no sequence of texts, and for what `compressor.sparsity.layers.select` refuses.
+    Raises UsageError for rules that are no sequence of texts, for `targets` of the pruner that are no weights of layers, and for what
+    `compressor.sparsity.layers.select` refuses.
     """
     refuse_misplaced(model, pruner, adapter)
     model, rules = bare(model), with_rules(adapter, targets, ignore)
-    return select(model, pruner.pattern, set(pruner.targets(model)), rules.targets, rules.ignore)
+    return select(model, pruner.pattern, _targeted(model, pruner), rules.targets, rules.ignore)
+
+
+def _targeted(model: nn.Module, pruner: Pruner) -> set[str]:
+    """The names that the `targets` of `pruner` gives. Raises UsageError where that is no mapping, or one is no layer's weight."""
+    found: Any = pruner.targets(model)
+    what = f"targets() of {type(pruner).__name__}"
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{what} returned {type(found).__name__}", "Return parameters by name.")
+    if strange := sorted(set(found) - {layer.name for layer in survey(model, pruner.pattern)}):
+        raise UsageError(
+            f"{what} names {strange[0]!r}, which is no weight of a Linear or a convolution",
+            "No others are pruned: name some of those that compressor.choose_layers lists. A Shadow takes any parameter that the "
+            "pattern fits.",
+        )
+    return set(found)
 
 
 def chosen(

@@ -21,15 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor.adapter import Adapter, Shared, plain
 from compressor.data.batches import Batches
-from compressor.errors import CompressorError, UsageError, memory
+from compressor.errors import CompressorError, UsageError
 from compressor.processes import ranks, team
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training import shards
+from compressor.training.answers import masks_of, prepared
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
-from compressor.training.shadow import checked_masks
 from compressor.weights import raw
 
 
@@ -98,8 +98,7 @@ class Ranks:
         """`pruner` after its `prepare`, or as in the state `previous` of a run, and what it removes, also of `model` itself."""
         found = previous
         if previous is None:
-            with memory("calibration"):
-                pruner = pruner.prepare(model, adapter, batches)
+            pruner = prepared(pruner, model, adapter, batches)
             surgery, found = pruner.surgery, self.agreed(pruner, model)
         if found is not None:
             pruner = pruner.restored(copy.deepcopy(found["pruner"]))
@@ -145,7 +144,7 @@ class Ranks:
         weights = {layer.name: layer.weight.detach() for layer in layers if layer.reason is None}
         for name, weight in weights.items():
             shards.refuse_cut(pruner.pattern, name, tuple(weight.shape), self.team.size)
-        masks = checked_masks(pruner.masks(weights, 0.0, {}), weights)
+        masks = masks_of(pruner, weights, 0.0, {})
         for model in (student, *([] if teacher is None else [teacher])):
             shards.fully_sharded_(model, device)
         own = dict(student.named_parameters())

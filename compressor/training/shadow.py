@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.errors import CompressorError, UsageError, said_of
+from compressor.errors import CompressorError, UsageError
 from compressor.foreign.sound import refuse_quantised
+from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask, Pattern
-from compressor.training.pruner import Pruner, found_names, refuse_text
+from compressor.training.answers import checked_masks, gradient_of, masks_of, shrunk_by, version
+from compressor.training.pruner import Pruner, found_names, refuse_other, refuse_text
 from compressor.training.rounding import check_quantise, rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
@@ -165,9 +167,9 @@ class Shadow:
             if mask is not None and weight.grad is not None and not self._is_given(name, weight.grad):
                 up = groups[id(weight)].get("maximize", False)  # estimators are told the gradient of what is minimised
                 grad = -local(weight.grad) if up else local(weight.grad)
-                grad = estimator.gradient(grad, dense, mask)
+                grad = gradient_of(estimator, name, grad, dense, mask)
                 weight.grad = cut_like(-grad if up else grad, weight)
-                self._given[name] = weight.grad, _version(weight.grad)
+                self._given[name] = weight.grad, version(weight.grad)
             if not self._lends(name):
                 local(weight.data).copy_(dense)
             elif weight.data_ptr() != dense.data_ptr():  # the same after a step that failed
@@ -186,7 +188,7 @@ class Shadow:
             if lends and weight.data_ptr() != dense.data_ptr():  # an optimizer that gives a parameter other memory
                 dense.copy_(weight.data)
             if mask is not None and weight.grad is not None:
-                shrunk = estimator.shrink(dense, mask, float(groups[id(weight)]["lr"]))
+                shrunk = shrunk_by(estimator, name, dense, mask, float(groups[id(weight)]["lr"]))
                 if shrunk is not dense and not (skipped is not None and bool(skipped)):
                     dense.copy_(shrunk)
             if lends:
@@ -201,7 +203,7 @@ class Shadow:
     def _is_given(self, name: str, grad: Tensor) -> bool:
         """Whether a gradient is what the estimator gave: where a step that failed is repeated as it was, or where the `step` of an
         optimizer's class calls that of the class below, of which torch calls the hooks, too."""
-        return name in self._given and self._given[name][0] is grad and self._given[name][1] == _version(grad)
+        return name in self._given and self._given[name][0] is grad and self._given[name][1] == version(grad)
 
     def _refuse_changed(self) -> None:
         """Raise CompressorError where a weight is not as it was left: a step would undo that, and say nothing.
@@ -243,12 +245,11 @@ class Shadow:
     def _renew_masks(self) -> None:
         before, there = self.masks, {name: self._there(name) for name in self._weights}
         try:
-            masks = self.pruner.masks(there, self.progress, dict(before))
+            self.masks = masks_of(self.pruner, there, self.progress, before)
         except CompressorError as error:
             if (named := _named(error, self.pruner.pattern, there)) is None:
                 raise
             raise named from error
-        self.masks = checked_masks(masks, there)
         self._make_sparse(before)
 
     def _lends(self, name: str) -> bool:
@@ -300,6 +301,7 @@ def _refuse_misplaced(weights: Any, pruner: Any, optimizer: Any) -> None:
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise UsageError(f"the optimizer is {type(optimizer).__name__}", "Give one of torch.optim, or accelerate's.")
     refuse_text(pruner)
+    refuse_other(pruner, "estimator", Estimator, pruner.estimator)
     name = type(optimizer).__name__
     if callable(getattr(optimizer, "second_step", None)):
         raise UsageError(
@@ -329,12 +331,7 @@ def _refuse_unprepared(pruner: Pruner) -> None:
 
 def _mark(weight: Tensor) -> tuple[int, int]:
     """What changes where others write to `weight` or give it other memory."""
-    return _version(weight), local(weight.data).data_ptr()
-
-
-def _version(tensor: Tensor) -> int:
-    """A number that changes where `tensor` is written to, other than by its `data`."""
-    return 0 if tensor.is_inference() else tensor._version
+    return version(weight), local(weight.data).data_ptr()
 
 
 def _refuse_shared(weights: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
@@ -371,28 +368,3 @@ def _that_steps(optimizer: Any) -> Optimizer:
 def _groups(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     """The group of each trained parameter, by its id. Loading a state replaces the optimizer's groups, so they are not kept."""
     return {id(weight): group for group in optimizer.param_groups for weight in group["params"]}
-
-
-def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
-    """`masks` as a dict, or a CompressorError that names the weight and what a pruner returned for it."""
-    if not isinstance(masks, Mapping):
-        raise CompressorError(f"masks() returned {type(masks).__name__}", "Return a mapping of weight name to Mask.")
-    for name, mask in masks.items():
-        if name not in weights:
-            raise CompressorError(f"masks() returned {name!r}, which is not a target", "Use the names of `weights`.")
-        if not isinstance(mask, Mask):
-            raise CompressorError(f"{name}: masks() returned {type(mask).__name__}", "Return pattern.mask(score).")
-        if mask.keep.shape != weights[name].shape or mask.keep.device != weights[name].device:
-            raise CompressorError(
-                f"{name}: the mask is {tuple(mask.keep.shape)} on {mask.keep.device}, "
-                f"the weight {tuple(weights[name].shape)} on {weights[name].device}",
-                "A mask has the shape and device of its weight.",
-            )
-    return dict(masks)
-
-
-def verify(masks: Mapping[str, Mask]) -> None:
-    """Raise CompressorError, with the name of the weight, where a mask breaks its pattern."""
-    for name, mask in masks.items():
-        with said_of(name):
-            mask.verify()

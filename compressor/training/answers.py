@@ -1,0 +1,119 @@
+"""What a method answers, looked at before it is used: masks, gradients, the method that `prepare` gives.
+
+Methods are anybody's code. What they answer is written into weights, where torch would stretch or drop much of what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressor.adapter import Adapter
+from compressor.data.batches import Batches
+from compressor.errors import CompressorError, memory, said_of
+from compressor.sparsity.estimator import Estimator
+from compressor.sparsity.pattern import Mask
+from compressor.sparsity.surgery import Surgery
+from compressor.training.pruner import Pruner
+
+_PURE = "It is pure: compute with copies (w.abs(), not w.abs_())."
+
+
+def prepared(pruner: Pruner, model: nn.Module, adapter: Adapter, batches: Batches) -> Pruner:
+    """What the `prepare` of `pruner` gives; modules of `model` that it left in another mode (train or eval) have theirs again.
+
+    Raises CompressorError where that is no method, or its surgery is none.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with memory("calibration"):
+        found: Any = pruner.prepare(model, adapter, batches)
+    for module, training in modes:
+        module.training = training
+    name = type(pruner).__name__
+    if not isinstance(found, Pruner):
+        raise CompressorError(
+            f"prepare() of {name} returned {type(found).__name__}", "Return self, or a copy with what it found."
+        )
+    if not isinstance(found.surgery, Surgery | None):
+        raise CompressorError(
+            f"the surgery of {name} is {type(found.surgery).__name__}", "Give a compressor.Surgery, or None."
+        )
+    return found
+
+
+def masks_of(
+    pruner: Pruner, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]
+) -> dict[str, Mask]:
+    """The masks that `pruner` chooses, as `checked_masks` gives them.
+
+    Raises CompressorError also where it has changed a weight or a mask that it was given.
+    """
+    given = {**weights, **{f"the previous mask of {name}": mask.keep for name, mask in previous.items()}}
+    before = versions(given.values())
+    found = pruner.masks(weights, progress, dict(previous))
+    if (after := versions(given.values())) != before:
+        what = next(name for name, old, new in zip(given, before, after, strict=True) if old != new)
+        raise CompressorError(f"masks() of {type(pruner).__name__} changed {what}", _PURE)
+    return checked_masks(found, weights)
+
+
+def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
+    """`masks` as a dict, or a CompressorError that names the weight and what a pruner returned for it."""
+    if not isinstance(masks, Mapping):
+        raise CompressorError(f"masks() returned {type(masks).__name__}", "Return a mapping of weight name to Mask.")
+    for name, mask in masks.items():
+        if name not in weights:
+            raise CompressorError(f"masks() returned {name!r}, which is not a target", "Use the names of `weights`.")
+        if not isinstance(mask, Mask):
+            raise CompressorError(f"{name}: masks() returned {type(mask).__name__}", "Return pattern.mask(score).")
+        if mask.keep.shape != weights[name].shape or mask.keep.device != weights[name].device:
+            raise CompressorError(
+                f"{name}: the mask is {tuple(mask.keep.shape)} on {mask.keep.device}, "
+                f"the weight {tuple(weights[name].shape)} on {weights[name].device}",
+                "A mask has the shape and device of its weight.",
+            )
+    return dict(masks)
+
+
+def verify(masks: Mapping[str, Mask]) -> None:
+    """Raise CompressorError, with the name of the weight, where a mask breaks its pattern."""
+    for name, mask in masks.items():
+        with said_of(name):
+            mask.verify()
+
+
+def gradient_of(estimator: Estimator, name: str, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
+    """The gradient that `estimator` gives the weight `name`. Raises CompressorError unless it is one for it, and `dense` as it was."""
+    before = versions([dense])
+    found = _like(f"{name}: gradient() of {type(estimator).__name__}", estimator.gradient(grad, dense, mask), grad)
+    if versions([dense]) != before:
+        raise CompressorError(f"{name}: gradient() of {type(estimator).__name__} changed the weight", _PURE)
+    return found
+
+
+def shrunk_by(estimator: Estimator, name: str, dense: Tensor, mask: Mask, lr: float) -> Tensor:
+    """The weight `name` as `estimator` leaves it after a step. Raises CompressorError unless it is one like `dense`."""
+    return _like(f"{name}: shrink() of {type(estimator).__name__}", estimator.shrink(dense, mask, lr), dense)
+
+
+def _like(what: str, found: Any, like: Tensor) -> Tensor:
+    if isinstance(found, Tensor) and (found.shape, found.dtype, found.device) == (like.shape, like.dtype, like.device):
+        return found
+    shown = _shown(found) if isinstance(found, Tensor) else type(found).__name__
+    raise CompressorError(f"{what} returned {shown}", f"Return a tensor like the weight: {_shown(like)}.")
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def version(tensor: Tensor) -> int:
+    """A number that changes where `tensor` is written to, other than by its `data`."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """The `version` of each of `tensors`."""
+    return [version(tensor) for tensor in tensors]

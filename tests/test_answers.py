@@ -1,0 +1,165 @@
+"""What a method of one's own answers is looked at before it is used: what is wrong is named, not stretched, dropped or taken."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import compressor
+from compressor import NM, Estimator, Mask, Objective, Pattern, Pruner
+from compressor.errors import CompressorError, UsageError
+from compressor.training.calibration import columns, matrix
+
+
+class Denoiser(compressor.Adapter):
+    def noised(self, batch, rng):
+        noise = torch.randn(batch.shape, generator=rng)
+        return batch + noise, noise
+
+    def predict(self, module, inputs):
+        return module(inputs)
+
+
+@dataclass(frozen=True)
+class Mine(Pruner):
+    """A method, one of whose answers is `wrong`, a function."""
+
+    wrong: Any = None
+    pattern: Pattern = NM(2, 4)
+
+    def masks(self, weights, progress, previous):
+        return self.pattern.magnitude_masks(weights)
+
+
+class Masks(Mine):
+    def masks(self, weights, progress, previous):
+        return self.wrong(weights, previous) or self.pattern.magnitude_masks(weights)
+
+
+class Prepares(Mine):
+    def prepare(self, model, adapter, batches):
+        return self.wrong(self, model)
+
+
+class Targets(Mine):
+    def targets(self, model):
+        return self.wrong(model)
+
+
+@dataclass(frozen=True)
+class Told(Estimator):
+    """An estimator that answers what it is told, a function, for a gradient or for a weight after a step."""
+
+    for_gradient: Any = None
+    for_weight: Any = None
+
+    def gradient(self, grad, dense, mask):
+        return self.for_gradient(grad, dense) if self.for_gradient else grad
+
+    def shrink(self, dense, mask, lr):
+        return self.for_weight(dense) if self.for_weight else dense
+
+
+class Estimates(Mine):
+    @property
+    def estimator(self):
+        return self.wrong
+
+
+class Aims(Mine):
+    @property
+    def objective(self):
+        return self.wrong
+
+
+class Removes(Mine):
+    @property
+    def surgery(self):
+        return self.wrong
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8))
+
+
+def pruned(pruner, steps=2):
+    return compressor.prune(
+        model(), pruner, adapter=Denoiser(), data=torch.randn(16, 8), steps=steps, batch_size=8, device="cpu"
+    )
+
+
+def halved(weights, previous):
+    for weight in weights.values():
+        weight.mul_(0.5)
+
+
+def loosened(weights, previous):
+    for mask in previous.values():
+        mask.keep.fill_(True)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "said"),
+    [
+        (Masks(halved), r"masks\(\) of Masks changed 0.weight"),
+        (Masks(loosened), r"masks\(\) of Masks changed the previous mask of 0.weight"),
+        (Masks(lambda weights, _: {n: Mask(w > 0, "2:4") for n, w in weights.items()}), "a mask's pattern is str"),
+        (Prepares(lambda pruner, model: None), r"prepare\(\) of Prepares returned NoneType"),
+        (Removes({}), "the surgery of Removes is dict"),
+        (Targets(lambda model: None), r"targets\(\) of Targets returned NoneType"),
+        (
+            Targets(lambda model: dict(model.named_parameters())),
+            r"targets\(\) of Targets names '0.bias', which is no weight",
+        ),
+        (Estimates(Told), "the estimator of Estimates is the class Told"),
+        (Aims({"noise": 1.0}), "the objective of Aims is dict"),
+        (Aims(Objective), "the objective of Aims is the class Objective"),
+        (Estimates(Told(lambda grad, dense: None)), r"0.weight: gradient\(\) of Told returned NoneType"),
+        (Estimates(Told(lambda grad, dense: grad.sum())), r"gradient\(\) of Told returned \(\) float32 on cpu"),
+        (Estimates(Told(lambda grad, dense: grad.double())), r"gradient\(\) of Told returned \(16, 8\) float64 on cpu"),
+        (Estimates(Told(lambda grad, dense: dense.mul_(0.5))), r"0.weight: gradient\(\) of Told changed the weight"),
+        (Estimates(Told(None, lambda dense: None)), r"0.weight: shrink\(\) of Told returned NoneType"),
+        (Estimates(Told(None, lambda dense: dense.mean())), r"shrink\(\) of Told returned \(\) float32 on cpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_wrong_answer_of_a_method_is_named(pruner, said):
+    with pytest.raises(CompressorError, match=said):
+        pruned(pruner)
+
+
+@pytest.mark.parametrize("weights", [(-1.0, 0.0), (float("nan"), 0.0), (1.0, -0.1), (0.0, 0.0)])
+def test_an_objective_that_minimises_nothing_is_refused(weights):
+    with pytest.raises(UsageError, match="objective: "):
+        Objective(*weights)
+
+
+def test_prune_in_place_names_wrong_answers_and_leaves_the_model():
+    given = model()
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    for pruner in (Prepares(lambda pruner, model: None), Targets(lambda model: {"0.bias": model[0].bias})):
+        with pytest.raises(CompressorError, match=r"of (Prepares|Targets)"):
+            compressor.prune_(given, pruner, adapter=Denoiser(), data=torch.randn(16, 8))
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+
+
+def test_a_prepare_that_leaves_the_model_in_eval_mode_turns_no_dropout_off():
+    seen = []
+
+    def looked(pruner, model):
+        model.eval()
+        model[1].register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+        return pruner
+
+    pruned(Prepares(looked))
+    assert seen[:2] == [True, True]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2, padding=1)])
+def test_a_convolution_of_one_sample_without_a_batch_is_seen_as_one_of_a_batch(layer):
+    sample = torch.randn(3, *[7] * (layer.weight.dim() - 2))
+    answer = columns(layer, sample) @ matrix(layer.weight).T + layer.bias
+    torch.testing.assert_close(answer.T, layer(sample).flatten(1))
