@@ -120,6 +120,8 @@ def columns(module: nn.Module, inputs: Tensor) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1]).float()
     if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         raise TypeError(type(module).__name__)
+    if inputs.dim() == module.weight.dim() - 1:  # one sample, without a dim for the batch
+        inputs = inputs[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(inputs.float(), module._reversed_padding_repeated_twice, mode=mode)
     kernel, stride, dilation = (tuple(v) for v in (module.kernel_size, module.stride, module.dilation))

@@ -106,7 +106,8 @@ class Structured(Pruner):
         if abs(share - self.macs) > 0.1:
             raise CompressorError(
                 f"structured: {self.macs:.0%} of the multiply-accumulates cannot be reached, only {share:.0%}",
-                "What is no inner width stays as it is. Choose a larger macs.",
+                f"What is no inner width stays as it is, and widths stay multiples of {self.multiple}: choose another macs, or a "
+                "smaller multiple.",
             )
         return best
 
