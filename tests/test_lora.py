@@ -64,6 +64,28 @@ def lora_run(model, adapter, data, pruner=TEACHER, **training):
     return FineTuning(model, pruner, adapter=adapter, data=data, training=Training(**settings | training))
 
 
+class Once(nn.Module):
+    """The second layer has a part in the first answer alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.once, self.asked = nn.Linear(16, 16), nn.Linear(16, 16), 0
+
+    def forward(self, x):
+        self.asked += 1
+        return self.always(x) + (self.once(x) if self.asked == 1 else 0)
+
+
+def test_a_weight_that_a_step_does_not_come_to_stays_as_it_is(adapter, samples):
+    # without momentum: whatever moves it now is a gradient of before
+    run = lora_run(Once(), adapter, samples, Magnitude(), betas=(0.0, 0.0), weight_decay=0.0, schedule="constant")
+    run.advance()
+    left = run.student.once.weight.detach().clone(), run.student.always.weight.detach().clone()
+    run.advance()
+    assert torch.equal(run.student.once.weight, left[0])
+    assert not torch.equal(run.student.always.weight, left[1])
+
+
 def test_training_is_that_of_autograd_through_the_masked_product(adapter, samples):
     run = lora_run(tiny_model(), adapter, samples, Taught(), ema=0.0, clip=0.0)
     oracle, teacher = tiny_model(), tiny_model().eval()

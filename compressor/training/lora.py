@@ -89,8 +89,9 @@ class Adapters:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, weight in self._weights.items():
+            first, second = self.matrices[f"{name}.A"], self.matrices[f"{name}.B"]
+            first.grad = second.grad = None  # those of the step before, where this one did not come to the weight
             if weight.grad is not None:
-                first, second = self.matrices[f"{name}.A"], self.matrices[f"{name}.B"]
                 masked = (self.scale * weight.grad * self.masks[name].keep).flatten(1)
                 first.grad, second.grad = second.T @ masked, masked @ first.T
 
