@@ -141,3 +141,10 @@ def test_the_dense_model_teaches():
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(CompressorError, match=f"depth: {next(iter(bad))}"):
         Depth(**bad)
+
+
+def test_blocks_are_not_chosen_by_answers_that_are_not_finite(stack, adapter, samples):
+    broken = samples[:16].clone()
+    broken[3, 3] = float("nan")
+    with pytest.raises(CompressorError, match="answers are not finite"):
+        compressor.prune(stack, Depth(macs=0.6, timesteps=2), adapter=adapter, data=[broken], steps=0)

@@ -417,3 +417,12 @@ def test_a_shared_weight_sees_the_inputs_of_all_its_layers(adapter, samples):
     second = 3 * torch.relu(model.first(visit.inputs))
     expected = torch.cat([visit.inputs, second]).norm(dim=0)
     torch.testing.assert_close(prepared.norms["first.weight"], expected.detach())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("pruner", [Wanda(timesteps=2), OBS(timesteps=2)], ids=["wanda", "obs"])
+def test_a_calibration_that_is_not_finite_is_refused_with_the_layer(adapter, samples, pruner, wrong):
+    broken = samples[:16].clone()
+    broken[3, 3] = wrong
+    with pytest.raises(CompressorError, match=r"(wanda|obs): what first\.weight is multiplied with .* is not finite"):
+        compressor.prune(Twice(), pruner, adapter=adapter, data=[samples[16:32], broken], steps=0)

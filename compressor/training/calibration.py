@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter, checked_pair, to_device
 from compressor.data.batches import Batches
-from compressor.errors import UsageError, one_of
+from compressor.errors import CompressorError, UsageError, one_of
 from compressor.seeds import generator
 from compressor.training.arithmetic import in_own_precision
 
@@ -105,6 +105,15 @@ def observe(
         for handle in handles:
             handle.remove()
         model.train(was_training)
+
+
+def check_seen(method: str, name: str, seen: Tensor) -> None:
+    """Raise CompressorError where what was `seen` of the inputs of the weight `name` is not finite: it would choose by chance."""
+    if not bool(seen.isfinite().all()):
+        raise CompressorError(
+            f"{method}: what {name} is multiplied with in the calibration is not finite",
+            "Check that the data are finite, and that the model's answers to them are.",
+        )
 
 
 def observable(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,7 +90,13 @@ class Depth(Pruner):
             if error is None:
                 chosen = left[int(torch.randint(len(left), (1,), generator=rng))]
             else:
-                chosen = min(left, key=lambda name: error((*gone, name)) / saved[name])
+                errors = {name: error((*gone, name)) / saved[name] for name in left}
+                chosen = min(left, key=errors.__getitem__)
+                if math.isinf(errors[chosen]):
+                    raise CompressorError(
+                        f"depth: without {chosen} the model's answers are not finite, nor without any other block",
+                        "Check that the data are finite, and that the dense model's answers to them are.",
+                    )
             if saved[chosen] > 2 * too_many:
                 break  # without it, the share is farther from what is wanted
             gone += (chosen,)
@@ -103,7 +110,8 @@ class Depth(Pruner):
 
 
 class _Error:
-    """The mean square difference from the dense model's predictions, over the denoising times, without some blocks."""
+    """The mean square difference from the dense model's predictions, over the denoising times, without some blocks; infinity where
+    one is not finite."""
 
     def __init__(
         self, model: nn.Module, adapter: Adapter, batches: Batches, timesteps: int, blocks: Mapping[str, Block]
@@ -116,7 +124,8 @@ class _Error:
 
     def __call__(self, gone: Collection[str]) -> float:
         pairs = zip(self._predictions(gone), self.dense, strict=True)
-        return sum(float((found - dense).square().mean()) for found, dense in pairs)
+        total = sum(float((found - dense).square().mean()) for found, dense in pairs)
+        return total if math.isfinite(total) else math.inf
 
     @torch.no_grad()
     def _predictions(self, gone: Collection[str]) -> list[Tensor]:

@@ -18,7 +18,16 @@ from compressor.sparsity.layers import Layer
 from compressor.sparsity.packed import PackedMasks
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured, largest
 from compressor.sparsity.venom import Venom
-from compressor.training.calibration import Falls, check_calibration, from_matrix, matrix, observable, observe, visits
+from compressor.training.calibration import (
+    Falls,
+    check_calibration,
+    check_seen,
+    from_matrix,
+    matrix,
+    observable,
+    observe,
+    visits,
+)
 from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
@@ -72,6 +81,7 @@ class OBS(Pruner):
             observe(model, adapter, seen, {layer.name: layer.module for layer in package}, take)
             for layer in package:
                 if layer.name in found:
+                    check_seen("obs", layer.name, found[layer.name].diagonal())
                     updated, masks[layer.name] = prune_layer(
                         layer.weight.detach(), found.pop(layer.name), self.pattern, self.damping
                     )

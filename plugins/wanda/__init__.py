@@ -13,7 +13,15 @@ from compressor.data.batches import Batches
 from compressor.errors import UsageError, one_of
 from compressor.sparsity.estimator import Estimator, Exact
 from compressor.sparsity.pattern import NM, Mask, Pattern, Unstructured
-from compressor.training.calibration import Falls, check_calibration, from_matrix, observable, observe, visits
+from compressor.training.calibration import (
+    Falls,
+    check_calibration,
+    check_seen,
+    from_matrix,
+    observable,
+    observe,
+    visits,
+)
 from compressor.training.engine import chosen
 from compressor.training.pruner import Pruner, found
 
@@ -58,7 +66,9 @@ class Wanda(Pruner):
             sums[name] = sums[name] + found if name in sums else found
 
         observe(model, adapter, visits(adapter, batches, self.timesteps, self.last_weight, self.falls), layers, take)
-        return replace(self, norms={name: found.sqrt().float() for name, found in sums.items()})
+        for name, squares in sums.items():
+            check_seen("wanda", name, squares)
+        return replace(self, norms={name: squares.sqrt().float() for name, squares in sums.items()})
 
     def masks(self, weights: Mapping[str, Tensor], progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
         if previous:
