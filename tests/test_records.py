@@ -27,6 +27,8 @@ import compressor
 from compressor import CompressorError, Recording
 from compressor.data import calls as storage
 from compressor.data.calls import INDEX, Call, Picture
+from compressor.lower.gathered import GatheredLinear
+from compressor.lower.units import put
 from compressor.pipelines import recording as recorder
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import open_pipeline, opened
@@ -495,6 +497,10 @@ def test_what_was_applied_last_is_removed_first(pipe):
     assert pipe.net is dense
     with compressor.apply(pipe, one):
         pipe.net = torch.compile(pipe.net, backend="eager")  # is it still, faster
+    assert pipe.net is dense
+    lowered = put(copy.deepcopy(one), "ff_out", GatheredLinear(torch.zeros(16, 8), None, compressor.NM(2, 4, 16)))
+    with compressor.apply(pipe, lowered), compressor.apply(pipe, two):  # over one that cannot be pruned any more
+        assert pipe.net is two
     assert pipe.net is dense
 
 

@@ -26,14 +26,17 @@ _QUANTISED = ("torchao", "bitsandbytes", "optimum", "quanto")
 """Packages whose tensors are quantised."""
 _ROUNDING = ("optimum.quanto.nn.", "quanto.nn.")
 """Homes of modules that may hold a plain weight, and multiply another that they make of it."""
-_LOWERED = "compressor.lower."
-"""The home of modules that a model is lowered to."""
 _COMPUTING: dict[type, str] = {
     WeightNorm: "Take it off: torch.nn.utils.remove_weight_norm(module).",
     SpectralNorm: "Take it off: torch.nn.utils.remove_spectral_norm(module).",
     BasePruningMethod: "Make it permanent: torch.nn.utils.prune.remove(module, name).",
 }
 """The classes of torch's older hooks that keep a weight under another name, with what takes them off."""
+
+
+def is_lowered(module: nn.Module) -> bool:
+    """Whether `module` is one that `compressor.lower` puts into the place of a layer."""
+    return type(module).__module__.startswith("compressor.lower.")
 
 
 def refuse_unsound(model: nn.Module) -> None:
@@ -47,7 +50,7 @@ def refuse_unsound(model: nn.Module) -> None:
         home = type(module).__module__
         if ("quantized" in home and home.startswith("torch.ao.nn.")) or home.startswith(_ROUNDING):
             raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
-        if home.startswith(_LOWERED):
+        if is_lowered(module):
             raise UsageError(
                 f"{name or 'the model'}: lowered ({type(module).__name__}), its weights packed for this machine",
                 "Give the model that was lowered, which is as it was; what compressor.lower gives is for inference alone.",
