@@ -28,10 +28,11 @@ from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import _write_match, refuse_used
 from compressor.comparison.page import Outcome, _csv, build, render
 from compressor.comparison.presets import presets
-from compressor.comparison.statistics import differences, summary, t_quantile
+from compressor.comparison.statistics import differences, summary
 from compressor.comparison.worker import read_row
 from compressor.files import LOCK
 from compressor.progress import Progress
+from compressor.quality.intervals import t_quantile
 from compressor.quality.similarity import ssim
 from compressor.report import limitations, read_report, schema
 from compressor.report.compared import ComparisonReport, Summary

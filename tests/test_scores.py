@@ -17,6 +17,7 @@ import transformers
 from compressor import files, registry
 from compressor.errors import CompressorError, UsageError
 from compressor.pipelines.adapter import CallsAdapter
+from compressor.quality.intervals import mean_interval
 from compressor.quality.score import Score, scored
 from compressor.quality.settings import Evaluation
 from compressor.report import read_report
@@ -66,6 +67,35 @@ def test_clip_score_is_the_cosine_of_clips_own_features(clip):
     assert entry.value == pytest.approx(float(found.mean()), rel=1e-5) and entry.samples == 5
     assert entry.ci95 is not None and entry.ci95[0] <= entry.value <= entry.ci95[1]
     assert scored(score, images, prompts, Evaluation(bootstrap=0)).ci95 is None
+
+
+@pytest.mark.parametrize("pictures", [2, 4, 16])
+def test_the_interval_of_few_pictures_holds_as_often_as_it_says(pictures):
+    drawn = torch.randn(1000, pictures, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = [mean_interval(values) for values in drawn.tolist()]
+    held = sum(interval is not None and interval[0] <= 0 <= interval[1] for interval in found) / 1000
+    assert 0.93 < held < 0.97, held
+
+
+def test_the_interval_of_a_score_is_that_of_its_mean():
+    @dataclass
+    class Given(Score):
+        values: list
+        name: str = "given"
+        sha256: str = "0" * 64
+
+        def opened(self, weights):
+            return self
+
+        def scores(self, images, prompts):
+            return torch.tensor(self.values)
+
+    images = torch.zeros(2, 1, 1, 1)
+    entry = scored(Given([1.0, 3.0]), images, ["", ""], Evaluation())
+    assert entry.value == 2 and entry.ci95 == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-3)
+    same = scored(Given([0.0, 0.0]), images, ["", ""], Evaluation())  # nobody knows how much others would differ
+    assert same.value == 0 and same.ci95 is None
+    assert scored(Given([1.0]), images[:1], [""], Evaluation()).ci95 is None
 
 
 @pytest.mark.parametrize("kind", ["none", "empty", "another"])

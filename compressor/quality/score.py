@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError
+from compressor.quality.intervals import mean_interval
 from compressor.quality.metric import kind_of, refuse_broken, refuse_no_hash
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Scored
-from compressor.seeds import generator
 
 
 class Score(ABC):
@@ -62,15 +61,9 @@ def scores_of(score: Score, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def scored(score: Score, images: Tensor, prompts: Sequence[str], settings: Evaluation) -> Scored:
-    """The mean of a row's scores, with a 95% interval over the drawing of pictures (a bootstrap of `settings.bootstrap` draws)."""
+    """The mean of a row's scores, with a 95% interval over the drawing of pictures: Student's t, which holds for few of them, too."""
     values = scores_of(score, images, prompts)
-    interval = None
-    if settings.bootstrap and len(values) > 1:
-        draws = torch.randint(
-            len(values), (settings.bootstrap, len(values)), generator=generator(settings.seed, "scores")
-        )
-        low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        interval = (low, high)
+    interval = mean_interval(values.tolist()) if settings.bootstrap else None
     return Scored(
         name=score.name, value=float(values.mean()), ci95=interval, samples=len(values), extractor_sha256=score.sha256
     )

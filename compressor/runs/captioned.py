@@ -104,9 +104,9 @@ def overruled(recipe: Recipe) -> str | None:
 
 
 def _counts(recipe: Recipe) -> tuple[str, ...]:
-    """The numbers of `evaluate` that no run of the recipe's pipeline asks. Scores are drawn again and have a seed."""
-    scored = ("bootstrap",) if is_captioned(recipe) else ("bootstrap", "seed")
-    return ("samples", "sampler_steps", *(() if recipe.evaluate.scores else scored))
+    """The numbers of `evaluate` that no run of the recipe's pipeline asks. Scores may have intervals."""
+    scored = () if recipe.evaluate.scores else ("bootstrap",)
+    return ("samples", "sampler_steps", *scored, *(() if is_captioned(recipe) else ("seed",)))
 
 
 def _usual(recipe: Recipe, name: str) -> tuple[Any, ...]:
