@@ -298,3 +298,15 @@ def test_a_rule_that_leaves_nothing_out_is_warned_of(verb) -> None:
     given |= {"steps": 0} if verb is compressor.prune else {}
     with pytest.warns(UserWarning, match="ignore: 'nope' matches no layer"):
         verb(tiny_model(), Magnitude(), **given, ignore=["nope", "0"])
+
+
+def test_looking_for_layers_changes_no_buffer_of_a_parametrization(samples: torch.Tensor) -> None:
+    """Spectral norm's, in training mode, takes a step of its power iteration whenever the weight is computed."""
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+    model = nn.Sequential(normed, nn.SiLU(), nn.Linear(16, 16)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = compressor.choose_layers(model, Magnitude(), TinyAdapter())
+    compressor.prune(model, Magnitude(), adapter=TinyAdapter(), data=samples, ignore=["0"], steps=1, batch_size=8)
+    assert [layer.reason for layer in layers] == ["its weight is computed by a parametrization", None]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())

@@ -47,7 +47,7 @@ def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) ->
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module_name, module in model.named_modules():
         if isinstance(module, kinds):
-            weight: Any = module.weight
+            weight: Any = _weight(module)
             unnamed = f"{module_name}.weight" if module_name else "weight"
             yield Layer(names.get(id(weight), unnamed), module_name, module, weight)
 
@@ -63,6 +63,20 @@ def _multiplying(model: nn.Module) -> Iterator[Layer]:
                     yield Layer(names[id(weight)], module_name, module, weight)
         elif (layer := layers.get(id(module))) is not None:
             yield layer
+
+
+def _weight(layer: nn.Module) -> Any:
+    """The weight of `layer`. Where a parametrization computes it, that is done in eval mode: in training, spectral norm's would change
+    its own buffers at every look."""
+    computing = getattr(layer, "parametrizations", {})
+    modes = [(part, part.training) for part in computing["weight"].modules()] if "weight" in computing else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        return layer.weight
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
