@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,11 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     # the GPU copies from pinned memory when it comes to it; a CPU may not read before it is there
     queued = device.type == "cuda"
     return tree_map_only((Tensor, Shared), lambda leaf: plain(leaf).to(device, non_blocking=queued), inputs)
+
+
+def cloned(inputs: Any) -> Any:
+    """Inputs of `predict` in memory of their own: a model may write to those that it is given."""
+    return tree_map_only(Tensor, Tensor.clone, inputs)
 
 
 def plain(leaf: Tensor | Shared) -> Tensor:
@@ -72,17 +78,38 @@ def with_samples(inputs: Any, batch_size: int) -> Any:
 def checked_pair(adapter: Adapter, batch: Any, found: Any) -> tuple[Any, Tensor]:
     """(inputs, target), which the adapter's `noised` `found` for `batch`.
 
-    Raises CompressorError where that is no such pair, or the target has fewer samples than a batch of tensors.
+    Raises CompressorError where that is no such pair, or the target has fewer samples than a batch of tensors, and for images that
+    the adapter cannot mean (`Adapter.signed`).
     """
     name = type(adapter).__name__
     if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
         raise CompressorError(f"{name}.noised gave {_named(found)}, not (inputs, target)", _PROMISES)
     inputs, target = found
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if adapter.signed and isinstance(first, Tensor) and first.dim() > 2:
+        _check_signed(name, first)
     if target.dim() == 0 or (isinstance(first, Tensor) and first.dim() and len(target) < len(first)):
         held = f"for {len(first)} samples" if isinstance(first, Tensor) and first.dim() else ""
         raise CompressorError(f"{name}.noised gave a target {tuple(target.shape)} {held}".rstrip(), _PROMISES)
     return inputs, target
+
+
+def _check_signed(name: str, images: Tensor) -> None:
+    """Raise CompressorError for `images` in whole numbers, and warn of those that are never below 0, where the adapter of this `name`
+    takes pictures in [-1, 1]. A picture that is bright all over is no reason yet, nor is one that is grey."""
+    if not images.is_floating_point():
+        raise CompressorError(f"{name} takes images in [-1, 1], and these are {images.dtype}", _SIGNED)
+    low, high = (float(value) for value in images.detach().aminmax()) if images.numel() else (0.0, 0.0)
+    if len(images) >= _SEVERAL and 0 <= low < high:
+        above = "none" if high <= 1 else "some"  # no figures: what repeats itself is shown once
+        warnings.warn(
+            f"{name} takes images in [-1, 1], and a batch has no number below 0 and {above} above 1. {_SIGNED}",
+            stacklevel=3,
+        )
+
+
+_SEVERAL = 4
+_SIGNED = "Bytes: compressor.Images(NAME, pixels), or images / 127.5 - 1; numbers from 0 to 1: 2 * images - 1."
 
 
 def checked_answer(adapter: Adapter, answer: Any, target: Tensor) -> Tensor:
@@ -266,6 +293,10 @@ class Adapter(ABC):
         Raises CompressorError where it is not known which argument is which.
         """
         raise CompressorError(f"{self.name}: what its pipeline tells it is not known", "Record the pipeline's calls.")
+
+    signed: bool = False
+    """Whether images are taken as numbers around 0: pictures in [-1, 1], latents. Then whole numbers are refused, and batches that are
+    never below 0 warned of."""
 
     answered: bool = False
     """Whether `target` is what the dense model itself answered: then no teacher is asked, and both losses are one."""

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, TensorDataset
 
+import compressor
 from compressor import cost, recipe, registry
 from compressor.data.sets import Images
 from compressor.errors import CompressorError, UsageError
+from compressor.plugins.wanda import Wanda
 from compressor.runs import inputs
 from compressor.runs.fits import refuse_unsigned
 from compressor.weights import read_weights
@@ -150,6 +153,37 @@ def test_pictures_in_floats_that_are_never_below_zero_are_refused(tmp_path, cli,
     assert "pictures lie in [-1, 1]" in outcome.err and "uint8" in outcome.err
     refuse_unsigned(Images("latents", torch.from_numpy(images - largest / 2)))
     refuse_unsigned(Images("bytes", torch.zeros(2, 1, 8, 8, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("name", ["uvit-digits", "ddpm-digits"])
+@pytest.mark.parametrize("form", ["tensor", "pairs", "loader", "images"])
+def test_python_says_that_pictures_are_not_around_zero(name, form):
+    adapter = registry.adapter(name)
+    model, unit = adapter.load(None), torch.rand(8, *adapter.image_shape)
+
+    def pruned(pixels):
+        forms = {
+            "tensor": lambda: pixels,
+            "pairs": lambda: [(pixels, torch.zeros(8, dtype=torch.int64))],
+            "loader": lambda: DataLoader(TensorDataset(pixels), batch_size=8),
+            "images": lambda: compressor.Images("mine", pixels),
+        }
+        data = forms[form]()
+        return compressor.prune(model, Wanda(timesteps=1), adapter=adapter, data=data, steps=0, batch_size=8)
+
+    with pytest.warns(
+        UserWarning, match=r"takes images in \[-1, 1\], and a batch has no number below 0 and none above 1"
+    ):
+        pruned(unit)
+    with pytest.warns(UserWarning, match="no number below 0 and some above 1"):
+        pruned(255 * unit)
+    pruned(2 * unit - 1)
+    pruned(torch.ones_like(unit))
+    if form == "images":
+        pruned((255 * unit).byte())  # which are mapped
+    else:
+        with pytest.raises(CompressorError, match=r"takes images in \[-1, 1\], and these are torch.uint8"):
+            pruned((255 * unit).byte())
 
 
 @pytest.mark.parametrize("shape", [(20, 1, 16, 16), (20, 3, 8, 8)])

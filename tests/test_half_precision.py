@@ -161,7 +161,7 @@ def test_each_tensor_comes_back_in_its_own_dtype(adapter, samples, tmp_path):
 def test_removed_structure_keeps_the_dtype(pruner):
     adapter = registry.adapter("uvit-digits").small()
     model = adapter.build().half()
-    images = torch.rand(16, *adapter.image_shape)
+    images = torch.rand(16, *adapter.image_shape) * 2 - 1
     data = [(images, torch.arange(16) % adapter.num_classes) if adapter.num_classes else images]
     result = compressor.prune(model, pruner, adapter=adapter, data=data, steps=1, device="cpu")
     assert result.surgery is not None and set(dtypes_of(result.model).values()) == {torch.float16}

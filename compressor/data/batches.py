@@ -154,6 +154,20 @@ class Streamed(Batches):
         raise CompressorError("the data ran out of batches", "Give a dataset, a list of batches or a DataLoader.")
 
 
+def parted(batch: Any) -> tuple[Tensor, Any]:
+    """(images, labels) of a batch: images alone, or a tuple or list of them and, where there are such, labels (else None).
+
+    Raises CompressorError for a batch of more, or of none.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if not 1 <= len(batch) <= 2:
+        raise CompressorError(
+            f"a batch of {len(batch)} parts", "Give images, or the pair (images, labels); leave out what is no label."
+        )
+    return batch[0], batch[1] if len(batch) == 2 else None
+
+
 def _check_finite(data: Any) -> None:
     """Raise CompressorError where samples that are in memory hold what would make the loss NaN."""
     held = {"the data": data} if isinstance(data, Tensor) else {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
+from compressor.data.batches import parted
 from compressor.data.single_file import refuse_single_file
 from compressor.data.variants import variant_of
 from compressor.environment import usual_torch
@@ -57,6 +58,7 @@ class DiffusersAdapter(Adapter):
     of_pipelines: bool = False
     writes_reshaped: bool = True
     family: str = ""
+    signed = True
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
     new_config: Mapping[str, Any] = field(default_factory=dict)  # of a model to be trained from scratch, less its size
     example: Mapping[str, Any] | None = None  # what inputs look like (`shapes.of`), where a batch has told it
@@ -235,7 +237,7 @@ class DiffusersAdapter(Adapter):
                     f"Give clean images as {name!r}, or the model's inputs and what it shall answer as 'target'.",
                 )
         else:
-            images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+            images, labels = parted(batch)
             given = {name: images}
             if self.num_classes and labels is not None:
                 given["class_labels"] = labels

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter, Sampling, as_taken
+from compressor.data.batches import parted
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError
 from compressor.model_zoo.sampling import Process, beginning, check, describe, draw, dropped, guided, merged
@@ -45,6 +46,7 @@ class UViTAdapter(Adapter):
     changed: Mapping[str, Any] = field(default_factory=dict)
     sized: bool = True  # whether the name says what size of images it is for
     family: str = "U-ViT"
+    signed = True
     small_config: Mapping[str, Any] = field(default_factory=dict)  # what `small` changes; empty: there is none
 
     @property
@@ -108,7 +110,7 @@ class UViTAdapter(Adapter):
         )
 
     def _noised(self, batch: Any, times: Tensor, rng: torch.Generator) -> tuple[Any, Tensor]:
-        images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = parted(batch)
         noise = torch.randn(images.shape, generator=rng)
         if not self.num_classes:
             labels = None
@@ -172,4 +174,4 @@ class UViTAdapter(Adapter):
 
 def _count(batch: Any) -> int:
     """The number of images in a batch, which may have labels."""
-    return len(batch[0]) if isinstance(batch, (tuple, list)) else len(batch)
+    return len(parted(batch)[0])
