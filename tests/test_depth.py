@@ -14,7 +14,7 @@ from compressor.adapter import with_rules
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import as_batches
 from compressor.files import read_json
-from compressor.plugins.depth import Depth, find_blocks
+from compressor.plugins.depth import Depth, _Error, find_blocks, survey_blocks
 from compressor.sparsity.surgery import Bypass
 from compressor.testing import families
 
@@ -67,6 +67,24 @@ def test_the_least_error_goes_first(stack, adapter, samples):
     assert prepared(Depth(macs=two), stack, adapter, samples) == ("blocks.1", "blocks.2")
     assert prepared(Depth(macs=(one + 2) / 3), stack, adapter, samples) == ()  # nearer than one block fewer
     assert prepared(Depth(macs=(2 * one + 1) / 3), stack, adapter, samples) == ("blocks.1",)
+
+
+def test_a_model_that_writes_to_its_inputs_is_asked_the_same_each_time(stack, adapter, samples):
+    class Writing(Stack):
+        def forward(self, x):
+            return super().forward(x.mul_(2.0))
+
+    class Plain(Stack):
+        def forward(self, x):
+            return super().forward(x * 2.0)
+
+    found = []
+    for kind in (Plain, Writing):
+        model = kind()
+        model.load_state_dict(stack.state_dict())
+        errors = _Error(model, adapter, as_batches(samples, 16, 0), 2, survey_blocks(model, adapter))
+        found.append([errors((f"blocks.{n}",)) for n in (0, 1, 2)])
+    assert found[0] == found[1]
 
 
 def test_random_draws_by_its_seed_alone(stack, adapter, samples):

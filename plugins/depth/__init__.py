@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, cloned, to_device
 from compressor.cost.macs import layer_macs
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, one_of
@@ -130,7 +130,7 @@ class _Error:
     @torch.no_grad()
     def _predictions(self, gone: Collection[str]) -> list[Tensor]:
         without(gone, self.blocks).apply(found := twin(self.model))
-        return [self.adapter.predict(found, inputs).float() for inputs in self.inputs]
+        return [self.adapter.predict(found, cloned(inputs)).float() for inputs in self.inputs]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_map_only
 
-from compressor.adapter import Adapter, to_device
+from compressor.adapter import Adapter, cloned, to_device
 from compressor.errors import CompressorError, first_line
 from compressor.seeds import generator
 from compressor.sparsity.surgery import Surgery
@@ -52,7 +52,7 @@ class Trial:
         self.inputs = to_device(example, next(self.probe.parameters()).device)
         try:
             with torch.no_grad():
-                self.whole = adapter.predict(self.probe, self.inputs)
+                self.whole = adapter.predict(self.probe, cloned(self.inputs))
         except Exception as error:  # whatever the user's model raises
             raise CompressorError(
                 f"structured: with random weights the model does not run: {first_line(error)}",
@@ -77,10 +77,10 @@ class Trial:
             norms = {m.name for group in groups for m in group.members if isinstance(m.module, nn.GroupNorm)}
             if norms:
                 plain = _without_norms(twin(self.probe), norms)
-                whole, found = self.adapter.predict(plain, self.inputs), self._answer(twin(plain), surgery)
+                whole, found = self.adapter.predict(plain, cloned(self.inputs)), self._answer(twin(plain), surgery)
             else:
                 plain = twin(self.probe)
-            expected = self.adapter.predict(_silenced(plain, groups, surgery), self.inputs)
+            expected = self.adapter.predict(_silenced(plain, groups, surgery), cloned(self.inputs))
         except Refused:
             raise
         except Exception as error:  # whatever a model raises whose shapes do not fit
@@ -94,7 +94,7 @@ class Trial:
 
     def _answer(self, model: nn.Module, surgery: Surgery) -> Tensor:
         surgery.apply(model)
-        return self.adapter.predict(model, self.inputs)
+        return self.adapter.predict(model, cloned(self.inputs))
 
 
 class _Scaled(nn.Module):
