@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from compressor import NM
 from compressor.cost.timing import interleaved, iqr_ms, median_ms
 from compressor.environment import environment
-from compressor.export.graph import quantize
+from compressor.export.int8 import quantize
 from compressor.lower import Unit
 from compressor.lower.chooser import relative
 from compressor.lower.dense import OneDNN
@@ -69,7 +69,7 @@ def onnx_runtime(module: nn.Module, file: Path, int8: bool) -> Callable[[Tensor]
         external_data=False,
     )
     if int8:
-        quantize(onnx.load(file), file)
+        quantize(file, "benchmark")
         assert any(node.op_type == "MatMulInteger" for node in onnx.load(file).graph.node)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
