@@ -180,8 +180,7 @@ def guarded(
         backends=_versions(job, layers),
         taken=held.taken,
     )
-    chosen = forms.pop(choice)
-    del forms, calls  # the others take as much memory as the model, each
+    chosen, forms, calls = forms[choice], {}, {}  # the others take as much memory as the model, each
     return chosen if "compiled" in choice else own(chosen), plan
 
 
