@@ -518,9 +518,24 @@ def test_a_summary_of_a_comparison_claims_no_speed_within_the_noise():
         report["entries"][0]["latency"] = report["dense"]["latency"] = [own]
         typed = ComparisonReport.model_validate(report)
         assert said.lower() in dict(words.summary(typed))["Speed"].lower()
+        assert ": MyPruner." in dict(words.summary(ComparisonReport.model_validate(renamed(report))))["Speed"]
         [cell] = [cells[7] for label, _, cells in words.rows(typed) if label == "a"]
         assert ("1.40x" in cell) == (backend == "lowered") and ("within noise" in cell) == (interval == [0.9, 1.9])
     assert dict(words.summary(typed))["Against dense"].startswith("Worse beyond the seeds' noise: a")
+
+
+def renamed(report):
+    [entry] = report["entries"]
+    return {**report, "entries": [{**entry, "label": "MyPruner"}]}
+
+
+def test_what_is_said_against_dense_holds_for_all_methods_at_once():
+    dense = judged({"a": 80.0}, ()).dense.quality[0].value
+    said = {}
+    for count in (1, 10):
+        report = judged({f"m{at}": dense + 1.5 for at in range(count)}, ())  # intervals of 1 to each side
+        said[count] = dict(words.summary(report))["Against dense"]
+    assert said[1].startswith("Worse beyond the seeds' noise: m0") and said[10].startswith("Not told apart: m0")
 
 
 def test_seeds_that_make_no_difference_give_no_interval():

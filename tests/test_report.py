@@ -24,7 +24,7 @@ from compressor.report.compared import schema_text
 from compressor.report.content import Report, gains
 from compressor.report.further import direction, further
 from compressor.report.in_short import summary
-from compressor.report.numbers import count, number, size
+from compressor.report.numbers import count, number, percent, seconds, share, size, times
 from compressor.report.timings import speeds
 from compressor.report.words import file_name
 
@@ -221,7 +221,7 @@ def test_a_speed_up_is_claimed_only_from_three_per_cent_and_beyond_its_interval(
     entry = report["rows"][2]["latency"][0]
     entry["backend"] = "lowered"
     for ratio, interval, text in (
-        (1.029, None, "1.03x, within noise"),
+        (1.029, None, "1.029x, within noise"),
         (1.031, None, "1.03x"),
         (0.97, None, "0.97x, slower"),
         (0.98, None, "0.98x, within noise"),
@@ -401,6 +401,22 @@ def test_numbers_have_three_digits(value, text):
     assert number(value) == text
 
 
+def test_nothing_is_rounded_to_nothing_to_all_or_to_a_gain():
+    assert [share(n) for n in (0, 0.004, 0.55, 0.9951, 1)] == ["0%", "0.400%", "55%", "99.5%", "100%"]
+    assert [percent(n) for n in (0, 1e-6, 0.5525, 0.9997, 1, 1.003)] == [
+        "0%",
+        "1.00e-04%",
+        "55.2%",
+        "99.97%",
+        "100%",
+        "100%",
+    ]
+    assert [times(n) for n in (0.004, 0.97, 1.0249, 1.0251, 1.02999, 1.03)] == [
+        *("0.00400x", "0.97x", "1.02x", "1.025x", "1.029x", "1.03x")
+    ]
+    assert [seconds(n) for n in (0, 0.04, 12.3)] == ["0 s", "0.0400 s", "12 s"]
+
+
 def test_counts_and_sizes_round_into_the_next_unit():
     assert [count(n) for n in (999, 598_929, 999_499, 999_500)] == ["999", "599 k", "999 k", "1.00 M"]
     assert [size(n) for n in (950, 2_404_112)] == ["950 B", "2.40 MB"]
@@ -566,6 +582,19 @@ def test_runs_are_shown_side_by_side_and_only_what_can_be_compared_is(cli, tmp_p
     written(tmp_path / "b", second)
     found = json.loads(cli("report", tmp_path / "a", tmp_path / "b", "--json").out)
     assert [title for title, _, cells in found["columns"] if set(cells) == {"—"}] == []  # no "latency" that neither has
+
+
+def test_scores_of_other_networks_are_not_shown_side_by_side(cli, tmp_path):
+    for name, network in (("a", "0" * 64), ("b", "1" * 64), ("c", "0" * 64)):
+        report = example()
+        score = {"name": "clip-score", "value": 21.0, "ci95": None, "samples": 4, "extractor_sha256": network}
+        for row in report["rows"]:
+            row["scores"] = [score]
+        written(tmp_path / name, report)
+    differ, same = (json.loads(cli("report", tmp_path / "a", tmp_path / other, "--json").out) for other in "bc")
+    assert differ["refused"] == ["scores differ: clip-score 000000000000 in a, clip-score 111111111111 in b"]
+    assert "clip-score" not in [title for title, _, _ in differ["columns"]]
+    assert not same["refused"] and "clip-score" in [title for title, _, _ in same["columns"]]
 
 
 def test_pages_of_runs_side_by_side_replace_no_others(cli, tmp_path):

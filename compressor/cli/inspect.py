@@ -31,15 +31,16 @@ def inspect(output: Output, model: str, weights: str | None, settings: dict[str,
         print_json(facts)
         return
     from compressor.cli.tables import plain_table
+    from compressor.report.numbers import percent
 
     layers, pattern = facts["layers"], facts["pattern"]
     lines = []
     for layer in layers:
-        share = "—" if layer["macs_share"] is None else f"{layer['macs_share']:.1%}"
+        share = "—" if layer["macs_share"] is None else percent(layer["macs_share"])
         lines.append((layer["name"], str(tuple(layer["shape"])), share, layer["reason"] or pattern))
     print_table(plain_table(("weight", "shape", "MACs", "pattern"), lines))
     say(
         f"{facts['model']}: {facts['params']:,} parameters, {facts['macs_dense']:,} MACs per sample; {pattern} on "
         f"{sum(layer['reason'] is None for layer in layers)} of {len(layers)} layers leaves "
-        f"{facts['macs_effective'] / facts['macs_dense']:.1%} of the MACs effective"
+        f"{percent(facts['macs_effective'] / facts['macs_dense'])} of the MACs effective"
     )

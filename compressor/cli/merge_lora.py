@@ -25,6 +25,7 @@ def merge_lora(output: Output, directory: Path, lora: Path, out: Path | None, sc
     LORA is a file in a layout that diffusers reads, or a folder of peft. Every zero stays, and the output says how much of the LoRA
     the masks removed. DIR gets model/ and pipeline/, as a run's directory has them.
     """
+    from compressor.report.numbers import share
     from compressor.runs.lora import merge_lora as merged
 
     out = out if out is not None else free_directory(directory.with_name(f"{directory.name}-{lora.stem}"))
@@ -34,7 +35,7 @@ def merge_lora(output: Output, directory: Path, lora: Path, out: Path | None, sc
         return
     if not output.quiet:
         for layer in found.layers:
-            say(f"{layer.name}: the mask removed {layer.removed:.0%}")
+            say(f"{layer.name}: the mask removed {share(layer.removed)}")
     for part, count in found.left_out.items():
         say(f"warning: {count} tensors of the LoRA are of {part}, which is not changed", err=True)
-    say(f"{len(found.layers)} layers changed; the masks removed {found.removed:.0%} of the LoRA's norm; {out}")
+    say(f"{len(found.layers)} layers changed; the masks removed {share(found.removed)} of the LoRA's norm; {out}")

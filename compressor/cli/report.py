@@ -90,6 +90,7 @@ def _is_comparison(directory: Path) -> bool:
 def show_report(directory: Path, as_json: bool) -> None:
     """A run's table."""
     from compressor.report import read_report
+    from compressor.report.numbers import number
 
     content = read_report(directory / "report.json")
     if as_json:
@@ -100,7 +101,7 @@ def show_report(directory: Path, as_json: bool) -> None:
     print_table(rows_table(content))
     if content.metric:
         floor = content.metric.floor
-        say(f"floor (real against real, {floor.samples} images each): {floor.value:.2f}")
+        say(f"floor (real against real, {floor.samples} images each): {number(floor.value)}")
     say(f"report: {directory / 'report.html'}")
 
 

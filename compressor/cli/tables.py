@@ -115,6 +115,8 @@ class Ticker:
 
 def rows_table(report: Report) -> Table:
     """The report's rows: quality, drift, cost, and latency at one batch size."""
+    from compressor.report.numbers import count, number, percent, seconds, share
+
     metric = report.metric.name if report.metric else None
     columns = ["row", *([metric, "95% interval"] if metric else []), "prediction error", "nonzero", "MACs effective"]
     lines, given = [], report.rows[0]  # which is dense, or the only one
@@ -123,14 +125,14 @@ def rows_table(report: Report) -> Table:
         cells = [row.name]
         if metric:
             entry = row.quality[0] if row.quality else None
-            cells.append(f"{entry.value:.2f}" if entry else "—")
-            cells.append("{:.2f} – {:.2f}".format(*entry.ci95) if entry and entry.ci95 else "—")
+            cells.append(number(entry.value) if entry else "—")
+            cells.append(" – ".join(map(number, entry.ci95)) if entry and entry.ci95 else "—")
         error = row.drift_by("prediction_error")
-        cells.append(f"{error.value:.2%}" if error else "—")
-        cells.append(f"{row.nonzero_params / given.params:.1%}")
-        cells.append(f"{row.macs_effective / 1e6:,.1f} M ({row.macs_effective / given.macs_dense:.0%})")
+        cells.append(percent(error.value) if error else "—")
+        cells.append(percent(row.nonzero_params / given.params))
+        cells.append(f"{count(row.macs_effective)} ({share(row.macs_effective / given.macs_dense)})")
         cells.append("—" if standing is None else _latency(report, row, standing.batch))
-        cells.append(f"{row.train.steps} steps, {row.train.seconds:.0f} s" if row.train.steps else "—")
+        cells.append(f"{row.train.steps:,} steps, {seconds(row.train.seconds)}" if row.train.steps else "—")
         lines.append(cells)
     batch = "" if standing is None else f", batch {standing.batch}"
     table = plain_table([*columns, f"latency{batch}", "fine-tuning"], lines)
@@ -140,17 +142,19 @@ def rows_table(report: Report) -> Table:
 
 def _latency(report: Report, row: Row, batch: int) -> str:
     from compressor.report import timings
+    from compressor.report.numbers import number
 
     if (entry := timings.at(report, row, batch)) is None:
         return "—"
     gain = ""
     if entry.backend == "lowered":
         gain = f", {timings.ratio(entry, timings.skips(report, row, entry), f' over {entry.against}')}"
-    return f"{entry.median_ms:.1f} ms (IQR {entry.iqr_ms:.1f}){gain}{timings.before(report, entry)}"
+    return f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)}){gain}{timings.before(report, entry)}"
 
 
 def plan_tables(plan: Plan) -> list[Table]:
     """A plan of lowering: layers that run alike on one line, with each backend's time, and the forms of the whole model."""
+    from compressor.report.numbers import number
     from compressor.report.words import layer_name
 
     groups: dict[str, list[LayerPlan]] = {}
@@ -167,7 +171,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         lines.append((name, shape, pattern, first.choice, told, first.reason))
     layers = plain_table(("layer", "MxNxK", "pattern", "choice", "alone, ms", "why"), lines)
     forms = [
-        (f.name, f"{f.median_ms:.2f} ms", _gained(f, plan), "" if f.error is None else f"{f.error:.1e}")
+        (f.name, f"{number(f.median_ms)} ms", _gained(f, plan), "" if f.error is None else f"{f.error:.1e}")
         for f in plan.forms
     ]
     return [layers, plain_table(("whole model", "median", "over the best dense form", "error"), forms)]
@@ -176,13 +180,14 @@ def plan_tables(plan: Plan) -> list[Table]:
 def _gained(form: Form, plan: Plan) -> str:
     """The speed of `form` over the fastest dense one, and whether chance explains it."""
     from compressor.lower.contest import needed
+    from compressor.report.numbers import times
 
     best = min((one for one in plan.forms if one.dense), key=lambda one: one.median_ms)
     beside = form.against.get(best.name)
     if form.name == best.name or beside is None:
-        return f"{form.speedup:.2f}x"
+        return times(form.speedup)
     sure = max(beside.wins, beside.rounds - beside.wins) >= needed(beside.rounds)
-    return f"{form.speedup:.2f}x{'' if sure else ', within noise'}"
+    return f"{times(form.speedup)}{'' if sure else ', within noise'}"
 
 
 def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -199,25 +204,25 @@ def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table
 
 def planning_lines(facts: Mapping[str, Any]) -> list[str]:
     """The sentences of `compressor plan`."""
-    from compressor.report.numbers import count, size
+    from compressor.report.numbers import count, number, share, size, times
 
     before, after = facts["before"], facts["after"]
     lines = [
         f"parameters: {count(before['params'])}, of which {count(after['nonzero_params'])} stay nonzero",
         f"file: {size(before['size_bytes'])} dense, {size(after['size_bytes'])} packed "
-        f"({after['size_bytes'] / before['size_bytes']:.0%})",
+        f"({share(after['size_bytes'] / before['size_bytes'])})",
         f"multiply-accumulates per sample: {count(before['macs_dense'])} dense, {count(after['macs_effective'])} effective "
-        f"({after['macs_effective'] / before['macs_dense']:.0%})",
+        f"({share(after['macs_effective'] / before['macs_dense'])})",
     ]
     if (lowering := facts["lowering"]) is not None:
         off = f"; its output is off by {lowering['error']:.1e}" if (lowering["error"] or 0) > 1e-4 else ""
         lines.append(
-            f"speed on {lowering['hardware']}, batch {lowering['batch']}: {lowering['speedup_vs_dense']:.2f}x as fast as the best "
+            f"speed on {lowering['hardware']}, batch {lowering['batch']}: {times(lowering['speedup_vs_dense'])} as fast as the best "
             f"dense form; {lowering['choice']}: {lowering['reason']}{off}"
         )
     if (training := facts["fine_tuning"]) is not None:
         lines.append(
-            f"fine-tuning: {training['steps']:,} steps at {1000 * training['seconds_per_step']:.0f} ms, about "
+            f"fine-tuning: {training['steps']:,} steps at {number(1000 * training['seconds_per_step'])} ms, about "
             f"{duration(training['seconds'])}"
         )
     if (judging := facts["evaluation"])["seconds"]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from compressor.quality.intervals import t_quantile
 from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
 from compressor.report.content import LOWERED
 from compressor.report.limitations import QUADRATIC
-from compressor.report.numbers import NONE, count, number, percent, size, with_interval
+from compressor.report.numbers import NONE, count, number, percent, seconds, share, size, with_interval
 from compressor.report.timings import ratio
 
 _Point = tuple[str, float, float, Sequence[float] | None]
@@ -65,9 +66,9 @@ def summary(report: ComparisonReport) -> list[tuple[str, str]]:
     if report.dense.quality:
         value = report.dense.quality[0].value
         groups: dict[str, list[str]] = {}
-        for entry in pruned:
-            if entry.quality is not None:
-                groups.setdefault(_beside(entry.quality, value), []).append(entry.label)
+        known = [(entry.label, entry.quality) for entry in pruned if entry.quality is not None]
+        for label, own in known:
+            groups.setdefault(_beside(own, value, len(known)), []).append(label)
         said = "; ".join(f"{what}: {_listed(labels, 12)}" for what, labels in groups.items())
         if said:
             found.append(("Against dense", f"{said[0].upper()}{said[1:]}. The dense model has {number(value)}."))
@@ -81,7 +82,8 @@ def summary(report: ComparisonReport) -> list[tuple[str, str]]:
         others = [e.label for e in timed if e.label not in gained]
         text = [f"faster than dense: {_listed(gained, 12)}"] if gained else []
         text += [f"no gain beyond the noise on this machine: {_listed(others, 12)}"] if others else []
-        found.append(("Speed", f"{'; '.join(text)}.".capitalize()))
+        sentence = "; ".join(text)
+        found.append(("Speed", f"{sentence[0].upper()}{sentence[1:]}."))
     return found
 
 
@@ -90,10 +92,12 @@ def less_work(report: ComparisonReport, entry: Entry) -> bool:
     return entry.latency[-1].backend == LOWERED or entry.macs_dense < report.dense.macs_dense
 
 
-def _beside(own: Summary, dense: float) -> str:
+def _beside(own: Summary, dense: float, comparisons: int) -> str:
+    """What an entry is beside the `dense` value, by an interval that holds for all `comparisons` at once."""
     if own.ci95 is None:
         return "no interval over seeds"
-    low, high = own.ci95
+    wider = t_quantile(1 - 0.025 / comparisons, own.n - 1) / t_quantile(0.975, own.n - 1)
+    low, high = (own.mean + wider * (end - own.mean) for end in own.ci95)
     return (
         "worse beyond the seeds' noise"
         if low > dense
@@ -104,7 +108,7 @@ def _beside(own: Summary, dense: float) -> str:
 
 
 def _reach(shares: Sequence[float]) -> str:
-    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    low, high = share(min(shares)), share(max(shares))
     return low if low == high else f"{low} to {high}"
 
 
@@ -175,14 +179,14 @@ def _cells(report: ComparisonReport, shown: Entry | DenseRow) -> list[str]:
             error = percent(entry.drift["prediction_error"].mean)
         if "ssim" in entry.drift:
             alike = number(entry.drift["ssim"].mean)
-        seconds = sum(cell.train.seconds for cell in entry.cells) / len(entry.cells)
-        train = f"{entry.cells[0].train.steps:,} steps, {seconds:.0f} s"
-    macs = f"{count(shown.macs_effective)} ({shown.macs_effective / dense.macs_dense:.0%})"
+        took = sum(cell.train.seconds for cell in entry.cells) / len(entry.cells)
+        train = f"{entry.cells[0].train.steps:,} steps, {seconds(took)}"
+    macs = f"{count(shown.macs_effective)} ({share(shown.macs_effective / dense.macs_dense)})"
     if shown.latency:
         time = shown.latency[-1]
         gain = "" if entry is None else f" ({ratio(time, less_work(report, entry))})"
         latency = f"{number(time.median_ms)} ms{gain}, IQR {number(time.iqr_ms)}"
-    nonzero = f"{shown.nonzero_params / dense.params:.0%}"
+    nonzero = share(shown.nonzero_params / dense.params)
     return [score, bare, error, alike, nonzero, size(shown.size_bytes), macs, latency, train]
 
 
@@ -228,7 +232,7 @@ def layers(report: ComparisonReport) -> tuple[list[str], list[tuple[str, str, li
         for own in by_label.values():
             layer = own.get(name)
             flips = None if layer is None else layer.flips_per_weight
-            shown = NONE if layer is None else f"{layer.density:.0%}"
+            shown = NONE if layer is None else share(layer.density)
             cells.append(shown if not flips else f"{shown}, {number(flips)} flips")
         lines.append((name, NONE if alone is None else percent(alone), cells))
     lines.sort(key=lambda line: -(masked[0].sensitivity.get(line[0]) or 0.0))
@@ -326,7 +330,7 @@ def limitations(report: ComparisonReport) -> tuple[str, ...]:
     shares = {round(entry.macs_effective / report.dense.macs_dense, 2) for entry in entries if _pruned(report, entry)}
     if shares and max(shares) - min(shares) > 0.03:
         found.append(
-            f"Methods keep different shares of the multiply-accumulates, {min(shares):.0%} to {max(shares):.0%}: "
+            f"Methods keep different shares of the multiply-accumulates, {share(min(shares))} to {share(max(shares))}: "
             "compare along the charts."
         )
     control = next((entry for entry in entries if not _pruned(report, entry)), None)

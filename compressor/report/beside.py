@@ -111,6 +111,7 @@ def _of_quality(report: Report) -> list[str]:
     return [
         *own,
         *(title for title, _, _ in further(report)),
+        *(entry.name for row in report.rows for entry in row.scores),
         "prediction error",
         "sample RMSE",
         "SSIM",
@@ -124,6 +125,9 @@ _SAME: Mapping[str, Callable[[Report], Any]] = {
     "data": lambda report: f"{report.data.name} {report.data.sha256[:12]}",
     "metrics": lambda report: (
         f"{report.metric.name} {report.metric.extractor_sha256[:12]}" if report.metric else "none"
+    ),
+    "scores": lambda report: (
+        ", ".join(f"{entry.name} {entry.extractor_sha256[:12]}" for entry in report.final.scores) or "none"
     ),
     "samplers": lambda report: report.sampler,
     "numbers of samples": lambda report: report.final.quality[0].samples if report.final.quality else 0,

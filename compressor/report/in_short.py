@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from compressor.report import timings
 from compressor.report.content import ONE_SHOT, Latency, Quality, Report
-from compressor.report.numbers import number, percent, size
+from compressor.report.numbers import number, percent, size, times
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def _sentence(entry: Latency, less_work: bool) -> str:
     where = f"Batch {entry.batch}: {number(entry.median_ms)} ms, "
     if not less_work and not entry.is_loss:
         return f"{where}no zeros skipped, no gain."
-    shown = f"{entry.speedup_vs_dense:.2f}x"
+    shown = times(entry.speedup_vs_dense)
     if entry.is_gain:
         return f"{where}{shown} as fast as dense at its best ({entry.against})."
     if entry.is_loss:

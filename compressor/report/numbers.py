@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
+
+from compressor.report.content import GAIN
 
 NONE = "—"
 
@@ -27,8 +30,32 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
-    return f"{number(100 * value)}%"
+    """A share in per cent; what is less than all is not rounded to it."""
+    text = number(100 * value)
+    digits = 0
+    while text.startswith("100") and 0 < value < 1 and digits < 9:
+        digits += 1
+        text = f"{100 * value:.{digits}f}"
+    return f"{text}%"
+
+
+def share(value: float) -> str:
+    """A share in whole per cent; with three digits where those would say none, or all, of what is neither."""
+    text = f"{value:.0%}"
+    return percent(value) if value not in (0, 1) and text in ("0%", "100%") else text
+
+
+def times(value: float) -> str:
+    """A ratio of two times: 1.25x. What is no gain yet is not rounded to one, and little not to nothing."""
+    if value < 0.095:
+        return f"{number(value)}x"
+    text = f"{value:.2f}x"
+    return f"{math.floor(1000 * value) / 1000:.3f}x" if value < GAIN and text == f"{GAIN:.2f}x" else text
+
+
+def seconds(value: float) -> str:
+    """A time in seconds, whole from ten on."""
+    return f"{value:,.0f} s" if value >= 10 or value == 0 else f"{number(value)} s"
 
 
 def count(value: float) -> str:

@@ -14,7 +14,7 @@ from compressor.report.content import (
     Report,
     Row,
 )
-from compressor.report.numbers import NONE, number
+from compressor.report.numbers import NONE, number, times
 
 _SKIPPING = (LOWERED, PIPELINE_LOWERED)
 _GATHERED = ", gathered"
@@ -53,7 +53,7 @@ def ratio(entry: Latency, less_work: bool, over: str = "") -> str:
     """
     if not less_work and not entry.is_loss:
         return "no gain: skips no zeros"
-    text = f"{entry.speedup_vs_dense:.2f}x"
+    text = times(entry.speedup_vs_dense)
     if entry.speedup_ci95 is not None:
         text += " [{:.2f}, {:.2f}]".format(*entry.speedup_ci95)
     return text + over + verdict(entry)
@@ -149,7 +149,7 @@ def _ratios(report: Report, row: Row, entry: Latency, base: Latency | None) -> t
     if not dense and not skips(report, row, entry):
         return NONE, ratio(entry, False)
     beside = base is not None and base.timed == entry.timed and not _whole(entry)
-    eager = f"{base.median_ms / entry.median_ms:.2f}x" if base and beside else NONE
+    eager = times(base.median_ms / entry.median_ms) if base and beside else NONE
     if dense and entry.against == entry.backend and entry.speedup_vs_dense == 1:
         return eager, "the best dense form"
     return eager, ratio(entry, True, f" over {entry.against}")

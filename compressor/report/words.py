@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.report import timings
 from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, Layer, Report, Row, TrainSummary
-from compressor.report.numbers import NONE, count, number, percent, size, with_interval
+from compressor.report.numbers import NONE, count, number, percent, seconds, size, times, with_interval
 
 
 def headline(report: Report) -> str:
@@ -41,7 +41,7 @@ def _gain(report: Report, row: Row) -> str:
     entry = row.standing
     if entry is None or entry.backend != LOWERED or not entry.is_gain or not timings.skips(report, row, entry):
         return ""
-    return f" Lowered, it runs {entry.speedup_vs_dense:.2f}x as fast as dense at its best ({entry.against})."
+    return f" Lowered, it runs {times(entry.speedup_vs_dense)} as fast as dense at its best ({entry.against})."
 
 
 def columns(report: Report, each_batch: bool = False) -> list[tuple[str, str, list[str]]]:
@@ -117,7 +117,7 @@ def sampler_line(report: Report) -> str:
 
 
 def _training(train: TrainSummary) -> str:
-    return f"{train.steps:,} in {train.seconds:.0f} s" if train.steps else NONE
+    return f"{train.steps:,} in {seconds(train.seconds)}" if train.steps else NONE
 
 
 def lowering_sentence(report: Report) -> str:
@@ -151,7 +151,7 @@ def trade_offs(report: Report) -> list[tuple[str, ...]]:
             entry.cache or NONE,
             NONE if entry.steps is None else str(entry.steps),
             f"{number(entry.median_ms)} ms (IQR {number(entry.iqr_ms)})",
-            f"{report.trade_offs[0].median_ms / entry.median_ms:.2f}x",
+            times(report.trade_offs[0].median_ms / entry.median_ms),
             number(entry.sample_rmse),
             number(entry.ssim),
         )

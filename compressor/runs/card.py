@@ -12,6 +12,7 @@ from compressor.errors import CompressorError, UsageError, first_line, how_to_fi
 from compressor.report import read_report
 from compressor.report.content import Report
 from compressor.report.in_short import glossary, summary
+from compressor.report.numbers import seconds
 from compressor.report.words import columns, file_name, headline
 from compressor.saving import hub
 
@@ -79,7 +80,7 @@ def card(report: Report, pictures: dict[str, str] | None = None, name: str | Non
         "## How it was made",
         f"- method: {cell(report.method)}, settings {settings}",
         f"- pattern: {cell(report.pattern or 'no mask')}",
-        f"- fine-tuning: {cell(budget) or 'none'}, seed {report.seed}; {report.final.train.seconds:.0f} s",
+        f"- fine-tuning: {cell(budget) or 'none'}, seed {report.seed}; {seconds(report.final.train.seconds)}",
         f"- pretrained weights: `{report.weights_sha256}`",
         f"- data: {cell(report.data.name)}, {report.data.samples} {report.data.kind}, `{report.data.sha256}`",
         f"- this model's weights: `{report.final.weights_sha256}`",
