@@ -524,6 +524,14 @@ def test_a_summary_of_a_comparison_claims_no_speed_within_the_noise():
     assert dict(words.summary(typed))["Against dense"].startswith("Worse beyond the seeds' noise: a")
 
 
+def test_an_interval_of_few_draws_is_said_to_be_one():
+    for draws, said in ((0, False), (2, True), (39, True), (40, False)):
+        report = judged({"a": 80.0}, ()).as_json()
+        report["evaluate"]["bootstrap"] = draws
+        found = " ".join(words.limitations(ComparisonReport.model_validate(report)))
+        assert (f"from {draws} draws of the bootstrap, too few for 95%" in found) == said
+
+
 def renamed(report):
     [entry] = report["entries"]
     return {**report, "entries": [{**entry, "label": "MyPruner"}]}

@@ -24,6 +24,7 @@ from compressor.report.compared import schema_text
 from compressor.report.content import Report, gains
 from compressor.report.further import direction, further
 from compressor.report.in_short import summary
+from compressor.report.limitations import limitations
 from compressor.report.numbers import count, number, percent, seconds, share, size, times
 from compressor.report.timings import speeds
 from compressor.report.words import file_name
@@ -415,6 +416,13 @@ def test_nothing_is_rounded_to_nothing_to_all_or_to_a_gain():
         *("0.00400x", "0.97x", "1.02x", "1.025x", "1.029x", "1.03x")
     ]
     assert [seconds(n) for n in (0, 0.04, 12.3)] == ["0 s", "0.0400 s", "12 s"]
+
+
+def test_an_interval_of_few_draws_is_said_to_be_one():
+    for draws, said in ((0, False), (2, True), (39, True), (40, False)):
+        report = typed(example())
+        report = report.model_copy(update={"recipe": {**report.recipe, "evaluate": {"bootstrap": draws}}})
+        assert (f"from {draws} draws of the bootstrap, too few for 95%" in " ".join(limitations(report))) == said
 
 
 def test_counts_and_sizes_round_into_the_next_unit():

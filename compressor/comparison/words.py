@@ -8,7 +8,7 @@ from typing import Any
 from compressor.quality.intervals import t_quantile
 from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
 from compressor.report.content import LOWERED
-from compressor.report.limitations import QUADRATIC
+from compressor.report.limitations import QUADRATIC, few_draws
 from compressor.report.numbers import NONE, count, number, percent, seconds, share, size, with_interval
 from compressor.report.timings import ratio
 
@@ -345,7 +345,8 @@ def _of_the_metric(report: ComparisonReport) -> list[str]:
         return []
     found = [
         f"{report.metric.name} is measured on {report.evaluate['samples']} samples against "
-        f"{report.data.samples} real images; compare it only with values of the same setting."
+        f"{report.data.samples} real images; compare it only with values of the same setting.",
+        *few_draws(report.metric.name, report.evaluate),
     ]
     if "quadratic" in report.sampler:
         found.append(f"{QUADRATIC}; figures that diffusers can repeat come from `--set evaluate.spacing=trailing`.")

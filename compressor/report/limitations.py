@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from compressor.report.content import DENSE, ONNX, Report
 
 QUADRATIC = "Quadratic spacing of DDIM's steps is not among those of diffusers' schedulers"
+
+
+FEWEST_DRAWS = 40
+"""Of fewer draws none lies outside of the 95% in the middle."""
+
+
+def few_draws(metric: str, settings: Mapping[str, Any]) -> list[str]:
+    """The sentence on an interval that too few draws made, by the `settings` of `evaluate`; none where there were enough."""
+    draws = settings.get("bootstrap", 0)
+    if not 0 < draws < FEWEST_DRAWS:
+        return []
+    return [
+        f"The interval of {metric} over samples is from {draws} draws of the bootstrap, too few for 95%: it is too narrow."
+    ]
 
 
 def limitations(report: Report) -> tuple[str, ...]:
@@ -56,6 +73,7 @@ def limitations(report: Report) -> tuple[str, ...]:
         found.append(
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
+        found += few_draws(final.quality[0].metric, report.recipe.get("evaluate", {}))
     if "quadratic" in report.sampler and any(row.quality for row in report.rows):
         found.append(
             f"{QUADRATIC}; figures that diffusers can repeat come from `compressor evaluate DIR --spacing trailing`."
