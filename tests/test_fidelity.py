@@ -148,6 +148,23 @@ def test_shares_are_shares_and_do_not_depend_on_scale_or_order(
     assert ours(4 * x.flip(0), 4 * y.flip(0), k) == pytest.approx(found)
 
 
+def test_neighbours_do_not_depend_on_where_the_origin_is_and_copies_are_no_distance_apart() -> None:
+    rng = generator(5, "far")
+    real, fake = (torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (60, 40))
+    near, far = (
+        [
+            fidelity.precision(fidelity.squared_radii(x, 3), x, y),
+            fidelity.precision(fidelity.squared_radii(y, 3), y, x),
+            fidelity.density(fidelity.squared_radii(x, 5), x, y, 5),
+            fidelity.coverage(fidelity.squared_radii(x, 5), x, y),
+        ]
+        for x, y in ((real, fake), (real + 1e9, fake + 1e9))
+    )
+    assert near == far and 0 < near[0] < 1
+    again = torch.cat([fake[:20], real[:20]]) + 3.7  # half of those held out are copies, too: they tie with the samples
+    assert fidelity.copying(real + 3.7, again, real[:30] + 3.7) == 0.75
+
+
 def test_a_set_has_full_precision_recall_and_coverage_against_itself() -> None:
     x = draw(30, 4, seed=0)
     found = ours(x, x.clone(), 3)

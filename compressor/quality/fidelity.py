@@ -26,6 +26,8 @@ LIMIT = 10_000
 SUBSETS = 100
 SUBSET_SIZE = 1000
 _BLOCK_ENTRIES = 4 * 1024 * 1024
+_ROUNDING = 1e-13
+"""Of the norms of two samples: what their squared distance is off by, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +238,12 @@ def _holding(squared: Tensor, centres: Tensor, points: Tensor) -> Tensor:
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y|² of every pair, (n, m)."""
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.T)).clamp_(min=0)
+    """|x - y|² of every pair, (n, m); 0 where it cannot be told from that, so that copies are at none from each other."""
+    origin = y[0]  # far from 0 all digits of the norms would be of where the samples lie
+    x, y = x - origin, y - origin
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)
+    squared = norms - 2 * (x @ y.T)
+    return squared.masked_fill_(squared < _ROUNDING * norms, 0)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[Tensor]:
