@@ -508,6 +508,24 @@ class Watched(nn.Module):
         return self.layer(x), self.head(x)
 
 
+class Turned(nn.Module):
+    """A layer whose channels are turned as complex numbers, as rotary positions of diffusers' models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(self.layer(x).reshape(*x.shape[:2], 32, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones(32), torch.arange(32.0))).flatten(2)
+
+
+def test_what_looks_at_strides_is_exported_gathered_too(tmp_path):
+    model = sparsify(Turned(), {"layer.weight": NM(2, 4, 64)}).eval()
+    made = export_onnx(model, VectorAdapter(-1, 3, 16), tmp_path / "a.onnx", form="gathered")
+    assert made.gathered == ("layer.weight",)
+
+
 @pytest.mark.parametrize("export", [export_onnx, pytest.param(export_tensorrt, marks=pytest.mark.slow)])
 def test_a_pruned_layer_that_the_answer_does_not_need_may_be_missing(export, tmp_path):
     patterns = {"layer.weight": NM(2, 4), "head.weight": NM(2, 4)}

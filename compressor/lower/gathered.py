@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Unit
+from compressor.lower.backend import Backend, Unit, exporting
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM
 from compressor.sparsity.venom import Venom
@@ -121,7 +121,7 @@ class GatheredConv1x1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels = x.movedim(-3, 0)
         out: Tensor = self.product(channels.flatten(1))
-        return out.reshape(len(out), *channels.shape[1:]).movedim(0, -3)
+        return _laid_out(out.reshape(len(out), *channels.shape[1:]).movedim(0, -3))
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -131,7 +131,13 @@ def _channels_first(x: Tensor) -> Tensor:
 
 def _tokens_first(out: Tensor, x: Tensor) -> Tensor:
     """(out, tokens) -> (..., out), with the leading dims of `x`."""
-    return out.t().reshape(*x.shape[:-1], out.shape[0])
+    return _laid_out(out.t()).reshape(*x.shape[:-1], out.shape[0])
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """`out`, in memory as a dense layer leaves it where it is exported: there that costs nothing, and what follows may look at
+    strides, as complex numbers do."""
+    return out.contiguous() if exporting() else out
 
 
 class Gathered(Backend):
