@@ -233,6 +233,8 @@ def test_failing_cells_and_a_process_that_dies_do_not_lose_the_others(cli, tmp_p
         "2 cells failed and are missing: dying-seed-0 (no memory left); unlucky-seed-0 (RuntimeError: out of luck, raised"
     )
     assert "out of luck" in (out / "report.html").read_text(encoding="utf-8")
+    for page in ("report.html", "report.md"):
+        assert "This report has no cell of dying and unlucky." in (out / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -530,6 +532,18 @@ def test_an_interval_of_few_draws_is_said_to_be_one():
         report["evaluate"]["bootstrap"] = draws
         found = " ".join(words.limitations(ComparisonReport.model_validate(report)))
         assert (f"from {draws} draws of the bootstrap, too few for 95%" in found) == said
+
+
+def test_what_failed_is_said_beside_the_verdict():
+    report = judged({"a": 80.0, "b": 81.0}, ()).as_json()
+    for failed, said in (
+        (("a-seed-1",), "This report is without a-seed-1."),
+        (("c-seed-0", "c-seed-1"), "This report has no cell of c."),
+        (("c-seed-0", "b-seed-2"), "This report has no cell of c and is without b-seed-2."),
+    ):
+        typed = ComparisonReport.model_validate({**report, "failed": dict.fromkeys(failed, "why")})
+        assert dict(words.summary(typed))["Failed"] == said
+    assert "Failed" not in dict(words.summary(ComparisonReport.model_validate(report)))
 
 
 def renamed(report):

@@ -11,6 +11,7 @@ from compressor.report.content import LOWERED
 from compressor.report.limitations import QUADRATIC, few_draws
 from compressor.report.numbers import NONE, count, number, percent, seconds, share, size, with_interval
 from compressor.report.timings import ratio
+from compressor.report.words import file_name
 
 _Point = tuple[str, float, float, Sequence[float] | None]
 
@@ -72,6 +73,8 @@ def summary(report: ComparisonReport) -> list[tuple[str, str]]:
         said = "; ".join(f"{what}: {_listed(labels, 12)}" for what, labels in groups.items())
         if said:
             found.append(("Against dense", f"{said[0].upper()}{said[1:]}. The dense model has {number(value)}."))
+    if report.failed:
+        found.append(("Failed", _missing(report)))
     if pruned:
         macs = _reach([entry.macs_effective / report.dense.macs_dense for entry in pruned])
         sizes = _reach([entry.size_bytes / report.dense.size_bytes for entry in pruned])
@@ -90,6 +93,17 @@ def summary(report: ComparisonReport) -> list[tuple[str, str]]:
 def less_work(report: ComparisonReport, entry: Entry) -> bool:
     """Whether the form that an entry was timed in can be faster for what was pruned: dense kernels skip no zeros."""
     return entry.latency[-1].backend == LOWERED or entry.macs_dense < report.dense.macs_dense
+
+
+def _missing(report: ComparisonReport) -> str:
+    """Which entries are not there at all, and which cells of the others."""
+    entries = {file_name(entry.label) for entry in report.entries}  # as cells are called
+    of = {name: name.rpartition("-seed-")[0] for name in report.failed}
+    gone = sorted({entry for entry in of.values() if entry not in entries})
+    cells = [name for name, entry in of.items() if entry in entries]
+    text = [f"no cell of {_listed(gone, 12)}"] if gone else []
+    text += [f"without {_listed(cells, 12)}"] if cells else []
+    return f"This report has {' and is '.join(text)}." if gone else f"This report is {text[0]}."
 
 
 def _beside(own: Summary, dense: float, comparisons: int) -> str:
@@ -158,7 +172,7 @@ def columns(report: ComparisonReport) -> list[str]:
     """The titles of the cells of `rows`."""
     metric = report.metric.name if report.metric else "quality"
     timed = report.dense.latency
-    kind = f", {timed[-1].backend}" if timed else ""
+    kind = f", {timed[-1].backend}, batch {timed[-1].batch}" if timed else ""
     first = [f"{metric}, mean [95%]; lower is better", f"one-shot {metric}", "prediction error", "SSIM with dense"]
     return [*first, "nonzero", "file", "MACs, effective", f"latency{kind}", "fine-tuning"]
 
