@@ -29,7 +29,7 @@ from compressor.comparison.jobs import _write_match, refuse_used
 from compressor.comparison.page import Outcome, _csv, build, render
 from compressor.comparison.presets import presets
 from compressor.comparison.statistics import differences, summary
-from compressor.comparison.worker import read_row
+from compressor.comparison.worker import _seen_of, read_row
 from compressor.files import LOCK
 from compressor.progress import Progress
 from compressor.quality.intervals import t_quantile
@@ -403,6 +403,20 @@ def test_a_search_of_rates_does_not_mix_with_cells_without(compared, cli):
     outcome = cli("compare", "--methods", "sparsedm", "--seeds", "1", "--lr-grid", "1e-3", "--out", out, *TINY)
     assert outcome.code == 1 and "was made without --lr-grid" in outcome.err
     assert not (out / "trials").exists()
+
+
+def test_a_flipped_bit_in_what_the_dense_model_drew_is_found(compared, tmp_path):
+    dense = tmp_path / "dense"
+    shutil.copytree(compared[0] / "dense", dense)
+    assert _seen_of(dense).images is not None
+    path = dense / "seen.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        CompressorError, match=r"seen\.safetensors: its bytes are not .*\nRemove .*row\.json: .* judged again"
+    ):
+        _seen_of(dense)
 
 
 def test_a_damaged_row_says_what_to_do(tmp_path):

@@ -66,7 +66,8 @@ def dense(found: Inputs, folder: Path, steps: list[int]) -> Generator[Progress, 
     images = {} if seen.images is None else {"images": seen.images.contiguous()}
     save_file({**images, "predictions": seen.predictions.contiguous()}, folder / SEEN)
     by_steps = yield from _by_steps(judge, variant, steps)
-    files.write_json(folder / ROW, Judged(row=row, by_steps=by_steps, metric=judge.metric).as_json())
+    judged = Judged(row=row, by_steps=by_steps, metric=judge.metric, seen_sha256=files.file_sha256(folder / SEEN))
+    files.write_json(folder / ROW, judged.as_json())
 
 
 def cell(
@@ -82,8 +83,7 @@ def cell(
     if job.get("tuning"):  # on other noise than the dense model's row
         given = Seen(None, judge.predicted(found.working.to(judge.device).eval()))
     else:
-        stored = load_file(folder / job["dense"] / SEEN)
-        given = Seen(stored.get("images"), stored["predictions"])
+        given = _seen_of(folder / job["dense"])
     if final is None:
         final = saving.load(run / "model", copy.deepcopy(found.model))
     trained = facts.read(run)["train"]
@@ -108,6 +108,15 @@ def cell(
         judged = judged.model_copy(update={"host": host})
     files.write_json(folder / ROW, judged.as_json())
     finish.settle(run)
+
+
+def _seen_of(dense: Path) -> Seen:
+    """What the model of the finished job `dense` drew and predicted. Raises CompressorError where that is damaged."""
+    path, written = dense / SEEN, read_row(dense).seen_sha256
+    if written is not None and files.file_sha256(path) != written:  # of files of before, nobody knows
+        raise CompressorError(f"{path}: its bytes are not those that were saved", _AGAIN.format(path=dense / ROW))
+    stored = load_file(path)
+    return Seen(stored.get("images"), stored["predictions"])
 
 
 def _row(judge: Judge, variant: Variant, dense: Seen, sheet: Path | None) -> Generator[Progress, None, Row]:

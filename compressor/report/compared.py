@@ -36,6 +36,7 @@ class Judged(Value):
     row: Row
     by_steps: dict[str, Quality] = Field(description="the metric at other numbers of sampler steps")
     metric: MetricFacts | None = None
+    seen_sha256: Sha256 | None = Field(default=None, description="of what the dense model drew and predicted, a file")
     patterns: List[str] | None = None
     one_shot: Row | None = None
     layers: List[Layer] = ()
