@@ -1,5 +1,6 @@
 """What a method of one's own answers is looked at before it is used: what is wrong is named, not stretched, dropped or taken."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import nn
 import compressor
 from compressor import NM, Estimator, Mask, Objective, Pattern, Pruner
 from compressor.errors import CompressorError, UsageError
+from compressor.plugins.magnitude import Magnitude
 from compressor.training.calibration import columns, matrix
+from compressor.training.settings import Lora, Training
 
 
 class Denoiser(compressor.Adapter):
@@ -163,3 +166,51 @@ def test_a_convolution_of_one_sample_without_a_batch_is_seen_as_one_of_a_batch(l
     sample = torch.randn(3, *[7] * (layer.weight.dim() - 2))
     answer = columns(layer, sample) @ matrix(layer.weight).T + layer.bias
     torch.testing.assert_close(answer.T, layer(sample).flatten(1))
+
+
+# --- What a Shadow is told. ---
+
+
+def shadowed(**settings):
+    given = model()
+    weights = {name: weight for name, weight in given.named_parameters() if weight.dim() > 1}
+    optimizer = torch.optim.AdamW(given.parameters(), lr=1e-3)
+    return compressor.Shadow(weights, Mine(), optimizer, **settings), given, optimizer
+
+
+@pytest.mark.parametrize("progress", [3, -0.1, float("nan"), "half"])
+def test_a_progress_that_is_no_share_is_refused(progress):
+    with pytest.raises(CompressorError, match=r"the progress is .*, and it is a share of the steps"):
+        shadowed(progress=progress)
+    shadow, given, optimizer = shadowed()
+    shadow.progress = progress
+    given(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(CompressorError, match="the progress is"):
+        optimizer.step()
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_torch_stretches_none():
+    shadow, given, _ = shadowed()
+    before = given[0].weight.detach().clone()
+    row, lost, loose = (copy.deepcopy(shadow.state()) for _ in range(3))
+    row["dense"]["0.weight"] = torch.ones(8)
+    del lost["dense"]["2.weight"]
+    loose["masks"]["0.weight"]["keep"].fill_(True)
+    with pytest.raises(CompressorError, match=r"0\.weight is \(8,\) in the checkpoint, and \(16, 8\) here"):
+        shadow.restore(row)
+    with pytest.raises(CompressorError, match=r"of other weights: 2\.weight"):
+        shadow.restore(lost)
+    assert torch.equal(given[0].weight, before)
+    with pytest.raises(CompressorError, match=r"0\.weight: not 2:4"):
+        shadow.restore(loose)
+
+
+def test_adapters_go_on_with_the_rank_that_they_were_saved_with():
+    def run(rank, previous=None):
+        training = Training(steps=2, batch_size=8, mode="lora", lora=Lora(rank=rank), device="cpu")
+        return compressor.FineTuning(
+            model(), Magnitude(), adapter=Denoiser(), data=torch.randn(16, 8), training=training, previous=previous
+        )
+
+    with pytest.raises(CompressorError, match=r"0\.weight\.A is \(1, 8\) in the checkpoint, and \(4, 8\) here"):
+        run(4, run(1).state())

@@ -6,6 +6,7 @@ Methods are anybody's code. What they answer is written into weights, where torc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Pruner
 
+_ROUNDING = 1e-6
 _PURE = "It is pure: compute with copies (w.abs(), not w.abs_())."
 
 
@@ -48,8 +50,12 @@ def masks_of(
 ) -> dict[str, Mask]:
     """The masks that `pruner` chooses, as `checked_masks` gives them.
 
-    Raises CompressorError also where it has changed a weight or a mask that it was given.
+    Raises CompressorError also where it has changed a weight or a mask that it was given, and for a `progress` that is no share.
     """
+    if not isinstance(progress, Real) or not 0 <= progress <= 1 + _ROUNDING:
+        raise CompressorError(
+            f"the progress is {progress!r}, and it is a share of the steps", "progress = (step + 1) / steps"
+        )
     given = {**weights, **{f"the previous mask of {name}": mask.keep for name, mask in previous.items()}}
     before = versions(given.values())
     found = pruner.masks(weights, progress, dict(previous))
@@ -107,6 +113,16 @@ def _like(what: str, found: Any, like: Tensor) -> Tensor:
 
 def _shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def copied_(into: Tensor, value: Tensor, what: str) -> None:
+    """Copy `value`, of a checkpoint, `into` a tensor. Raises CompressorError where it has another shape, which torch might stretch."""
+    if value.shape != into.shape:
+        raise CompressorError(
+            f"{what} is {tuple(value.shape)} in the checkpoint, and {tuple(into.shape)} here",
+            "Go on with the model, the method and the settings that it was saved with.",
+        )
+    into.copy_(value)
 
 
 def version(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.answers import masks_of, verify
+from compressor.training.answers import copied_, masks_of, verify
 from compressor.training.arithmetic import autocast, compiled_, restore_optimizer, undisturbed
 from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
@@ -236,7 +236,7 @@ class FineTuning:
         restore_optimizer(self.optimizer, {**optimizer, "state": moments})
         self.shadow.restore(state["shadow"])
         for name, value in self.average.items():
-            value.copy_(part_of(state["average"][name], self.parameters[name]))
+            copied_(value, part_of(state["average"][name], self.parameters[name]), name)
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
         self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
 

@@ -26,7 +26,7 @@ def refuse_forgetful(run: FineTuning, anew: Pruner) -> None:
     if not isinstance(run.shadow, Shadow):
         return
     state = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), dict(run.pruner.state()))
-    progress, masks = (run.done + 1) / max(1, run.training.steps), dict(run.shadow.masks)
+    progress, masks = min(1.0, (run.done + 1) / max(1, run.training.steps)), dict(run.shadow.masks)
     # other weights than those that it was prepared with: by these, what only a module keeps would not be missed
     with _turned(run.shadow) as there:
 

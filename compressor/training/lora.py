@@ -22,6 +22,7 @@ from compressor.errors import UsageError
 from compressor.seeds import generator
 from compressor.sparsity.notation import parse
 from compressor.sparsity.pattern import Mask
+from compressor.training.answers import copied_
 from compressor.training.settings import Lora
 
 
@@ -79,9 +80,9 @@ class Adapters:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what `state` gave, on any device, and write the merged weights."""
         for name, value in self.matrices.items():
-            value.copy_(state["matrices"][name])
+            copied_(value, state["matrices"][name], name)
         for name, start in self._start.items():
-            start.copy_(state["start"][name])
+            copied_(start, state["start"][name], name)
             mask = state["masks"][name]
             self.masks[name] = Mask(mask["keep"].to(start.device, copy=True), parse(mask["pattern"]))
         self._write()

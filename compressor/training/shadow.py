@@ -24,7 +24,7 @@ from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
 from compressor.sparsity.pattern import Mask, Pattern
-from compressor.training.answers import checked_masks, gradient_of, masks_of, shrunk_by, version
+from compressor.training.answers import checked_masks, copied_, gradient_of, masks_of, shrunk_by, verify, version
 from compressor.training.pruner import Pruner, found_names, refuse_other, refuse_text
 from compressor.training.rounding import check_quantise, rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
@@ -121,12 +121,14 @@ class Shadow:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what `state` gave, on any device, and write the sparse weights.
 
-        Raises CompressorError where its masks are not of these weights.
+        Raises CompressorError where it is not of these weights, and where a mask breaks its pattern.
         """
         own = self._weights
+        if other := sorted(set(state["dense"]) ^ set(own)):
+            raise CompressorError(f"this state is of other weights: {other[0]}", "Restore it for those that it is of.")
         self._give_back()
         for name, weight in own.items():
-            self.dense[name].copy_(part_of(state["dense"][name], weight))
+            copied_(self.dense[name], part_of(state["dense"][name], weight), name)
             if not self._lends(name):
                 local(weight.data).copy_(self.dense[name])
         device = {name: weight.device for name, weight in own.items()}
@@ -140,6 +142,7 @@ class Shadow:
             for name, mask in state["masks"].items()
         }
         self.masks = checked_masks(masks, {name: self._there(name) for name in own})
+        verify(self.masks)
         self.flipped = {
             n: part_of_count(count.to(device[n], copy=True), own[n]) for n, count in state["flipped"].items()
         }
