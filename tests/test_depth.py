@@ -60,6 +60,16 @@ def test_blocks_are_found_with_what_they_save(stack, adapter):
     assert found == {f"blocks.{i}": 2 * 16 * 64 for i in range(3)}  # of the last one, something is read elsewhere
 
 
+def test_a_block_that_saves_nothing_stays(stack, adapter, samples):
+    class Silent(Residual):
+        def forward(self, x, *, times=None):
+            return x * self.scale  # its layers are there, and nobody calls them
+
+    stack.blocks[1] = Silent(16, 0.99)
+    assert find_blocks(stack, adapter) == {f"blocks.{i}": 2 * 16 * 64 for i in (0, 2)}
+    assert prepared(Depth(macs=0.7), stack, adapter, samples) == ("blocks.2",)
+
+
 def test_the_least_error_goes_first(stack, adapter, samples):
     whole = layer_macs(stack, adapter)[0]
     one, two = (1 - n * 2 * 16 * 64 / whole for n in (1, 2))

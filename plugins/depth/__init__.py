@@ -153,7 +153,7 @@ def find_blocks(model: nn.Module, adapter: Adapter) -> dict[str, int]:
 
 
 def survey_blocks(model: nn.Module, adapter: Adapter) -> dict[str, Block]:
-    """The blocks that can be removed, outermost ones only, by name, in the order of the model.
+    """The blocks that can be removed and save something, outermost ones only, by name, in the order of the model.
 
     Raises CompressorError where there is none.
     """
@@ -178,9 +178,11 @@ def survey_blocks(model: nn.Module, adapter: Adapter) -> dict[str, Block]:
             try:
                 smaller = twin(model)
                 without((name,), {name: Block(0, alike[name])}).apply(smaller)
-                found[name] = Block(whole - layer_macs(smaller, adapter)[0], alike[name])
+                saves = whole - layer_macs(smaller, adapter)[0]
             except Exception:  # whatever a model raises that reads a part of this block elsewhere
                 continue
+            if saves > 0:  # its layers may never be called
+                found[name] = Block(saves, alike[name])
     if not found:
         raise CompressorError(
             "depth: this model has no block that could be removed",
