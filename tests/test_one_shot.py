@@ -426,3 +426,41 @@ def test_a_calibration_that_is_not_finite_is_refused_with_the_layer(adapter, sam
     broken[3, 3] = wrong
     with pytest.raises(CompressorError, match=r"(wanda|obs): what first\.weight is multiplied with .* is not finite"):
         compressor.prune(Twice(), pruner, adapter=adapter, data=[samples[16:32], broken], steps=0)
+
+
+class Padding(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class Folding(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1)).view_as(x)
+
+
+class Scaling(nn.Linear):
+    def forward(self, x, scale=2.0):
+        return super().forward(x) * scale
+
+
+class Own(nn.Module):
+    """Layers with a forward of their own, of which one multiplies just what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padding, self.folding, self.scaling = Padding(4, 4, 3), Folding(16, 16), Scaling(4, 4)
+
+    def forward(self, x):
+        return self.scaling(x=self.folding(self.padding(x.view(-1, 4, 4)))).flatten(1)
+
+
+@pytest.mark.parametrize("pruner", [Wanda(timesteps=2), OBS(timesteps=2)], ids=["wanda", "obs"])
+def test_a_layer_whose_own_forward_does_otherwise_is_pruned_by_its_weights(adapter, samples, pruner):
+    torch.manual_seed(0)
+    model = Own()
+    prepared = pruner.prepare(model, adapter, as_batches(samples, 16, 0))
+    assert set(getattr(prepared, "norms", None) or prepared.chosen) == {"scaling.weight"}
+    result = compressor.prune(model, pruner, adapter=adapter, data=samples, steps=0)
+    for name in ("padding.weight", "folding.weight"):
+        weight = model.get_parameter(name)
+        assert torch.equal(result.model.get_parameter(name), NM(2, 4).mask(weight.abs()).apply(weight))

@@ -77,14 +77,15 @@ def observe(
     """Call `take(name, columns, weight)` with what the weight of each of `layers` multiplies, at every visit.
 
     `columns` (positions, in x kernel) has, for every place where the weight is applied, the numbers it is applied to, in the
-    order of `matrix(weight)`.
+    order of `matrix(weight)`. Calls of a layer with a `forward` of its own that does otherwise (pads, folds dims) are passed over.
     """
     weight = 1.0
 
     def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, inputs: Any, named: Any) -> None:
-            given = inputs[0] if inputs else named["input"]
-            take(name, columns(module, given.detach()), weight)
+        def see(module: nn.Module, inputs: Any, named: Any, *answer: Any) -> None:
+            given = inputs[0] if inputs else next(iter(named.values()))
+            if not answer or _explains(module, given, answer[0]):
+                take(name, columns(module, given.detach()), weight)
 
         return see
 
@@ -92,7 +93,9 @@ def observe(
     model.eval()
     names = {(type(module), id(module.weight)): name for name, module in layers.items()}
     handles = [
-        module.register_forward_pre_hook(hook(names[key]), with_kwargs=True)
+        (module.register_forward_pre_hook if _usual(module) else module.register_forward_hook)(
+            hook(names[key]), with_kwargs=True
+        )
         for module in model.modules()
         if (key := (type(module), id(getattr(module, "weight", None)))) in names  # also those that share the weight
     ]
@@ -121,6 +124,29 @@ def observable(module: nn.Module) -> bool:
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def _usual(module: nn.Module) -> bool:
+    """Whether a layer is called as torch wrote it."""
+    usual = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+    return "forward" not in vars(module) and type(module).forward in usual
+
+
+def _explains(module: nn.Module, given: Any, answer: Any) -> bool:
+    """Whether a layer with a `forward` of its own has multiplied the columns of what it was `given`: as many numbers, in as many
+    places, as its `answer` has."""
+    weight: Any = module.weight
+    if not isinstance(given, Tensor) or not isinstance(answer, Tensor):
+        return False
+    if isinstance(module, nn.Linear):
+        inside, out = given.shape[-1], answer.shape[-1]
+    elif given.dim() == answer.dim() == weight.dim():
+        inside, out = given.shape[1], answer.shape[1]
+    else:
+        return False
+    if (out, inside) != tuple(weight.shape[:2]):
+        return False
+    return len(columns(module, given.detach())) * out == answer.numel()
 
 
 def columns(module: nn.Module, inputs: Tensor) -> Tensor:
