@@ -214,3 +214,24 @@ def test_adapters_go_on_with_the_rank_that_they_were_saved_with():
 
     with pytest.raises(CompressorError, match=r"0\.weight\.A is \(1, 8\) in the checkpoint, and \(4, 8\) here"):
         run(4, run(1).state())
+
+
+def test_a_run_that_is_over_takes_no_step():
+    """Its masks are no longer kept: a step after `finish` would make the model dense again."""
+
+    def run():
+        training = Training(steps=2, batch_size=8, device="cpu")
+        return compressor.FineTuning(
+            model(), Magnitude(), adapter=Denoiser(), data=torch.randn(16, 8), training=training
+        )
+
+    whole, early = run(), run()
+    for _ in range(2):
+        whole.advance()
+    with pytest.raises(CompressorError, match="2 of 2 steps are done, and that is all"):
+        whole.advance()
+    early.advance()
+    result = early.finish()
+    with pytest.raises(CompressorError, match=r"1 of 2 steps are done, and finish\(\) has ended the run"):
+        list(compressor.steps(early))
+    result.masks["0.weight"].pattern.verify(result.model[0].weight)

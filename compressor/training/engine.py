@@ -243,7 +243,7 @@ class FineTuning:
     @no_exit("training")
     @undisturbed()
     def advance(self) -> Step:
-        """One optimizer step. Raises CompressorError after a few steps in a row whose loss or gradient is not finite."""
+        """One optimizer step. Raises CompressorError where none is left, and after a few that were not finite."""
         t, settings = self.done, self.training
         lr = settings.lr_at(t)
         set_lr(self.optimizer, lr)
@@ -290,13 +290,12 @@ class FineTuning:
         Raises CompressorError where the last steps were skipped because they were not finite, and where a weight of the result is not.
         """
         refuse_skipped(self._nonfinite, self.done)
+        self.feed.over = True
         self.shadow.close()
         steps = self.done
         final = self.average if steps and self.training.ema else self._dense()
         dense = {name: final[name].to(self.device) for name in self.shadow.dense}
-        masks = self.shadow.masks
-        if steps:
-            masks = self._masks(dense, dict(masks))
+        masks = self._masks(dense, dict(self.shadow.masks)) if steps else self.shadow.masks
         verify(masks)
         with torch.no_grad():
             for name, parameter in self.parameters.items():

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, Shared, checked_pair
 from compressor.data.batches import Batches
+from compressor.errors import CompressorError
 from compressor.seeds import generator
 from compressor.training.settings import Training
 
@@ -24,10 +25,17 @@ class Feed:
     batches: Batches
     training: Training
     device: torch.device
+    over: bool = False
+    """Whether the run has been finished: a step after that would train weights that nobody masks."""
     _ready: tuple[int, Any] | None = field(default=None, init=False, repr=False)
 
     def at(self, step: int) -> tuple[Any, Tensor]:
-        """What `step` learns from, on the CPU. Raises what reading the data, or noising it, raises."""
+        """What `step` learns from, on the CPU. Raises what reading the data, or noising it, raises; CompressorError after the last."""
+        if self.over or step >= self.training.steps:
+            how = "finish() has ended the run" if self.over else "that is all"
+            raise CompressorError(
+                f"{step} of {self.training.steps} steps are done, and {how}", "Make another FineTuning for more steps."
+            )
         ready, self._ready = self._ready, None
         if ready is None or ready[0] != step:
             return self._made(step)
