@@ -132,11 +132,15 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
             f"{adapter.name} cannot be exported: {_reason(error)}",
             "torch.export must be able to follow the model; see https://docs.pytorch.org/docs/stable/export.html",
         ) from error
-    if not adapter.fixed_batch and (most := limit(program.exported_program, flat, tensors)) is not None:
-        raise CompressorError(
-            f"{adapter.name} cannot be exported for any batch: torch follows it for {most} samples alone",
-            "Dim 0 of the example inputs has to be the batch, and the model to do the same with any: x.shape[0], say, and not len(x).",
-        )
+    if not adapter.fixed_batch:
+        with _silence():
+            most = limit(flat, tensors)
+        if most is not None:
+            raise CompressorError(
+                f"{adapter.name} cannot be exported for any batch: torch follows it for {most} samples alone",
+                "Dim 0 of the example inputs has to be the batch, and the model to do the same with any: x.shape[0], say, and not "
+                "len(x).",
+            )
     for node in graph.graph.node:  # traces of the exporting machine's source files
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
