@@ -22,6 +22,7 @@ from compressor.quality.frechet import Gaussian, bootstrap, frechet_distance, ga
 from compressor.quality.metric import Metric
 from compressor.quality.settings import Evaluation
 from compressor.report.content import Drift, Quality
+from compressor.report.in_short import against
 from compressor.runs.fits import asked
 
 
@@ -99,6 +100,15 @@ def test_interval_is_seeded_and_absent_without_draws() -> None:
     assert bootstrap(features, reference, 0, seed=0) is None
     first, again, other = (bootstrap(features, reference, 10, seed) for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_two_samples_have_no_interval_and_no_verdict() -> None:
+    reference = gaussian(draw(300, 4, seed=0))
+    two, few, enough = (
+        quality(Flat(), draw(n, 4, seed=1).view(n, 1, 2, 2), reference, Evaluation()) for n in (2, 7, 8)
+    )
+    assert two.ci95 is None and few.ci95 is None and enough.ci95 is not None and two.value > 0
+    assert "nobody knows" in against(two, enough)
 
 
 class Flat(Metric):

@@ -360,7 +360,7 @@ def _of_the_metric(report: ComparisonReport) -> list[str]:
     found = [
         f"{report.metric.name} is measured on {report.evaluate['samples']} samples against "
         f"{report.data.samples} real images; compare it only with values of the same setting.",
-        *few_draws(report.metric.name, report.evaluate),
+        *(few_draws(report.metric.name, report.evaluate) if report.dense.quality[0].ci95 else ()),
     ]
     if "quadratic" in report.sampler:
         found.append(f"{QUADRATIC}; figures that diffusers can repeat come from `--set evaluate.spacing=trailing`.")

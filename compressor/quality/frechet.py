@@ -10,6 +10,9 @@ from torch import Tensor
 from compressor.errors import CompressorError
 from compressor.seeds import generator
 
+FEWEST = 8
+"""Of fewer samples resampling knows too little of the others: intervals of two hold half of the time, of four or six in 82 to 100%."""
+
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
@@ -35,12 +38,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def bootstrap(features: Tensor, reference: Gaussian, draws: int, seed: int) -> tuple[float, float] | None:
-    """The 95% interval of the distance of `features` (n, d) from `reference`; None where `draws` is 0.
+    """The 95% interval of the distance of `features` (n, d) from `reference`; None where `draws` is 0, or n below `FEWEST`.
 
     Resampling a finite sample makes the distance larger on average, as using fewer samples does. That shift is no part
     of the uncertainty, so the draws are centred on the estimate. The reference is taken as given.
     """
-    if draws == 0:
+    if draws == 0 or len(features) < FEWEST:
         return None
     root = _root(reference.covariance)
     estimate = _distance(gaussian(features), reference, root)

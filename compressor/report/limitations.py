@@ -73,7 +73,8 @@ def limitations(report: Report) -> tuple[str, ...]:
         found.append(
             "The interval covers the drawing of samples, not the randomness of fine-tuning: that takes more seeds."
         )
-        found += few_draws(final.quality[0].metric, report.recipe.get("evaluate", {}))
+        if final.quality[0].ci95 is not None:
+            found += few_draws(final.quality[0].metric, report.recipe.get("evaluate", {}))
     if "quadratic" in report.sampler and any(row.quality for row in report.rows):
         found.append(
             f"{QUADRATIC}; figures that diffusers can repeat come from `compressor evaluate DIR --spacing trailing`."
