@@ -205,27 +205,39 @@ def test_a_checkpoint_of_other_weights_is_refused_and_torch_stretches_none():
         shadow.restore(loose)
 
 
-def test_adapters_go_on_with_the_rank_that_they_were_saved_with():
-    def run(rank, previous=None):
-        training = Training(steps=2, batch_size=8, mode="lora", lora=Lora(rank=rank), device="cpu")
-        return compressor.FineTuning(
-            model(), Magnitude(), adapter=Denoiser(), data=torch.randn(16, 8), training=training, previous=previous
-        )
+def started(previous=None, pruner=Magnitude(), **training):  # noqa: B008  # it is frozen
+    settings = Training(**{"steps": 2, "batch_size": 8, "device": "cpu"} | training)
+    return compressor.FineTuning(
+        model(), pruner, adapter=Denoiser(), data=torch.randn(16, 8), training=settings, previous=previous
+    )
 
+
+def test_adapters_go_on_with_the_rank_that_they_were_saved_with():
+    state = started(mode="lora", lora=Lora(rank=1)).state()
     with pytest.raises(CompressorError, match=r"0\.weight\.A is \(1, 8\) in the checkpoint, and \(4, 8\) here"):
-        run(4, run(1).state())
+        started(state, mode="lora", lora=Lora(rank=4))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state["model"].pop("0.weight"), "RuntimeError: .*0.weight"),
+        (lambda state: state["average"].clear(), "KeyError: '0.weight'"),
+        (lambda state: state["shadow"].pop("dense"), "KeyError: 'dense'"),
+        (lambda state: state.pop("pruner"), "KeyError: 'pruner'"),
+    ],
+)
+def test_a_state_that_is_not_of_the_run_is_said_to_be_none(change, said):
+    state = copy.deepcopy(started().state())
+    change(state)
+    with pytest.raises(CompressorError, match=f"the state is not of this run: {said}"):
+        started(state)
 
 
 def test_a_run_that_is_over_takes_no_step():
     """Its masks are no longer kept: a step after `finish` would make the model dense again."""
 
-    def run():
-        training = Training(steps=2, batch_size=8, device="cpu")
-        return compressor.FineTuning(
-            model(), Magnitude(), adapter=Denoiser(), data=torch.randn(16, 8), training=training
-        )
-
-    whole, early = run(), run()
+    whole, early = started(), started()
     for _ in range(2):
         whole.advance()
     with pytest.raises(CompressorError, match="2 of 2 steps are done, and that is all"):

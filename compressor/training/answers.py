@@ -5,7 +5,8 @@ Methods are anybody's code. What they answer is written into weights, where torc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from compressor.adapter import Adapter
 from compressor.data.batches import Batches
-from compressor.errors import CompressorError, memory, said_of
+from compressor.errors import CompressorError, memory, memory_behind, said_of
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Pruner
 
 _ROUNDING = 1e-6
+_SAVED_WITH = "Go on with the model, the method and the settings that it was saved with."
 _PURE = "It is pure: compute with copies (w.abs(), not w.abs_())."
 
 
@@ -115,12 +117,25 @@ def _shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+@contextmanager
+def restoring() -> Iterator[None]:
+    """What fails in the block because a state is of another run, or is none, is a CompressorError that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # dicts' words, and torch's
+        if memory_behind(error) is not None:
+            raise
+        raise CompressorError(
+            f"the state is not of this run: {type(error).__name__}: {' '.join(str(error).split()):.120}", _SAVED_WITH
+        ) from error
+
+
 def copied_(into: Tensor, value: Tensor, what: str) -> None:
     """Copy `value`, of a checkpoint, `into` a tensor. Raises CompressorError where it has another shape, which torch might stretch."""
     if value.shape != into.shape:
         raise CompressorError(
             f"{what} is {tuple(value.shape)} in the checkpoint, and {tuple(into.shape)} here",
-            "Go on with the model, the method and the settings that it was saved with.",
+            _SAVED_WITH,
         )
     into.copy_(value)
 

@@ -21,7 +21,7 @@ from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.answers import copied_, masks_of, verify
+from compressor.training.answers import copied_, masks_of, restoring, verify
 from compressor.training.arithmetic import autocast, compiled_, restore_optimizer, undisturbed
 from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
@@ -226,6 +226,7 @@ class FineTuning:
             for layer in every
         ]
 
+    @restoring()
     def _restore(self, state: Mapping[str, Any]) -> None:
         if not self.ranks.sharded:  # else each process copies its parts, and reads no more of a file
             state = {**state, "optimizer": copy.deepcopy(state["optimizer"])}  # it takes tensors as they are

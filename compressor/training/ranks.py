@@ -27,7 +27,7 @@ from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training import shards
-from compressor.training.answers import masks_of, prepared
+from compressor.training.answers import masks_of, prepared, restoring
 from compressor.training.pruner import Pruner
 from compressor.training.settings import Training
 from compressor.weights import raw
@@ -101,8 +101,9 @@ class Ranks:
             pruner = prepared(pruner, model, adapter, batches)
             surgery, found = pruner.surgery, self.agreed(pruner, model)
         if found is not None:
-            pruner = pruner.restored(copy.deepcopy(found["pruner"]))
-            removed = found.get("surgery")
+            with restoring():
+                kept, removed = copy.deepcopy(found["pruner"]), found.get("surgery")
+            pruner = pruner.restored(kept)
             surgery = None if removed is None else Surgery.from_json(removed, "checkpoint")
         if surgery is not None:
             surgery.apply(model)
