@@ -133,7 +133,7 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
             "torch.export must be able to follow the model; see https://docs.pytorch.org/docs/stable/export.html",
         ) from error
     if not adapter.fixed_batch:
-        with _silence():
+        with silence():
             most = limit(flat, tensors)
         if most is not None:
             raise CompressorError(
