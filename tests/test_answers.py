@@ -168,6 +168,25 @@ def test_a_convolution_of_one_sample_without_a_batch_is_seen_as_one_of_a_batch(l
     torch.testing.assert_close(answer.T, layer(sample).flatten(1))
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_finished_masks_that_keep_more_than_the_pattern_says_are_warned_of(steps):
+    loose = Masks(lambda weights, _: NM(3, 4).magnitude_masks(weights))
+    said = r"2 of 2 finished masks keep more than the method's pattern 2:4 says: 0\.weight is 3:4"
+    with pytest.warns(UserWarning, match=said):
+        pruned(loose, steps=steps)
+    with pytest.warns(UserWarning, match="1 of 1 finished masks keep more"):
+        compressor.prune_(model(), loose, adapter=Denoiser(), data=torch.randn(16, 8))
+    pruned(Masks(lambda weights, _: NM(1, 4).magnitude_masks(weights)), steps=steps)
+
+
+def test_in_place_a_mask_that_breaks_its_pattern_is_named():
+    whole = Masks(
+        lambda weights, _: {n: Mask(torch.ones_like(w, dtype=torch.bool), NM(2, 4)) for n, w in weights.items()}
+    )
+    with pytest.raises(CompressorError, match=r"0\.weight: not 2:4"):
+        compressor.prune_(model(), whole, adapter=Denoiser(), data=torch.randn(16, 8))
+
+
 # --- What a Shadow is told. ---
 
 

@@ -5,6 +5,7 @@ Methods are anybody's code. What they answer is written into weights, where torc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -16,7 +17,7 @@ from compressor.adapter import Adapter
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError, memory, memory_behind, said_of
 from compressor.sparsity.estimator import Estimator
-from compressor.sparsity.pattern import Mask
+from compressor.sparsity.pattern import Mask, Pattern, Unstructured
 from compressor.sparsity.surgery import Surgery
 from compressor.training.pruner import Pruner
 
@@ -85,11 +86,22 @@ def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
     return dict(masks)
 
 
-def verify(masks: Mapping[str, Mask]) -> None:
-    """Raise CompressorError, with the name of the weight, where a mask breaks its pattern."""
+def verify(masks: Mapping[str, Mask], finished: Pattern | None = None) -> None:
+    """Raise CompressorError, with the name of the weight, where a mask breaks its pattern.
+
+    Warns where they shall be of a method's `finished` pattern and keep more; of `unstructured`, layers may have shares of their own.
+    """
     for name, mask in masks.items():
         with said_of(name):
             mask.verify()
+    if finished is None or isinstance(finished, Unstructured):
+        return
+    if loose := [name for name, mask in masks.items() if mask.pattern.density > finished.density]:
+        warnings.warn(
+            f"{len(loose)} of {len(masks)} finished masks keep more than the method's pattern {finished} says: {loose[0]} is "
+            f"{masks[loose[0]].pattern}",
+            stacklevel=3,
+        )
 
 
 def gradient_of(estimator: Estimator, name: str, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:

@@ -72,7 +72,7 @@ class Average:
         """
         pruner, dense = self._shadow.pruner, {name: self.values[own] for name, own in self._names.items()}
         masks = masks_of(pruner, dense, 1.0, self._shadow.masks)
-        verify(masks)
+        verify(masks, pruner.pattern)
         weights = {n: dense[n].to(self._parameters[own].dtype) for n, own in self._names.items() if n in masks}
         masked = {own: sparse(weights[n], masks[n], pruner) for n, own in self._names.items() if n in masks}
         for name, weight in self._parameters.items():

@@ -297,7 +297,7 @@ class FineTuning:
         final = self.average if steps and self.training.ema else self._dense()
         dense = {name: final[name].to(self.device) for name in self.shadow.dense}
         masks = self._masks(dense, dict(self.shadow.masks)) if steps else self.shadow.masks
-        verify(masks)
+        verify(masks, self.pruner.pattern)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 value = sparse(dense[name], masks[name], self.pruner) if name in masks else final[name]

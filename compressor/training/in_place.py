@@ -15,7 +15,7 @@ from compressor.discovery import no_exit
 from compressor.errors import UsageError
 from compressor.processes import refuse_ranks
 from compressor.sparsity.packed import PackedMasks
-from compressor.training.answers import masks_of, prepared
+from compressor.training.answers import masks_of, prepared, verify
 from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
 from compressor.training.given import refuse_8_bits, refuse_fused
@@ -66,7 +66,7 @@ def prune_(
             weights = {layer.name: layer.weight.detach() for layer in group}
             dense = {name: weight.float() for name, weight in weights.items()}
             for name, mask in masks_of(pruner, dense, 1.0, {}).items():
-                mask.verify()
+                verify({name: mask}, pruner.pattern)
                 weights[name].copy_(sparse(weights[name], mask, pruner))
                 masks[name] = mask
         every = [
