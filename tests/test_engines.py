@@ -54,10 +54,10 @@ def test_every_engine_answers_as_pytorch_as_far_as_its_precision_goes(tmp_path, 
 def test_an_engine_that_cannot_be_had_is_left_out_with_the_reason(tmp_path, monkeypatch):
     from compressor.errors import CompressorError
 
-    def broken(path, adapter):
+    def broken(path, adapter, out):
         raise CompressorError("NNCF: no such operator")
 
-    monkeypatch.setattr(engines, "_openvino_int8", broken)
+    monkeypatch.setattr(engines, "_quantise", broken)
     adapter = registry.adapter("uvit-digits").small()
     found, left = engines.engines(adapter.build().eval(), adapter, tmp_path, openvino=True)
     assert left[f"{OPENVINO}, int8"] == "NNCF: no such operator" and OPENVINO in {one.name for one in found}

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,7 @@ from compressor import registry
 from compressor.adapter import Adapter
 from compressor.cost.timing import side_by_side
 from compressor.environment import environment
-from compressor.export.engines import engines
+from compressor.export.engines import engines, opened, written
 from compressor.lower.forms import dense_forms
 from compressor.lower.job import lively
 from compressor.lower.vnm_kernels import level
@@ -46,7 +48,7 @@ CELLS = {
     "sd15 2": ("UNet of Stable Diffusion 1.5, 256 pixels", "8:2:4", 2),  # a picture with guidance
 }
 _LARGE = ("sd15",)
-"""Models that are not compiled: torch.compile would hold their weights once more for each form."""
+"""Models that are not compiled, and not timed as they are: each form holds the weights once more."""
 
 
 _TORCH = {
@@ -71,6 +73,12 @@ def adapter_of(cell: str) -> Adapter:
     return registry.adapter({"uvit-s2": "uvit-cifar10"}.get(name, name))
 
 
+def _dense(cell: str) -> nn.Module:
+    """A cell's model, with the same random weights each time."""
+    torch.manual_seed(0)
+    return adapter_of(cell).build().eval()
+
+
 @torch.no_grad()
 def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
     """Prune in place what the adapter says that methods prune, U-ViT's skip_linear too, by magnitude. How many weights that were."""
@@ -84,12 +92,13 @@ def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
 
 
 @torch.no_grad()
-def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[str, Any]:
+def measured(cell: str, folder: Path, rounds: int, max_error: float, compiled: bool) -> dict[str, Any]:
     _, pattern, batch = CELLS[cell]
+    if cell.rpartition(" ")[0] in _LARGE:  # in another process, and first: it takes much memory
+        subprocess.run([sys.executable, __file__, "--only", cell, "--write", str(folder)], check=True)
     compiled = compiled and cell.rpartition(" ")[0] not in _LARGE
     adapter, example = adapter_of(cell), adapter_of(cell).example_inputs(batch)
-    torch.manual_seed(0)
-    sparse = adapter.build().eval()
+    sparse = _dense(cell)
     count = pruned(sparse, adapter, pattern)
     example = lively(example, partial(adapter.predict, sparse))  # on zeros, errors are small and products fast
     plans = {
@@ -100,20 +109,23 @@ def measured(cell: str, rounds: int, max_error: float, compiled: bool) -> dict[s
     }
     wanted = {"sparse": adapter.predict(sparse, example)}
     del sparse  # a large model and all engines take much memory
-    torch.manual_seed(0)
-    dense = adapter.build().eval()
+    dense = _dense(cell)
     wanted["dense"] = adapter.predict(dense, example)
-    with tempfile.TemporaryDirectory() as folder:
-        others, left = engines(dense, adapter, Path(folder), openvino=True)
-        torch_forms = dense_forms(dense, example, plans["lowered, float32"].plan, adapter=adapter)
-        calls = {_TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()}
-        calls |= {one.name: lambda one=one: one.run(example) for one in others}
-        calls |= {name: lambda form=form: adapter.predict(form.model, example) for name, form in plans.items()}
-        errors = {}
-        for name, call in calls.items():
-            own = wanted["sparse" if name.startswith("lowered") else "dense"]
-            errors[name] = float((call() - own).square().mean().sqrt() / own.std())
-        times = side_by_side(calls, rounds, torch.device("cpu"))
+    torch_forms = dense_forms(dense, example, plans["lowered, float32"].plan, adapter=adapter)
+    if cell.rpartition(" ")[0] in _LARGE:
+        del dense, torch_forms["eager"]  # slower than what oneDNN has packed
+        others, left = opened(folder, openvino=True)
+        left |= json.loads((folder / "left.json").read_text())
+    else:
+        others, left = engines(dense, adapter, folder, openvino=True)
+    calls = {_TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()}
+    calls |= {one.name: lambda one=one: one.run(example) for one in others}
+    calls |= {name: lambda form=form: adapter.predict(form.model, example) for name, form in plans.items()}
+    errors = {}
+    for name, call in calls.items():
+        own = wanted["sparse" if name.startswith("lowered") else "dense"]
+        errors[name] = float((call() - own).square().mean().sqrt() / own.std())
+    times = side_by_side(calls, rounds, torch.device("cpu"))
     medians = {name: own.median_ms for name, own in times.items()}
     found: dict[str, Any] = {}
     for name, form in plans.items():
@@ -147,17 +159,25 @@ def cells_of(out: Path | None, facts: Mapping[str, Any], same: Sequence[str]) ->
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--max-error", default=0.05, show_default=True)
 @click.option("--compiled", is_flag=True, help="Forms under torch.compile too; takes minutes.")
+@click.option("--write", type=click.Path(path_type=Path), hidden=True)
 @click.option("--out", type=click.Path(path_type=Path))
-def main(only: tuple[str, ...], rounds: int, max_error: float, compiled: bool, out: Path | None) -> None:
+def main(
+    only: tuple[str, ...], rounds: int, max_error: float, compiled: bool, write: Path | None, out: Path | None
+) -> None:
     from importlib.metadata import version
 
+    if write is not None:
+        left = written(_dense(only[0]), adapter_of(only[0]), write, openvino=True)
+        (write / "left.json").write_text(json.dumps(left))
+        return
     facts: dict[str, Any] = environment(torch.device("cpu"))
     facts["versions"] |= {name: version(name) for name in ("onnxruntime", "openvino", "nncf")}
     hidden = os.environ.get("BENCHMARK_HIDES")  # by without_avx512.py
     facts |= {"threads": torch.get_num_threads(), "level": level(), "hidden": hidden}
     facts["cells"] = cells_of(out, facts, ("hardware", "level", "hidden"))
     for cell in only or CELLS:
-        facts["cells"][cell] = measured(cell, rounds, max_error, compiled)
+        with tempfile.TemporaryDirectory() as folder:
+            facts["cells"][cell] = measured(cell, Path(folder), rounds, max_error, compiled)
         click.echo(json.dumps({cell: facts["cells"][cell]}, indent=1))
         if out is not None:
             out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from compressor.seeds import generator
 
 OPENVINO_PACKAGES = ("openvino", "nncf")
 _CALIBRATION = 16
-_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+_FLOAT = "dense.onnx"
+_INT8 = {ONNX: "int8.onnx", OPENVINO: "int8.xml"}
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,6 @@ def has_openvino() -> bool:
     return all(find_spec(name) is not None for name in OPENVINO_PACKAGES)
 
 
-@_signal_stack_kept()
 def engines(
     model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False
 ) -> tuple[list[Engine], dict[str, str]]:
@@ -76,24 +78,46 @@ def engines(
 
     Each runs with as many threads as PyTorch has. Raises CompressorError where the float32 graph cannot be exported.
     """
-    export_onnx(model, adapter, folder / "dense.onnx")
-    found, left = [Engine(ONNX, "float32", OnnxRunner(folder / "dense.onnx"))], {}
-    makers: dict[str, Callable[[], Engine]] = {f"{ONNX}, int8": lambda: _onnx_int8(model, adapter, folder)}
+    left = written(model, adapter, folder, openvino)
+    found, failed = opened(folder, openvino)
+    return found, left | failed
+
+
+def written(model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False) -> dict[str, str]:
+    """Write the files of `engines` into `folder`, and tell why some are missing. That takes more memory than to run them."""
+    export_onnx(model, adapter, folder / _FLOAT)
+    makers: dict[str, Callable[[], object]] = {
+        f"{ONNX}, int8": lambda: export_onnx(model, adapter, folder / _INT8[ONNX], int8=True)
+    }
     if openvino:
-        makers[OPENVINO] = lambda: _openvino(folder / "dense.onnx", "float32")
-        makers[f"{OPENVINO}, bfloat16"] = lambda: _openvino(folder / "dense.onnx", "bfloat16")
-        makers[f"{OPENVINO}, int8"] = lambda: _openvino_int8(folder / "dense.onnx", adapter)
+        makers[f"{OPENVINO}, int8"] = lambda: _quantise(folder / _FLOAT, adapter, folder / _INT8[OPENVINO])
+    return _each(makers)[1]
+
+
+@_signal_stack_kept()
+def opened(folder: Path, openvino: bool = False) -> tuple[list[Engine], dict[str, str]]:
+    """The engines of the files that `written` left in `folder`, and why others cannot be opened."""
+    makers: dict[str, Callable[[], Engine]] = {
+        ONNX: lambda: Engine(ONNX, "float32", OnnxRunner(folder / _FLOAT)),
+        f"{ONNX}, int8": lambda: Engine(f"{ONNX}, int8", "int8", OnnxRunner(folder / _INT8[ONNX])),
+    }
+    if openvino:
+        makers[OPENVINO] = lambda: _openvino(folder / _FLOAT, "float32")
+        makers[f"{OPENVINO}, bfloat16"] = lambda: _openvino(folder / _FLOAT, "bfloat16")
+        makers[f"{OPENVINO}, int8"] = lambda: _openvino(folder / _INT8[OPENVINO], "int8")
+    there = {f"{name}, int8" for name, file in _INT8.items() if (folder / file).exists()}
+    return _each({name: make for name, make in makers.items() if name in there or not name.endswith(", int8")})
+
+
+def _each(makers: Mapping[str, Callable[[], _Made]]) -> tuple[list[_Made], dict[str, str]]:
+    """What each of `makers` gives, and why some give nothing."""
+    found, left = list[_Made](), dict[str, str]()
     for name, make in makers.items():
         try:
             found.append(make())
         except CompressorError as error:
             left[name] = error.message
     return found, left
-
-
-def _onnx_int8(model: nn.Module, adapter: Adapter, folder: Path) -> Engine:
-    made = export_onnx(model, adapter, folder / "int8.onnx", int8=True)
-    return Engine(f"{ONNX}, int8", "int8", OnnxRunner(made.path))
 
 
 def _openvino(path: Path, dtype: str) -> Engine:
@@ -106,8 +130,9 @@ def _openvino(path: Path, dtype: str) -> Engine:
     return Engine(name, dtype, _compiled(core, core.read_model(path), _PRECISIONS[dtype]))
 
 
-def _openvino_int8(path: Path, adapter: Adapter) -> Engine:
-    """As NNCF quantizes: weights per channel, activations by calibration, which here looks at random inputs of the adapter's kind."""
+def _quantise(path: Path, adapter: Adapter, out: Path) -> None:
+    """Write a graph to `out` in int8 as NNCF quantizes: weights per channel, activations by calibration, which here looks at random
+    inputs of the adapter's kind."""
     os.environ.setdefault("NNCF_CI", "1")  # it would report its use over the network
     import nncf
     import openvino
@@ -120,9 +145,9 @@ def _openvino_int8(path: Path, adapter: Adapter) -> Engine:
     try:
         with _signal_stack_kept(), redirect_stdout(io.StringIO()):  # its bars
             made = nncf.quantize(core.read_model(path), data, model_type=kind, subset_size=_CALIBRATION)
+            openvino.save_model(made, out, compress_to_fp16=False)
     except Exception as error:  # whatever NNCF raises for a graph that it does not know
         raise CompressorError(f"NNCF: {first_line(error)}") from error
-    return Engine(f"{OPENVINO}, int8", "int8", _compiled(core, made, "f32"))
 
 
 @_signal_stack_kept()
