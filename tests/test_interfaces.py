@@ -248,7 +248,6 @@ KNOWN_NAMES = {
     ("compressor/runs/machine.py", "nni"): "an extra of this package, which `doctor` looks for",
     ("compressor/report/in_short.py", "fid"): "whose features a reader may know",
     ("compressor/environment.py", "diffusers"): "the library, whose version a report has",
-    ("compressor/runs/rows.py", "diffusers"): "stands for every class of the library: a report names the class",
 }
 
 
