@@ -352,6 +352,7 @@ TABLES = (
     ("docs/lowering.md", "projections", "projections_cpu.json", projections),
     ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
     ("docs/lowering.md", "opponents-avx-vnni", "opponents_cpu_avx_vnni.json", opponents),
+    ("docs/lowering.md", "opponents-sd15", "opponents_cpu_sd15.json", opponents),
     ("docs/lowering.md", "opponents-vnni", "opponents_cpu_vnni.json", opponents),
     ("docs/lowering.md", "opponents-zen5", "opponents_cpu_zen5.json", opponents),
     ("docs/lowering.md", "peaks", "roofline_cpu.json", peaks),
