@@ -353,6 +353,15 @@ def test_what_the_readme_says_of_cpus_is_in_the_tables_of_lowering(machine, mark
     assert f"| {machine} | {few[0]} to {few[-1]} | {exact[0]} to {exact[-1]} |" in lowering
 
 
+def test_what_the_readme_says_of_a_model_of_real_size_is_in_the_table():
+    lowering = (ROOT / "docs" / "lowering.md").read_text(encoding="utf-8")
+    (few, exact), *others = speed_ups(lowering, "opponents-sd15").values()
+    assert not others
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(256 pixels, Zen 4) is at **{few}**, {exact}" in readme and f"at {few} where layers stay dense" in readme
+    assert f"stay dense, is at {few} and\n{exact} on the Zen 4" in lowering
+
+
 def load_gather():
     spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
     gather = importlib.util.module_from_spec(spec)
