@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,16 +98,14 @@ def written(model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = F
 @_signal_stack_kept()
 def opened(folder: Path, openvino: bool = False) -> tuple[list[Engine], dict[str, str]]:
     """The engines of the files that `written` left in `folder`, and why others cannot be opened."""
-    makers: dict[str, Callable[[], Engine]] = {
-        ONNX: lambda: Engine(ONNX, "float32", OnnxRunner(folder / _FLOAT)),
-        f"{ONNX}, int8": lambda: Engine(f"{ONNX}, int8", "int8", OnnxRunner(folder / _INT8[ONNX])),
-    }
-    if openvino:
-        makers[OPENVINO] = lambda: _openvino(folder / _FLOAT, "float32")
-        makers[f"{OPENVINO}, bfloat16"] = lambda: _openvino(folder / _FLOAT, "bfloat16")
-        makers[f"{OPENVINO}, int8"] = lambda: _openvino(folder / _INT8[OPENVINO], "int8")
-    there = {f"{name}, int8" for name, file in _INT8.items() if (folder / file).exists()}
-    return _each({name: make for name, make in makers.items() if name in there or not name.endswith(", int8")})
+    makers: dict[str, Callable[[], Engine]] = {}
+    for engine, dtypes in ((ONNX, ("float32", "int8")), (OPENVINO, tuple(_PRECISIONS) if openvino else ())):
+        for dtype in dtypes:
+            path = folder / (_INT8[engine] if dtype == "int8" else _FLOAT)
+            name = engine if dtype == "float32" else f"{engine}, {dtype}"
+            if path.exists():
+                makers[name] = partial(_onnx if engine == ONNX else _openvino, name, dtype, path)
+    return _each(makers)
 
 
 def _each(makers: Mapping[str, Callable[[], _Made]]) -> tuple[list[_Made], dict[str, str]]:
@@ -120,13 +119,16 @@ def _each(makers: Mapping[str, Callable[[], _Made]]) -> tuple[list[_Made], dict[
     return found, left
 
 
-def _openvino(path: Path, dtype: str) -> Engine:
+def _onnx(name: str, dtype: str, path: Path) -> Engine:
+    return Engine(name, dtype, OnnxRunner(path))
+
+
+def _openvino(name: str, dtype: str, path: Path) -> Engine:
     import openvino
 
     core = openvino.Core()
     if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise CompressorError("OpenVINO has no bfloat16 products on this processor")
-    name = OPENVINO if dtype == "float32" else f"{OPENVINO}, {dtype}"
     return Engine(name, dtype, _compiled(core, core.read_model(path), _PRECISIONS[dtype]))
 
 

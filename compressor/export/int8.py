@@ -58,7 +58,7 @@ def quantize(file: Path, digest: str) -> None:
         os.replace(target, file)
         return
     place = f"{file.stem}-int8-{digest[:12]}.data"
-    for tensor in tensors_apart(made):
+    for tensor in _tensors_apart(made):
         next(entry for entry in tensor.external_data if entry.key == "location").value = place
     os.replace(data, folder / place)
     target.unlink()
@@ -81,7 +81,7 @@ def _check_zeros(before: Mapping[str, Callable[[], Any]], after: Mapping[str, Ca
             raise GateError(f"{name}: int8 gave its zeros a value", "Please report this model.")
 
 
-def tensors_apart(graph: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def _tensors_apart(graph: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """The constants of a graph that lie beside its file."""
     from onnx import AttributeProto
 

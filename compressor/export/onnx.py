@@ -280,10 +280,11 @@ def _verify_patterns(
     for name in sorted(used & patterns.keys()):
         zero = layers[name].weight == 0
         same = ((i, read()) for i, (shape, read) in enumerate(stored) if shape == zero.shape)
-        place, weight = next(((i, w) for i, w in same if not (w[zero] != 0).any()), (None, None))
-        if place is None or weight is None:
+        found = next(((i, w) for i, w in same if not (w[zero] != 0).any()), None)
+        if found is None:
             refuse_missing(name, model, adapter, example)
         else:
+            place, weight = found
             del stored[place]
             patterns[name].verify(weight)
 
