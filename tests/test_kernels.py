@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import compressor
 from compressor import CompressorError
 from compressor.lower import Unit, vnm_kernels
-from compressor.lower.vnm import VNM, VNMConv, VNMDense, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm import VNM, VNMConv, VNMLinear, VNMPair, kernels
+from compressor.lower.vnm_dense import VNMDense
 from compressor.lower.vnm_weight import KernelWeight
 from compressor.sparsity.clustered import Clustered
 from compressor.sparsity.pattern import NM

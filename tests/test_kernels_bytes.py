@@ -36,16 +36,17 @@ def packed(weight: Tensor, bias: Tensor | None, pattern: NM | Clustered, **optio
 # --- The reference. ---
 
 
-def codes_of_weight(weight: Tensor, block: int, bits: int = 16) -> tuple[Tensor, Tensor]:
+def codes_of_weight(weight: Tensor, block: int, bits: int = 16, group: int = 4) -> tuple[Tensor, Tensor]:
     """Whole numbers (rows, in, *kernel) and float32 scales (rows): pairs of one sign up to 127, and sums of every other pair of eight
-    up to 251, before rounding. Pairs are what is kept of four channels that follow each other. Of 32 bits: up to 127."""
+    up to 251, before rounding. Pairs are what is kept of a `group` of channels that follow each other: of four, or, in a dense weight,
+    both of two. Of 32 bits: up to 127."""
     shape = (-1, *[1] * (weight.dim() - 1))
     if bits == 32:
         scale = (weight.double().flatten(1).abs().amax(1) / 127).float().clamp_min(1e-30)
         return (weight.float() / scale.view(shape)).round().to(torch.int64), scale
-    grouped = weight.double().reshape(len(weight), -1, 4, weight[0, 0].numel())  # (rows, groups, 4, taps)
+    grouped = weight.double().reshape(len(weight), -1, group, weight[0, 0].numel())  # (rows, groups, 4, taps)
     most = torch.zeros(len(weight), dtype=torch.float64)
-    for part in grouped.split(block // 4, 1):
+    for part in grouped.split(block // group, 1):
         one_sign = torch.maximum(part.clamp_min(0).sum(2), (-part).clamp_min(0).sum(2))
         most = torch.maximum(most, one_sign.amax((1, 2)) / 127)
         for start in range(0, part.shape[1], 8):
@@ -74,8 +75,8 @@ def product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return (inputs @ codes.t()).to(torch.int32).float() * scale * scales
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int = 16) -> Tensor:
-    out = product(x.float(), *codes_of_weight(weight, block, bits))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: int, bits: int = 16, group: int = 4) -> Tensor:
+    out = product(x.float(), *codes_of_weight(weight, block, bits, group))
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -87,8 +88,9 @@ def convolution(
     bits: int = 16,
     stride: int = 1,
     padding: int | None = None,
+    group: int = 4,
 ) -> Tensor:
-    codes, scale = codes_of_weight(weight, block, bits)
+    codes, scale = codes_of_weight(weight, block, bits, group)
     inputs, scales = codes_of(x.float().flatten(1))
     padding = weight.shape[-1] // 2 if padding is None else padding
     sums = F.conv2d(inputs.view(x.shape).double(), codes.double(), stride=stride, padding=padding).round()
@@ -97,10 +99,16 @@ def convolution(
 
 
 def pair(
-    x: Tensor, first: nn.Linear, second: nn.Linear, approximate: str, blocks: tuple[int, int], bits: int = 16
+    x: Tensor,
+    first: nn.Linear,
+    second: nn.Linear,
+    approximate: str,
+    blocks: tuple[int, int],
+    bits: int = 16,
+    groups: tuple[int, int] = (4, 4),
 ) -> Tensor:
-    hidden = gelu(linear(x.float(), first.weight, first.bias, blocks[0], bits), approximate)
-    codes, scale = codes_of_weight(second.weight, blocks[1], bits)
+    hidden = gelu(linear(x.float(), first.weight, first.bias, blocks[0], bits, groups[0]), approximate)
+    codes, scale = codes_of_weight(second.weight, blocks[1], bits, groups[1])
     out, chunk = None, HIDDEN // blocks[1] * blocks[1] or blocks[1]
     for start in range(0, hidden.shape[-1], chunk):
         some = slice(start, start + chunk)
@@ -116,11 +124,18 @@ def pair(
 # --- Exactness. ---
 
 
+@st.composite
+def patterns(draw: st.DrawFn) -> NM | Clustered:
+    """Of 2:4, and of a dense weight, which keeps both of two."""
+    v = draw(st.sampled_from([1, 2, 4, 8]))
+    return draw(st.sampled_from([NM(2, 4, v), NM(2, 2, v), *([Clustered(2, 4, v)] if v > 1 else [])]))
+
+
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject) -> None:
-    v = data.draw(st.sampled_from([1, 2, 4, 8]))
-    pattern = Clustered(2, 4, v) if v > 1 and data.draw(st.booleans()) else NM(2, 4, v)
+    pattern = data.draw(patterns())
+    v = pattern.v
     out, inner = v * data.draw(st.integers(1, 20)), 4 * data.draw(st.integers(1, 60))
     tokens, block = data.draw(st.integers(1, 70)), 4 * data.draw(st.integers(1, 30))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
@@ -129,7 +144,7 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
     x = (x + data.draw(st.sampled_from([0.0, 1.0, -30.0]))).to(dtype)
     tile = data.draw(st.integers(1, 10))
     for bits in BITS:
-        wanted = linear(x, weight, bias, block, bits)
+        wanted = linear(x, weight, bias, block, bits, pattern.m)
         made = lambda bits=bits: VNMLinear(packed(weight, bias, pattern, block=block, tile=tile, bits=bits))  # noqa: E731
         exact(made, x, wanted, LEVELS if bits == 16 else VNNI)
 
@@ -138,7 +153,7 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
 @given(data=st.data())
 def test_sums_of_the_largest_products_fit_16_bits(data: st.DataObject) -> None:
     """Weights that are alike, or few, reach what their sums allow; inputs are at both ends of their codes."""
-    pattern, inner = NM(2, 4, 4), 4 * data.draw(st.integers(1, 40))
+    pattern, inner = NM(2, data.draw(st.sampled_from([2, 4])), 4), 4 * data.draw(st.integers(1, 40))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     values = torch.tensor(
         data.draw(
@@ -160,39 +175,50 @@ def test_sums_of_the_largest_products_fit_16_bits(data: st.DataObject) -> None:
     x = ends[torch.randint(len(ends), (20, inner), generator=rng)]
     for sign in (1, -1, 0):  # 0: each input has the sign of the first row's weight
         given_x = x * sign if sign else weight[:1].sign().expand(20, -1)
-        wanted = linear(given_x, weight, None, 32)
+        wanted = linear(given_x, weight, None, 32, group=pattern.m)
         counts = [torch.get_num_threads()]
         exact(lambda: VNMLinear(packed(weight, None, pattern, block=32)), given_x, wanted, LEVELS, counts)
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [(4, 4), (2, 2), (4, 2)])
 @pytest.mark.parametrize(
     ("v", "inner", "hidden", "out", "tokens"),
     [(4, 32, 384, 48, 41), (2, 20, 136, 24, 7), (8, 64, 1160, 40, 100), (1, 8, 1024, 9, 3)],
 )
 def test_a_pair_is_the_whole_number_reference_bit_for_bit(
-    level: str, approximate: str, dtype: torch.dtype, v: int, inner: int, hidden: int, out: int, tokens: int
+    level: str,
+    approximate: str,
+    dtype: torch.dtype,
+    groups: tuple[int, int],
+    v: int,
+    inner: int,
+    hidden: int,
+    out: int,
+    tokens: int,
 ) -> None:
-    pattern = NM(2, 4, v)
-    layers = [dense(sparse(hidden, inner, pattern), normal(hidden)), dense(sparse(out, hidden, pattern), normal(out))]
+    rules = [NM(2, group, v) for group in groups]
+    layers = [dense(sparse(hidden, inner, rules[0]), normal(hidden)), dense(sparse(out, hidden, rules[1]), normal(out))]
     x = (2 * normal(2, tokens, inner)).to(dtype)
     for bits in (16, 32) if level in VNNI else (16,):
-        weights = [packed(layer.weight.detach(), layer.bias, pattern, block=96, bits=bits) for layer in layers]
+        weights = [
+            packed(layer.weight.detach(), layer.bias, rule, block=96, bits=bits)
+            for layer, rule in zip(layers, rules, strict=True)
+        ]
         lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
         with torch.no_grad():
-            wanted = pair(x, *layers, approximate, (96, 96), bits)
+            wanted = pair(x, *layers, approximate, (96, 96), bits, groups)
         exact(lambda lowered=lowered: lowered, x, wanted)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
-    v = data.draw(st.sampled_from([1, 2, 4, 8]))
+    pattern = data.draw(patterns())
     side, stride, padding, height, width = data.draw(places())
-    rows, channels = v * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 20))
+    rows, channels = pattern.v * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 20))
     shape = (data.draw(st.integers(1, 5)), channels, height, width)
-    pattern = Clustered(2, 4, v) if v > 1 and data.draw(st.booleans()) else NM(2, 4, v)
     weight = normal(rows, channels, side, side, seed=data.draw(st.integers(0, 9)))
     weight = pattern.mask(weight.abs()).apply(weight)
     bias, block = normal(rows, seed=3) if data.draw(st.booleans()) else None, 4 * data.draw(st.integers(1, 20))
@@ -201,20 +227,21 @@ def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     tile = data.draw(st.integers(1, 64))
     for bits in BITS:
         kernel = packed(weight, bias, pattern, block=block, tile=tile, bits=bits)
-        wanted = convolution(x, weight, bias, block, bits, stride, padding)
+        wanted = convolution(x, weight, bias, block, bits, stride, padding, pattern.m)
         module = VNMConv(kernel, side, stride, padding)
         exact(lambda module=module: module, x, wanted, LEVELS if bits == 16 else VNNI, (1, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize("group", [4, 2])
 @pytest.mark.parametrize("shape", [(2, 8, 4, 4), (4, 8, 4, 4), (5, 8, 3, 5), (3, 8, 7, 9), (16, 8, 2, 2), (7, 8, 5, 3)])
 def test_small_images_that_share_a_tile_give_what_each_gives_alone(
-    level: str, shape: tuple[int, ...], side: int, dtype: torch.dtype
+    level: str, shape: tuple[int, ...], group: int, side: int, dtype: torch.dtype
 ) -> None:
-    weight = normal(8, 8, side, side)
-    weight = NM(2, 4, 4).mask(weight.abs()).apply(weight)
-    module = VNMConv(packed(weight, normal(8), NM(2, 4, 4), block=8, tile=24), side)
+    weight, pattern = normal(8, 8, side, side), NM(2, group, 4)
+    weight = pattern.mask(weight.abs()).apply(weight)
+    module = VNMConv(packed(weight, normal(8), pattern, block=8, tile=24), side)
     # each with a scale of its own
     x = (normal(*shape) * torch.logspace(-2, 2, shape[0])[:, None, None, None] + 1).to(dtype)
     before = torch.get_num_threads()

@@ -178,7 +178,7 @@ def exact(
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject) -> None:
-    pattern = NM(2, 4, data.draw(st.sampled_from([1, 2, 4, 8])))
+    pattern = NM(2, data.draw(st.sampled_from([4, 2])), data.draw(st.sampled_from([1, 2, 4, 8])))  # 2:2 is dense
     out, inner = pattern.v * data.draw(st.integers(1, 20)), 4 * data.draw(st.integers(1, 40))
     tokens, asked = data.draw(st.integers(1, 70)), data.draw(st.sampled_from([127, 1000, 32_767]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
@@ -191,16 +191,27 @@ def test_a_linear_is_the_whole_number_reference_bit_for_bit(data: st.DataObject)
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [(4, 4), (2, 2), (2, 4)])
 @pytest.mark.parametrize(
     ("v", "inner", "hidden", "out", "tokens"),
     [(4, 32, 384, 48, 41), (2, 20, 136, 24, 7), (8, 64, 1160, 40, 100), (1, 8, 1024, 9, 3)],
 )
 def test_a_pair_is_the_whole_number_reference_bit_for_bit(
-    level: str, approximate: str, dtype: torch.dtype, v: int, inner: int, hidden: int, out: int, tokens: int
+    level: str,
+    approximate: str,
+    dtype: torch.dtype,
+    groups: tuple[int, int],
+    v: int,
+    inner: int,
+    hidden: int,
+    out: int,
+    tokens: int,
 ) -> None:
-    pattern = NM(2, 4, v)
-    layers = [dense(sparse(hidden, inner, pattern), normal(hidden)), dense(sparse(out, hidden, pattern), normal(out))]
-    weights = [int8(layer.weight.detach(), layer.bias, pattern, block=96) for layer in layers]
+    one, two = (NM(2, group, v) for group in groups)
+    layers = [dense(sparse(hidden, inner, one), normal(hidden)), dense(sparse(out, hidden, two), normal(out))]
+    weights = [
+        int8(layer.weight.detach(), layer.bias, rule, block=96) for layer, rule in zip(layers, (one, two), strict=True)
+    ]
     lowered = VNMPair(*weights, approximate == "tanh").requires_grad_(False)
     x = (2 * normal(2, tokens, inner)).to(dtype)
     with torch.no_grad():
@@ -358,7 +369,7 @@ def test_operators_refuse_what_would_lead_outside() -> None:
     for wrong in (None, scale[:-1]):
         with pytest.raises((CompressorError, ValueError)):
             torch.ops.compressor.vnm_linear(x, values, index, bias, order, wrong, total, numbers, 3)
-    for place, value in ((8, 3), (8, -1), (9, 0), (9, 32_768), (6, 2), (7, 4)):
+    for place, value in ((8, 3), (8, -1), (9, 0), (9, 32_768), (6, 2), (7, 4), (5, 2), (7, 1)):
         changed = [*numbers[:place], value, *numbers[place + 1 :]]
         with pytest.raises((CompressorError, ValueError)):
             torch.ops.compressor.vnm_linear(x, values, index, bias, order, scale, total, changed, 3)
@@ -420,10 +431,10 @@ def test_a_convolution_is_exact(
 @given(data=st.data())
 def test_convolutions_of_every_size_are_exact(data: st.DataObject) -> None:
     v = data.draw(st.sampled_from([1, 2, 4, 8]))
+    pattern = data.draw(st.sampled_from([NM(2, 4, v), NM(2, 2, v), *([Clustered(2, 4, v)] if v > 1 else [])]))
     side, stride, padding, height, width = data.draw(places())
     rows, channels = v * data.draw(st.integers(1, 6)), 4 * data.draw(st.integers(1, 8))
     shape = (data.draw(st.integers(1, 5)), channels, height, width)
-    pattern = Clustered(2, 4, v) if v > 1 and data.draw(st.booleans()) else NM(2, 4, v)
     weight = normal(rows, channels, side, side, seed=data.draw(st.integers(0, 9)))
     weight = pattern.mask(weight.abs()).apply(weight)
     bias = normal(rows, seed=3) if data.draw(st.booleans()) else None

@@ -44,6 +44,9 @@ NEW_ENTRY_POINTS: dict[str, set[str]] = {
     "compressor.metrics": {"fd-pictures", "fd-scattering"},
     "compressor.backends": {
         "vnm-dense",
+        "vnm-dense-int8",
+        "vnm-dense-w7a8",
+        "vnm-dense-w8a8",
         "vnm-int8",
         "vnm-w7a8",
         "vnm-w8a8",

@@ -191,6 +191,10 @@ static int v_log(const matrix *m) { return m->v == 1 ? 0 : m->v == 2 ? 1 : m->v 
 /* Rows of a panel that holds all channels of a matrix. */
 static size_t panel_rows(const matrix *m) { return (size_t)(m->inner / m->group * m->planes); }
 
+/* Of a matrix of pairs: whether it is dense, and the rows of a panel for four channels. */
+static int is_dense(const matrix *m) { return m->group == 2; }
+static int rows_of_four(const matrix *m) { return 4 / m->group * m->planes; }
+
 /* Vectors of tokens that a matrix takes at least: a vector of a panel of bytes is two of results. */
 static int unit_of(const matrix *m) { return m->lanes == BYTES ? 2 : 1; }
 
@@ -437,8 +441,10 @@ static const char *wrong(const matrix *m, const level *how) {
     if (!within(m->group, m->inner) || !within(m->kept, m->group) || m->planes < 1 || m->inner % m->group ||
         !within(m->block, LARGEST) || m->block % m->group)
         return "groups or blocks of these sizes have no kernel";
-    if (m->lanes < FLOATS || m->lanes > BYTES || (m->lanes && (m->group != 4 || m->kept != 1 || m->planes != 6)))
-        return "products of pairs take groups of four";
+    if (m->lanes < FLOATS || m->lanes > BYTES || (m->lanes && (m->kept != 1 || m->inner % 4 || m->block % 4)))
+        return "products of pairs take four channels at a time";
+    if (m->lanes && !(m->group == 4 && m->planes == 6) && !(is_dense(m) && m->planes == 1))
+        return "products of pairs take groups of four, or of two that are both kept";
     if (m->lanes == FLOATS && m->planes != m->group)
         return "a panel of floats has a row for each channel";
     if (whole_numbers(m) && (m->scale == NULL || m->largest < 1 || m->largest > INT16_MAX))

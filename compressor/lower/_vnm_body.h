@@ -14,7 +14,8 @@
  *
  * Everything works on tiles of a few vectors of tokens (or pixels). A tile's input lies in a panel [K][stride], one row
  * per input channel, so that a kept channel is a row pointer, and V rows of output share every load. With DOT a panel row
- * holds pairs, of bf16 or of whole numbers: six rows per group of four channels, one for each pair that 2:4 may keep.
+ * holds pairs, of bf16 or of whole numbers: six rows per group of four channels, one for each pair that 2:4 may keep; of a dense weight,
+ * whose groups are of two channels that are both kept, one row per group.
  *
  * With BYTES numbers of an input are whole ones from 0 to 255, of which `zero` is nothing: (code - zero) * scale. Sums are of codes
  * less CENTRE, so that 16 bits hold more of them.
@@ -517,8 +518,13 @@ static void NAME(multiply)(const matrix *m, int g0, int g1, int b0, int b1, cons
 
 /* --- Token-major in and out: tiles are transposed on the way into and out of a panel. --- */
 
-/* The six pairs of a group of four, as rows of pairs: a = (x0, x1), b = (x2, x3) per lane. */
-INLINE void NAME(pairs)(vu a, vu b, float *plane, size_t stride) {
+/* The pairs of four channels, as rows of pairs: all six, or of a dense weight (`dense`) the two a = (x0, x1), b = (x2, x3) per lane. */
+INLINE void NAME(pairs)(vu a, vu b, int dense, float *plane, size_t stride) {
+    if (dense) {
+        NAME(store)(plane, (vf)a);
+        NAME(store)(plane + stride, (vf)b);
+        return;
+    }
     vu low_a = a & 0xffff, high_a = a >> 16, low_b = b << 16, high_b = b & 0xffff0000u;
     NAME(store)(plane, (vf)a);
     NAME(store)(plane + stride, (vf)(low_a | low_b));
@@ -584,9 +590,8 @@ INLINE vu NAME(bytes_of)(const vf x[4], vf inverse, vu zero) {
     return (low & 0xffff) | high << 16;
 }
 
-/* The six rows of pairs of a group of four, from the bytes of two vectors of tokens. `lined`: in the order of tokens; else so that
- * `both` gives vectors that are. */
-INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, size_t stride) {
+/* The same from the bytes of two vectors of tokens. `lined`: in the order of tokens; else so that `both` gives vectors that are. */
+INLINE void NAME(byte_pairs)(vu first, vu second, int lined, int dense, uint16_t *plane, size_t stride) {
     vs low, high;
     UNROLL for (int j = 0; j < 2 * VW; j++) {
         low[j] = 2 * (lined ? j : j / 8 * 4 + j % 4 + j % 8 / 4 * VW);
@@ -594,6 +599,10 @@ INLINE void NAME(byte_pairs)(vu first, vu second, int lined, uint16_t *plane, si
     }
     vus a = (vus)__builtin_shuffle((vs)first, (vs)second, low), b = (vus)__builtin_shuffle((vs)first, (vs)second, high);
     *(vus *)plane = a;
+    if (dense) {
+        *(vus *)(plane + stride) = b;
+        return;
+    }
     *(vus *)(plane + stride) = (a & 0xff) | (b << 8);
     *(vus *)(plane + 2 * stride) = (a & 0xff) | (b & 0xff00);
     *(vus *)(plane + 3 * stride) = (a >> 8) | (b << 8);
@@ -648,11 +657,11 @@ static void NAME(scales_of_codes)(const job *j, const matrix *m, int64_t t0, int
     memset(at.inverse + count, 0, (stride - count) * sizeof *at.inverse);
 }
 
-/* Four channels of VW tokens as codes, in the six rows of pairs of their group. */
-INLINE void NAME(code_pairs)(const vf x[4], vf inverse, float *plane, size_t stride) {
+/* Four channels of VW tokens as codes, in their rows of pairs. */
+INLINE void NAME(code_pairs)(const vf x[4], vf inverse, int dense, float *plane, size_t stride) {
     vu c[4];
     UNROLL for (int i = 0; i < 4; i++) c[i] = NAME(code)(x[i], inverse);
-    NAME(pairs)(c[0] | (c[1] << 16), c[2] | (c[3] << 16), plane, stride);
+    NAME(pairs)(c[0] | (c[1] << 16), c[2] | (c[3] << 16), dense, plane, stride);
 }
 
 /* What VW sums of row n of a product of whole numbers stand for, for tokens with these scales and zeros (`meaning`):
@@ -689,6 +698,7 @@ INLINE vu NAME(token_bytes)(const job *j, const matrix *m, int64_t token, int k,
 /* The same as gather_tokens, with the scales of the tokens. A vector of them at a time, so that what its scales were found from is still
  * near; the first of two waits in the panel for the other. */
 static void NAME(gather_bytes)(const job *j, const matrix *m, int64_t t0, int count, uint16_t *panel, size_t stride, meaning at) {
+    const int rows = rows_of_four(m), dense = is_dense(m);
     for (int t = 0; t < (int)stride; t += VW) {
         NAME(scales_of_bytes)(j, m, t0, t, count, at);
         for (int k = 0; k < m->inner; k += 4 * VW) {
@@ -698,13 +708,13 @@ static void NAME(gather_bytes)(const job *j, const matrix *m, int64_t t0, int co
             NAME(transpose)(r);
             UNROLL for (int i = 0; i < VW; i++) {
                 int group = k / 4 + FOUR(i);
-                uint16_t *plane = panel + (size_t)(group * 6) * stride + t / (2 * VW) * (2 * VW);
+                uint16_t *plane = panel + (size_t)(group * rows) * stride + t / (2 * VW) * (2 * VW);
                 if (group >= m->inner / 4)
                     continue;
                 if (t / VW % 2 == 0)
                     *(vu *)plane = r[i];
                 else
-                    NAME(byte_pairs)(*(const vu *)plane, r[i], 0, plane, stride);
+                    NAME(byte_pairs)(*(const vu *)plane, r[i], 0, dense, plane, stride);
             }
         }
     }
@@ -713,6 +723,7 @@ static void NAME(gather_bytes)(const job *j, const matrix *m, int64_t t0, int co
 /* Tokens [t0, t0 + count) of x (tokens, inner) into the panel, zeros for the tokens that fill the last vector. */
 static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int count, float *panel, size_t stride, meaning at) {
     int bytes = j->half ? 2 : 4, lanes = m->lanes == HALVES ? 2 * VW : VW; /* channels per transposed block */
+    const int rows = rows_of_four(m), dense = is_dense(m);
     const char *x = j->x;
     if (m->lanes == BYTES) {
         NAME(gather_bytes)(j, m, t0, count, (uint16_t *)panel, stride, at);
@@ -733,11 +744,11 @@ static void NAME(gather_tokens)(const job *j, const matrix *m, int64_t t0, int c
             NAME(transpose)(r);
             if (m->lanes == CODES) {
                 for (int i = 0; i < VW && k + i < m->inner; i += 4)
-                    NAME(code_pairs)((const vf *)(r + i), NAME(load)(at.inverse + t), panel + (size_t)((k + i) / 4 * 6) * stride + t,
-                                     stride);
+                    NAME(code_pairs)((const vf *)(r + i), NAME(load)(at.inverse + t), dense,
+                                     panel + (size_t)((k + i) / 4 * rows) * stride + t, stride);
             } else if (m->lanes == HALVES) {
                 for (int i = 0; i < VW && k + 2 * i < m->inner; i += 2)
-                    NAME(pairs)(r[i], r[i + 1], panel + (size_t)((k + 2 * i) / 4 * 6) * stride + t, stride);
+                    NAME(pairs)(r[i], r[i + 1], dense, panel + (size_t)((k + 2 * i) / 4 * rows) * stride + t, stride);
             } else {
                 for (int i = 0; i < VW && k + i < m->inner; i++) NAME(store)(panel + (k + i) * stride + t, (vf)r[i]);
             }
@@ -859,7 +870,7 @@ static void NAME(linear_tile)(const job *j, int64_t t0, int count, float *scratc
 static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *units, float *hidden, uint16_t *pairs, meaning own,
                                size_t stride) {
     products p = products_of(&j->first, *units);
-    const int tanh_form = j->tanh_form, biased = p.bias != NULL;
+    const int tanh_form = j->tanh_form, biased = p.bias != NULL, of_four = rows_of_four(&j->second), dense = is_dense(&j->second);
     for (size_t t = 0; t < stride; t += 2 * VW) {
         vf low[2] = {{0}}, high[2] = {{0}}, odd[2] = {{0}};
         for (int i = 0; i < rows; i++) {
@@ -888,7 +899,7 @@ static void NAME(hidden_bytes)(const job *j, int n, int rows, const meaning *uni
                 UNROLL for (int k = 0; k < 4; k++) h[k] = NAME(load)(hidden + (i + k) * stride + from);
                 four[half] = NAME(bytes_of)(h, NAME(load)(own.inverse + from), *(const vu *)(own.zero + from));
             }
-            NAME(byte_pairs)(four[0], four[1], 0, pairs + (size_t)(i / 4 * 6) * stride + t, stride);
+            NAME(byte_pairs)(four[0], four[1], 0, dense, pairs + (size_t)(i / 4 * of_four) * stride + t, stride);
         }
     }
 }
@@ -898,7 +909,7 @@ static void NAME(hidden_codes)(const job *j, int n, int rows, const meaning *uni
                                size_t stride) {
     float *hidden_scale = own.scale, *inverse = own.inverse;
     products p = products_of(&j->first, *units);
-    const int tanh_form = j->tanh_form, biased = p.bias != NULL;
+    const int tanh_form = j->tanh_form, biased = p.bias != NULL, of_four = rows_of_four(&j->second), dense = is_dense(&j->second);
     for (size_t t = 0; t < stride; t += VW) {
         vf scale = NAME(load)(units->scale + t), most = {0};
         for (int i = 0; i < rows; i++) {
@@ -914,7 +925,7 @@ static void NAME(hidden_codes)(const job *j, int n, int rows, const meaning *uni
         for (size_t t = 0; t < stride; t += VW) {
             vf h[4];
             UNROLL for (int k = 0; k < 4; k++) h[k] = NAME(load)(hidden + (i + k) * stride + t);
-            NAME(code_pairs)(h, NAME(load)(inverse + t), pairs + (size_t)(i / 4 * 6) * stride + t, stride);
+            NAME(code_pairs)(h, NAME(load)(inverse + t), dense, pairs + (size_t)(i / 4 * of_four) * stride + t, stride);
         }
     }
 }
@@ -949,7 +960,7 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
     float *hidden = panel + panel_rows(a) * stride * lane_bytes(a) / 4;
     int chunk = hidden_chunk(b);
     float *pairs = hidden + (size_t)chunk * stride;
-    float *out = pairs + (b->lanes ? (size_t)(chunk / 4 * 6) * stride * lane_bytes(b) / 4 : 0);
+    float *out = pairs + (b->lanes ? (size_t)(chunk / 4 * rows_of_four(b)) * stride * lane_bytes(b) / 4 : 0);
     float *sums = out + (size_t)b->rows * stride; /* from here on for whole numbers alone */
     float *scale = sums + (size_t)b->rows * stride;
     int blocks = (a->inner + a->block - 1) / a->block, codes = whole_numbers(b);
@@ -971,7 +982,8 @@ static void NAME(pair_tile)(const job *j, int64_t t0, int count, float *scratch)
                     vu h[4];
                     UNROLL for (int i = 0; i < 4; i++)
                         h[i] = NAME(round16)(NAME(gelu)(NAME(load)(hidden + (k + i) * stride + t), j->tanh_form));
-                    NAME(pairs)(h[0] | (h[1] << 16), h[2] | (h[3] << 16), pairs + (size_t)(k / 4 * 6) * stride + t, stride);
+                    NAME(pairs)(h[0] | (h[1] << 16), h[2] | (h[3] << 16), is_dense(b),
+                                pairs + (size_t)(k / 4 * rows_of_four(b)) * stride + t, stride);
                 }
             }
         } else {
@@ -1144,21 +1156,22 @@ INLINE vu NAME(numbers_at)(const lane *row, const int32_t *at, size_t p, int pla
     return found;
 }
 
-/* The six rows of pairs of each group of whole numbers; `at` as above. */
+/* The rows of pairs of each four channels of whole numbers; `at` as above. */
 INLINE void NAME(pairs_of)(int placed, const job *j, const matrix *m, int64_t image, const int32_t *at, const lane *numbers,
                            size_t number_stride, char *panel, size_t stride, size_t each) {
     vf space[3] = {{0}};
     NAME(of_image)(j, m, image, space);
     vu none = (vu)space[2] * 0x01010101; /* of codes no bits */
+    const int rows = rows_of_four(m), dense = is_dense(m);
     for (int g = 0; g < m->inner / 4; g++) {
         const lane *row = numbers + (size_t)g * NUMBER_ROWS(m) * number_stride;
         for (size_t p = 0; p < each; p += unit_of(m) * VW) {
-            char *to = panel + ((size_t)g * 6 * stride + p) * lane_bytes(m);
+            char *to = panel + ((size_t)g * rows * stride + p) * lane_bytes(m);
             vu first = NAME(numbers_at)(row, at, p, placed, none);
             if (m->lanes == BYTES)
-                NAME(byte_pairs)(first, NAME(numbers_at)(row, at, p + VW, placed, none), 1, (uint16_t *)to, stride);
+                NAME(byte_pairs)(first, NAME(numbers_at)(row, at, p + VW, placed, none), 1, dense, (uint16_t *)to, stride);
             else
-                NAME(pairs)(first, NAME(numbers_at)(row + number_stride, at, p, placed, none), (float *)to, stride);
+                NAME(pairs)(first, NAME(numbers_at)(row + number_stride, at, p, placed, none), dense, (float *)to, stride);
         }
     }
 }
@@ -1366,7 +1379,7 @@ static size_t NAME(plan)(job *j, int threads) {
     size_t stride = (size_t)((units + j->tiles - 1) / j->tiles) * unit_of(a) * VW;
     size_t rows = inner * lane_bytes(a) / 4 + a->rows + (whole_numbers(a) ? 3 : 0);
     if (j->kind == 1)
-        rows = inner * lane_bytes(a) / 4 + hidden_chunk(b) + (b->lanes ? hidden_chunk(b) / 4 * 6 * lane_bytes(b) / 4 : 0) + b->rows +
+        rows = inner * lane_bytes(a) / 4 + hidden_chunk(b) + (b->lanes ? hidden_chunk(b) / 4 * rows_of_four(b) * lane_bytes(b) / 4 : 0) + b->rows +
                (whole_numbers(b) ? b->rows + 6 : 0);
     return rows * stride * 4;
 }

@@ -8,14 +8,13 @@ gather is a row pointer into a panel. `vnm_kernels` finds the kernels, `vnm_weig
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import CompressorError
-from compressor.lower.backend import Backend, Kind, Unit, refuse_gradients
+from compressor.lower.backend import Backend, Unit, refuse_gradients
 from compressor.lower.vnm_kernels import VNNI, kernels, level, unavailable, unavailable_without_vnni, version
 from compressor.lower.vnm_operators import HALF, direct
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES, KernelWeight, Lanes
@@ -25,7 +24,6 @@ from compressor.sparsity.venom import Venom
 
 _LARGEST_INDEX = 65_535
 _LARGEST_SIDE = 7
-_FEW = 16
 
 
 def _operators() -> Any:
@@ -150,7 +148,7 @@ class VNM(Backend):
         return kernels()[1] if device.type == "cpu" else None
 
     def refusal(self, unit: Unit) -> str | None:
-        if reason := _other_dtype(unit):
+        if reason := other_dtype(unit):
             return reason
         for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
             if pattern is None:
@@ -164,7 +162,7 @@ class VNM(Backend):
                 )
             if math.lcm(pattern.m, 8) * 2 > _LARGEST_INDEX:
                 return f"groups of {pattern.m} channels are too large for the kernels"
-            if isinstance(layer, nn.Conv2d) and (reason := _no_plain_convolution(layer)):
+            if isinstance(layer, nn.Conv2d) and (reason := no_plain_convolution(layer)):
                 return reason
         return None
 
@@ -211,16 +209,20 @@ class VNMInt8(VNM):
     quantises = True
     products = "int8"
     largest_inner = LARGEST_INNER
+    """Channels of a row of which two of four are kept, times kernel positions."""
 
     def refusal(self, unit: Unit) -> str | None:
         if reason := super().refusal(unit):
             return reason
-        for pattern, layer in zip(unit.patterns, unit.layers, strict=True):
+        for pattern in unit.patterns:
             if pattern is not None and (pattern.n, pattern.m) != (2, 4):
                 return f"{pattern}: 8-bit products take pairs of channels, two of four, as in 4:2:4"
-            if (products := layer.weight[0].numel()) > self.largest_inner:
-                return f"{products} products: sums of more than {self.largest_inner} could leave 32 bits"
-        return None
+        return self._too_long(unit, self.largest_inner)
+
+    def _too_long(self, unit: Unit, most: int) -> str | None:
+        """Why sums of a layer could leave 32 bits; None where they are of up to `most` products."""
+        found = (layer.weight[0].numel() for layer in unit.layers)
+        return next((f"{n} products: sums of more than {most} could leave 32 bits" for n in found if n > most), None)
 
     def _lanes(self, pairs: bool) -> Lanes:
         return Lanes.CODES
@@ -235,7 +237,7 @@ class VNMW7A8(VNMInt8):
 
     def unavailable(self, device: torch.device) -> str | None:
         if (reason := super().unavailable(device)) is None and level() in VNNI:
-            return "vnm-w8a8 is as fast on this processor, and more exact"
+            return f"{self.name.replace('w7', 'w8')} is as fast on this processor, and more exact"
         return reason
 
     def _lanes(self, pairs: bool) -> Lanes:
@@ -252,36 +254,16 @@ class VNMW8A8(VNMW7A8):
     largest_inner = LARGEST_INNER_OF_BYTES
 
     def unavailable(self, device: torch.device) -> str | None:
-        return unavailable_without_vnni(device, "vnm-w7a8")
+        return unavailable_without_vnni(device, self.name.replace("w8a8", "w7a8"))
 
 
-class VNMDense(VNM):
-    """Dense convolutions of few channels by the same kernels, fp32 and bf16: what oneDNN lays out anew there takes longer than the
-    products."""
-
-    name = "vnm-dense"
-    takes = frozenset({Kind.CONVOLUTION})
-    skips_zeros = False
-
-    def refusal(self, unit: Unit) -> str | None:
-        (layer,) = unit.layers
-        if reason := _other_dtype(unit):
-            return reason
-        if (fewest := min(layer.weight.shape[:2])) > _FEW:
-            return f"{fewest} channels or more on both sides: this is for up to {_FEW} on one, as first and last layers have"
-        assert isinstance(layer, nn.Conv2d)
-        return _no_plain_convolution(layer)
-
-    def build(self, unit: Unit) -> nn.Module:
-        together = math.gcd(unit.layers[0].weight.shape[0], 8)
-        return super().build(replace(unit, patterns=(NM(1, 1, together),)))
-
-
-def _other_dtype(unit: Unit) -> str | None:
+def other_dtype(unit: Unit) -> str | None:
+    """Why the kernels do not take the dtype of `unit`; None where they do."""
     return None if unit.dtype in HALF else f"the kernels take float32 and bfloat16, not {unit.dtype}"
 
 
-def _no_plain_convolution(layer: nn.Conv2d) -> str | None:
+def no_plain_convolution(layer: nn.Conv2d) -> str | None:
+    """Why the kernels do not take `layer`, whatever its weight; None where they do."""
     side = layer.kernel_size[0]
     if layer.groups != 1:
         return f"a convolution in {layer.groups} groups"

@@ -117,7 +117,7 @@ def version() -> str:
     return level() if extension is None else f"{level()} {_digest()}{'' if note is None else ', one thread'}"
 
 
-_SHAPING = ("vnm.py", "vnm_operators.py", "vnm_weight.py")
+_SHAPING = ("vnm.py", "vnm_dense.py", "vnm_operators.py", "vnm_weight.py")
 """What decides in which blocks and tiles the kernels work."""
 
 

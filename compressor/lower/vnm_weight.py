@@ -203,7 +203,7 @@ class KernelWeight(nn.Module):
                 back = order.argsort()
                 scale, total = scale[back], total[:, back]
         values, index = _lanes(kept, at, block, m, lanes)
-        steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6)
+        steps, rows = (n, m) if lanes == Lanes.FLOATS else (1, 6 if m == 4 else 1)
         most = {Lanes.CODES: largest, Lanes.BYTES: bits}.get(lanes, 0)
         self.layout = Layout(out, channels, v, taps, block, m, steps, rows, int(lanes), most)
         self.tile = tile
@@ -363,7 +363,9 @@ def _lanes(kept: Tensor, at: Tensor, block: int, m: int, lanes: Lanes) -> tuple[
             rows = here.permute(3, 0, 1, 2) + m * group[:, None]
             words = own.permute(4, 0, 2, 3, 1).float()
         else:
-            rows = _PAIRS[here[:, :, 0], here[:, :, 1]].permute(2, 0, 1) + 6 * group
+            rows = group.expand(here.shape[3], here.shape[0], -1)
+            if m == 4:
+                rows = _PAIRS[here[:, :, 0], here[:, :, 1]].permute(2, 0, 1) + 6 * group
             if lanes == Lanes.BYTES:
                 rows = F.pad(rows, (0, -len(group) % SET))  # with weights of zero
                 words = _byte_lanes(own)
