@@ -398,6 +398,54 @@ def test_lowering_finds_attention_and_a_plan_applies_it_again(taken: list[tuple[
     assert taken == []
 
 
+class Attended(nn.Module):
+    """Attention from pictures to the tokens of a prompt, of which there are others than of the picture."""
+
+    def __init__(self, dim: int = 32, prompt: int = 24, heads: int = 4, **extra: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(prompt, dim), nn.Linear(prompt, dim)
+        self.heads, self.extra = heads, extra
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        given = ((self.query, x), (self.key, prompt), (self.value, prompt))
+        query, key, value = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer, y in given)
+        return F.scaled_dot_product_attention(query, key, value, **self.extra).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("extra", [{}, {"scale": 0.1}])
+def test_attention_to_other_tokens_is_found_and_lowered_too(
+    extra: dict[str, Any], taken: list[tuple[int, ...]]
+) -> None:
+    model, prompt = Attended(**extra).eval(), numbers(2, 7, 24)
+    plan = compressor.lower(model, (X, prompt), ["attention"], cache=False).plan
+    (found,) = [layer for layer in plan.layers if layer.kind == "attention"]
+    assert found.shapes == ((400, 7, 8), (400, 8, 7)) and found.gflop == pytest.approx(2 * 2 * 400 * 7 * 8 / 1e9)
+    own = found.candidate("attention")
+    assert own is not None and own.refused is None and own.error is not None and own.error < 1e-5
+    layers = tuple(
+        layer.model_copy(update={"choice": "attention" if layer.kind == "attention" else "eager"})
+        for layer in plan.layers
+    )
+    forced = plan.model_copy(update={"choice": "lowered", "layers": layers})
+    with torch.no_grad():
+        form = compressor.lower(model, (X, prompt), ["attention"], plan=forced).model
+        del taken[:]
+        assert error(form(X, prompt), model.double()(X.double(), prompt.double())) < 1e-5
+        assert taken == [(2, 4, 50, 8)]
+        more = numbers(3, 9, 24)
+        assert error(form(numbers(3, 20, 32), more), model(numbers(3, 20, 32).double(), more.double())) < 1e-5
+
+
+def test_values_of_other_channels_than_the_keys_are_no_unit() -> None:
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x[:, None]
+            return F.scaled_dot_product_attention(y, y, y[..., :9])
+
+    assert compressor.lower(Wide(), X, cache=False).plan.layers == ()
+
+
 def test_eight_bits_are_for_those_who_ask() -> None:
     model = Model().eval()
     names = {one.backend for layer in compressor.lower(model, X, cache=False).plan.layers for one in layer.candidates}

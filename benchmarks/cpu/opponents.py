@@ -4,10 +4,10 @@
 
 Random weights, pruned by magnitude: U-ViT-S/2 (4:2:4 in every Linear of the blocks), the DDPM UNet for CIFAR-10 (8:2:4 in every layer
 that it fits), one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward), and the UNet of
-Stable Diffusion 1.5 (8:2:4 in the default targets), whose cell takes 20 minutes and some 20 GiB of memory. The dense weights run
-in PyTorch (eager, prepacked), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones lowered in float32, and with
-`max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same weights in eager float32, in
-standard deviations of the output. Cells of a former file stay unless they are measured again.
+Stable Diffusion 1.5 (8:2:4 in the default targets), whose cell takes half an hour and some 20 GiB of memory. The dense weights run
+in PyTorch (eager, prepacked; in 8 bits by the kernels here), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones
+lowered in float32, and with `max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same
+weights in eager float32, in standard deviations of the output. Cells of a former file stay unless they are measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from compressor.environment import environment
 from compressor.export.engines import engines, opened, written
 from compressor.lower.forms import dense_forms
 from compressor.lower.job import lively
+from compressor.lower.plan import Plan
 from compressor.lower.vnm_kernels import level
 from compressor.sparsity.layers import select
 
@@ -48,14 +49,15 @@ CELLS = {
     "sd15 2": ("UNet of Stable Diffusion 1.5, 256 pixels", "8:2:4", 2),  # a picture with guidance
 }
 _LARGE = ("sd15",)
-"""Models that are not compiled, and not timed as they are: each form holds the weights once more."""
-
+"""Models whose dense weights PyTorch runs in one form of float32 and one of 8 bits alone: each form holds the weights once more."""
 
 _TORCH = {
     "eager": "eager",
     "dense": "prepacked",
     "eager, compiled": "compiled",
     "dense, compiled": "prepacked, compiled",
+    "dense, 8 bits": "prepacked, 8 bits",
+    "dense, compiled, 8 bits": "prepacked, compiled, 8 bits",
 }
 """What PyTorch's forms of the dense model are called here."""
 
@@ -91,12 +93,21 @@ def pruned(model: nn.Module, adapter: Adapter, pattern: str) -> int:
     return len(taken)
 
 
+def _of_torch(dense: nn.Module, example: Any, plan: Plan, adapter: Adapter, large: bool) -> dict[str, nn.Module]:
+    """PyTorch's forms of the `dense` weights that `plan` timed; of a `large` model one alone, compiled in few bits."""
+    form = plan.form("dense, compiled")
+    one = "dense, compiled" if form is not None and form.products else "dense"
+    kept = tuple(form for form in plan.forms if not large or form.name == one)
+    found = dense_forms(dense, example, plan.model_copy(update={"forms": kept}), adapter=adapter)
+    return {one: found[one]} if large else found
+
+
 @torch.no_grad()
 def measured(cell: str, folder: Path, rounds: int, max_error: float, compiled: bool) -> dict[str, Any]:
     _, pattern, batch = CELLS[cell]
-    if cell.rpartition(" ")[0] in _LARGE:  # in another process, and first: it takes much memory
+    large = cell.rpartition(" ")[0] in _LARGE
+    if large:  # in another process, and first: it takes much memory
         subprocess.run([sys.executable, __file__, "--only", cell, "--write", str(folder)], check=True)
-    compiled = compiled and cell.rpartition(" ")[0] not in _LARGE
     adapter, example = adapter_of(cell), adapter_of(cell).example_inputs(batch)
     sparse = _dense(cell)
     count = pruned(sparse, adapter, pattern)
@@ -111,14 +122,17 @@ def measured(cell: str, folder: Path, rounds: int, max_error: float, compiled: b
     del sparse  # a large model and all engines take much memory
     dense = _dense(cell)
     wanted["dense"] = adapter.predict(dense, example)
-    torch_forms = dense_forms(dense, example, plans["lowered, float32"].plan, adapter=adapter)
-    if cell.rpartition(" ")[0] in _LARGE:
-        del dense, torch_forms["eager"]  # slower than what oneDNN has packed
+    calls = {}
+    for plan, bits in (("lowered, float32", ""), ("lowered, 8 bits", ", 8 bits")):
+        for name, form in _of_torch(dense, example, plans[plan].plan, adapter, large).items():
+            if (known := _TORCH.get(f"{name}{bits}")) is not None:
+                calls[known] = lambda form=form: adapter.predict(form, example)
+    if large:
+        del dense
         others, left = opened(folder, openvino=True)
         left |= json.loads((folder / "left.json").read_text())
     else:
         others, left = engines(dense, adapter, folder, openvino=True)
-    calls = {_TORCH[name]: lambda form=form: adapter.predict(form, example) for name, form in torch_forms.items()}
     calls |= {one.name: lambda one=one: one.run(example) for one in others}
     calls |= {name: lambda form=form: adapter.predict(form.model, example) for name, form in plans.items()}
     errors = {}

@@ -77,11 +77,32 @@ class SelfAttention(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.parts(x), scale=self.scale)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries, keys and values in x, (images, heads, tokens, channels) each."""
         query, key, value = x.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return query, key, value
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
+
+
+class CrossAttention(SelfAttention):
+    """The same where the keys and values are of other tokens, a prompt's for one: x (images, queries + 2 keys, heads, channels) holds
+    the queries, then the keys, then the values."""
+
+    def __init__(self, queries: int, scale: float | None = None) -> None:
+        super().__init__(scale)
+        self.queries = queries
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys = (x.shape[1] - self.queries) // 2
+        query, key, value = x.transpose(1, 2).split((self.queries, keys, keys), 2)
+        return query, key, value
+
+    def extra_repr(self) -> str:
+        return f"{self.queries} queries, {super().extra_repr()}"
 
 
 class _Forward:

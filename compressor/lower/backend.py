@@ -30,8 +30,8 @@ class Kind(StrEnum):
 class Unit:
     """What is lowered as one: a layer, a feed-forward pair whose activation lies between its two layers, or an attention.
 
-    `module` is the dense form: an `nn.Linear`, an `nn.Conv2d`, an `nn.Sequential` of Linear, GELU, Linear, or a
-    `SelfAttention`, which has no weight. It takes one tensor of `input_shape` (as seen in the example) and `dtype` on `device`.
+    `module` is the dense form: an `nn.Linear`, an `nn.Conv2d`, an `nn.Sequential` of Linear, GELU, Linear, or a `SelfAttention` or
+    `CrossAttention`, which have no weight. It takes one tensor of `input_shape` (as seen in the example) and `dtype` on `device`.
     `patterns` has the pattern that each of its weights obeys, in order; None where there is none.
     """
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressor.cost.contention import Cores
 from compressor.errors import UsageError, first_line
 from compressor.lower import contest
+from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Backend, Kind, Unit
 from compressor.lower.contest import BASE, Contest, Verdict
 from compressor.lower.graphs import Captured
@@ -264,9 +265,10 @@ def _layer_plan(one: Found, candidates: tuple[Candidate, ...], verdict: Verdict,
 def _shapes(unit: Unit) -> list[tuple[int, int, int]]:
     """M, N and K of the unit's products."""
     if unit.kind == Kind.ATTENTION:  # scores, and the values' shares
-        images, tokens, _, heads, channels = unit.input_shape
-        rows = images * heads * tokens
-        return [(rows, tokens, channels), (rows, channels, tokens)]
+        assert isinstance(unit.module, SelfAttention)
+        query, key, _ = unit.module.parts(torch.empty(unit.input_shape, device="meta"))
+        rows, channels, keys = query.numel() // query.shape[3], query.shape[3], key.shape[2]
+        return [(rows, keys, channels), (rows, channels, keys)]
     positions = torch.Size(unit.input_shape).numel() // unit.input_shape[-1]
     shapes = []
     for layer in unit.layers:

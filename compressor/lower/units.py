@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
 from compressor.lower import attention
-from compressor.lower.attention import SelfAttention
+from compressor.lower.attention import CrossAttention, SelfAttention
 from compressor.lower.backend import Unit
 from compressor.lower.pairs import chain_of, is_chain
 from compressor.lower.projections import FusedProjections, Sharers, joined
@@ -139,11 +139,12 @@ def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) ->
     """The attention of the module `name`, as one unit, where all `calls` are alike."""
     if not calls or len(set(calls)) != 1 or not calls[0][0]:
         return []
-    (images, heads, tokens, channels), scale = calls[0]
+    (images, heads, queries, channels, keys), scale = calls[0]
+    alike = queries == keys
     unit = Unit(
         name=name,
-        module=SelfAttention(scale),
-        input_shape=(images, tokens, 3, heads, channels),
+        module=SelfAttention(scale) if alike else CrossAttention(queries, scale),
+        input_shape=(images, queries, 3, heads, channels) if alike else (images, queries + 2 * keys, heads, channels),
         dtype=torch.float32,
         device=torch.device("cpu"),
         patterns=(),
@@ -291,10 +292,11 @@ class _Watch(TorchFunctionMode):
 def _attention_of(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
 ) -> tuple[tuple[int, ...], float | None]:
-    """The shape of a self-attention that kernels take, and its scale; an empty shape of any other."""
-    if not attention.fits(query, key, value, *rest, **named):
+    """The shape of the queries of an attention that kernels take, and how many keys there are; and its scale. An empty shape of any
+    other, and of one whose values have other channels than its keys."""
+    if not attention.fits(query, key, value, *rest, **named) or key.shape != value.shape:
         return (), None
-    return (tuple(query.shape) if query.shape == key.shape == value.shape else ()), named.get("scale")
+    return (*query.shape, key.shape[2]), named.get("scale")
 
 
 @contextmanager
