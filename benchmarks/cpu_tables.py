@@ -36,6 +36,31 @@ def int8(result: dict[str, Any]) -> str:
     )
 
 
+def dense_bits(with_vnni: dict[str, Any], without: dict[str, Any]) -> str:
+    """Dense layers in few bits, with VNNI and kept to AVX2: times, errors, and what they gain."""
+    lines = []
+    for result in (with_vnni, without):
+        names, ratios = list(result["rows"][0]["median_ms"]), list(result["rows"][0]["ratios"])
+        lines += [
+            f"| at `{result['level']}` | " + ", ms | ".join(names) + ", ms | " + " | ".join(ratios) + " |",
+            "|---|" + "---:|" * (len(names) + len(ratios)),
+        ]
+        for row in result["rows"]:
+            cells = [f"{row['median_ms'][name]:.2f}{_error(row['error'][name])}" for name in names]
+            cells += [f"{row['ratios'][name]:.2f}x" for name in ratios]
+            lines.append(f"| {row['layer']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(
+        [
+            *lines,
+            f"{with_vnni['threads']} threads; in turns, medians of {with_vnni['rounds']} rounds, seed {with_vnni['seed']}; "
+            f"{with_vnni['hardware'].rpartition(',')[0]}, in the second table PyTorch and oneDNN kept to AVX2 too; torch "
+            f"{with_vnni['versions']['torch']}. In brackets the relative error, where it is more than float32's rounding (at "
+            "8:2:4 from the pruned weights). Ratios are medians of those of single rounds. From `benchmarks/cpu/dense_bits.py`.",
+        ]
+    )
+
+
 def _error(error: float) -> str:
     return f" ({error:.1%})" if error > 1e-5 else ""
 

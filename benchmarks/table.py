@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import int8, levels, lowering, opponents, peaks, projections, sway, tokens
+from cpu_tables import dense_bits, int8, levels, lowering, opponents, peaks, projections, sway, tokens
 from merged import merged
 from quantised import table as in_8_bits
 
@@ -350,11 +350,11 @@ TABLES = (
     ("docs/lowering.md", "tokens", "tokens_cpu.json", tokens),
     ("docs/lowering.md", "levels", "levels_cpu.json", levels),
     ("docs/lowering.md", "projections", "projections_cpu.json", projections),
-    ("docs/lowering.md", "opponents", "opponents_cpu.json", opponents),
-    ("docs/lowering.md", "opponents-avx-vnni", "opponents_cpu_avx_vnni.json", opponents),
-    ("docs/lowering.md", "opponents-sd15", "opponents_cpu_sd15.json", opponents),
-    ("docs/lowering.md", "opponents-vnni", "opponents_cpu_vnni.json", opponents),
-    ("docs/lowering.md", "opponents-zen5", "opponents_cpu_zen5.json", opponents),
+    ("docs/lowering.md", "dense-bits", "dense_bits_cpu.json dense_bits_cpu_avx2.json", dense_bits),
+    *(
+        ("docs/lowering.md", f"opponents{it}", f"opponents_cpu{it.replace('-', '_')}.json", opponents)
+        for it in ("", "-avx-vnni", "-sd15", "-vnni", "-zen5")
+    ),
     *(("docs/lowering.md", f"peaks{it}", f"roofline_cpu{it.replace('-', '_')}.json", peaks) for it in ("", "-avx2")),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),

@@ -67,11 +67,12 @@ class Fuzz:
     def weight(self, rng: random.Random, shape: tuple[int, ...], lanes: int, v: int, m: int) -> tuple[Any, Tensor, Any]:
         """A packed weight, what it is in full precision, and its bias."""
         pattern = self.nm(2 if lanes else rng.randint(1, m), m, v)
+        four = 4 if lanes else m  # channels that the kernels take together
         weight = torch.randn(shape) * 10.0 ** rng.uniform(-3, 3)
         weight = pattern.mask(weight.abs()).apply(weight)
         weight = weight.bfloat16().float() if lanes == self.weights.Lanes.HALVES else weight
         bias = torch.randn(shape[0]) if rng.random() < 0.6 else None
-        block = 8 * m * rng.randint(1, 9) if rng.random() < 0.7 else m * rng.randint(1, 30)
+        block = 8 * m * rng.randint(1, 9) if rng.random() < 0.7 else four * rng.randint(1, 30)
         largest = rng.choice([127, 1000, 32_767])
         return (
             self.weights.KernelWeight(
@@ -88,7 +89,7 @@ class Fuzz:
         )
 
     def lanes(self, rng: random.Random) -> tuple[int, int]:
-        """What lanes hold, and the channels of a group."""
+        """What lanes hold, and the channels of a group: of pairs four, or two of a dense weight."""
         found = self.weights.Lanes
         kinds = [
             found.FLOATS,
@@ -97,7 +98,7 @@ class Fuzz:
             *([found.HALVES] if self.extension.level() == "avx512_bf16" else []),
         ]
         lanes = rng.choice(kinds)
-        return lanes, 4 if lanes else rng.choice([1, 2, 3, 4, 5, 8, 16])
+        return lanes, rng.choice([4, 2] if lanes else [1, 2, 3, 4, 5, 8, 16])
 
     def inputs(self, rng: random.Random, *shape: int, half: bool) -> Tensor:
         """Random inputs, of their own, in the midst of NaN, or with strides."""
@@ -123,7 +124,7 @@ class Fuzz:
     def linear(self, rng: random.Random) -> None:
         lanes, m = self.lanes(rng)
         v = rng.choice([1, 2, 4, 8])
-        rows, inner, tokens = v * rng.randint(1, 40), m * rng.randint(1, 60), rng.randint(1, 150)
+        rows, inner, tokens = v * rng.randint(1, 40), (4 if lanes else m) * rng.randint(1, 60), rng.randint(1, 150)
         weight, full, bias = self.weight(rng, (rows, inner), lanes, v, m)
         halves = lanes == self.weights.Lanes.HALVES
         x = self.inputs(rng, tokens, inner, half=halves or rng.random() < 0.4)
@@ -132,7 +133,7 @@ class Fuzz:
             assert torch.equal(module(x), self.int8.linear(x, full, bias, weight.layout.largest)), "not exact"
             return
         if lanes == self.weights.Lanes.BYTES:
-            assert torch.equal(module(x), self.bytes.linear(x, full, bias, weight.layout.block)), "not exact"
+            assert torch.equal(module(x), self.bytes.linear(x, full, bias, weight.layout.block, group=m)), "not exact"
             return
         wide, b = x.double(), None if bias is None else bias.double()
         magnitude = F.linear(wide.abs(), full.double().abs(), None if b is None else b.abs())
@@ -141,10 +142,12 @@ class Fuzz:
     def pair(self, rng: random.Random) -> None:
         lanes, m = self.lanes(rng)
         vs = rng.choices([1, 2, 4, 8], k=2)
+        groups = rng.choices([4, 2], k=2) if lanes else [m, m]
+        m = 4 if lanes else m
         inner, out, tokens = m * rng.randint(1, 20), vs[1] * rng.randint(1, 20), rng.randint(1, 80)
         hidden = vs[0] * m * rng.randint(1, 60)
-        first, full1, bias1 = self.weight(rng, (hidden, inner), lanes, vs[0], m)
-        second, full2, bias2 = self.weight(rng, (out, hidden), lanes, vs[1], m)
+        first, full1, bias1 = self.weight(rng, (hidden, inner), lanes, vs[0], groups[0])
+        second, full2, bias2 = self.weight(rng, (out, hidden), lanes, vs[1], groups[1])
         tanh = rng.random() < 0.5
         x = self.inputs(rng, tokens, inner, half=lanes == self.weights.Lanes.HALVES or rng.random() < 0.4)
         module = self.vnm.VNMPair(first, second, tanh)
@@ -164,7 +167,8 @@ class Fuzz:
         if lanes == self.weights.Lanes.BYTES:
             layers = [dense(full1, bias1), dense(full2, bias2)]
             with torch.no_grad():
-                found = self.bytes.pair(x, *layers, approximate, (first.layout.block, second.layout.block))
+                blocks = first.layout.block, second.layout.block
+                found = self.bytes.pair(x, *layers, approximate, blocks, groups=(groups[0], groups[1]))
                 assert torch.equal(module(x), found), "not exact"
             return
         wide = x.double()
@@ -179,8 +183,8 @@ class Fuzz:
         stride, padding = (1, side // 2) if rng.random() < 0.5 else (rng.randint(1, side), rng.randint(0, side - 1))
         least = max(1, side - 2 * padding)
         lanes = rng.choice([self.weights.Lanes.FLOATS, self.weights.Lanes.CODES, self.weights.Lanes.BYTES])
-        m = 4 if lanes else m
-        rows, inner = v * rng.randint(1, 10), m * rng.randint(1, 6)
+        m = rng.choice([4, 2]) if lanes else m
+        rows, inner = v * rng.randint(1, 10), (4 if lanes else m) * rng.randint(1, 6)
         weight, full, bias = self.weight(rng, (rows, inner, side, side), lanes, v, m)
         shape = (rng.randint(1, 6), inner, rng.randint(least, 20), rng.randint(least, 40))
         x = self.inputs(rng, *shape, half=rng.random() < 0.4)
@@ -188,7 +192,7 @@ class Fuzz:
         where = {"stride": stride, "padding": padding}
         if lanes:
             wanted = (
-                self.bytes.convolution(x, full, bias, weight.layout.block, **where)
+                self.bytes.convolution(x, full, bias, weight.layout.block, group=m, **where)
                 if lanes == self.weights.Lanes.BYTES
                 else self.int8.convolution(x, full, bias, weight.layout.largest, **where)
             )
@@ -326,16 +330,17 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
         }
         wrong |= {8: [0, -1, 2**28 + 1], 9: [0, -1, 2**28 + 1, 2**31 - 1]}
     for at in range(14, len(numbers), 16):
-        rows, inner, v, _, block, group, kept = numbers[at : at + 7]
+        rows, inner, v, _, block, group, kept, planes = numbers[at : at + 8]
+        half = [2] if lanes and group == 2 else []  # of the four channels that are taken together
         wrong |= {
             at: [0, -v, 2**24 + v, 2**31 - v, *([rows + 1] if v > 1 else [])],
-            at + 1: [0, -group, (2**24 // group + 1) * group, *([inner + 1] if group > 1 else [])],
+            at + 1: [0, -group, (2**24 // group + 1) * group, *([inner + 1] if group > 1 else []), *(inner + n for n in half)],
             at + 2: [0, -1, 3, 5, 16, -8, 2**31 - 1],
             at + 3: [0, -1, 2, 50, 65_536],
-            at + 4: [0, -group, (2**24 // group + 1) * group, *([block + 1] if group > 1 else [])],
+            at + 4: [0, -group, (2**24 // group + 1) * group, *([block + 1] if group > 1 else []), *(block + n for n in half)],
             at + 5: [0, -1, -group, inner + 1, 2**31 - 1],
             at + 6: [0, -1, group + 1, *([kept + 1] if lanes else [])],
-            at + 7: [0, -1, group - 1, group + 1, 2**31 - 1],
+            at + 7: [n for n in (0, -1, group - 1, group + 1, 2**31 - 1) if n != planes],
             # in whole numbers an image needs its largest ones, whose address is 0 here
             at + 8: [-1, 4, *([1, 2, 3] if kind == 2 else [])],
             at + 10: [0],

@@ -196,6 +196,10 @@ def test_a_model_that_was_never_pruned_gains_in_few_bits_within_an_error(monkeyp
     exact = compressor.lower(model, x, max_error=1e-4, cache=False)
     with torch.no_grad():
         assert near(exact.model(x), wanted) < 1e-4
+    compressor.lower(model, x, max_error=0.05)
+    kept = compressor.lower(model, x, max_error=0.05).plan  # by times from the cache
+    packed, dense_form = kept.form("dense, packed"), kept.form("dense")
+    assert packed is not None and packed.products == () and dense_form is not None and dense_form.products
     again = compressor.lower(model, x, max_error=0.05, plan=found.plan)
     with torch.no_grad():
         assert torch.equal(again.model(x), found.model(x))

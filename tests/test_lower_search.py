@@ -201,11 +201,31 @@ def test_a_layer_goes_back_as_far_as_it_has_to(
     assert search is not None and search.error is not None and search.error <= max_error
     assert search.alone == pytest.approx({f"layers.{n}": e for n, e in enumerate(coarse)}, rel=1e-3)
     assert {name: own["coarse"] for name, own in search.slower.items()} == pytest.approx(
-        {f"layers.{n}": e for n, e in enumerate(fine)}, rel=1e-3
+        {f"layers.{n}": e for n, e in enumerate(fine) if e < coarse[n]}, rel=1e-3
     )
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     back = [layer for layer in plan.layers if layer.choice != "coarser"]
     assert all(layer.reason.startswith(f"coarser would be {TIMES[layer.choice] / 0.8:.2f}x as fast") for layer in back)
+
+
+@dataclass(frozen=True)
+class CoarseDense(Coarse):
+    """The same numbers without skipping zeros."""
+
+    skips_zeros: bool = False
+
+
+def test_a_dense_form_of_the_same_numbers_is_no_step_back(timed: dict[str, float]) -> None:
+    """What is between it and the next finer one is found all the same, though no faster than it."""
+    timed |= {"coarser": 0.8, "coarser, dense": 1.0, "coarse": 1.0}
+    model = Parallel(3)
+    fine, coarse = [0.001] * 3, [0.03, 0.01, 0.01]
+    dense = CoarseDense("coarser, dense", off=shares(model, coarse).off)
+    plan = plan_of(model, X, Sparse(), dense, shares(model, fine), shares(model, coarse, "coarser"), max_error=0.02)
+    assert list(choices(plan).values()) == ["coarse", "coarser", "coarser"]
+    assert plan.search is not None and {name: set(own) for name, own in plan.search.slower.items()} == {
+        f"layers.{n}": {"coarse"} for n in range(3)
+    }
 
 
 class Chain(nn.Module):

@@ -4,7 +4,7 @@
 
 Random weights, pruned by magnitude: U-ViT-S/2 (4:2:4 in every Linear of the blocks), the DDPM UNet for CIFAR-10 (8:2:4 in every layer
 that it fits), one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward), and the UNet of
-Stable Diffusion 1.5 (8:2:4 in the default targets), whose cell takes half an hour and some 20 GiB of memory. The dense weights run
+Stable Diffusion 1.5 (8:2:4 in the default targets), whose cell takes half an hour and nearly 24 GiB of memory. The dense weights run
 in PyTorch (eager, prepacked; in 8 bits by the kernels here), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones
 lowered in float32, and with `max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same
 weights in eager float32, in standard deviations of the output. Cells of a former file stay unless they are measured again.

@@ -98,7 +98,7 @@ class CrossAttention(SelfAttention):
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys = (x.shape[1] - self.queries) // 2
-        query, key, value = x.transpose(1, 2).split((self.queries, keys, keys), 2)
+        query, key, value = torch.split(x.transpose(1, 2), [self.queries, keys, keys], 2)
         return query, key, value
 
     def extra_repr(self) -> str:

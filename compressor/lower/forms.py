@@ -22,7 +22,7 @@ from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
 from compressor.lower import contest
 from compressor.lower.chooser import held, refusal_of, relative
-from compressor.lower.contest import Contest
+from compressor.lower.contest import BASE, Contest
 from compressor.lower.graphs import Graphed
 from compressor.lower.job import SEED, Job, prepared, tensors_in
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
@@ -72,11 +72,11 @@ def _exact(job: Job, layers: Sequence[LayerPlan], allowed: float) -> tuple[str, 
 
 def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
     """Every layer in the first dense form that it has besides its own, whatever times say; quantised ones are none."""
-    dense = [b.name for b in job.backends if not b.skips_zeros and not b.quantises and b.name != contest.BASE]
+    dense = [b.name for b in job.backends if not b.skips_zeros and not b.quantises and b.name != BASE]
     choices = {}
     for layer in layers:
         able = {c.backend for c in layer.candidates if c.refused is None}
-        choices[layer.name] = next((name for name in dense if name in able), contest.BASE)
+        choices[layer.name] = next((name for name in dense if name in able), BASE)
     return choices
 
 
@@ -146,7 +146,7 @@ def guarded(
     began = Cores.now()
     rounds = contest.timed(calls, _ROUNDS, device, sparse)
     held = Contest.of(rounds, sparse, contest.taken_since(began, device))
-    products = {"dense": _products(job, dense), "lowered": _products(job, {one.name: one.choice for one in layers})}
+    products = {name: _products(job, _choices(job, name, layers, exact)) for name in forms}
     choice, reason = _chosen(held, products)
     opponent = min(held.dense, key=held.medians.__getitem__)
     notes = [*job.notes, *refused, *([] if search is None else [search.remark])]
@@ -168,7 +168,7 @@ def guarded(
                 speedup=held.ratio(name, opponent),
                 error=errors[name],
                 against=dict(held.against[name]),
-                products=products.get(name.partition(", ")[0], ()),
+                products=products[name],
             )
             for name in forms
         ),
@@ -218,13 +218,19 @@ def _products(job: Job, choices: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _chosen(held: Contest, products: Mapping[str, Sequence[str]]) -> tuple[str, str]:
-    """The form to take and why; a comparison names what both multiply in, where that is not the model's dtype."""
+    """The form to take and why. What forms multiply in besides the model's dtype is named: of both sides of a comparison, and of a
+    dense form that is taken."""
     verdict = held.verdict()
     reason = verdict.reason("the lowered model", "no layer gains from a sparse kernel here")
-    ours, theirs = (products.get((name or "").partition(", ")[0], ()) for name in (verdict.best, verdict.opponent))
+    named = (verdict.best or "", verdict.opponent, verdict.choice)
+    ours, theirs, taken = (" and ".join(products.get(name, ())) for name in named)
     if verdict.best is not None and (ours or theirs):
-        reason += f" ({' and '.join(ours) or 'no 8 bits'} against {' and '.join(theirs) or 'none'})"
-    return verdict.choice, reason if verdict.choice == verdict.best or verdict.best is None else f"{reason}: not taken"
+        reason += f" ({ours or 'none in few bits'} against {theirs or 'none in few bits'})"
+    if verdict.best not in (verdict.choice, None):
+        reason += ": not taken"
+    if taken and verdict.choice != verdict.best:
+        reason += f"; {verdict.choice}, in {taken}, has {held.ratio(verdict.choice, BASE):.2f}x the speed of {BASE}"
+    return verdict.choice, reason
 
 
 def _versions(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
@@ -355,7 +361,7 @@ def _checked(job: Job, plan: Plan, weights: bool = True) -> list[LayerPlan]:
         backend, unit = job.backend(layer.choice), units[name].unit
         if weights and (reason := refusal_of(backend, unit, job.device)):
             raise CompressorError(f"{name}: {layer.choice} does not run it here: {reason}", again)
-        if (timed := layer.candidate(contest.BASE)) is None or timed.median_ms is None:
+        if (timed := layer.candidate(BASE)) is None or timed.median_ms is None:
             raise CompressorError(f"{name}: the plan has no time of the layer as it is", again)
         if layer.dtype != (found := str(unit.dtype).removeprefix("torch.")):
             raise CompressorError(f"{name}: the plan was measured in {layer.dtype}, this is {found}", again)

@@ -22,10 +22,14 @@ from compressor.lower.plan import LayerPlan, Search
 from compressor.progress import Progress
 
 
+_FINER = 0.95
+"""What a slower form in few bits may have at most of the error of a faster one: the next one in use has half."""
+
+
 @dataclass(frozen=True)
 class _Ladder:
-    """What a layer may be run by: first the fastest form, which is in few bits, then slower ones, and last a float form. `times` are
-    their milliseconds, `place` is the layer's among all."""
+    """What a layer may be run by: first the fastest form, which is in few bits, then slower ones that are more exact, and last a float
+    form. `times` are their milliseconds, `place` is the layer's among all."""
 
     forms: tuple[LayerPlan, ...]
     times: tuple[float, ...]
@@ -133,12 +137,16 @@ def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
         if layer.choice not in quantising:
             continue
         times = {one.backend: one.median_ms for one in layer.candidates if one.median_ms is not None}
-        forms, taken = [layer], set[str]()
+        errors = {one.backend: one.error for one in layer.candidates if one.error is not None}
+        forms, taken = [layer], {layer.choice}
         while forms[-1].choice in quantising:
-            taken.add(forms[-1].choice)
             verdict = held(layer, skipping, without=taken).verdict()
             if verdict.choice not in quantising:
                 verdict = held(layer, skipping, without=quantising).verdict()
+            taken.add(verdict.choice)
+            before, after = (errors.get(name, 0.0) for name in (forms[-1].choice, verdict.choice))
+            if verdict.choice in quantising and after > _FINER * before:
+                continue  # the same numbers in a slower way, as a sparse layer's dense form is
             update = {"choice": verdict.choice, "reason": verdict.reason(), "skips_zeros": verdict.choice in skipping}
             forms.append(layer.model_copy(update=update))
         found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))
