@@ -88,7 +88,9 @@ def measured(name: str, layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], ro
     x = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
     wanted = copy.deepcopy(layer).double()(x.double())
     of_pruned = copy.deepcopy(pruned).double()(x.double())
-    errors = {key: relative(form(x), of_pruned if key.startswith(str(PATTERN)) else wanted) for key, form in forms.items()}
+    errors = {
+        key: relative(form(x), of_pruned if key.startswith(str(PATTERN)) else wanted) for key, form in forms.items()
+    }
     seconds = interleaved([lambda f=form: f(x) for form in forms.values()], rounds, CPU)  # type: ignore[misc]
     times = dict(zip(forms, seconds, strict=True))
     medians = {key: median_ms(own) for key, own in times.items()}
