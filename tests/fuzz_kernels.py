@@ -334,10 +334,22 @@ def wrong_numbers(numbers: Sequence[int], kind: int, lanes: int) -> list[tuple[i
         half = [2] if lanes and group == 2 else []  # of the four channels that are taken together
         wrong |= {
             at: [0, -v, 2**24 + v, 2**31 - v, *([rows + 1] if v > 1 else [])],
-            at + 1: [0, -group, (2**24 // group + 1) * group, *([inner + 1] if group > 1 else []), *(inner + n for n in half)],
+            at + 1: [
+                0,
+                -group,
+                (2**24 // group + 1) * group,
+                *([inner + 1] if group > 1 else []),
+                *(inner + n for n in half),
+            ],
             at + 2: [0, -1, 3, 5, 16, -8, 2**31 - 1],
             at + 3: [0, -1, 2, 50, 65_536],
-            at + 4: [0, -group, (2**24 // group + 1) * group, *([block + 1] if group > 1 else []), *(block + n for n in half)],
+            at + 4: [
+                0,
+                -group,
+                (2**24 // group + 1) * group,
+                *([block + 1] if group > 1 else []),
+                *(block + n for n in half),
+            ],
             at + 5: [0, -1, -group, inner + 1, 2**31 - 1],
             at + 6: [0, -1, group + 1, *([kept + 1] if lanes else [])],
             at + 7: [n for n in (0, -1, group - 1, group + 1, 2**31 - 1) if n != planes],

@@ -301,7 +301,9 @@ def test_a_layer_that_is_to_be_exact_has_no_8_bits():
 def test_a_comparison_names_what_both_multiply_in(products):
     rounds = {"eager": (2.0,) * 60, "dense": (1.5,) * 60, "lowered": (1.0,) * 60}
     choice, reason = forms._chosen(Contest.of(rounds, {"lowered"}), {"dense": products, "lowered": ("int8",)})
-    assert choice == "lowered" and reason.endswith("(int8 against int8)" if products else "(int8 against none in few bits)")
+    assert choice == "lowered" and reason.endswith(
+        "(int8 against int8)" if products else "(int8 against none in few bits)"
+    )
 
 
 def test_a_dense_form_that_is_taken_says_what_it_multiplies_in():

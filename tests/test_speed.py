@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from compressor import Plan, registry, saving
+from compressor.lower import contest
+from compressor.lower.vnm_kernels import kernels
 from compressor.report import schema
 from compressor.weights import weights_sha256
 
@@ -142,6 +144,32 @@ def test_an_error_of_the_whole_model_lets_8_bit_kernels_be_tried(copied: Path, c
     assert all(form.error is not None and form.error <= 0.05 for form in plan.forms)
     assert any(c.backend == "vnm-int8" for one in plan.layers for c in one.candidates)
     assert cli("bench", copied, "--max-error", "2").code == 2
+
+
+@pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
+def test_dense_weights_in_few_bits_stand_beside_those_in_float(
+    copied: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the times of this machine: for the choice of forms few bits are fast here, and sparse ones a little faster."""
+
+    def told(calls: Any, rounds: int, device: Any, sparse: Any) -> dict[str, tuple[float, ...]]:
+        few = ("w7a8", "w8a8", "int8", "dense", "lowered")
+        return {name: ((1.0 if name.endswith(few) else 8.0) * (0.9 if name in sparse else 1.0),) * 25 for name in calls}
+
+    monkeypatch.setattr(contest, "timed", told)
+    command = ("bench", copied, "--batches", "2", "--max-error", "0.05", "--no-compiled", "--no-onnx", "--json")
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    entries = {(one["row"], one["backend"]): one for one in json.loads(outcome.out)}
+    dense = {backend: one for (row, backend), one in entries.items() if row == "dense"}
+    assert {"eager", "prepacked", "prepacked, few bits"} <= set(dense)
+    assert dense["prepacked"]["error"] < 1e-4
+    assert 1e-3 < dense["prepacked, few bits"]["error"] < 0.05
+    # what is exact is held against what is exact, and the lowered form against all that kept to the same error
+    for (_, backend), one in entries.items():
+        rivals = dense if backend in ("lowered", "prepacked, few bits") else {"eager", "prepacked"} & set(dense)
+        assert one["against"] == min(rivals, key=lambda name: dense[name]["median_ms"])
+    assert "prepacked, few bits" in (copied / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -268,15 +268,18 @@ def dense_forms(
     dtype: torch.dtype | None = None,
     adapter: Adapter | None = None,
     left_out: dict[str, str] | None = None,
+    few_bits: bool = True,
 ) -> dict[str, nn.Module]:
-    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning.
+    """The dense forms that `plan` timed, by name, of another model of the same layers: of the one before pruning. Without `few_bits`
+    each layer is in its fastest form that does not quantise.
 
     Those that do not run or give no numbers are told in `left_out`; without it they are a CompressorError."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter, fuse=plan.fused)
+    exact = plan.exact if few_bits else tuple(layer.name for layer in plan.layers)
     forms = {
         "eager": job.base,
-        "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), plan.exact)),
+        "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), exact)),
     }
     for form in plan.forms:
         name, *how = form.name.split(", ")

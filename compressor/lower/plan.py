@@ -168,6 +168,11 @@ class Plan(_Value):
         """The names of the weights whose zeros are really left out."""
         return {name for layer in self.layers if layer.skips_zeros for name in layer.weights} if self.lowered else set()
 
+    @property
+    def dense_in_few_bits(self) -> tuple[str, ...]:
+        """The dense forms that multiply some layers in fewer bits than the model has."""
+        return tuple(form.name for form in self.forms if form.dense and form.products)
+
     def form(self, name: str) -> Form | None:
         """The form of that name."""
         return next((form for form in self.forms if form.name == name), None)

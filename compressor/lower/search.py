@@ -21,7 +21,6 @@ from compressor.lower.job import Job
 from compressor.lower.plan import LayerPlan, Search
 from compressor.progress import Progress
 
-
 _FINER = 0.95
 """What a slower form in few bits may have at most of the error of a faster one: the next one in use has half."""
 

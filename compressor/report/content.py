@@ -15,6 +15,8 @@ DENSE, ONE_SHOT = "dense", "one-shot"
 """The names of the rows that every run has besides its method's."""
 
 LOWERED, EAGER, PREPACKED = "lowered", "eager", "prepacked"
+FEW_BITS = ", few bits"
+"""What the names of dense forms end with that multiply some layers in fewer bits than the model has."""
 PIPELINE, PIPELINE_LOWERED = "pipeline", "pipeline, lowered"
 """Backends of a latency that mean something to the report: the plan's choice, the model as it is or with its weights laid out for
 their products, and a whole pipeline with the model lowered or not."""

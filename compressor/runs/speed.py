@@ -23,7 +23,7 @@ from compressor.lower.job import in_dtype, lively
 from compressor.lower.plan import FILE
 from compressor.progress import Progress
 from compressor.report import render
-from compressor.report.content import EAGER, LOWERED, ONNX, TENSORRT, Latency, Lowering, Report
+from compressor.report.content import EAGER, FEW_BITS, LOWERED, ONNX, TENSORRT, Latency, Lowering, Report
 from compressor.report.limitations import limitations
 from compressor.runs import trade_offs
 from compressor.runs.saved import Finished, finished
@@ -167,7 +167,7 @@ def _timed(
     """The forms of the dense and the sparse weights, timed in turns, each with its error; and why others were left out.
 
     A speed-up is over the fastest form of the dense weights that is no less exact; that of sparse weights in another engine, over the
-    dense ones there.
+    dense ones there. Dense forms in few bits, which kept to the same error, count for the lowered form whatever their error is.
     """
     first, last = run.dense_row.name, run.report.final.name
     exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
@@ -178,8 +178,13 @@ def _timed(
         return _Form(row, backend, kept, partial(run.adapter.predict, model))
 
     left_out: dict[str, str] = {}
-    found = dense_forms(run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter, left_out=left_out)
-    forms = [form(first, _NAMES.get(name, name), model) for name, model in found.items()]
+    made = partial(dense_forms, run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter)
+    forms = [
+        form(first, _NAMES.get(name, name), model) for name, model in made(left_out=left_out, few_bits=False).items()
+    ]
+    if few := lowered.plan.dense_in_few_bits:
+        found = made(left_out={}).items()
+        forms += [form(first, _NAMES.get(name, name) + FEW_BITS, model) for name, model in found if name in few]
     if last != first:
         forms += [form(last, EAGER, in_dtype(run.sparse, dtype)), form(last, LOWERED, lowered.model)]
     forms += others
@@ -192,7 +197,7 @@ def _timed(
             other
             for other, rival in enumerate(forms)
             if rival.row == first
-            and (rival.dtype == kept or errors[other] <= max(errors[at], _ROUNDING))
+            and (errors[other] <= max(errors[at], _ROUNDING) or _kept_to(rival, one, kept))
             and (rival.backend == ONNX or not one.backend.startswith(ONNX) or one.row == first)
         ]
         best = min(rivals, key=lambda other: times[other].median_ms)
@@ -200,6 +205,11 @@ def _timed(
         update = {"error": errors[at]} | ({"of_plan": True} if one.backend == LOWERED and of_plan else {})
         entries.append((one.row, entry.model_copy(update=update)))
     return entries, {_NAMES.get(name, name): reason for name, reason in left_out.items()}
+
+
+def _kept_to(rival: _Form, one: _Form, dtype: str) -> bool:
+    """Whether `rival` kept to what `one` did: to the model's dtype, or in few bits to the same error."""
+    return one.backend == LOWERED if rival.backend.endswith(FEW_BITS) else rival.dtype == dtype
 
 
 _NAMES = {**trade_offs.FORMS, "eager, compiled": "compiled", "dense, compiled": "prepacked, compiled"}

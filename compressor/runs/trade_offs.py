@@ -23,7 +23,7 @@ from compressor.progress import Progress
 from compressor.quality import drift
 from compressor.quality.similarity import ssim
 from compressor.recipe import plain_assignment
-from compressor.report.content import EAGER, PREPACKED, Report, TradeOff
+from compressor.report.content import EAGER, FEW_BITS, PREPACKED, Report, TradeOff
 from compressor.runs.saved import Finished
 
 _ROUNDS = 3
@@ -122,7 +122,8 @@ def traded(
 def _models(
     run: Finished, tolerance: float | None, max_error: float | None, fuse_projections: bool | None
 ) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
-    """The dense weights and the run's, by row and form."""
+    """The dense weights and the run's, by row and form. The first are dense weights in float; where an error is allowed, in few bits
+    after them."""
     example = to_device(run.adapter.example_inputs(1), run.device)
     digest = run.report.final.weights_sha256
     lowered = yield from lowering(
@@ -134,12 +135,19 @@ def _models(
         fuse_projections=fuse_projections,
         digest=digest,
     )
-    dense = dense_forms(run.dense, example, lowered.plan, adapter=run.adapter, left_out={})
-    known = {form.name: form.median_ms for form in lowered.plan.forms if form.name in FORMS and form.name in dense}
-    best = min(known, key=lambda name: known[name])
+    plan = lowered.plan
+    dense = dense_forms(run.dense, example, plan, adapter=run.adapter, left_out={}, few_bits=False)
+    few = "dense" in plan.dense_in_few_bits  # its time is not that of the form in float, which is no slower than eager
+    known = {form.name: form.median_ms for form in plan.forms if form.name in FORMS and form.name in dense}
+    best = "dense" if few and "dense" in dense else min(known, key=lambda name: known[name])
     models = {(run.dense_row.name, FORMS[best]): dense[best]}
+    if (
+        few
+        and (coarse := dense_forms(run.dense, example, plan, adapter=run.adapter, left_out={}).get("dense")) is not None
+    ):
+        models[run.dense_row.name, PREPACKED + FEW_BITS] = coarse
     if run.report.final.name != run.dense_row.name:
-        models[run.report.final.name, FORMS.get(lowered.plan.choice, lowered.plan.choice)] = lowered.model
+        models[run.report.final.name, FORMS.get(plan.choice, plan.choice)] = lowered.model
     return models
 
 
