@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from compressor import Plan, registry, saving
-from compressor.lower import contest
-from compressor.lower.vnm_kernels import kernels
 from compressor.report import schema
 from compressor.weights import weights_sha256
 
@@ -146,17 +144,8 @@ def test_an_error_of_the_whole_model_lets_8_bit_kernels_be_tried(copied: Path, c
     assert cli("bench", copied, "--max-error", "2").code == 2
 
 
-@pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
-def test_dense_weights_in_few_bits_stand_beside_those_in_float(
-    copied: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the times of this machine: for the choice of forms few bits are fast here, and sparse ones a little faster."""
-
-    def told(calls: Any, rounds: int, device: Any, sparse: Any) -> dict[str, tuple[float, ...]]:
-        few = ("w7a8", "w8a8", "int8", "dense", "lowered")
-        return {name: ((1.0 if name.endswith(few) else 8.0) * (0.9 if name in sparse else 1.0),) * 25 for name in calls}
-
-    monkeypatch.setattr(contest, "timed", told)
+@pytest.mark.usefixtures("few_bits_fast")
+def test_dense_weights_in_few_bits_stand_beside_those_in_float(copied: Path, cli: Any) -> None:
     command = ("bench", copied, "--batches", "2", "--max-error", "0.05", "--no-compiled", "--no-onnx", "--json")
     outcome = cli(*command)
     assert outcome.code == 0, outcome.err

@@ -130,6 +130,29 @@ def test_a_report_has_weights_caches_and_steps_from_the_same_noise(cli, tmp_path
     assert files.read_json(tmp_path / "run" / "report.json")["trade_offs"] == trades
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_bits_fast")
+def test_pictures_are_held_against_dense_weights_in_float(cli, tmp_path):
+    """Where an error is allowed, the fastest dense form is in few bits: a row of its own, and no measure of the others."""
+    folder = tiny_pipelines.saved("flux", tmp_path)
+    short = ("record.n=2", "record.unseen=2", "record.steps=2", "evaluate.latency_rounds=0")
+    given = ("run", "--pipeline", folder, "--prompts", folder.with_suffix(".jsonl"), "--out", tmp_path / "run")
+    settings = [part for one in short for part in ("--set", one)]
+    outcome = cli(*given, "--method", "magnitude", "--pattern", "4:2:4", "--steps", "0", *settings)
+    assert outcome.code == 0, outcome.err
+    bench = ("bench", tmp_path / "run", "--no-compiled", "--no-onnx", "--max-error", "0.1", "--steps", "1", "--json")
+    outcome = cli(*bench)
+    assert outcome.code == 0, outcome.err
+    first, few, sparse, *_ = json.loads(outcome.out)["trade_offs"]
+    assert [(one["row"], one["form"]) for one in (first, few)] == [
+        ("dense", "prepacked"),
+        ("dense", "prepacked, few bits"),
+    ]
+    assert sparse["row"] == "magnitude"
+    assert first["sample_rmse"] < 1e-6 < few["sample_rmse"] < sparse["sample_rmse"]
+    assert "dense, few bits" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")  # in the chart
+
+
 def test_the_run_of_a_model_alone_has_no_caches(cli, finished):
     outcome = cli("bench", finished, "--no-compiled", "--no-onnx", "--steps", "3")
     assert outcome.code == 2 and "is not the run of a pipeline" in outcome.err

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from compressor.report import timings
-from compressor.report.content import DENSE, EAGER, LOWERED, ONE_SHOT, Layer, Report, Row, TrainSummary
+from compressor.report.content import DENSE, EAGER, FEW_BITS, LOWERED, ONE_SHOT, Layer, Report, Row, TrainSummary
 from compressor.report.numbers import NONE, count, number, percent, seconds, size, times, with_interval
 
 
@@ -163,12 +163,13 @@ def trade_off_points(report: Report) -> list[tuple[str, float, float, None]]:
     """The trade-offs as points of a chart: the name, the time in milliseconds, the RMSE."""
     return [
         (
-            ", ".join(part for part in (entry.row, entry.cache, entry.steps and f"{entry.steps} steps") if part),
+            ", ".join(part for part in (entry.row, few, entry.cache, entry.steps and f"{entry.steps} steps") if part),
             entry.median_ms,
             entry.sample_rmse,
             None,
         )
         for entry in report.trade_offs
+        for few in ["few bits" if entry.form.endswith(FEW_BITS) else None]
     ]
 
 
