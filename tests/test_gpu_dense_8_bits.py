@@ -283,8 +283,8 @@ def test_the_dense_form_has_8_bits_as_far_as_the_error_allows(monkeypatch, dense
 
 
 def _takes(eight: str, other: str) -> Any:
-    def fastest(job: Any, layers: Any, exact: Any = ()) -> dict[str, str]:
-        return {layer.name: other if layer.name in exact else eight for layer in layers}
+    def fastest(job: Any, layers: Any, bound: Any) -> dict[str, str]:
+        return {layer.name: other if layer.name in bound.exact else eight for layer in layers}
 
     return fastest
 
@@ -293,7 +293,7 @@ def test_a_layer_that_is_to_be_exact_has_no_8_bits():
     plan = compressor.lower(Net(), X, backends(1e-3), tolerance=0.05, cache=False).plan
     job = prepared(Net(), X, backends(1e-3), None, None, True)
     names = [layer.name for layer in plan.layers]
-    chosen = forms._fastest_dense(job, plan.layers, names[:1])
+    chosen = forms._fastest_dense(job, plan.layers, forms._Bound(tuple(names[:1])))
     assert chosen[names[0]] != "eight" and set(chosen) == set(names)
 
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 import compressor
 from compressor import CompressorError
 from compressor.lower.backend import Backend
+from compressor.lower.forms import dense_forms
+from compressor.lower.plan import Plan
 from compressor.lower.vnm import VNNI, kernels
 from compressor.lower.vnm import level as level_here
 from compressor.lower.vnm_dense import VNMDenseInt8, VNMDenseW7A8, VNMDenseW8A8
 from compressor.lower.vnm_weight import LARGEST_INNER, LARGEST_INNER_OF_BYTES
+from compressor.runs.trade_offs import called
 from compressor.sparsity.pattern import NM
 
 pytestmark = pytest.mark.skipif(kernels()[0] is None, reason="the compiled kernels are not installed")
@@ -106,7 +109,7 @@ def test_a_pruned_layer_is_multiplied_as_a_dense_one(level: str) -> None:
     [
         (lambda: nn.Linear(10, 8), "10 input channels"),
         (lambda: nn.Conv2d(3, 8, 3), "3 input channels"),
-        (lambda: nn.Conv2d(8, 8, 3, groups=2), "groups"),
+        (lambda: nn.Conv2d(8, 8, 3, groups=8), "8 groups"),
         (lambda: nn.Conv2d(8, 8, 3, dilation=2), "dilation"),
         (lambda: nn.Conv2d(8, 8, (1, 3)), "squares"),
         (lambda: nn.Linear(8, 8).double(), "float64"),
@@ -167,39 +170,78 @@ def test_they_are_dense_forms_that_are_tried_where_an_error_is_allowed() -> None
     assert tight is not None and "above 1e-04" in str(tight.refused) and tight.median_ms is None
 
 
-def test_a_model_that_was_never_pruned_gains_in_few_bits_within_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the times of this machine: here they say that few bits are fast."""
-    from compressor.lower import contest
+class Residual(nn.Module):
+    """Layers of one shape, whose errors add up to the model's."""
 
-    timed = contest.timed
-    slow = {"eager", "onednn", "dense", "vnm-dense-int8"}
+    def __init__(self, pattern: NM | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(6))
+        for layer in self.layers if pattern is not None else ():
+            layer.weight.data = pattern.mask(layer.weight.abs()).apply(layer.weight.data)
 
-    def told(calls, rounds, device, apart):  # type: ignore[no-untyped-def]
-        found = timed(calls, rounds, device, apart)
-        of_layer = "onednn" in found or bytes_here() in found
-        return {
-            name: tuple(10.0 if (name in slow if of_layer else name == "eager") else 1.0 for _ in own)
-            for name, own in found.items()
-        }
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + 2 * F.silu(layer(x))
+        return x
 
-    monkeypatch.setattr(contest, "timed", told)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64)).eval()
-    x = normal(40, 64)
-    wanted = model(x)
+
+TIMES = {"vnm": 5.0, "vnm-int8": 2.0, "vnm-dense-int8": 3.0, "vnm-w8a8": 1.0, "vnm-w7a8": 1.0}
+TIMES |= {"vnm-dense-w8a8": 1.5, "vnm-dense-w7a8": 1.5, "dense": 1.5, "lowered": 1.0}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that do not depend on this machine: few bits are fast."""
+    monkeypatch.setattr(
+        "compressor.lower.contest.timed",
+        lambda calls, rounds, device, apart: {name: (TIMES.get(name, 10.0),) * 25 for name in calls},
+    )
+
+
+@pytest.mark.usefixtures("told")
+def test_a_model_that_was_never_pruned_gains_in_few_bits_within_an_error() -> None:
+    model, x = Residual(None).eval(), normal(64, 128)
     found = compressor.lower(model, x, max_error=0.05, cache=False)
     assert found.plan.choice == "dense" and {layer.choice for layer in found.plan.layers} == {bytes_here()}
     form = found.plan.form("dense")
     assert form is not None and form.products == (bytes_here()[-4:],)
+    assert f"dense, in {bytes_here()[-4:]}, has 6.67x the speed of eager" in found.plan.reason
     with torch.no_grad():
+        wanted = model(x)
         assert 1e-3 < near(found.model(x), wanted) < 0.05
-    exact = compressor.lower(model, x, max_error=1e-4, cache=False)
-    with torch.no_grad():
+        again = compressor.lower(model, x, max_error=0.05, plan=Plan.model_validate_json(found.plan.model_dump_json()))
+        assert torch.equal(again.model(x), found.model(x))
+        exact = compressor.lower(model, x, max_error=1e-4, cache=False)
         assert near(exact.model(x), wanted) < 1e-4
     compressor.lower(model, x, max_error=0.05)
     kept = compressor.lower(model, x, max_error=0.05).plan  # by times from the cache
+    assert [called(kept, name) for name in ("eager", "dense")] == ["eager", "prepacked, few bits"]
     packed, dense_form = kept.form("dense, packed"), kept.form("dense")
     assert packed is not None and packed.products == () and dense_form is not None and dense_form.products
-    again = compressor.lower(model, x, max_error=0.05, plan=found.plan)
+
+
+@pytest.mark.usefixtures("told")
+@pytest.mark.parametrize("pattern", [None, NM(2, 4, 4)])
+def test_the_dense_form_goes_back_as_far_as_the_lowered_one(pattern: NM | None) -> None:
+    """Where the model's error asks for finer forms in some layers, the dense form has them in those, and few bits in all."""
+    model, x = Residual(pattern).eval(), normal(64, 128)
+    free = compressor.lower(model, x, max_error=0.5, cache=False).plan
+    assert free.search is not None and free.search.free is not None and not free.alike
+    most = 0.7 * free.search.free
+    found = compressor.lower(model, x, max_error=most, cache=False)
+    plan = found.plan
+    choices = {layer.choice for layer in plan.layers}
+    name = bytes_here() if pattern is None else bytes_here().replace("-dense", "")
+    assert choices == {name, "vnm-dense-int8" if pattern is None else "vnm-int8"}
+    form = plan.form("dense")
+    assert form is not None and set(form.products) == {"int8", bytes_here()[-4:]}
+    assert form.error is not None and form.error <= most and plan.alike and plan.exact == ()
+    assert "none in few bits" not in plan.reason
     with torch.no_grad():
+        assert near(found.model(x), model(x)) <= most
+        again = compressor.lower(model, x, max_error=most, plan=Plan.model_validate_json(plan.model_dump_json()))
         assert torch.equal(again.model(x), found.model(x))
+        few, floats = (dense_forms(model, x, plan, few_bits=few)["dense"] for few in (True, False))
+        assert near(floats(x), model(x)) < 1e-5
+        assert 1e-3 < near(few(x), model(x)) <= most

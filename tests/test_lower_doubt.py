@@ -19,8 +19,7 @@ from compressor import NM, Backend, CompressorError, registry
 from compressor.environment import cache_folder
 from compressor.errors import UsageError
 from compressor.lower import Unit, chooser
-from compressor.lower.chooser import _few_rows, relative
-from compressor.lower.forms import deviation
+from compressor.lower.chooser import _few_rows, deviation, relative
 from compressor.lower.job import lively
 from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units, put

@@ -99,8 +99,8 @@ def _of_torch(dense: nn.Module, example: Any, plan: Plan, adapter: Adapter, larg
     """PyTorch's forms of the `dense` weights that `plan` timed; of a `large` model one alone, compiled in few bits."""
     form = plan.form("dense, compiled")
     one = "dense, compiled" if form is not None and form.products else "dense"
-    kept = tuple(form for form in plan.forms if not large or form.name == one)
-    found = dense_forms(dense, example, plan.model_copy(update={"forms": kept}), adapter=adapter)
+    kept = [form.name for form in plan.forms if not large or form.name == one]
+    found = dense_forms(dense, example, plan.only(kept), adapter=adapter)
     return {one: found[one]} if large else found
 
 
@@ -127,7 +127,7 @@ def measured(cell: str, folder: Path, rounds: int, max_error: float, compiled: b
     calls = {}
     for plan, bits in (("lowered, float32", ""), ("lowered, 8 bits", _FEW_BITS)):
         for name, form in _of_torch(dense, example, plans[plan].plan, adapter, large).items():
-            if (known := _TORCH.get(f"{name}{bits}")) is not None:
+            if (known := _TORCH.get(f"{name}{bits}")) and (not bits or name in plans[plan].plan.dense_in_few_bits):
                 calls[known] = lambda form=form: adapter.predict(form, example)
     if large:
         del dense

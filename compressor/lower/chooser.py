@@ -11,18 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.cost.contention import Cores
-from compressor.errors import UsageError, first_line
+from compressor.errors import CompressorError, UsageError, first_line
 from compressor.lower import contest
 from compressor.lower.attention import SelfAttention
 from compressor.lower.backend import Backend, Kind, Unit
 from compressor.lower.contest import BASE, Contest, Verdict
 from compressor.lower.graphs import Captured
-from compressor.lower.job import SEED, Job
+from compressor.lower.job import SEED, Job, tensors_in
 from compressor.lower.plan import Cache, Candidate, LayerPlan
 from compressor.lower.units import Found
 
@@ -239,6 +240,27 @@ def relative(out: Tensor, wanted: Tensor) -> float:
         return math.inf
     difference = (out.double() - wanted).norm()
     return float(difference / wanted.norm()) if wanted.any() else float(difference)
+
+
+def seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
+    """One forward, with whatever the model draws at random the same each time."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(SEED)
+        return forward(form)
+
+
+def deviation(out: Any, wanted: Any) -> float:
+    """The largest relative error among the tensors of two outputs; infinite where they are not alike or not finite."""
+    found, expected = tensors_in(out), tensors_in(wanted)
+    if not expected:
+        raise CompressorError(
+            f"the model's output, {type(wanted).__name__}, holds no tensor that could be compared",
+            "Return a tensor, or tuples, dicts or dataclasses of them.",
+        )
+    if [one.dtype for one in found] != [one.dtype for one in expected]:
+        return math.inf
+    errors = [relative(a, b.double()) for a, b in zip(found, expected, strict=True)]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def _layer_plan(one: Found, candidates: tuple[Candidate, ...], verdict: Verdict, skipping: set[str]) -> LayerPlan:

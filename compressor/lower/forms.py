@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,10 +21,10 @@ from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
 from compressor.lower import contest
-from compressor.lower.chooser import held, refusal_of, relative
+from compressor.lower.chooser import deviation, held, refusal_of, seeded
 from compressor.lower.contest import BASE, Contest
 from compressor.lower.graphs import Graphed
-from compressor.lower.job import SEED, Job, prepared, tensors_in
+from compressor.lower.job import Job, prepared
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
 from compressor.lower.units import Found, put_unit
 
@@ -44,30 +44,54 @@ def built(job: Job, choices: Mapping[str, str], found: Sequence[Found] | None = 
     return form
 
 
-def _fastest_dense(job: Job, layers: Sequence[LayerPlan], exact: Collection[str] = ()) -> dict[str, str]:
+class _Bound(NamedTuple):
+    """What the dense form of the whole model may not have: anything that quantises in the layers `exact`, and, where `alike`, in any
+    layer a form that is less exact than the layer's choice."""
+
+    exact: tuple[str, ...] = ()
+    alike: bool = False
+
+
+_SLACK = 1.05
+"""The error that a form may have of that of another which counts as no more exact."""
+
+
+def _fastest_dense(job: Job, layers: Sequence[LayerPlan], bound: _Bound) -> dict[str, str]:
     """Every layer's fastest dense form by its times, doubtful or not: sparse ones are held against it, and it against the model as it
-    is. Layers named in `exact` have none that quantises."""
-    out = {True: job.skipping | job.quantising, False: job.skipping}
-    return {
-        layer.name: held(layer, job.skipping, without=out[layer.name in exact]).verdict(sure=False).choice
-        for layer in layers
-    }
+    is."""
+
+    def out(layer: LayerPlan) -> set[str]:
+        if layer.name in bound.exact:
+            return job.skipping | job.quantising
+        errors = {
+            one.backend: one.error
+            for one in layer.candidates
+            if one.error is not None and one.backend in job.quantising
+        }
+        most = _SLACK * errors.get(layer.choice, 0.0) if bound.alike else math.inf
+        return job.skipping | {name for name, error in errors.items() if error > most}
+
+    return {layer.name: held(layer, job.skipping, without=out(layer)).verdict(sure=False).choice for layer in layers}
 
 
-def _exact(job: Job, layers: Sequence[LayerPlan], allowed: float) -> tuple[str, ...]:
-    """The layers that the dense form has to have in no 8 bits, so that its whole error is `allowed`: none, those that the lowered
-    model has in none either, or all."""
-    quantising = job.quantising
-    if not quantising & set(_fastest_dense(job, layers).values()):
-        return ()
+def _bound(job: Job, layers: Sequence[LayerPlan], allowed: float) -> _Bound:
+    """What the dense form has to do without, so that its whole error is `allowed`: nothing, what is less exact than the lowered model
+    layer by layer, or all that quantises."""
+    if not job.quantising & set(_fastest_dense(job, layers, _Bound()).values()):
+        return _Bound()
     expected = seeded(job.forward, job.base)
-    for exact in ((), tuple(layer.name for layer in layers if layer.choice not in quantising)):
+    in_none = tuple(layer.name for layer in layers if layer.choice not in job.quantising)
+    for bound in (_Bound(), _Bound(in_none, alike=True)):
         try:
-            if deviation(seeded(job.forward, built(job, _fastest_dense(job, layers, exact))), expected) <= allowed:
-                return exact
+            if deviation(seeded(job.forward, built(job, _fastest_dense(job, layers, bound))), expected) <= allowed:
+                return bound
         except Exception:  # one that does not run is found and told later
             continue
-    return tuple(layer.name for layer in layers)
+    return _Bound(tuple(layer.name for layer in layers))
+
+
+def _bound_of(plan: Plan) -> _Bound:
+    return _Bound(plan.exact, plan.alike)
 
 
 def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
@@ -80,14 +104,14 @@ def _packed(job: Job, layers: Sequence[LayerPlan]) -> dict[str, str]:
     return choices
 
 
-def _choices(job: Job, form: str, layers: Sequence[LayerPlan], exact: Collection[str]) -> dict[str, str]:
+def _choices(job: Job, form: str, layers: Sequence[LayerPlan], bound: _Bound) -> dict[str, str]:
     """The backend of each layer in the `form` of that name; none in the model as it is."""
     if form == _UNCACHED:
         return _packed(job, layers)
     name = form.partition(", ")[0]
     if name == "lowered":
         return {layer.name: layer.choice for layer in layers}
-    return _fastest_dense(job, layers, exact) if name == "dense" else {}
+    return _fastest_dense(job, layers, bound) if name == "dense" else {}
 
 
 def _forms(
@@ -136,8 +160,8 @@ def guarded(
     `cached`: whether layers were chosen by times that were not measured now.
     """
     forward, base, device = job.forward, job.base, job.device
-    exact = _exact(job, layers, allowed)
-    dense = _fastest_dense(job, layers, exact)
+    bound = _bound(job, layers, allowed)
+    dense = _fastest_dense(job, layers, bound)
     forms = _forms(job, layers, compiled, cached, dense)
     errors, refused = _right(job, forms, allowed)
     forms = {name: form for name, form in forms.items() if name in errors}
@@ -146,7 +170,7 @@ def guarded(
     began = Cores.now()
     rounds = contest.timed(calls, _ROUNDS, device, sparse)
     held = Contest.of(rounds, sparse, contest.taken_since(began, device))
-    products = {name: _products(job, _choices(job, name, layers, exact)) for name in forms}
+    products = {name: _products(job, _choices(job, name, layers, bound)) for name in forms}
     choice, reason = _chosen(held, products)
     opponent = min(held.dense, key=held.medians.__getitem__)
     notes = [*job.notes, *refused, *([] if search is None else [search.remark])]
@@ -174,7 +198,7 @@ def guarded(
         ),
         choice=choice,
         reason=reason,
-        exact=exact,
+        **bound._asdict(),
         notes=tuple(notes),
         search=search,
         backends=_versions(job, layers),
@@ -276,10 +300,10 @@ def dense_forms(
     Those that do not run or give no numbers are told in `left_out`; without it they are a CompressorError."""
     names = list(dict.fromkeys(c.backend for layer in plan.layers for c in layer.candidates)) or "auto"
     job = prepared(model, example_inputs, names, dtype, adapter, fuse=plan.fused)
-    exact = plan.exact if few_bits else tuple(layer.name for layer in plan.layers)
+    bound = _bound_of(plan) if few_bits else _Bound(tuple(layer.name for layer in plan.layers))
     forms = {
         "eager": job.base,
-        "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), exact)),
+        "dense": built(job, _fastest_dense(job, _checked(job, plan, weights=False), bound)),
     }
     for form in plan.forms:
         name, *how = form.name.split(", ")
@@ -296,27 +320,6 @@ def dense_forms(
     if left_out is not None:
         left_out.update(zip((name for name in forms if name not in errors), refused, strict=True))
     return {name: form for name, form in forms.items() if name in errors}
-
-
-def seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
-    """One forward, with whatever the model draws at random the same each time."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(SEED)
-        return forward(form)
-
-
-def deviation(out: Any, wanted: Any) -> float:
-    """The largest relative error among the tensors of two outputs; infinite where they are not alike or not finite."""
-    found, expected = tensors_in(out), tensors_in(wanted)
-    if not expected:
-        raise CompressorError(
-            f"the model's output, {type(wanted).__name__}, holds no tensor that could be compared",
-            "Return a tensor, or tuples, dicts or dataclasses of them.",
-        )
-    if [one.dtype for one in found] != [one.dtype for one in expected]:
-        return math.inf
-    errors = [relative(a, b.double()) for a, b in zip(found, expected, strict=True)]
-    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def planned(job: Job, plan: Plan, allowed: float) -> nn.Module:
@@ -336,7 +339,7 @@ def _planned(job: Job, plan: Plan, layers: Sequence[LayerPlan]) -> nn.Module:
     name, *how = plan.choice.split(", ")
     if plan.choice != _UNCACHED and (name not in _PLAIN or how not in _WAYS):
         raise CompressorError(f"the plan's choice is {plan.choice!r}", "Lower without it, to measure again.")
-    form = job.base if name == "eager" else built(job, _choices(job, plan.choice, layers, plan.exact))
+    form = job.base if name == "eager" else built(job, _choices(job, plan.choice, layers, _bound_of(plan)))
     return _compiled(form, job.device) if how == ["compiled"] else _in_way(own(form), how)
 
 
@@ -385,7 +388,7 @@ def _same_versions(job: Job, plan: Plan) -> None:
     """Raise CompressorError where a backend that the plan's choice runs is not what was timed.
 
     Those that it does not run may be anything: a dense model stays as fast as it was."""
-    used = set(_choices(job, plan.choice, plan.layers, plan.exact).values())
+    used = set(_choices(job, plan.choice, plan.layers, _bound_of(plan)).values())
     for backend in map(job.backend, sorted(used)):
         if (before := plan.backends.get(backend.name, "")) != backend.version:
             was = repr(before) if before else "an unknown version"

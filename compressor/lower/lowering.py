@@ -18,8 +18,8 @@ from compressor.errors import UsageError, first_line, memory_in
 from compressor.foreign.sound import refuse_kept
 from compressor.lower import contest
 from compressor.lower.backend import Backend
-from compressor.lower.chooser import TOLERANCE, choose, groups, prepare
-from compressor.lower.forms import built, deviation, guarded, planned, seeded
+from compressor.lower.chooser import TOLERANCE, choose, deviation, groups, prepare, seeded
+from compressor.lower.forms import built, guarded, planned
 from compressor.lower.job import Job, prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan, Search
 from compressor.lower.search import within

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -148,6 +148,8 @@ class Plan(_Value):
     """The error that each layer may have, where one was given."""
     exact: tuple[str, ...] = ()
     """Layers whose form in the dense form `dense` quantises nothing: the whole model's error would be above what is allowed."""
+    alike: bool = False
+    """Whether no layer of the dense form is less exact than its choice, for the same reason."""
     backends: dict[str, str] = Field(default_factory=dict)
     """The versions of the backends that were timed: of compiled kernels the instruction set and a digest of their files."""
     taken: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -172,6 +174,10 @@ class Plan(_Value):
     def dense_in_few_bits(self) -> tuple[str, ...]:
         """The dense forms that multiply some layers in fewer bits than the model has."""
         return tuple(form.name for form in self.forms if form.dense and form.products)
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The plan with the forms of these names alone."""
+        return self.model_copy(update={"forms": tuple(form for form in self.forms if form.name in names)})
 
     def form(self, name: str) -> Form | None:
         """The form of that name."""

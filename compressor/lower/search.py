@@ -15,14 +15,14 @@ from functools import partial
 
 import torch
 
-from compressor.lower.chooser import held
-from compressor.lower.forms import built, deviation, seeded
+from compressor.lower.chooser import deviation, held, seeded
+from compressor.lower.forms import built
 from compressor.lower.job import Job
 from compressor.lower.plan import LayerPlan, Search
 from compressor.progress import Progress
 
 _FINER = 0.95
-"""What a slower form in few bits may have at most of the error of a faster one: the next one in use has half."""
+"""What a slower form in few bits may have at most of the error of a faster one, to be worth a forward of the model."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
             taken.add(verdict.choice)
             before, after = (errors.get(name, 0.0) for name in (forms[-1].choice, verdict.choice))
             if verdict.choice in quantising and after > _FINER * before:
-                continue  # the same numbers in a slower way, as a sparse layer's dense form is
+                continue  # nearly the same numbers in a slower way, as those of a sparse layer's dense form mostly are
             update = {"choice": verdict.choice, "reason": verdict.reason(), "skips_zeros": verdict.choice in skipping}
             forms.append(layer.model_copy(update=update))
         found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))

@@ -57,10 +57,10 @@ class VNMDenseInt8(VNMInt8):
         if reason := other_dtype(unit):
             return reason
         for layer in unit.layers:
-            if (channels := layer.weight.shape[1]) % 4:
-                return f"{channels} input channels: 8-bit products take four at a time"
             if isinstance(layer, nn.Conv2d) and (reason := no_plain_convolution(layer)):
                 return reason
+            if (channels := layer.weight.shape[1]) % 4:
+                return f"{channels} input channels: 8-bit products take four at a time"
         return self._too_long(unit, self.largest_inner // 2)
 
     def build(self, unit: Unit) -> nn.Module:

@@ -167,7 +167,8 @@ def _timed(
     """The forms of the dense and the sparse weights, timed in turns, each with its error; and why others were left out.
 
     A speed-up is over the fastest form of the dense weights that is no less exact; that of sparse weights in another engine, over the
-    dense ones there. Dense forms in few bits, which kept to the same error, count for the lowered form whatever their error is.
+    dense ones there. Dense forms in few bits, which were chosen within the same error of the pruned weights, count for the lowered
+    form whatever their own error is.
     """
     first, last = run.dense_row.name, run.report.final.name
     exact = {first: in_float32(run.dense), last: in_float32(run.sparse)}
@@ -178,13 +179,15 @@ def _timed(
         return _Form(row, backend, kept, partial(run.adapter.predict, model))
 
     left_out: dict[str, str] = {}
-    made = partial(dense_forms, run.dense, example, lowered.plan, dtype=dtype, adapter=run.adapter)
-    forms = [
-        form(first, _NAMES.get(name, name), model) for name, model in made(left_out=left_out, few_bits=False).items()
-    ]
-    if few := lowered.plan.dense_in_few_bits:
-        found = made(left_out={}).items()
-        forms += [form(first, _NAMES.get(name, name) + FEW_BITS, model) for name, model in found if name in few]
+    plan, made = lowered.plan, partial(dense_forms, run.dense, example, dtype=dtype, adapter=run.adapter)
+    found = made(plan, left_out=left_out, few_bits=False)
+    forms = [form(first, _NAMES.get(name, name), model) for name, model in found.items()]
+    if few := plan.dense_in_few_bits:
+        failed: dict[str, str] = {}
+        found = made(plan.only(few), left_out=failed)
+        forms += [form(first, _NAMES.get(name, name) + FEW_BITS, found[name]) for name in few if name in found]
+        left_out |= {_NAMES.get(name, name) + FEW_BITS: reason for name, reason in failed.items() if name in few}
+    del found
     if last != first:
         forms += [form(last, EAGER, in_dtype(run.sparse, dtype)), form(last, LOWERED, lowered.model)]
     forms += others
@@ -208,7 +211,7 @@ def _timed(
 
 
 def _kept_to(rival: _Form, one: _Form, dtype: str) -> bool:
-    """Whether `rival` kept to what `one` did: to the model's dtype, or in few bits to the same error."""
+    """Whether `rival` was held to what `one` was: to the model's dtype, or in few bits to the same error of the pruned weights."""
     return one.backend == LOWERED if rival.backend.endswith(FEW_BITS) else rival.dtype == dtype
 
 

@@ -14,7 +14,7 @@ from compressor import files
 from compressor.adapter import to_device
 from compressor.cost.timing import Times, side_by_side
 from compressor.errors import CompressorError, UsageError
-from compressor.lower import lowering
+from compressor.lower import Plan, lowering
 from compressor.lower.forms import dense_forms
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.caching import Cache, cached
@@ -119,6 +119,11 @@ def traded(
     return report
 
 
+def called(plan: Plan, name: str) -> str:
+    """What the form `name` of `plan` is called in a report."""
+    return FORMS.get(name, name) + (FEW_BITS if name in plan.dense_in_few_bits else "")
+
+
 def _models(
     run: Finished, tolerance: float | None, max_error: float | None, fuse_projections: bool | None
 ) -> Generator[Progress, None, dict[tuple[str, str], nn.Module]]:
@@ -136,18 +141,17 @@ def _models(
         digest=digest,
     )
     plan = lowered.plan
-    dense = dense_forms(run.dense, example, plan, adapter=run.adapter, left_out={}, few_bits=False)
+    dense = dense_forms(run.dense, example, plan.only(FORMS), adapter=run.adapter, left_out={}, few_bits=False)
     few = "dense" in plan.dense_in_few_bits  # its time is not that of the form in float, which is no slower than eager
     known = {form.name: form.median_ms for form in plan.forms if form.name in FORMS and form.name in dense}
     best = "dense" if few and "dense" in dense else min(known, key=lambda name: known[name])
     models = {(run.dense_row.name, FORMS[best]): dense[best]}
-    if (
-        few
-        and (coarse := dense_forms(run.dense, example, plan, adapter=run.adapter, left_out={}).get("dense")) is not None
-    ):
-        models[run.dense_row.name, PREPACKED + FEW_BITS] = coarse
+    if few:
+        coarse = dense_forms(run.dense, example, plan.only(["dense"]), adapter=run.adapter, left_out={})
+        if "dense" in coarse:
+            models[run.dense_row.name, called(plan, "dense")] = coarse["dense"]
     if run.report.final.name != run.dense_row.name:
-        models[run.report.final.name, FORMS.get(plan.choice, plan.choice)] = lowered.model
+        models[run.report.final.name, called(plan, plan.choice)] = lowered.model
     return models
 
 
