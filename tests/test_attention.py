@@ -437,6 +437,23 @@ def test_attention_to_other_tokens_is_found_and_lowered_too(
         assert error(form(numbers(3, 20, 32), more), model(numbers(3, 20, 32).double(), more.double())) < 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "most"), [("attention", 1e-5), ("attention-int16", 2e-3), ("attention-int8", 3e-2)])
+def test_attention_to_other_tokens_in_few_bits_and_compiled(name: str, most: float) -> None:
+    if name == "attention-int8" and extension.level() not in VNNI:
+        pytest.skip("this level has no VNNI")
+    model, prompt = Attended().eval(), numbers(2, 7, 24)
+    plan = compressor.lower(model, (X, prompt), [name], tolerance=0.05, cache=False).plan
+    layers = tuple(
+        one.model_copy(update={"choice": name if one.kind == "attention" else "eager"}) for one in plan.layers
+    )
+    forced = plan.model_copy(update={"choice": "lowered", "layers": layers})
+    form = compressor.lower(model, (X, prompt), [name], plan=forced, tolerance=0.05).model
+    assert error(form(X, prompt), model(X, prompt).double()) < most
+    compiled: Any = torch.compile(form, backend="aot_eager")
+    assert torch.equal(compiled(X, prompt), form(X, prompt))
+
+
 def test_values_of_other_channels_than_the_keys_are_no_unit() -> None:
     class Wide(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

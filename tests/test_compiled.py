@@ -270,7 +270,7 @@ def test_packed_layers_take_what_autocast_makes(packed_model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-dense", "vnm-int8"])
+@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-dense", "vnm-int8", "vnm-dense-int8"])
 def test_lowered_convolutions_take_an_image_without_a_batch(name):
     backend = discovery.made("backends", name, Backend)
     if reason := backend.unavailable(torch.device("cpu")):
@@ -284,7 +284,7 @@ def test_lowered_convolutions_take_an_image_without_a_batch(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-int8"])
+@pytest.mark.parametrize("name", ["onednn", "vnm", "vnm-int8", "vnm-dense-int8"])
 def test_lowered_layers_are_exported_for_any_batch(name):
     backend = discovery.made("backends", name, Backend)
     if reason := backend.unavailable(torch.device("cpu")):
