@@ -87,6 +87,7 @@ LOWEST := .venv-lowest/bin/python
 test-lowest:
 	test -x $(LOWEST) || $(PYTHON) -m venv .venv-lowest
 	$(LOWEST) -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e ".[test,onnx,datasets,lora,openvino,pipelines,torchao,trackers]"
+	rm -rf diffusion_compressor.egg-info  # which old versions of setuptools leave, and which would be read in place of what is installed
 	HF_HUB_OFFLINE=1 $(LOWEST) -m pytest $(WORKERS) -m "not slow" -W "ignore:CUDA is not available" -W 'ignore:`clean_up_tokenization_spaces`'
 
 # NNI wants older versions of some packages, so it has an environment of its own.

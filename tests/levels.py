@@ -22,7 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_int8", "kernels_bytes", "attention")]
+KERNELS = [
+    f"tests/test_{name}.py" for name in ("kernels", "kernels_int8", "kernels_bytes", "kernels_dense", "attention")
+]
 TOUCHED = [
     *KERNELS,
     *(f"tests/test_{name}.py" for name in ("lower", "lower_doubt", "gathered", "export", "speed", "planning")),
