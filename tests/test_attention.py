@@ -365,6 +365,14 @@ def test_calls_that_do_not_fit() -> None:
     assert not fits(nn.Parameter(x), x, x)  # a gradient is wanted of it
 
 
+def attending(plan: Plan, name: str) -> Plan:
+    """`plan` with every attention in the backend of that name, and every layer as it is."""
+    layers = tuple(
+        layer.model_copy(update={"choice": name if layer.kind == "attention" else "eager"}) for layer in plan.layers
+    )
+    return plan.model_copy(update={"choice": "lowered", "layers": layers})
+
+
 def test_lowering_finds_attention_and_a_plan_applies_it_again(taken: list[tuple[int, ...]]) -> None:
     model = Model().eval()
     plan = compressor.lower(model, X, ["attention"], cache=False).plan
@@ -375,16 +383,7 @@ def test_lowering_finds_attention_and_a_plan_applies_it_again(taken: list[tuple[
     assert [one.backend for one in first.candidates] == ["eager", "attention"]
     others = [one.backend for layer in plan.layers if layer.kind == "linear" for one in layer.candidates]
     assert set(others) == {"eager"}  # it is not asked about layers
-    forced = plan.model_copy(
-        update={
-            "choice": "lowered",
-            "layers": tuple(
-                layer.model_copy(update={"choice": "attention" if layer.kind == "attention" else "eager"})
-                for layer in plan.layers
-            ),
-        }
-    )
-    again = Plan.model_validate_json(forced.model_dump_json())
+    again = Plan.model_validate_json(attending(plan, "attention").model_dump_json())
     with torch.no_grad():
         form = compressor.lower(model, numbers(3, 20, 32), ["attention"], plan=again).model
         del taken[:]
@@ -423,13 +422,8 @@ def test_attention_to_other_tokens_is_found_and_lowered_too(
     assert found.shapes == ((400, 7, 8), (400, 8, 7)) and found.gflop == pytest.approx(2 * 2 * 400 * 7 * 8 / 1e9)
     own = found.candidate("attention")
     assert own is not None and own.refused is None and own.error is not None and own.error < 1e-5
-    layers = tuple(
-        layer.model_copy(update={"choice": "attention" if layer.kind == "attention" else "eager"})
-        for layer in plan.layers
-    )
-    forced = plan.model_copy(update={"choice": "lowered", "layers": layers})
     with torch.no_grad():
-        form = compressor.lower(model, (X, prompt), ["attention"], plan=forced).model
+        form = compressor.lower(model, (X, prompt), ["attention"], plan=attending(plan, "attention")).model
         del taken[:]
         assert error(form(X, prompt), model.double()(X.double(), prompt.double())) < 1e-5
         assert taken == [(2, 4, 50, 8)]
@@ -444,11 +438,7 @@ def test_attention_to_other_tokens_in_few_bits_and_compiled(name: str, most: flo
         pytest.skip("this level has no VNNI")
     model, prompt = Attended().eval(), numbers(2, 7, 24)
     plan = compressor.lower(model, (X, prompt), [name], tolerance=0.05, cache=False).plan
-    layers = tuple(
-        one.model_copy(update={"choice": name if one.kind == "attention" else "eager"}) for one in plan.layers
-    )
-    forced = plan.model_copy(update={"choice": "lowered", "layers": layers})
-    form = compressor.lower(model, (X, prompt), [name], plan=forced, tolerance=0.05).model
+    form = compressor.lower(model, (X, prompt), [name], plan=attending(plan, name), tolerance=0.05).model
     assert error(form(X, prompt), model(X, prompt).double()) < most
     compiled: Any = torch.compile(form, backend="aot_eager")
     assert torch.equal(compiled(X, prompt), form(X, prompt))

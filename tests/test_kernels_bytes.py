@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import CompressorError
 from compressor.lower.vnm import VNM, VNMW7A8, VNMW8A8, VNMConv, VNMLinear, VNMPair
+from compressor.lower.vnm_dense import VNMDenseW7A8, VNMDenseW8A8
 from compressor.lower.vnm_kernels import level as level_here
 from compressor.lower.vnm_weight import LARGEST_INNER, KernelWeight, Lanes
 from compressor.sparsity.clustered import Clustered
@@ -274,14 +275,19 @@ def test_weights_whose_sums_leave_16_bits_run_where_32_hold_them(level: str) -> 
 
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16"])
-def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize("backends", [(VNMW7A8(), VNMW8A8()), (VNMDenseW7A8(), VNMDenseW8A8())])
+def test_bytes_have_all_their_bits_where_there_is_vnni(
+    monkeypatch: pytest.MonkeyPatch, name: str, backends: tuple[VNMW7A8, VNMW8A8]
+) -> None:
     monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
     monkeypatch.setattr("compressor.lower.vnm_kernels.level", lambda: name)
-    seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMW7A8(), VNMW8A8()))
+    seven, eight = (backend.unavailable(torch.device("cpu")) for backend in backends)
     vnni = "vnni" in name or name == "avx512_bf16"
     assert (seven, eight)[vnni] is None
     assert ("more exact" in str(seven)) == vnni and ("needs VNNI" in str(eight)) != vnni
-    assert "cuda" in str(VNMW7A8().unavailable(torch.device("cuda")))
+    assert (f"{backends[1].name} is as fast" in str(seven)) == vnni
+    assert (f"{backends[0].name} is for that" in str(eight)) != vnni
+    assert "cuda" in str(backends[0].unavailable(torch.device("cuda")))
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4, 2), NM(2, 4, 4), NM(2, 4, 8), Clustered(2, 4, 4)])

@@ -138,17 +138,6 @@ def test_as_many_channels_as_32_bits_hold_are_taken(backend: type[Backend], most
         backend().build(unit(dense(torch.ones(1, 2 * channels), None), None))
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16"])
-def test_bytes_have_all_their_bits_where_there_is_vnni(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("compressor.lower.vnm.level", lambda: name)
-    monkeypatch.setattr("compressor.lower.vnm_kernels.level", lambda: name)
-    seven, eight = (backend.unavailable(torch.device("cpu")) for backend in (VNMDenseW7A8(), VNMDenseW8A8()))
-    vnni = "vnni" in name or name == "avx512_bf16"
-    assert (seven, eight)[vnni] is None
-    assert ("vnm-dense-w8a8 is as fast" in str(seven)) == vnni
-    assert ("vnm-dense-w7a8 is for that" in str(eight)) != vnni
-
-
 # --- In a plan. ---
 
 
@@ -188,20 +177,7 @@ class Residual(nn.Module):
         return x
 
 
-TIMES = {"vnm": 5.0, "vnm-int8": 2.0, "vnm-dense-int8": 3.0, "vnm-w8a8": 1.0, "vnm-w7a8": 1.0}
-TIMES |= {"vnm-dense-w8a8": 1.5, "vnm-dense-w7a8": 1.5, "dense": 1.5, "lowered": 1.0}
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that do not depend on this machine: few bits are fast."""
-    monkeypatch.setattr(
-        "compressor.lower.contest.timed",
-        lambda calls, rounds, device, apart: {name: (TIMES.get(name, 10.0),) * 25 for name in calls},
-    )
-
-
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("few_bits_fast")
 def test_a_model_that_was_never_pruned_gains_in_few_bits_within_an_error() -> None:
     model, x = Residual(None).eval(), normal(64, 128)
     found = compressor.lower(model, x, max_error=0.05, cache=False)
@@ -223,7 +199,7 @@ def test_a_model_that_was_never_pruned_gains_in_few_bits_within_an_error() -> No
     assert packed is not None and packed.products == () and dense_form is not None and dense_form.products
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("few_bits_fast")
 @pytest.mark.parametrize("pattern", [None, NM(2, 4, 4)])
 def test_the_dense_form_goes_back_as_far_as_the_lowered_one(pattern: NM | None) -> None:
     """Where the model's error asks for finer forms in some layers, the dense form has them in those, and few bits in all."""
