@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -220,8 +221,7 @@ _mine: set[tuple[int, int, str]] = set()
 @contextmanager
 def _locked(file: Path, what: Path, wait: float) -> Iterator[None]:
     """Hold the lock `file`, and so `what`. A lock dies with its process, and its file is gone when it is let go."""
-    key = os.getpid(), threading.get_ident(), os.path.realpath(file)
-    if key in _mine:
+    if (key := (os.getpid(), threading.get_ident(), os.path.realpath(file))) in _mine:
         yield
         return
     holder = file.with_name(f"{file.name}-holder")
@@ -251,6 +251,7 @@ def _locked(file: Path, what: Path, wait: float) -> Iterator[None]:
 def _acquired(file: Path, wait: float) -> BaseFileLock:
     """The lock of `file`. Who lets a lock go removes its file, so that one may have been taken that nobody else will see."""
     deadline = time.monotonic() + wait
+    tempfile.TemporaryFile(dir=file.parent).close()  # raises where none can be made, as in /proc: a lock would wait
     while True:
         before = _stat(file)
         lock = FileLock(file, timeout=max(0.0, deadline - time.monotonic()))
@@ -264,10 +265,9 @@ def _acquired(file: Path, wait: float) -> BaseFileLock:
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    try:
+    with suppress(FileNotFoundError):
         return path.stat()
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def _beside(target: Path) -> Path:

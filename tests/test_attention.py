@@ -440,7 +440,7 @@ def test_attention_to_other_tokens_in_few_bits_and_compiled(name: str, most: flo
     plan = compressor.lower(model, (X, prompt), [name], tolerance=0.05, cache=False).plan
     form = compressor.lower(model, (X, prompt), [name], plan=attending(plan, name), tolerance=0.05).model
     assert error(form(X, prompt), model(X, prompt).double()) < most
-    compiled: Any = torch.compile(form, backend="aot_eager")
+    compiled: Any = torch.compile(form, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(X, prompt), form(X, prompt))
 
 

@@ -293,6 +293,13 @@ def test_a_writer_that_does_not_let_go_is_named(tmp_path, monkeypatch) -> None:
     assert said(tmp_path) == "old"
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, whose folders take no new file from anyone")
+def test_where_no_file_can_be_made_nobody_is_waited_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 5.0)
+    with pytest.raises(CompressorError, match="/proc/x: No such file or directory"):
+        files.commit(Path("/proc/x"), written("new"))
+
+
 def test_what_is_in_a_run_directory_waits_for_the_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_PATIENCE", 0.0)
     model, masks = pruned(0)
