@@ -7,6 +7,7 @@ error into an exit code, and only it prints.
 from __future__ import annotations
 
 import errno
+import shlex
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,11 +193,18 @@ OF_COMPARISON = "Give the folder of one of its trainings: cells/NAME/run."
 """What to do where a comparison is given and a run is wanted."""
 
 
-def how_to_finish(folder: Path) -> str:
-    """What to do where `folder` has no report yet."""
+def how_to_finish(folder: Path, otherwise: str = "Give the directory of a finished run.") -> str:
+    """What to do where `folder` has no report or model yet; `otherwise` where no comparison and no run has begun there."""
     if (folder / "cells").is_dir():
         return "It is a comparison that is not finished: the same `compressor compare` command goes on with it."
-    return "Give the directory of a finished run; `compressor resume` finishes one."
+    if all((folder / name).is_file() for name in ("run.json", "recipe.yaml")):
+        return f"Finish the run first: {resume_command(folder)}"
+    return otherwise
+
+
+def resume_command(run: Path) -> str:
+    """The command that continues the run in the directory `run`, for a shell."""
+    return shlex.join(["compressor", "resume", str(run)])
 
 
 _LONGEST = 200

@@ -24,13 +24,13 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
-from compressor.errors import CompressorError, LockedError
+from compressor.errors import CompressorError, LockedError, how_to_finish
 from compressor.foreign.bounded import open_regular, read_bytes
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 """The file in a run's or a comparison's directory that whoever writes there holds; beside other results, `.lock-NAME`."""
-_RUN = "run.json"
+RUN = "run.json"
 _STRAY = re.compile(r"\.(partial|old|lock)-")
 _ANOTHER = "another process"
 _TOKEN = f"{secrets.randbelow(10**9):09d}"  # processes of two computers, or containers, may have one number
@@ -201,7 +201,7 @@ def claimed(target: Path, wait: float = 0.0) -> Iterator[None]:
     with ExitStack() as stack:
         with _said(target):
             home.mkdir(parents=True, exist_ok=True)
-        if (home / LOCK).exists() or (home / _RUN).is_file():
+        if (home / LOCK).exists() or (home / RUN).is_file():
             stack.enter_context(held(home, wait))
         stack.enter_context(_locked(_beside(target), target, wait))
         yield
@@ -325,15 +325,14 @@ def verify(folder: Path, needs: Sequence[str] = ()) -> None:
 
 
 def read_json(path: Path, infinite: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`; CompressorError where it is missing, too large, not JSON, or not an object.
-
-    NaN and infinity, which are no JSON, are allowed where it may be `infinite`: other libraries write them.
-    """
+    """The JSON object in `path`; CompressorError where it is missing, too large, not JSON, or not an object. NaN and infinity,
+    which are no JSON but which other libraries write, are allowed where it may be `infinite`."""
+    constant = float if infinite else _no_constant
     try:
-        constant = float if infinite else _no_constant
         loaded = json.loads(read_bytes(path, _MAX_JSON_BYTES).decode("utf-8"), parse_constant=constant)
     except OSError as error:
-        raise CompressorError(f"{path}: {error.strerror}", "Give the folder of a run, or its model/ folder.") from error
+        how = how_to_finish(path.parent, "Give the folder of a run, or its model/ folder.")
+        raise CompressorError(f"{path}: {error.strerror}", how) from error
     except (ValueError, RecursionError) as error:
         raise CompressorError(f"{path}: not JSON: {error}", "The file is damaged; use another copy.") from error
     if not isinstance(loaded, dict):

@@ -20,7 +20,12 @@ from typing import Any, cast
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "compressor" / "lower"
-KERNELS = ["tests/test_kernels.py", "tests/test_kernels_int8.py", "tests/test_kernels_bytes.py", "tests/test_kernels_dense.py"]
+KERNELS = [
+    "tests/test_kernels.py",
+    "tests/test_kernels_int8.py",
+    "tests/test_kernels_bytes.py",
+    "tests/test_kernels_dense.py",
+]
 NEEDS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
 OF_THIS_MACHINE = "tests/test_kernels.py::test_this_machine_runs_more_than_the_portable_kernels_where_it_can"
 

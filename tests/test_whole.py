@@ -293,6 +293,20 @@ def test_a_writer_that_does_not_let_go_is_named(tmp_path, monkeypatch) -> None:
     assert said(tmp_path) == "old"
 
 
+@pytest.mark.parametrize("command", ["sample", "evaluate", "report", "bench", "export --to onnx"])
+def test_what_needs_a_finished_run_says_how_to_finish_one(finished, tmp_path, cli, command) -> None:
+    out = tmp_path / "a run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "model")
+    (out / "report.json").unlink()
+    name, *options = command.split()
+    outcome = cli(name, str(out), *options)
+    assert outcome.code == 1 + (name == "evaluate"), outcome.err
+    assert f"Finish the run first: compressor resume '{out}'" in outcome.err
+    with pytest.raises(CompressorError, match="Finish the run first"):
+        compressor.load(out)
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc, whose folders take no new file from anyone")
 def test_where_no_file_can_be_made_nobody_is_waited_for(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(files, "_PATIENCE", 5.0)

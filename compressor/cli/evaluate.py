@@ -13,7 +13,7 @@ from compressor.cli.command import Command
 from compressor.cli.options import budget_options, options, run_argument, setting
 from compressor.cli.report import show_report
 from compressor.cli.terminal import Output, drive, watch
-from compressor.errors import UsageError
+from compressor.errors import UsageError, how_to_finish
 
 
 @click.command(cls=Command)
@@ -74,7 +74,7 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
         raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     refuse_unbegun(out)
     if (reason := unfinished(out)) is not None:
-        raise UsageError(f"{out} is not finished: {reason}", f"Finish it first: compressor resume {out}")
+        raise UsageError(f"{out} is not finished: {reason}", how_to_finish(out))
     refuse_busy_directory(out)
     before, settings = settings_with(out, changed)
     where = str(out / "recipe.yaml")

@@ -16,7 +16,15 @@ import click
 from compressor import processes
 from compressor.cli.streams import crashed
 from compressor.discovery import blamed
-from compressor.errors import CompressorError, MemoryShortError, first_line, memory_behind, memory_short, printable
+from compressor.errors import (
+    CompressorError,
+    MemoryShortError,
+    first_line,
+    memory_behind,
+    memory_short,
+    printable,
+    resume_command,
+)
 from compressor.processes import Interrupted
 
 if TYPE_CHECKING:
@@ -126,7 +134,6 @@ def drive(events: Generator[Progress, None, None], out: Path, quiet: bool, again
     Where no step is under way it ends at once. `again` is what continues it; by default, `compressor resume`.
     """
     from compressor.cli.tables import Ticker
-    from compressor.runs.directory import resume_command
 
     try:
         with Ticker(console(stderr=True), quiet) as ticker:

@@ -14,17 +14,16 @@ from compressor import files
 from compressor import recipe as recipes
 from compressor.data.reading import picture_folder
 from compressor.discovery import is_file_reference
-from compressor.errors import OF_COMPARISON, CompressorError, UsageError
+from compressor.errors import OF_COMPARISON, CompressorError, UsageError, resume_command
 from compressor.recipe import Recipe
 
 NO_PIPELINE = "pipeline.txt"
 """Why there is no `pipeline/`, where a model of the family has one."""
 RECIPE = "recipe.yaml"
 """A run has begun where it is, and can be continued; it is written after `run.json`."""
-_FACTS = "run.json"
 OWN_FILES = (
     RECIPE,
-    _FACTS,
+    files.RUN,
     "metrics.jsonl",
     "lowering.json",
     NO_PIPELINE,
@@ -57,10 +56,10 @@ def refuse_used_directory(out: Path, overwrite: bool | None) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
     found = contents(out)
-    if all(name == _FACTS or re.match(_UNDONE, name) for name in found):
+    if all(name == files.RUN or re.match(_UNDONE, name) for name in found):
         return  # at most a run that was killed before it began
     listing = f"{', '.join(found[:4])}{' …' if len(found) > 4 else ''}"
-    foreign = _FACTS not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found)
+    foreign = files.RUN not in found and any(name in OWN_FILES + OWN_FOLDERS for name in found)
     if not overwrite:
         ways = ["Choose another --out"]
         if overwrite is not None:
@@ -135,7 +134,7 @@ def refuse_unbegun(out: Path) -> None:
         if (out / "cells").is_dir():
             raise UsageError(f"{out} is a comparison, not a run", OF_COMPARISON)
         found = contents(out)
-        again = " --overwrite" if any(name != _FACTS for name in found) and _FACTS in found else ""
+        again = " --overwrite" if any(name != files.RUN for name in found) and files.RUN in found else ""
         raise UsageError(
             f"{out} has no {RECIPE}: no run has begun there, or a run was about to be replaced",
             f"Start it with `{shlex.join(['compressor', 'run', '--out', str(out)])}{again}` and its settings.",
@@ -147,11 +146,6 @@ def refuse_busy_directory(out: Path) -> None:
     if (out / files.LOCK).exists():
         with locked(out):
             pass
-
-
-def resume_command(out: Path) -> str:
-    """The command that continues the run in `out`, for a shell."""
-    return shlex.join(["compressor", "resume", str(out)])
 
 
 def clear(out: Path) -> None:
@@ -171,7 +165,7 @@ def is_own(name: str) -> bool:
 def _order(name: str) -> int:
     """When `clear` removes it: who dies meanwhile leaves no report of a model that is gone, nothing to go on with when it is half
     gone, and to the last whose directory this is."""
-    return 0 if name.startswith("report.") else 1 if name == RECIPE else 3 if name == _FACTS else 2
+    return 0 if name.startswith("report.") else 1 if name == RECIPE else 3 if name == files.RUN else 2
 
 
 def contents(out: Path) -> list[str]:

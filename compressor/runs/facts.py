@@ -15,7 +15,7 @@ from compressor.processes import ranks
 from compressor.runs.inputs import Inputs
 from compressor.training.arithmetic import described
 
-FILE = "run.json"
+FILE = files.RUN
 _SEAL = "sealed"
 _CALLED = {
     "architecture_sha256": "configuration of the model, or of its scheduler",

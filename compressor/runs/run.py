@@ -26,7 +26,7 @@ from compressor import recipe as recipes
 from compressor.adapter import Adapter
 from compressor.discovery import is_file_reference
 from compressor.environment import give_back
-from compressor.errors import CompressorError, MemoryShortError, ReshapedError
+from compressor.errors import CompressorError, MemoryShortError, ReshapedError, resume_command
 from compressor.processes import Interrupted, team
 from compressor.progress import Progress
 from compressor.recipe import Recipe
@@ -41,7 +41,6 @@ from compressor.runs.directory import (
     locked,
     refuse_own_sources,
     refuse_used_directory,
-    resume_command,
 )
 from compressor.runs.inputs import Inputs
 from compressor.runs.pace import paced
