@@ -182,7 +182,19 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
                 f"{where}: {name} differs from {first}, and in {type(model).__name__} they are one tensor",
                 "Load it into a model that does not share them.",
             )
+    _spread(model)
     model.load_state_dict({**state, **{name: state[first] for name, first in tied.items()}}, strict=True)
+
+
+def _spread(model: nn.Module) -> None:
+    """Let every entry of each buffer have memory of its own: torch does not write to one that was made with `expand`."""
+    own: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            if value is None or value.layout != torch.strided:
+                continue
+            if any(n > 1 and not step for n, step in zip(value.shape, value.stride(), strict=True)):
+                module._buffers[name] = own.setdefault(id(value), value.contiguous())
 
 
 def refuse_misfit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> None:

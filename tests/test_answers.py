@@ -99,6 +99,16 @@ def halved(weights, previous):
         weight.mul_(0.5)
 
 
+def made_positive(weights, previous):
+    for weight in weights.values():
+        weight.data.abs_()
+
+
+def halved_by_numpy(weights, previous):
+    for weight in weights.values():
+        weight.numpy()[0, 0] += 1
+
+
 def loosened(weights, previous):
     for mask in previous.values():
         mask.keep.fill_(True)
@@ -108,6 +118,8 @@ def loosened(weights, previous):
     ("pruner", "said"),
     [
         (Masks(halved), r"masks\(\) of Masks changed 0.weight"),
+        (Masks(made_positive), r"masks\(\) of Masks changed 0.weight"),
+        (Masks(halved_by_numpy), r"masks\(\) of Masks changed 0.weight"),
         (Masks(loosened), r"masks\(\) of Masks changed the previous mask of 0.weight"),
         (Masks(lambda weights, _: {n: Mask(w > 0, "2:4") for n, w in weights.items()}), "a mask's pattern is str"),
         (Prepares(lambda pruner, model: None), r"prepare\(\) of Prepares returned NoneType"),

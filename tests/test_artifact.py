@@ -774,3 +774,19 @@ def test_numbers_that_the_model_cannot_hold_are_refused(tmp_path, found, own):
     saved.x.copy_(torch.tensor([1]))  # which all of them are
     compressor.save(tmp_path / "saved", saved, {})
     assert float(compressor.load(tmp_path / "saved", model).x) == 1
+
+
+def test_a_buffer_whose_entries_share_memory_is_loaded_into_memory_of_its_own(tmp_path):
+    class Expanded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("mean", torch.zeros(1).expand(5))
+            self.register_buffer("same", self.mean)
+
+    torch.manual_seed(0)
+    first, second = Expanded(), Expanded()
+    compressor.save(tmp_path / "saved", first, {})
+    loaded = compressor.load(tmp_path / "saved", model=second)
+    assert torch.equal(loaded.linear.weight, first.linear.weight) and torch.equal(loaded.mean, first.mean)
+    assert loaded.same is loaded.mean and loaded.mean.is_contiguous()

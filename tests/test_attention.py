@@ -466,6 +466,23 @@ def test_eight_bits_are_for_those_who_ask() -> None:
         assert coarser is not None and coarser.error is not None and found.error < coarser.error
 
 
+def test_attention_around_other_attention_stays_so_that_what_is_inside_does() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:  # two calls that differ: left alone
+            return F.scaled_dot_product_attention(x, x, x) + F.scaled_dot_product_attention(x, x, x, scale=0.5)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x[:, None]
+            return F.scaled_dot_product_attention(y, y, y) + self.inner(y)
+
+    assert compressor.lower(Outer(), X, tolerance=0.05, cache=False).plan.layers == ()
+
+
 def test_a_module_of_several_attentions_that_differ_or_of_several_places_is_left_alone() -> None:
     class Differ(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

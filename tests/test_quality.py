@@ -286,6 +286,32 @@ def test_macs_of_a_layer_are_those_counted_by_hand(module: nn.Module, shape: tup
     assert layer_macs(module, Shaped(*shape)) == (macs, {"weight": macs})
 
 
+class Answers(nn.Module):
+    """What an inner module answers, without its state; asked twice of the same where it takes two."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x, x) if isinstance(self.inner, nn.Bilinear) else self.inner(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize(
+    ("module", "macs"),
+    [
+        (nn.LSTM(16, 32, batch_first=True), 5 * 4 * 32 * (16 + 32)),
+        (nn.LSTM(16, 32, num_layers=2, bidirectional=True), 5 * 2 * 4 * 32 * (16 + 32 + 64 + 32)),
+        (nn.GRU(16, 32, batch_first=True), 5 * 3 * 32 * (16 + 32)),
+        (nn.Bilinear(16, 16, 8), 5 * 8 * 16 * 16),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_macs_of_layers_that_torchs_counter_takes_for_free(module: nn.Module, macs: int) -> None:
+    assert layer_macs(Answers(module), Shaped(5, 16))[0] == macs
+
+
 def test_macs_of_torchs_own_transformer_are_counted_whole() -> None:
     """In eval mode it takes a way of its own, in one operation, and it multiplies with its output layer without calling it."""
     tokens, dim, hidden = 5, 8, 24

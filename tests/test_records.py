@@ -463,7 +463,7 @@ def processors(unet):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (processors, r"attn1\.processor \(AttnProcessor\), and the module .* has not \(AttnProcessor2_0\)"),
+        (processors, r"attn1\.processor \(AttnProcessor\(\)\), and the module .* has not \(AttnProcessor2_0\(\)\)"),
         (lambda unet: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6), "FreeU"),
         (lambda unet: setattr(unet, "encoder_hid_proj", nn.Linear(2, 2)), "encoder_hid_proj"),
     ],
@@ -563,7 +563,7 @@ def test_an_answer_of_two_tensors_is_learned_whole(tmp_path):
 
         def forward(self, x, **given):
             (picture,) = super().forward(x, **given)
-            return picture, self.ff_sound(x)
+            return picture, self.ff_sound(picture)
 
     pipe = Pipe()
     pipe.net = Both()

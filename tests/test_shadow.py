@@ -405,6 +405,20 @@ def test_weights_that_were_written_to_between_steps_are_not_undone(
     fit(model, optimizer, samples)
 
 
+@pytest.mark.parametrize(
+    "write", [lambda weight: weight.data.clamp_(-0.05, 0.05), lambda weight: weight.detach().numpy().fill(0.5)]
+)
+def test_what_is_written_past_torch_in_every_step_is_seen(
+    write: Callable[[Tensor], object], model: nn.Sequential, samples: Tensor
+) -> None:
+    optimizer = adamw(model.parameters())
+    Shadow(weights_of(model), Renewing(), optimizer)
+    fit(model, optimizer, samples)
+    write(model[0].weight)
+    with pytest.raises(CompressorError, match=r"0.weight was written to since the last step"):
+        fit(model, optimizer, samples)
+
+
 def test_weights_that_have_their_values_again_are_no_alarm(model: nn.Sequential, samples: Tensor) -> None:
     optimizer = adamw(model.parameters())
     shadow = Shadow(weights_of(model), Answering(lambda w: {"0.weight": PATTERN.mask(w["0.weight"].abs())}), optimizer)

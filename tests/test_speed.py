@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 
-from compressor import Plan, registry, saving
+from compressor import CompressorError, Plan, registry, saving
 from compressor.report import schema
 from compressor.weights import weights_sha256
 
@@ -181,6 +181,23 @@ def test_bench_times_several_batches_and_precisions(
     report = read(copied)
     assert report["lowering"]["dtype"] == "bfloat16"
     assert {e["dtype"] for row in report["rows"] for e in row["latency"]} == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_cannot_be_exported_is_left_out_with_its_reason(
+    copied: Path, cli: Any, monkeypatch: pytest.MonkeyPatch, dense: bool
+) -> None:
+    from compressor.export import engines, onnx
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise CompressorError("the graph differs from PyTorch")
+
+    monkeypatch.setattr(engines if dense else onnx, "export_onnx", failing)
+    outcome = cli("bench", copied, "--no-compiled", "--batches", "2")
+    assert outcome.code == 0, outcome.err
+    name = "ONNX Runtime" if dense else "ONNX Runtime, gathered"
+    assert f"{name} was left out: the graph differs from PyTorch" in outcome.err
+    assert "prepacked" in outcome.out
 
 
 def test_plain_2_4_says_that_a_cpu_gains_nothing_and_what_would(finished: Path, tmp_path: Path, cli: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import tiny_pipelines
 import torch
 
+import compressor
 from compressor import files
 from compressor.data.calls import Picture
 from compressor.errors import UsageError
@@ -15,7 +17,8 @@ from compressor.pipelines.caching import CACHES, cached
 from compressor.pipelines.opened import opened
 from compressor.pipelines.recording import sample
 from compressor.report import read_report
-from compressor.runs.trade_offs import cache_of
+from compressor.runs.piped import adapter_of_calls
+from compressor.runs.trade_offs import _try, cache_of
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,23 @@ def test_a_model_without_caches_is_refused(tmp_path):
     wanted = cached(found, found.module, cache_of("first-block"))
     with pytest.raises(UsageError, match="UNet2DConditionModel: diffusers has no caches for it"), wanted:
         pass
+
+
+def test_a_pipeline_that_does_not_tell_a_cache_what_it_needs_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+    pipe = tiny_pipelines.made("flux", tmp_path)
+    sizes = tiny_pipelines.arguments("flux")
+    records = compressor.record(pipe, ["a", "b", "c"], tmp_path / "records", n=2, unseen=1, steps=2, **sizes)
+    found = opened(pipe)
+    (picture,) = adapter_of_calls(found, records).held_out
+    cache = cache_of("first-block:threshold=0.1")
+    with cached(found, found.module, cache):
+        _try(found, [picture], 2, cache)
+    monkeypatch.setattr(type(pipe.transformer), "cache_context", lambda *_: nullcontext())  # as Latte's pipeline
+    with (
+        cached(found, found.module, cache),
+        pytest.raises(UsageError, match=r"cache first-block:threshold=0.1: .*cache"),
+    ):
+        _try(found, [picture], 2, cache)
 
 
 @pytest.mark.slow

@@ -250,6 +250,12 @@ def test_a_run_reports_it(cli, tmp_path: Path) -> None:
 )
 def test_only_what_a_kernel_leaves_out_counts_as_left_out(backend, text, left) -> None:
     """Sparse tensor cores multiply two of four, whatever else is zero."""
-    layer = SimpleNamespace(weights=("w",), patterns=(text,), choice=backend)
-    plan: Any = SimpleNamespace(layers=(layer,), skipping=lambda: {"w"})
+    layer = SimpleNamespace(weights=("w",), patterns=(text,), choice=backend, skips_zeros=True)
+    plan: Any = SimpleNamespace(layers=(layer,), left_out={}, lowered=True)
     assert _densities(plan) == {"w": left}
+    plan.layers = (layer, SimpleNamespace(weights=("w",), patterns=(text,), choice="eager", skips_zeros=False))
+    assert _densities(plan) == {"w": 1.0}  # two layers of one weight, of which one stays dense
+    plan.layers, plan.left_out = (layer,), {"w": "its weight is no plain parameter of a plain layer"}
+    assert _densities(plan) == {"w": 1.0}
+    plan.left_out, plan.lowered = {}, False
+    assert _densities(plan) == {"w": 1.0}

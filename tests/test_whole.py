@@ -293,6 +293,25 @@ def test_a_writer_that_does_not_let_go_is_named(tmp_path, monkeypatch) -> None:
     assert said(tmp_path) == "old"
 
 
+@pytest.mark.parametrize(("setting", "other"), [("steps: 4", "steps: 6"), ("warmup: 0", "warmup: 1")])
+def test_a_finished_run_whose_recipe_was_edited_is_not_taken_for_one_of_it(
+    finished, tmp_path, cli, setting, other
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    recipe = out / "recipe.yaml"
+    text = recipe.read_text()
+    assert setting in text
+    recipe.write_text(text.replace(setting, other))
+    name, value = other.split(": ")
+    told = f"train.{name} is {value} there, and the report is of a run with {setting.split(': ')[1]}"
+    for command, code in (("resume", 1), ("evaluate", 2), ("bench", 1), ("lower", 1), ("report", 0)):
+        outcome = cli(command, str(out))
+        assert outcome.code == code, (command, outcome.err)
+        assert told in outcome.err, (command, outcome.err)
+    recipe.write_text(text)
+    assert cli("resume", str(out)).code == 0
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate", "report", "bench", "export --to onnx"])
 def test_what_needs_a_finished_run_says_how_to_finish_one(finished, tmp_path, cli, command) -> None:
     out = tmp_path / "a run"

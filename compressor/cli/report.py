@@ -39,10 +39,13 @@ def report(output: Output, runs: tuple[Path, ...], out: Path | None) -> None:
         render_comparison(directory)
         show_comparison(directory, output.as_json)
         return
-    from compressor.report import render
+    from compressor.report import read_report, render
+    from compressor.runs.finish import edited
 
     render(directory)
     show_report(directory, output.as_json)
+    if (directory / "recipe.yaml").is_file() and (reason := edited(directory, read_report(directory / "report.json"))):
+        say(f"warning: {reason}", err=True)
 
 
 def _show_beside(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from compressor.adapter import Adapter, to_device
+from compressor.foreign.kept import undone
 from compressor.report.content import Costs
 from compressor.saving import packing
 from compressor.saving.plain import file_bytes, plain_state
@@ -38,24 +40,50 @@ def layer_macs(model: nn.Module, adapter: Adapter) -> tuple[int, dict[str, int]]
     callers = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     layers = [layer for layer in weighted(model) if isinstance(layer.weight, nn.Parameter)]
     handles = [callers.get(id(layer.module), layer.module).register_forward_hook(counter_of(layer)) for layer in layers]
-    # torch's counter knows every fused attention but the CPU's, and takes it for free
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return int(sdpa_flop(query, key, value))
-
-    counter = FlopCounterMode(display=False, custom_mapping={fused: attention})
+    counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN)
     fast = torch.backends.mha.get_fastpath_enabled()
     # of torch's transformer layers, which the counter takes for free too
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), undone(model), counter:
             adapter.predict(model, to_device(adapter.example_inputs(1), next(model.parameters()).device))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     return counter.get_total_flops() // 2, by_weight
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop(query, key, value))
+
+
+def _trilinear(first: Any, second: Any, weight: Any, *new: Sequence[int], out_shape: Any = None, **kwargs: Any) -> int:
+    shapes = []
+    for shape, places in zip((first, second, weight), new, strict=False):
+        wider = list(shape)
+        for place in sorted(places):
+            wider.insert(place, 1)
+        shapes.append(wider)
+    return 2 * int(math.prod(map(max, zip(*shapes, strict=True))))
+
+
+def _layer_of_lstm(given: Any, of_input: Any, of_state: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(given[:2]) * (math.prod(of_input) + math.prod(of_state)))
+
+
+def _recurrent(given: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(given[:2]) * sum(math.prod(shape) for shape in weights if len(shape) == 2))
+
+
+_UNKNOWN: Any = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._trilinear: _trilinear,
+    torch.ops.aten.mkldnn_rnn_layer: _layer_of_lstm,
+    torch.ops.aten._cudnn_rnn: _recurrent,
+}
+"""Products that torch's counter would take for free: the CPU's fused attention, nn.Bilinear, recurrent layers in one kernel. From the
+shapes of their arguments, two operations for each multiply-accumulate."""
 
 
 def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> Costs:

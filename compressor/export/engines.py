@@ -77,7 +77,7 @@ def engines(
     """`model` in ONNX Runtime (float32, int8) and, with `openvino`, in OpenVINO (float32, bfloat16 where the processor has it, int8
     as NNCF makes it); and why others were left out, by name. Files are written into `folder`.
 
-    Each runs with as many threads as PyTorch has. Raises CompressorError where the float32 graph cannot be exported.
+    Each runs with as many threads as PyTorch has. Where the float32 graph cannot be exported, there are none.
     """
     left = written(model, adapter, folder, openvino)
     found, failed = opened(folder, openvino)
@@ -86,10 +86,10 @@ def engines(
 
 def written(model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False) -> dict[str, str]:
     """Write the files of `engines` into `folder`, and tell why some are missing. That takes more memory than to run them."""
-    export_onnx(model, adapter, folder / _FLOAT)
-    makers: dict[str, Callable[[], object]] = {
-        f"{ONNX}, int8": lambda: export_onnx(model, adapter, folder / _INT8[ONNX], int8=True)
-    }
+    makers: dict[str, Callable[[], object]] = {ONNX: lambda: export_onnx(model, adapter, folder / _FLOAT)}
+    if left := _each(makers)[1]:  # the others are made of it
+        return left
+    makers = {f"{ONNX}, int8": lambda: export_onnx(model, adapter, folder / _INT8[ONNX], int8=True)}
     if openvino:
         makers[f"{OPENVINO}, int8"] = lambda: _quantise(folder / _FLOAT, adapter, folder / _INT8[OPENVINO])
     return _each(makers)[1]

@@ -127,7 +127,7 @@ def _forms(
     ):
         # tensor cores take pixels with their channels side by side; a compiler lays them out so by itself
         forms |= {f"{name}, channels last": channels_last(form) for name, form in forms.items()}
-    if job.device.type == "cuda":
+    if job.device.type == "cuda" and not job.forward.changed:  # a replay runs none of the model's code
         forms |= {f"{name}, graph": Graphed(form) for name, form in forms.items()}
     if cached and (packed := _packed(job, layers)) != dense:
         forms[_UNCACHED] = built(job, packed)
@@ -319,6 +319,8 @@ def dense_forms(
         raise CompressorError(refused[0], "Without this form it is not known what the best dense one would take.")
     if left_out is not None:
         left_out.update(zip((name for name in forms if name not in errors), refused, strict=True))
+    for made in forms.values():
+        job.forward.rest(made)
     return {name: form for name, form in forms.items() if name in errors}
 
 

@@ -13,18 +13,49 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import discovery
-from compressor.adapter import Adapter, as_dtype, tensors_of
+from compressor.adapter import Adapter, as_dtype, cloned, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.kept import Kept, Place
 from compressor.foreign.sound import copied
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
 from compressor.lower.units import Found, LeftOut, find_units, is_unit
-from compressor.weights import cast_, dtypes_of
+from compressor.weights import cast_, dtypes_of, unwrapped
 
 SEED = 0
 """Of the random data that layers and models are timed on."""
+
+
+class Forward:
+    """One call of a form of `model` on the example. Each begins alike: with inputs as they were given, and with what the model kept
+    before any call (`changed`: what calls change of it)."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter | None) -> None:
+        self._adapter, self._kept = adapter, Kept(model)
+        self.inputs: Any = None
+        self.changed: set[Place] = set()
+        self._written = False
+
+    def __call__(self, form: nn.Module) -> Any:
+        self.rest(form)
+        return _call(self._adapter, cloned(self.inputs) if self._written else self.inputs, form)
+
+    def watched(self, model: nn.Module, inputs: Any) -> Any:
+        """What `model` answers on a copy of `inputs`, and what that changes; the model is then as it was."""
+        given = cloned(inputs)
+        out = _call(self._adapter, given, model)
+        pairs = zip(tensors_of(given), tensors_of(inputs), strict=True)
+        self._written |= not all(torch.equal(now, was) or bool(was.isnan().any()) for now, was in pairs)
+        self.changed |= self._kept.changed(model)
+        self.rest(model)
+        return out
+
+    def rest(self, form: nn.Module) -> None:
+        """Let `form` keep what the model kept before any call."""
+        if self.changed:
+            self._kept.put_back(unwrapped(form), self.changed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +63,7 @@ class Job:
     """A model to be lowered: in eval mode and in its precision, with what one forward of it showed."""
 
     base: nn.Module
-    forward: Callable[[nn.Module], Any]
+    forward: Forward
     inputs: Any
     device: torch.device
     setting: Setting
@@ -78,12 +109,12 @@ def prepared(
     chosen, notes = _backends(backends, quantising)
     base = in_dtype(model, dtype)
     try:
-        inputs = lively(example_inputs, lambda inputs: _call(adapter, inputs, base))
-        forward = partial(_call, adapter, inputs)
+        forward = Forward(base, adapter)
+        inputs = forward.inputs = lively(example_inputs, partial(forward.watched, base))
         device = _device(base, inputs)
         fuse = device.type == "cuda" if fuse is None else fuse
-        found, left = find_units(base, partial(forward, base), fuse)
-        out = forward(base)
+        found, left = find_units(base, partial(forward.watched, base, inputs), fuse)
+        out = forward.watched(base, inputs)
     except Exception as error:
         whose = "" if dtype is None else f", in {dtype}; where they do in the model's own dtype, lower it in that one"
         raise CompressorError(
@@ -95,6 +126,8 @@ def prepared(
             "the model gives numbers that are not finite on the example, so no form of it can be checked",
             "Give inputs as the model is used with, and a dtype that holds its values.",
         )
+    if forward.changed:
+        notes.append(f"a call changes {min(forward.changed)}: forms are compared, and given back, as the model came")
     kinds = frozenset[Kind]().union(*(backend.takes for backend in chosen if backend.name != "eager"))
     found = [one for one in found if one.weights or one.unit.kind in kinds]
     for backend in chosen:

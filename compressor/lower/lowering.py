@@ -126,6 +126,7 @@ def lowering(
     allowed = max_error or _WHOLE * (tolerance or _rounding(job))
     if plan is not None:
         lowered = Lowered(planned(job, plan, allowed), plan)
+        job.forward.rest(lowered.model)
         give_back()
         return lowered
     prepare(job)
@@ -144,6 +145,7 @@ def lowering(
         job.notes.append(contest.doubtful(store.busy))
     compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
+    job.forward.rest(form)
     made = made.model_copy(update={"tolerance": None if tolerance is None else float(tolerance)})
     give_back()
     return Lowered(form, made)

@@ -127,12 +127,18 @@ def find_units(
             left.append(LeftOut(weight, reason))
     order = {identity: place for place, identity in enumerate(watch.shapes)}
     found.sort(key=lambda f: order[id(modules[f.at])])
+    calls = {name: watch.attention.get(id(module), []) for name, module in modules.items()}
     return found + [
         one
         for name, module in modules.items()
-        if counts[id(module)] == 1
-        for one in _attentions(name, watch.attention.get(id(module), []))
+        if calls[name] and counts[id(module)] == 1 and not any(calls[inner] for inner in _within(name, modules))
+        for one in _attentions(name, calls[name])
     ], left
+
+
+def _within(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of the `modules` inside of the one called `name`: what replaces its attention would replace theirs too."""
+    return (inner for inner in modules if inner != name and (not name or inner.startswith(f"{name}.")))
 
 
 def _attentions(name: str, calls: list[tuple[tuple[int, ...], float | None]]) -> list[Found]:
@@ -323,6 +329,11 @@ class HeldWeight:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name!r} of a lowered layer's weight: a kernel has packed it; the model that was lowered has the weight"
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

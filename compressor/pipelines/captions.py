@@ -174,6 +174,11 @@ def _guided(opened: Opened, given: Mapping[str, Any]) -> dict[str, Any]:
             f"{opened.name} takes no prompt, so that captions tell it nothing",
             "Train on the pictures alone: --model diffusers --weights DIR --data FOLDER.",
         )
+    if opened.changes_pictures:
+        raise UsageError(
+            f"{opened.name} is given a picture besides the text, so that captions do not tell it all",
+            'Record its calls: --prompts FILE.jsonl, with {"prompt": "…", "image": {"file_name": "cat.png"}} in each line.',
+        )
     if "prompt" in given:
         raise UsageError("record.arguments.prompt: the captions are the prompts", "Leave it out.")
     return {**given, **({"use_resolution_binning": False} if "use_resolution_binning" in known else {})}

@@ -60,6 +60,17 @@ class Opened:
         return type(self.pipe).__name__
 
     @property
+    def changes_pictures(self) -> bool:
+        """Whether diffusers knows the pipeline for changing or completing pictures, and not for drawing them of text alone."""
+        from diffusers.pipelines import auto_pipeline as known
+
+        of_pictures = (
+            *known.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values(),
+            *known.AUTO_INPAINT_PIPELINES_MAPPING.values(),
+        )
+        return type(self.pipe) in {*of_pictures} - {*known.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+
+    @property
     def left_dense(self) -> str | None:
         """In words, which other components are of the class of the part, such as the second of two models that share the times."""
         own = type(unwrapped(self.module))
@@ -78,6 +89,22 @@ class Opened:
             yield self.pipe
         finally:
             put(self.pipe, self.part, before)
+
+
+@contextmanager
+def called(opened: Opened) -> Iterator[None]:
+    """Raises CompressorError at the end of a block in which a picture was drawn, and the part in the pipeline was not called."""
+    calls: list[None] = []
+    handle = opened.module.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not calls:
+        raise CompressorError(
+            f"{opened.name} draws pictures without its {opened.part}: it holds that model in another place, too",
+            "Nothing can be said of its pictures. Record, prune and apply the pipeline that calls the model itself.",
+        )
 
 
 @usual_torch()
@@ -180,12 +207,26 @@ def part_of(pipe: Any, part: str) -> nn.Module:
 
 
 def put(pipe: Any, part: str, module: nn.Module) -> None:
-    """Put `module` into the place of `part`, in place."""
+    """Put `module` into the place of `part`, in place; also in the pipelines that `pipe` is combined from, which hold its components
+    by themselves."""
     component, _, path = part.partition(".")
+    before = getattr(pipe, component)
     if path:
-        getattr(pipe, component).set_submodule(path, module)
-    else:
-        setattr(pipe, component, module)
+        before.set_submodule(path, module)
+        return
+    setattr(pipe, component, module)
+    for inner in _combined(pipe, {id(pipe)}):
+        for name in [name for name, value in vars(inner).items() if value is before]:
+            setattr(inner, name, module)
+
+
+def _combined(pipe: Any, seen: set[int]) -> Iterator[Any]:
+    """The pipelines that `pipe` holds, and those that they hold."""
+    for value in vars(pipe).values():
+        if id(value) not in seen and is_pipeline(value):
+            seen.add(id(value))
+            yield value
+            yield from _combined(value, seen)
 
 
 def takes(pipe: Any) -> frozenset[str]:

@@ -107,16 +107,21 @@ def refuse_other_settings(out: Path, recipe: Recipe) -> None:
     del here["evaluate"]["budget"]  # it is in the number of samples
     if recipe.pipeline is not None:
         del here["model"]
+    for setting, found, value in differing(there, here):
+        raise UsageError(
+            f"{out} has a run with other settings: {setting} is {found} there, not {value}",
+            "Give the same settings, another --out, or --overwrite instead of --resume.",
+        )
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, what `there` has, what `here` has) of every setting that is set `here`, and is another one `there`."""
     for name, value in _leaves(here):
         found: Any = there
         for part in name:
             found = found.get(part) if isinstance(found, Mapping) else None
         if value is not None and found != value:
-            setting = ".".join(name)
-            raise UsageError(
-                f"{out} has a run with other settings: {setting} is {found} there, not {value}",
-                "Give the same settings, another --out, or --overwrite instead of --resume.",
-            )
+            yield ".".join(name), found, value
 
 
 def _leaves(settings: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

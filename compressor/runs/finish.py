@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor import files, saving
+from compressor import recipe as recipes
 from compressor.errors import CompressorError
 from compressor.report import read_report
-from compressor.runs.directory import locked
+from compressor.report.content import Report
+from compressor.runs.directory import RECIPE, differing, locked
 from compressor.runs.one_shot import FOLDER
 
 _PAGES = ("report.json", "report.md", "report.html")
@@ -21,10 +23,17 @@ def unfinished(out: Path) -> str | None:
             if not (out / name).is_file():
                 return f"{out / name} is missing"
         report, saved = read_report(out / "report.json"), saving.read_config(out / "model").weights_sha256
+        if report.final.weights_sha256 != saved:
+            return f"{out / 'report.json'} speaks of other weights than those in model/"
+        return edited(out, report)
     except CompressorError as error:
         return error.message
-    if report.final.weights_sha256 != saved:
-        return f"{out / 'report.json'} speaks of other weights than those in model/"
+
+
+def edited(out: Path, report: Report) -> str | None:
+    """How `recipe.yaml` in `out` differs from the recipe that the `report` there is of; None where it does not."""
+    for setting, found, value in differing(recipes.read(out / RECIPE), report.recipe):
+        return f"{out / RECIPE} was changed: {setting} is {found} there, and the report is of a run with {value}"
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from compressor import recipe as recipes
 from compressor import saving
@@ -297,7 +298,7 @@ def _refuse_lost(found: Opened, module: nn.Module, is_result: bool) -> None:
 def _put_in(module: nn.Module) -> dict[str, str]:
     """What users put into a model of diffusers, by its name: classes of attention processors, adapters of images, FreeU's numbers."""
     found = {
-        f"{name}.processor": type(one.processor).__name__
+        f"{name}.processor": _processor(one.processor)
         for name, one in module.named_modules()
         if getattr(one, "processor", None) is not None
     }
@@ -308,6 +309,17 @@ def _put_in(module: nn.Module) -> dict[str, str]:
         if any(number is not None for number in told):
             found[f"{name}: FreeU"] = str(told)
     return found
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _processor(processor: Any) -> str:
+    """The class of an attention processor, and its numbers: how much of a picture's adapter it adds, for one."""
+    held = sorted((name, value) for name, value in getattr(processor, "__dict__", {}).items() if name[0] != "_")
+    plain = [(name, value) for name, value in held if all(isinstance(one, _PLAIN) for one in tree_leaves(value))]
+    told = ", ".join(f"{name}={value}" for name, value in plain if name != "training")
+    return f"{type(processor).__name__}({told})"
 
 
 def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:

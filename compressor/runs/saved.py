@@ -21,6 +21,7 @@ from compressor.report import read_report
 from compressor.report.content import Report, Row
 from compressor.runs import facts, start
 from compressor.runs.captioned import as_model, is_captioned
+from compressor.runs.finish import edited
 from compressor.runs.inputs import adapter_of, load_inputs, resolve
 from compressor.weights import weights_sha256
 
@@ -52,6 +53,8 @@ def finished(out: Path) -> Finished:
     if not (out / "report.json").is_file():
         raise CompressorError(f"{out}: no report.json", how_to_finish(out))
     report = read_report(out / "report.json")
+    if (reason := edited(out, report)) is not None:
+        raise CompressorError(reason, "Put it back; for other settings, start a new run with another --out.")
     settings = resolve(recipes.read(out / "recipe.yaml"), str(out / "recipe.yaml"))
     adapter, dense = source(settings, facts.begun(out))
     device = resolve_device(settings.train.device)

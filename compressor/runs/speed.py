@@ -233,7 +233,12 @@ def _engine_forms(run: Finished, folder: Path) -> tuple[list[_Form], dict[str, s
 
     made, left = engines(run.dense, run.adapter, folder, has_openvino())
     found = [_Form(run.dense_row.name, one.name, one.dtype, one.run) for one in made]
-    sparse = export_onnx(run.sparse, run.adapter, folder / "sparse.onnx", form="gathered")
+    if ONNX in left:
+        return found, left
+    try:
+        sparse = export_onnx(run.sparse, run.adapter, folder / "sparse.onnx", form="gathered")
+    except CompressorError as error:
+        return found, {**left, f"{ONNX}, gathered": error.message}
     name = f"{ONNX}, gathered" if sparse.gathered else ONNX
     return [*found, _Form(run.report.final.name, name, "float32", OnnxRunner(sparse.path))], left
 
@@ -251,13 +256,13 @@ def _tensorrt_forms(run: Finished, example: Any) -> tuple[list[_Form], dict[str,
 
 
 def _densities(plan: Plan) -> dict[str, float]:
-    """What kernels leave of each weight whose zeros they skip."""
-    skipping = plan.skipping()
-    found = {}
+    """What kernels leave of each weight: of one that several layers share, as much as that of them which leaves most."""
+    found = dict.fromkeys(plan.left_out, 1.0)
     for layer in plan.layers:
+        skips = plan.lowered and layer.skips_zeros
         for name, text in zip(layer.weights, layer.patterns, strict=True):
-            if name in skipping and text is not None:
-                found[name] = registry.backend(layer.choice).left(parse(text))
+            left = registry.backend(layer.choice).left(parse(text)) if skips and text is not None else 1.0
+            found[name] = max(left, found.get(name, 0.0))
     return found
 
 

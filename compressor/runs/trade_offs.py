@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from compressor import files
 from compressor.adapter import to_device
 from compressor.cost.timing import Times, side_by_side
+from compressor.data.calls import Picture
 from compressor.errors import CompressorError, UsageError
 from compressor.lower import Plan, lowering
 from compressor.lower.forms import dense_forms
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.caching import Cache, cached
+from compressor.pipelines.opened import Opened
 from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
@@ -67,13 +69,24 @@ def checked(run: Finished, caches: Sequence[str], steps: Sequence[int]) -> list[
     found = [cache_of(text) for text in caches]
     adapter = calls_of(run)
     opened = adapter.opened_pipeline
-    for cache in found:
-        with cached(opened, opened.module, cache):
-            pass
     recorded = adapter.records.index.steps
     if recorded is None and steps:
         raise UsageError("steps: the run is of the pipeline's own number of steps", "Run with --set record.steps=N.")
+    for cache in found:
+        with cached(opened, opened.module, cache):
+            _try(opened, adapter.held_out, recorded, cache)
     return found
+
+
+def _try(opened: Opened, pictures: Sequence[Picture], steps: int | None, cache: Cache) -> None:
+    """Draw one of `pictures` in two steps with `cache` on the model: there are pipelines that do not tell caches what they need."""
+    for picture in pictures[:1]:
+        try:
+            sample(opened, picture, None if steps is None else min(2, steps))
+        except CompressorError as error:
+            raise UsageError(
+                f"cache {cache.text or cache.name}: {error.message}", "Leave --cache out for this pipeline."
+            ) from error
 
 
 def traded(

@@ -80,7 +80,9 @@ class Pattern(ABC):
         return Mask(self.survivors(score), self)
 
     def check(self, score: Tensor) -> None:
-        """Raise CompressorError where the shape of `score` does not fit, or it holds NaN."""
+        """Raise CompressorError where the shape of `score` does not fit, or it holds NaN or complex numbers, which have no order."""
+        if score.is_complex():
+            raise CompressorError(f"{self}: the score is {score.dtype}", "Give real numbers: weight.abs(), for one.")
         if reason := self.misfit(tuple(score.shape)):
             raise CompressorError(f"{self}: {reason}")
         # A sum is one cheap pass; only where it is not finite (inf scores are legal) is the exact question asked.

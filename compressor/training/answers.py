@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
@@ -53,7 +54,8 @@ def masks_of(
 ) -> dict[str, Mask]:
     """The masks that `pruner` chooses, as `checked_masks` gives them.
 
-    Raises CompressorError also where it has changed a weight or a mask that it was given, and for a `progress` that is no share.
+    Raises CompressorError also where it has changed a weight or a mask that it was given, and for a `progress` that is no share. The
+    first time, weights that were written to by their `data` or as NumPy arrays, which torch does not count, are found too.
     """
     if not isinstance(progress, Real) or not 0 <= progress <= 1 + _ROUNDING:
         raise CompressorError(
@@ -61,9 +63,11 @@ def masks_of(
         )
     given = {**weights, **{f"the previous mask of {name}": mask.keep for name, mask in previous.items()}}
     before = versions(given.values())
+    sums = {} if previous else {name: _sum(weight) for name, weight in weights.items()}
     found = pruner.masks(weights, progress, dict(previous))
-    if (after := versions(given.values())) != before:
-        what = next(name for name, old, new in zip(given, before, after, strict=True) if old != new)
+    after = versions(given.values())
+    changed = [name for name, old, new in zip(given, before, after, strict=True) if old != new]
+    if what := next(iter(changed), None) or next((n for n, was in sums.items() if _sum(weights[n]) != was), None):
         raise CompressorError(f"masks() of {type(pruner).__name__} changed {what}", _PURE)
     return checked_masks(found, weights)
 
@@ -155,6 +159,12 @@ def copied_(into: Tensor, value: Tensor, what: str) -> None:
 def version(tensor: Tensor) -> int:
     """A number that changes where `tensor` is written to, other than by its `data`."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _sum(weight: Tensor) -> int:
+    """A sum of the bits of `weight`."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(weight.element_size(), torch.int64)
+    return int(weight.detach().contiguous().view(bits).sum())
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, checked_pair, to_device
+from compressor.adapter import Adapter, checked_pair, cloned, to_device
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, one_of
+from compressor.foreign.kept import Kept
 from compressor.seeds import generator
 from compressor.training.arithmetic import in_own_precision
 
@@ -99,11 +100,13 @@ def observe(
         for module in model.modules()
         if (key := (type(module), id(getattr(module, "weight", None)))) in names  # also those that share the weight
     ]
+    kept = Kept(model)
     try:
         for visit in seen:
             weight = visit.weight
             with in_own_precision():
-                adapter.predict(model, to_device(visit.inputs, next(model.parameters()).device))
+                adapter.predict(model, cloned(to_device(visit.inputs, next(model.parameters()).device)))
+            kept.put_back(model, kept.changed(model))
     finally:
         for handle in handles:
             handle.remove()

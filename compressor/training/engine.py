@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter, checked_answer, to_device, with_rules
+from compressor.adapter import Adapter, checked_answer, cloned, to_device, with_rules
 from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
+from compressor.foreign.kept import Resting
 from compressor.seeds import generator
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
@@ -112,6 +113,7 @@ class FineTuning:
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = teacher_of(model, self.ranks.home(self.device))
+            self._asked_teacher = Resting(self.teacher)
         rules = with_rules(adapter, targets, ignore)
         masked = chosen(self.student, pruner, rules)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
@@ -121,9 +123,7 @@ class FineTuning:
         self.layers, first = self.ranks.place(self.student, self.teacher, layers, pruner, self.device)
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise CompressorError(
-                "no parameter of the model is trainable", "Call requires_grad_(True) on what may change."
-            )
+            raise CompressorError("no parameter of the model is trainable", "Call requires_grad_(True) on some.")
         self.shadow = self._sparse(first)
         verify(self.shadow.masks)
         self.ranks.check_first(self.shadow.masks, first)
@@ -293,10 +293,9 @@ class FineTuning:
         refuse_skipped(self._nonfinite, self.done)
         self.feed.over = True
         self.shadow.close()
-        steps = self.done
-        final = self.average if steps and self.training.ema else self._dense()
+        final = self.average if self.done and self.training.ema else self._dense()
         dense = {name: final[name].to(self.device) for name in self.shadow.dense}
-        masks = self._masks(dense, dict(self.shadow.masks)) if steps else self.shadow.masks
+        masks = self._masks(dense, dict(self.shadow.masks)) if self.done else self.shadow.masks
         verify(masks, self.pruner.pattern)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -322,18 +321,19 @@ class FineTuning:
             self.ranks.refuse_different(self.shadow.masks, (inputs, target))
         objective = self.pruner.objective
         noise = objective.noise + (objective.teacher if self.adapter.answered else 0.0)
-        noise_sum, teacher_sum = 0.0, 0.0
+        noise_sum = teacher_sum = 0.0
         for piece, wanted, share, last in self.ranks.share(self.adapter, inputs, target, self.training.accumulate):
             piece = to_device(piece, self.device)
             with autocast(self.training, self.device):
                 prediction = checked_answer(
-                    self.adapter, self.ranks.asked(self.student, self.adapter, piece, last), wanted
+                    self.adapter, self.ranks.asked(self.student, self.adapter, cloned(piece), last), wanted
                 ).float()
                 noise_loss = F.mse_loss(prediction, to_device(wanted, self.device).float())
                 loss = noise * noise_loss
                 if self.teacher is not None:
                     with torch.no_grad():
-                        answer = self.adapter.predict(self.teacher, piece)
+                        answer = self.adapter.predict(self.teacher, cloned(piece))
+                    self._asked_teacher.called()
                     expected = checked_answer(self.adapter, answer, wanted).float()
                     teacher_loss = F.mse_loss(prediction, expected)
                     loss = loss + objective.teacher * teacher_loss

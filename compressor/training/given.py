@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compressor.adapter import Adapter
+from compressor.adapter import Adapter, cloned
 from compressor.errors import CompressorError, UsageError
+from compressor.foreign.kept import undone
 from compressor.foreign.sound import copied, refuse_kept
 from compressor.training.arithmetic import eagerly
 from compressor.training.shards import local
@@ -115,11 +116,9 @@ class Asked:
 
 
 def teacher_of(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` frozen, in float32, on `device` and in eval mode. What is so already is shared, not copied: nobody writes to it."""
-    shared: dict[int, Any] = {}
-    for value in (*model.parameters(), *model.buffers()):
-        bare = value.detach()
-        shared[id(value)] = nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
+    """`model` frozen, in float32, on `device` and in eval mode. Parameters that are so already are shared, not copied: nobody
+    writes to them. Buffers are its own: a forward may write to those."""
+    shared = {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in model.parameters()}
     return float32_(copied(model, shared)).to(device).eval()
 
 
@@ -146,9 +145,9 @@ def check_result(model: nn.Module, adapter: Adapter, asked: Asked, step: int) ->
     if asked.wanted is None:
         return
     training = [module for module in model.modules() if module.training]
-    with torch.random.fork_rng(range(torch.cuda.device_count())), eagerly(model):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), eagerly(model), undone(model):
         try:
-            answer = adapter.predict(model.eval(), asked.inputs)
+            answer = adapter.predict(model.eval(), cloned(asked.inputs))
         finally:
             for module in training:
                 module.training = True

@@ -29,6 +29,9 @@ from compressor.training.pruner import Pruner, found_names, refuse_other, refuse
 from compressor.training.rounding import check_quantise, rounded, sparse
 from compressor.training.shards import count_like, cut_like, is_cut, local, part_of, part_of_count, refuse_unlocal
 
+_LOOKS = 3
+"""Steps before which every weight is compared with what was left in it."""
+
 
 class Shadow:
     """The dense weights behind `weights` (target parameters by name), which it keeps masked while `optimizer` steps.
@@ -75,6 +78,7 @@ class Shadow:
         self._stepping = False  # true after a step that failed, too
         self._kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
         self._marks: dict[str, tuple[int, int]] = {}
+        self._looks = 0
         trained = _groups(optimizer)
         if missing := [name for name, weight in weights.items() if id(weight) not in trained]:
             raise CompressorError(
@@ -211,8 +215,10 @@ class Shadow:
     def _refuse_changed(self) -> None:
         """Raise CompressorError where a weight is not as it was left: a step would undo that, and say nothing.
 
-        Only a weight that was written to since is compared: it may have its values again, as after a look at an average.
+        After the first steps only a weight that was written to since is compared: it may have its values again, as after a look at an
+        average. Before, all are: who writes to their `data`, of which torch does not tell, does so in every step.
         """
+        self._looks += 1
         for name, weight in self._weights.items():
             (dtype, device), mask = self._kinds[name], self.masks.get(name)
             if (weight.dtype, weight.device) != (dtype, device):
@@ -220,7 +226,7 @@ class Shadow:
                     f"{name} is {weight.dtype} on {weight.device}, and was {dtype} on {device} when its Shadow was made",
                     "Cast and move the model before the optimizer and the Shadow are made.",
                 )
-            if self._stepping or self._marks[name] == _mark(weight):
+            if self._stepping or (self._looks > _LOOKS and self._marks[name] == _mark(weight)):
                 continue
             data, left = local(weight.data), self.dense[name].to(device)
             if mask is not None:
