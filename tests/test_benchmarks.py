@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -149,12 +150,13 @@ def test_a_session_writes_every_form_and_goes_on_where_it_ended(measuring, repor
     assert done.exit_code == 0, done.output
     lines = out.read_text(encoding="utf-8").splitlines()
     forms = {line["form"]: line for line in map(json.loads, lines) if "form" in line}
-    sparse, eight = "cusparselt everywhere, compiled", "cusparselt-int8 everywhere, compiled"
+    sparse, eight = "cusparselt everywhere, compiled", "cusparselt-int8 and dense-int8 everywhere, compiled"
     assert {"dense", "dense, compiled", "dense, autotuned", "dense-int8, compiled", sparse, eight} <= set(forms)
     assert "dense-int8, compiled" in forms[eight]["against"]
     assert set(forms[sparse]["against"]) <= {"dense", "dense, compiled", "dense, autotuned"}
     assert forms[sparse]["error"] < 0.02 < 10 * forms[eight]["error"]
-    (products,) = (line["products"] for line in map(json.loads, lines) if "products" in line)
+    products = [one for line in map(json.loads, lines) for one in line.get("products", ())]
+    assert len({tuple(one["at"]) for one in products}) == len(products) > 3
     fused = next(one for one in products if one["at"][0].endswith("attn1.to_q.product"))
     assert len(fused["at"]) == 2 and fused["shapes"][0][1:] == [192, 64]
     assert {"eager", "dense-int8", "cusparselt", "cusparselt-int8"} <= set(fused["ms"])
@@ -214,6 +216,39 @@ def test_a_form_that_ends_its_process_twice_is_left(kept):
     assert not kept(code="2").ended("c 1", "2:4")
     kept().add({"cell": "c 1", "form": "2:4", "median_ms": 1.0})
     assert not kept().ended("c 1", "2:4")
+
+
+def test_a_form_whose_time_was_over_is_tried_again(kept, measuring, tmp_path, monkeypatch):
+    for _ in range(4):
+        lines = kept()
+        assert not lines.ended("c 1", "2:4")
+        lines.add({"cell": "c 1", "begun": "2:4"})
+        lines.add({"cell": "c 1", "stopped": "2:4"})
+    script("imitation")
+
+    def told_to_end(*_: Any) -> Any:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(measuring.Cell, "error", told_to_end)
+    out = tmp_path / "out.jsonl"
+    call = ["--imitate", "--whole", "--cells", "dit-xl 64", "--backends", "cusparselt", "--out", str(out)]
+    assert CliRunner().invoke(measuring.main, call).exit_code == 143
+    assert json.loads(out.read_text(encoding="utf-8").splitlines()[-1])["stopped"] == "dense"
+
+
+def test_both_sides_have_the_same_layers_in_8_bits(measuring, monkeypatch):
+    """Of a model some of whose layers are not 2:4: those are on the dense kernel, as in the dense form."""
+    script("imitation")
+    cell = measuring.Cell("c", None, 1, None)
+    monkeypatch.setattr(
+        cell, "units", lambda takes: [SimpleNamespace(at=at) for at in LAYERS[takes.name]], raising=False
+    )
+    assert cell.choices("dense-fp8") == {"ff": "dense-fp8", "skip": "dense-fp8"}
+    assert cell.choices("cusparselt-fp8") == {"ff": "cusparselt-fp8", "skip": "dense-fp8"}
+    assert cell.choices("cusparselt") == {"ff": "cusparselt"}
+
+
+LAYERS = {"dense-fp8": ("ff", "skip"), "cusparselt-fp8": ("ff",), "cusparselt": ("ff",)}
 
 
 def test_what_is_complete_covers_what_asks_for_no_more(kept):

@@ -249,6 +249,17 @@ def test_the_algorithm_that_was_searched_runs_for_its_tokens_alone(library):
     ]
 
 
+def test_how_a_sum_is_split_is_told_to_the_library(library, monkeypatch):
+    """Below Hopper a sum may be split in one kernel or in two, which the mode says."""
+    library.capability = (8, 0)
+    algorithm = Algorithm(alg_id=2, split_k=4, split_k_mode=1)
+    monkeypatch.setattr(cusparselt, "tuned", lambda product, index: Tuned(algorithm, algorithm))
+    lowered = CuSparseLt().build(unit(sparse_(nn.Linear(64, 32)), (8, 64)))
+    library.calls.clear()
+    lowered(normal(8, 64, dtype=BF16))
+    assert [(call["alg_id"], call["split_k"], call["mode"]) for call in library.calls] == [(2, 4, 1)]
+
+
 def test_the_search_is_asked_for_what_will_run(library, monkeypatch):
     asked: list[Product] = []
     monkeypatch.setattr(cusparselt, "tuned", lambda product, index: asked.append(product) or Tuned(Algorithm()))

@@ -110,8 +110,10 @@ class Lines:
         return [one for one in self.all if one.get("cell") == cell and one["about"].get("code") == self.about["code"]]
 
     def ended(self, cell: str, form: str) -> bool:
-        """Whether the process ended twice while this code tried a form, which then is not tried again."""
-        tries = sum(line.get("begun") == form for line in self._by_this_code(cell))
+        """Whether the process ended twice while this code tried a form, which then is not tried again. Where it was told to end, as
+        its time was over, that says nothing of the form."""
+        own = self._by_this_code(cell)
+        tries = sum((line.get("begun") == form) - (line.get("stopped") == form) for line in own)
         return form not in self.done(cell) and tries > 1
 
     def complete(self, cell: str, asked: Line) -> bool:

@@ -6,10 +6,11 @@
 A cell is one model at one batch, with random weights. Its products are timed alone first, dense and 2:4, in every precision. Then
 forms of the whole model, each a CUDA graph: dense ones (as they are, channels last, compiled, and with `--autotune` by
 `max-autotune`), in bfloat16 and in 8 bits; then 2:4, compiled, with every layer that the library takes on it (`everywhere`) and with
-each layer on what is fastest alone in that precision (`chosen`). A form takes turns with the fastest dense form of its precision and
-with the fastest in bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block, once for all of
-them, on both sides alike: the whole of a large model takes minutes. What the GPU's file has is not measured again, whatever code it
-was measured with (each session's first line says which); a form that fails is noted and left.
+each layer on what is fastest alone in that precision (`chosen`). In 8 bits, layers that are not 2:4 are on the dense kernel of that
+precision, so that the dense form and the 2:4 one have the same layers in 8 bits. A form takes turns with the fastest dense form of its
+precision and with the fastest in bfloat16, so that every ratio is of the same rounds. What is compiled is a model's repeated block,
+once for all of them, on both sides alike: the whole of a large model takes minutes. What the GPU's file has is not measured again,
+whatever code it was measured with (each session's first line says which); a form that fails is noted and left.
 README.md has more.
 """
 
@@ -19,6 +20,7 @@ import copy
 import gc
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +53,7 @@ CELLS = "dit-xl 64,uvit-h 16,dit-xl 16,uvit-h 64,uvit-h 1,dit-xl 1,uvit-l 64,uvi
 """In order of what they would teach: where 2:4 should gain most comes first, and what should gain nothing last."""
 BF16 = "bfloat16"
 DENSE = {"dense-fp8": "fp8", "dense-int8": "int8"}
+EIGHT_BITS = {precision: name for name, precision in DENSE.items()}
 WIDE = {"eager": BF16, "dense-gelu": BF16}
 SPARSE = {
     **{"cusparselt": BF16, "cusparselt-fp8": "fp8", "cusparselt-int8": "int8"},
@@ -117,8 +120,10 @@ class Cell:
                 for name in (backend, UNCOMPILED[backend]):
                     yield f"{name} everywhere", SPARSE[name], lambda name=name: self.on(name)  # type: ignore[misc]
             else:
+                beside = EIGHT_BITS.get(SPARSE[backend])
+                name = backend if beside is None else f"{backend} and {beside}"
                 yield (
-                    f"{backend} everywhere, compiled",
+                    f"{name} everywhere, compiled",
                     SPARSE[backend],
                     lambda backend=backend: compiled(self.on(backend)),
                 )  # type: ignore[misc]
@@ -141,8 +146,10 @@ class Cell:
         return self.put_on(self.choices(backend))
 
     def choices(self, backend: str) -> dict[str, str]:
-        """Every unit that `backend` takes, on it."""
-        return {one.at: backend for one in self.units(registry.backend(backend))}
+        """Every unit that `backend` takes, on it; what a sparse one in 8 bits does not take, on the dense one of its precision."""
+        beside = EIGHT_BITS.get(SPARSE.get(backend, ""))
+        others = {} if beside is None else self.choices(beside)
+        return {**others, **{one.at: backend for one in self.units(registry.backend(backend))}}
 
     def put_on(self, choices: Mapping[str, str]) -> nn.Module:
         """The model with the units of `choices` on the backend that each names."""
@@ -162,16 +169,25 @@ class Cell:
         return bool(self.units(registry.backend(backend)))
 
     def time_products(self, backends: list[str]) -> None:
-        """Every layer alone, in every backend, once; written as they are, one line for the cell."""
-        own = [one["products"] for one in self.session.lines.all if one.get("cell") == self.name and "products" in one]
-        if not own:
-            rivals = [name for name, precision in DENSE.items() if precision in {SPARSE[one] for one in backends}]
-            job = prepared(self.dense, self.cast, [*WIDE, *rivals, *backends], None, None, quantising=True)
+        """Every layer alone, in every backend, once; a line for those that run alike, as they are timed, until the time is over."""
+        known = [
+            one["products"] for one in self.session.lines.all if one.get("cell") == self.name and "products" in one
+        ]
+        done = {tuple(one["at"]): one for line in known for one in line}
+        rivals = [name for name, precision in DENSE.items() if precision in {SPARSE[one] for one in backends}]
+        job = prepared(self.dense, self.cast, [*WIDE, *rivals, *backends], None, None, quantising=True)
+        alike = groups(job.found)
+        missing = [group for group in alike if tuple(one.at for one in group) not in done]
+        if missing:
             prepare(job)
-            store = Cache(job.setting, read=False)
-            own = [[summary(group, choose(group[:ALIKE], job, TOLERANCE, store)[0]) for group in groups(job.found)]]
-            self.session.lines.add({"cell": self.name, "products": own[0]})
-        self.products = own[-1]
+        store = Cache(job.setting, read=False)
+        for group in missing:
+            if self.session.over:
+                return  # what is chosen of a part of the layers would be another form each time
+            found = summary(group, choose(group[:ALIKE], job, TOLERANCE, store)[0])
+            self.session.lines.add({"cell": self.name, "products": [found]})
+            done[tuple(found["at"])] = found
+        self.products = [done[tuple(one.at for one in group)] for group in alike]
 
     def fastest(self, precision: str) -> dict[str, str]:
         """The backend that is fastest alone for each layer, of those in `precision`, dense ones included."""
@@ -289,6 +305,9 @@ def run(
                 cell.measure(form, precision, call, error)
         except Exception as failure:  # a form that does not run is one result among others
             session.failed(name, form, failure)
+        except SystemExit:  # the time is over
+            session.lines.add({"cell": name, "stopped": form})
+            raise
         made = call = None
         gc.collect()
         if session.device.type == "cuda":
@@ -373,4 +392,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a form under way is noted as stopped
     main()

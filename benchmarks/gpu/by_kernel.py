@@ -1,7 +1,7 @@
 """Where the time of a model goes on a GPU, kernel by kernel, in each form; and what bringing inputs to 8 bits costs.
 
-    python benchmarks/gpu/kernels.py                                 # inputs, in a minute
-    python benchmarks/gpu/kernels.py --cells "dit-xl 64,uvit-h 16"   # models
+    python benchmarks/gpu/by_kernel.py                                 # inputs, in a minute
+    python benchmarks/gpu/by_kernel.py --cells "dit-xl 64,uvit-h 16"   # models
 
 The forms are those of `lowering.py`, under torch's profiler: microseconds of each kernel in one call, all blocks together. Inputs are
 quantised by the kernel of `compressor/lower/triton_quantised.py` and by what torch.compile makes of torch's operators, alone and after
@@ -88,6 +88,9 @@ def inputs_in_8_bits(lines: Lines, device: torch.device) -> None:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         for dtype in (torch.float8_e4m3fn, torch.int8):
             for gelu in ("", "tanh", "none") if columns > 2048 else ("",):
+                asked = {"rows": rows, "columns": columns, "dtype": str(dtype), "gelu": gelu}
+                if any(asked.items() <= line.items() for line in lines.all):
+                    continue  # of a session before
                 torch.compiler.reset()  # all of these are one function to it, compiled for what changes from call to call
                 by_compiler = torch.compile(partial(gelu_quantised, dtype=dtype, gelu=gelu), dynamic=False)
                 calls = {
@@ -95,7 +98,7 @@ def inputs_in_8_bits(lines: Lines, device: torch.device) -> None:
                     "compiler": partial(by_compiler, x),
                 }
                 times = {name: 1000 * do_bench(call, return_mode="median") for name, call in calls.items()}
-                line = {"rows": rows, "columns": columns, "dtype": str(dtype), "gelu": gelu, "us": times}
+                line = {**asked, "us": times}
                 lines.add(line)
                 click.echo(str(line))
 
