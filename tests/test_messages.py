@@ -99,6 +99,7 @@ TABLE: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("lower nowhere", 1, ("nowhere: no such directory", "Give the directory of a finished run.")),
     ("run --out run", 2, ("run is not empty", "compressor resume run", "--overwrite")),
     ("run --out file", 2, ("file is a file", "Choose a folder with --out.")),
+    ("run --out away", 2, ("away is a link to nowhere, which is not there", "Make that folder, or remove the link.")),
     ("run --out busy", 4, ("busy is in use by another process", "Wait for it, or choose another place (--out).")),
     ("run --resume", 2, ("--resume needs the run's directory", "Give it with --out DIR.")),
     ("sample run --out others", 2, ("others has files of others: notes.txt", "Choose another --out.")),
@@ -127,6 +128,7 @@ def place(tmp_path_factory, finished):
     (root / "others").mkdir()
     (root / "others" / "notes.txt").write_text("mine")
     (root / "file").write_text("mine")
+    (root / "away").symlink_to("nowhere")
     (root / "two.yaml").write_text("model: uvit-cifar10\npipeline: nowhere\nprompts: nowhere.txt\n")
     (root / "half.yaml").write_text('data: "a\\uD800b"\n')
     (root / "twice.yaml").write_text("train: {steps: 1}\ntrain: {steps: 2}\n")

@@ -3,8 +3,9 @@
     python benchmarks/cpu/opponents.py --out benchmarks/results/opponents_cpu.json
 
 Random weights, pruned by magnitude: U-ViT-S/2 (4:2:4 in every Linear of the blocks), the DDPM UNet for CIFAR-10 (8:2:4 in every layer
-that it fits), one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward), and the UNet of
-Stable Diffusion 1.5 (8:2:4 in the default targets), whose cell takes half an hour and nearly 24 GiB of memory. The dense weights run
+that it fits), one block of DiT-XL/2 at 512 pixels, which is 1,024 tokens (4:2:4 in its attention and feed-forward), the autoencoder's
+decoder of Stable Diffusion 1.5 (8:2:4 in its residual blocks and its attention), and the UNet (8:2:4 in the default targets), whose
+cell takes half an hour and nearly 24 GiB of memory. The dense weights run
 in PyTorch (eager, prepacked; in 8 bits by the kernels here), ONNX Runtime and OpenVINO, in float32 and int8 each; the pruned ones
 lowered in float32, and with `max_error`, where 8-bit kernels may be taken. Errors are root mean square differences from the same
 weights in eager float32, in standard deviations of the output. Cells of a former file stay unless they are measured again.
@@ -26,7 +27,7 @@ from typing import Any
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import compressor
 from compressor import registry
@@ -38,6 +39,7 @@ from compressor.lower.forms import dense_forms
 from compressor.lower.job import lively
 from compressor.lower.plan import Plan
 from compressor.lower.vnm_kernels import level
+from compressor.model_zoo.generic.layers import BLOCK_LAYERS
 from compressor.sparsity.layers import select
 
 CELLS = {
@@ -46,6 +48,7 @@ CELLS = {
     "ddpm-cifar10 4": ("DDPM UNet, CIFAR-10", "8:2:4", 4),
     "ddpm-cifar10 1": ("DDPM UNet, CIFAR-10", "8:2:4", 1),
     "dit-xl-2-block 1": ("one block of DiT-XL/2, 1,024 tokens", "4:2:4", 1),
+    "sd15-decoder 1": ("decoder of Stable Diffusion 1.5, 128 pixels", "8:2:4", 1),
     "sd15 2": ("UNet of Stable Diffusion 1.5, 256 pixels", "8:2:4", 2),  # a picture with guidance
 }
 _LARGE = ("sd15",)
@@ -64,9 +67,36 @@ _TORCH = {
 """What PyTorch's forms of the dense model are called here."""
 
 
-def adapter_of(cell: str) -> Adapter:
+class _Decoder(Adapter):
+    """What makes pictures of latents, by the rule of layers that parts of pipelines have."""
+
+    targets = (BLOCK_LAYERS,)
+
+    def build(self) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        whole: Any = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **kinds
+        )
+        decoder: nn.Module = whole.decoder
+        return decoder
+
+    def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, inputs: Any) -> Tensor:
+        return model(inputs)  # type: ignore[no-any-return]
+
+    def example_inputs(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 4, 16, 16)
+
+
+def adapter_of(cell: str) -> Any:
     """The adapter of a cell's model; a DiT of one block."""
     name = cell.rpartition(" ")[0]
+    if name == "sd15-decoder":
+        return _Decoder()
     if name == "sd15":
         sizes = {"sample_size": 32, "cross_attention_dim": 768, "attention_head_dim": 8}
         plain: Any = registry.adapter("diffusers")

@@ -46,7 +46,7 @@ class Kept:
             found |= {
                 Place(path, name)
                 for name in was.keys() | now.keys()
-                if not (name in was and name in now and _same(was[name], now[name], set()))
+                if not (name in was and name in now and same(was[name], now[name]))
             }
         return found
 
@@ -116,8 +116,12 @@ def _put_back(module: nn.Module, before: dict[str, Any], name: str) -> None:
         held[name] = copy.deepcopy(was)
 
 
-def _same(one: Any, other: Any, seen: set[int]) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two values are equal, as far as they can be looked into."""
+    return _same(one, other, set())
+
+
+def _same(one: Any, other: Any, seen: set[int]) -> bool:
     if one is other or one is _UNSEEN or isinstance(one, nn.Module) or id(one) in seen:
         return True
     if type(one) is not type(other):

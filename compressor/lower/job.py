@@ -16,7 +16,7 @@ from compressor import discovery
 from compressor.adapter import Adapter, as_dtype, cloned, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
-from compressor.foreign.kept import Kept, Place
+from compressor.foreign.kept import Kept, Place, same
 from compressor.foreign.sound import copied
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
@@ -46,8 +46,7 @@ class Forward:
         """What `model` answers on a copy of `inputs`, and what that changes; the model is then as it was."""
         given = cloned(inputs)
         out = _call(self._adapter, given, model)
-        pairs = zip(tensors_of(given), tensors_of(inputs), strict=True)
-        self._written |= not all(torch.equal(now, was) or bool(was.isnan().any()) for now, was in pairs)
+        self._written |= not same(given, inputs)
         self.changed |= self._kept.changed(model)
         self.rest(model)
         return out

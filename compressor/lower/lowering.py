@@ -28,6 +28,7 @@ from compressor.progress import Progress, result_of
 from compressor.weights import bare, weights_sha256
 
 _WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
+_OF_ERROR = 0.97  # of the error that is allowed, the search uses this share where a compiler rounds its forms otherwise
 _REORDERED = 3.0  # and this many times where products are the same, in another order of their sums
 
 
@@ -137,13 +138,13 @@ def lowering(
         layers += choose(group, job, tolerance, store, free=max_error is not None)
     places = {one.at: place for place, one in enumerate(job.found)}
     layers.sort(key=lambda layer: places[layer.name])
+    compiled = job.device.type == "cuda" if compiled is None else compiled
     search: Search | None = None
     if max_error is not None:
-        layers, search = yield from within(job, layers, max_error)
+        layers, search = yield from within(job, layers, max_error, _OF_ERROR if compiled else 1.0)
     yield Progress("lower", len(alike), len(alike), "whole model")
     if store.busy:
         job.notes.append(contest.doubtful(store.busy))
-    compiled = job.device.type == "cuda" if compiled is None else compiled
     form, made = guarded(job, layers, compiled, allowed, digest or weights_sha256(model), search, store.used)
     job.forward.rest(form)
     made = made.model_copy(update={"tolerance": None if tolerance is None else float(tolerance)})

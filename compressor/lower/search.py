@@ -54,15 +54,15 @@ class _Move:
 
 @torch.no_grad()
 def within(
-    job: Job, layers: Sequence[LayerPlan], max_error: float
+    job: Job, layers: Sequence[LayerPlan], max_error: float, share: float = 1.0
 ) -> Generator[Progress, None, tuple[list[LayerPlan], Search]]:
     """`layers`, of which as few as needed have gone back to slower forms so that the model's output is off by `max_error` at most,
-    and what was measured. Yields a step per forward.
+    and what was measured. Yields a step per forward. With a `share` the search leaves the rest of `max_error` to what comes after it.
 
     The error is the largest relative root mean square difference among the output's tensors, on the job's inputs. What rounding alone
     does may be more than `max_error`: then nothing is left in few bits, and the caller sees it in the form.
     """
-    names = [layer.name for layer in layers]
+    names, bound = [layer.name for layer in layers], share * max_error
     ladders = _ladders(job, layers)
     wanted = seeded(job.forward, job.base)
 
@@ -80,24 +80,24 @@ def within(
     free = found = whole([])
     alone: dict[str, list[float]] = {}
     back: list[_Move] = []
-    if ladders and not free <= max_error:
+    if ladders and not free <= bound:
         tried = [(ladder, form) for ladder in ladders for form in ladder.forms[:-1]]
         for done, (ladder, form) in enumerate(tried):
             yield step(done, len(tried), ladder.name)
             alone.setdefault(ladder.name, []).append(error({ladder.name: form.choice}))
         order = _order(ladders, alone, len(layers))
-        back = _predicted(order, ladders, alone, max_error)
+        back = _predicted(order, ladders, alone, bound)
         yield step(0, 1, f"{len(back)} steps back")
-        while not (found := whole(back)) <= max_error and len(back) < len(order):
+        while not (found := whole(back)) <= bound and len(back) < len(order):
             back.append(order[len(back)])
             yield step(0, 1, f"{len(back)} steps back")
-        for move in back[::-1] if found <= max_error else ():  # errors may make up for each other
+        for move in back[::-1] if found <= bound else ():  # errors may make up for each other
             if any(other.ladder is move.ladder and other.start >= move.end for other in back):
                 continue  # it went on from there
             for end in range(move.start, move.end):
                 forward = [replace(other, end=end) if other is move else other for other in back]
                 yield step(0, 1, f"{move.ladder.name} in {move.ladder.forms[end].choice} again")
-                if (less := whole(forward)) <= max_error:
+                if (less := whole(forward)) <= bound:
                     back, found = [other for other in forward if other.end > other.start], less
                     break
     slower = {

@@ -53,6 +53,10 @@ def locked(out: Path, wait: float = 0.0) -> Iterator[None]:
 
 def refuse_used_directory(out: Path, overwrite: bool | None) -> None:
     """Raise UsageError unless `out` is empty, not there yet, or may be overwritten; None: by nobody."""
+    if out.is_symlink() and not out.exists():
+        raise UsageError(
+            f"{out} is a link to {os.readlink(out)}, which is not there", "Make that folder, or remove the link."
+        )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file", "Choose a folder with --out.")
     found = contents(out)
