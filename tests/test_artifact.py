@@ -790,3 +790,11 @@ def test_a_buffer_whose_entries_share_memory_is_loaded_into_memory_of_its_own(tm
     loaded = compressor.load(tmp_path / "saved", model=second)
     assert torch.equal(loaded.linear.weight, first.linear.weight) and torch.equal(loaded.mean, first.mean)
     assert loaded.same is loaded.mean and loaded.mean.is_contiguous()
+
+
+def test_a_name_that_makes_no_model_by_itself_says_what_else_to_give(tmp_path):
+    model = nn.Linear(4, 4)
+    compressor.save(tmp_path / "saved", model, {}, name="diffusers")
+    with pytest.raises(CompressorError, match=r"saved: diffusers names no model by itself\nGive the module: load"):
+        compressor.load(tmp_path / "saved")
+    compressor.load(tmp_path / "saved", model=nn.Linear(4, 4))

@@ -154,17 +154,20 @@ def _models(
         digest=digest,
     )
     plan = lowered.plan
-    dense = dense_forms(run.dense, example, plan.only(FORMS), adapter=run.adapter, left_out={}, few_bits=False)
+    left: dict[str, str] = {}
+    dense = dense_forms(run.dense, example, plan.only(FORMS), adapter=run.adapter, left_out=left, few_bits=False)
     few = "dense" in plan.dense_in_few_bits  # its time is not that of the form in float, which is no slower than eager
     known = {form.name: form.median_ms for form in plan.forms if form.name in FORMS and form.name in dense}
     best = "dense" if few and "dense" in dense else min(known, key=lambda name: known[name])
     models = {(run.dense_row.name, FORMS[best]): dense[best]}
     if few:
-        coarse = dense_forms(run.dense, example, plan.only(["dense"]), adapter=run.adapter, left_out={})
+        coarse = dense_forms(run.dense, example, plan.only(["dense"]), adapter=run.adapter, left_out=left)
         if "dense" in coarse:
             models[run.dense_row.name, called(plan, "dense")] = coarse["dense"]
     if run.report.final.name != run.dense_row.name:
         models[run.report.final.name, called(plan, plan.choice)] = lowered.model
+    for name, reason in left.items():
+        yield Progress("pictures", 0, 1, f"dense weights, {FORMS[name]}, are left out: {reason}")
     return models
 
 

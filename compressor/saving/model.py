@@ -250,7 +250,16 @@ def _loaded(folder: Path, model: nn.Module | None) -> nn.Module:
         )
 
     def built() -> nn.Module:
-        return adapter_at(folder).build() if given is None else given
+        if given is not None:
+            return given
+        adapter = adapter_at(folder)
+        try:
+            return adapter.build()
+        except CompressorError as error:
+            raise CompressorError(
+                f"{folder}: {error.message}",
+                "Give the module: load(path, model=module); or save with its architecture.",
+            ) from error
 
     def cut(whole: nn.Module) -> nn.Module:
         if surgery is not None and surgery_of(whole) != surgery:
