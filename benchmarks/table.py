@@ -353,7 +353,7 @@ TABLES = (
     ("docs/lowering.md", "dense-bits", "dense_bits_cpu.json dense_bits_cpu_avx2.json", dense_bits),
     *(
         ("docs/lowering.md", f"opponents{it}", f"opponents_cpu{it.replace('-', '_')}.json", opponents)
-        for it in ("", "-avx-vnni", "-sd15", "-vnni", "-zen5")
+        for it in ("", "-avx-vnni", "-decoder", "-sd15", "-vnni", "-zen5")
     ),
     *(("docs/lowering.md", f"peaks{it}", f"roofline_cpu{it.replace('-', '_')}.json", peaks) for it in ("", "-avx2")),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),

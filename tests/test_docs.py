@@ -360,6 +360,9 @@ def test_what_the_readme_says_of_a_model_of_real_size_is_in_the_table():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"(256 pixels, Zen 4) is at {few}, {exact}" in readme
     assert f"stay dense, is at {few} and\n{exact} on the Zen 4" in lowering
+    ((few, exact),) = speed_ups(lowering, "opponents-decoder").values()
+    assert f"The decoder of its autoencoder is at [{few}, {exact}]" in readme
+    assert f"pruned decoder is {few[:-1]} times as fast as OpenVINO's int8" in lowering
 
 
 def load_gather():

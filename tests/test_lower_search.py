@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import Backend, CompressorError, Plan, registry
 from compressor.errors import UsageError
-from compressor.lower import Unit
+from compressor.lower import Unit, forms
 from compressor.lower.search import within
 from compressor.sparsity.codes import fake_quantised
 
@@ -79,7 +80,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     times = dict(TIMES)
 
     def given(calls: Mapping[str, Any], rounds: int, *_: Any) -> dict[str, tuple[float, ...]]:
-        return {name: (times[name],) * rounds for name in calls}
+        return {name: (times[name.removesuffix(', compiled')],) * rounds for name in calls}
 
     monkeypatch.setattr("compressor.lower.contest.timed", given)
     return times
@@ -349,6 +350,26 @@ def test_each_forward_is_a_step_of_progress() -> None:
             assert Counting.forwards == steps  # that of the dense model, and one for each step that is over
     except StopIteration:
         assert Counting.forwards == steps + 1 == 10
+
+
+def test_a_compilers_rounding_is_left_some_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that is at the very bound in eager would be refused as soon as a compiler rounds it otherwise."""
+    asked: list[tuple[float, float]] = []
+
+    def told(job: Any, layers: Any, max_error: float, share: float) -> Any:
+        asked.append((max_error, share))
+        return within(job, layers, max_error, share)
+
+    monkeypatch.setattr(import_module("compressor.lower.lowering"), "within", told)
+    monkeypatch.setattr(forms, "_compiled", lambda model, device: model)
+    model, found = Parallel(), []
+    backends = Sparse(), shares(model, [0.01, 0.012, 0.01, 0.01, 0.014])
+    for compiled in (False, True):
+        search = compressor.lower(model, X, backends, cache=False, max_error=0.0255, compiled=compiled).plan.search
+        assert search is not None and search.max_error == 0.0255
+        found.append(search.error)
+    assert asked == [(0.0255, 1.0), (0.0255, 0.97)]
+    assert found[1] is not None and found[0] is not None and found[1] < 0.97 * 0.0255 < found[0] < 0.0255
 
 
 def test_the_plan_says_why() -> None:
