@@ -80,7 +80,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     times = dict(TIMES)
 
     def given(calls: Mapping[str, Any], rounds: int, *_: Any) -> dict[str, tuple[float, ...]]:
-        return {name: (times[name.removesuffix(', compiled')],) * rounds for name in calls}
+        return {name: (times[name.removesuffix(", compiled")],) * rounds for name in calls}
 
     monkeypatch.setattr("compressor.lower.contest.timed", given)
     return times
