@@ -135,6 +135,23 @@ def test_a_buffer_that_calls_write_to_is_in_a_lowered_model_as_it_was_given() ->
 
 
 @torch.no_grad()
+def test_an_example_whose_numbers_share_memory_is_lowered() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return self.linear(x) * time[:, None]
+
+    model, one = Timed().eval(), torch.tensor(0.5).expand(1)
+    lowered = compressor.lower(model, (numbers(1, 16), one), cache=False).model
+    assert torch.allclose(
+        lowered(numbers(1, 16, seed=2), one), model(numbers(1, 16, seed=2), one), rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
 def test_a_model_that_writes_to_its_inputs_is_lowered_and_the_example_stays() -> None:
     model, example = Scaling().eval(), numbers(4, 16)
     before = example.clone()
@@ -217,6 +234,9 @@ def test_equal_values_are_no_change_whatever_they_are() -> None:
     model.register_buffer("codes", torch.zeros(3, dtype=torch.float8_e4m3fn))
     model.register_buffer("waves", torch.polar(torch.ones(3), torch.ones(3)).conj())
     model.register_buffer("scalar", torch.tensor(True))
+    model.register_buffer("one", torch.tensor(2.0).expand(1))
+    model.register_buffer("many", torch.ones(3, 1).expand(3, 4).t())
+    model.register_buffer("none", torch.empty(0, 3))
     model.sparse = torch.eye(3).to_sparse()
     kept, other = Kept(model), copy.deepcopy(model)
     assert kept.changed(other) == set()

@@ -141,4 +141,5 @@ def _same(one: Any, other: Any, seen: set[int]) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    own = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return own.view(-1).view(torch.uint8)  # of memory of its own: what was expanded has no bytes that follow each other
