@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import compressor
 from compressor.errors import CompressorError, UsageError
 from compressor.pipelines import opened as pipelines
-from compressor.pipelines.opened import called, opened
+from compressor.pipelines.opened import must_be_called, opened
 from compressor.plugins.magnitude import Magnitude
 
 SIZES = {"prior_num_inference_steps": 2, "height": 64, "width": 64}
@@ -120,7 +120,7 @@ def test_a_combined_pipeline_draws_with_its_pruned_part(part: str, combined: Any
 def test_pictures_that_are_drawn_without_the_part_are_not_judged(
     combined: Any, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CompressorError, match="draws pictures without its unet"), called(opened(combined)):
+    with pytest.raises(CompressorError, match="draws pictures without its unet"), must_be_called(opened(combined)):
         pass
     combined.save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")

@@ -179,7 +179,7 @@ def guarded(
     plan = Plan(
         weights_sha256=weights,
         dtype=layers[0].dtype if layers else _dtype_of(base),
-        input_shapes=tuple(tuple(leaf.shape) for leaf in tensors_of(job.inputs)),
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tensors_of(job.forward.inputs)),
         setting=job.setting,
         layers=tuple(layers),
         left_out={one.weight: one.reason for one in job.left},

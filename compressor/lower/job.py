@@ -63,7 +63,6 @@ class Job:
 
     base: nn.Module
     forward: Forward
-    inputs: Any
     device: torch.device
     setting: Setting
     found: list[Found]
@@ -134,7 +133,7 @@ def prepared(
             notes += [remark] if (remark := backend.remark(device)) else []
         except Exception as failure:  # a plugin may raise anything
             notes.append(f"{backend.name}: {type(failure).__name__}: {failure}")
-    return Job(base, forward, inputs, device, _setting(device), found, left, chosen, notes)
+    return Job(base, forward, device, _setting(device), found, left, chosen, notes)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -92,7 +92,7 @@ class Opened:
 
 
 @contextmanager
-def called(opened: Opened) -> Iterator[None]:
+def must_be_called(opened: Opened) -> Iterator[None]:
     """Raises CompressorError at the end of a block in which a picture was drawn, and the part in the pipeline was not called."""
     calls: list[None] = []
     handle = opened.module.register_forward_pre_hook(lambda *_: calls.append(None))

@@ -16,7 +16,7 @@ from compressor.cost.latency import latency
 from compressor.cost.timing import Times, side_by_side
 from compressor.errors import CompressorError
 from compressor.lower import Plan, lower
-from compressor.pipelines.opened import called
+from compressor.pipelines.opened import must_be_called
 from compressor.pipelines.recording import sample
 from compressor.processes import team
 from compressor.progress import Progress
@@ -49,7 +49,7 @@ class PairedJudge(Judge):
         with self.piped.opened.having(variant.model):
             for number in range(here.rank, len(self.pictures), here.size):
                 yield Progress(f"sample {variant.name}", number, len(self.pictures))
-                with called(self.piped.opened):
+                with must_be_called(self.piped.opened):
                     found = sample(self.piped.opened, self.pictures[number], steps)
                 mine.append((found.latents, found.images))
         every = here.in_turn(mine)
