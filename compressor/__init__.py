@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compressor.lower import Backend, Lowered, Plan
     from compressor.lower.lowering import lower as lower  # a package that can be called: the verb, to type checkers
     from compressor.runs.lora import Merged, merge_lora
-    from compressor.runs.placed import apply, prune, prune_, record
+    from compressor.runs.placed import apply, example_inputs, prune, prune_, record
     from compressor.saving.model import load, save
     from compressor.sparsity.estimator import Estimator, Exact, StraightThrough
     from compressor.sparsity.notation import parse
@@ -43,7 +43,7 @@ _HOMES = {
     "data.sets": ("ImageSet", "Images", "Records", "SampleSet"),
     "errors": ("CompressorError",),
     "lower": ("Backend", "Lowered", "Plan"),
-    "runs.placed": ("apply", "prune", "prune_", "record"),
+    "runs.placed": ("apply", "example_inputs", "prune", "prune_", "record"),
     "runs.lora": ("Merged", "merge_lora"),
     "saving.model": ("load", "save"),
     "sparsity.estimator": ("Estimator", "Exact", "StraightThrough"),
@@ -90,6 +90,7 @@ __all__ = [
     "Unstructured",
     "apply",
     "choose_layers",
+    "example_inputs",
     "found",
     "load",
     "lower",

@@ -237,7 +237,8 @@ def bare(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"a {type(model).__name__} is no module", "Give a torch.nn.Module, as a Result has in `model`."
+            f"a {type(model).__name__} is no module",
+            "Give a torch.nn.Module, as a Result has in `model`; of a pipeline one of its parts, such as pipe.unet.",
         )
     model = unwrapped(model)
     _refuse_adapters(model)

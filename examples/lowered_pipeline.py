@@ -24,16 +24,7 @@ def main() -> None:
         # 4:2:4: four rows share their choice, which is what a CPU can run faster.
         result = compressor.prune(pipe, Magnitude(pattern=compressor.parse("4:2:4")), data=records, steps=0)
 
-    seen = {}
-
-    def keep(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.update(args=args, kwargs=kwargs)
-
-    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
-    pipe([3], num_inference_steps=1)
-    hook.remove()
-    example = {"hidden_states": seen["args"][0], **{k: v for k, v in seen["kwargs"].items() if k != "return_dict"}}
-
+    example = compressor.example_inputs(pipe, class_labels=[3])
     lowered = compressor.lower(result.model, example)
     print(f"taken: {lowered.plan.choice} ({lowered.plan.reason})")
     pictures = []

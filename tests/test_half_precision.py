@@ -17,8 +17,7 @@ from compressor import CompressorError, registry
 from compressor.adapter import Adapter, as_taken
 from compressor.files import read_json
 from compressor.lower.backend import Backend
-from compressor.lower.forms import built
-from compressor.lower.job import prepared
+from compressor.lower.job import built, prepared
 from compressor.plugins.depth import Depth
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.obs import OBS

@@ -18,7 +18,7 @@ import compressor
 from compressor import Backend, CompressorError, Plan, registry
 from compressor.errors import UsageError
 from compressor.lower import Unit, forms
-from compressor.lower.search import within
+from compressor.lower.search import _Trial, within
 from compressor.sparsity.codes import fake_quantised
 
 
@@ -180,20 +180,21 @@ def test_of_equal_ones_the_ends_of_the_model_go_back_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fine", "coarse", "max_error", "wanted"),
+    ("fine", "coarse", "max_error", "wanted", "asked"),
     [
         # one goes back by one step, where 1.2 ms would buy hardly more
-        ([0.001] * 3, [0.03, 0.01, 0.01], 0.02, ["coarse", "coarser", "coarser"]),
+        ([0.001] * 3, [0.03, 0.01, 0.01], 0.02, ["coarse", "coarser", "coarser"], {0}),
         # all do, and the worst of them all the way
-        ([0.02, 0.002, 0.002], [0.04, 0.01, 0.01], 0.004, ["sparse", "coarse", "coarse"]),
+        ([0.02, 0.002, 0.002], [0.04, 0.01, 0.01], 0.004, ["sparse", "coarse", "coarse"], {0, 1, 2}),
         # a slower form that is no more exact is passed over
-        ([0.03, 0.001, 0.001], [0.03, 0.001, 0.001], 0.02, ["sparse", "coarser", "coarser"]),
-        ([0.001] * 3, [0.01] * 3, 1e-4, ["sparse"] * 3),
+        ([0.03, 0.001, 0.001], [0.03, 0.001, 0.001], 0.02, ["sparse", "coarser", "coarser"], set()),
+        ([0.001] * 3, [0.01] * 3, 1e-4, ["sparse"] * 3, {0, 1, 2}),
     ],
 )
 def test_a_layer_goes_back_as_far_as_it_has_to(
-    fine: list[float], coarse: list[float], max_error: float, wanted: list[str]
+    fine: list[float], coarse: list[float], max_error: float, wanted: list[str], asked: set[int]
 ) -> None:
+    """Slower forms are `asked` for where they come into question alone."""
     model = Parallel(3)
     backends = Sparse(), shares(model, fine), shares(model, coarse, "coarser")
     plan = plan_of(model, X, *backends, max_error=max_error)
@@ -202,7 +203,7 @@ def test_a_layer_goes_back_as_far_as_it_has_to(
     assert search is not None and search.error is not None and search.error <= max_error
     assert search.alone == pytest.approx({f"layers.{n}": e for n, e in enumerate(coarse)}, rel=1e-3)
     assert {name: own["coarse"] for name, own in search.slower.items()} == pytest.approx(
-        {f"layers.{n}": e for n, e in enumerate(fine) if e < coarse[n]}, rel=1e-3
+        {f"layers.{n}": fine[n] for n in asked}, rel=1e-3
     )
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     back = [layer for layer in plan.layers if layer.choice != "coarser"]
@@ -225,7 +226,7 @@ def test_a_dense_form_of_the_same_numbers_is_no_step_back(timed: dict[str, float
     plan = plan_of(model, X, Sparse(), dense, shares(model, fine), shares(model, coarse, "coarser"), max_error=0.02)
     assert list(choices(plan).values()) == ["coarse", "coarser", "coarser"]
     assert plan.search is not None and {name: set(own) for name, own in plan.search.slower.items()} == {
-        f"layers.{n}": {"coarse"} for n in range(3)
+        "layers.0": {"coarse"}
     }
 
 
@@ -325,6 +326,71 @@ def test_errors_that_mean_nothing_are_refused(name: str, value: float) -> None:
         plan_of(Parallel(), X, Sparse(), **{name: value})
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_asked_late_changes_no_choice(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a search that knows what every form is off by before anything goes back."""
+    rng = torch.Generator().manual_seed(seed)
+    coarse = (0.03 * torch.rand(6, generator=rng)).tolist()
+    fine = [own * share for own, share in zip(coarse, torch.rand(6, generator=rng).tolist(), strict=True)]
+    model = Parallel(6)
+    backends = Sparse(), shares(model, fine), shares(model, coarse, "coarser")
+    wanted = [0.2, 0.5, 0.9]
+    lazy = [plan_of(model, X, *backends, max_error=share * sum(e * e for e in coarse) ** 0.5) for share in wanted]
+    watch = _Trial.watch
+
+    def all_at_once(trial: _Trial) -> None:
+        watch(trial)
+        for ladder in trial.ladders:
+            for place in range(len(ladder.forms) - 1):
+                trial.measure(ladder, place)
+
+    monkeypatch.setattr(_Trial, "watch", all_at_once)
+    for share, before in zip(wanted, lazy, strict=True):
+        plan = plan_of(model, X, *backends, max_error=share * sum(e * e for e in coarse) ** 0.5)
+        assert choices(plan) == choices(before)
+        assert plan.search is not None and before.search is not None
+        assert plan.search.error == pytest.approx(before.search.error)
+        assert set(before.search.slower) <= set(plan.search.slower)
+
+
+class Once(nn.Module):
+    """Layers one after another, some called twice, one whose answer is written to, and a branch that joins at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice, self.written, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.first(x))
+        y = self.written(x)
+        y += 1
+        return self.last(self.twice(y) + x)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_what_is_not_computed_again_is_as_if_it_were(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = registry.adapter("uvit-digits")
+    for model, inputs, how in ((Once(), X, {}), (adapter.load(None), adapter.example_inputs(2), {"adapter": adapter})):
+        first = next(module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+        calls: dict[bool, int] = {}
+        found = {}
+        for replays in (True, False):
+            counted: list[None] = []
+            forward = type(first).forward
+            monkeypatch.setattr(
+                type(first), "forward", lambda own, x, f=forward, c=counted: (c.append(None), f(own, x))[1]
+            )
+            monkeypatch.setattr(_Trial, "can_replay", replays)
+            options = {**how, "max_error": 0.002, "fuse_projections": fuse}
+            found[replays] = plan_of(model, inputs, Sparse(), Coarse(), **options).search
+            monkeypatch.setattr(type(first), "forward", forward)
+            calls[replays] = len(counted)
+        assert found[True] is not None and found[False] is not None and found[True].alone
+        assert found[True].alone == pytest.approx(found[False].alone, rel=1e-4)
+        assert calls[True] < 0.9 * calls[False] or isinstance(model, Once)
+
+
 # --- How it is told. ---
 
 
@@ -349,7 +415,7 @@ def test_each_forward_is_a_step_of_progress() -> None:
             steps += 1
             assert Counting.forwards == steps  # that of the dense model, and one for each step that is over
     except StopIteration:
-        assert Counting.forwards == steps + 1 == 10
+        assert Counting.forwards == steps + 1 == 11
 
 
 def test_a_compilers_rounding_is_left_some_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from compressor import NM, CompressorError, Plan
 from compressor.cli.tables import plan_tables
 from compressor.lower import cusparselt, forms, job, quantised
 from compressor.lower.chooser import deviation, seeded
-from compressor.lower.forms import built, dense_forms
+from compressor.lower.forms import dense_forms
+from compressor.lower.job import built
 from compressor.lower.projections import FusedProjections, joined
 from compressor.lower.quantised import dense_int8
 from compressor.lower.units import Found, find_units, put_unit

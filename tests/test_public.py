@@ -35,6 +35,7 @@ NEW_NAMES = {
     "Preset",
     "Surgery",
     "choose_layers",
+    "example_inputs",
     "found",
 }
 NEW_ENTRY_POINTS: dict[str, set[str]] = {

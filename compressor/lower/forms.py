@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from compressor.adapter import Adapter, take_as, tensors_of
+from compressor.adapter import Adapter, tensors_of
 from compressor.cost.contention import Cores
 from compressor.cost.timing import iqr_ms
 from compressor.errors import CompressorError, first_line
@@ -24,24 +24,12 @@ from compressor.lower import contest
 from compressor.lower.chooser import deviation, held, refusal_of, seeded
 from compressor.lower.contest import BASE, Contest
 from compressor.lower.graphs import Graphed
-from compressor.lower.job import Job, prepared
+from compressor.lower.job import Job, built, prepared
 from compressor.lower.plan import Form, LayerPlan, Plan, Search
-from compressor.lower.units import Found, put_unit
 
 _ROUNDS = 11
 _COMPILED = 64  # forms of models of one class, of all lowerings of a process
 _UNCACHED = "dense, packed"
-
-
-def built(job: Job, choices: Mapping[str, str], found: Sequence[Found] | None = None) -> nn.Module:
-    """The model with the chosen modules in place, of all units or of those `found`; tensors that stay are shared with it."""
-    form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
-    for one in job.found if found is None else found:
-        if (choice := choices.get(one.at, "eager")) != "eager" or one.fused:
-            form = put_unit(form, one, job.backend(choice).build(one.unit))
-    if set(choices.values()) - {"eager"}:
-        take_as(form, job.base)
-    return form
 
 
 class _Bound(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import discovery
-from compressor.adapter import Adapter, as_dtype, cloned, tensors_of
+from compressor.adapter import Adapter, as_dtype, cloned, take_as, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
 from compressor.foreign.kept import Kept, Place, same
@@ -21,7 +22,7 @@ from compressor.foreign.sound import copied
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
 from compressor.lower.plan import Setting
-from compressor.lower.units import Found, LeftOut, find_units, is_unit
+from compressor.lower.units import Found, LeftOut, find_units, is_unit, put_unit
 from compressor.weights import cast_, dtypes_of, unwrapped
 
 SEED = 0
@@ -134,6 +135,27 @@ def prepared(
         except Exception as failure:  # a plugin may raise anything
             notes.append(f"{backend.name}: {type(failure).__name__}: {failure}")
     return Job(base, forward, device, _setting(device), found, left, chosen, notes)
+
+
+def built(
+    job: Job,
+    choices: Mapping[str, str],
+    found: Sequence[Found] | None = None,
+    made: dict[tuple[str, str], nn.Module] | None = None,
+) -> nn.Module:
+    """The model with the chosen modules in place, of all units or of those `found`; tensors that stay are shared with it. Modules that
+    are `made` already, by place and backend, are taken, and new ones are kept there."""
+    form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
+    for one in job.found if found is None else found:
+        if (choice := choices.get(one.at, "eager")) != "eager" or one.fused:
+            if (module := (made or {}).get((one.at, choice))) is None:
+                module = job.backend(choice).build(one.unit)
+            if made is not None:
+                made[one.at, choice] = module
+            form = put_unit(form, one, module)
+    if set(choices.values()) - {"eager"}:
+        take_as(form, job.base)
+    return form
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -19,8 +19,8 @@ from compressor.foreign.sound import refuse_kept
 from compressor.lower import contest
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, deviation, groups, prepare, seeded
-from compressor.lower.forms import built, guarded, planned
-from compressor.lower.job import Job, prepared
+from compressor.lower.forms import guarded, planned
+from compressor.lower.job import Job, built, prepared
 from compressor.lower.plan import Cache, LayerPlan, Plan, Search
 from compressor.lower.search import within
 from compressor.lower.units import Found

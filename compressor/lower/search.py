@@ -1,9 +1,9 @@
 """The fastest plan whose whole model stays within an error: which layers stay in few bits, and which go back to a slower form.
 
-Errors of layers add up in squares, nearly. So each layer is put into each of its forms in few bits alone, and the model's output
-compared; those whose squared error is large for the time that they save go back first, to the form that gains most error for its time,
-until what is left should fit. What really is left is then measured: more go back one by one until it fits, and those that fit in all
-the same go forward again.
+Errors of layers add up in squares, nearly. So each layer is put into its fastest form alone, and the model's output compared; those
+whose squared error is large for the time that they save go back first, to the form that gains most error for its time, until what is
+left should fit. Slower forms in few bits are compared where they come into question. What really is left is then measured: more go
+back one by one until it fits, and those that fit in all the same go forward again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from compressor.lower.chooser import deviation, held, seeded
-from compressor.lower.forms import built
-from compressor.lower.job import Job
+from compressor.lower.job import Job, built
 from compressor.lower.plan import LayerPlan, Search
+from compressor.lower.replayed import Replayed
 from compressor.progress import Progress
 
 _FINER = 0.95
@@ -62,34 +63,22 @@ def within(
     The error is the largest relative root mean square difference among the output's tensors, on the job's inputs. What rounding alone
     does may be more than `max_error`: then nothing is left in few bits, and the caller sees it in the form.
     """
-    names, bound = [layer.name for layer in layers], share * max_error
-    ladders = _ladders(job, layers)
-    wanted = seeded(job.forward, job.base)
-
-    def error(choices: Mapping[str, str]) -> float:
-        try:
-            return deviation(seeded(job.forward, built(job, dict.fromkeys(names, "eager") | dict(choices))), wanted)
-        except Exception:  # a model may look into its layers: the guard, which runs the same form, says so
-            return math.inf
-
-    def whole(moves: Sequence[_Move]) -> float:
-        return error({layer.name: layer.choice for layer in _with(layers, moves)})
-
+    bound, trial = share * max_error, _Trial(job, layers)
     step = partial(Progress, "error of the model")
     yield step(0, 1, "each layer at its fastest")
-    free = found = whole([])
-    alone: dict[str, list[float]] = {}
+    free = found = trial.whole([])
     back: list[_Move] = []
-    if ladders and not free <= bound:
-        tried = [(ladder, form) for ladder in ladders for form in ladder.forms[:-1]]
-        for done, (ladder, form) in enumerate(tried):
-            yield step(done, len(tried), ladder.name)
-            alone.setdefault(ladder.name, []).append(error({ladder.name: form.choice}))
-        order = _order(ladders, alone, len(layers))
-        back = _predicted(order, ladders, alone, bound)
-        yield step(0, 1, f"{len(back)} steps back")
-        while not (found := whole(back)) <= bound and len(back) < len(order):
-            back.append(order[len(back)])
+    if trial.ladders and not free <= bound:
+        if trial.can_replay:
+            yield step(0, 1, "what layers answer")
+            trial.watch()
+        for done, ladder in enumerate(trial.ladders):
+            yield step(done, len(trial.ladders), ladder.name)
+            trial.measure(ladder, 0)
+        while not back or not (found := trial.whole(back)) <= bound:
+            if not (more := (yield from trial.next_moves(back, bound))):
+                break
+            back += more
             yield step(0, 1, f"{len(back)} steps back")
         for move in back[::-1] if found <= bound else ():  # errors may make up for each other
             if any(other.ladder is move.ladder and other.start >= move.end for other in back):
@@ -97,26 +86,109 @@ def within(
             for end in range(move.start, move.end):
                 forward = [replace(other, end=end) if other is move else other for other in back]
                 yield step(0, 1, f"{move.ladder.name} in {move.ladder.forms[end].choice} again")
-                if (less := whole(forward)) <= bound:
+                if (less := trial.whole(forward)) <= bound:
                     back, found = [other for other in forward if other.end > other.start], less
                     break
-    slower = {
-        o.name: {f.choice: _finite(e) for f, e in zip(o.forms[1:-1], alone[o.name][1:], strict=True)}
-        for o in ladders
-        if alone
-    }
+    alone = {ladder.name: trial.alone[ladder.name, 0] for ladder in trial.ladders if trial.alone}
+    slower: dict[str, dict[str, float | None]] = {}
+    for ladder in trial.ladders:
+        for place, form in enumerate(ladder.forms[1:-1], 1):
+            if (error := trial.alone.get((ladder.name, place))) is not None:
+                slower.setdefault(ladder.name, {})[form.choice] = _finite(error)
     search = Search(
         max_error=max_error,
         free=_finite(free),
         error=_finite(found),
-        alone={name: _finite(errors[0]) for name, errors in alone.items()},
-        slower={name: own for name, own in slower.items() if own},
+        alone={name: _finite(error) for name, error in alone.items()},
+        slower=slower,
     )
     return _with(layers, back, alone), search
 
 
+class _Trial:
+    """The layers of a job in trial: what forms of the whole model are off by, and what a layer's forms in few bits are `alone`, by the
+    layer's name and the form's place on its ladder, so far as it was asked for."""
+
+    def __init__(self, job: Job, layers: Sequence[LayerPlan]) -> None:
+        self.ladders = _ladders(job, layers)
+        self.alone: dict[tuple[str, int], float] = {}
+        self._job, self._layers = job, layers
+        self._units = {one.at: one for one in job.found}
+        self._wanted = seeded(job.forward, job.base)
+        self._made: dict[tuple[str, str], nn.Module] = {}
+        self._replayed: Replayed | None = None
+
+    def whole(self, moves: Sequence[_Move]) -> float:
+        """The model's error after `moves`."""
+        return self._error({layer.name: layer.choice for layer in _with(self._layers, moves)})
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether, where one layer differs, those before it need not run again: on CPUs, where models keep nothing of calls."""
+        return self._job.device.type == "cpu" and not self._job.forward.changed
+
+    def watch(self) -> None:
+        """Keep what layers answer in the dense model."""
+        self._replayed = Replayed(self._job.base, self._job.found, partial(seeded, self._job.forward))
+
+    def measure(self, ladder: _Ladder, place: int) -> None:
+        """Find what the form at `place` is off by alone."""
+        self.alone[ladder.name, place] = self._error({ladder.name: ladder.forms[place].choice}, ladder.name)
+
+    def next_moves(self, back: Sequence[_Move], bound: float) -> Generator[Progress, None, list[_Move]]:
+        """What goes back after `back`: the most squared error per millisecond that is lost first; of those equal to three digits, the
+        layers nearest to the model's ends. One move; at first so many that squared errors add up to no more than that of `bound`; none
+        where all are in float.
+
+        A form whose error is not known yet counts as exact: only what would be first all the same is measured.
+        """
+        at = {ladder.name: 0 for ladder in self.ladders} | {move.ladder.name: move.end for move in back}
+        moves: list[_Move] = []
+        while not moves or (not back and sum(self._square(one, at[one.name]) for one in self.ladders) > bound**2):
+            possible = [
+                _Move(ladder, start, end)
+                for ladder in self.ladders
+                for start in [at[ladder.name]]
+                for end in range(start + 1, len(ladder.forms))
+                if end == len(ladder.forms) - 1 or self._square(ladder, end) < self._square(ladder, start)
+            ]
+            if not possible:
+                break
+            move = min(possible, key=self._key)
+            if move.end < len(move.ladder.forms) - 1 and (move.ladder.name, move.end) not in self.alone:
+                yield Progress(
+                    "error of the model", 0, 1, f"{move.ladder.name} in {move.ladder.forms[move.end].choice}"
+                )
+                self.measure(move.ladder, move.end)
+                continue
+            moves.append(move)
+            at[move.ladder.name] = move.end
+        return moves
+
+    def _key(self, move: _Move) -> tuple[float, int, int]:
+        before, after = (self._square(move.ladder, place) for place in (move.start, move.end))
+        price = math.inf if move.costs <= 0 or not math.isfinite(before) else (before - after) / move.costs
+        place = move.ladder.place
+        return -float(f"{price:.2e}"), min(place, len(self._layers) - 1 - place), place
+
+    def _square(self, ladder: _Ladder, place: int) -> float:
+        """The squared error of a form; none of the float form, and of one that was not measured."""
+        return self.alone.get((ladder.name, place), 0.0) ** 2
+
+    def _error(self, choices: Mapping[str, str], alone: str | None = None) -> float:
+        """That of the model with `choices`, all others eager; or where it is in one layer, `alone`."""
+        try:
+            every = {layer.name: "eager" for layer in self._layers} | dict(choices)
+            form = built(self._job, every, made=self._made)
+            if alone is not None and self._replayed is not None:
+                self._replayed.answer_before(form, self._units[alone])
+            return deviation(seeded(self._job.forward, form), self._wanted)
+        except Exception:  # a model may look into its layers: the guard, which runs the same form, says so
+            return math.inf
+
+
 def _with(
-    layers: Sequence[LayerPlan], moves: Sequence[_Move], alone: Mapping[str, Sequence[float]] | None = None
+    layers: Sequence[LayerPlan], moves: Sequence[_Move], alone: Mapping[str, float] | None = None
 ) -> list[LayerPlan]:
     """`layers` after `moves`; with the reason where the errors that each makes `alone` are given."""
     last = {move.ladder.name: move for move in moves}
@@ -124,7 +196,7 @@ def _with(
     for layer in layers:
         move = last.get(layer.name)
         if move is not None:
-            layer = move.ladder.forms[move.end] if alone is None else _returned(move, alone[layer.name][0])
+            layer = move.ladder.forms[move.end] if alone is None else _returned(move, alone[layer.name])
         found.append(layer)
     return found
 
@@ -150,50 +222,6 @@ def _ladders(job: Job, layers: Sequence[LayerPlan]) -> list[_Ladder]:
             forms.append(layer.model_copy(update=update))
         found.append(_Ladder(tuple(forms), tuple(times[form.choice] for form in forms), place))
     return found
-
-
-def _order(ladders: Sequence[_Ladder], alone: Mapping[str, Sequence[float]], count: int) -> list[_Move]:
-    """Who moves first, until all are in float: the most squared error per millisecond that is lost; of those equal to three digits,
-    the layers nearest to the model's ends."""
-    at = {ladder.name: 0 for ladder in ladders}
-    moves: list[_Move] = []
-
-    def key(move: _Move) -> tuple[float, int, int]:
-        before, after = (_square(move.ladder, place, alone) for place in (move.start, move.end))
-        price = math.inf if move.costs <= 0 or not math.isfinite(before) else (before - after) / move.costs
-        place = move.ladder.place
-        return -float(f"{price:.2e}"), min(place, count - 1 - place), place
-
-    while True:
-        possible = [
-            _Move(ladder, start, end)
-            for ladder in ladders
-            for start in [at[ladder.name]]
-            for end in range(start + 1, len(ladder.forms))
-            if end == len(ladder.forms) - 1 or _square(ladder, end, alone) < _square(ladder, start, alone)
-        ]
-        if not possible:
-            return moves
-        moves.append(min(possible, key=key))
-        at[moves[-1].ladder.name] = moves[-1].end
-
-
-def _square(ladder: _Ladder, place: int, alone: Mapping[str, Sequence[float]]) -> float:
-    """The squared error of a form; none of the float form."""
-    own = alone[ladder.name]
-    return own[place] ** 2 if place < len(own) else 0.0
-
-
-def _predicted(
-    order: Sequence[_Move], ladders: Sequence[_Ladder], alone: Mapping[str, Sequence[float]], max_error: float
-) -> list[_Move]:
-    """The first of `order`, at least one, after which squared errors add up to no more than that of `max_error`."""
-    squares = {ladder.name: _square(ladder, 0, alone) for ladder in ladders}
-    count = 0
-    while count == 0 or sum(squares.values()) > max_error**2:
-        squares[order[count].ladder.name] = _square(order[count].ladder, order[count].end, alone)
-        count += 1
-    return list(order[:count])
 
 
 def _returned(move: _Move, alone: float) -> LayerPlan:

@@ -24,9 +24,9 @@ from compressor.data.latents import Autoencoder
 from compressor.data.reading.captions import Captioned
 from compressor.data.sets import ImageSet, Records
 from compressor.data.settings import Loading, Record
-from compressor.errors import CompressorError, UsageError, first_line
+from compressor.errors import UsageError, first_line
 from compressor.pipelines.opened import Opened, takes
-from compressor.pipelines.recording import copied, sample
+from compressor.pipelines.recording import copied, first_call, sample
 from compressor.pipelines.same import components_of
 from compressor.progress import Progress
 from compressor.seeds import generator
@@ -227,30 +227,16 @@ def _instead(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
 
 
 def _sampled(opened: Opened, arguments: Mapping[str, Any], keep: bool) -> Any:
-    steps = _STEPS if "num_inference_steps" in takes(opened.pipe) else None
-    return sample(opened, Picture(arguments=dict(arguments), seed=0), steps, keep=keep)
+    return sample(opened, Picture(arguments=dict(arguments), seed=0), _steps(opened), keep=keep)
 
 
-class _Enough(BaseException):
-    """The first call has been seen; no error, so that nothing on the way takes it for one."""
+def _steps(opened: Opened) -> int | None:
+    return _STEPS if "num_inference_steps" in takes(opened.pipe) else None
 
 
 def _first_call(opened: Opened, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
     """The arguments of the first call of the denoiser, which does not take place."""
-    found: list[tuple[Any, Any]] = []
-
-    def stop(_: Any, args: Any, kwargs: Any) -> None:
-        found.append(copied((args, kwargs)))
-        raise _Enough
-
-    handle = opened.module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        _sampled(opened, arguments, keep=False)
-    except _Enough:
-        return found[0]
-    finally:
-        handle.remove()
-    raise CompressorError(f"{opened.name} never called {opened.part}", _RECORD)
+    return copied(first_call(opened, Picture(arguments=dict(arguments), seed=0), _steps(opened)))  # type: ignore[no-any-return]
 
 
 def _autoencoder(opened: Opened) -> Autoencoder:

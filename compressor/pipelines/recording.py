@@ -88,6 +88,35 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
     return found
 
 
+class _Enough(BaseException):
+    """The first call has been seen; no error, so that nothing on the way takes it for one."""
+
+
+def first_call(opened: Opened, picture: Picture, steps: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the part's first call when the pipeline draws `picture`; the call does not take place. Tensors are
+    the pipeline's own. Raises CompressorError as `sample` does, and where the part is not called."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append((args, kwargs))
+        raise _Enough
+
+    handle = opened.module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        sample(opened, picture, steps)
+    except _Enough:
+        return found[0]
+    finally:
+        handle.remove()
+    raise _never_called(opened)
+
+
+def _never_called(opened: Opened) -> CompressorError:
+    inner = [f"{opened.part}.{name}" for name, _ in opened.module.named_children()]
+    hint = f" A part can be a module inside one: {', '.join(inner[:6])}." if inner else ""
+    return CompressorError(f"{opened.name} never called {opened.part}", f"Name the part that is called.{hint}")
+
+
 def index_of(opened: Opened, pictures: Sequence[Picture], steps: int | None, keep: int | None = None) -> Index:
     """What records of the part of `opened` for these `pictures` are of; `steps` of None is the pipeline's own number, and `keep` of
     None keeps every call of a picture.
@@ -199,7 +228,7 @@ def _calls(opened: Opened, index: Index, picture: Picture) -> Sequence[Call]:
     """The calls of `picture` that are kept."""
     found = sample(opened, picture, index.steps, keep=True)
     if not found.calls:
-        raise CompressorError(f"{opened.name} never called {opened.part}", "Name the part that is called with --part.")
+        raise _never_called(opened)
     return _some(found.calls, index.keep, picture.seed)
 
 

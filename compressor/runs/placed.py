@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,20 +11,20 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compressor import recipe as recipes
 from compressor import saving
 from compressor.adapter import Adapter, to_device
-from compressor.data.calls import INDEX, Recording
+from compressor.data.calls import INDEX, Picture, Recording
 from compressor.data.settings import Record
 from compressor.errors import CompressorError, UsageError, texts
 from compressor.foreign.sound import copied, is_lowered, refuse_kept
 from compressor.lower import Lowered, lower
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
 from compressor.pipelines.prompts import as_calls, pictures
-from compressor.pipelines.recording import index_of, other_than, recording
+from compressor.pipelines.recording import first_call, index_of, other_than, recording
 from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
 from compressor.runs import facts
@@ -199,6 +200,39 @@ class Applied:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def example_inputs(
+    pipe: Any,
+    prompt: str | Mapping[str, Any] | None = None,
+    *,
+    part: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """What the pipeline `pipe` calls its `part` with (None: what denoises), by name: the example for `compressor.lower`.
+
+    The pipeline draws a picture of `prompt`, a text or a mapping of its own arguments, with `arguments` and noise of `seed`, until it
+    first calls the part, and no further. For an autoencoder's decoder that is nearly all of it: `steps` of the sampler (None: the
+    pipeline's own number) can be few. Raises CompressorError: where the pipeline fails, never calls the part (but a module inside it,
+    `vae.decoder`), or calls it in a way that has no names.
+    """
+    validated(Record, {"steps": steps, "seed": seed}, "example_inputs()")
+    found = opened(pipe, part)
+    (given,) = as_calls([{} if prompt is None else prompt])
+    args, kwargs = first_call(found, Picture(arguments={**arguments, **given}, seed=seed), steps)
+    names = inspect.signature(bare(found.module).forward)
+    example = dict(names.bind(*args, **kwargs).arguments)
+    for one in names.parameters.values():
+        if one.kind is one.VAR_KEYWORD:
+            example.update(example.pop(one.name, {}))
+        elif one.kind in (one.VAR_POSITIONAL, one.POSITIONAL_ONLY) and example.pop(one.name, ()):
+            raise CompressorError(
+                f"{found.part} is called with arguments that have no names (*{one.name})",
+                "Give compressor.lower a tuple of what it is called with.",
+            )
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example)  # type: ignore[no-any-return]
 
 
 _LOWERING = ("backends", "dtype", "plan", "compiled", "tolerance", "max_error", "cache", "fuse_projections")
