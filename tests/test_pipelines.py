@@ -401,6 +401,25 @@ def test_of_plain_weights_and_a_variant_the_plain_ones_are_opened_and_written(cl
     assert weight.dtype == torch.float32 and float((weight == 0).float().mean()) == 0.5
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_pickled_weights_are_opened_in_their_own_precision(tmp_path, variant):
+    """They were opened in float32, and nothing said so."""
+    pipe, folder = tiny_pipelines.made("sd", tmp_path / "files").to(torch.float16), tmp_path / "pickled"
+    pipe.save_pretrained(folder, safe_serialization=False, variant=variant)
+    for name in ("unet", "text_encoder"):
+        stem = "diffusion_pytorch_model" if name == "unet" else "pytorch_model"
+        file = folder / name / f"{stem}{'' if variant is None else '.fp16'}.bin"
+        weights = getattr(pipe, name).state_dict()
+        for other in (folder / name).glob("*model*"):
+            other.unlink()  # transformers 5 writes safetensors whatever it is asked for
+        torch.save(weights, file)
+    parts = {name: part.dtype for name, part in open_pipeline(folder).pipe.components.items() if hasattr(part, "dtype")}
+    assert set(parts.values()) == {torch.float16}, parts
+    torch.save({"weights": torch.nn.Linear(2, 2)}, file)
+    with pytest.raises(CompressorError, match="refused: not a plain PyTorch state dict"):
+        open_pipeline(folder)
+
+
 @pytest.mark.slow
 def test_half_precision_comes_back_no_larger(folders, cli, tmp_path):
     pipe = tiny_pipelines.made("sd3", tmp_path / "files")

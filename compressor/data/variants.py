@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_STORED = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$")
+_STORED = re.compile(r"(?:(?:diffusion_)?pytorch_)?model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$")
 
 
 def variant_of(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compressor.data.outsized import check_pipeline
@@ -19,9 +19,8 @@ from compressor.data.variants import stored_in, variant_of
 from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
-from compressor.foreign.bounded import mapping
 from compressor.foreign.sound import refuse_quantised_config
-from compressor.weights import unwrapped
+from compressor.weights import read_outline, unwrapped
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
@@ -33,7 +32,7 @@ _OWN_CODE = (
     "Code in a folder is not run here. Read it, load the pipeline in Python with trust_remote_code=True, and give that: "
     "compressor.record(pipe, …), compressor.prune(pipe, …)."
 )
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,21 +251,21 @@ def _no_part(part: str | None, names: list[str], where: str) -> UsageError:
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
-    """The floating-point type that most tensors have in the safetensors files that are opened of a component, those of the `variant`
-    or, where there are none, the plain ones; None where it has no such file."""
-    counts: dict[str, int] = {}
-    every = {path: own for path, own in stored_in(folder).items() if path.suffix == ".safetensors"}
+    """The floating-point type that most tensors have in the files that are opened of a component, those of the `variant` or, where
+    there are none, the plain ones; None where it has no such file. Raises CompressorError for a pickle of more than tensors."""
+    every = stored_in(folder)
     wanted = variant if variant in every.values() else None
-    for path in (path for path, own in every.items() if own == wanted):
+    paths = [path for path, own in every.items() if own == wanted]
+    safe = [path for path in paths if path.suffix == ".safetensors"]
+    counts = Counter[torch.dtype]()
+    for path in safe or paths:
         try:
-            with mapping(), safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    kind = file.get_slice(name).get_dtype()
-                    counts[kind] = counts.get(kind, 0) + 1
-        except (SafetensorError, OSError):
+            counts.update(value.dtype for value in read_outline(path).values() if value.dtype in _DTYPES)
+        except CompressorError:
+            if not safe:
+                raise
             continue  # diffusers will say what is wrong with it
-    known = {kind: count for kind, count in counts.items() if kind in _DTYPES}
-    return _DTYPES[max(known, key=lambda kind: known[kind])] if known else None
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _variant(folder: Path) -> str | None:
