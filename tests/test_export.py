@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -687,3 +688,20 @@ def test_an_adapter_without_example_inputs_is_named(cli, install, digits, tmp_pa
     assert outcome.code == 1
     assert "Blind has no example inputs" in outcome.err
     assert not (tmp_path / "model" / "model.onnx").exists()
+
+
+def test_complex_answers_are_refused_in_words() -> None:
+    """A graph answers pairs for them: of two columns these were of a shape that could be compared."""
+    from compressor.export.parity import Parity, parity
+
+    adapter = SimpleNamespace(
+        example_inputs=lambda n: (torch.ones(n, 2),), num_classes=None, predict=lambda m, i: m(*i)
+    )
+    with pytest.raises(CompressorError, match=r"PyTorch torch\.complex64"):
+        parity(
+            lambda x: torch.complex(x, x),
+            adapter,
+            lambda i: torch.stack((i[0], i[0]), -1),
+            Parity(),
+            "",  # type: ignore[arg-type]
+        )

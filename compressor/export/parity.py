@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from compressor.adapter import Adapter, tensors_of
-from compressor.errors import GateError
+from compressor.errors import CompressorError, GateError
 from compressor.export.graph import OnnxRunner
 
 TOLERANCE = 1e-4
@@ -61,8 +61,14 @@ def parity(model: nn.Module, adapter: Adapter, runner: OnnxRunner, found: Parity
         example = adapter.example_inputs(batch)
         for draw in range(found.draws):
             inputs = random_inputs(example, adapter.num_classes, rng)
-            wanted = adapter.predict(model, inputs).double()
-            difference = (runner(inputs).double() - wanted) / (float(wanted.std(correction=0)) or 1.0)
+            wanted, answer = adapter.predict(model, inputs), runner(inputs)
+            if wanted.is_complex() or answer.shape != wanted.shape:  # of complex numbers a graph answers pairs
+                raise CompressorError(
+                    f"the exported graph answers {answer.dtype} {tuple(answer.shape)}, PyTorch {wanted.dtype} {tuple(wanted.shape)}",
+                    "No file was written. Let predict answer real numbers (torch.view_as_real), of a shape that follows the batch.",
+                )
+            wanted = wanted.double()
+            difference = (answer.double() - wanted) / (float(wanted.std(correction=0)) or 1.0)
             errors = {"max_error": float(difference.abs().max()), "rms_error": float(difference.square().mean().sqrt())}
             if not errors[found.bounded] <= found.tolerance:
                 raise GateError(
