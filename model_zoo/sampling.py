@@ -208,6 +208,11 @@ def _with_scheduler(
 ) -> Tensor:
     solver = _scheduler(name, process)
     solver.set_timesteps(steps, device=images.device)
+    if len(solver.timesteps.unique()) < len(solver.timesteps):  # between two alike a solver divides by zero
+        raise UsageError(
+            f"{steps} sampler steps of {SAMPLERS[name]} come to the same timestep twice",
+            f"This model has {len(process)} timesteps: give at most {len(process) - 1} steps, or choose ddim or ddpm.",
+        )
     own = {"generator": rng} if name == "ddpm" else {}
     for index in solver.timesteps:
         images = solver.step(predict(images, int(index)), index, images, **own).prev_sample

@@ -580,6 +580,18 @@ def test_seeds_that_make_no_difference_give_no_interval():
     assert pair.significant is None
 
 
+def test_rounding_is_no_difference_between_seeds():
+    """Shares of 100 pictures, always 0.1 apart: in binary the differences are not quite the same."""
+    apart = {first / 100 - (first - 10) / 100 for first in range(10, 90)}
+    assert len(apart) > 1
+    for first in range(10, 90):
+        values = {0: first / 100, 1: 0.75}
+        (pair,) = differences({"a": values, "b": {0: (first - 10) / 100, 1: 0.65}})
+        assert pair.ci95 is None and pair.significant is None and pair.mean == pytest.approx(0.1)
+    (pair,) = differences({"a": {0: 1.0, 1: 1.0 + 1e-9}, "b": {0: 0.5, 1: 0.5}})
+    assert pair.ci95 is not None and pair.significant
+
+
 def test_two_labels_never_share_a_folder(cli, tmp_path):
     for name in ("4 of 8.yaml", "4_of_8.yaml"):
         (tmp_path / name).write_text("method: sparsedm\n", encoding="utf-8")

@@ -312,6 +312,30 @@ def test_macs_of_layers_that_torchs_counter_takes_for_free(module: nn.Module, ma
     assert layer_macs(Answers(module), Shaped(5, 16))[0] == macs
 
 
+@pytest.mark.parametrize(
+    ("call", "macs"),
+    [
+        (lambda x: torch.mv(x, x[0]), 6 * 8),
+        (lambda x: torch.addmv(x[:, 0], x, x[0]), 6 * 8),
+        (lambda x: x.view(2, 3, 8) @ x[0], 6 * 8),
+        (lambda x: torch.dot(x[0], x[1])[None], 8),
+        (lambda x: torch.vdot(x[0], x[1])[None], 8),
+        (lambda x: torch.addbmm(x[:2, :2], x.view(3, 2, 8), x.view(3, 2, 8).mT), 3 * 2 * 8 * 2),
+        (lambda x: torch._int_mm(x.new_ones(32, 32).char(), x.new_ones(32, 64).char()).float(), 32 * 32 * 64),
+    ],
+)
+def test_macs_of_functions_that_torchs_counter_takes_for_free(call: Callable[[Tensor], Tensor], macs: int) -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return call(x.view(6, 8))
+
+    assert layer_macs(Calls(), Shaped(6, 8))[0] == macs
+
+
 def test_macs_of_torchs_own_transformer_are_counted_whole() -> None:
     """In eval mode it takes a way of its own, in one operation, and it multiplies with its output layer without calling it."""
     tokens, dim, hidden = 5, 8, 24

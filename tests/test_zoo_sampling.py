@@ -149,6 +149,19 @@ def test_more_steps_than_timesteps_are_refused():
         draw(bent, torch.zeros(1, 1, 2, 2), DISCRETE, Sampling("ddim"), 1001, rng())
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm-solver++", "unipc"])
+def test_as_many_steps_as_timesteps_give_numbers_or_are_refused(name):
+    """diffusers' solvers would come to one timestep twice, and give NaN."""
+    few = Process(torch.log1p(-BETAS[::50]).cumsum(0), clip=False)
+    images = [draw(bent, torch.ones(1, 1, 2, 2), few, Sampling(name), steps, rng()) for steps in (1, 7, 19)]
+    if name in ("ddim", "ddpm"):
+        images.append(draw(bent, torch.ones(1, 1, 2, 2), few, Sampling(name), 20, rng()))
+    else:
+        with pytest.raises(UsageError, match=r"20 sampler steps of .* twice\nThis model has 20 timesteps: .* 19 steps"):
+            draw(bent, torch.ones(1, 1, 2, 2), few, Sampling(name), 20, rng())
+    assert all(image.isfinite().all() for image in images)
+
+
 @pytest.mark.parametrize(
     "config",
     [

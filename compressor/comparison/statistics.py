@@ -8,6 +8,8 @@ from statistics import mean
 from compressor.quality.intervals import mean_interval
 from compressor.report.compared import Difference, Summary
 
+_ROUNDING = 1e-12
+
 
 def summary(values: Sequence[float], comparisons: int = 1) -> Summary:
     """`mean`, `ci95` of the mean over seeds (None with fewer than two, and where all are the same) and `n`.
@@ -30,7 +32,10 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
         common = sorted(set(values[a]) & set(values[b]))
         if not common:
             continue
-        entry = summary([values[a][seed] - values[b][seed] for seed in common], len(pairs))
+        own = [values[a][seed] - values[b][seed] for seed in common]
+        if max(own) - min(own) <= _ROUNDING * max(abs(values[name][seed]) for name in (a, b) for seed in common):
+            own = own[:1] * len(own)  # the same, but for the last digits of what was subtracted
+        entry = summary(own, len(pairs))
         significant = None if entry.ci95 is None else not entry.ci95[0] <= 0 <= entry.ci95[1]
         found.append(Difference(**dict(entry), a=a, b=b, significant=significant))
     return found

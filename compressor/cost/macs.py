@@ -76,14 +76,32 @@ def _recurrent(given: Any, weights: Any, *args: Any, out_shape: Any = None, **kw
     return 2 * int(math.prod(given[:2]) * sum(math.prod(shape) for shape in weights if len(shape) == 2))
 
 
+def _product(first: Any, second: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(first) * math.prod(second[1:]))
+
+
+def _added(_: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _product(*args)
+
+
+def _added_batches(_: Any, first: Any, second: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(first) * second[-1])
+
+
 _UNKNOWN: Any = {
+    torch.ops.aten.mv: _product,
+    torch.ops.aten.dot: _product,
+    torch.ops.aten.vdot: _product,
+    torch.ops.aten._int_mm: _product,
+    torch.ops.aten.addmv: _added,
+    torch.ops.aten.addbmm: _added_batches,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._trilinear: _trilinear,
     torch.ops.aten.mkldnn_rnn_layer: _layer_of_lstm,
     torch.ops.aten._cudnn_rnn: _recurrent,
 }
-"""Products that torch's counter would take for free: the CPU's fused attention, nn.Bilinear, recurrent layers in one kernel. From the
-shapes of their arguments, two operations for each multiply-accumulate."""
+"""Products that torch's counter would take for free: with vectors, of whole numbers, summed over a batch; the CPU's fused attention,
+nn.Bilinear, recurrent layers in one kernel. From the shapes of their arguments, two operations for each multiply-accumulate."""
 
 
 def costs(model: nn.Module, adapter: Adapter, pruned: Mapping[str, str]) -> Costs:
