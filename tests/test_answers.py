@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import compressor
-from compressor import NM, Estimator, Mask, Objective, Pattern, Pruner
+from compressor import NM, Estimator, Mask, Objective, Pattern, Pruner, Unstructured
 from compressor.errors import CompressorError, UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.training.calibration import columns, matrix
@@ -189,6 +189,20 @@ def test_finished_masks_that_keep_more_than_the_pattern_says_are_warned_of(steps
     with pytest.warns(UserWarning, match="1 of 1 finished masks keep more"):
         compressor.prune_(model(), loose, adapter=Denoiser(), data=torch.randn(16, 8))
     pruned(Masks(lambda weights, _: NM(1, 4).magnitude_masks(weights)), steps=steps)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_finished_masks_that_keep_nothing_of_a_weight_are_warned_of(pattern, steps):
+    def masks(weights, _):
+        found = {name: pattern.mask(weight.abs()) for name, weight in weights.items()}
+        return found | {"2.weight": Mask(torch.zeros_like(found["2.weight"].keep), pattern)}
+
+    said = r"1 of [12] finished masks keep nothing: 2\.weight is all zeros"
+    with pytest.warns(UserWarning, match=said):
+        pruned(Masks(masks, pattern=pattern), steps=steps)
+    with pytest.warns(UserWarning, match=said):
+        compressor.prune_(model(), Masks(masks, pattern=pattern), adapter=Denoiser(), data=torch.randn(16, 8))
 
 
 def test_in_place_a_mask_that_breaks_its_pattern_is_named():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,3 +103,42 @@ def test_a_run_asks_for_each_batch_once(model, adapter, samples) -> None:
     run = FineTuning(model, SparseDM(), adapter=adapter, data=told, training=Training(steps=3, batch_size=8))
     list(compressor.steps(run))
     assert told.asked == [0, 1, 2]
+
+
+class ByChance(torch.utils.data.Dataset[torch.Tensor]):
+    """Samples that are changed by chance, from each of the global generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        drawn = torch.rand(6), torch.tensor([random.random()]), torch.from_numpy(np.random.rand(1)).float()
+        return torch.full((8,), float(index)) + torch.cat(drawn)
+
+
+def _shuffled() -> Any:
+    return torch.utils.data.DataLoader(ByChance(), batch_size=4, shuffle=True)
+
+
+def _stream() -> Any:
+    return (torch.rand(4, 8) for _ in range(20))
+
+
+@pytest.mark.parametrize("data", [ByChance, _shuffled, _stream])
+def test_what_data_draw_by_chance_is_given_by_the_seed(data: Callable[[], Any]) -> None:
+    def drawn(seed: int, first: int = 0) -> torch.Tensor:
+        torch.manual_seed(next(others))
+        np.random.seed(next(others))
+        random.seed(next(others))
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        batches = as_batches(data(), 4, seed)
+        found = [batches.batch(step) for step in range(first, 7)]  # more than two epochs of the first two
+        after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+        assert torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2]
+        return torch.stack(found)
+
+    others = iter(range(100))
+    whole = drawn(0)
+    assert torch.equal(drawn(0), whole) and not torch.equal(drawn(1), whole)
+    assert torch.equal(drawn(0, first=4), whole[4:])  # as a run that is resumed
+    assert not torch.equal(whole[0], whole[3])

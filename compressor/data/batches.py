@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from compressor.data.sets import Images, ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError
-from compressor.seeds import generator
+from compressor.seeds import generator, repeatable
 
 
 class Batches(ABC):
@@ -95,7 +95,8 @@ class Samples(Batches):
         indices = self.indices(step)
         if isinstance(self.samples, Tensor):
             return self.samples[indices]
-        return default_collate([self.samples[i] for i in indices.tolist()])
+        with repeatable(self.seed, "data", step):  # which may mirror pictures, or cut them, by chance
+            return default_collate([self.samples[i] for i in indices.tolist()])
 
     def at(self, index: int, time: float) -> Any:
         near = self.samples.near(time) if isinstance(self.samples, SampleSet) else None
@@ -124,14 +125,22 @@ class Listed(Batches):
 class Streamed(Batches):
     """Batches from an iterable (a DataLoader, a generator), in its own order; started again when it runs out.
 
-    A resumed run takes it from the start and skips what was used, which repeats the batches only where the iterable
-    itself always gives the same ones; a shuffling DataLoader does not. Give a dataset for that.
+    What it draws by chance, from the global generators of torch, NumPy and Python, `seed` gives: a DataLoader shuffles alike in equal
+    runs. A resumed run takes it from the start and skips what was used, which repeats the batches unless the iterable has a generator
+    of its own, or its workers do.
     """
 
-    def __init__(self, source: Iterable[Any]) -> None:
-        self._source = source
-        self._iterator: Iterator[Any] = iter(source)
+    def __init__(self, source: Iterable[Any], seed: int = 0) -> None:
+        self._source, self._seed = source, seed
+        self._begin()
+
+    def _begin(self) -> None:
         self._next = 0
+        self._iterator: Iterator[Any] = self._started()
+
+    def _started(self) -> Iterator[Any]:
+        with repeatable(self._seed, "stream", self._next):
+            return iter(self._source)
 
     def batch(self, step: int) -> Any:
         if step < self._next:
@@ -139,18 +148,18 @@ class Streamed(Batches):
                 raise CompressorError(
                     "a stream of batches cannot go back", "Give a dataset or a list of batches instead."
                 )
-            self._iterator, self._next = iter(self._source), 0
-        for _ in range(self._next, step):  # a resumed run skips what it has seen
+            self._begin()
+        while self._next < step:  # a resumed run skips what it has seen
             self._take()
-        self._next = step + 1
         return self._take()
 
     def _take(self) -> Any:
-        for item in self._iterator:
-            return item
-        self._iterator = iter(self._source)
-        for item in self._iterator:
-            return item
+        for _ in range(2):
+            with repeatable(self._seed, "data", self._next):
+                for item in self._iterator:
+                    self._next += 1
+                    return item
+            self._iterator = self._started()
         raise CompressorError("the data ran out of batches", "Give a dataset, a list of batches or a DataLoader.")
 
 
@@ -215,7 +224,7 @@ def as_batches(data: Any, batch_size: int, seed: int) -> Batches:
             )
         return Listed(data)
     if isinstance(data, Iterable):
-        return Streamed(data)
+        return Streamed(data, seed)
     raise CompressorError(
         f"data of type {type(data).__name__} cannot be used", "Give images, a tensor, a dataset, or batches."
     )

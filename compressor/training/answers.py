@@ -93,12 +93,21 @@ def checked_masks(masks: Any, weights: Mapping[str, Tensor]) -> dict[str, Mask]:
 def verify(masks: Mapping[str, Mask], finished: Pattern | None = None) -> None:
     """Raise CompressorError, with the name of the weight, where a mask breaks its pattern.
 
-    Warns where they shall be of a method's `finished` pattern and keep more; of `unstructured`, layers may have shares of their own.
+    Warns where they shall be of a method's `finished` pattern and keep more, or nothing of a weight; of `unstructured`, layers may
+    have shares of their own.
     """
     for name, mask in masks.items():
         with said_of(name):
             mask.verify()
-    if finished is None or isinstance(finished, Unstructured):
+    if finished is None:
+        return
+    if empty := [name for name, mask in masks.items() if not bool(mask.keep.any())]:
+        warnings.warn(
+            f"{len(empty)} of {len(masks)} finished masks keep nothing: {empty[0]} is all zeros, so that its layer answers the same "
+            "whatever it is asked",
+            stacklevel=3,
+        )
+    if isinstance(finished, Unstructured):
         return
     if loose := [name for name, mask in masks.items() if mask.pattern.density > finished.density]:
         warnings.warn(
