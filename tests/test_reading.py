@@ -169,6 +169,15 @@ def test_what_is_transparent_shows_white(mode: str) -> None:
     assert (made[:, :4] == 0).all() and (made[:, 4:] == 255).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grey_that_stands_for_what_is_transparent_shows_white(dtype: type, channels: int) -> None:
+    values = np.full((8, 8), np.iinfo(dtype).max // 5, dtype)
+    values[:, 4:] = 7
+    made = decode(encoded(Image.fromarray(values), transparency=7), (channels, 8, 8))
+    assert (made[..., :4] == 51).all() and (made[..., 4:] == 255).all()
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_pictures_are_turned_as_their_exif_says(form: str) -> None:
     upright = Image.new("L", (64, 64), 255)

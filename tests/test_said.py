@@ -105,6 +105,8 @@ def test_colours_that_a_model_does_not_take_are_spoken_of_and_weights_are_timed_
     for path in (tmp_path / "photos").iterdir():
         Image.open(path).convert("L").convert("RGB").save(path)
     assert not read_data(tmp_path / "photos", (1, 8, 8)).greyed and not read_data(tmp_path / "photos", (3, 8, 8)).greyed
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / "3.png")  # the others stay grey
+    assert read_data(tmp_path / "photos", (1, 8, 8)).greyed and not read_data(tmp_path / "photos", (3, 8, 8)).greyed
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow knows more, so
 _LARGEST, _RATIO = 64 * 2**20, 1100
 """A picture may come to so many bytes, or to so many times those of its file: zlib, by which PNG is packed, reaches 1032."""
 _GREY = 16  # levels of 255 by which the channels of a grey picture may differ, as JPEG makes them
+_LOOKED_AT = 64  # pictures of a set, from its beginning to its end, that are asked whether they are in colour
 _AT_ONCE = 64
 _SMALL = 2000  # fewer pictures than these are decoded before workers would have started
 
@@ -91,6 +92,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillows: I
         values = np.asarray(image).astype(np.uint32)
         scaled = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        if (clear := image.info.get("transparency")) is not None:
+            scaled.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         scaled.getexif().update(image.getexif())
         return scaled
     if image.mode in ("I", "F"):
@@ -237,7 +240,8 @@ def read_pictures(
             kept = kept[whole]
         else:
             digest = images_sha256(torch.uint8, (len(rows), *decoder.shape), pieces(rows), labels)
-    greyed = shape[0] == 1 and _coloured(pictures.content(int(rows[0])))
+    spread = rows[:: max(1, len(rows) // _LOOKED_AT)].tolist()
+    greyed = shape[0] == 1 and any(_coloured(pictures.content(row)) for row in spread)
     if kept is not None:
         return Images(pictures.name, kept, labels, len(damaged), greyed=greyed)
     return Decoded(pictures.name, decoder, rows, digest, workers, labels, len(damaged), greyed)
