@@ -391,6 +391,32 @@ def test_what_is_not_computed_again_is_as_if_it_were(fuse: bool, monkeypatch: py
         assert calls[True] < 0.9 * calls[False] or isinstance(model, Once)
 
 
+class Again(nn.Module):
+    """Calls its first layer once more where the second one's answer is not what it is in the dense model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        with torch.no_grad():
+            self.known = self.second(self.first(X))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        if x.shape == self.known.shape and not torch.allclose(x, self.known, rtol=1e-4):
+            x = x + 1e-3 * self.first(x)
+        return self.third(x)
+
+
+def test_a_model_that_takes_another_way_is_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for replays in (True, False):
+        monkeypatch.setattr(_Trial, "can_replay", replays)
+        found[replays] = plan_of(Again(), X, Sparse(), Coarse(), max_error=0.002).search
+    assert found[True] is not None and found[False] is not None and None not in found[True].alone.values()
+    assert len(found[True].alone) == 3 and found[True].alone == pytest.approx(found[False].alone, rel=1e-4)
+
+
 # --- How it is told. ---
 
 

@@ -133,7 +133,10 @@ class _Trial:
 
     def measure(self, ladder: _Ladder, place: int) -> None:
         """Find what the form at `place` is off by alone."""
-        self.alone[ladder.name, place] = self._error({ladder.name: ladder.forms[place].choice}, ladder.name)
+        choices = {ladder.name: ladder.forms[place].choice}
+        found = math.inf if self._replayed is None else self._error(choices, ladder.name)
+        # a model may take another way where a layer gives other numbers, and call others more often
+        self.alone[ladder.name, place] = found if math.isfinite(found) else self._error(choices)
 
     def next_moves(self, back: Sequence[_Move], bound: float) -> Generator[Progress, None, list[_Move]]:
         """What goes back after `back`: the most squared error per millisecond that is lost first; of those equal to three digits, the
@@ -180,7 +183,7 @@ class _Trial:
         try:
             every = {layer.name: "eager" for layer in self._layers} | dict(choices)
             form = built(self._job, every, made=self._made)
-            if alone is not None and self._replayed is not None:
+            if self._replayed is not None and alone is not None:
                 self._replayed.answer_before(form, self._units[alone])
             return deviation(seeded(self._job.forward, form), self._wanted)
         except Exception:  # a model may look into its layers: the guard, which runs the same form, says so
