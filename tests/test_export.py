@@ -705,3 +705,35 @@ def test_complex_answers_are_refused_in_words() -> None:
             Parity(),
             "",  # type: ignore[arg-type]
         )
+
+
+class Masked(nn.Module):
+    """Attention to tokens of which some are padding. As in LTX, the size of a head's mask follows from two batches being the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.keys = nn.Linear(4, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, text: Tensor, kept: Tensor) -> Tensor:
+        query, keys = (
+            layer(of).unflatten(2, (2, 4)).transpose(1, 2) for layer, of in ((self.query, x), (self.keys, text))
+        )
+        left_out = ((1 - kept.to(x.dtype)) * -10000.0).unsqueeze(1).repeat_interleave(2, dim=0)
+        mask = left_out.view(x.shape[0], 2, -1, kept.shape[-1])
+        return F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class MaskedAdapter(VectorAdapter):
+    def example_inputs(self, batch_size):
+        generator = torch.Generator().manual_seed(0)
+        x, text = (torch.randn(batch_size, *size, generator=generator) for size in ((5, 4), (3, 6)))
+        return {"x": x, "text": text, "kept": torch.tensor([[1, 1, 0]] * batch_size)}
+
+    def predict(self, module, inputs):
+        return module(**inputs)
+
+
+def test_batches_of_several_inputs_are_known_to_be_the_same_while_a_model_is_followed(tmp_path):
+    exported = export_onnx(Masked().eval(), MaskedAdapter(), tmp_path / "masked.onnx")
+    assert exported.parity.batches == (1, 2, 5) and exported.inputs["kept"] == ("batch", 3)

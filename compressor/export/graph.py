@@ -101,8 +101,14 @@ class Flat(nn.Module):
             return adapter.predict(self.model, tree_unflatten(whole, spec))
 
         self.predict = predict
+        first, *others = tensors_of(example)
+        self.batched = [
+            place for place, other in enumerate(others, 1) if other.dim() and first.shape[:1] == other.shape[:1]
+        ]
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        for place in self.batched:  # torch.export learns it only when it has followed the model, which may rely on it
+            torch._check(tensors[place].shape[0] == tensors[0].shape[0])
         return self.predict(tensors)
 
 
