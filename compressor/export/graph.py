@@ -108,7 +108,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         for place in self.batched:  # torch.export learns it only when it has followed the model, which may rely on it
-            torch._check(tensors[place].shape[0] == tensors[0].shape[0])
+            torch._check(tensors[place].shape[0] == tensors[0].shape[0])  # type: ignore[no-untyped-call]
         return self.predict(tensors)
 
 
