@@ -145,14 +145,13 @@ def built(
 ) -> nn.Module:
     """The model with the chosen modules in place, of all units or of those `found`; tensors that stay are shared with it. Modules that
     are `made` already, by place and backend, are taken, and new ones are kept there."""
+    made = {} if made is None else made
     form = copy.deepcopy(job.base, {id(p): p for p in job.base.parameters()})
     for one in job.found if found is None else found:
         if (choice := choices.get(one.at, "eager")) != "eager" or one.fused:
-            if (module := (made or {}).get((one.at, choice))) is None:
-                module = job.backend(choice).build(one.unit)
-            if made is not None:
-                made[one.at, choice] = module
-            form = put_unit(form, one, module)
+            if (one.at, choice) not in made:
+                made[one.at, choice] = job.backend(choice).build(one.unit)
+            form = put_unit(form, one, made[one.at, choice])
     if set(choices.values()) - {"eager"}:
         take_as(form, job.base)
     return form

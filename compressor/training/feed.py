@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from compressor.adapter import Adapter, Shared, checked_pair
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError
-from compressor.seeds import generator
+from compressor.seeds import generator, repeatable
 from compressor.training.settings import Training
 
 
@@ -56,8 +56,7 @@ class Feed:
     def _made(self, step: int) -> tuple[Any, Tensor]:
         batch = self.batches.batch(step)
         # an adapter that draws from the global generator too repeats itself all the same
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(generator(self.training.seed, "model", step).initial_seed())
+        with repeatable(self.training.seed, "model", step):
             noised = self.adapter.noised_evenly if self.training.times == "even" else self.adapter.noised
             found = noised(batch, generator(self.training.seed, "noise", step))
         return tree_map_only(Tensor, _trainable, checked_pair(self.adapter, batch, found))  # type: ignore[no-any-return]
