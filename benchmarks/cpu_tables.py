@@ -77,15 +77,10 @@ def opponents(result: dict[str, Any]) -> str:
         times = [_time(cell, name) for cell in cells]
         lines.append(f"| {_form(name, cells)} | " + " | ".join(times) + " |")
     for name in (name for name in names if name.startswith("lowered")):
-        for title, key in (
-            ("over the best that is no less exact", "over the best no less exact"),
-            ("over the fastest other engine", "over the fastest other engine"),
-            ("over dense by the same kernels", "over dense in few bits here"),
-        ):
+        for title, key in _GAINS:
             own = [cell["speedup"][name].get(key, {}) for cell in cells]
             if any(own):
-                told = (" ".join(f"{ratio:.2f}x ({who})" for who, ratio in one.items()) or "—" for one in own)
-                lines.append(f"| *{name}*: {title} | " + " | ".join(told) + " |")
+                lines.append(f"| *{name}*: {title} | " + " | ".join(map(_ratios, own)) + " |")
     spread = max(cell["iqr_ms"][name] / cell["median_ms"][name] for cell in cells for name in cell["median_ms"])
     versions = result["versions"]
     return "\n".join(
@@ -100,6 +95,59 @@ def opponents(result: dict[str, Any]) -> str:
             "float32, in standard deviations of the output; none where it is rounding. From `benchmarks/cpu/opponents.py`.",
         ]
     )
+
+
+def whole_picture(result: dict[str, Any]) -> str:
+    """Pictures by a whole pipeline, and its three models by themselves, in every form."""
+    lines: list[str] = []
+    cells = list(result["cells"].values())
+    for cell in cells:
+        settings, medians, pictures = cell["settings"], cell["median_ms"], cell["median_ms"]["picture"]
+        parts = [name for name in medians if name != "picture"]
+        title = f"picture of {settings['height']} pixels in {settings['num_inference_steps']} steps"
+        lines += [
+            f"| form | {title}, ms | " + " | ".join(f"`{part}`, ms" for part in parts) + " |",
+            "|---|" + "---:|" * (len(parts) + 1),
+        ]
+        told = cell | {"pattern": " or ".join(dict.fromkeys(filter(None, cell["patterns"].values()))), "speedup": {}}
+        for name in pictures:
+            times = " | ".join(f"{medians[part][name]:.0f}" for part in parts)
+            lines.append(f"| {_form(name, [told])} | {_time(told | {'median_ms': pictures}, name)} | {times} |")
+        for title, key in _GAINS:
+            own = cell["speedup"].get(key, {})
+            lines += [f"| *lowered, 8 bits*: {title} | {_ratios(own)} |" + " |" * len(parts)] if own else []
+        lines.append("")
+    spreads = [
+        width / cell["median_ms"][what][name]
+        for cell in cells
+        for what, widths in cell["iqr_ms"].items()
+        for name, width in widths.items()
+    ]
+    versions = result["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "Stable Diffusion 1.5 with random weights, its UNet and decoder pruned by magnitude, its text encoder dense; with "
+            "guidance, so that the UNet is asked for two samples at once. The pipeline's own code draws, from the same noise; in "
+            f"turns, medians of {_rounds(cells, 'rounds')} rounds, seed {cells[0]['seed']}, {result['threads']} threads; "
+            f"{result['hardware'].rpartition(',')[0]}, interquartile ranges of up to {max(spreads):.0%} of the median; torch "
+            f"{versions['torch']}, diffusers {versions['diffusers']}, OpenVINO {versions['openvino']}, NNCF {versions['nncf']}. "
+            f"8 bits with `max_error` {cells[0]['max_error']:g} for each model. In brackets the error: the root mean square "
+            "difference from the picture that the same weights draw in eager float32, in standard deviations of that picture. From "
+            "`benchmarks/cpu/whole_picture.py`.",
+        ]
+    )
+
+
+_GAINS = (
+    ("over the best that is no less exact", "over the best no less exact"),
+    ("over the fastest other engine", "over the fastest other engine"),
+    ("over dense by the same kernels", "over dense in few bits here"),
+)
+
+
+def _ratios(own: dict[str, float]) -> str:
+    return " ".join(f"{ratio:.2f}x ({who})" for who, ratio in own.items()) or "—"
 
 
 def _hiding(result: dict[str, Any]) -> str:

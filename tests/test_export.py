@@ -581,7 +581,15 @@ def test_what_is_only_laid_out_anew_from_some_number_of_samples_on_is_exported(t
             out = super().forward(input)
             return out if input.shape[0] < 1000 else 2 * out
 
+    class Never(nn.Linear):
+        """With more than anybody's memory holds."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            out = super().forward(input)
+            return out if out.numel() <= 2**34 else out.contiguous()
+
     assert export_onnx(Anew(16, 16), VectorAdapter(-1, 16), tmp_path / "a.onnx").parity.max_error < 1e-5
+    assert export_onnx(Never(16, 16), VectorAdapter(-1, 16), tmp_path / "c.onnx").parity.max_error < 1e-5
     with pytest.raises(CompressorError, match="torch follows it for up to 999 samples"):
         export_onnx(Late(16, 16), VectorAdapter(-1, 16), tmp_path / "b.onnx")
 

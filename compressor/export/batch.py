@@ -17,6 +17,8 @@ _RANGES = 8
 """So many ranges of batch sizes are looked at, at most."""
 _LOOKED_AT = 256
 """Numbers of samples that conditions are looked at for."""
+_LARGEST = 2**32
+"""Bytes of inputs that no batch has which is ever run: for more samples, nothing is asked."""
 _SAME = ("aten.contiguous.default", "aten.clone.default", "aten._assert_tensor_metadata.default")
 """Operators that answer the very numbers that they are given, or nothing."""
 _END = 2**63 - 1
@@ -47,6 +49,8 @@ def limit(module: nn.Module, tensors: Sequence[Tensor]) -> str | None:
         return None
     upper = most
     for _ in range(_RANGES):
+        if _bytes(upper + 1, tensors) > _LARGEST:
+            return None
         other = _followed_for(upper + 1, module, tensors)
         found = _most(other)
         if _steps(other) != steps or isinstance(found, str) or (found is not None and found <= upper):
@@ -69,14 +73,20 @@ def _followed(module: nn.Module, tensors: Sequence[Tensor]) -> Any:
 
 def _followed_for(number: int, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
     samples = tensors[0].shape[:1]
-    other = [t.new_empty((number, *t.shape[1:])) if t.shape[:1] == samples else t for t in tensors]
     try:
+        other = [t.new_empty((number, *t.shape[1:])) if t.shape[:1] == samples else t for t in tensors]
         return _followed(module, other)
     except Exception as error:  # whatever a model raises
         raise CompressorError(
             f"with {number} samples torch cannot follow the model: {first_line(error)}",
             "It is exported for any batch: the model has to do the same with any.",
         ) from error
+
+
+def _bytes(number: int, tensors: Sequence[Tensor]) -> int:
+    """The bytes that inputs like `tensors` take with this `number` of samples."""
+    each = (t.nbytes // len(t) for t in tensors if t.dim() and len(t) and t.shape[:1] == tensors[0].shape[:1])
+    return number * sum(each)
 
 
 def _size(program: Any) -> Any:

@@ -6,7 +6,7 @@ import ctypes
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -84,26 +84,34 @@ def engines(
     return found, left | failed
 
 
-def written(model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False) -> dict[str, str]:
-    """Write the files of `engines` into `folder`, and tell why some are missing. That takes more memory than to run them."""
+def written(
+    model: nn.Module, adapter: Adapter, folder: Path, openvino: bool = False, calibration: Sequence[Any] | None = None
+) -> dict[str, str]:
+    """Write the files of `engines` into `folder`, and tell why some are missing. That takes more memory than to run them.
+
+    NNCF looks at the inputs `calibration`; None: at random ones of the adapter's kind."""
     makers: dict[str, Callable[[], object]] = {ONNX: lambda: export_onnx(model, adapter, folder / _FLOAT)}
     if left := _each(makers)[1]:  # the others are made of it
         return left
     makers = {f"{ONNX}, int8": lambda: export_onnx(model, adapter, folder / _INT8[ONNX], int8=True)}
     if openvino:
-        makers[f"{OPENVINO}, int8"] = lambda: _quantise(folder / _FLOAT, adapter, folder / _INT8[OPENVINO])
+        makers[f"{OPENVINO}, int8"] = lambda: _quantise(
+            folder / _FLOAT, calibration or _drawn(adapter), folder / _INT8[OPENVINO]
+        )
     return _each(makers)[1]
 
 
 @_signal_stack_kept()
-def opened(folder: Path, openvino: bool = False) -> tuple[list[Engine], dict[str, str]]:
-    """The engines of the files that `written` left in `folder`, and why others cannot be opened."""
+def opened(
+    folder: Path, openvino: bool = False, names: Collection[str] | None = None
+) -> tuple[list[Engine], dict[str, str]]:
+    """The engines of the files that `written` left in `folder`, or those of `names` alone; and why others cannot be opened."""
     makers: dict[str, Callable[[], Engine]] = {}
     for engine, dtypes in ((ONNX, ("float32", "int8")), (OPENVINO, tuple(_PRECISIONS) if openvino else ())):
         for dtype in dtypes:
             path = folder / (_INT8[engine] if dtype == "int8" else _FLOAT)
             name = engine if dtype == "float32" else f"{engine}, {dtype}"
-            if path.exists():
+            if path.exists() and (names is None or name in names):
                 makers[name] = partial(_onnx if engine == ONNX else _openvino, name, dtype, path)
     return _each(makers)
 
@@ -132,21 +140,23 @@ def _openvino(name: str, dtype: str, path: Path) -> Engine:
     return Engine(name, dtype, _compiled(core, core.read_model(path), _PRECISIONS[dtype]))
 
 
-def _quantise(path: Path, adapter: Adapter, out: Path) -> None:
-    """Write a graph to `out` in int8 as NNCF quantizes: weights per channel, activations by calibration, which here looks at random
-    inputs of the adapter's kind."""
+def _drawn(adapter: Adapter) -> list[Any]:
+    rng = generator(0, "engines")
+    return [random_inputs(adapter.example_inputs(2), adapter.num_classes, rng) for _ in range(_CALIBRATION)]
+
+
+def _quantise(path: Path, calibration: Sequence[Any], out: Path) -> None:
+    """Write a graph to `out` in int8 as NNCF quantizes: weights per channel, activations by `calibration`."""
     os.environ.setdefault("NNCF_CI", "1")  # it would report its use over the network
     import nncf
     import openvino
 
     nncf.set_log_level(40)
-    rng, core = generator(0, "engines"), openvino.Core()
-    draws = [random_inputs(adapter.example_inputs(2), adapter.num_classes, rng) for _ in range(_CALIBRATION)]
-    data = nncf.Dataset([[array_of(tensor) for tensor in tensors_of(draw)] for draw in draws])
-    kind = nncf.ModelType.TRANSFORMER
+    core, kind = openvino.Core(), nncf.ModelType.TRANSFORMER
+    data = nncf.Dataset([[array_of(tensor) for tensor in tensors_of(inputs)] for inputs in calibration])
     try:
         with _signal_stack_kept(), redirect_stdout(io.StringIO()):  # its bars
-            made = nncf.quantize(core.read_model(path), data, model_type=kind, subset_size=_CALIBRATION)
+            made = nncf.quantize(core.read_model(path), data, model_type=kind, subset_size=len(calibration))
             openvino.save_model(made, out, compress_to_fp16=False)
     except Exception as error:  # whatever NNCF raises for a graph that it does not know
         raise CompressorError(f"NNCF: {first_line(error)}") from error
