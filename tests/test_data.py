@@ -202,6 +202,14 @@ ZEROS = np.zeros((3, 8, 8), np.uint8)
         ({"x": ZEROS, "y": np.float32(1)}, r"arrays are x: uint8 \(3, 8, 8\), y: float32 \(\)"),
         ({"x": np.array(["a"])}, r"arrays are x: <U1 \(1,\)"),
         ({}, "arrays are none"),
+        (
+            {"images": np.zeros((3, 1, 8, 8), np.longdouble)},
+            r"images are (float|longdouble)\d* .*\nAllowed: uint8 or float of up",
+        ),
+        (
+            {"sample": np.zeros((3, 4), np.longdouble)},
+            r"arrays are sample: (float|longdouble)\d* \(3, 4\)\n.* up to 64 bits",
+        ),
         ({"images": ZEROS.astype(np.int64)}, r"images are int64 \(3, 1, 8, 8\)\nAllowed: uint8 or float"),
         ({"images": ZEROS.astype(bool)}, "images are bool"),
         ({"images": ZEROS.astype(complex)}, "images are complex128"),

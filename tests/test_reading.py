@@ -259,6 +259,15 @@ def test_a_class_without_pictures_is_refused(folder: Path) -> None:
         read_data(folder, RGB)
 
 
+def test_parts_of_a_data_set_are_not_taken_for_classes(folder: Path) -> None:
+    (folder / "cat").rename(folder / "Test")
+    (folder / "dog").rename(folder / "train")
+    with pytest.raises(CompressorError, match=r"Test and train are parts of a data set.*\n.*pets/PART"):
+        read_data(folder, RGB)
+    (folder / "Test").rename(folder / "bus")
+    assert read_data(folder, RGB).labels is not None  # a train beside a bus is a train
+
+
 def test_links_are_followed_and_loops_refused(folder: Path) -> None:
     expected = read_data(folder, RGB).sha256
     (folder / "cat").rename(folder.parent / "elsewhere")
@@ -327,6 +336,30 @@ def test_pixels_of_unknown_range_and_formats_that_run_programs_are_refused(tmp_p
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
     with pytest.raises(CompressorError, match=r"deep.tiff: pixels of 32 bits .*script.png: not one of PNG"):
         read_data(tmp_path, RGB)
+
+
+def tiff(pixels: bytes, bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A grey picture of 8x8 in a TIFF file, as other programs write it and Pillow does not."""
+    entries = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8)]
+    entries += [(279, len(pixels)), (339, sample_format)]
+    table = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (tiff(bytes(96), 12), "pixels of 12 bits, whose range is not known"),
+        (tiff(bytes(128), 16, photometric=0), "greys of 16 bits of which 0 is white"),
+        (tiff(bytes(128), 16, sample_format=2), "pixels of 16 bits with a sign"),
+        (tiff(bytes(64), 8, sample_format=2), "pixels of 8 bits with a sign"),
+    ],
+)
+def test_greys_that_pillow_would_show_as_others_are_refused(content: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        decode(content, RGB)
+    assert np.array_equal(decode(tiff((GREY.astype("<u2") * 257).tobytes(), 16), RGB)[0], GREY)
+    assert np.array_equal(decode(tiff((255 - GREY).tobytes(), 8, photometric=0), RGB)[0], GREY)
 
 
 @pytest.mark.parametrize("shape", [None, (4, 8, 8), (3, 8), (3, 0, 8)])

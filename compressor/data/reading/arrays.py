@@ -21,6 +21,7 @@ SUFFIXES = (".npz", ".npy", ".safetensors")
 _NOISY = ("sample", "hidden_states")  # what diffusers calls what is noised
 _FINITE = ("target", *_NOISY)
 _NO_NAN = "One such number ends a training: leave that sample out, or make it again."
+_LONG = "g"  # NumPy's character of long doubles, which torch has not
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -73,10 +74,15 @@ def _images(path: Path, images: _Array, labels: _Array | None) -> Images:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
         images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or 0 in images.shape or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
+    if (
+        images.ndim != 4
+        or 0 in images.shape
+        or not (images.dtype == np.uint8 or images.dtype.kind == "f")
+        or images.dtype.char == _LONG
+    ):
         raise CompressorError(
             f"{path}: images are {images.dtype} {images.shape}",
-            "Allowed: uint8 or float, (n, h, w[, c]) or (n, c, h, w).",
+            "Allowed: uint8 or float of up to 64 bits, (n, h, w[, c]) or (n, c, h, w).",
         )
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise CompressorError(
@@ -91,10 +97,11 @@ def _records(path: Path, arrays: Mapping[str, _Array]) -> Records:
     shapes = {name: f"{array.dtype} {array.shape}" for name, array in sorted(arrays.items())}
     found = ", ".join(f"{name}: {shape}" for name, shape in shapes.items()) or "none"
     bare = {name for name, array in arrays.items() if array.ndim == 0 and not name.endswith(SHARED)}
-    if not arrays or bare or any(array.dtype.kind not in "fiub" for array in arrays.values()):
+    odd = [a for a in arrays.values() if a.dtype.kind not in "fiub" or a.dtype.char == _LONG]
+    if not arrays or bare or odd:
         raise CompressorError(
             f"{path}: arrays are {found}",
-            "Save images with np.savez(images=...), or numeric arrays that have one entry per sample along dim 0.",
+            "Save images with np.savez(images=...), or numeric arrays of up to 64 bits that have one entry per sample along dim 0.",
         )
     for name, array in arrays.items():  # masks of attention hold minus infinity, and nothing holds NaN
         if array.dtype.kind == "f" and bool(

@@ -19,6 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE as _BITS
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION as _PHOTOMETRIC
+from PIL.TiffImagePlugin import SAMPLEFORMAT as _SAMPLE_FORMAT
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -89,6 +93,8 @@ def opened_picture(content: bytes, side: int | None = None) -> Image.Image:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """`image`, or its 16-bit greys as 8-bit ones, which Pillow's own conversion would cut off instead of scaling."""
+    if isinstance(image, TiffImageFile):
+        _refuse_odd_greys(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillows: I
         values = np.asarray(image).astype(np.uint32)
         scaled = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
@@ -99,6 +105,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits (mode {image.mode}), whose range is not known")
     return image
+
+
+def _refuse_odd_greys(image: TiffImageFile) -> None:
+    """Raise ValueError for TIFFs whose numbers Pillow gives as they are stored, though they mean other greys than usual."""
+    bits, signed = image.tag_v2.get(_BITS, (1,)), 2 in image.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    if signed or any(8 < depth < 16 for depth in bits):
+        raise ValueError(f"pixels of {bits[0]} bits{' with a sign' * signed}, whose range is not known")
+    if image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        raise ValueError("greys of 16 bits of which 0 is white")
 
 
 @dataclass(frozen=True, eq=False)

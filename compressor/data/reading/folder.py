@@ -15,6 +15,9 @@ from compressor.data.reading.decoded import Pictures
 from compressor.errors import CompressorError
 from compressor.foreign.bounded import MOST_NESTED, MOST_PICTURE_BYTES, read_bytes
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
+"""What the parts of a data set are called, of which only one is to be learned from."""
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -43,7 +46,7 @@ def find_files(folder: Path) -> Files:
     Where all lie in subfolders, and in more than one, the sorted subfolders are the classes 0, 1, …
 
     Raises CompressorError where there are none, where a link leads back to a folder above it, where folders lie in
-    more than 64 others, and where a class is empty.
+    more than 64 others, where a class is empty, and where the classes are called train and test.
     """
     root = os.fsencode(folder)  # names are bytes: a file system may hold some that are not UTF-8
     names, _ = pictures_and_others(folder)
@@ -74,6 +77,11 @@ def _labels(folder: Path, root: bytes, names: list[bytes]) -> Tensor | None:
         raise CompressorError(
             f"{folder}: the class folder {_printable(empty[0])!r} has no pictures",
             "Remove it: an empty class would shift the labels of those behind it.",
+        )
+    if {_printable(name).lower() for name in classes} <= _SPLITS:
+        raise CompressorError(
+            f"{folder}: {' and '.join(map(_printable, classes))} are parts of a data set, not classes of pictures",
+            f"Give the folder of the one to be learned from: {folder}/PART.",
         )
     number = {name: label for label, name in enumerate(classes)}
     return torch.tensor([number[top] for top in tops if top is not None])
