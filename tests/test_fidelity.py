@@ -165,6 +165,25 @@ def test_neighbours_do_not_depend_on_where_the_origin_is_and_copies_are_no_dista
     assert fidelity.copying(real + 3.7, again, real[:30] + 3.7) == 0.75
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_lies_on_the_edge_of_a_ball_is_in_it(seed: int) -> None:
+    real = draw(100, 20, seed=seed)
+    for k in (3, 5):  # each ball holds its centre, and its edge is where the k-th nearest other lies
+        assert ours(real, real.clone(), k)["density"] == pytest.approx((k + 1) / k, abs=1e-12)
+    x, y = (torch.randint(0, 3, (n, 4), generator=generator(seed, n)).double() for n in (60, 50))
+    assert ours(x / 10, y / 10, 3) == ours(x, y, 3)  # whole numbers are exact
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_sample_that_diverged_changes_nothing_for_the_others(side: int) -> None:
+    sets = [draw(60, 20, seed=0), draw(50, 20, seed=1)]
+    near, far = ([x.clone() for x in sets] for _ in range(2))
+    near[side][0], far[side][0] = 1e3, 1e8
+    assert ours(*far, 3) == pytest.approx(ours(*near, 3))
+    unseen = draw(40, 20, seed=2)
+    assert fidelity.copying(far[0], unseen, far[1]) == fidelity.copying(near[0], unseen, near[1])
+
+
 def test_a_set_has_full_precision_recall_and_coverage_against_itself() -> None:
     x = draw(30, 4, seed=0)
     found = ours(x, x.clone(), 3)
@@ -272,6 +291,8 @@ def test_what_is_held_out_is_measured_against_where_there_is_some() -> None:
     assert distance.value == pytest.approx(float(fidelity.kid(unseen, images.flatten(1), choice.seed)[0].mean()))
     assert distance.ci95 is not None
     assert qualities(Flat(), images, Reference.of(seen, None, 0), choice) == others
+    single = qualities(Flat(), images, Reference.of(seen, None, 0, unseen[:1]), choice)
+    assert [entry.metric for entry in single[len(others) :]] == ["copying-flat"]  # one picture has no pairs
     alone = validated(Evaluation, {"bootstrap": 5, "measures": []}, "here")
     assert qualities(Flat(), images, Reference.of(seen, None, 0, unseen), alone) == others[:1]
 

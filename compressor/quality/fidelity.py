@@ -28,6 +28,7 @@ SUBSET_SIZE = 1000
 _BLOCK_ENTRIES = 4 * 1024 * 1024
 _ROUNDING = 1e-13
 """Of the norms of two samples: what their squared distance is off by, at most."""
+_LOOKED_AT = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,9 @@ def measures(
     real, fake = reference.features, drawn(features, settings.seed, "generated")
     unseen = reference.features if reference.unseen is None else reference.unseen
     entries = []
-    of_unseen = ("kid_unseen", "copying") if settings.measures and reference.unseen is not None else ()
+    of_unseen: tuple[str, ...] = ()
+    if settings.measures and reference.unseen is not None:
+        of_unseen = ("kid_unseen", "copying") if len(reference.unseen) > 1 else ("copying",)  # KID is of pairs
     for measure in dict.fromkeys((*settings.measures, *of_unseen)):
         interval = None
         samples = len(fake)
@@ -205,10 +208,7 @@ def density(squared: Tensor, centres: Tensor, points: Tensor, k: int) -> float:
 
 def coverage(squared: Tensor, centres: Tensor, points: Tensor) -> float:
     """The share of balls around real `centres` that hold a generated point. Source: Naeem et al. 2020, sec. 3."""
-    held = [
-        _squared_distances(centres[rows], points).amin(1) <= squared[rows]
-        for rows in _blocks(len(centres), len(points))
-    ]
+    held = [_at_least(centres[rows], points).amin(1) <= squared[rows] for rows in _blocks(len(centres), len(points))]
     return float(torch.cat(held).double().mean())
 
 
@@ -231,19 +231,30 @@ def copying(seen: Tensor, unseen: Tensor, points: Tensor) -> float:
 
 def _holding(squared: Tensor, centres: Tensor, points: Tensor) -> Tensor:
     """How many of the balls hold each point, (m,)."""
-    counts = [
-        (_squared_distances(points[rows], centres) <= squared).sum(1) for rows in _blocks(len(points), len(centres))
-    ]
+    counts = [(_at_least(points[rows], centres) <= squared).sum(1) for rows in _blocks(len(points), len(centres))]
     return torch.cat(counts)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """|x - y|² of every pair, (n, m); 0 where it cannot be told from that, so that copies are at none from each other."""
-    origin = y[0]  # far from 0 all digits of the norms would be of where the samples lie
+    squared, off = _with_rounding(x, y)
+    return squared.masked_fill_(squared < off, 0)
+
+
+def _at_least(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|² of every pair, (n, m), less what it may be off by: on the edge of a ball is in it, whatever the last digits say.
+    Copies lie there, and features that count something."""
+    squared, off = _with_rounding(x, y)
+    return squared.sub_(off)
+
+
+def _with_rounding(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """|x - y|² of every pair, (n, m), and what each may be off by."""
+    # far from 0 all digits of the norms would be of where the samples lie; the middle, since one of them may lie far off itself
+    origin = y[:: max(1, len(y) // _LOOKED_AT)].median(0).values
     x, y = x - origin, y - origin
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
-    squared = norms - 2 * (x @ y.T)
-    return squared.masked_fill_(squared < _ROUNDING * norms, 0)
+    return norms - 2 * (x @ y.T), _ROUNDING * norms
 
 
 def _blocks(rows: int, columns: int) -> Iterator[Tensor]:
