@@ -426,6 +426,23 @@ def test_a_damaged_row_says_what_to_do(tmp_path):
             read_row(tmp_path)
 
 
+def test_a_row_of_another_cell_and_what_lost_its_job_are_told(compared, cli, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(compared[0], out)
+    first, second = (out / "cells" / f"sparsedm-seed-{seed}" for seed in (0, 1))
+    again = ("compare", "--methods", "sparsedm", "--seeds", "2", "--sampler-steps", "1", "--out", out, *TINY)
+    own = (second / "row.json").read_bytes()
+    shutil.copy(first / "row.json", second / "row.json")
+    outcome = cli(*again)
+    assert outcome.code == 1
+    assert "sparsedm-seed-1/row.json: it is of other weights than those in" in outcome.err
+    (second / "row.json").write_bytes(own)
+    (second / "job.json").unlink()
+    outcome = cli(*again)
+    assert outcome.code == 1 and "job.json: not a job\nRemove" in outcome.err
+    assert not (second / "job.json").exists()
+
+
 def test_entries_with_fewer_seeds_or_without_chance_are_said_to_be(compared):
     report = report_of(compared[0])
     report["seeds"] = [0, 1, 2]

@@ -272,7 +272,7 @@ def _refuse_other(folder: Path, job: Mapping[str, Any], identity: Sequence[str])
     else."""
     if not _is_begun(folder):
         return
-    former = files.read_json(folder / JOB)
+    former = files.read_json(folder / JOB) if (folder / JOB).is_file() else {}
     before = former.get("recipe")
     if not isinstance(before, dict):
         raise CompressorError(f"{folder / JOB}: not a job", f"Remove {folder}; it is made again.")
@@ -294,8 +294,9 @@ _OTHER = "Choose another --out, or start anew with --overwrite."
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether there is more in `folder` than a job, and what was said of its failure."""
-    return (folder / JOB).is_file() and not {path.name for path in folder.iterdir()} <= {JOB, "error.txt"}
+    """Whether there is more in `folder` than a job, and what was said of its failure; of what lost its job nobody knows what it is."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names & {ROW, RUN}) or (JOB in names and not names <= {JOB, "error.txt"})
 
 
 def _differences(key: str, before: Any, now: Any) -> list[str]:

@@ -51,9 +51,14 @@ _AGAIN = "Remove {path}: what is missing is judged again."
 
 
 def read_row(folder: Path) -> Judged:
-    """What a finished job left. Raises CompressorError, with what to do, where it is damaged."""
-    path = folder / ROW
-    return validation.from_file(Judged, path, "the row of a finished cell", _AGAIN.format(path=path))
+    """What a finished job left. Raises CompressorError, with what to do, where it is damaged, or of other weights than are there."""
+    path, model = folder / ROW, folder / RUN / "model"
+    found = validation.from_file(Judged, path, "the row of a finished cell", _AGAIN.format(path=path))
+    if (model / "config.json").is_file() and saving.read_config(model).weights_sha256 != found.row.weights_sha256:
+        raise CompressorError(
+            f"{path}: it is of other weights than those in {model}", f"Remove {folder}; it is made again."
+        )
+    return found
 
 
 def dense(found: Inputs, folder: Path, steps: list[int]) -> Generator[Progress, None, None]:
