@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, UNMEASURED
+from rich.console import Console
 
 import compressor
+from compressor.cli.tables import fitted, plain_table
 from compressor.discovery import from_file
 from compressor.runs import directory
 
@@ -225,7 +229,7 @@ def test_list_prints_json(cli):
 
 def test_a_narrow_terminal_breaks_lines_and_cuts_nothing(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert "│ uvit-imagenet512-h │" in cli("list", "models").out  # names in whole
+    assert re.search("│ uvit-imagenet512-h +│", cli("list", "models").out)  # names in whole
     layers = cli("inspect", "uvit-digits", "--pattern", "2:4").out
     assert "…" not in layers
     assert "out_blocks.0.skip_linear.weight" in "".join(
@@ -526,6 +530,29 @@ def test_a_table_fits_any_terminal(cli, finished, monkeypatch, width):
         table = [line for line in outcome.out.splitlines() if line[:1] in "│┃┏└┡"]
         assert table
         assert max(map(len, table)) <= int(width)
+
+
+@pytest.mark.parametrize("several", ["row", "methods, of which there are several"])
+@pytest.mark.parametrize("width", range(24, 110, 7))
+def test_a_table_breaks_no_word_and_loses_no_cell_at_any_width(width, several):
+    titles = (
+        "methods, of which there are several",
+        "fd-digits, mean; lower is better",
+        "error",
+        "file",
+        "latency",
+        "steps",
+    )
+    lines = [
+        (f"a method {n}", f"6{n}.2 [65.0, 73.4]", "13.3%", "1.36 MB", f"6.{n}0 ms, IQR 0.22", "3 steps") for n in (1, 2)
+    ]
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(fitted(plain_table(titles, lines), width))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    words = set(re.findall(r"[^\s│┃]+", shown))
+    missing = {word for line in lines for cell in line for word in cell.split() if len(word) <= 8} - words
+    assert not missing
 
 
 ESCAPE = "\x1b]0;owned\x07"

@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from compressor.errors import printable
 from compressor.progress import Progress, duration
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _EVERY = 5.0  # seconds between lines of progress
+_WORD = 20  # letters: longer words are names of layers and the like, which may go on in the next line
 
 
 class Ticker:
@@ -195,11 +198,41 @@ def plain_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table
     terminal goes on in the next line instead of being cut; short names, in the first column, stay whole."""
     table = Table()
     for number, title in enumerate(columns):
-        short = number == 0 and all(len(printable(line[0])) <= 20 for line in lines)
+        short = number == 0 and all(len(printable(text)) <= _WORD for text in (title, *(line[0] for line in lines)))
         table.add_column(escape(printable(title)), overflow="fold", no_wrap=short)
     for line in lines:
         table.add_row(*[escape(printable(cell)) for cell in line])
     return table
+
+
+def fitted(table: Table, width: int) -> Table:
+    """`table` in so few columns of a terminal that no word in a cell is broken; where they are too few for that, a block of titles and
+    texts for each line."""
+    columns = [[Text.from_markup(str(text)) for text in (column.header, *column.cells)] for column in table.columns]
+    whole = [max(text.cell_len for text in column) for column in columns]
+    room = width - 3 * len(columns) - 1
+    if len(columns) < 3 or sum(whole) <= room:
+        return table
+    words = [
+        max(cell_len(word) for text in column[1:] or column for word in text.plain.split(" ")) for column in columns
+    ]
+    least = [
+        most if column.no_wrap else min(max(1, word), _WORD)
+        for column, most, word in zip(table.columns, whole, words, strict=True)
+    ]
+    if (spare := room - sum(least)) >= 0:
+        more = [own - needed for own, needed in zip(whole, least, strict=True)]
+        for column, needed, rest in zip(table.columns, least, more, strict=True):
+            column.width = needed + spare * rest // sum(more)
+        return table
+    lying = Table(title=table.title, show_header=False)
+    for _ in range(2):
+        lying.add_column(overflow="fold")
+    for line in zip(*(column[1:] for column in columns), strict=True):
+        for (title, *_), text in zip(columns, line, strict=True):
+            lying.add_row(title, text)
+        lying.add_section()
+    return lying
 
 
 def planning_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -166,9 +166,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout."""
+    """A table on stdout, in the width of the terminal."""
+    from compressor.cli.tables import fitted
+
+    terminal = console(stderr=False)
     with _results():
-        console(stderr=False).print(table)
+        terminal.print(fitted(table, terminal.width))
 
 
 def console(stderr: bool) -> Console:
