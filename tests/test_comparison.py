@@ -24,6 +24,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from compressor import CompressorError, comparison, files
 from compressor.comparison import jobs, words, worker
+from compressor.comparison.differing import alike, differing
 from compressor.comparison.foretold import Outlook
 from compressor.comparison.jobs import _write_match, refuse_used
 from compressor.comparison.page import Outcome, _csv, build, render
@@ -501,6 +502,22 @@ def test_the_verdict_agrees_with_the_statistics(told, said, unsaid):
     report = judged({"b": 81.0, "a": 80.0, "c": 90.0}, {*told, *(pair[::-1] for pair in told)})
     text = words.headline(report)
     assert said in text and unsaid not in text and "lower is better; dense has 71.6" in text, text
+
+
+def test_what_recipes_differ_in_besides_the_method_is_told(tmp_path, compared):
+    own = {"a": {"train": {"lr": 1e-3}}, "b": {"train": {"lr": 1e-4, "times": "even"}, "loading": {"flip": True}}}
+    paths = []
+    for label, settings in own.items():
+        paths.append(tmp_path / f"{label}.yaml")
+        paths[-1].write_text(json.dumps({"method": "magnitude", "data": FEW, **settings}), encoding="utf-8")
+    found = differing(comparison.planned([], paths, None, {}, seeds=1))
+    assert found["train.lr"] == {"a": 1e-3, "b": 1e-4} and set(found) == {"train.lr", "train.times", "loading.flip"}
+    assert "train.lr" not in differing(comparison.planned([], paths, None, {}, seeds=1, rates=[1e-3]))
+    report = ComparisonReport.model_validate(report_of(compared[0]))
+    assert not report.differing and "in the same order" in alike(report)
+    typed = report.model_copy(update={"differing": found})
+    said = " ".join(words.limitations(typed))
+    assert "train.lr is 0.001 in a, 0.0001 in b; train.times is" in said and "in the same order" not in alike(typed)
 
 
 def test_one_seed_gives_no_verdict_and_one_method_no_winner():

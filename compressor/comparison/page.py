@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from compressor import files
 from compressor.comparison import words
+from compressor.comparison.differing import alike, differing
 from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
 from compressor.comparison.worker import RUN, read_row
@@ -85,6 +86,7 @@ def build(outcome: Outcome) -> ComparisonReport:
         failed=dict(outcome.failed),
         environment=outcome.facts,
         evaluate=recipe.evaluate.model_dump(mode="json"),
+        differing=differing(wanted),
         max_error=wanted.max_error,
         limitations=(),
     )
@@ -177,6 +179,7 @@ def _pages(report: ComparisonReport, out: Path) -> dict[str, str]:
         "columns": columns,
         "glossary": glossary(report.metric.name if report.metric else None, [*columns, "speed-up"]),
         "pairs": words.pairs(report),
+        "alike": alike(report),
         "by_steps": words.by_steps(report),
         "layers": words.layers(report),
     }

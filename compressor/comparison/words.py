@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from compressor.comparison.differing import told
 from compressor.quality.intervals import t_quantile
 from compressor.report.compared import ComparisonReport, DenseRow, Entry, Summary
 from compressor.report.content import LOWERED
@@ -329,6 +330,7 @@ def limitations(report: ComparisonReport) -> tuple[str, ...]:
     budgets = {tuple(entry.recipe_train[key] for key in ("steps", "batch_size")) for entry in entries}
     if len(budgets) > 1:
         found.append(f"Budgets differ: (steps, batch) are {', '.join(str(b) for b in sorted(budgets))}.")
+    found += told(report)
     if not report.learning_rates.grid and len({entry.recipe_train["lr"] for entry in entries}) == 1:
         found.append(
             f"Every method has the same learning rate, {entries[0].recipe_train['lr']:g}, tuned for none; --lr-grid searches."

@@ -148,6 +148,10 @@ class ComparisonReport(Value):
     failed: dict[str, str]
     environment: Environment
     evaluate: dict[str, Any]
+    differing: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="settings besides each method's own in which the entries' recipes differ: by setting, the value of each entry",
+    )
     max_error: float | None = Field(
         default=None, description="how far lowered models may be from the weights that were judged; null: rounding"
     )
