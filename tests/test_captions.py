@@ -444,6 +444,17 @@ def test_captions_are_read_from_metadata(key, tmp_path):
         ({"a.txt": "a cat", "sub/b.txt": "a" * 4001}, "sub/b.txt: a caption of 4,001 characters"),
         ({"a.txt": "a cat", "sub/b.txt": "a\0b"}, "sub/b.txt: not a text"),
         ({"metadata.jsonl": metadata(A, B), "a.txt": "a cat"}, "a.png has captions in metadata.jsonl and in a.txt"),
+        (
+            {"metadata.jsonl": metadata(A, B), "metadata.csv": "file_name,text"},
+            "metadata.jsonl and metadata.csv, two sources",
+        ),
+        ({"metadata.jsonl": metadata(A, B), "sub/metadata.jsonl": ""}, "and sub/metadata.jsonl, two sources"),
+        ({"a.txt": "a cat", "a.TXT": "a dog", "sub/b.txt": "a boat"}, "a.txt: a.png has a caption already"),
+        (
+            {"metadata.jsonl": metadata(A, '{"text": "1", "text": "2"}')},
+            "metadata.jsonl:2: not JSON: the key 'text' is",
+        ),
+        ({"metadata.jsonl": metadata(A, {**B, "caption": "\ud800"})}, "metadata.jsonl:2: not a text"),
         ({"metadata.jsonl": ""}, "metadata.jsonl: no caption in it"),
         ({"metadata.jsonl": metadata(A)}, "sub/b.png has no caption"),
         ({"metadata.jsonl": metadata(A, "", '{"file_name": ')}, "metadata.jsonl:3: not JSON"),

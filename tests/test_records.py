@@ -335,6 +335,8 @@ def test_a_part_that_is_never_called_is_named(pipe, tmp_path):
         ("p.txt", b"a\0b", "not a text file"),
         ("p.txt", b"short\n" + b"x" * 10_000, "p.txt:2: a line of 10,000 characters"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "p.jsonl:2: not JSON"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "p.jsonl:1: not JSON: the key 'prompt' is there twice"),
+        ("p.json", b'[{"prompt": "\\ud800"}]', "p.json: not JSON"),
         ("p.jsonl", b"[1]", "p.jsonl:1: not a JSON object"),
         ("p.json", b"", "no prompt in it"),
         ("p.json", b"[]", "no prompt in it"),
@@ -359,6 +361,10 @@ def test_bad_prompts_are_named(tmp_path, name, content, said):
 def test_prompts_are_lines_or_arguments(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\n  a dog \n", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt") == [{"prompt": "a cat"}, {"prompt": "a dog"}]
+    (tmp_path / "p.txt").write_text("a\u2028cat\ra\x0cdog\n", encoding="utf-8")  # neither is the end of a line
+    assert read_prompts(tmp_path / "p.txt") == [{"prompt": "a\u2028cat"}, {"prompt": "a\x0cdog"}]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028cat"}', encoding="utf-8")
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a\u2028cat"}]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "class_labels": [3]}))
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a", "class_labels": [3]}]
     (tmp_path / "p.json").write_text(json.dumps(["a cat", {"prompt": "a", "height": 8}, {}], indent=1))

@@ -8,6 +8,7 @@ reader says where it happened and what to do in the way in which it says so of m
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from compressor.errors import CompressorError
 
@@ -77,6 +79,20 @@ def read_bytes(path: str | bytes | os.PathLike[str], most: int) -> bytes:
                 raise OSError(errno.EFBIG, f"larger than {most:,} bytes", os.fspath(path))
             pieces.append(piece)
     return b"".join(pieces)
+
+
+def parse_json(text: str) -> Any:
+    """What the JSON `text` of somebody holds. Raises ValueError or RecursionError, also for an object that has a key twice, of which
+    the last alone would count."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def check_unpacked(archive: zipfile.ZipFile, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from errno import EFBIG
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from compressor.data.calls import Picture, hash_of
 from compressor.data.reading.decoded import FORMATS, opened_picture
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.foreign.bounded import read_bytes
+from compressor.foreign.bounded import parse_json, read_bytes
 from compressor.seeds import generator
 
 _MOST_BYTES = 16 * 2**20
@@ -28,6 +29,7 @@ _FORM = (
     "Write a prompt per line (.txt), a JSON object of the pipeline's arguments per line (.jsonl), or a JSON list of texts or such "
     "objects (.json)."
 )
+_LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines would part a prompt, or JSON, at a page break or U+2028 in it
 _TABLES = (".csv", ".tsv", ".yaml", ".yml")
 
 
@@ -55,7 +57,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: not a text file", _FORM)
     if kind == ".json" and text.strip():
         return _listed(text, path)
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(_LINE_END.split(text), 1) if line.strip()]
     if not lines:
         raise UsageError(f"{path}: no prompt in it", _FORM)
     return [_line(line, f"{path}:{number}", kind == ".jsonl") for number, line in lines]
@@ -167,7 +169,9 @@ def _listed(text: str, path: Path) -> list[dict[str, Any]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        found = parse_json(text)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+        return found
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}", _FORM) from error
 

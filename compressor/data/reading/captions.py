@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from compressor.data.reading.decoded import read_pictures
 from compressor.data.reading.folder import Files, pictures_and_others
 from compressor.data.sets import ImageSet
 from compressor.errors import CompressorError, UsageError
-from compressor.foreign.bounded import read_bytes
+from compressor.foreign.bounded import parse_json, read_bytes
 
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption", "prompt")
@@ -24,6 +23,7 @@ KEYS = ("text", "caption", "prompt")
 _FORM = (
     f'Write {METADATA} with a line {{"file_name": "a.png", "text": "…"}} for each picture, or a.txt beside each a.png.'
 )
+_METADATA = (METADATA.encode(), b"metadata.csv")
 _MOST_BYTES = 64 * 2**20
 _MOST_CHARACTERS = 4000
 
@@ -62,6 +62,10 @@ def read_captioned(folder: Path) -> Captioned:
             raise UsageError(
                 f"{folder}: {_text(stems[_stem(twice)])} has captions in {METADATA} and in {_text(twice)}", "Keep one."
             )
+        if second := next(
+            (name for name in others if os.path.basename(name) in _METADATA and name != METADATA.encode()), None
+        ):
+            raise UsageError(f"{folder}: {METADATA} and {_text(second)}, two sources of captions", "Keep the first.")
     else:
         captions = _of_texts(folder, names, [name for name in others if name.lower().endswith(b".txt")])
     if bare := [name for name in names if name not in captions]:
@@ -79,7 +83,7 @@ def _of_metadata(folder: Path, names: Sequence[bytes]) -> dict[bytes, str]:
             continue
         where = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: not JSON: {error}", _FORM) from error
         if not isinstance(values, dict):
@@ -132,6 +136,8 @@ def _of_texts(folder: Path, names: Sequence[bytes], texts: Sequence[bytes]) -> d
         if _stem(text) not in pictures:
             raise UsageError(f"{folder}: {_text(text)} is the caption of no picture", "Each caption needs its picture.")
         path = folder / os.fsdecode(text)
+        if pictures[_stem(text)] in found:
+            raise UsageError(f"{path}: {_text(pictures[_stem(text)])} has a caption already", "Keep one.")
         found[pictures[_stem(text)]] = _checked(_read(path), str(path))
     return found
 
@@ -151,7 +157,7 @@ def _read(path: Path) -> str:
 def _checked(caption: Any, where: str) -> str:
     if not isinstance(caption, str):
         raise UsageError(f"{where}: a caption of type {type(caption).__name__}", "Captions are text.")
-    if "\0" in caption:
+    if "\0" in caption or not _is_text(caption):
         raise UsageError(f"{where}: not a text", _FORM)
     if not caption.strip():
         raise UsageError(f"{where}: an empty caption", "Write what the picture shows, or leave the picture out.")
@@ -161,6 +167,11 @@ def _checked(caption: Any, where: str) -> str:
             f"Allowed: up to {_MOST_CHARACTERS:,}; encoders read 77 to 512 tokens.",
         )
     return caption.strip()
+
+
+def _is_text(caption: str) -> bool:
+    """Whether encoders can take it: JSON may hold half of a pair of surrogates."""
+    return caption.encode(errors="replace").decode() == caption
 
 
 def _stem(name: bytes) -> bytes:
