@@ -507,6 +507,16 @@ def test_a_step_that_is_not_finite_leaves_the_rest_of_its_curve():
     assert charts._running_mean([2.0, 4.0, 6.0], 2) == [2.0, 3.0, 5.0]
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 40])
+def test_a_running_mean_is_that_of_its_window_whatever_was_before(window):
+    values = [0.1 * (index % 7) for index in range(31)]
+    values[9], values[20] = 1e25, math.nan
+    windows = [values[max(0, at - window + 1) : at + 1] for at in range(len(values))]
+    known = [[value for value in own if math.isfinite(value)] for own in windows]
+    expected = [sum(own) / len(own) if own else math.nan for own in known]
+    assert charts._running_mean(values, window) == pytest.approx(expected, nan_ok=True)
+
+
 def test_charts_name_total_noise_and_teacher_and_no_id_twice(tmp_path):
     run = written(tmp_path / "run", example())
     render(run)

@@ -191,12 +191,24 @@ def _themed(svg: str) -> str:
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
     """The mean of each value and up to `window - 1` before it, of those that are finite.
 
-    A run survives a step whose loss is not finite, and its curve must too.
+    A run survives a step whose loss is not finite, or is huge, and its curve must too.
     """
-    means, total, known = [], 0.0, 0
+    finite = [math.isfinite(value) for value in values]
+    totals = _running_sum([value if known else 0.0 for value, known in zip(values, finite, strict=True)], window)
+    counts = _running_sum(list(map(float, finite)), window)
+    return [total / count if count else math.nan for total, count in zip(totals, counts, strict=True)]
+
+
+def _running_sum(values: Sequence[float], window: int) -> list[float]:
+    """The sum of each value and up to `window - 1` before it. What has left is not subtracted, since its rounding would stay: sums go
+    from each multiple of `window` on, and up to the next."""
+    ends = list(values)
+    for index in range(len(values) - 2, -1, -1):
+        if (index + 1) % window:
+            ends[index] += ends[index + 1]
+    sums, total = [], 0.0
     for index, value in enumerate(values):
-        for entry, sign in ((value, 1), (values[index - window] if index >= window else math.nan, -1)):
-            if math.isfinite(entry):
-                total, known = total + sign * entry, known + sign
-        means.append(total / known if known else math.nan)
-    return means
+        total = value if index % window == 0 else total + value
+        first = index - window + 1
+        sums.append(total if first <= 0 or first % window == 0 else ends[first] + total)
+    return sums
