@@ -18,12 +18,12 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 @contextmanager
-def repeatable(*key: int | str) -> Iterator[None]:
-    """What draws on the CPU from the global generators of torch, NumPy and Python in the block gives the same for the same `key`. The
-    caller's generators are then as they were."""
+def repeatable(*key: int | str, gpus: bool = False) -> Iterator[None]:
+    """What draws on the CPU (and on `gpus`) from the global generators of torch, NumPy and Python in the block gives the same for the
+    same `key`. The caller's generators are then as they were."""
     seed, python, numpy = generator(*key).initial_seed(), random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if gpus else []):
+        (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

@@ -185,6 +185,15 @@ class RankDependent(Plain):
         return self
 
 
+class Unseeded(Plain):
+    def prepare(self, model, adapter, batches):
+        drawn = torch.Generator()
+        drawn.seed()
+        for parameter in model.parameters():
+            parameter.data.add_(1e-3 * torch.rand(parameter.shape, generator=drawn))
+        return self
+
+
 class Demanding(Plain):
     def __init__(self, needed):
         super().__init__()
@@ -219,7 +228,7 @@ class Leaving(Plain):
         (Emptying, "The finished masks"),
         (Unmarked, "prepare() leaves the settings"),
         (RankDependent, "Every rank gets the same"),
-        (RankDependent, "The same seed gives the same bytes"),
+        (Unseeded, "The same seed gives the same bytes"),
         (Demanding, "is made without settings"),
         (Crashing, "Targets are parameters"),
         (Leaving, "Masks obey their pattern"),

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, default_collate
 
+from compressor.adapter import cloned
 from compressor.data.sets import Images, ImageSet, Records, SampleSet
 from compressor.errors import CompressorError, UsageError
 from compressor.seeds import generator, repeatable
+from compressor.weights import state_sha256
 
 
 class Batches(ABC):
@@ -31,6 +33,10 @@ class Batches(ABC):
     def at(self, index: int, time: float) -> Any:
         """A batch to look at for `time`, from 0 (no noise) to 1, the one number `index`. Default: any, which will be noised."""
         return self.batch(index)
+
+    def mark(self) -> str:
+        """What tells these batches from others, for runs that go on. Default: nothing, and any are taken."""
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +90,11 @@ class Samples(Batches):
         """The indices of the samples in the batch of `step`."""
         return self._order.indices(step)
 
+    def mark(self) -> str:
+        known = f" {state_sha256({'': self.samples[self.indices(0)]}):.12}" if isinstance(self.samples, Tensor) else ""
+        flipped = ", mirrored by chance" * self.flip
+        return f"{len(self.samples)} samples{known} in batches of {self.batch_size} by seed {self.seed}{flipped}"
+
     def batch(self, step: int) -> Any:
         if isinstance(self.samples, SampleSet):
             if self._stream is None or step != self._next:
@@ -119,7 +130,10 @@ class Listed(Batches):
     batches: Sequence[Any]
 
     def batch(self, step: int) -> Any:
-        return self.batches[step % len(self.batches)]
+        return cloned(self.batches[step % len(self.batches)])
+
+    def mark(self) -> str:
+        return f"{len(self.batches)} batches"
 
 
 class Streamed(Batches):
@@ -158,7 +172,7 @@ class Streamed(Batches):
             with repeatable(self._seed, "data", self._next):
                 for item in self._iterator:
                     self._next += 1
-                    return item
+                    return cloned(item)
             self._iterator = self._started()
         raise CompressorError("the data ran out of batches", "Give a dataset, a list of batches or a DataLoader.")
 

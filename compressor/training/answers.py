@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from compressor.errors import CompressorError, memory, memory_behind, said_of
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import Mask, Pattern, Unstructured
 from compressor.sparsity.surgery import Surgery
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, settings_of
+from compressor.training.settings import Training
 
 _ROUNDING = 1e-6
 _SAVED_WITH = "Go on with the model, the method and the settings that it was saved with."
@@ -142,12 +144,41 @@ def _shown(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+_ROOM = ("device", "offload", "parallel", "accumulate", "gradient_checkpointing", "compiled")
+"""Settings of training that say where and in which pieces it is computed: a run may go on with others."""
+
+
+def same_run(state: Mapping[str, Any] | None, pruner: Pruner, training: Training, data: str) -> dict[str, str]:
+    """What a run is of, in words, for its states: the method with its settings, those of the training, and the `data`.
+
+    Raises CompressorError where the `state` that it goes on from says that it is of another. Those of earlier versions do not say.
+    """
+    now = {"method": type(pruner).__name__, "pattern": str(pruner.pattern)}
+    now |= {f"settings.{name}": _in_words(value) for name, value in settings_of(pruner).items()}
+    now |= {f"train.{name}": str(value) for name, value in training.model_dump(exclude={*_ROOM}).items()}
+    now["data"] = data
+    was = now if state is None else state.get("of", now)
+    for name in now if was != now else ():
+        if was.get(name) != now[name]:
+            raise CompressorError(
+                f"the state is not of this run: {name} was {was.get(name)}, and is {now[name]}",
+                f"{_SAVED_WITH} Of train, {', '.join(_ROOM)} may be others.",
+            )
+    return now
+
+
+def _in_words(value: Any) -> str:
+    """A setting of a method; what has no words, the same in every process, is known by its class."""
+    plain = isinstance(value, (str, int, float, bool, NoneType, Pattern))
+    return str(value) if plain else type(value).__name__
+
+
 @contextmanager
 def restoring() -> Iterator[None]:
     """What fails in the block because a state is of another run, or is none, is a CompressorError that says so."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # dicts' words, and torch's
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # dicts' words, and torch's
         if memory_behind(error) is not None:
             raise
         raise CompressorError(

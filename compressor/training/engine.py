@@ -18,14 +18,14 @@ from compressor.discovery import no_exit
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
 from compressor.foreign.kept import Resting
-from compressor.seeds import generator
+from compressor.seeds import repeatable
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.answers import copied_, masks_of, restoring, verify
+from compressor.training.answers import copied_, masks_of, restoring, same_run, verify
 from compressor.training.arithmetic import autocast, compiled_, restore_optimizer, undisturbed
 from compressor.training.feed import Feed
-from compressor.training.given import Asked, Given, check_result, checkpointed_, refuse_skipped, student_of, teacher_of
+from compressor.training.given import Asked, Given, check_result, no_number, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
 from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
@@ -83,7 +83,7 @@ class FineTuning:
     """The state of a fine-tuning run. `steps` advances it, `state` carries it over an interruption.
 
     `model` is left as it is, and to be left so: the student is a copy, the teacher may share its memory. `previous` is what
-    `state` gave in an interrupted run; with it, `prepare` is not called again.
+    `state` gave in an interrupted run; with it, `prepare` is not called again, and CompressorError says what is not as it was.
     """
 
     @no_exit("training")
@@ -106,10 +106,11 @@ class FineTuning:
         self.adapter, self.training = adapter, training
         self.device = resolve_device(training.device)
         self.batches: Batches = as_batches(data, training.batch_size, training.seed)
+        self._of = same_run(previous, pruner, training, self.batches.mark())
         self._source = model
-        self.student = student_of(model, training.steps).to(self.ranks.home(self.device)).train()
-        if training.gradient_checkpointing and training.steps:
-            checkpointed_(self.student)
+        self.student = student_of(model, training.steps, training.gradient_checkpointing).to(
+            self.ranks.home(self.device)
+        )
         self.teacher = None
         if pruner.objective.teacher > 0 and training.steps > 0 and not adapter.answered:
             self.teacher = teacher_of(model, self.ranks.home(self.device))
@@ -117,7 +118,8 @@ class FineTuning:
         rules = with_rules(adapter, targets, ignore)
         masked = chosen(self.student, pruner, rules)
         check_quantise(pruner, {layer.name: self.given.dtypes[layer.name] for layer in masked}, training.mode)
-        pruner, self.surgery = self.ranks.prepared(pruner, self.student, rules, self.batches, previous)
+        with repeatable(training.seed, "prepare"):
+            pruner, self.surgery = self.ranks.prepared(pruner, self.student, rules, self.batches, previous)
         self.pruner = pruner
         layers = choose_layers(self.student, pruner, rules)
         self.layers, first = self.ranks.place(self.student, self.teacher, layers, pruner, self.device)
@@ -185,6 +187,7 @@ class FineTuning:
             "surgery": None if self.surgery is None else self.surgery.to_json(),
             "nonfinite": self._nonfinite,
             "scale": self._seen.scale,
+            "of": self._of,
         }
         return self.ranks.whole(state) if whole else state
 
@@ -251,13 +254,15 @@ class FineTuning:
         for parameter in self.parameters.values():
             parameter.grad = None
         inputs, target = self.feed.at(t)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            # dropout and the like draw from the global generator: give it the step's own seed, and the user's back
-            torch.manual_seed(generator(settings.seed, "model", t, *self.ranks.key).initial_seed())
+        # dropout and the like draw from the global generators: give them the step's own seed, and the user's back
+        with repeatable(settings.seed, "model", t, *self.ranks.key, gpus=True):
             noise_loss, teacher_loss, asked = self._backward(inputs, target)
         self.feed.ahead(t + 1)
         # no name for the gradients: it would keep all of them in memory while estimators give new ones
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        trained = [*self.parameters.values()]
+        if isinstance(self.shadow, Adapters):
+            trained = self.shadow.take_gradients()
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         objective = self.pruner.objective
         answered = noise_loss if self.adapter.answered else teacher_loss or 0.0
         loss = objective.noise * noise_loss + objective.teacher * answered
@@ -266,7 +271,7 @@ class FineTuning:
             self._nonfinite = 0
             self._seen.note(*asked, noise_loss)
             if settings.clip:
-                nn.utils.clip_grads_with_norm_(self.parameters.values(), settings.clip, norm)
+                nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
             self.optimizer.step()
             self._update_average(t)
@@ -275,9 +280,7 @@ class FineTuning:
         else:
             self._nonfinite += 1
             if self._nonfinite > _TOLERATED_NONFINITE:
-                raise CompressorError(
-                    f"step {t + 1}: {self._name_nonfinite(loss)}", "Lower the learning rate, or check the data."
-                )
+                raise no_number(t + 1, loss, self.parameters, self._nonfinite)
             flips = 0.0
         self.done = t + 1
         entries = sum(self.parameters[name].numel() for name in self.shadow.dense)
@@ -351,11 +354,6 @@ class FineTuning:
     def _update_average(self, step: int) -> None:
         if self.training.ema:
             average_(self.average, self._dense(), 1 - self.training.ema_at(step))
-
-    def _name_nonfinite(self, loss: float) -> str:
-        bad = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-        where = f"the gradient of {bad[0]} is not finite" if bad else "the gradient is finite"
-        return f"the loss is {loss}, and {where}, {self._nonfinite} steps in a row"
 
 
 def steps(run: FineTuning) -> Iterator[Step]:

@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.adapter import Adapter, cloned
 from compressor.errors import CompressorError, UsageError
 from compressor.foreign.kept import undone
 from compressor.foreign.sound import copied, refuse_kept
+from compressor.seeds import repeatable
 from compressor.training.arithmetic import eagerly
 from compressor.training.shards import local
 from compressor.weights import HALF, cast_, check_finite, dtypes_of, float32_, sketch
@@ -47,16 +49,23 @@ class Given:
         return model.eval()
 
 
-def student_of(model: nn.Module, steps: int) -> nn.Module:
-    """The copy of `model` that a run of so many `steps` prunes and trains: what is in half precision is in float32.
+def student_of(model: nn.Module, steps: int, checkpointed: bool = False) -> nn.Module:
+    """The copy of `model` that a run of so many `steps` prunes and trains: in training mode, and what is in half precision in float32.
 
-    Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises CompressorError
-    as `refuse_untrainable` does, and where a weight is not finite.
+    A BatchNorm in eval mode in a model in training mode was put there, and keeps its statistics. `checkpointed` is what
+    `checkpointed_` does. Nothing trains a model in one shot (no steps), so that a frozen one is pruned like any other. Raises
+    CompressorError as `refuse_untrainable` does, and where a weight is not finite.
     """
     refuse_untrainable(model, steps)
     refuse_kept(model)
     check_finite(model.state_dict(), type(model).__name__)
     student = float32_(copied(model))
+    kept = [one for one in student.modules() if isinstance(one, _BatchNorm) and student.training and not one.training]
+    student.train()
+    for norm in kept:
+        norm.eval()
+    if checkpointed and steps:
+        checkpointed_(student)
     return student if steps else _unfrozen(student)
 
 
@@ -122,6 +131,14 @@ def teacher_of(model: nn.Module, device: torch.device) -> nn.Module:
     return float32_(copied(model, shared)).to(device).eval()
 
 
+def no_number(step: int, loss: float, parameters: Mapping[str, Tensor], steps: int) -> CompressorError:
+    """The error of a run whose loss or gradients were not finite in the `steps` up to `step`."""
+    bad = [n for n, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    where = f"the gradient of {bad[0]} is not finite" if bad else "the gradient is finite"
+    found = f"step {step}: the loss is {loss}, and {where}, {steps} steps in a row"
+    return CompressorError(found, "Lower the learning rate, or check the data.")
+
+
 def refuse_skipped(steps: int, done: int) -> None:
     """Raise CompressorError where the last `steps` of a run of `done` steps were skipped, which left its model as it was before."""
     if steps:
@@ -145,7 +162,7 @@ def check_result(model: nn.Module, adapter: Adapter, asked: Asked, step: int) ->
     if asked.wanted is None:
         return
     training = [module for module in model.modules() if module.training]
-    with torch.random.fork_rng(range(torch.cuda.device_count())), eagerly(model), undone(model):
+    with repeatable("check", step, gpus=True), eagerly(model), undone(model):
         try:
             answer = adapter.predict(model.eval(), cloned(asked.inputs))
         finally:

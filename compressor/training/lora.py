@@ -60,13 +60,10 @@ class Adapters:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Train with `optimizer`, whose parameters are `matrices`."""
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._handles = (optimizer.register_step_post_hook(self._after_step),)
 
     def close(self) -> None:
-        """Take the hooks off the optimizer; the model keeps the merged weights."""
+        """Take the hook off the optimizer; the model keeps the merged weights."""
         for handle in self._handles:
             handle.remove()
 
@@ -88,13 +85,15 @@ class Adapters:
         self._write()
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take_gradients(self) -> list[nn.Parameter]:
+        """Give the matrices their gradients, from those of the weights; what is trained. To be called before each step."""
         for name, weight in self._weights.items():
             first, second = self.matrices[f"{name}.A"], self.matrices[f"{name}.B"]
             first.grad = second.grad = None  # those of the step before, where this one did not come to the weight
             if weight.grad is not None:
                 masked = (self.scale * weight.grad * self.masks[name].keep).flatten(1)
                 first.grad, second.grad = second.T @ masked, masked @ first.T
+        return list(self.matrices.values())
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

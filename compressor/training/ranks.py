@@ -23,6 +23,7 @@ from compressor.adapter import Adapter, Shared, plain
 from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError
 from compressor.processes import ranks, team
+from compressor.seeds import repeatable
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
@@ -68,6 +69,20 @@ def check_ranks(training: Training) -> None:
         )
 
 
+def refuse_parted(model: nn.Module, processes: int, accumulate: int) -> None:
+    """Raise UsageError where a layer of `model` needs the whole batch, and sees a part of it at a time."""
+    if processes * accumulate == 1:
+        return
+    shared = f"each of the {processes} processes has a part"
+    split = f"train.accumulate {accumulate} splits it"
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise UsageError(
+                f"{name} ({type(module).__name__}) needs the whole batch, and {shared if processes > 1 else split}",
+                "Put it into eval mode in a model that is in training mode (it keeps its statistics then), or leave the batch whole.",
+            )
+
+
 def _gpus() -> int:
     return torch.cuda.device_count()
 
@@ -80,6 +95,7 @@ class Ranks:
         self.team = team()
         self.sharded = self.team.size > 1 and training.parallel == "fsdp" and training.steps > 0
         self._asking: nn.Module | None = None
+        self._accumulate = training.accumulate if training.steps else 1
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -95,7 +111,11 @@ class Ranks:
     def prepared(
         self, pruner: Pruner, model: nn.Module, adapter: Adapter, batches: Batches, previous: Mapping[str, Any] | None
     ) -> tuple[Pruner, Surgery | None]:
-        """`pruner` after its `prepare`, or as in the state `previous` of a run, and what it removes, also of `model` itself."""
+        """`pruner` after its `prepare`, or as in the state `previous` of a run, and what it removes, also of `model` itself.
+
+        Raises UsageError where a layer of `model` needs the whole batch, and gets parts.
+        """
+        refuse_parted(model, self.team.size, self._accumulate)
         found = previous
         if previous is None:
             pruner = prepared(pruner, model, adapter, batches)
@@ -130,16 +150,8 @@ class Ranks:
         """Put the models, in place, where they are trained: cut over the processes where the run is `sharded`.
 
         The layers with their weights as they are then, and where they are cut, this process's parts of the first masks, which
-        were chosen before. Raises UsageError where a weight's mask cannot be chosen in parts, or a layer needs the whole batch.
+        were chosen before. Raises UsageError where a weight's mask cannot be chosen in parts.
         """
-        if self.team.size == 1:
-            return layers, {}
-        for name, module in student.named_modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                raise UsageError(
-                    f"{name} ({type(module).__name__}) needs the whole batch, and each of the {self.team.size} processes has a part",
-                    "Put it into eval mode in the model, or train in one process.",
-                )
         if not self.sharded:
             return layers, {}
         weights = {layer.name: layer.weight.detach() for layer in layers if layer.reason is None}
@@ -215,7 +227,7 @@ class Ranks:
         waits for every gradient, and looking for such parameters at every step takes time."""
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         before = [parameter.grad for parameter in trained]
-        with torch.random.fork_rng(range(_gpus())):
+        with repeatable("unused", gpus=True):
             adapter.predict(student, inputs).float().square().mean().backward()  # type: ignore[no-untyped-call]
         unused = any(parameter.grad is None for parameter in trained)
         for parameter, grad in zip(trained, before, strict=True):
