@@ -78,8 +78,8 @@ def with_samples(inputs: Any, batch_size: int) -> Any:
 def checked_pair(adapter: Adapter, batch: Any, found: Any) -> tuple[Any, Tensor]:
     """(inputs, target), which the adapter's `noised` `found` for `batch`.
 
-    Raises CompressorError where that is no such pair, or the target has fewer samples than a batch of tensors, and for images that
-    the adapter cannot mean (`Adapter.signed`).
+    Raises CompressorError where that is no such pair, or the target has no sample, or fewer than a batch of tensors, and for images
+    that the adapter cannot mean (`Adapter.signed`).
     """
     name = type(adapter).__name__
     if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
@@ -88,7 +88,7 @@ def checked_pair(adapter: Adapter, batch: Any, found: Any) -> tuple[Any, Tensor]
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if adapter.signed and isinstance(first, Tensor) and first.dim() > 2:
         _check_signed(name, first)
-    if target.dim() == 0 or (isinstance(first, Tensor) and first.dim() and len(target) < len(first)):
+    if not target.dim() or not len(target) or (isinstance(first, Tensor) and first.dim() and len(target) < len(first)):
         held = f"for {len(first)} samples" if isinstance(first, Tensor) and first.dim() else ""
         raise CompressorError(f"{name}.noised gave a target {tuple(target.shape)} {held}".rstrip(), _PROMISES)
     return inputs, target

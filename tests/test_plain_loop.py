@@ -278,6 +278,17 @@ def test_an_adapter_that_writes_to_its_batch_does_not_change_the_data(kind: Any)
     assert torch.equal(data[0], images()) and torch.equal(data[1], images(7))
 
 
+@pytest.mark.parametrize("data", [[images()[:0]], [images(), images()[:0]]])
+def test_a_batch_without_samples_is_refused(data: list[Tensor]) -> None:
+    with pytest.raises(CompressorError, match="for 0 samples"):
+        pruned(net(), data=data)
+
+
+def test_settings_of_adapters_that_nobody_trains_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"train\.lora\.rank is of adapters"):
+        pruned(net(), lora={"rank": 2})
+
+
 # Going on
 
 

@@ -425,6 +425,14 @@ def test_an_interval_of_few_draws_is_said_to_be_one():
         assert (f"from {draws} draws of the bootstrap, too few for 95%" in " ".join(limitations(report))) == said
 
 
+def test_a_batch_larger_than_the_data_is_said():
+    for steps, batch, said in ((3, 9, True), (3, 8, False), (0, 9, False)):
+        report = typed(example())
+        recipe = {**report.recipe, "train": {"steps": steps, "batch_size": batch}}
+        report = report.model_copy(update={"recipe": recipe, "data": report.data.model_copy(update={"samples": 8})})
+        assert ("each step learned from all 8 samples" in " ".join(limitations(report))) == said
+
+
 def test_counts_and_sizes_round_into_the_next_unit():
     assert [count(n) for n in (999, 598_929, 999_499, 999_500)] == ["999", "599 k", "999 k", "1.00 M"]
     assert [size(n) for n in (950, 2_404_112)] == ["950 B", "2.40 MB"]

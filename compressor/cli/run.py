@@ -96,12 +96,12 @@ def begin(
     from compressor.runs.run import execute
     from compressor.runs.space import refuse_full_disk
     from compressor.runs.trackers import checked as checked_trackers
+    from compressor.training.optimizers import check_optimizer
     from compressor.training.ranks import check_ranks
 
     if not recipe.lower and (idle := recipe.lowering.model_dump(exclude_defaults=True)):
         raise UsageError(f"lowering.{next(iter(idle))} is of lowered models", "Give --lower too.")
-    if recipe.train.mode != "lora" and (idle := recipe.train.lora.model_dump(exclude_defaults=True)):
-        raise UsageError(f"train.lora.{next(iter(idle))} is of adapters", "Give --set train.mode=lora too.")
+    check_optimizer(recipe.train)
     names = checked_trackers(log_with)
     name = name or (recipe.pruner.rpartition(":")[2] if recipe.pruner else recipe.method)
     here = team()

@@ -24,10 +24,21 @@ def few_draws(metric: str, settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _repeated(report: Report) -> list[str]:
+    """The sentence on a batch that holds samples more than once; none where it does not, or nothing was trained."""
+    train = report.recipe.get("train", {})
+    if not train.get("steps") or (batch := train.get("batch_size", 0)) <= report.data.samples:
+        return []
+    return [
+        f"A batch of {batch} is larger than the data: each step learned from all {report.data.samples} samples, from some of them "
+        "more than once, with another noise each time."
+    ]
+
+
 def limitations(report: Report) -> tuple[str, ...]:
     """What the reader must know, said from the facts of this run."""
     final, dense, lowering = report.final, report.dense, report.lowering
-    found = []
+    found = _repeated(report)
     if (
         report.pattern is None
         and dense is not None

@@ -14,6 +14,7 @@ from compressor.data.batches import as_batches
 from compressor.discovery import no_exit
 from compressor.errors import UsageError
 from compressor.processes import refuse_ranks
+from compressor.seeds import repeatable
 from compressor.sparsity.packed import PackedMasks
 from compressor.training.answers import masks_of, prepared, verify
 from compressor.training.arithmetic import in_own_precision
@@ -55,7 +56,8 @@ def prune_(
     try:
         layers = chosen(model, pruner, rules)  # raises before anything is changed
         check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
-        pruner = prepared(pruner, model, rules, as_batches(data, settings.batch_size, settings.seed))
+        with repeatable(settings.seed, "prepare"):
+            pruner = prepared(pruner, model, rules, as_batches(data, settings.batch_size, settings.seed))
         if pruner.surgery is not None:
             raise UsageError(
                 f"prune_: {type(pruner).__name__} removes structure", "Use compressor.prune, which works on a copy."

@@ -34,8 +34,10 @@ def optimizer_of(
 
 
 def check_optimizer(settings: Training) -> None:
-    """Raise UsageError for settings of the optimizer that cannot hold together. Needs no model."""
+    """Raise UsageError for settings of the optimizer, and of adapters, that cannot hold together. Needs no model."""
     lora, outside = settings.mode == "lora", "optimizer" in settings.offload
+    if not lora and (idle := settings.lora.model_dump(exclude_defaults=True)):
+        raise UsageError(f"train.lora.{next(iter(idle))} is of adapters", "Give train.mode=lora too.")
     if lora and "shadow" in settings.offload:
         raise UsageError("train.offload shadow with train.mode lora: adapters have no shadow", "Leave shadow out.")
     if settings.optimizer == "adamw-8bit" and outside:
