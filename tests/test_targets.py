@@ -12,7 +12,7 @@ from compressor import NM, Unstructured
 from compressor.adapter import with_rules
 from compressor.errors import UsageError
 from compressor.plugins.magnitude import Magnitude
-from compressor.sparsity.layers import fitting, matches, reached, select, survey, unmatched, weighted
+from compressor.sparsity.layers import fitting, idle, matches, reached, select, survey, unmatched, weighted
 
 PATTERN = NM(2, 4)
 
@@ -310,3 +310,30 @@ def test_looking_for_layers_changes_no_buffer_of_a_parametrization(samples: torc
     assert [layer.reason for layer in layers] == ["its weight is computed by a parametrization", None]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+class Tied(nn.Module):
+    """One weight under three names: an embedding's and those of two Linears; and a module with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head, self.tail = nn.Embedding(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head.weight = self.tail.weight = self.embedding.weight
+        self.encoder = nn.ModuleDict({"inner": nn.Linear(16, 16)})
+        self.decoder, self.free = nn.ModuleDict({"inner": self.encoder["inner"]}), nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("rule", ["embedding", "head", "tail", "tail.weight", "re:^tail$", "t*l"])
+def test_a_shared_weight_goes_by_the_name_of_each_module_that_has_it(rule: str) -> None:
+    model = Tied()
+    allowed = set(fitting(model, PATTERN))
+    left = [one.module_name for one in select(model, PATTERN, allowed, [], [rule]) if one.reason is None]
+    assert left == ["encoder.inner", "free"] and not idle(model, [rule])
+    taken = [one.module_name for one in select(model, PATTERN, allowed, [rule], []) if one.reason is None]
+    assert taken == ["head"]
+
+
+@pytest.mark.parametrize("rule", ["decoder", "decoder.inner", "encoder"])
+def test_a_shared_module_goes_by_each_of_its_names(rule: str) -> None:
+    layers = select(Tied(), PATTERN, set(fitting(Tied(), PATTERN)), [], [rule])
+    assert [one.module_name for one in layers if one.reason is None] == ["head", "free"]

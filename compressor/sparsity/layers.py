@@ -7,6 +7,7 @@ A rule names layers: a module's name or that of a module around it (`in_blocks.0
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,7 +30,8 @@ class Layer:
     """A layer and its weight (out, in, *kernel): the weight's parameter name, the layer's module name, and why it gets no mask (None:
     nothing keeps it from having one).
 
-    A weight that a parametrization computes, which is no parameter, has the name that it would have.
+    A weight that a parametrization computes, which is no parameter, has the name that it would have. `shared_by` has the names of
+    all modules that have the weight, where there are several.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Layer:
     module: nn.Module
     weight: Tensor
     reason: str | None = None
+    shared_by: tuple[str, ...] = ()
 
 
 def weighted(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PRUNABLE) -> Iterator[Layer]:
@@ -84,6 +87,10 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     why it is not pruned, whatever else of torch's own multiplies by weights."""
     layers: list[Layer] = []
     seen: set[str] = set()
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for own in {id(parameter) for parameter in module.parameters(recurse=False)}:
+            owners[own].append(name)
     for layer in _multiplying(model):
         weight = layer.weight
         if layer.name in seen:
@@ -102,7 +109,8 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         else:
             misfit = pattern.misfit(tuple(weight.shape))
             reason = f"{pattern} {misfit}" if misfit else None
-        layers.append(replace(layer, reason=reason))
+        names = owners[id(weight)]
+        layers.append(replace(layer, reason=reason, shared_by=tuple(names) if len(names) > 1 else ()))
     return layers
 
 
@@ -164,16 +172,18 @@ def idle(model: nn.Module, rules: Sequence[str] | None) -> list[str]:
 
 
 def matches(rule: str, layer: Layer) -> bool:
-    """Whether `rule` names `layer`. Raises UsageError where a regular expression is malformed."""
-    name = layer.module_name
+    """Whether `rule` names `layer`, or another module with its weight. Raises UsageError for a malformed regular expression."""
+    return any(_names(rule, name, layer) for name in (layer.module_name, *layer.shared_by))
+
+
+def _names(rule: str, name: str, layer: Layer) -> bool:
     if rule.startswith("re:"):
         try:
             return re.search(rule[3:], name) is not None
         except re.error as error:
             raise UsageError(f"rule {rule!r}: not a regular expression: {error}", "See Python's re module.") from error
     return (
-        name == rule
-        or layer.name == rule
+        rule in (name, layer.name, f"{name}.weight")
         or name.startswith(f"{rule}.")
         or type(layer.module).__name__ == rule
         or fnmatchcase(name, rule)
