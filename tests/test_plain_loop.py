@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from compressor.data.batches import Samples
 from compressor.errors import UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SparseDM
+from compressor.saving.state import load_state, save_state
 from compressor.seeds import generator
 
 TARGETS = ("conv.weight", "first.weight", "idle.weight", "last.weight")
@@ -330,3 +332,42 @@ def test_a_run_goes_on_in_other_pieces_and_from_states_of_earlier_versions() -> 
     assert started(state, accumulate=2).done == 1
     del state["of"]
     assert started(state, seed=2).done == 1
+
+
+class Keeping(Net):
+    """Keeps what no state of torch holds: a number of calls, and a mean in a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor, times: Tensor) -> Tensor:
+        answer = super().forward(images, times) * (1 + self.calls) - self.mean
+        self.calls += 1
+        self.mean = 0.5 * self.mean + answer.detach().mean()
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        (Keeping, {}, {}),
+        (Net, {"offload": ["optimizer", "ema", "shadow"]}, {"offload": []}),
+        (Net, {"offload": []}, {"offload": ["optimizer", "ema", "shadow"]}),
+    ],
+)
+def test_a_run_that_goes_on_ends_as_it_would_have(kind: Any, before: Any, after: Any, tmp_path: Path) -> None:
+    def tuned(previous: Any = None, **changes: Any) -> FineTuning:
+        told = Training(**{"steps": 5, "batch_size": 6, "lr": 3e-3, "device": "cpu", **changes})
+        return FineTuning(net(kind), SparseDM(), adapter=Noise(), data=images(), training=told, previous=previous)
+
+    whole, half = tuned(**before), tuned(**before)
+    list(compressor.steps(whole))
+    for _ in range(3):
+        half.advance()
+    save_state(tmp_path, half.state())
+    again = tuned(load_state(tmp_path), **after)
+    list(compressor.steps(again))
+    expected, found = whole.finish().model.state_dict(), again.finish().model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())

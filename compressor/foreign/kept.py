@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,28 @@ class Kept:
             if type(modules.get(path)) is kind:
                 _put_back(modules[path], was, name)
 
+    def values(self, model: nn.Module) -> dict[str, Any]:
+        """What of `model` is not what it was, by place: tensors, numbers and texts that are not in its state."""
+        found = {}
+        for path, name in sorted(self.changed(model)):
+            module = model.get_submodule(path)
+            value, persistent = (
+                _held(module).get(name),
+                name in module._buffers.keys() - module._non_persistent_buffers_set,
+            )
+            if not persistent and (isinstance(value, (bool, int, str)) or _finite(value) or type(value) is Tensor):
+                found[str(Place(path, name))] = value.detach() if isinstance(value, Tensor) else value
+        return found
+
+    def take(self, model: nn.Module, values: Mapping[str, Any]) -> None:
+        """Let `model` keep what `values` gave."""
+        device = next((value.device for value in model.parameters()), torch.device("cpu"))
+        for place, value in values.items():
+            path, _, name = place.rpartition(".")
+            if name not in _OF_TORCH:
+                there = value.to(device) if isinstance(value, Tensor) else value
+                _put_back(model.get_submodule(path), {name: there}, name)
+
 
 class Resting:
     """To be told after each call of `model`, which then keeps what it kept before the first: as far as that one changed it."""
@@ -85,6 +108,10 @@ def undone(model: nn.Module) -> Iterator[None]:
 
 _UNSEEN = object()
 """In the place of what is not looked at."""
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

@@ -98,8 +98,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
             "the state is that of another optimizer",
             "Go on with the train.optimizer, and the layers, that it was saved with.",
         )
-    own = [{key: group[key] for key in _CHOSEN if key in group} for group in optimizer.param_groups]
-    groups = [{**group, **chosen} for group, chosen in zip(state["param_groups"], own, strict=True)]
+    groups = []
+    for was, now in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        own = {key: value for key, value in now.items() if key in _CHOSEN or key not in was}
+        groups.append({**was, **own})
     moments = {int(index): value for index, value in state["state"].items()}
     optimizer.load_state_dict({**state, "param_groups": groups, "state": moments})
 

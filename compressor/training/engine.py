@@ -17,7 +17,7 @@ from compressor.data.batches import Batches, as_batches
 from compressor.discovery import no_exit
 from compressor.environment import resolve_device
 from compressor.errors import CompressorError
-from compressor.foreign.kept import Resting
+from compressor.foreign.kept import Kept, Resting
 from compressor.seeds import repeatable
 from compressor.sparsity.layers import Layer
 from compressor.sparsity.pattern import Mask
@@ -133,9 +133,9 @@ class FineTuning:
         dense = self._dense().items() if training.ema else ()
         self.average = {name: value.to(place, copy=True) for name, value in dense}
         self.feed = Feed(adapter, self.batches, training, self.device)
-        self.done = 0
-        self._nonfinite = 0
+        self.done = self._nonfinite = 0
         self._seen = Asked()
+        self._kept = Kept(self.student)
         if previous is not None:
             self._restore(previous)
         if training.compiled and training.steps:  # last: before, methods look into the layers
@@ -188,6 +188,7 @@ class FineTuning:
             "nonfinite": self._nonfinite,
             "scale": self._seen.scale,
             "of": self._of,
+            "kept": self._kept.values(self.student),
         }
         return self.ranks.whole(state) if whole else state
 
@@ -242,7 +243,8 @@ class FineTuning:
         for name, value in self.average.items():
             copied_(value, part_of(state["average"][name], self.parameters[name]), name)
         self.done, self._nonfinite = int(state["step"]), int(state["nonfinite"])
-        self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none
+        self._seen.scale = float(state.get("scale", 0.0))  # checkpoints of earlier versions have none, nor what is kept
+        self._kept.take(self.student, state.get("kept", {}))
 
     @no_exit("training")
     @undisturbed()
