@@ -28,6 +28,8 @@ from compressor.report.limitations import limitations
 from compressor.report.numbers import count, number, percent, seconds, share, size, times
 from compressor.report.timings import speeds
 from compressor.report.words import file_name
+from compressor.runs.rows import trained_as
+from compressor.runs.run import _skipped
 
 HASH = "0123456789abcdef" * 4
 
@@ -431,6 +433,19 @@ def test_a_batch_larger_than_the_data_is_said():
         recipe = {**report.recipe, "train": {"steps": steps, "batch_size": batch}}
         report = report.model_copy(update={"recipe": recipe, "data": report.data.model_copy(update={"samples": 8})})
         assert ("each step learned from all 8 samples" in " ".join(limitations(report))) == said
+
+
+def test_steps_that_were_skipped_are_said(tmp_path):
+    lines = [{"loss": 1.0, "grad_norm": 2.0}, {"loss": None, "grad_norm": 2.0}, {"loss": 1.0, "grad_norm": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report, skipped = typed(example()), _skipped(tmp_path / "metrics.jsonl")
+    assert skipped == 2
+    said = {"train": {"steps": 3, "seconds": 1.0, "flipped": {}, "skipped": skipped}}
+    row = report.final.model_copy(update={"train": trained_as(said)})
+    changed = report.model_copy(update={"rows": (*report.rows[:-1], row)})
+    assert "2 of 3 steps changed nothing" in " ".join(limitations(changed))
+    assert ", 2 of them skipped" in str(words.columns(changed))
+    assert "changed nothing" not in " ".join(limitations(report))
 
 
 def test_counts_and_sizes_round_into_the_next_unit():

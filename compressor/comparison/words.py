@@ -195,7 +195,8 @@ def _cells(report: ComparisonReport, shown: Entry | DenseRow) -> list[str]:
         if "ssim" in entry.drift:
             alike = number(entry.drift["ssim"].mean)
         took = sum(cell.train.seconds for cell in entry.cells) / len(entry.cells)
-        train = f"{entry.cells[0].train.steps:,} steps, {seconds(took)}"
+        lost = sum(cell.train.skipped for cell in entry.cells)
+        train = f"{entry.cells[0].train.steps:,} steps, {seconds(took)}" + f", {lost} steps skipped" * bool(lost)
     macs = f"{count(shown.macs_effective)} ({share(shown.macs_effective / dense.macs_dense)})"
     if shown.latency:
         time = shown.latency[-1]

@@ -33,12 +33,13 @@ from compressor.quality import drift, evaluate
 from compressor.quality.similarity import ssim
 from compressor.recipe import Recipe
 from compressor.report.compared import Judged
-from compressor.report.content import DENSE, Drift, Environment, Quality, Row, TrainSummary
+from compressor.report.content import DENSE, Drift, Environment, Quality, Row
 from compressor.runs import directory, facts, finish
 from compressor.runs import run as runs
 from compressor.runs.inputs import Inputs, load_inputs, same_source, sharing
 from compressor.runs.judge import Judge, Seen, Variant
 from compressor.runs.one_shot import FOLDER, layer_rows, one_shot
+from compressor.runs.rows import trained_as
 from compressor.seeds import generator
 from compressor.weights import weights_sha256
 
@@ -91,10 +92,11 @@ def cell(
         given = _seen_of(folder / job["dense"])
     if final is None:
         final = saving.load(run / "model", copy.deepcopy(found.model))
-    trained = facts.read(run)["train"]
-    train = TrainSummary(steps=trained["steps"], seconds=round(trained["seconds"], 3))
+    trained = facts.read(run)
     config = saving.read_config(run / "model")
-    variant = Variant(job["label"], final.to(judge.device).eval(), config.weights_sha256, config.patterns, train)
+    variant = Variant(
+        job["label"], final.to(judge.device).eval(), config.weights_sha256, config.patterns, trained_as(trained)
+    )
     row = yield from _row(judge, variant, given, folder / "samples.png")
     by_steps = yield from _by_steps(judge, variant, job["sampler_steps"])
     judged = Judged(row=row, by_steps=by_steps, patterns=tuple(sorted(set(config.patterns.values()))))
@@ -104,7 +106,7 @@ def cell(
         model = bare.model.to(judge.device)
         without = Variant(f"{job['label']} one-shot", model, weights_sha256(model), bare.patterns)
         further: dict[str, Any] = {"one_shot": (yield from _row(judge, without, given, None))}
-        further["layers"] = layer_rows(bare.layers, config.patterns, final, trained["flipped"])
+        further["layers"] = layer_rows(bare.layers, config.patterns, final, trained["train"]["flipped"])
         if bare.patterns:
             further["sensitivity"] = yield from _sensitivity(judge, model, list(bare.patterns))
         judged = judged.model_copy(update=further)

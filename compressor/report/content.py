@@ -129,6 +129,7 @@ class TrainSummary(Value):
 
     steps: int
     seconds: float
+    skipped: int = Field(default=0, description="steps that changed nothing, as their loss or gradient was not finite")
 
 
 class Costs(Value):

@@ -24,21 +24,27 @@ def few_draws(metric: str, settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _repeated(report: Report) -> list[str]:
-    """The sentence on a batch that holds samples more than once; none where it does not, or nothing was trained."""
-    train = report.recipe.get("train", {})
-    if not train.get("steps") or (batch := train.get("batch_size", 0)) <= report.data.samples:
-        return []
-    return [
-        f"A batch of {batch} is larger than the data: each step learned from all {report.data.samples} samples, from some of them "
-        "more than once, with another noise each time."
-    ]
+def _of_training(report: Report) -> list[str]:
+    """The sentences on steps that were skipped, and on a batch that holds samples more than once; none where nothing was trained."""
+    found, trained, samples = [], report.final.train, report.data.samples
+    if trained.skipped:
+        found.append(
+            f"{trained.skipped} of {trained.steps} steps changed nothing, as their loss or gradient was not finite: the model was "
+            "trained for less than its recipe says."
+        )
+    settings = report.recipe.get("train", {})
+    if settings.get("steps") and (batch := settings.get("batch_size", 0)) > samples:
+        found.append(
+            f"A batch of {batch} is larger than the data: each step learned from all {samples} samples, from some of them more than "
+            "once, with another noise each time."
+        )
+    return found
 
 
 def limitations(report: Report) -> tuple[str, ...]:
     """What the reader must know, said from the facts of this run."""
     final, dense, lowering = report.final, report.dense, report.lowering
-    found = _repeated(report)
+    found = _of_training(report)
     if (
         report.pattern is None
         and dense is not None

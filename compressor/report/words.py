@@ -117,7 +117,8 @@ def sampler_line(report: Report) -> str:
 
 
 def _training(train: TrainSummary) -> str:
-    return f"{train.steps:,} in {seconds(train.seconds)}" if train.steps else NONE
+    skipped = f", {train.skipped:,} of them skipped" if train.skipped else ""
+    return f"{train.steps:,} in {seconds(train.seconds)}{skipped}" if train.steps else NONE
 
 
 def lowering_sentence(report: Report) -> str:

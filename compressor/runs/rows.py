@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def build_report(
     judge = Judge(inputs) if inputs.piped is None else PairedJudge(inputs, inputs.piped)
     for model in (inputs.model, bare.model, final):
         model.to(judge.device).eval()
-    trained = TrainSummary(steps=run["train"]["steps"], seconds=round(run["train"]["seconds"], 3))
+    trained = trained_as(run)
     variants: tuple[Variant, ...] = (Variant(inputs.method, final, config.weights_sha256, config.patterns, trained),)
     if not inputs.recipe.from_scratch:  # what is random is held against nothing
         variants = (
@@ -71,6 +71,12 @@ def build_report(
     return Finished(
         out, inputs.adapter, inputs.model, final, judge.device, report, inputs.recipe.evaluate.latency_batch
     )
+
+
+def trained_as(run: Mapping[str, Any]) -> TrainSummary:
+    """How the facts of a `run` say that its model was fine-tuned. Those of earlier versions do not say what was skipped."""
+    said = run["train"]
+    return TrainSummary(steps=said["steps"], seconds=round(said["seconds"], 3), skipped=said.get("skipped", 0))
 
 
 def _judged(judge: Judge, variants: tuple[Variant, ...], samples: Path) -> Generator[Progress, None, tuple[Row, ...]]:

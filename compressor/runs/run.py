@@ -222,7 +222,8 @@ def _fine_tune(
         seconds += time.perf_counter() - began
     result = run.finish()
     if here.leads:
-        summary = {"steps": run.done, "seconds": seconds, "flipped": dict(result.flipped)}
+        lost = _skipped(out / "metrics.jsonl")
+        summary = {"steps": run.done, "seconds": seconds, "skipped": lost, "flipped": dict(result.flipped)}
         run_facts.write(out, {**facts, "train": summary})
     del run  # what it trained with is several times the model
     give_back()
@@ -249,6 +250,12 @@ def _line(record: Step) -> str:
     """A line of the metrics file; numbers that are not finite become null, as JSON has no word for them."""
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(record).items()}
     return json.dumps(values) + "\n"
+
+
+def _skipped(path: Path) -> int:
+    """How many steps of a metrics file changed nothing, as their loss or gradient was not finite."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return sum('"loss": null' in line or '"grad_norm": null' in line for line in lines)
 
 
 def _note(record: Step) -> str:
