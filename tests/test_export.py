@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import compressor
 from compressor import NM, Adapter, CompressorError, registry
+from compressor.adapter import tensors_of
+from compressor.data.calls import joined
 from compressor.errors import GateError, UsageError
 from compressor.export import graph as onnx_graph
 from compressor.export import int8
@@ -151,11 +153,40 @@ def test_the_dense_form_keeps_the_zeros_and_the_gathered_form_leaves_them_out(di
 
 def test_inputs_of_any_nesting_get_names(small, tmp_path):
     done = export_onnx(small, FeedforwardAdapter(), tmp_path / "a.onnx")
-    assert list(done.inputs) == ["sample", "timestep", "label"]
+    assert list(done.inputs) == ["x", "timestep", "label"]  # where it lies in a dict, a tensor has its key
     named = export_onnx(small, FeedforwardAdapter(), tmp_path / "b.onnx", input_names=["x", "time", "class"])
     assert list(named.inputs) == ["x", "time", "class"]
-    with pytest.raises(UsageError, match="input_names"):
-        export_onnx(small, FeedforwardAdapter(), tmp_path / "c.onnx", input_names=["x", "x", "class"])
+    for wrong in (["x", "x", "class"], ["x", "", "class"], ["x", "prediction", "class"]):
+        with pytest.raises(UsageError, match="input_names"):
+            export_onnx(small, FeedforwardAdapter(), tmp_path / "c.onnx", input_names=wrong)
+
+
+def test_numbers_are_no_label_and_nested_keys_are_names():
+    x, t = torch.ones(2, 3), torch.ones(2)
+    called = [
+        ((x,), {"timestep": t, "guidance": t, "more": {"text": x, "timestep": x}}, (2, 3))
+    ]  # as calls are recorded
+    found = onnx_graph.input_names_of(called, None)
+    assert found == ["sample", "timestep", "guidance", "text", "input_4"]
+    assert onnx_graph.input_names_of((x, t, t, t.long()), None) == ["sample", "timestep", "input_2", "label"]
+    assert onnx_graph.input_names_of({"prediction": x, "input_0": x, "": t}, None) == ["input_1", "input_0", "input_2"]
+
+
+@pytest.mark.parametrize("keys", [("fc1.weight", "linear", "gelu"), ("model.fc1.weight", "add", "cos")])
+def test_an_input_may_have_the_name_of_a_value_inside(small, tmp_path, keys):
+    """The graph had two values of one name, which ONNX Runtime refused."""
+
+    class Named(FeedforwardAdapter):
+        def predict(self, module: nn.Module, inputs: Any) -> Tensor:
+            out: Tensor = module(*inputs.values())
+            return out
+
+        def example_inputs(self, batch_size: int) -> Any:
+            return dict(zip(keys, tensors_of(super().example_inputs(batch_size)), strict=True))
+
+    done = export_onnx(small, Named(), tmp_path / "a.onnx")
+    assert tuple(done.inputs) == keys
+    onnx.checker.check_model(onnx.load(done.path), full_check=True)
 
 
 def test_random_inputs_vary_and_stay_in_range():
@@ -703,7 +734,7 @@ def test_complex_answers_are_refused_in_words() -> None:
     from compressor.export.parity import Parity, parity
 
     adapter = SimpleNamespace(
-        example_inputs=lambda n: (torch.ones(n, 2),), num_classes=None, predict=lambda m, i: m(*i)
+        example_inputs=lambda n: (torch.ones(n, 2),), num_classes=None, fixed_batch=False, predict=lambda m, i: m(*i)
     )
     with pytest.raises(CompressorError, match=r"PyTorch torch\.complex64"):
         parity(
@@ -745,3 +776,68 @@ class MaskedAdapter(VectorAdapter):
 def test_batches_of_several_inputs_are_known_to_be_the_same_while_a_model_is_followed(tmp_path):
     exported = export_onnx(Masked().eval(), MaskedAdapter(), tmp_path / "masked.onnx")
     assert exported.parity.batches == (1, 2, 5) and exported.inputs["kept"] == ("batch", 3)
+
+
+class Lenient(nn.Module):
+    """What torch allows and ONNX does not."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.way = nn.Linear(4, 4), way
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        out: Tensor = self.way(self.layer(x), time.half()[:, None, None].expand(-1, 3, 4)).float()
+        return out
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x, half: x.squeeze(1) + x.squeeze(-1) + x.unsqueeze(2).squeeze((1, 2)),  # PixArt's
+        lambda x, half: torch.concat([half, x, half], 1),  # SDXL's in float16
+        lambda x, half: torch.stack([x, half]).sum(0),
+    ],
+)
+def test_what_torch_allows_and_onnx_does_not_is_put_right(tmp_path, way):
+    """ONNX Runtime refused these graphs."""
+
+    class Both(VectorAdapter):
+        def predict(self, module, inputs):
+            return module(*inputs)
+
+        def example_inputs(self, batch_size):
+            return torch.zeros(batch_size, 3, 4), torch.full((batch_size,), 0.5)
+
+    done = export_onnx(Lenient(way).eval(), Both(), tmp_path / "a.onnx")
+    onnx.checker.check_model(onnx.load(done.path), full_check=True)
+    assert done.parity.batches == (1, 2, 5) and done.inputs["sample"] == ("batch", 3, 4)
+
+
+def test_sizes_without_a_hash_are_joined():
+    class Joining(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return joined([x, x + 1])
+
+    length = torch.export.Dim("length", min=3, max=9)
+    program = torch.export.export(Joining(), (torch.ones(2, 4),), dynamic_shapes=({1: length},))
+    assert program.module()(torch.ones(2, 7)).shape == (4, 7)
+
+
+def test_calls_of_one_size_are_checked_at_that_size_and_exported_for_it_alone_where_it_must_be(tmp_path):
+    class Fixed(MaskedAdapter):
+        fixed_batch = True
+
+        def example_inputs(self, batch_size):
+            return super().example_inputs(3)
+
+        def predict(self, module, inputs):
+            out = super().predict(module, inputs)
+            return out if only is None or out.shape[0] in only else out * 2
+
+    only: set[int] | None = None
+    done = export_onnx(Masked().eval(), Fixed(), tmp_path / "any.onnx")
+    assert done.parity.batches == (3,) and done.inputs["x"] == ("batch", 5, 4)
+    only = {3}  # as models ask that torch cannot follow for any number: it has no hash
+    done = export_onnx(Masked().eval(), Fixed(), tmp_path / "one.onnx")
+    assert done.parity.batches == (3,) and done.inputs["x"] == (3, 5, 4)

@@ -321,7 +321,9 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 def joined(answers: Sequence[Tensor]) -> Tensor:
     """`answers`, one after another along dim 0; as numbers (n,) where they differ in another dim, as those of unlike sizes do."""
-    alike = len({answer.shape[1:] for answer in answers}) == 1
+    alike = all(
+        answer.shape[1:] == answers[0].shape[1:] for answer in answers
+    )  # sizes that torch.export follows have no hash
     return torch.cat([answer if alike else answer.flatten() for answer in answers])
 
 

@@ -10,17 +10,19 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from compressor.adapter import Adapter, tensors_of
 from compressor.errors import CompressorError, UsageError, causes, first_line
 from compressor.export.batch import dynamic, limit
+from compressor.export.repairs import put_right
 
 if TYPE_CHECKING:
     import numpy
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INSTALL = 'pip install "diffusion-compressor[onnx]"'
 OPSET = 20
+OUTPUT = "prediction"
 LARGEST_FILE = 1_900_000_000
 """Protocol buffers end at 2 GiB: larger weights go into a file of their own, beside the graph."""
 
@@ -115,24 +118,12 @@ class Flat(nn.Module):
 def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[str]) -> onnx.ModelProto:
     """What `adapter.predict` computes with `module`, as a graph whose inputs are called `names`.
 
-    Dim 0 of an input is the batch where the example has as many entries there as in its first input.
+    Dim 0 of an input is the batch where the example has as many entries there as in its first input. Where torch cannot follow the
+    model for any batch, and the adapter has one alone (`fixed_batch`), the graph is for that.
     """
     flat, tensors = Flat(module, adapter, example).eval(), tuple(tensors_of(example))
     try:
-        with silence():
-            program = torch.onnx.export(
-                flat,
-                tensors,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(names),
-                output_names=["prediction"],
-                dynamic_shapes=dynamic(tensors, torch.export.Dim("batch")),
-                verbose=False,
-            )
-            if program is None:
-                raise CompressorError("the exporter gave nothing")
-            graph: onnx.ModelProto = program.model_proto
+        graph = _exported(flat, tensors, torch.export.Dim("batch"), adapter.fixed_batch)
     except Exception as error:
         raise CompressorError(
             f"{adapter.name} cannot be exported: {_reason(error)}",
@@ -147,9 +138,34 @@ def graph_of(module: nn.Module, adapter: Adapter, example: Any, names: Sequence[
                 "Dim 0 of the example inputs has to be the batch, and the model to do the same with any: x.shape[0], say, and not "
                 "len(x).",
             )
+    put_right(graph, names, OUTPUT)
     for node in graph.graph.node:  # traces of the exporting machine's source files
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
+    return graph
+
+
+def _exported(flat: Flat, tensors: tuple[Tensor, ...], batch: Any, may_be_fixed: bool = False) -> onnx.ModelProto:
+    """`flat` as a graph; for the number of samples in `tensors` where torch cannot follow it for any `batch` and it `may_be_fixed`."""
+    try:
+        with silence():
+            program = torch.onnx.export(
+                flat,
+                tensors,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[f"given:{place}" for place in range(len(tensors))],
+                output_names=["given:out"],
+                dynamic_shapes=dynamic(tensors, batch),
+                verbose=False,
+            )
+    except Exception:
+        if not may_be_fixed:
+            raise
+        return _exported(flat, tensors, None)
+    if program is None:
+        raise CompressorError("the exporter gave nothing")
+    graph: onnx.ModelProto = program.model_proto
     return graph
 
 
@@ -163,19 +179,26 @@ def _reason(error: BaseException) -> str:
 
 
 def input_names_of(example: Any, given: Sequence[str] | None) -> list[str]:
-    """A name for each tensor of the example."""
-    tensors = tensors_of(example)
+    """A name for each tensor of the example: `given`, or its key where it lies in a dict, or by its shape."""
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(example)[0] if isinstance(leaf, Tensor)]
     if given is not None:
-        if len(given) != len(tensors) or len(set(given)) != len(tensors):
-            raise UsageError(f"input_names {list(given)}", f"Give {len(tensors)} different names, one for each tensor.")
+        if len(given) != len(leaves) or len({*given, "", OUTPUT}) != len(leaves) + 2:
+            raise UsageError(
+                f"input_names {list(given)}",
+                f"Give {len(leaves)} different names, one for each tensor, and none {OUTPUT!r}, as the output is called.",
+            )
         return list(given)
-    if isinstance(example, dict) and all(isinstance(value, Tensor) for value in example.values()):
-        return [str(key) for key in example]
-    wanted = {False: ["timestep", "label"], True: ["sample"]}
+    keys = [str(path[-1].key) if path and isinstance(path[-1], MappingKey) else None for path, _ in leaves]
     names: list[str] = []
-    for place, tensor in enumerate(tensors):
-        left = wanted[tensor.dim() > 1]
-        names.append(left.pop(0) if left else f"input_{place}")
+    for place, (key, (_, tensor)) in enumerate(zip(keys, leaves, strict=True)):
+        taken = {"", OUTPUT, *names}
+        if key is None or key in taken:
+            shaped = (
+                ["sample"] if tensor.dim() > 1 else ["timestep", *([] if tensor.is_floating_point() else ["label"])]
+            )
+            ways = chain(shaped if key is None else [], (f"input_{number}" for number in count(place)))
+            key = next(name for name in ways if name not in {*taken, *keys})
+        names.append(key)
     return names
 
 

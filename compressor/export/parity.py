@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from compressor.adapter import Adapter, tensors_of
+from compressor.adapter import Adapter, samples_in, tensors_of
 from compressor.errors import CompressorError, GateError
 from compressor.export.graph import OnnxRunner
 
@@ -56,6 +56,8 @@ class Parity:
 def parity(model: nn.Module, adapter: Adapter, runner: OnnxRunner, found: Parity, hint: str) -> Parity:
     """`found` with how far `runner`'s file is from `model`. Raises GateError with `hint` where that is more than it allows."""
     rng = torch.Generator().manual_seed(0)
+    if adapter.fixed_batch:
+        found = replace(found, batches=(samples_in(adapter.example_inputs(1)),), draws=len(found.batches) * found.draws)
     root = "" if found.bounded == "max_error" else "(root mean square) "
     for batch in found.batches:
         example = adapter.example_inputs(batch)
