@@ -377,6 +377,16 @@ def test_resuming_a_finished_run_changes_nothing(finished, cli, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_was_trained_elsewhere_is_not_said_to_have_been_trained_here(finished, cli, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "report.json").unlink()
+    trained = {**facts.read(out), "hardware": "another machine, 64 threads"}
+    facts.write(out, trained)
+    assert cli("resume", out).code == 0
+    assert facts.read(out)["resumed"][0]["step"] == trained["train"]["steps"] > 0
+
+
 def test_resume_by_flag_is_the_same_command(finished, cli):
     assert cli("run", "--resume", "--out", finished) == cli("resume", finished)
 

@@ -164,7 +164,8 @@ def _resumed(inputs: Inputs, out: Path) -> Generator[Progress, None, dict[str, A
         return now
     facts = run_facts.read(out)
     run_facts.refuse_other(facts, inputs, out)
-    done = next((_step(folder) for folder in _checkpoints(out)), 0)
+    trained = facts["train"]["steps"] if "train" in facts and _is_whole(out / "model") else None
+    done = trained if trained is not None else next((_step(folder) for folder in _checkpoints(out)), 0)
     if lines := run_facts.resumed(facts, now, done):
         run_facts.write(out, facts)
         for line in lines:
