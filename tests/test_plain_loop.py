@@ -335,15 +335,21 @@ def test_a_run_goes_on_in_other_pieces_and_from_states_of_earlier_versions() -> 
 
 
 class Keeping(Net):
-    """Keeps what no state of torch holds: a number of calls, and a mean in a buffer that is not saved."""
+    """Keeps what no state of torch holds: a number of calls, and a mean in a buffer that is not saved; and from its first call on its
+    own weight, and what no file holds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self.seen: Tensor | None = None
+        self.odd: Tensor | None = None
         self.register_buffer("mean", torch.zeros(()), persistent=False)
+        self.mean: Tensor
 
     def forward(self, images: Tensor, times: Tensor) -> Tensor:
-        answer = super().forward(images, times) * (1 + self.calls) - self.mean
+        if self.seen is None:
+            self.seen, self.odd = self.last.weight.detach(), torch.zeros(2, dtype=torch.complex128)
+        answer = super().forward(images, times) * (1 + self.calls) - self.mean + self.seen.mean()
         self.calls += 1
         self.mean = 0.5 * self.mean + answer.detach().mean()
         return answer

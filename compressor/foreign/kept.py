@@ -61,15 +61,15 @@ class Kept:
 
     def values(self, model: nn.Module) -> dict[str, Any]:
         """What of `model` is not what it was, by place: tensors, numbers and texts that are not in its state."""
+        own = {_memory(one) for one in model.state_dict(keep_vars=True).values() if type(one) in (Tensor, nn.Parameter)}
         found = {}
         for path, name in sorted(self.changed(model)):
             module = model.get_submodule(path)
-            value, persistent = (
-                _held(module).get(name),
-                name in module._buffers.keys() - module._non_persistent_buffers_set,
-            )
-            if not persistent and (isinstance(value, (bool, int, str)) or _finite(value) or type(value) is Tensor):
-                found[str(Place(path, name))] = value.detach() if isinstance(value, Tensor) else value
+            value = _held(module).get(name)
+            in_state = name in module._buffers and name not in module._non_persistent_buffers_set
+            if in_state or not _storable(value) or (isinstance(value, Tensor) and _memory(value) in own):
+                continue
+            found[str(Place(path, name))] = value.detach() if isinstance(value, Tensor) else value
         return found
 
     def take(self, model: nn.Module, values: Mapping[str, Any]) -> None:
@@ -110,8 +110,17 @@ _UNSEEN = object()
 """In the place of what is not looked at."""
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+def _storable(value: Any) -> bool:
+    """Whether a file of numbers, texts and tensors can hold `value`."""
+    if type(value) is Tensor:
+        odd = value.is_meta or value.is_quantized or value.dtype in (torch.complex128, torch.complex32)
+        return value.layout == torch.strided and not odd
+    return type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where `tensor`, or what it is a view of, lies; for one without values the tensor itself, which none shares."""
+    return id(tensor) if tensor.layout != torch.strided or not tensor.numel() else tensor.untyped_storage().data_ptr()
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

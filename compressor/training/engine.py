@@ -377,7 +377,7 @@ def prune(
     """Prune a copy of `model` with `pruner` and fine-tune it. `model` stays as it is.
 
     `data`: a SampleSet (from `read_data`), Samples, a tensor of samples, a map-style dataset, or ready batches (a list,
-    a DataLoader, any iterable).
+    a DataLoader, any iterable), whose size is their own.
     `targets`, `ignore`: rules for layer names (`compressor.sparsity.layers`); None takes the adapter's. `training`: the fields
     of `Training`, above all `steps`, `batch_size`, `lr`, `seed`, `device`; `steps=0` is one-shot pruning.
 
