@@ -364,6 +364,7 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
         (("--lr-grid", "1e-3,x"), "not numbers above zero"),
         (("--lr-grid", "0"), "not numbers above zero"),
         (("--sampler-steps", "2.5"), "not numbers above zero"),
+        (("--methods", "magnitude", "--sampler-steps", "10,5000"), "--sampler-steps 5000\nAllowed: 1 to 999"),
         (("--methods", "magnitude", "--pattern", "2:7"), "magnitude: 2:7"),
         (("--methods", "sparsedm", "--set", "settings.teachr=1"), "teacher"),
         (
@@ -768,6 +769,8 @@ def test_what_is_named_twice_is_done_once():
     )
     assert wanted.rates == (1e-3, 2e-3) and wanted.sampler_steps == (10, 5)
     assert len({cell.name for cell in wanted.trials()}) == len(wanted.trials()) == 2
+    alike = comparison.planned(["magnitude"], [], None, {}, seeds=1, rates=(1e-3, 1.0000001e-3))
+    assert len(alike.trials()) == 1  # both would be trained in one folder
 
 
 def test_what_was_measured_for_a_match_is_kept_beside_that_of_other_methods(tmp_path):

@@ -16,6 +16,7 @@ from compressor import registry
 from compressor.comparison.presets import compared_by_default, presets
 from compressor.cost.macs import layer_macs
 from compressor.errors import CompressorError, UsageError, did_you_mean
+from compressor.quality.settings import MOST_STEPS
 from compressor.recipe import Recipe
 from compressor.report.words import file_name
 from compressor.runs import inputs
@@ -27,6 +28,11 @@ Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
 TUNING_SEEDS = 1_000_000
 """Added to a seed for the runs that choose a learning rate, which are not those that are reported."""
+
+
+def _rate(rate: float) -> str:
+    """What a folder calls a learning rate: two that are called alike are one."""
+    return f"{rate:g}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Its folder's."""
-        rate = f"-lr-{self.recipe.train.lr:g}" if self.tuning else ""
+        rate = f"-lr-{_rate(self.recipe.train.lr)}" if self.tuning else ""
         return f"{file_name(self.label)}-seed-{self.seed}{rate}"
 
 
@@ -139,7 +145,7 @@ def planned(
         match,
         matched,
         mask,
-        tuple(dict.fromkeys(rates)),
+        tuple({_rate(rate): rate for rate in rates}.values()),
         tuple(step for step in dict.fromkeys(sampler_steps) if step != first.recipe.evaluate.sampler_steps),
         lower,
         max_error,
@@ -148,7 +154,10 @@ def planned(
 
 
 def _refuse_unmeasured(first: Inputs, preset: Preset | None, steps: Sequence[int]) -> None:
-    """Raise UsageError where no metric would tell what these sampler `steps` cost, which are not those of a preset."""
+    """Raise UsageError where no metric would tell what these sampler `steps` cost, which are not those of a preset, and for more than
+    any sampler takes."""
+    if (most := max(steps, default=1)) > MOST_STEPS:
+        raise UsageError(f"--sampler-steps {most}", f"Allowed: 1 to {MOST_STEPS}.")
     if steps and first.metric is None and (preset is None or steps != preset.sampler_steps):
         raise UsageError(
             "--sampler-steps: what fewer steps cost is told by a metric, and none is measured here",

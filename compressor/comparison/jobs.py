@@ -149,7 +149,9 @@ def conduct(
         with Crew(places, claims) as crew:
             yield from outlook.told(crew.carry_out([out / "dense"]))
             if not (out / "dense" / ROW).is_file():
-                raise CompressorError(f"the dense model cannot be judged: {reason(out / 'dense')}", "")
+                raise CompressorError(
+                    f"the dense model cannot be judged: {reason(out / 'dense')}", "See dense/error.txt in it."
+                )
             rates, failed = yield from _searched(wanted, out, crew, outlook)
             # whose rate nothing is known of is not trained at one that was not searched
             cells = [cell for cell in wanted.cells(rates) if cell.name not in failed]

@@ -13,7 +13,7 @@ Budget = Literal["auto", "quick", "full"]
 LOOK, USUAL, PUBLISHED = 64, 1024, 50_000
 """The most samples per row of each budget. 50,000 is what published values of FID are measured on."""
 FEWEST = 16
-QUICK_STEPS = 25
+QUICK_STEPS, MOST_STEPS = 25, 999
 CPU_MACS, GPU_MACS = 1e12, 1e15
 """Multiply-accumulates that one row may take where the budget is `auto`: some tens of seconds on two cores, or on a GPU."""
 
@@ -35,7 +35,7 @@ class Evaluation(BaseModel):
     sampler: str | None = None
     spacing: str | None = None
     guidance: Annotated[float, Field(ge=0)] | None = None
-    sampler_steps: Annotated[int, Field(ge=1, le=999)] = 25
+    sampler_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 25
     batch_size: Annotated[int, Field(ge=1)] = 256
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 200
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
