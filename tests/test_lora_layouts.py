@@ -213,6 +213,28 @@ def test_a_layout_gives_what_diffusers_gives(make, mixin, file, tmp_path):
         torch.testing.assert_close(found.get(name, own[name].detach()), value, rtol=0, atol=1e-5)
 
 
+def kohya_flux_end():
+    return kohya_flux() | pair("lora_unet_final_layer_adaLN_modulation_1", 64, 32, None)
+
+
+def hunyuan_end():
+    return hunyuan_files() | halves("diffusion_model.final_layer.adaLN_modulation.1", 64, 32)
+
+
+HALVES = {flux: ("lora_down.weight", "lora_up.weight"), hunyuan: ("lora_A.weight", "lora_B.weight")}
+
+
+@pytest.mark.parametrize(("make", "file"), [(flux, kohya_flux_end), (hunyuan, hunyuan_end)])
+def test_the_halves_of_the_last_norm_are_swapped_as_outputs_alone(make, file, tmp_path):
+    """Of HunyuanVideo diffusers swaps the ranks of the first matrix, too, and so takes each for another."""
+    model, state = made(make), file()
+    changes, _ = read(state, model, tmp_path)
+    into, out = (next(v for n, v in state.items() if "final_layer" in n and n.endswith(half)) for half in HALVES[make])
+    shift, scale = (out.float() @ into.float()).chunk(2)
+    wanted = torch.cat([scale, shift])
+    torch.testing.assert_close(changes["norm_out.linear.weight"].made(wanted.shape), wanted)
+
+
 def test_layers_of_unlike_ranks_without_alphas_add_their_products(tmp_path):
     """diffusers 0.37 gives all layers the strength of one."""
     state, model = ranks_sd3(), made(sd3)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, UsageError, first_line
 from compressor.files import read_json
+from compressor.runs.lora_marks import aligned, left_out, numbered
 from compressor.weights import read_weights, ties
 
 _PREFIXES = ("transformer.", "unet.", "prior.", "diffusion_model.", "base_model.model.")
@@ -210,7 +211,8 @@ def _converted(raw: Mapping[str, Tensor], model: nn.Module, file: Path) -> _Name
         return {name: value for name, value in tensors.items() if name not in inside}, {**inside, **alphas}
 
     try:
-        (tensors, alphas), left = read(raw), _left_out(raw, read)
+        (tensors, alphas), left = read(raw), left_out(raw, read)
+        tensors = aligned(tensors, read(numbered(raw))[0])
     except Exception as error:  # whatever its converters meet
         raise UsageError(
             f"{file}: diffusers cannot read it{_kind_of(raw)}: {first_line(error)}", "Is it a plain LoRA of this model?"
@@ -227,28 +229,6 @@ def _converted(raw: Mapping[str, Tensor], model: nn.Module, file: Path) -> _Name
             "Nothing is merged, as it would be another LoRA. Give a plain one.",
         )
     return found
-
-
-def _left_out(raw: Mapping[str, Tensor], read: Any) -> list[str]:
-    """The names in `raw` whose values `read` does not give back.
-
-    It is asked to read the same names with an odd number of its own in each matrix, and twice the rank as each alpha: a number is
-    there again, or doubled; and an alpha was used where the numbers of its layer are doubled, or is among those given back.
-    """
-    marks = {name: 2.0 * index + 1 for index, name in enumerate(raw)}
-    marked = {name: torch.full(value.shape, marks[name]) for name, value in raw.items()}
-    layers: dict[str, list[str]] = {}
-    for name in raw:
-        if name.endswith(".alpha"):
-            base = name.removesuffix(".alpha")
-            layers[name] = [n for n in raw if n.startswith(f"{base}.") and n != name]
-            into = [n for n in layers[name] if "down" in n or "lora_A" in n]
-            marked[name] = torch.full(raw[name].shape, 2.0 * len(raw[into[0]]) if into else 2.0)
-    tensors, alphas = read(marked)
-    seen = {mark for value in tensors.values() for mark in value.flatten().unique_consecutive().tolist()}
-    unread = [n for n in raw if n not in layers and not {marks[n], 2 * marks[n]} & seen]
-    unused = [name for name, own in layers.items() if not any(2 * marks[n] in seen for n in own)]
-    return [*unread, *(unused if len(unused) > len(alphas) else [])]
 
 
 def _kind_of(names: Iterable[str]) -> str:
