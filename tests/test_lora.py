@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 import compressor
 from compressor import registry
 from compressor.data.batches import as_batches
-from compressor.errors import UsageError
+from compressor.errors import CompressorError, UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.structured import Structured
@@ -285,6 +286,25 @@ def test_a_lora_is_merged_under_the_masks(kind, dtype, tmp_path):
     assert all(torch.equal(merged.model.get_parameter(n), result.model.get_parameter(n)) for n in others)
     plain = type(kind()).from_pretrained(tmp_path / "out" / "pipeline", torch_dtype=dtype)
     assert weights_sha256(plain) == weights_sha256(compressor.load(tmp_path / "out")) == weights_sha256(merged.model)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "model", "lora.json"])
+def test_a_merge_that_was_not_written_can_be_made_again_at_the_same_place(name, tmp_path, monkeypatch):
+    run, _ = saved_run(unet(), tmp_path, torch.float32)
+    by_diffusers(unet, tmp_path / "own.safetensors")
+    (tmp_path / "out").mkdir()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place = {"pipeline": "commit_pipeline", "model": "saving.save", "lora.json": "files.write_json"}[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"compressor.runs.lora.{place}", full)
+        with pytest.raises((OSError, CompressorError), match="No space"):
+            compressor.merge_lora(run, tmp_path / "own.safetensors", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    compressor.merge_lora(run, tmp_path / "own.safetensors", tmp_path / "out")
+    assert {"pipeline", "model", "lora.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def kohya(state):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,6 +349,6 @@ def committed(path: Path) -> Iterator[Path]:
             sync(file)
             os.replace(file, path.parent / file.name)
         sync(path.parent)
-        for former in path.parent.glob(f"{path.stem}-*.data"):  # weights of a graph that was replaced
+        for former in path.parent.glob(f"{escape(path.stem)}-*.data"):  # weights of a graph that was replaced
             if former.name not in names and _DATA.fullmatch(former.name.removeprefix(path.stem)):
                 former.unlink()

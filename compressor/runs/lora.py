@@ -15,7 +15,7 @@ from compressor import files, saving
 from compressor.adapter import Adapter
 from compressor.errors import UsageError
 from compressor.files import file_sha256
-from compressor.runs.directory import locked, refuse_used_directory
+from compressor.runs.directory import NO_PIPELINE, locked, refuse_used_directory
 from compressor.runs.lora_file import read_lora, weights_file
 from compressor.runs.run import commit_pipeline
 from compressor.runs.saved import saved_model
@@ -100,10 +100,17 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
 def _write(
     found: Merged, adapter: Adapter, masks: Mapping[str, Mask], run: Path, out: Path, facts: Mapping[str, Any]
 ) -> None:
+    """Write all of it to `out`, or nothing: the folder can then be named again."""
     config = saving.read_config(saving.model_folder(run))
-    files.write_json(out / FILE, {**facts, **found.as_json()})
     pipeline = run / "pipeline"
     if pipeline.is_dir() and surgery_of(found.model) is None:
         adapter = adapter.opened(str(pipeline))  # what else the pipeline has comes along
-    commit_pipeline(adapter, found.model, out)
-    saving.save(out / "model", found.model, masks, config.model, architecture=config.architecture)
+    try:
+        commit_pipeline(adapter, found.model, out)
+        saving.save(out / "model", found.model, masks, config.model, architecture=config.architecture)
+        with files.enough(out):
+            files.write_json(out / FILE, {**facts, **found.as_json()})
+    except BaseException:
+        for name in (FILE, "model", "pipeline", NO_PIPELINE):
+            files.remove(out / name)
+        raise
