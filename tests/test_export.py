@@ -631,6 +631,18 @@ def test_a_graph_takes_float32_whatever_the_example_is_in(dtype, tmp_path):
     assert onnx.load(made.path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+@pytest.mark.parametrize(("export", "int8"), [(export_onnx, False), (export_onnx, True), (export_tensorrt, False)])
+def test_a_file_names_the_weights_of_the_saved_model_and_whether_it_is_in_int8(tmp_path, export, int8):
+    """Of a model in half precision it named those of a copy in float32, which no file has."""
+    model = nn.Linear(16, 16).to(torch.bfloat16)
+    compressor.save(tmp_path / "saved", model, {})
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())["weights_sha256"]
+    done = export(model, VectorAdapter(-1, 16), tmp_path / "a.onnx", int8=int8)
+    said = {one.key: one.value for one in onnx.load(done.path).metadata_props}
+    assert said["compressor.weights_sha256"] == done.weights_sha256 == saved
+    assert said["compressor.int8"] == str(int8).lower()
+
+
 def test_a_product_of_nothing_is_nothing_in_whole_numbers():
     product = int8.IntegerProduct("x", "out", lambda: torch.ones(16, 8, dtype=torch.int32), torch.ones(8))
     assert product.of(torch.zeros(0, 16)).shape == (0, 8)

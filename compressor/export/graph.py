@@ -249,9 +249,14 @@ def write(graph: onnx.ModelProto, file: Path, data: str) -> None:
     onnx.save_model(graph, file, save_as_external_data=apart, location=data)
 
 
-def write_described(graph: onnx.ModelProto, file: Path, form: str, digest: str) -> None:
-    """As `write`, with what the graph is in its metadata: its `form`, and the `digest` of the model's weights."""
-    facts = {"form": form, "weights_sha256": digest, "version": version("diffusion-compressor")}
+def write_described(graph: onnx.ModelProto, file: Path, form: str, digest: str, int8: bool) -> None:
+    """As `write`, with what the graph is in its metadata: its `form`, whether in `int8`, and the `digest` of the model's weights."""
+    facts = {
+        "form": form,
+        "int8": str(int8).lower(),
+        "weights_sha256": digest,
+        "version": version("diffusion-compressor"),
+    }
     for key, value in facts.items():
         graph.metadata_props.add(key=f"compressor.{key}", value=value)
     write(graph, file, f"{file.stem}-{form}-{digest[:12]}.data")

@@ -135,11 +135,11 @@ def export_onnx(
     """
     path = Path(path)
     refuse(path, form, int8, overwrite)
-    model = in_float32_on_cpu(model)
+    given, model = model, in_float32_on_cpu(model)
     example = float32_inputs(adapter.example_inputs(2))
     if patterns is None:
         patterns = {name: p for name, layer in layers_of(model).items() if (p := pattern_of(layer.weight)) is not None}
-    digest = weights_sha256(model)
+    digest = weights_sha256(bare(given))  # as a saved model has it, in whatever precision
     forward = _gathered_form(model, adapter, example, patterns) if form == "gathered" else _Form(model, (), {})
     names = input_names_of(example, input_names)
     with committed(path) as folder:
@@ -147,7 +147,7 @@ def export_onnx(
         if form == "dense":
             _verify_patterns(graph, model, adapter, example, patterns)
         file, inputs = folder / path.name, input_shapes(graph)
-        write_described(graph, file, form, digest)
+        write_described(graph, file, form, digest, int8)
         del graph  # and its weights
         if int8:
             quantize(file, digest)

@@ -54,7 +54,7 @@ from compressor.export.tensorrt_graph import (
 from compressor.files import file_sha256
 from compressor.lower.job import in_dtype
 from compressor.sparsity.pattern import Pattern
-from compressor.weights import weights_sha256
+from compressor.weights import bare, weights_sha256
 
 if TYPE_CHECKING:
     import onnx
@@ -154,14 +154,14 @@ def export_tensorrt(
     if batch < 1:
         raise UsageError(f"batch {batch}", "Give how many samples the engine is used with at once: 1 or more.")
     dense = in_float32_on_cpu(model)
-    example, digest = float32_inputs(adapter.example_inputs(2)), weights_sha256(dense)
+    example, digest = float32_inputs(adapter.example_inputs(2)), weights_sha256(bare(model))
     half, names = in_dtype(dense, torch.float16).requires_grad_(False), input_names_of(example, input_names)
     with committed(path) as folder:
         graph = graph_of(half, adapter, example, names)
         straighten(graph)
         eligible, left = _sorted(graph, dense, adapter, example, patterns or {})
         seen = _in_8_bits(graph, eligible.values(), adapter, calibration, folder / "ranges") if int8 else None
-        write_described(graph, file := folder / path.name, "tensorrt", digest)
+        write_described(graph, file := folder / path.name, "tensorrt", digest, int8)
         _check(file, eligible, int8)
         files, inputs = list(folder.iterdir()), input_shapes(graph)
         ready = ReadyForTensorRT(
