@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 import click
-from cpu_tables import dense_bits, int8, levels, lowering, opponents, peaks, projections, sway, tokens
+from cpu_tables import dense_bits, int8, levels, lowering, opponents, peaks, projections, sway, tokens, whole_picture
 from merged import merged
 from quantised import table as in_8_bits
 
@@ -344,17 +344,16 @@ PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
 TABLES = (
     *((page, "methods", PICTURES, together) for page in ("README.md", _FOUND)),
     (_FOUND, "methods-uvit", "comparison_methods-uvit.json", comparison),
-    ("docs/lowering.md", "lowering", "lowering_cpu.json", lowering),
-    ("docs/lowering.md", "int8", "int8_cpu.json", int8),
-    ("docs/lowering.md", "sway", "sway_cpu.json", sway),
-    ("docs/lowering.md", "tokens", "tokens_cpu.json", tokens),
-    ("docs/lowering.md", "levels", "levels_cpu.json", levels),
-    ("docs/lowering.md", "projections", "projections_cpu.json", projections),
+    *(
+        ("docs/lowering.md", made.__name__, f"{made.__name__}_cpu.json", made)
+        for made in (lowering, int8, sway, tokens, levels, projections)
+    ),
     ("docs/lowering.md", "dense-bits", "dense_bits_cpu.json dense_bits_cpu_avx2.json", dense_bits),
     *(
         ("docs/lowering.md", f"opponents{it}", f"opponents_cpu{it.replace('-', '_')}.json", opponents)
         for it in ("", "-avx-vnni", "-decoder", "-sd15", "-vnni", "-zen5")
     ),
+    ("docs/pipelines.md", "whole-picture", "whole_picture_cpu.json", whole_picture),
     *(("docs/lowering.md", f"peaks{it}", f"roofline_cpu{it.replace('-', '_')}.json", peaks) for it in ("", "-avx2")),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
     ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),

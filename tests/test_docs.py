@@ -365,6 +365,26 @@ def test_what_the_readme_says_of_a_model_of_real_size_is_in_the_table():
     assert f"pruned decoder is {few[:-1]} times as fast as OpenVINO's int8" in lowering
 
 
+def test_what_is_said_of_a_whole_picture_is_in_its_table():
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- whole-picture -->\n(.*?)<!-- /whole-picture -->\n(.*?)\n#", page, re.DOTALL)
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in table[0].splitlines() if "|" in line}
+    ratio, exact = (rows[f"*lowered, 8 bits*: over the {other}"] for other in (
+        "fastest other engine", "best that is no less exact"
+    ))  # fmt: skip
+    lowered, other = rows["lowered, 8 bits, 8:2:4"], rows["OpenVINO, int8, dense"]
+    errors = [re.findall(r"\((.*)\)", row)[0] for row in (lowered, other)]
+    here = int(other.split()[0]) / int(rows["prepacked, 8 bits, dense"].split()[0])
+    for said in (
+        f"{ratio.split('x')[0]} times as fast as with OpenVINO's int8, at {errors[0]} of error where that has {errors[1]}",
+        f"{exact.split('x')[0]} times as fast as with OpenVINO in bfloat16",
+        f"come to {here:.2f} of OpenVINO's speed",
+    ):
+        assert said in table[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"in 4 steps and 8 bits, at [{ratio.split()[0]}]" in readme
+
+
 def load_gather():
     spec = importlib.util.spec_from_file_location("gather", ROOT / "docs" / "gather.py")
     gather = importlib.util.module_from_spec(spec)
