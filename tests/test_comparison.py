@@ -365,6 +365,7 @@ def test_lowered_models_are_timed_too(cli, tmp_path, monkeypatch):
         (("--lr-grid", "0"), "not numbers above zero"),
         (("--sampler-steps", "2.5"), "not numbers above zero"),
         (("--methods", "magnitude", "--sampler-steps", "10,5000"), "--sampler-steps 5000\nAllowed: 1 to 999"),
+        (("--methods", "magnitude", "--seed", str(2**63 - 2)), f"--seed {2**63 - 2}\nGive one up to {2**63 - 3}"),
         (("--methods", "magnitude", "--pattern", "2:7"), "magnitude: 2:7"),
         (("--methods", "sparsedm", "--set", "settings.teachr=1"), "teacher"),
         (

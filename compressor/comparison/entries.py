@@ -134,6 +134,7 @@ def planned(
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
     _refuse_unmeasured(first, chosen_preset, sampler_steps)
+    _refuse_late(first.recipe, max(seeds - 1, TUNING_SEEDS if rates else 0))
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():
@@ -151,6 +152,12 @@ def planned(
         max_error,
         preset or ", ".join(found),
     )
+
+
+def _refuse_late(recipe: Recipe, after: int) -> None:
+    """Raise UsageError where a seed of the comparison, so many `after` that of `recipe`, would be none."""
+    if recipe.train.seed + after >= 2**63:
+        raise UsageError(f"--seed {recipe.train.seed}", f"Give one up to {2**63 - 1 - after}: the others follow it.")
 
 
 def _refuse_unmeasured(first: Inputs, preset: Preset | None, steps: Sequence[int]) -> None:
