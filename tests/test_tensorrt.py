@@ -222,6 +222,13 @@ def test_the_file_beside_it_says_all_and_its_command_builds(ready):
     ]  # TensorRT 11 has none, 10 forbids them
 
 
+def test_a_description_of_something_else_is_kept(denoiser, tmp_path):
+    (tmp_path / "it.build.json").write_text("mine")
+    with pytest.raises(UsageError, match=r"it\.build\.json is there already"):
+        export_tensorrt(denoiser, DenoiserAdapter(), tmp_path / "it.onnx")
+    assert (tmp_path / "it.build.json").read_text() == "mine"
+
+
 def test_a_graph_of_fixed_size_has_no_shapes():
     command = tensorrt.build_command("a model.onnx", {"x": (1, 2)}, 8)
     assert "Shapes" not in command and "'--onnx=a model.onnx'" in command

@@ -66,7 +66,7 @@ def export(
     from compressor.sparsity.notation import parse
 
     path = out if out is not None else directory / _DEFAULT_FILE[target]
-    onnx.refuse(path, form, int8 and not ready, overwrite)
+    onnx.refuse(path, form, int8 and not ready, overwrite, *[tensorrt.description_of(path)] * ready)
     adapter, model = saved_model(directory)
     texts = saving.read_config(saving.model_folder(directory)).patterns
     patterns = {name: parse(text) for name, text in texts.items()}

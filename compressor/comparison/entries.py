@@ -116,8 +116,6 @@ def planned(
         raise UsageError(f"--match {match!r}", did_you_mean(match, MATCHES))
     if max_error is not None and not lower:
         raise UsageError("--max-error is an error of lowered models", "Give --lower too.")
-    if seeds < 1:
-        raise UsageError(f"--seeds {seeds}", "Give at least 1; intervals take 2.")
     chosen_preset = None if preset is None else _preset(preset)
     entries = _entries(methods, configs, chosen_preset, common)
     if sampler_steps == () and chosen_preset is not None:
@@ -134,14 +132,13 @@ def planned(
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
     _refuse_unmeasured(first, chosen_preset, sampler_steps)
-    _refuse_late(first.recipe, max(seeds - 1, TUNING_SEEDS if rates else 0))
     own = {label: entries[label].get("settings", {}) for label in entries}
     matched, mask = _matched(loaded, own, match, known)
     for label, changes in matched.items():
         found[label] = found[label].model_copy(update={"settings": {**found[label].settings, **changes}})
     return Comparison(
         found,
-        range(first.recipe.train.seed, first.recipe.train.seed + seeds),
+        _seeds(first.recipe.train.seed, seeds, bool(rates)),
         first,
         match,
         matched,
@@ -154,10 +151,15 @@ def planned(
     )
 
 
-def _refuse_late(recipe: Recipe, after: int) -> None:
-    """Raise UsageError where a seed of the comparison, so many `after` that of `recipe`, would be none."""
-    if recipe.train.seed + after >= 2**63:
-        raise UsageError(f"--seed {recipe.train.seed}", f"Give one up to {2**63 - 1 - after}: the others follow it.")
+def _seeds(first: int, count: int, tuned: bool) -> range:
+    """So many seeds from the `first` on. Raises UsageError where there are none, or one of them, or of those that choose a rate where
+    it is `tuned`, would be too large."""
+    if count < 1:
+        raise UsageError(f"--seeds {count}", "Give at least 1; intervals take 2.")
+    after = max(count - 1, TUNING_SEEDS * tuned)
+    if first + after >= 2**63:
+        raise UsageError(f"--seed {first}", f"Give one up to {2**63 - 1 - after}: the others follow it.")
+    return range(first, first + count)
 
 
 def _refuse_unmeasured(first: Inputs, preset: Preset | None, steps: Sequence[int]) -> None:

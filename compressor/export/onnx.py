@@ -324,8 +324,8 @@ def _integer_parity(adapter: Adapter, file: Path) -> dict[str, Any]:
 # --- The file. ---
 
 
-def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
-    """Raise CompressorError for what `export_onnx` would refuse before any work: packages, form, path."""
+def refuse(path: Path, form: str, int8: bool, overwrite: bool, *beside: Path) -> None:
+    """Raise CompressorError for what `export_onnx` would refuse before any work: packages, form, path; and the files `beside` it."""
     require_packages()
     if form not in FORMS:
         raise UsageError(f"form {form!r} does not exist", f"Allowed: {', '.join(FORMS)}.")
@@ -333,8 +333,8 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool) -> None:
         raise UsageError(f"int8 with the {form} form", "Quantization takes the dense form: leave --form out.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "Give the file's name too.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already", "Choose another file, or replace it with --overwrite.")
+    if not overwrite and (there := [one for one in (path, *beside) if one.exists()]):
+        raise UsageError(f"{there[0]} is there already", "Choose another file, or replace it with --overwrite.")
     if path.suffix != ".onnx":
         raise UsageError(f"{path} is not called NAME.onnx", "Choose another --out.")
 

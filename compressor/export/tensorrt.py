@@ -150,7 +150,7 @@ def export_tensorrt(
     where `int8` finds no 2:4 weight; LockedError where another process works on `path` or in its run's directory.
     """
     path = Path(path)
-    refuse(path, "dense", False, overwrite)
+    refuse(path, "dense", False, overwrite, description_of(path))
     if batch < 1:
         raise UsageError(f"batch {batch}", "Give how many samples the engine is used with at once: 1 or more.")
     dense = in_float32_on_cpu(model)
@@ -167,7 +167,7 @@ def export_tensorrt(
         ready = ReadyForTensorRT(
             path=path,
             data=next((path.parent / f.name for f in files if f.name != path.name), None),
-            description=path.with_name(f"{path.stem}.build.json"),
+            description=description_of(path),
             int8=int8,
             command=build_command(path.name, inputs, batch),
             batch=batch,
@@ -185,6 +185,11 @@ def export_tensorrt(
         here = {**ready.as_json(), **{n: p.name for n in _PATHS if (p := getattr(ready, n)) is not None}}
         (folder / ready.description.name).write_text(json.dumps(here, indent=1) + "\n")
     return ready
+
+
+def description_of(path: Path) -> Path:
+    """The file beside a graph for TensorRT, which says what is known of it."""
+    return path.with_name(f"{path.stem}.build.json")
 
 
 def build_command(name: str, inputs: Mapping[str, tuple[str | int, ...]], batch: int) -> str:
