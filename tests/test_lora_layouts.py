@@ -214,7 +214,8 @@ def test_a_layout_gives_what_diffusers_gives(make, mixin, file, tmp_path):
 
 
 def kohya_flux_end():
-    return kohya_flux() | pair("lora_unet_final_layer_adaLN_modulation_1", 64, 32, None)
+    at = "lora_unet_final_layer_"  # diffusers 0.37 asks for both
+    return kohya_flux() | pair(f"{at}adaLN_modulation_1", 64, 32) | pair(f"{at}linear", 16, 32)
 
 
 def hunyuan_end():

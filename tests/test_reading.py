@@ -174,7 +174,12 @@ def test_what_is_transparent_shows_white(mode: str) -> None:
 def test_a_grey_that_stands_for_what_is_transparent_shows_white(dtype: type, channels: int) -> None:
     values = np.full((8, 8), np.iinfo(dtype).max // 5, dtype)
     values[:, 4:] = 7
-    made = decode(encoded(Image.fromarray(values), transparency=7), (channels, 8, 8))
+    content, chunk = (
+        encoded(Image.fromarray(values)),
+        b"tRNS" + struct.pack(">H", 7),
+    )  # older Pillows write none of 16 bits
+    content = content[:33] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+    made = decode(content, (channels, 8, 8))
     assert (made[..., :4] == 51).all() and (made[..., 4:] == 255).all()
 
 
