@@ -73,13 +73,7 @@ class _Decoder(Adapter):
     targets = (BLOCK_LAYERS,)
 
     def build(self) -> nn.Module:
-        from diffusers import AutoencoderKL
-
-        kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        whole: Any = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, **kinds
-        )
-        decoder: nn.Module = whole.decoder
+        decoder: nn.Module = autoencoder().decoder
         return decoder
 
     def noised(self, batch: Any, rng: torch.Generator) -> tuple[Any, Tensor]:
@@ -90,6 +84,14 @@ class _Decoder(Adapter):
 
     def example_inputs(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, 4, 16, 16)
+
+
+def autoencoder(widths: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
+    """That of Stable Diffusion 1.5, with random weights; or one of other `widths`."""
+    from diffusers import AutoencoderKL
+
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **kinds)
 
 
 def adapter_of(cell: str) -> Any:

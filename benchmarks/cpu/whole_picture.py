@@ -31,7 +31,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.autoencoders.vae import Decoder
-from opponents import cells_of, gains, pruned
+from opponents import autoencoder, cells_of, gains, pruned
 from torch import Tensor, nn
 
 import compressor
@@ -42,6 +42,7 @@ from compressor.export.engines import Engine, opened, written
 from compressor.lower.forms import dense_forms
 from compressor.lower.vnm_kernels import level
 from compressor.model_zoo.generic.layers import BLOCK_LAYERS
+from compressor.pipelines.opened import part_of
 
 PARTS = {"text_encoder": "", "unet": "8:2:4", "vae.decoder": "8:2:4"}
 PROMPT = "a red house by the sea"
@@ -74,9 +75,7 @@ class Part(Adapter):
 def pipeline(tiny: bool) -> Any:
     """Stable Diffusion 1.5 with the same random weights each time; `tiny`: the same classes, as small as they go."""
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    widths = (64,) * 4 if tiny else (128, 256, 512, 512)
-    vae: Any = diffusers.AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
+    vae = autoencoder((64,) * 4) if tiny else autoencoder()
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     if tiny:
         text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -160,11 +159,6 @@ def sparse_parts(pipe: Any, adapters: Mapping[str, Part]) -> dict[str, nn.Module
             found[part] = copy.deepcopy(part_of(pipe, part))
             click.echo(f"{part}: {pruned(found[part], adapters[part], pattern)} layers pruned to {pattern}")
     return found
-
-
-def part_of(pipe: Any, part: str) -> nn.Module:
-    component, _, inner = part.partition(".")
-    return getattr(pipe, component).get_submodule(inner)  # type: ignore[no-any-return]
 
 
 def write(pipe: Any, adapter: Part, folder: Path, part: str, settings: Mapping[str, Any]) -> None:
