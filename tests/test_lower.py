@@ -130,6 +130,43 @@ def test_a_weight_without_a_pattern_has_none() -> None:
     assert pattern_of(weight) is None
 
 
+def by_definition(weight: Tensor) -> str | None:
+    """The N:M pattern of `weight` with neighbouring rows, by trying all."""
+    rows, channels = weight.shape[:2]
+    kept = (weight != 0).reshape(rows, channels, -1)
+    found = []
+    for m in (2, 4, 8, 16, 32):
+        if channels % m == 0 and (n := max(1, int(kept.unflatten(1, (-1, m)).sum(2).max()))) <= 0.75 * m:
+            shared = [
+                v
+                for v in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+                if rows % v == 0 and int(kept.reshape(-1, v, channels // m, m, kept.shape[2]).any(1).sum(2).max()) <= n
+            ]
+            found.append((n / m, m, str(NM(n, m, max(shared, default=1)))))
+    return min(found)[2] if found else None
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_pattern_is_the_sparsest_with_the_most_rows(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+
+    def one_of(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=rng))]
+
+    pattern = compressor.parse(one_of("2:4", "4:2:4", "1:4", "8:1:8", "2:4:8", "2:3:4", "16:1:2", "64:4:32", "1:2"))
+    shape = (one_of(64, 128), one_of(32, 96), *one_of((), (1, 1), (3, 3)))
+    weight = torch.randn(shape, generator=rng)
+    weight = pattern.mask(weight.abs()).apply(weight)
+    weight[torch.rand(shape, generator=rng) < one_of(0.0, 0.05, 0.6)] = 0  # what is kept may be zero
+    weight[: one_of(0, 0, 4, 64)] = 0
+    weight[one_of(slice(0, 0), slice(1, 2))] = float("nan")
+    found, wanted = pattern_of(weight), by_definition(weight)
+    if wanted is not None and wanted.count(":") == 1 and not isinstance(found, NM):
+        assert found is not None  # its rows share otherwise: clustered, or by columns
+    else:
+        assert (None if found is None else str(found)) == wanted
+
+
 def test_units_are_layers_and_feed_forward_pairs(net: nn.Module) -> None:
     found, left = find_units(net.eval(), lambda: net(X))
     assert [(one.at, type(one.unit.module).__name__, one.unit.input_shape) for one in found] == [

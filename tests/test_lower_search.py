@@ -139,6 +139,36 @@ def test_the_plan_is_no_slower_than_one_that_bounds_each_layer(digits: Any) -> N
         assert whole.search is not None and (whole.search.error or 0) <= form.error
 
 
+def test_what_layers_should_give_is_computed_once_for_all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    chooser = import_module("compressor.lower.chooser")
+    asked: list[str] = []
+    reference = chooser._reference
+    monkeypatch.setattr(chooser, "_reference", lambda unit, x: (asked.append(unit.name), reference(unit, x))[1])
+    model = Parallel(6)
+    backends = Sparse(), shares(model, [0.01] * 6), shares(model, [0.02, 0.01, 0.03, 0.01, 0.04, 0.05], "coarser")
+    plan = plan_of(model, X, *backends, tolerance=1.0)
+    assert asked == [f"layers.{at}" for at in range(6)]
+    errors = [layer.candidate("coarser").error for layer in plan.layers]  # type: ignore[union-attr]
+    assert errors == pytest.approx([own * 6**0.5 for own in (0.02, 0.01, 0.03, 0.01, 0.04, 0.05)], rel=1e-3)
+    asked.clear()
+    plan_of(model, X, Sparse())
+    assert asked == ["layers.0"]  # rounding is alike in all of them
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_a_backend_that_fails_on_one_of_many_layers_is_for_none_of_them(place: int) -> None:
+    class Fussy(Coarse):
+        def build(self, unit: Unit) -> nn.Module:
+            if unit.name == f"layers.{place}":
+                raise RuntimeError("not this one")
+            return super().build(unit)
+
+    plan = plan_of(Parallel(6), X, Sparse(), Fussy(), tolerance=1.0)
+    found = [layer.candidate("coarse") for layer in plan.layers]
+    assert all(one is not None and one.refused == "RuntimeError: not this one" and one.error is None for one in found)
+    assert set(choices(plan).values()) == {"sparse"}
+
+
 # --- Which layers go back. ---
 
 
@@ -389,6 +419,35 @@ def test_what_is_not_computed_again_is_as_if_it_were(fuse: bool, monkeypatch: py
         assert found[True] is not None and found[False] is not None and found[True].alone
         assert found[True].alone == pytest.approx(found[False].alone, rel=1e-4)
         assert calls[True] < 0.9 * calls[False] or isinstance(model, Once)
+
+
+def test_a_layers_error_is_found_beside_the_fastest_exact_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not beside eager layers, which take longer."""
+    used: list[str] = []
+
+    class Told(Sparse):
+        def build(self, unit: Unit) -> nn.Module:
+            module = super().build(unit)
+            module.register_forward_hook(lambda *_: used.append(unit.name))
+            return module
+
+    while_measured: dict[str, list[str]] = {}
+    measure = _Trial.measure
+
+    def told(trial: _Trial, ladder: Any, place: int) -> None:
+        used.clear()
+        measure(trial, ladder, place)
+        while_measured[ladder.name] = list(used)
+
+    monkeypatch.setattr(_Trial, "measure", told)
+    model = Parallel()
+    errors = [0.01, 0.03, 0.02, 0.04, 0.01]
+    search = plan_of(model, X, Told(), shares(model, errors), max_error=0.026).search
+    names = [f"layers.{at}" for at in range(5)]
+    assert search is not None and search.alone == pytest.approx(dict(zip(names, errors, strict=True)), rel=1e-4)
+    assert while_measured == {
+        name: names[at + 1 :] for at, name in enumerate(names)
+    }  # those before give their answers again
 
 
 class Again(nn.Module):

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,12 +68,13 @@ def _key(unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A backend that takes a group of layers which run alike: its error of each, and a call that can be timed; or why it does not
-    run."""
+    """A backend that takes a group of layers which run alike: its modules for the first of them, its error of each, and a call that
+    can be timed; or why it does not run."""
 
     backend: Backend
     allowed: float
     refused: str | None = None
+    modules: Sequence[nn.Module] = ()
     errors: Sequence[float] = ()
     call: Callable[[], object] | None = None
 
@@ -104,13 +106,12 @@ def choose(
     unit, device = group[0].unit, job.device
     rng = torch.Generator().manual_seed(SEED)
     x = torch.randn(unit.input_shape, generator=rng).to(device, unit.dtype)
-    sample = _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS)
-    wanted = _reference(unit, sample)
-    entries = [
-        _entered(backend, _allowed(backend, unit, tolerance, free), group, x, sample, wanted)
-        for backend in job.backends
-        if unit.kind in backend.takes
-    ]
+    entries = _entered(
+        [_Entry(one, _allowed(one, unit, tolerance, free)) for one in job.backends if unit.kind in one.takes],
+        group,
+        x,
+        _few_rows(x, -3 if isinstance(unit.module, nn.Conv2d) else -1, _CHECKED_ROWS),
+    )
     calls = {one.backend.name: one.call for one in entries if one.call is not None}
     how = sorted(f"{one.backend.name} {one.backend.version}".strip() for one in entries if one.call is not None)
     key = f"{_key(unit)} {how} {min(len(group), _MEMBERS)}"
@@ -124,35 +125,48 @@ def choose(
     return plans
 
 
-def _entered(
-    backend: Backend, allowed: float, group: Sequence[Found], x: Tensor, sample: Tensor, wanted: Tensor
-) -> _Entry:
-    """`backend` for the group, tried on x; `sample` and `wanted` as `_errors` takes them."""
-    entry = _Entry(backend, allowed, refusal_of(backend, group[0].unit, x.device))
+def _entered(entries: Sequence[_Entry], group: Sequence[Found], x: Tensor, sample: Tensor) -> list[_Entry]:
+    """`entries` for the group, tried on x; errors are those of `sample`, the first rows of x.
+
+    They run on all of x: a kernel for fewer rows may be another one. Rounding is alike in all layers of a group; what few bits lose is
+    each weight's own.
+    """
+    found = [_tried(entry, partial(_built, group=group, device=x.device)) for entry in entries]
+    for place, one in enumerate(group):
+        asked = [not entry.refused and (place == 0 or entry.backend.quantises) for entry in found]
+        if any(asked):
+            wanted = _reference(one.unit, sample)  # once for all of them: it takes long
+            step = partial(_measured, place=place, unit=one.unit, x=x, wanted=wanted)
+            found = [_tried(entry, step) if ask else entry for entry, ask in zip(found, asked, strict=True)]
+    return [_tried(entry, partial(_ready, count=len(group), x=x)) for entry in found]
+
+
+def _built(entry: _Entry, group: Sequence[Found], device: torch.device) -> _Entry:
+    if refused := refusal_of(entry.backend, group[0].unit, device):
+        return replace(entry, refused=refused)
+    return replace(entry, modules=[entry.backend.build(one.unit) for one in group[:_MEMBERS]])
+
+
+def _measured(entry: _Entry, place: int, unit: Unit, x: Tensor, wanted: Tensor) -> _Entry:
+    module = entry.modules[place] if place < len(entry.modules) else entry.backend.build(unit)
+    return replace(entry, errors=[*entry.errors, _error(module, unit, x, wanted)])
+
+
+def _ready(entry: _Entry, count: int, x: Tensor) -> _Entry:
+    errors = entry.errors if entry.backend.quantises else [*entry.errors] * count
+    call = _calls(entry.modules, x)
+    fits = min(errors) <= entry.allowed or entry.backend.name == BASE
+    return replace(entry, errors=errors, call=call if fits else None)
+
+
+def _tried(entry: _Entry, step: Callable[[_Entry], _Entry]) -> _Entry:
+    """`entry` after the step, or with why it failed; as it is where it was refused before."""
     if entry.refused:
         return entry
     try:
-        modules = [backend.build(one.unit) for one in group[:_MEMBERS]]
-        entry = replace(entry, errors=_errors(backend, modules, group, x, sample, wanted))
-        call = _calls(modules, x)
+        return step(entry)
     except (Exception, SystemExit) as failure:  # a kernel may refuse a shape only when it runs
-        return replace(entry, refused=f"{type(failure).__name__}: {first_line(failure)}")
-    fits = min(entry.errors) <= allowed or backend.name == BASE
-    return replace(entry, call=call if fits else None)
-
-
-def _errors(
-    backend: Backend, modules: Sequence[nn.Module], group: Sequence[Found], x: Tensor, sample: Tensor, wanted: Tensor
-) -> list[float]:
-    """How far each layer of `group` is from float64 in `backend`, of which `modules` are the first ones; `wanted` is what the first
-    gives for `sample`, the first rows of x. They run on all of x: a kernel for fewer rows may be another one. Rounding is alike in all
-    of them; what 8 bits lose is each weight's own."""
-    first = _error(modules[0], group[0].unit, x, wanted)
-    if not backend.quantises:
-        return [first] * len(group)
-    others = itertools.chain(modules[1:], (backend.build(one.unit) for one in group[len(modules) :]))
-    rest = zip(others, (one.unit for one in group[1:]), strict=True)
-    return [first, *(_error(module, unit, x, _reference(unit, sample)) for module, unit in rest)]
+        return replace(entry, refused=f"{type(failure).__name__}: {first_line(failure)}", errors=[])
 
 
 def _rounds(

@@ -16,7 +16,7 @@ _LEAST = 2**30
 
 
 class Replayed:
-    """The answers of the layers of `found` in one call of `forward` on `model`, and when it called them.
+    """The answers of the layers of `found` in one call of `forward` on `model`, when it called them, and what it gave (`out`).
 
     Not kept are answers that the model writes to, and the last ones where all are larger than the model and than `_LEAST`.
     """
@@ -34,19 +34,24 @@ class Replayed:
             handles.append(module.register_forward_pre_hook(partial(self._begin, path)))
             handles.append(module.register_forward_hook(partial(self._end, path)))
         try:
-            forward(model)
+            self.out = forward(model)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def answer_before(self, form: nn.Module, one: Found) -> None:
-        """Let the layers of `form` that were called for the last time before `one` was for the first give their answers again."""
+    def before(self, one: Found) -> list[Found]:
+        """Those that were called for the last time before `one` was for the first, and whose answers are kept."""
         first = min(self._begun.get(path, 0) for path in _paths(one))
-        for other in self._found:
-            own = [self._answers.get(path) for path in _paths(other)]
-            if all(self._ended.get(path, first) < first for path in _paths(other)) and all(map(_kept, own)):
-                for path, answers in zip(_paths(other), own, strict=True):
-                    form.get_submodule(path).forward = _again(answers or ())
+        return [
+            other
+            for other in self._found
+            if all(self._ended.get(path, first) < first and _kept(self._answers.get(path)) for path in _paths(other))
+        ]
+
+    def answer(self, form: nn.Module, found: Iterable[Found]) -> None:
+        """Let the layers `found` in `form`, which must be its own, give their answers again."""
+        for path in (path for one in found for path in _paths(one)):
+            form.get_submodule(path).forward = _again(self._answers[path] or ())
 
     def _begin(self, path: str, *_: Any) -> None:
         self._clock += 1

@@ -20,6 +20,7 @@ from compressor.lower.chooser import deviation, held, seeded
 from compressor.lower.job import Job, built
 from compressor.lower.plan import LayerPlan, Search
 from compressor.lower.replayed import Replayed
+from compressor.lower.units import Found
 from compressor.progress import Progress
 
 _FINER = 0.95
@@ -116,6 +117,7 @@ class _Trial:
         self._units = {one.at: one for one in job.found}
         self._wanted = seeded(job.forward, job.base)
         self._made: dict[tuple[str, str], nn.Module] = {}
+        self._exact: dict[str, str] = {}
         self._replayed: Replayed | None = None
 
     def whole(self, moves: Sequence[_Move]) -> float:
@@ -128,13 +130,24 @@ class _Trial:
         return self._job.device.type == "cpu" and not self._job.forward.changed
 
     def watch(self) -> None:
-        """Keep what layers answer in the dense model."""
-        self._replayed = Replayed(self._job.base, self._job.found, partial(seeded, self._job.forward))
+        """Keep what layers answer where none is in few bits, each in its fastest form: the dense model takes longer."""
+        self._exact |= {layer.name: layer.choice for layer in self._layers}
+        self._exact |= {ladder.name: ladder.forms[-1].choice for ladder in self.ladders}
+        try:
+            form = built(self._job, self._exact, made=self._made)
+            self._replayed = Replayed(form, self._job.found, partial(seeded, self._job.forward))
+        except Exception:  # a model may look into its layers
+            self._replayed = None
 
     def measure(self, ladder: _Ladder, place: int) -> None:
         """Find what the form at `place` is off by alone."""
         choices = {ladder.name: ladder.forms[place].choice}
-        found = math.inf if self._replayed is None else self._error(choices, ladder.name)
+        found = math.inf
+        if self._replayed is not None:
+            before = self._replayed.before(self._units[ladder.name])
+            # eager ones are the form's own, so that their answers may be set
+            others = self._exact | dict.fromkeys((one.at for one in before), "eager")
+            found = self._error(others | choices, self._replayed, before)
         # a model may take another way where a layer gives other numbers, and call others more often
         self.alone[ladder.name, place] = found if math.isfinite(found) else self._error(choices)
 
@@ -178,14 +191,15 @@ class _Trial:
         """The squared error of a form; none of the float form, and of one that was not measured."""
         return self.alone.get((ladder.name, place), 0.0) ** 2
 
-    def _error(self, choices: Mapping[str, str], alone: str | None = None) -> float:
-        """That of the model with `choices`, all others eager; or where it is in one layer, `alone`."""
+    def _error(
+        self, choices: Mapping[str, str], replayed: Replayed | None = None, before: Sequence[Found] = ()
+    ) -> float:
+        """That of the model with `choices`, all others eager; with `replayed` from what it gave, layers `before` as they answered."""
         try:
-            every = {layer.name: "eager" for layer in self._layers} | dict(choices)
-            form = built(self._job, every, made=self._made)
-            if self._replayed is not None and alone is not None:
-                self._replayed.answer_before(form, self._units[alone])
-            return deviation(seeded(self._job.forward, form), self._wanted)
+            form = built(self._job, choices, made=self._made)
+            if replayed is not None:
+                replayed.answer(form, before)
+            return deviation(seeded(self._job.forward, form), self._wanted if replayed is None else replayed.out)
         except Exception:  # a model may look into its layers: the guard, which runs the same form, says so
             return math.inf
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,41 +25,58 @@ from compressor.sparsity.venom import Venom
 
 _LAYERS = (nn.Linear, nn.Conv2d)
 _GROUPS = (2, 4, 8, 16, 32)
-_ROWS = (512, 256, 128, 64, 32, 16, 8, 4, 2)
+_ROWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+_DENSEST = 0.75
 
 
 def pattern_of(weight: Tensor) -> NM | Clustered | Venom | None:
     """The N:M pattern that the zeros of `weight` (out, in, *kernel) obey: the sparsest, in the smallest groups, with the most
     rows (a power of two) that share a choice, be they neighbours or not, or that share columns (`venom`). None where less than
     a quarter of it is zero in this way."""
-    zeros = weight == 0
-    if weight.dim() < 2 or not weight.numel() or not bool(zeros.any()):
+    if weight.dim() < 2 or not weight.numel():
         return None
     rows, channels = weight.shape[:2]
-    kept = (~zeros).reshape(rows, channels, -1)
+    kept = (weight != 0).view(torch.uint8).reshape(rows, channels, -1)
+    share = int(kept.count_nonzero()) / weight.numel()
+    if share > _DENSEST:
+        return None
     best: tuple[int, int] | None = None
+    counts = kept
     for m in _GROUPS:
         if channels % m:
-            continue
-        n = max(1, int(kept.reshape(rows, channels // m, m, -1).sum(2).max()))
-        if n / m <= 0.75 and (best is None or n / m < best[0] / best[1]):
+            break
+        counts = _in_groups(counts, 2)
+        n = max(1, int(counts.max()))
+        if n / m <= _DENSEST and (best is None or n / m < best[0] / best[1]):
             best = n, m
+        if n / m == share:  # which none is below
+            break
     if best is None:
         return None
     n, m = best
+    most, shared = 1, kept
     for v in _ROWS:
-        if rows % v == 0:
-            shared = kept.reshape(rows // v, v, channels // m, m, -1).any(1)
-            if v > 1 and int(shared.sum(2).max()) <= n:
-                return NM(n, m, v)
+        if rows % v:
+            break
+        shared = shared.unflatten(0, (-1, 2)).amax(1)  # any() takes 75 times as long
+        if int(_in_groups(shared, m).max()) > n:
+            break
+        most = v
+    if most > 1:
+        return NM(n, m, most)
     for v in (8, 4, 2):
-        if rows % v == 0 and not (clustered := Clustered(n, m, v)).violations(~zeros):
+        if rows % v == 0 and not (clustered := Clustered(n, m, v)).violations(weight != 0):
             return clustered
-    for v in _ROWS if n <= 4 < m else ():  # four columns of four are all: that is plain N:4
+    for v in _ROWS[::-1] if n <= 4 < m else ():  # four columns of four are all: that is plain N:4
         # so few rows use four columns at most whatever they choose
-        if rows % v == 0 and v * n > 4 and not (venom := Venom(n, m, v)).violations(~zeros):
+        if rows % v == 0 and v * n > 4 and not (venom := Venom(n, m, v)).violations(weight != 0):
             return venom
     return NM(n, m)
+
+
+def _in_groups(counts: Tensor, m: int) -> Tensor:
+    """The sums of every `m` of `counts` (rows, channels, taps) that follow each other: faster than torch's sum of so few."""
+    return reduce(torch.add, counts.unflatten(1, (-1, m)).unbind(2))
 
 
 @dataclass(frozen=True, eq=False)
