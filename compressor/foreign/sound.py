@@ -91,6 +91,24 @@ def refuse_quantised_config(config: Mapping[str, Any], where: object) -> None:
         raise UsageError(f"{where}: quantised weights ({method})", _UNQUANTISED)
 
 
+def hooks_of_diffusers(model: nn.Module) -> dict[str, list[str]]:
+    """The names of the hooks that diffusers has on modules of `model` (caches, weights in another dtype, offloading in groups), by the
+    module's name."""
+    found = {name: getattr(vars(one).get("_diffusers_hook"), "hooks", None) for name, one in model.named_modules()}
+    return {name: list(hooks) for name, hooks in found.items() if hooks}
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise UsageError for hooks of diffusers on modules of `model`: what one call shows of it is not what the next one does, or its
+    weights are not what it multiplies."""
+    for name, hooks in hooks_of_diffusers(model).items():
+        raise UsageError(
+            f"{name or 'the model'}: a hook of diffusers: {hooks[0]}",
+            "Take it off (caches: disable_cache(); else load the model anew), and put it on the lowered model: caches, skipped layers "
+            "and group offloading go on that.",
+        )
+
+
 def refuse_kept(model: nn.Module) -> None:
     """Raise UsageError for a tensor of a forward pass that a module has kept with what gradients need: torch does not copy such."""
     for name, module in model.named_modules():

@@ -108,6 +108,8 @@ def first_call(opened: Opened, picture: Picture, steps: int | None = None) -> tu
         return found[0]
     finally:
         handle.remove()
+        if callable(last := getattr(opened.pipe, "maybe_free_model_hooks", None)):
+            last()  # a pipeline's last step: caches forget the picture, and what is offloaded goes back
     raise _never_called(opened)
 
 

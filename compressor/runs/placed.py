@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from compressor import recipe as recipes
 from compressor import saving
@@ -22,6 +22,7 @@ from compressor.data.settings import Record
 from compressor.errors import CompressorError, UsageError, texts
 from compressor.foreign.sound import copied, is_lowered, refuse_kept
 from compressor.lower import Lowered, lower
+from compressor.pipelines.features import refuse_lost
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
 from compressor.pipelines.prompts import as_calls, pictures
 from compressor.pipelines.recording import first_call, index_of, other_than, recording
@@ -268,7 +269,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
         )
     device = next((value.device for value in own.parameters()), torch.device("cpu"))
     if folder is None:
-        _refuse_lost(found, module, isinstance(pruned, Result))
+        refuse_lost(found, module, isinstance(pruned, Result))
     if not isinstance(pruned, Lowered):
         module = _like(module, own, device)
     # the saved model knows what its inputs look like
@@ -306,54 +307,6 @@ def _how(lowered: Any) -> Mapping[str, Any] | None:
             f"apply: lowered is {what}", f"Give True, or arguments of compressor.lower: {', '.join(_LOWERING)}."
         )
     return lowered
-
-
-def _refuse_lost(found: Opened, module: nn.Module, is_result: bool) -> None:
-    """Raise UsageError where the part of `found` has what was put into it (an IP-Adapter, attention processors, FreeU), and `module`,
-    of the same class, has not: pictures would be drawn without; or where it `is_result` of a model of another class."""
-    own, new = unwrapped(found.module), unwrapped(module)
-    if type(own) is not type(new):
-        if is_result:
-            raise UsageError(
-                f"apply: the result is a {type(new).__name__}, and {found.part} is a {type(own).__name__}",
-                "Name the part that it is of: part='unet', part='vae.decoder', …",
-            )
-        return
-    before, after = _put_in(own), _put_in(new)
-    if lost := [name for name, value in before.items() if after.get(name) != value]:
-        raise UsageError(
-            f"apply: {found.part} has {lost[0]} ({before[lost[0]]}), and the module that would take its place has not "
-            f"({after.get(lost[0])})",
-            "Put it into the pipeline after apply, or before the part is pruned; or apply the directory of a run, which changes the "
-            "weights alone.",
-        )
-
-
-def _put_in(module: nn.Module) -> dict[str, str]:
-    """What users put into a model of diffusers, by its name: classes of attention processors, adapters of images, FreeU's numbers."""
-    found = {
-        f"{name}.processor": _processor(one.processor)
-        for name, one in module.named_modules()
-        if getattr(one, "processor", None) is not None
-    }
-    for name, one in module.named_modules():
-        if name.endswith("encoder_hid_proj"):
-            found[name] = type(one).__name__
-        told = [getattr(one, number, None) for number in ("s1", "s2", "b1", "b2")]
-        if any(number is not None for number in told):
-            found[f"{name}: FreeU"] = str(told)
-    return found
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _processor(processor: Any) -> str:
-    """The class of an attention processor, and its numbers: how much of a picture's adapter it adds, for one."""
-    held = sorted((name, value) for name, value in getattr(processor, "__dict__", {}).items() if name[0] != "_")
-    plain = [(name, value) for name, value in held if all(isinstance(one, _PLAIN) for one in tree_leaves(value))]
-    told = ", ".join(f"{name}={value}" for name, value in plain if name != "training")
-    return f"{type(processor).__name__}({told})"
 
 
 def _like(module: nn.Module, own: nn.Module, device: torch.device) -> nn.Module:
