@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import compressor
 from compressor.lower.attention import LARGEST_CHANNELS, FusedAttention, SelfAttention, VNMAttentionInt8, attach, fits
@@ -317,6 +318,22 @@ def test_a_lowered_model_is_one_graph(taken: list[tuple[int, ...]]) -> None:
     assert len(taken) == 2  # traced once, and again nowhere
     exported = torch.export.export(lowered(model), (X,)).module()
     assert error(exported(X), model(X).double()) < 1e-5
+
+
+@torch.no_grad()
+def test_a_mode_around_the_model_sees_its_attention(taken: list[tuple[int, ...]]) -> None:
+    class Skips(TorchFunctionMode):  # as diffusers has it
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[2] if func is F.scaled_dot_product_attention else func(*args, **(kwargs or {}))
+
+    model = Model().eval()
+    form = lowered(model)
+    for run in (form, torch.compile(form, backend="aot_eager")):
+        with Skips():
+            assert torch.allclose(run(X), model(X), atol=1e-6) and taken == []
+    with torch.device("cpu"):
+        form(X)
+    assert len(taken) == 2  # a default device keeps nothing from the kernels
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from compressor.lower.backend import Backend, Kind, Unit, has_tangent
 from compressor.lower.vnm_kernels import unavailable, unavailable_without_vnni, version
@@ -57,11 +58,18 @@ class _Instead(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is function and fits(*args, **kwargs):
+        if func is function and not _others() and fits(*args, **kwargs):
             return _call(self.lanes, *args, **kwargs)
         if func is Tensor.unflatten:  # whose `super()` torch.compile does not follow under a mode
             func = torch.unflatten
         return func(*args, **kwargs)
+
+
+def _others() -> bool:
+    """Whether a mode around this one may want to see torch's own function, as diffusers' does that skips attention. Of those around a
+    mode's own code, it is none itself; a default device is no such mode."""
+    around: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(not isinstance(mode, (_Instead, DeviceContext)) for mode in around)
 
 
 def _call(
