@@ -18,9 +18,10 @@ from compressor.adapter import Adapter, as_dtype, cloned, take_as, tensors_of
 from compressor.environment import environment, usable_cores
 from compressor.errors import CompressorError, UsageError
 from compressor.foreign.kept import Kept, Place, same
-from compressor.foreign.sound import copied
+from compressor.foreign.sound import copied, is_lowered
 from compressor.lower import cusparselt_library
 from compressor.lower.backend import Backend, Kind
+from compressor.lower.held import refuse_methods
 from compressor.lower.plan import Setting
 from compressor.lower.units import Found, LeftOut, find_units, is_unit, put_unit
 from compressor.weights import cast_, dtypes_of, unwrapped
@@ -154,6 +155,8 @@ def built(
             form = put_unit(form, one, made[one.at, choice])
     if set(choices.values()) - {"eager"}:
         take_as(form, job.base)
+    if any(map(is_lowered, form.modules())):
+        refuse_methods(form)
     return form
 
 

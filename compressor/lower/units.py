@@ -17,6 +17,7 @@ from compressor.errors import CompressorError
 from compressor.lower import attention
 from compressor.lower.attention import CrossAttention, SelfAttention
 from compressor.lower.backend import Unit
+from compressor.lower.held import answer
 from compressor.lower.pairs import chain_of, is_chain
 from compressor.lower.projections import FusedProjections, Sharers, joined
 from compressor.sparsity.clustered import Clustered
@@ -340,63 +341,26 @@ def _hooked(watch: _Watch, model: nn.Module, shown: Collection[nn.Module]) -> It
             handle.remove()
 
 
-@dataclass(frozen=True)
-class HeldWeight:
-    """What a model may ask of the `weight` or the `bias` of a layer that was lowered, as some cast their inputs to its dtype."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"{name!r} of a lowered layer's weight: a kernel has packed it; the model that was lowered has the weight"
-        )
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Without its numbers. That it has this keeps nn.TransformerEncoderLayer from computing with its layers' weights itself."""
-        raise CompressorError(
-            f"{getattr(func, '__name__', func)} of a lowered layer's weight: a kernel has packed it",
-            "Call the layer instead, or leave it dense; the model that was lowered has the weight.",
-        )
-
-
-_ASKED = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
-
-
-def _answer(module: nn.Module, dense: nn.Module) -> None:
-    """Let `module` answer as the layer `dense` does, in whose place it comes."""
-    first = next(dense.parameters(), None)
-    # some look for the dtype of the first one that there is
-    if first is not None and next(module.parameters(), None) is None:
-        module.register_parameter("held", nn.Parameter(first.new_empty(0), requires_grad=False))
-    for name in ("weight", "bias"):
-        held = getattr(dense, name, None)
-        if isinstance(held, Tensor):
-            held = HeldWeight(held.shape, held.dtype, held.device)
-        if hasattr(dense, name) and not hasattr(module, name):
-            setattr(module, name, held)
-    for name in _ASKED:
-        if hasattr(dense, name) and not hasattr(module, name):
-            setattr(module, name, getattr(dense, name))
-
-
 def put(model: nn.Module, at: str, module: nn.Module) -> nn.Module:
     """`model` with `module` in the place `at`; the new model itself where the place is the whole. An attention has no place of its
-    own: the module that calls it stays. What is asked of a layer beside being called, `module` answers as that layer."""
+    own: the module that calls it stays. So does a block, with `module` for all that was in it. What is asked of a layer beside being
+    called, `module` answers as that layer."""
     if isinstance(module, attention.FusedAttention):
         attention.attach(model, at, module)
         return model
     if not at:
-        _answer(module, model)
+        answer(module, model)
         return module
     parent, _, name = at.rpartition(".")
     holder = model.get_submodule(parent)
     if name not in holder._modules:
         raise CompressorError(f"{at}: no such module", "The plan belongs to another model.")
     if (dense := holder._modules[name]) is not None:
-        _answer(module, dense)
+        answer(module, dense)
+        if not isinstance(dense, _LAYERS):  # diffusers looks for blocks by their class
+            dense._modules.clear()
+            dense.lowered, dense.forward = module, module.forward
+            return model
     holder._modules[name] = module
     return model
 
