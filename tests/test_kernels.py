@@ -307,6 +307,18 @@ def test_a_layer_lowered_in_bfloat16_is_right_in_float32_or_refuses_it(level: st
         assert error(lowered(x), F.linear(x.double(), weight.double())) < EXACT
 
 
+@torch.no_grad()
+def test_a_layer_in_half_precision_that_is_cast_to_it_is_as_it_was() -> None:
+    """As `pipe.to(torch.bfloat16)` does with one that is in it already: what is packed is of float32 in name alone."""
+    weight, x = sparse((16, 64), NM(2, 4, 4)).bfloat16(), normal(5, 64).bfloat16()
+    layer = VNMLinear(KernelWeight(weight, normal(16), NM(2, 4, 4), block=32))
+    expected = layer(x)
+    assert torch.equal(layer.to(torch.bfloat16).bfloat16()(x), expected)
+    assert torch.equal(copy.deepcopy(layer).float()(x), expected)
+    with pytest.raises(CompressorError, match="was cast"):
+        layer.half()(x)
+
+
 def test_a_state_of_another_packing_is_refused() -> None:
     pattern = NM(2, 4, 4)
     weight = sparse((16, 64), pattern)

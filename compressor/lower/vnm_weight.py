@@ -177,7 +177,7 @@ class KernelWeight(nn.Module):
     ) -> None:
         super().__init__()
         order, scale, total = None, None, None
-        codes = weight
+        codes, self.dtype = weight, weight.dtype
         if lanes == Lanes.CODES:
             codes, scale = quantised(weight.flatten(1), torch.int8)
             largest = min(largest, _LARGEST_SUM // max(1, int(codes.abs().sum(1, dtype=torch.int64).max())))
@@ -239,8 +239,14 @@ class KernelWeight(nn.Module):
         return self._seen[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> KernelWeight:
+        asked, before = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)), self.packed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._was_cast |= self.packed.dtype != torch.float32
+        if self.packed.dtype == torch.float32:
+            return self
+        if asked.dtype == self.dtype and asked.device == before.device:  # the weight's own, which is no cast
+            self.packed = before
+        else:
+            self._was_cast = True
         return self
 
     def _views(self, packed: Tensor) -> Parts:
