@@ -20,6 +20,7 @@ from compressor.environment import cache_folder
 from compressor.errors import UsageError
 from compressor.lower import Unit, chooser
 from compressor.lower.chooser import _few_rows, deviation, relative
+from compressor.lower.dense import PrepackedLinear
 from compressor.lower.job import lively
 from compressor.lower.plan import Cache, Setting
 from compressor.lower.units import find_units, put
@@ -274,6 +275,17 @@ def test_a_copy_of_a_lowered_model_has_tensors_of_its_own() -> None:
         second.to(torch.bfloat16)
     with torch.no_grad():
         first(X)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_prepacked_layer_is_not_cast_or_moved_with_or_without_a_bias(bias: bool) -> None:
+    layer = PrepackedLinear(nn.Linear(16, 8, bias), 4)
+    for change in (lambda: layer.half(), lambda: layer.to(torch.bfloat16), lambda: layer.to("meta")):
+        with pytest.raises(CompressorError, match="cast or moved"):
+            change()
+    with torch.no_grad():
+        expected = layer(torch.ones(2, 16))
+        assert torch.equal(layer.float().to("cpu")(torch.ones(2, 16)), expected)
 
 
 def test_the_compiler_goes_around_prepacked_layers() -> None:

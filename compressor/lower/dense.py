@@ -144,7 +144,8 @@ class _Immutable(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Immutable:
-        if self.bias is not None and (moved := fn(self.bias)).to(self.bias) is not moved:
+        asked = fn(torch.empty(0, dtype=self.packed.dtype))
+        if asked.dtype != self.packed.dtype or asked.device.type != "cpu":
             raise CompressorError("a lowered model was cast or moved", "Lower the dense model there instead.")
         return self
 
