@@ -13,15 +13,17 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor import CompressorError, files, parse
+from compressor import CompressorError, files, parse, registry
+from compressor.data.latents import Autoencoder
 from compressor.pipelines.opened import open_pipeline
 from compressor.pipelines.prompts import pictures
 from compressor.pipelines.recording import sample
 from compressor.plugins.magnitude import Magnitude
 from compressor.report import read_report
+from compressor.weights import weights_sha256
 
 QUICK = (
     *("--set", "record.n=3", "--set", "record.unseen=2", "--set", "record.steps=3", "--set", "train.batch_size=2"),
@@ -417,6 +419,66 @@ def test_pickled_weights_are_opened_in_their_own_precision(tmp_path, variant):
     assert set(parts.values()) == {torch.float16}, parts
     torch.save({"weights": torch.nn.Linear(2, 2)}, file)
     with pytest.raises(CompressorError, match="refused: not a plain PyTorch state dict"):
+        open_pipeline(folder)
+
+
+def dropped(state, layer):
+    del state[f"{layer}.weight"]
+
+
+def coded(state, layer):
+    state[f"{layer}.weight"] = (state[f"{layer}.weight"] * 100).to(torch.int8)
+
+
+def scaled(state, layer):
+    state[f"{layer}.weight"] = (state[f"{layer}.weight"] * 8).to(torch.float8_e4m3fn)
+    state[f"{layer}.weight_scale"] = torch.tensor(1 / 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dropped, r"missing [\w.]*{}\.weight"),
+        (coded, r"{}\.weight is torch\.int8"),
+        (scaled, r"unexpected [\w.]*{}\.weight_scale"),
+    ],
+)
+@pytest.mark.parametrize("part", ["unet.conv_in", "text_encoder.fc1", "vae.conv_in"])
+def test_weights_that_other_libraries_only_warn_of_are_refused_by_name(part, change, said, folders, tmp_path):
+    """A text encoder had random weights, other ones at each opening; codes were taken for weights; scales were dropped."""
+    folder, (component, _, layer) = shutil.copytree(folders("sd"), tmp_path / "damaged"), part.partition(".")
+    (file,) = (folder / component).glob("*.safetensors")
+    state = load_file(file)
+    change(state, next(name for name in state if name.endswith(f"{layer}.weight")).removesuffix(".weight"))
+    save_file(state, file, metadata={"format": "pt"})
+    by_itself = {"unet": lambda: registry.adapter("diffusers").opened(str(folder)).load(str(folder))}
+    by_itself["vae"] = lambda: Autoencoder(folder)
+    for read in (lambda: open_pipeline(folder), by_itself.get(component)):
+        if read is not None:
+            with pytest.raises(CompressorError, match=f"{component}.*{said.format(layer)}"):
+                read()
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_pieces_of_a_model_that_lack_a_tensor_or_have_one_twice_are_refused(component, folders, tmp_path):
+    """Of two, the last piece's was taken; what the index lists and no piece has ended in an error of torch."""
+    folder = shutil.copytree(folders("sd"), tmp_path / "pieces")
+    model = getattr(open_pipeline(folder).pipe, component)
+    for file in (folder / component).glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(folder / component, max_shard_size="20KB")
+    pieces = getattr(open_pipeline(folder).pipe, component)
+    assert weights_sha256(pieces) == weights_sha256(model)
+    first, second = sorted((folder / component).glob("*-of-*.safetensors"))[:2]
+    one, other = load_file(first), load_file(second)
+    name = min(one)
+    save_file({**other, name: one[name] + 1}, second, metadata={"format": "pt"})
+    with pytest.raises(CompressorError, match=f"{name} is in {first.name} and in {second.name}"):
+        open_pipeline(folder)
+    save_file(other, second, metadata={"format": "pt"})
+    del one[name]
+    save_file({**one, "empty": torch.zeros(1)}, first, metadata={"format": "pt"})
+    with pytest.raises(CompressorError, match=f"{component} does not fit .*: missing "):
         open_pipeline(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tiny_pipelines
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from compressor import files, registry
 from compressor.errors import CompressorError, UsageError
@@ -47,6 +49,16 @@ def clip(tmp_path_factory) -> Path:
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     transformers.CLIPProcessor(images, tiny_pipelines._clip_tokenizer(folder / "tokens")).save_pretrained(folder)
     return folder
+
+
+def test_a_clip_model_that_lacks_a_weight_judges_nothing(clip, tmp_path):
+    """transformers gives it random numbers, others each time, and a warning that nobody sees."""
+    file = shutil.copytree(clip, tmp_path / "clip") / "model.safetensors"
+    state = load_file(file)
+    del state["visual_projection.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CompressorError, match=r"does not fit CLIPModel: missing visual_projection\.weight"):
+        registry.score("clip-score").opened(tmp_path / "clip")
 
 
 def test_clip_score_is_the_cosine_of_clips_own_features(clip):

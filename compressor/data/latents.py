@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_pipeline, stored_bytes
 from compressor.data.sets import Images, ImageSet
-from compressor.data.variants import variant_of
+from compressor.data.variants import outline_of, refuse_codes, variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, first_line
 from compressor.files import read_json
+from compressor.foreign.loaded import refuse_partly_loaded
 from compressor.weights import state_sha256, untied_state
 
 _BATCH = 8
@@ -92,11 +93,14 @@ def _read(path: Path) -> nn.Module:
         raise CompressorError(f"{path}: no config.json", "Give the folder of an AutoencoderKL of diffusers.")
     check_pipeline(path)
     check_built(made, read_json(path / "config.json"), path / "config.json", stored_bytes(path))
+    refuse_codes(outline_of(path, variant := variant_of(path)), path)
     try:
-        model: nn.Module = made.from_pretrained(path, local_files_only=True, variant=variant_of(path))
+        model: nn.Module
+        model, report = made.from_pretrained(path, local_files_only=True, variant=variant, output_loading_info=True)
     except Exception as error:  # a dozen types, from missing files to damaged ones
         reason = first_line(error)
         raise CompressorError(f"{path}: cannot be loaded: {reason}", "The folder is incomplete or damaged.") from error
+    refuse_partly_loaded(model, report, path)
     return model
 
 

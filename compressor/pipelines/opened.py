@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.data.outsized import check_pipeline
 from compressor.data.single_file import refuse_single_file
-from compressor.data.variants import stored_in, variant_of
+from compressor.data.variants import outline_of, refuse_codes, variant_of
 from compressor.environment import quiet_libraries, usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
+from compressor.foreign.loaded import refuse_partly_loaded, reported
 from compressor.foreign.sound import refuse_quantised_config
-from compressor.weights import read_outline, unwrapped
+from compressor.weights import unwrapped
 
 DENOISERS = ("unet", "transformer", "prior")
 """What pipelines call the model that denoises."""
@@ -143,8 +144,22 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
         raise _no_part(part, components, str(folder))
     if (own := folder / part.partition(".")[0] / "config.json").is_file():
         refuse_quantised_config(read_json(own), own)
+    pipe = _loaded(folder, components, str(index.get("_class_name")))
+    return opened(pipe.to(device), part, folder)
+
+
+def _loaded(folder: Path, components: Sequence[str], kind: str) -> Any:
+    """The pipeline of the class `kind` in `folder`, with each of its `components` in the precision that it is stored in."""
+    import diffusers
+
+    library: Any = diffusers
     variant = _variant(folder)
-    dtypes = {name: dtype for name in components if (dtype := _stored_dtype(folder / name, variant)) is not None}
+    outlines = {name: outline_of(folder / name, variant) for name in components}
+    for name, outline in outlines.items():
+        own = folder / name / "config.json"
+        if own.is_file() and not read_json(own).get("quantization_config"):
+            refuse_codes(outline, own.parent)
+    dtypes = {name: dtype for name, outline in outlines.items() if (dtype := _usual_dtype(outline)) is not None}
     given: dict[str, Any] = {}
     if dtypes:  # the argument's name changed in 0.42
         name = "dtype" if _version(library.__version__) >= (0, 42) else "torch_dtype"
@@ -152,13 +167,13 @@ def open_pipeline(source: str | Path, part: str | None = None, device: torch.dev
     if variant is not None:
         given["variant"] = variant
     try:
-        with quiet_libraries():
+        with quiet_libraries(), reported() as loaded:
             pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # a dozen types, from missing files and packages to damaged ones
-        raise CompressorError(
-            f"{folder}: {index.get('_class_name')} cannot be opened: {first_line(error)[:300]}", _DAMAGED
-        ) from error
-    return opened(pipe.to(device), part, folder)
+        raise CompressorError(f"{folder}: {kind} cannot be opened: {first_line(error)[:300]}", _DAMAGED) from error
+    for path, model, report in loaded:
+        refuse_partly_loaded(model, report, path)
+    return pipe
 
 
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
@@ -250,21 +265,9 @@ def _no_part(part: str | None, names: list[str], where: str) -> UsageError:
     return UsageError(f"{where}: no part {part!r}", did_you_mean(part, names))
 
 
-def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
-    """The floating-point type that most tensors have in the files that are opened of a component, those of the `variant` or, where
-    there are none, the plain ones; None where it has no such file. Raises CompressorError for a pickle of more than tensors."""
-    every = stored_in(folder)
-    wanted = variant if variant in every.values() else None
-    paths = [path for path, own in every.items() if own == wanted]
-    safe = [path for path in paths if path.suffix == ".safetensors"]
-    counts = Counter[torch.dtype]()
-    for path in safe or paths:
-        try:
-            counts.update(value.dtype for value in read_outline(path).values() if value.dtype in _DTYPES)
-        except CompressorError:
-            if not safe:
-                raise
-            continue  # diffusers will say what is wrong with it
+def _usual_dtype(outline: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The floating-point type that most tensors of a component have in its files; None where it has none."""
+    counts = Counter(value.dtype for value in outline.values() if value.dtype in _DTYPES)
     return counts.most_common(1)[0][0] if counts else None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.environment import quiet_libraries, resolve_device, usual_torch
 from compressor.errors import CompressorError, UsageError, first_line
+from compressor.foreign.loaded import refuse_partly_loaded
 from compressor.quality.score import Score
 from compressor.weights import weights_sha256
 
@@ -43,10 +44,14 @@ class ClipScore(Score):
             ) from error
         try:
             with quiet_libraries():
-                made: Any = CLIPModel.from_pretrained(weights, local_files_only=True, use_safetensors=True)
+                made: Any
+                made, report = CLIPModel.from_pretrained(
+                    weights, local_files_only=True, use_safetensors=True, output_loading_info=True
+                )
                 processor = CLIPProcessor.from_pretrained(weights, local_files_only=True)
         except Exception as error:  # whatever transformers raises for a folder that is no CLIP model
             raise UsageError(f"clip-score: {weights}: {first_line(error)}", _HINT) from error
+        refuse_partly_loaded(made, report, weights)
         return ClipScore(made.to(resolve_device("auto")).eval(), processor)
 
     @torch.no_grad()

@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressor.data.outsized import check_built, check_config, check_pipeline, stored_bytes
-from compressor.data.variants import variant_of
+from compressor.data.variants import outline_of, refuse_codes, variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
 from compressor.files import read_json
+from compressor.foreign.loaded import misfits, refuse_misfits
 from compressor.foreign.sound import refuse_quantised_config
-from compressor.weights import as_stored_, check_finite, read_outline
+from compressor.weights import as_stored_, check_finite
 
 _RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OLDER = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -152,13 +153,15 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
     check_built(made, settings, found.folder / "config.json", stored)
     changed = {name: value for name, value in settings.items() if found.config.get(name, found) != value}
     changed.pop("_class_name", None)
+    outline = outline_of(found.folder, variant := variant_of(found.folder))
+    refuse_codes(outline, found.folder)
     try:
         with quiet():
             model, report = made.from_pretrained(
                 found.folder,
                 output_loading_info=True,
                 local_files_only=True,
-                variant=variant_of(found.folder),
+                variant=variant,
                 **changed,
             )
     except Exception as error:  # a dozen types, from missing files to damaged ones
@@ -166,31 +169,10 @@ def load(found: Pretrained, settings: Mapping[str, Any]) -> nn.Module:
         raise CompressorError(
             f"{found.folder}: {made.__name__} cannot be loaded: {reason[:200]}", "The folder is incomplete or damaged."
         ) from error
-    wrong = [f"missing {name}" for name in report["missing_keys"]]
-    wrong += [f"unexpected {name}" for name in report["unexpected_keys"]]
-    wrong += [
-        f"{name}: file has {tuple(file)}, model has {tuple(own)}" for name, file, own in report["mismatched_keys"]
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise CompressorError(
-            f"{found.folder} does not fit {made.__name__}: {'; '.join(wrong[:4])}{more}",
-            "The weights are of another configuration than config.json says.",
-        )
+    refuse_misfits(model, misfits(model, report), found.folder)
     check_finite(model.state_dict(), found.folder)
-    result: nn.Module = as_stored_(model, _outline(found.folder, model)).eval()
+    result: nn.Module = as_stored_(model, modern_names(model, outline)).eval()
     return result
-
-
-def _outline(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """What a folder's files hold, without the values, by the names of `model`: diffusers reads all of it as float32."""
-    for ending in ("*.safetensors", "*.bin"):
-        files = sorted(folder.glob(ending))
-        # x.fp16.safetensors stands behind x.safetensors
-        if files := [file for file in files if "." not in file.stem] or files:
-            state = {name: value for file in files for name, value in read_outline(file).items()}
-            return modern_names(model, state)
-    return {}
 
 
 def modern_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
