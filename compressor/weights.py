@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError, UsageError, first_line, said_of
 from compressor.foreign.bounded import check_regular, check_unpacked, check_zip, mapping
 from compressor.foreign.pickles import check_keys
-from compressor.foreign.sound import copied, refuse_loss, refuse_unsound
+from compressor.foreign.sound import copied, refuse_empty, refuse_loss, refuse_unsound
 
 FILE_METADATA = {"format": "pt"}
 """What saved weights say of themselves, as other libraries expect."""
@@ -35,8 +35,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     nothing in it runs. Of a training checkpoint with several states in it, the averaged one (`ema`) is taken, else
     the model's. A prefix on every key that DataParallel (`module.`) or torch.compile (`_orig_mod.`) left is dropped.
     """
-    path = Path(path)
-    state = _tensors(path, mapped=False)
+    state = _tensors(Path(path), mapped=False)
     check_finite(state, path)
     return dict(state)
 
@@ -165,6 +164,7 @@ def _refuse_expansion(path: Path, state: Any) -> None:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Load `state` into `model`, or leave the model untouched and raise a CompressorError with the first differences."""
+    refuse_empty(model.state_dict(), f"{where}: the model's ")
     refuse_misfit(model, {name: tuple(value.shape) for name, value in state.items()}, where)
     for name, own in untied_state(model).items():
         # codes, without the scales that make weights of them
@@ -378,6 +378,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """A hash of every tensor: names, dtypes, shapes and bytes, in the order of their names."""
+    refuse_empty(state)
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers import hooks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -726,6 +730,88 @@ def test_a_tensor_that_torch_does_not_copy_is_named_where_a_model_is_copied(
         with refused(*words):
             export(model, adapter, tmp_path / "model.onnx")
     compressor.save(tmp_path / "model", model, {})  # which copies nothing
+
+
+def of_a_function(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda x: 1.0 * before(x)
+
+
+def of_a_default(module: nn.Module) -> None:
+    module.forward = lambda x, own=module: type(own).forward(own, x)
+
+
+def of_a_hook_of_diffusers(module: nn.Module) -> None:
+    hooks.HookRegistry.check_if_exists_or_initialize(module).register_hook(hooks.ModelHook(), "any")
+
+
+def of_a_compiler(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+@pytest.mark.parametrize("change", [of_a_function, of_a_default, of_a_hook_of_diffusers, of_a_compiler])
+@pytest.mark.parametrize("at", ["", "0"])
+def test_a_function_that_would_compute_a_copy_with_the_weights_of_the_original_is_refused(
+    change: Callable[[nn.Module], None], at: str, adapter: Adapter, samples: Tensor
+) -> None:
+    """Of a pruned copy, the answers were those of the dense model."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    change(model.get_submodule(at))
+    where = f"{at}.forward".lstrip(".")
+    for steps in (0, 2):
+        with refused(f"{where}: set on the module, and bound to its weights", "put it on what comes out"):
+            compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=steps, batch_size=4)
+    pruned = compressor.prune_(model, Magnitude(), adapter=adapter, data=samples, batch_size=4).model  # copies nothing
+    expected = F.linear(F.linear(samples, pruned[0].weight, pruned[0].bias), pruned[1].weight, pruned[1].bias)
+    torch.testing.assert_close(model(samples), expected)
+
+
+def as_a_method(module: nn.Module) -> None:
+    module.forward = types.MethodType(lambda self, x: F.linear(x, self.weight), module)
+
+
+def as_offloading_does(module: nn.Module) -> None:
+    add_hook_to_module(module, AlignDevicesHook("cpu"))
+
+
+def of_nothing_of_the_model(module: nn.Module) -> None:
+    other = nn.Linear(16, 32)
+    module.forward = lambda x: 1.0 * other(x)
+
+
+@pytest.mark.parametrize("change", [as_a_method, as_offloading_does, of_nothing_of_the_model])
+def test_a_function_that_goes_along_with_a_copy_is_taken(
+    change: Callable[[nn.Module], None], model: nn.Sequential, adapter: Adapter, samples: Tensor
+) -> None:
+    change(model[0])
+    result = compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=0, batch_size=4)
+    before, found = model(samples), result.model(samples)
+    model.load_state_dict(result.model.state_dict())
+    torch.testing.assert_close(model(samples), found)
+    assert not torch.equal(before, found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_values_is_refused_by_name(
+    model: nn.Sequential, adapter: Adapter, samples: Tensor, tmp_path: Path
+) -> None:
+    """torch loads nothing into it, and says so in a warning; a model that accelerate offloads computed with its former weights."""
+    compressor.save(tmp_path / "model", model, {})
+    model[2].to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for ask in (
+        lambda: compressor.load(tmp_path / "model", model),
+        lambda: compressor.save(tmp_path / "again", model, {}),
+        lambda: compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=0, batch_size=4),
+        lambda: compressor.prune_(model, Magnitude(), adapter=adapter, data=samples, batch_size=4),
+        lambda: compressor.lower(model, samples[:1]),
+        lambda: export_onnx(model, adapter, tmp_path / "model.onnx"),
+        lambda: export_tensorrt(model, adapter, tmp_path / "model.onnx"),
+        lambda: compressor.Shadow({"2.weight": model[2].weight}, Magnitude(), optimizer),
+    ):
+        with refused("2.weight has no values (it is on the meta device)", "enable_sequential_cpu_offload"):
+            ask()
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 class Around(nn.Module):

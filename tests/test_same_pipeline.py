@@ -281,6 +281,8 @@ def test_a_part_with_hooks_of_diffusers_is_refused_before_anything_is_recorded(t
     with pytest.raises(CompressorError, match=rf"transformer.* has a hook of diffusers: {hook}"):
         compressor.prune(pipe, Magnitude(), prompts=PROMPTS, record=given, steps=0)
     assert not monitored
+    with pytest.raises(CompressorError, match=rf"has a hook of diffusers: {hook}"):
+        compressor.lower(pipe.transformer, torch.zeros(1))
     if recorded:  # the answers are its own
         assert len(compressor.record(pipe, PROMPTS, tmp_path / "records", **given)) == 1
     else:

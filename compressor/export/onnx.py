@@ -36,7 +36,7 @@ from compressor.export.graph import (
 from compressor.export.int8 import integer_errors, quantize
 from compressor.export.parity import BATCHES, TOLERANCE, Parity, float32_inputs, parity, random_inputs
 from compressor.files import file_sha256, sync, workshop
-from compressor.foreign.sound import copied, refuse_kept
+from compressor.foreign.sound import copied, refuse_empty, refuse_kept
 from compressor.lower.backend import Unit
 from compressor.lower.gathered import GAINING_V, Gathered
 from compressor.lower.units import find_units, pattern_of, put
@@ -177,6 +177,7 @@ def in_float32_on_cpu(model: nn.Module) -> nn.Module:
     """A copy of `model` as graphs are made of: bare, in float32 and eval mode, on the CPU. What parameters hold is the model's own
     where it is so already."""
     refuse_kept(model := bare(model))
+    refuse_empty(model.state_dict())
     same = [p for p in model.parameters() if type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_cpu]
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in same}
     return copied(model, shared).cpu().float().eval().requires_grad_(False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +34,10 @@ _COMPUTING: dict[type, str] = {
     BasePruningMethod: "Make it permanent: torch.nn.utils.prune.remove(module, name).",
 }
 """The classes of torch's older hooks that keep a weight under another name, with what takes them off."""
+
+_EMPTY = CellType()
+_MOST_HELD = 10_000
+"""As many objects as are looked at, of those that a function holds."""
 
 
 def is_lowered(module: nn.Module) -> bool:
@@ -98,14 +104,27 @@ def hooks_of_diffusers(model: nn.Module) -> dict[str, list[str]]:
     return {name: list(hooks) for name, hooks in found.items() if hooks}
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Raise UsageError for hooks of diffusers on modules of `model`: what one call shows of it is not what the next one does, or its
-    weights are not what it multiplies."""
+def refuse_hooks(model: nn.Module, where: str = "", allowed: Sequence[str] = ()) -> None:
+    """Raise UsageError for hooks of diffusers on `model`, but those with one of the texts `allowed` in their names: caches, with which
+    what one call shows is not what the next one does; weights in another dtype, or elsewhere. `where`: what the model is a part of."""
     for name, hooks in hooks_of_diffusers(model).items():
+        if refused := [hook for hook in hooks if not any(one in hook for one in allowed)]:
+            raise UsageError(
+                f"{'.'.join(part for part in (where, name) if part) or type(model).__name__} has a hook of diffusers: {refused[0]}",
+                "Take it off (caches: disable_cache()), or load the model anew without it; enable_model_cpu_offload() is fine. "
+                "Caches, skipped layers and group offloading go on a lowered model.",
+            )
+
+
+def refuse_empty(state: Mapping[str, Tensor], whose: str = "") -> None:
+    """Raise UsageError where a tensor of the `state` of a model has no values; `whose` is put before its name."""
+    if (
+        empty := next((name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta), None)
+    ) is not None:
         raise UsageError(
-            f"{name or 'the model'}: a hook of diffusers: {hooks[0]}",
-            "Take it off (caches: disable_cache(); else load the model anew), and put it on the lowered model: caches, skipped layers "
-            "and group offloading go on that.",
+            f"{whose}{empty} has no values (it is on the meta device)",
+            "Load weights into the model; of a pipeline, move it there: pipe.to(device), without "
+            "enable_sequential_cpu_offload() (enable_model_cpu_offload() is fine).",
         )
 
 
@@ -131,9 +150,11 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def copied(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
     """A copy of `model`, as `copy.deepcopy` makes it with this `memo`. Raises UsageError, by its name, for what cannot be copied: a
-    lock, a generator, an open file, whatever has one."""
+    lock, a generator, an open file, whatever has one; and a method set on a module that would go on to use the weights of `model`."""
+    own = {id(value) for value in model.parameters()} if isinstance(model, nn.Module) else set()
+    own -= (memo or {}).keys()
     try:
-        return copy.deepcopy(model, memo)
+        made = copy.deepcopy(model, memo)
     except Exception as error:  # Python's own, torch's, and what a `__deepcopy__` of the user's raises
         if memory_behind(error) is not None:
             raise
@@ -143,6 +164,54 @@ def copied(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
             f"{what}: cannot be copied: {first_line(error)}",
             "Take it out of the model (module.NAME = None), or load the model without it (hooks, such as those of offloading).",
         ) from error
+    if own:
+        _refuse_bound(made, own)
+    return made
+
+
+def _refuse_bound(made: nn.Module, own: Collection[int]) -> None:
+    """Raise UsageError where a function that was set on a module of `made`, a copy, reaches the original's `own` parameters: Python
+    does not copy functions, so that the copy would be computed with weights that are not its own."""
+    for name, module in made.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, (FunctionType, partial, MethodType)) and _reaches(value, own):
+                raise UsageError(
+                    f"{name}.{attribute}".lstrip(".")
+                    + ": set on the module, and bound to its weights: a copy would go on to use those",
+                    "Take it off (hooks and caches of diffusers: load the model anew, or disable_cache(); else "
+                    f"del module.{attribute}), and put it on what comes out.",
+                )
+
+
+def _reaches(value: Any, own: Collection[int]) -> bool:
+    """Whether `value`, by what functions and objects in it hold, leads to a parameter of the ids `own`."""
+    waiting, seen = [value], set[int]()
+    while waiting and len(seen) < _MOST_HELD:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            if any(id(parameter) in own for parameter in one.parameters()):
+                return True
+        elif isinstance(one, Tensor):
+            if id(one) in own:
+                return True
+        elif isinstance(one, FunctionType):
+            cells = one.__closure__ or ()
+            waiting += [cell.cell_contents for cell in cells if cell != _EMPTY]
+            waiting += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+        elif isinstance(one, MethodType):
+            waiting += [one.__self__, one.__func__]
+        elif isinstance(one, partial):
+            waiting += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, Mapping):
+            waiting += one.values()
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            waiting += one
+        elif hasattr(one, "__dict__"):
+            waiting += vars(one).values()
+    return False
 
 
 def _uncopied(model: nn.Module) -> str | None:

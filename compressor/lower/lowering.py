@@ -15,7 +15,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.environment import give_back
 from compressor.errors import UsageError, first_line, memory_in
-from compressor.foreign.sound import refuse_hooks, refuse_kept
+from compressor.foreign.sound import refuse_empty, refuse_hooks, refuse_kept
 from compressor.lower import contest
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, deviation, groups, prepare, seeded
@@ -115,6 +115,7 @@ def lowering(
     """
     refuse_kept(model := bare(model))
     refuse_hooks(model)
+    refuse_empty(model.state_dict())
     tolerance, max_error = _allowed(plan, tolerance, max_error)
     quantising = tolerance is not None or max_error is not None
     fuse: bool | Collection[Sequence[str]] | None = fuse_projections if plan is None else plan.fused

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from compressor.adapter import Adapter, to_device
 from compressor.data.calls import Recording
 from compressor.errors import CompressorError, UsageError, first_line
-from compressor.foreign.sound import hooks_of_diffusers
+from compressor.foreign.sound import refuse_hooks
 from compressor.pipelines.adapter import CallsAdapter
 from compressor.pipelines.opened import Opened
 from compressor.weights import HALF, bare_name, state_sha256, untied_state
@@ -91,14 +91,7 @@ def refuse_changed(opened: Opened, records: Recording) -> None:
 def refuse_hooked(opened: Opened, copied: bool) -> None:
     """Raise UsageError for hooks of diffusers on the part with which its answers or weights are not its own: caches, weights in
     another dtype; and where it is to be `copied`, weights that come and go (group offloading), too."""
-    for name, hooks in hooks_of_diffusers(opened.module).items():
-        for hook in hooks:
-            if copied or not any(one in hook for one in _COMING_AND_GOING):
-                where = ".".join(part for part in (opened.part, name) if part)
-                raise UsageError(
-                    f"{where} has a hook of diffusers: {hook}",
-                    "Load the pipeline anew without it (caches: disable_cache(); enable_model_cpu_offload() is fine).",
-                )
+    refuse_hooks(opened.module, opened.part, () if copied else _COMING_AND_GOING)
 
 
 def _module(module: nn.Module, name: str, part: str | None) -> Any:

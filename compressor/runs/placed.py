@@ -20,7 +20,7 @@ from compressor.adapter import Adapter, to_device
 from compressor.data.calls import INDEX, Picture, Recording
 from compressor.data.settings import Record
 from compressor.errors import CompressorError, UsageError, texts
-from compressor.foreign.sound import copied, is_lowered, refuse_kept
+from compressor.foreign.sound import copied, is_lowered, refuse_empty, refuse_kept
 from compressor.lower import Lowered, lower
 from compressor.pipelines.features import refuse_lost
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
@@ -255,6 +255,7 @@ def apply(pipe: Any, pruned: Any, *, part: str | None = None, lowered: bool | Ma
     settings = recipes.read(folder / "recipe.yaml") if folder is not None and (folder / "recipe.yaml").is_file() else {}
     found = opened(pipe, part or settings.get("part"))
     own = found.module
+    refuse_empty(own.state_dict(), f"{found.part}: ")
     if not any(map(is_lowered, own.modules())):  # one that was applied before stays as it is
         refuse_8_bits(bare(own))
     if folder is not None:

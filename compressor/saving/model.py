@@ -23,6 +23,7 @@ from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, memory, said_of
 from compressor.files import MANIFEST, commit, read_json, recover, verify
 from compressor.foreign.bounded import mapping
+from compressor.foreign.sound import refuse_empty
 from compressor.saving import packing
 from compressor.saving.hub import fetched, is_repository
 from compressor.saving.plain import plain_state
@@ -99,6 +100,7 @@ def save(
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
     model, given = bare(model), model
+    refuse_empty(model.state_dict())
     own = _own_names(masks, given, model)
     state = plain_state(model)
     patterns = {own[key]: str(mask.pattern) for key, mask in masks.items()}

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.adapter import Adapter, cloned
 from compressor.errors import CompressorError, UsageError
 from compressor.foreign.kept import undone
-from compressor.foreign.sound import copied, refuse_kept
+from compressor.foreign.sound import copied, refuse_empty, refuse_kept
 from compressor.seeds import repeatable
 from compressor.training.arithmetic import eagerly
 from compressor.training.shards import local
@@ -72,8 +72,7 @@ def student_of(model: nn.Module, steps: int, checkpointed: bool = False) -> nn.M
 def refuse_untrainable(model: nn.Module, steps: int) -> None:
     """Raise CompressorError where `model` has no values, or weights that nothing can be computed with, or shall be trained for `steps`
     and has weights of another dtype than float32 and half precision."""
-    if empty := [name for name, value in model.state_dict().items() if value.is_meta]:
-        raise CompressorError(f"{empty[0]} has no values (it is on the meta device)", "Load weights into the model.")
+    refuse_empty(model.state_dict())
     for name, value in model.named_parameters() if steps else ():
         if value.requires_grad and value.dtype not in (torch.float32, *HALF):
             raise CompressorError(

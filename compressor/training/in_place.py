@@ -19,7 +19,7 @@ from compressor.sparsity.packed import PackedMasks
 from compressor.training.answers import masks_of, prepared, verify
 from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
-from compressor.training.given import refuse_8_bits, refuse_fused
+from compressor.training.given import refuse_untrainable
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -45,8 +45,7 @@ def prune_(
     settings = validated(Training, {**training, "steps": 0}, "prune_()")
     refuse_misplaced(model, pruner, adapter)
     model = bare(model).eval()
-    refuse_8_bits(model)
-    refuse_fused(model)
+    refuse_untrainable(model, 0)
     warn_of_idle(model, ignore)
     rules = with_rules(adapter, targets, ignore)
     check_finite(model.state_dict(), type(model).__name__)

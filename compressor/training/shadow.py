@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CompressorError, UsageError
-from compressor.foreign.sound import refuse_quantised
+from compressor.foreign.sound import refuse_empty, refuse_quantised
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.notation import parse
 from compressor.sparsity.on_gpu import kernels_for
@@ -59,6 +59,7 @@ class Shadow:
         optimizer = _that_steps(optimizer)
         _refuse_misplaced(weights, pruner, optimizer)
         refuse_unlocal(pruner.pattern, weights)
+        refuse_empty(weights)
         for name, weight in weights.items():
             refuse_quantised(name, weight)
         _refuse_shared(weights, optimizer)
