@@ -21,9 +21,10 @@ from torch import nn
 
 import compressor
 from compressor import NM, files, saving
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.saving.plain import apart, plain_state
+from compressor.weights import weights_sha256
 
 
 def pruned(model):
@@ -293,6 +294,24 @@ def test_weights_that_are_not_finite_are_not_loaded(folder, model):
     forge(folder)
     with refused(model, "0.bias"):
         compressor.load(folder, model=model)
+
+
+def test_a_saved_model_names_no_code(folder, model, tmp_path, cli, monkeypatch):
+    """Loading it by its name ran the file, and so did a run that began with it."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("open('was_run', 'w')\ndef Mine(): pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("mine.py:Mine", str(tmp_path / "mine.py:Mine")):
+        (folder / "config.json").write_text(json.dumps({**config, "model": name}))
+        forge(folder)
+        with pytest.raises(CompressorError, match="is a file of code, not a registered model\nLoad it in Python"):
+            compressor.load(folder)
+        outcome = cli("run", "--weights", folder, "--out", "run")
+        assert outcome.code == 1 and "is a file of code" in outcome.err
+        assert weights_sha256(compressor.load(folder, model)) == config["weights_sha256"]
+        with pytest.raises(UsageError, match=r"name: .*mine\.py:Mine.*\nGive that of a registered model"):
+            compressor.save(tmp_path / "other", model, {}, name=name)
+    assert not Path("was_run").exists() and not Path("run").exists()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def saved_start(weights: str | None) -> Path | None:
 def model_of(weights: str | None) -> dict[str, Any]:
     """What a recipe's `weights` say of its `model`, where they are a saved model's: settings below the user's."""
     folder = saved_start(weights)
-    name = None if folder is None else saving.read_config(folder).model
+    name = None if folder is None else saving.model_name(folder)
     return {} if name is None else {"model": name}
 
 

@@ -1,6 +1,15 @@
 """Saving: models and states as files that are whole or not there."""
 
-from compressor.saving.model import MODEL_FILES, ModelConfig, adapter_at, load, model_folder, read_config, save
+from compressor.saving.model import (
+    MODEL_FILES,
+    ModelConfig,
+    adapter_at,
+    load,
+    model_folder,
+    model_name,
+    read_config,
+    save,
+)
 from compressor.saving.state import load_state, save_state
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "load",
     "load_state",
     "model_folder",
+    "model_name",
     "read_config",
     "save",
     "save_state",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.adapter import Adapter
-from compressor.discovery import made
+from compressor.discovery import is_file_reference, made
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, UsageError, did_you_mean, memory, said_of
 from compressor.files import MANIFEST, commit, read_json, recover, verify
@@ -48,6 +48,7 @@ from compressor.weights import (
 )
 
 MODEL_FILES = ("config.json", "model.safetensors")
+_BY_ITSELF = "Load it in Python, and give the module: load(path, model=module)."
 
 
 class ModelConfig(BaseModel):
@@ -146,8 +147,9 @@ def _refuse_unsavable(masks: Any, name: Any, architecture: Any) -> None:
     for key, mask in masks.items():
         if not isinstance(mask, Mask):
             raise UsageError(f"masks: {key!r} has a {type(mask).__name__}", "Give compressor.Mask(keep, pattern).")
-    if name is not None and not isinstance(name, str):
-        raise UsageError(f"name: a {type(name).__name__}", "Give that of a registered model, or none.")
+    if name is not None and (not isinstance(name, str) or is_file_reference(name)):
+        found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise UsageError(f"name: {found}", "Give that of a registered model, or none.")
     wrong = (
         "architecture: no mapping" if not isinstance(architecture, Mapping) else _no_json(architecture, "architecture")
     )
@@ -296,13 +298,21 @@ def model_folder(path: Path) -> Path:
 
 def adapter_at(folder: Path) -> Adapter:
     """The adapter of the registered model that was saved in `folder`."""
-    config = read_config(folder)
-    if config.model is None:
+    name = model_name(folder)
+    if name is None:
+        raise CompressorError(f"{folder} was saved without a model name", _BY_ITSELF)
+    return made("models", name, Adapter).rebuilt(read_config(folder).architecture)
+
+
+def model_name(folder: Path) -> str | None:
+    """The name of the registered model that was saved in `folder`, or None. Raises CompressorError for a file of code, which would
+    be run."""
+    name = read_config(folder).model
+    if name is not None and is_file_reference(name):
         raise CompressorError(
-            f"{folder} was saved without a model name",
-            "Load it in Python, and give the module: load(path, model=module).",
+            f"{folder / 'config.json'}: model {name!r} is a file of code, not a registered model", _BY_ITSELF
         )
-    return made("models", config.model, Adapter).rebuilt(config.architecture)
+    return name
 
 
 def read_config(folder: Path) -> ModelConfig:
