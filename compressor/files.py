@@ -310,7 +310,8 @@ def verify(folder: Path, needs: Sequence[str] = ()) -> None:
             same = same and file_sha256(path) == entry.get("sha256")
         except (OSError, ValueError) as error:
             raise CompressorError(
-                f"{folder / MANIFEST}: {name[:80]!r}: {error}", "Do not trust this folder."
+                f"{folder / MANIFEST}: {name[:80]!r}: {error}",
+                "Let it be read, where it is yours; else do not trust it.",
             ) from error
         if not inside:
             raise CompressorError(

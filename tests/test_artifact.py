@@ -7,6 +7,7 @@ import errno
 import gc
 import hashlib
 import json
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,13 @@ from compressor.errors import CompressorError, UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.saving.plain import apart, plain_state
 from compressor.weights import weights_sha256
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def pruned(model):
@@ -586,6 +594,32 @@ def test_a_folder_that_is_no_saved_model_is_not_replaced(tmp_path, model):
     with pytest.raises(CompressorError, match="not a saved model"):
         compressor.save(tmp_path / "thesis", model, {})
     assert (tmp_path / "thesis" / "text.txt").read_text() == "mine"
+
+
+def test_a_model_with_other_files_beside_it_is_not_replaced(folder, model):
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CompressorError, match=r"holds notes\.txt, which is no file of a saved model"):
+        compressor.save(folder, model, {})
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (folder / "surgery.json").write_text("{}")  # of another model
+    compressor.save(folder, model, {})
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "manifest.json"}
+
+
+def test_a_folder_that_is_write_protected_or_may_not_be_read_is_named(folder, model, monkeypatch):
+    """What was replaced could not be removed, and the save after the next one failed for ever."""
+    denied = OSError(errno.EACCES, "Permission denied")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(CompressorError, match="is write-protected\nChoose another folder, or allow it"):
+            compressor.save(folder, model, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", raising(denied))
+        for ask in (lambda: compressor.save(folder, model, {}), lambda: compressor.load(folder, model)):
+            with pytest.raises(CompressorError, match="saved': Permission denied"):
+                ask()
+    compressor.load(folder, model)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -81,7 +81,7 @@ def save(
     `name` is the registered model that it is, and `architecture` what its adapter says of it (`Adapter.architecture`);
     without a name, `load` needs the module. N:M weights are stored as what is kept and where it was, or with
     `packed=False` as plain tensors, which other libraries read. What a method removed of the model's structure is stored
-    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused.
+    as `surgery.json`. A model saved at `path` before is replaced; any other folder there is refused, and so is one with other files.
 
     Several processes may save to one path, such as the ranks of torchrun: one waits for the other, each writes a whole model, and
     that of the last one stays. Where their weights differ, save on one rank alone.
@@ -98,8 +98,7 @@ def save(
     for pattern in {mask.pattern for mask in masks.values()}:
         refuse_unreadable(pattern)
     recover(path)
-    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
+    _refuse_other(path)
     model, given = bare(model), model
     refuse_empty(model.state_dict())
     own = _own_names(masks, given, model)
@@ -132,12 +131,30 @@ def _place(path: str | Path) -> Path:
         raise UsageError(f"path: a {type(path).__name__}", "Give a text, or a pathlib.Path.")
     try:
         os.lstat(path)
+        if os.path.isdir(path):
+            os.scandir(path).close()
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{str(path)[:80]!r}: {reason}", "Choose another path.") from error
     return Path(path)
+
+
+def _refuse_other(path: Path) -> None:
+    """Raise CompressorError where saving to `path` would replace more than a former model, or what is write-protected."""
+    if not path.exists():
+        return
+    inside = {one.name for one in path.iterdir()} if path.is_dir() else {""}
+    if inside and MANIFEST not in inside:
+        raise CompressorError(f"{path} is there already, and is not a saved model", "Choose another folder.")
+    if other := sorted(inside - {*MODEL_FILES, SURGERY, MANIFEST}):
+        raise CompressorError(
+            f"{path} holds {other[0]}, which is no file of a saved model, and would be lost",
+            "Choose another folder, or put it elsewhere.",
+        )
+    if not os.access(path, os.W_OK):
+        raise CompressorError(f"{path} is write-protected", "Choose another folder, or allow it: chmod u+w.")
 
 
 def _refuse_unsavable(masks: Any, name: Any, architecture: Any) -> None:
