@@ -36,6 +36,7 @@ from compressor.pipelines.prompts import pictures, read_prompts
 from compressor.pipelines.recording import sample
 from compressor.plugins.obs import OBS
 from compressor.plugins.sparsedm import SparseDM
+from compressor.runs import placed
 from compressor.training.calibration import visits
 
 STEPS = 4
@@ -451,10 +452,12 @@ def test_a_model_takes_the_dtype_of_the_part_and_stays_what_it_was(pipe, tmp_pat
             assert torch.equal(pipe.net.ff_out.weight, result.model.ff_out.weight.bfloat16())
         assert pipe.net is dense
         assert {value.dtype for value in result.model.parameters()} == {torch.float32}
-    dense.to("meta")
-    with compressor.apply(pipe, result):
-        assert {value.device.type for value in pipe.net.parameters()} == {"meta"}
+    elsewhere = placed._like(result.model, dense, torch.device("meta"))
+    assert {value.device.type for value in elsewhere.parameters()} == {"meta"}
     assert {value.device.type for value in result.model.parameters()} == {"cpu"}
+    dense.to("meta")
+    with pytest.raises(CompressorError, match=r"transformer: ff_in\.weight has no values"):
+        compressor.apply(pipe, result)
     pipe.net = dense = Net().half()
     result.model.ff_out.weight.data[0, 0] = 1e6
     with pytest.raises(CompressorError, match=r"ff_out\.weight: 1e\+06 is too large for torch\.float16"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import compressor
 from compressor import CompressorError
 from compressor.pipelines.opened import opened
+from compressor.plugins.magnitude import Magnitude
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
@@ -119,3 +121,31 @@ def test_what_gives_no_example_is_told(prompt: Any, arguments: dict[str, Any], s
 def test_a_pipeline_in_place_of_a_module_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(CompressorError, match=r"a StableDiffusionPipeline is no module\n.*such as pipe\.unet"):
         compressor.lower(tiny_pipelines.made("sd", tmp_path), torch.ones(1))
+
+
+def test_tokens_that_were_added_go_with_the_part_that_has_them(tmp_path: Path) -> None:
+    """A learned token was looked up in a table without its row."""
+    pipe, width = tiny_pipelines.made("sd", tmp_path / "files"), tiny_pipelines.WIDTH
+    prompts = [{"prompt": text, **tiny_pipelines.arguments("sd")} for text in ("a <cat>", "a dog")]
+    part, few = {"part": "text_encoder"}, {"n": 1, "unseen": 1, "steps": 1}
+    records = compressor.record(pipe, prompts, tmp_path / "records", **few, **part)
+    sparse = compressor.prune(pipe, Magnitude(), data=records, steps=0, **part)
+    compressor.save(tmp_path / "pruned", sparse.model, sparse.masks)
+
+    applied = compressor.apply(pipe, copy.deepcopy(sparse.model), **part)
+    pipe.load_textual_inversion({"<cat>": torch.randn(width)})
+    rows = len(pipe.tokenizer)
+    with pytest.warns(UserWarning, match=f"token_embedding has {rows} rows, and 200 in the part that is put back"):
+        applied.remove()
+    pipe.text_encoder.resize_token_embeddings(rows)
+    with pytest.raises(CompressorError, match=rf"token_embedding has {rows} rows, and 200 .*textual inversion"):
+        compressor.apply(pipe, sparse, **part)
+    with pytest.raises(CompressorError, match=r"token_embedding\.weight: file has \(200, 32\)"):
+        compressor.apply(pipe, tmp_path / "pruned", **part)
+
+    records = compressor.record(pipe, prompts, tmp_path / "again", **few, **part)
+    sparse = compressor.prune(pipe, Magnitude(), data=records, steps=0, **part)
+    compressor.save(tmp_path / "pruned", sparse.model, sparse.masks)
+    for given in (sparse, tmp_path / "pruned"):
+        with compressor.apply(pipe, given, **part):
+            assert pipe.text_encoder.get_input_embeddings().weight.shape == (rows, width)

@@ -29,6 +29,7 @@ from compressor.pipelines.recording import first_call, index_of, other_than, rec
 from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
 from compressor.runs import facts
+from compressor.runs.lost import refuse_lost, resized
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine, in_place
 from compressor.training.engine import Result
@@ -190,6 +191,12 @@ class Applied:
             raise UsageError(
                 f"remove: {self.part} is not the module any more that was put there",
                 f"Remove first what was applied after it, or put the module that you want there yourself: pipe.{self.part} = …",
+            )
+        if (grown := resized(unwrapped(self.module), unwrapped(self._before))) is not None:
+            warnings.warn(
+                f"remove: {self.part}: {grown} in the part that is put back: what was loaded since (textual inversion) goes with "
+                "the former, and its tokens stay in the tokenizer; unload it before, or load it anew",
+                stacklevel=2,
             )
         put(self.pipe, self.part, self._before)
         self._before = None
