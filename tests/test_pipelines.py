@@ -23,6 +23,8 @@ from compressor.pipelines.prompts import pictures
 from compressor.pipelines.recording import sample
 from compressor.plugins.magnitude import Magnitude
 from compressor.report import read_report
+from compressor.runs import inputs
+from compressor.runs.directory import refuse_own_sources
 from compressor.weights import weights_sha256
 
 QUICK = (
@@ -420,6 +422,22 @@ def test_pickled_weights_are_opened_in_their_own_precision(tmp_path, variant):
     torch.save({"weights": torch.nn.Linear(2, 2)}, file)
     with pytest.raises(CompressorError, match="refused: not a plain PyTorch state dict"):
         open_pipeline(folder)
+
+
+def test_a_run_does_not_lie_in_the_pipeline_that_it_copies(folders, cli, tmp_path):
+    """The copy was copied into itself, until the path was too long or the disk full."""
+    folder = shutil.copytree(folders("sd"), tmp_path / "sd")
+    shutil.copy(folders("sd").with_suffix(".jsonl"), tmp_path / "sd.jsonl")
+    before = set(folder.rglob("*"))
+    outcome = cli(*command(folder, folder / "runs" / "one", "--method", "magnitude", "--steps", "0", *NO_TIMES))
+    assert outcome.code == 2 and "lies in the pipeline" in outcome.err, outcome.err
+    assert set(folder.rglob("*")) == before
+    of_the_denoiser = inputs.resolve({"model": "diffusers", "weights": str(folder / "unet"), "data": "digits"}, "test")
+    with pytest.raises(CompressorError, match="would be copied into itself"):
+        refuse_own_sources(of_the_denoiser, folder / "one", None)
+    adapter = registry.adapter("diffusers").opened(str(folder))
+    with pytest.raises(CompressorError, match=r"lies in the pipeline, .*, which is copied there"):
+        adapter.write_pipeline(adapter.load(str(folder)), folder / "one")
 
 
 def dropped(state, layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def outline_of(folder: Path, variant: str | None) -> dict[str, Tensor]:
                 )
         found.update(outline)
     return found
+
+
+def copy_others(pipeline: Path, folder: Path, own: Path) -> None:
+    """Copy what is in the folder `pipeline`, but for what is in `own`, into `folder`. Raises UsageError where that lies in it: the
+    copy would be copied, and so on."""
+    if folder.resolve().is_relative_to(pipeline.resolve()):
+        raise UsageError(f"{folder} lies in the pipeline, {pipeline}, which is copied there", "Choose another --out.")
+    shutil.copytree(pipeline, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else [])
 
 
 def refuse_codes(outline: Mapping[str, Tensor], where: object) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from compressor.adapter import Adapter, dtype_taken
 from compressor.data.calls import Call, Picture, Recording, answer, joined
-from compressor.data.variants import variant_of
+from compressor.data.variants import copy_others, variant_of
 from compressor.errors import CompressorError
 from compressor.pipelines.opened import Opened
 from compressor.sparsity.surgery import surgery_of
@@ -109,9 +109,7 @@ class CallsAdapter(Adapter):
                 pipe.save_pretrained(folder)
                 return
             own = opened.source / name
-            shutil.copytree(
-                opened.source, folder, dirs_exist_ok=True, ignore=lambda at, names: names if Path(at) == own else []
-            )
+            copy_others(opened.source, folder, own)
             # as text: MultiControlNetModel appends a number to it
             component.save_pretrained(str(folder / name), variant=variant_of(own))
             if (own / "config.json").is_file():  # the very settings, without the path that they were read from

@@ -85,8 +85,15 @@ def refuse_own_sources(recipe: Recipe, out: Path, replaced: Callable[[str], bool
             f"{out} lies in the data, {folder}: samples would be among the pictures, and the data be others afterwards",
             "Choose another --out.",
         )
+    for given in (recipe.pipeline, recipe.weights):
+        whole = next((one for one in _around(given) if (one / "model_index.json").is_file()), None)
+        if whole is not None and place.is_relative_to(whole):
+            raise UsageError(
+                f"{out} lies in the pipeline, {whole}, which is copied into what is written back: it would be copied into itself",
+                "Choose another --out.",
+            )
     for name in _SOURCES if replaced is not None else ():
-        given: str | None = getattr(recipe, name)
+        given = getattr(recipe, name)
         path = Path((given.rpartition(":")[0] if is_file_reference(given) else given) if given else "").resolve()
         if not given or not path.is_relative_to(place):
             continue
@@ -96,6 +103,12 @@ def refuse_own_sources(recipe: Recipe, out: Path, replaced: Callable[[str], bool
                 f"{name} {given} lies in {out}, whose former run would be removed before it is read again",
                 "Choose another --out.",
             )
+
+
+def _around(given: str | None) -> tuple[Path, ...]:
+    """The folder `given` and the one that it lies in, which may be that of its pipeline; none for a name on the hub."""
+    folder = Path(given or "").resolve()
+    return (folder, folder.parent) if given and folder.is_dir() else ()
 
 
 def _is_seen(place: Path, folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from compressor.adapter import Adapter, Conditions, Sampling, as_taken, plain
 from compressor.data.batches import parted
 from compressor.data.single_file import refuse_single_file
-from compressor.data.variants import variant_of
+from compressor.data.variants import copy_others, variant_of
 from compressor.environment import usual_torch
 from compressor.errors import CompressorError, ReshapedError, UsageError
 from compressor.model_zoo.generic import pretrained, shapes
@@ -166,12 +165,7 @@ class DiffusersAdapter(Adapter):
         if source is not None and source.pipeline is not None:
             own = source.folder
             # whatever of the pipeline is not this model's comes along as it is
-            shutil.copytree(
-                source.pipeline,
-                folder,
-                dirs_exist_ok=True,
-                ignore=lambda at, names: names if Path(at) == own else [],
-            )
+            copy_others(source.pipeline, folder, own)
             own_model.save_pretrained(folder / own.name, variant=variant_of(own))  # its other parts may have no other
         elif self.config.get("_class_name") == "UNet2DModel" and self.scheduler:
             scheduler = library.DDPMScheduler.from_config(dict(self.scheduler))
