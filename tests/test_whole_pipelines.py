@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import compressor
 from compressor import CompressorError
-from compressor.pipelines.opened import open_pipeline, opened
+from compressor.pipelines.opened import opened
 from compressor.plugins.magnitude import Magnitude
-from compressor.weights import weights_sha256
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.MAKERS)
@@ -150,27 +149,3 @@ def test_tokens_that_were_added_go_with_the_part_that_has_them(tmp_path: Path) -
     for given in (sparse, tmp_path / "pruned"):
         with compressor.apply(pipe, given, **part):
             assert pipe.text_encoder.get_input_embeddings().weight.shape == (rows, width)
-
-
-@pytest.mark.parametrize("part", ["unet", "vae.decoder"])
-def test_a_pipeline_with_packed_weights_is_not_saved_as_a_folder(part: str, few_bits_fast: Any, tmp_path: Path) -> None:
-    """It was written without a word, and lacked the weights that are packed."""
-    pipe = tiny_pipelines.made("sd", tmp_path)
-    own = {**tiny_pipelines.arguments("sd"), "num_inference_steps": 2}
-    example = compressor.example_inputs(pipe, tiny_pipelines.PROMPTS[0], part=part, **own)
-    whole = opened(pipe, part).module
-    lowered = compressor.lower(whole, example, max_error=0.05)
-    component = part.partition(".")[0]
-    with compressor.apply(pipe, lowered, part=part):
-        for holder in (pipe, copy.deepcopy(getattr(pipe, component))):
-            with pytest.raises(CompressorError, match=r"folder that does not load.*\nSave the model that was lowered"):
-                holder.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-    pipe.save_pretrained(tmp_path / "saved")
-    assert weights_sha256(getattr(open_pipeline(tmp_path / "saved").pipe, component)) == weights_sha256(
-        getattr(pipe, component)
-    )
-    if part == "unet":
-        pipe.unet = lowered.model  # by hand
-        with pytest.raises(CompressorError, match="folder that does not load"):
-            pipe.save_pretrained(tmp_path / "again")

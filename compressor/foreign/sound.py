@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
-from compressor.errors import CompressorError, Refusal, UsageError, first_line, memory_behind
+from compressor.errors import CompressorError, UsageError, first_line, memory_behind
 
 _CLONE = "module.weight = torch.nn.Parameter(module.weight.detach().clone())"
 _UNQUANTISED = (
@@ -43,13 +43,6 @@ _MOST_HELD = 10_000
 def is_lowered(module: nn.Module) -> bool:
     """Whether `module` is one that `compressor.lower` puts into the place of a layer."""
     return type(module).__module__.startswith("compressor.lower.")
-
-
-UNSAVED = Refusal(
-    "save_pretrained would write a folder that does not load: weights of a lowered model are packed for this machine",
-    "Save the model that was lowered; of a pipeline, after remove().",
-)
-"""In place of the method of a lowered model, and of what it lies in."""
 
 
 def refuse_unsound(model: nn.Module) -> None:

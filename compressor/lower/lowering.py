@@ -15,7 +15,7 @@ from compressor.adapter import Adapter
 from compressor.discovery import no_exit
 from compressor.environment import give_back
 from compressor.errors import UsageError, first_line, memory_in
-from compressor.foreign.sound import UNSAVED, is_lowered, refuse_empty, refuse_hooks, refuse_kept
+from compressor.foreign.sound import refuse_empty, refuse_hooks, refuse_kept
 from compressor.lower import contest
 from compressor.lower.backend import Backend
 from compressor.lower.chooser import TOLERANCE, choose, deviation, groups, prepare, seeded
@@ -25,7 +25,7 @@ from compressor.lower.plan import Cache, LayerPlan, Plan, Search
 from compressor.lower.search import within
 from compressor.lower.units import Found
 from compressor.progress import Progress, result_of
-from compressor.weights import bare, unwrapped, weights_sha256
+from compressor.weights import bare, weights_sha256
 
 _WHOLE = 20.0  # the error of a whole model may be this many times that of a layer
 _OF_ERROR = 0.97  # of the error that is allowed, the search uses this share where a compiler rounds its forms otherwise
@@ -128,7 +128,7 @@ def lowering(
         job.notes.extend(_said(apart))
     allowed = max_error or _WHOLE * (tolerance or _rounding(job))
     if plan is not None:
-        lowered = Lowered(_unsaved(planned(job, plan, allowed)), plan)
+        lowered = Lowered(planned(job, plan, allowed), plan)
         job.forward.rest(lowered.model)
         give_back()
         return lowered
@@ -151,15 +151,7 @@ def lowering(
     job.forward.rest(form)
     made = made.model_copy(update={"tolerance": None if tolerance is None else float(tolerance)})
     give_back()
-    return Lowered(_unsaved(form), made)
-
-
-def _unsaved(form: nn.Module) -> nn.Module:
-    """`form`, in place, whose own `save_pretrained` is an error where it has packed weights."""
-    whole = unwrapped(form)
-    if any(map(is_lowered, whole.modules())) and callable(getattr(whole, "save_pretrained", None)):
-        vars(whole)["save_pretrained"] = UNSAVED
-    return form
+    return Lowered(form, made)
 
 
 def _allowed(plan: Plan | None, tolerance: float | None, max_error: float | None) -> tuple[float | None, float | None]:

@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from compressor.errors import UsageError
-from compressor.foreign.sound import UNSAVED, is_lowered
 from compressor.pipelines.opened import Opened
 from compressor.weights import unwrapped
 
@@ -46,23 +45,6 @@ def resized(own: nn.Module, new: nn.Module) -> str | None:
         if isinstance(one, nn.Embedding) and tables.get(name, one.num_embeddings) != one.num_embeddings:
             return f"{name} has {one.num_embeddings:,} rows, and {tables[name]:,}"
     return None
-
-
-def mark_unsaved(pipe: Any) -> None:
-    """Let `save_pretrained` of `pipe`, and of those components that hold packed weights, be an error as long as one does."""
-    packed = []
-    for one in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
-        packed.append(any(map(is_lowered, one.modules())))
-        _mark(unwrapped(one), packed[-1])
-    _mark(pipe, any(packed))
-
-
-def _mark(holder: Any, packed: bool) -> None:
-    before = vars(holder).get("save_pretrained")
-    if packed and before is None and callable(getattr(holder, "save_pretrained", None)):
-        vars(holder)["save_pretrained"] = UNSAVED
-    elif not packed and before is UNSAVED:
-        del vars(holder)["save_pretrained"]
 
 
 def _put_in(module: nn.Module) -> dict[str, str]:

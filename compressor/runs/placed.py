@@ -29,7 +29,7 @@ from compressor.pipelines.recording import first_call, index_of, other_than, rec
 from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
 from compressor.runs import facts
-from compressor.runs.lost import mark_unsaved, refuse_lost, resized
+from compressor.runs.lost import refuse_lost, resized
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine, in_place
 from compressor.training.engine import Result
@@ -179,7 +179,6 @@ class Applied:
         self.pipe, self.part, self.module = pipe, part, module
         self._before: nn.Module | None = opened(pipe, part).module
         put(pipe, part, module)
-        mark_unsaved(pipe)
 
     def remove(self) -> None:
         """Put the part that was there before back. Again, it does nothing.
@@ -201,7 +200,6 @@ class Applied:
             )
         put(self.pipe, self.part, self._before)
         self._before = None
-        mark_unsaved(self.pipe)
 
     def __enter__(self) -> Any:
         return self.pipe
