@@ -39,6 +39,16 @@ class ReshapedError(CompressorError):
     """A model whose structure was made smaller is no model that another library knows; it is whole as it is."""
 
 
+class Refusal:
+    """What takes the place of a method that would do something wrong, or nothing: called, it raises a CompressorError."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        self.message, self.hint = message, hint
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise CompressorError(self.message, self.hint)
+
+
 class UsageError(CompressorError):
     """A name, flag or recipe that cannot be meant."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, Refusal
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,6 @@ _TAKE = ("save_pretrained", "from_unet", "from_transformer", "load_lora")
 """How the functions begin that take all weights of a model."""
 
 
-class _Refused:
-    """In place of a method of a lowered model that would do nothing, or half of it, where kernels have packed the weights."""
-
-    def __init__(self, name: str, why: str, hint: str) -> None:
-        self.name, self.why, self.hint = name, why, hint
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise CompressorError(f"{self.name}: the model is lowered, {self.why}", self.hint)
-
-
 _LORA = (
     "and a LoRA's products are not in its kernels",
     "Merge the LoRA into the weights (fuse_lora, then unload_lora_weights), and lower what comes of that.",
@@ -107,4 +97,4 @@ def refuse_methods(form: nn.Module) -> None:
     """Let methods of the lowered model `form` that look for plain layers and pass over others say so."""
     for name, (why, hint) in _METHODS.items():
         if callable(getattr(form, name, None)):
-            vars(form)[name] = _Refused(name, why, hint)
+            vars(form)[name] = Refusal(f"{name}: the model is lowered, {why}", hint)

@@ -1,4 +1,5 @@
-"""What users switched on in a part of a pipeline: adapters of images, attention processors, caches and other hooks, FreeU."""
+"""What users put into a part of a pipeline, and would be without once another module takes its place: adapters of images, attention
+processors, caches and other hooks, FreeU, tokens."""
 
 from __future__ import annotations
 
@@ -33,6 +34,20 @@ def refuse_lost(found: Opened, module: nn.Module, is_result: bool) -> None:
             "Put it into the pipeline after apply, or before the part is pruned; or apply the directory of a run, which changes the "
             "weights alone.",
         )
+    if (grown := resized(own, new)) is not None:
+        raise UsageError(
+            f"apply: {found.part}: {grown} in the module that would take its place: tokens were added since (textual inversion)",
+            "Load the textual inversion after apply, or prune the part that has it.",
+        )
+
+
+def resized(own: nn.Module, new: nn.Module) -> str | None:
+    """The first table of embeddings in `own` that has more or fewer rows in `new`, in words."""
+    tables = {name: one.num_embeddings for name, one in new.named_modules() if isinstance(one, nn.Embedding)}
+    for name, one in own.named_modules():
+        if isinstance(one, nn.Embedding) and tables.get(name, one.num_embeddings) != one.num_embeddings:
+            return f"{name} has {one.num_embeddings:,} rows, and {tables[name]:,}"
+    return None
 
 
 def _put_in(module: nn.Module) -> dict[str, str]:

@@ -22,14 +22,13 @@ from compressor.data.settings import Record
 from compressor.errors import CompressorError, UsageError, texts
 from compressor.foreign.sound import copied, is_lowered, refuse_empty, refuse_kept
 from compressor.lower import Lowered, lower
-from compressor.pipelines.features import refuse_lost
+from compressor.pipelines.features import refuse_lost, resized
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
 from compressor.pipelines.prompts import as_calls, pictures
 from compressor.pipelines.recording import first_call, index_of, other_than, recording
 from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
 from compressor.runs import facts
-from compressor.runs.lost import refuse_lost, resized
 from compressor.runs.piped import DEFAULTS, adapter_of_calls, index_for, records_folder
 from compressor.training import engine, in_place
 from compressor.training.engine import Result

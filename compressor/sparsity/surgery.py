@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, Refusal
 from compressor.validation import validated
 from compressor.weights import ties
 
@@ -65,7 +65,7 @@ class Surgery:
         before = surgery_of(model)
         vars(model)[_MEMORY] = self if before is None else self._after(before)
         if (self.kept or self.removed) and callable(getattr(model, "save_pretrained", None)):
-            vars(model)["save_pretrained"] = _Refused()
+            vars(model)["save_pretrained"] = _UNSAVED
 
     def _after(self, first: Surgery) -> Surgery:
         """The one surgery that does what `first` and then this one does."""
@@ -141,16 +141,6 @@ class Surgery:
                     )
 
 
-class _Refused:
-    """In place of a model's own `save_pretrained`: its configuration still has what was removed, so the folder would not load."""
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        raise CompressorError(
-            "save_pretrained would write a folder that does not load: the model has less than its configuration says",
-            "compressor.save keeps what was removed too, and compressor.load reads it.",
-        )
-
-
 class Bypass(nn.Module):
     """What is left of a removed module: its first argument, whatever else it is given; or where names are `passed`, a tuple
     of the arguments of these names. `parameters`: what the module called its arguments, in order."""
@@ -173,6 +163,10 @@ def surgery_of(model: nn.Module) -> Surgery | None:
 
 
 _MEMORY = "_compressor_surgery"
+_UNSAVED = Refusal(
+    "save_pretrained would write a folder that does not load: the model has less than its configuration says",
+    "compressor.save keeps what was removed too, and compressor.load reads it.",
+)
 _HINT = "It belongs to another model, or is damaged."
 
 
