@@ -463,20 +463,20 @@ def test_times_of_another_version_of_a_backend_are_not_used(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantises", [False, True])
-def test_a_kernel_is_checked_with_all_rows_of_the_example(quantises):
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_kernel_is_checked_with_all_rows_of_the_example(place):
     """For fewer rows a backend may take another kernel, which is then not the one that was checked."""
-    layers = [nn.Linear(8, 8) for _ in range(2)]
-    group = [SimpleNamespace(unit=SimpleNamespace(module=layer, dtype=torch.float32)) for layer in layers]
+    layer = nn.Linear(8, 8)
+    unit = SimpleNamespace(module=layer, dtype=torch.float32)
 
     def right_for_few(layer):
         return lambda x: layer(x) * (1 if len(x) < 6 else 2)
 
-    backend = SimpleNamespace(quantises=quantises, build=lambda unit: right_for_few(unit.module))
+    backend = SimpleNamespace(build=lambda unit: right_for_few(unit.module))
+    entry = chooser._Entry(backend, 1.0, modules=[right_for_few(layer)])
     x = torch.randn(6, 8)
-    wanted = copy.deepcopy(layers[0]).double()(x[:2].double())
-    found = chooser._errors(backend, [right_for_few(layers[0])], group, x, x[:2], wanted)
-    assert found == pytest.approx([1, 1], abs=1e-3)
+    wanted = copy.deepcopy(layer).double()(x[:2].double())
+    assert chooser._measured(entry, place, unit, x, wanted).errors == pytest.approx([1], abs=1e-3)
 
 
 class Gated(nn.Module):
