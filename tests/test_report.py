@@ -166,15 +166,16 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 
 
 def test_names_cannot_carry_markup(tmp_path):
-    report, evil = example(), "<script>alert(1)</script>|x"
+    report, evil = example(), "<script>alert(1)</script>|x\u202egnp"
     report["model"] = report["method"] = report["layers"][0]["name"] = report["rows"][2]["name"] = evil
     report["settings"] = {evil: evil}
     report["limitations"] = [evil, f"`{evil}`"]
     report["data"]["name"] = evil
     run = written(tmp_path / "run", report)
     render(run)
-    assert "<script" not in (run / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in (run / "report.md").read_text(encoding="utf-8")
+    for page in ("report.html", "report.md"):
+        text = (run / page).read_text(encoding="utf-8")
+        assert "<script" not in text and "\u202e" not in text and "xgnp" in text
 
 
 def test_commands_in_sentences_are_code_on_the_page_and_as_they_are_in_markdown(tmp_path):

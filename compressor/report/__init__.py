@@ -121,7 +121,7 @@ def environment_of(html: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=None if html else _plain,
+        finalize=_upright if html else _plain,
     )
     environment.filters.update(_FILTERS)
     environment.filters["breakable"] = breakable
@@ -149,6 +149,12 @@ def breakable(name: object) -> Markup:
 def marked(sentence: str) -> Markup:
     """A sentence for a page: what is between `backticks` is code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))
+
+
+def _upright(value: Any) -> str:
+    """A value in a page, without letters that turn the direction of writing round, or that nobody sees: names may come from others."""
+    kind = Markup if isinstance(value, Markup) else str
+    return kind("\n".join(printable(line) for line in str(value).split("\n")))
 
 
 def _plain(value: Any) -> str:
