@@ -149,7 +149,7 @@ def resolve_device(name: str) -> torch.device:
 
     try:
         device = PartialState().default_device if name == "auto" else torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which the device `meta` has not
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise CompressorError(f"device {name!r} cannot be used: {reason}", "Use auto, cpu, cuda or cuda:0.") from error

@@ -273,6 +273,24 @@ def test_a_pruner_of_fifteen_lines_in_a_file_runs(cli, here):
     assert compressor.load(here / "out") is not None
 
 
+def test_a_method_that_is_given_wins_over_the_pruner_of_the_recipe(cli, here):
+    (here / "my_pruner.py").write_text(PRUNER)
+    (here / "own.yaml").write_text("pruner: my_pruner.py:Mine\nevaluate: {samples: 0, latency_rounds: 0}\n")
+    for arguments, method in ((("--method", "magnitude"), "magnitude"), ((), "Mine")):
+        assert cli("run", "--config", "own.yaml", "--steps", 0, *arguments, "--out", method).code == 0
+        assert json.loads((here / method / "report.json").read_text())["method"] == method
+    trained = ("--model", "uvit", "--data", "digits", "--set", "batch_size=4", "--set", "architecture.embed_dim=32")
+    assert cli("train", "--config", "own.yaml", "--steps", 1, *trained, "--out", "dense").code == 0
+    assert json.loads((here / "dense" / "report.json").read_text())["method"] == "dense-continued"
+
+
+def test_rules_of_a_method_that_prunes_nothing_are_warned_of(cli, here):
+    none = ("--set", "evaluate.samples=0", "--set", "evaluate.latency_rounds=0", "--steps", 0, "--out", "out")
+    outcome = cli("run", "--method", "dense-continued", "--ignore", "in_blocks.0", *none)
+    assert outcome.code == 0
+    assert "targets and ignore say what is pruned, and dense-continued prunes nothing" in outcome.err
+
+
 BESIDE = """
 from compressor import NM, Pruner
 from {module} import SIGN
@@ -658,6 +676,12 @@ def test_the_help_of_all_says_what_each_command_does_in_whole_sentences(cli):
     assert (
         "compare Compare methods: equal budgets, data, noise and evaluation, several seeds, one report. doctor" in said
     )
+
+
+def test_without_a_command_the_help_is_shown_as_it_is(cli):
+    outcome = cli()
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.strip() == cli("--help").out.strip()
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("-h",), ("run", "--help")])

@@ -45,13 +45,22 @@ class _Group(click.Group):
             )
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="compressor")
-def app() -> None:
+@click.pass_context
+def app(context: click.Context) -> None:
     """Make diffusion models sparse, keep their quality, and see what it cost.
 
     Start with: compressor run --method sparsedm
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 for _command in (

@@ -69,7 +69,19 @@ class Command(click.Command):
             if re.fullmatch(r"--[\w-]+=", given):
                 raise UsageError(f"{given[:-1]} is empty", "Leave it out, or give it a value.")
         self._refuse_contrary(args)
+        self._refuse_twice(ctx, args)
         return super().parse_args(ctx, args)
+
+    def _refuse_twice(self, ctx: click.Context, args: list[str]) -> None:
+        """Raise UsageError where an option names two things and takes one: the first would be left out without a word. Of two
+        numbers the last one wins, as of two values for --set."""
+        seen: set[click.Parameter] = set()
+        for option in self.make_parser(ctx).parse_args(args=list(args))[2]:
+            named = isinstance(option.type, (click.Path, click.types.StringParamType))
+            if isinstance(option, click.Option) and named and not option.is_flag and not option.multiple:
+                if option in seen:
+                    raise UsageError(f"{option.opts[0]} is given twice", "Give it once.")
+                seen.add(option)
 
     def _refuse_contrary(self, args: list[str]) -> None:
         """Raise UsageError where flags set one option in two ways, of which the last would win."""

@@ -122,6 +122,8 @@ def compare(
 
     common = recipes.merged(settings, *map(recipes.assignment, assignments))
     refuse_two_models(common, common)
+    if other := sorted({"method", "pruner"} & common.keys()):
+        raise UsageError(f"--set {other[0]}: all entries would be that method", "Name what is compared with --methods.")
     if out is None:
         from compressor.runs import start
 

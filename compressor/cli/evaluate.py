@@ -42,6 +42,11 @@ def evaluate(output: Output, directory: Path, settings: dict[str, Any], assignme
 
 def evaluation(changed: Mapping[str, Any]) -> dict[str, Any]:
     """The section `evaluate` of settings. Raises UsageError where they have another one: the model is what it is."""
+    from compressor.recipe import SECTIONS
+
+    train = changed.get("train")
+    if isinstance(train, dict) and (both := sorted(SECTIONS["evaluate"].model_fields.keys() & train.keys())):
+        raise UsageError(f"{both[0]} is a setting of `train` too", f"Write --set evaluate.{both[0]}=…")
     if other := [name for name in changed if name != "evaluate"]:
         raise UsageError(
             f"{other[0]} is no setting of `evaluate`: the run keeps the others",

@@ -183,10 +183,12 @@ def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignment
     from compressor import recipe as recipes
     from compressor.runs.inputs import resolve
 
-    if settings.get("pruner") and settings.get("method"):
-        raise UsageError("--method and --pruner name two methods", "Give one of them.")
     file = recipes.read(config) if config is not None else {}
     told = recipes.merged(settings, *map(recipes.assignment, assignments))
+    if told.get("pruner") and told.get("method"):
+        raise UsageError("--method and --pruner name two methods", "Give one of them.")
+    if told.get("method"):
+        told = {**told, "pruner": None}  # the file's, over which it is given
     merged = recipes.merged(file, told)
     refuse_two_models(told, merged)
     return resolve(merged, str(config) if config is not None else "recipe")

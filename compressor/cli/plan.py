@@ -10,6 +10,7 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import lowering_settings, options, recipe_options, resolved_recipe
 from compressor.cli.terminal import Output, print_json, print_table, say, warn_of_idle_rules, watch
+from compressor.errors import UsageError
 
 
 @click.command(cls=Command)
@@ -28,6 +29,8 @@ def plan(
 
     The time of evaluation, and of the whole, is told too.
     """
+    if not lower and (idle := [name for name in ("tolerance", "max_error", "fuse_projections") if name in settings]):
+        raise UsageError(f"lowering.{idle[0]} with --no-lower", "Leave one of them out.")
     from compressor.runs.estimate import planned_run
     from compressor.runs.inputs import prepared
 

@@ -10,6 +10,9 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import options, run_argument
 from compressor.cli.terminal import Output, print_json, say
+from compressor.errors import UsageError
+
+_MESSAGE = "Upload by compressor"
 
 
 @click.command(cls=Command)
@@ -18,7 +21,7 @@ from compressor.cli.terminal import Output, print_json, say
     click.argument("name", required=False, metavar="[OWNER/NAME]"),
     click.option("--public", is_flag=True, help="A repository that everybody sees. Default: a private one."),
     click.option("--revision", metavar="BRANCH", help="Upload to this branch, which is made where it is not there."),
-    click.option("--message", default="Upload by compressor", show_default=True, help="Of the commit."),
+    click.option("--message", metavar="TEXT", help=f"Of the commit.  [default: {_MESSAGE}]"),
     click.option(
         "--folder", metavar="DIR", type=click.Path(path_type=Path), help="Write the folder, and upload nothing."
     ),
@@ -29,7 +32,7 @@ def push(
     name: str | None,
     public: bool,
     revision: str | None,
-    message: str,
+    message: str | None,
     folder: Path | None,
 ) -> None:
     """Upload a finished run's model to the hub of Hugging Face, with samples and a model card from its report.
@@ -41,6 +44,9 @@ def push(
 
     card.checked(name, folder)
     if folder is not None:
+        upload = {"--public": public, "--revision": revision, "--message": message}
+        if given := [option for option, value in upload.items() if value]:
+            raise UsageError(f"{given[0]} with --folder, which uploads nothing", "Leave one of them out.")
         made = card.folder_for_hub(directory, folder)
         if output.as_json:
             print_json({"folder": str(folder), "files": made})
@@ -52,7 +58,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="compressor-") as text:
         out = Path(text) / "folder"
         made = card.folder_for_hub(directory, out, name)
-        address = card.push(out, name, not public, message, revision)
+        address = card.push(out, name, not public, message or _MESSAGE, revision)
     if output.as_json:
         print_json({"repository": name, "address": address, "files": made})
         return

@@ -19,6 +19,7 @@ from compressor.cli.options import (
 )
 from compressor.cli.run import begin
 from compressor.cli.terminal import Output
+from compressor.errors import UsageError
 
 
 @click.command(cls=Command, shared=True)
@@ -54,5 +55,12 @@ def train(
 
     Its size: --set architecture.embed_dim=256 and the like; docs/training.md. Prune it with `compressor run --weights DIR`.
     """
-    dense = {"from_scratch": True, "method": "dense-continued"}
+    from compressor import recipe as recipes
+
+    dense = {"from_scratch": True, "method": "dense-continued", "pruner": None}
+    if other := sorted(dense.keys() & recipes.merged(*map(recipes.assignment, assignments)).keys()):
+        raise UsageError(
+            f"--set {other[0]}: a dense model is trained from random weights, and not pruned",
+            "Leave it out. `compressor run` prunes, and starts from weights that are there.",
+        )
     begin(output, resolved_recipe(config, {**settings, **dense}, assignments), out, overwrite, "trained", log_with)

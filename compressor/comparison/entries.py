@@ -26,6 +26,7 @@ from compressor.training.pruner import Cost, Preset, Pruner, setting_names, sett
 
 Match = Literal["macs", "density", "latency", "none"]
 MATCHES: tuple[str, ...] = ("macs", "density", "latency", "none")
+MOST_SEEDS = 1000
 TUNING_SEEDS = 1_000_000
 """Added to a seed for the runs that choose a learning rate, which are not those that are reported."""
 
@@ -128,6 +129,8 @@ def planned(
             f"{new[0]}: from_scratch: methods are compared from one trained model, and each seed would begin with another random one",
             "Train a dense model first (compressor train), and give it with --weights.",
         )
+    for label, recipe in found.items():
+        _refuse_own_lowering(label, recipe, lower, max_error)
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
@@ -151,11 +154,24 @@ def planned(
     )
 
 
+def _refuse_own_lowering(label: str, recipe: Recipe, lower: bool, max_error: float | None) -> None:
+    """Raise UsageError where `recipe` would have its model lowered otherwise than all are here: `lower`, with `max_error`."""
+    own = recipe.lowering.model_dump(exclude_defaults=True)
+    given = {"lowering": own} if own not in ({}, {"max_error": max_error}) else {}
+    if recipe.lower and not lower:
+        given["lower"] = {}
+    if given:
+        raise UsageError(
+            f"{label}: {min(given)} would not be asked for: the models of a comparison are lowered alike",
+            "Leave it out, and give --lower, with --max-error, for all of them.",
+        )
+
+
 def _seeds(first: int, count: int, tuned: bool) -> range:
     """So many seeds from the `first` on. Raises UsageError where there are none, or one of them, or of those that choose a rate where
     it is `tuned`, would be too large."""
-    if count < 1:
-        raise UsageError(f"--seeds {count}", "Give at least 1; intervals take 2.")
+    if not 1 <= count <= MOST_SEEDS:
+        raise UsageError(f"--seeds {count}", f"Give at least 1, at most {MOST_SEEDS:,}; intervals take 2.")
     after = max(count - 1, TUNING_SEEDS * tuned)
     if first + after >= 2**63:
         raise UsageError(f"--seed {first}", f"Give one up to {2**63 - 1 - after}: the others follow it.")

@@ -14,7 +14,7 @@ from compressor import registry
 from compressor.adapter import Adapter
 from compressor.data.reading.captions import read_captioned
 from compressor.data.sets import Records
-from compressor.data.settings import Loading
+from compressor.data.settings import Loading, Record
 from compressor.environment import resolve_device
 from compressor.errors import UsageError
 from compressor.pipelines.adapter import CallsAdapter
@@ -62,6 +62,7 @@ def refuse_mixed(recipe: Recipe) -> None:
         refuse_unused(recipe)
     alone: dict[str, Any] = {"prompts": recipe.prompts, "records": recipe.records, "part": recipe.part}
     alone["evaluate.scores"] = recipe.evaluate.scores or None
+    alone |= dict.fromkeys(_unusual(recipe.record, Record.model_fields, "record"), True)
     if recipe.pipeline is None and (given := [name for name, value in alone.items() if value]):
         raise UsageError(f"{given[0]} without a pipeline", "Give --pipeline DIR.")
     if recipe.pipeline is None or recipe.data is None:

@@ -40,6 +40,7 @@ from compressor.sparsity.pattern import Unstructured
 from compressor.training.engine import FineTuning, Result, choose_layers
 from compressor.training.forgetful import refuse_forgetful
 from compressor.training.given import surveyed
+from compressor.training.lora import refuse_unmasked
 from compressor.training.optimizers import check_optimizer
 from compressor.training.pruner import Pruner, chosen
 from compressor.training.rounding import check_quantise
@@ -109,10 +110,14 @@ class Inputs:
         dtypes = {name: value.dtype for name, value in self.model.named_parameters()}
         masked = {layer.name: dtypes[layer.name] for layer in layers if layer.reason is None}
         check_quantise(self.pruner, masked, self.recipe.train.mode)
+        if self.recipe.train.mode == "lora" and self.recipe.train.steps:
+            refuse_unmasked(masked)
 
     def unfit(self) -> str:
         """A sentence on what the rules choose and the pattern does not fit, where that is a twentieth of the weights or more."""
         recipe, pattern = self.recipe, self.pruner.pattern
+        if (recipe.targets or recipe.ignore) and self.starts_dense:
+            return f"targets and ignore say what is pruned, and {self.method} prunes nothing: every weight is trained"
         rules = with_rules(self.adapter, recipe.targets, recipe.ignore)
         every = {name for name, _ in self.model.named_parameters()} if self.pruner.targets(self.model) else set()
         wanted = select(self.model, Unstructured(1.0), every, rules.targets, rules.ignore)

@@ -65,6 +65,10 @@ def check_calibration(method: str, timesteps: int, last_weight: float, falls: Fa
     if not 0 < last_weight <= 1:
         raise UsageError(f"{method}: last_weight must be above 0 and at most 1, got {last_weight!r}")
     one_of(f"{method}: falls", falls, ("early", "late"))
+    if last_weight == 1 and falls != "early":
+        raise UsageError(
+            f"{method}: falls has no effect, as last_weight is 1", "Leave falls out, or give a last_weight."
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Source: Hu et al. 2022, "LoRA", section 4 (B starts at zero); the mask on the pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ from compressor.training.answers import copied_
 from compressor.training.settings import Lora
 
 
+def refuse_unmasked(masked: Collection[str]) -> None:
+    """Raise UsageError where no weight is masked: there is none to recover."""
+    if not masked:
+        raise UsageError(
+            "train.mode lora: the method masks no weight, so that there is none to recover",
+            "Choose a method with a pattern, or train.mode=full.",
+        )
+
+
 class Adapters:
     """The matrices behind `weights` (parameters by name, already masked by `masks`), which `attach` trains with an optimizer.
 
@@ -36,11 +45,7 @@ class Adapters:
     def __init__(
         self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Mask], settings: Lora, seed: int
     ) -> None:
-        if not masks:
-            raise UsageError(
-                "train.mode lora: the method masks no weight, so that there is none to recover",
-                "Choose a method with a pattern, or train.mode=full.",
-            )
+        refuse_unmasked(masks)
         self.masks = dict(masks)
         self.progress = 0.0
         self.flips = {name: torch.zeros((), dtype=torch.int64, device=w.device) for name, w in weights.items()}

@@ -164,6 +164,14 @@ def settings_of(pruner: Pruner) -> dict[str, Any]:
     return {name: getattr(pruner, name) for name in setting_names(type(pruner)) if name in fields}
 
 
+def refuse_unread(pruner: Pruner, why: str, *names: str) -> None:
+    """Raise UsageError where one of these settings is not what it is by default: nothing reads it, and `why` says why."""
+    fields: Mapping[str, Any] = getattr(type(pruner), "__dataclass_fields__", {})
+    for name in names:
+        if getattr(pruner, name) != fields[name].default:
+            raise UsageError(f"{type(pruner).__name__}: {name} has no effect, as {why}", f"Leave {name} out.")
+
+
 def refuse_text(pruner: Pruner) -> None:
     """Raise UsageError for a pattern that is written, not read: `"2:4"` in the place of `parse("2:4")`; and for no objective."""
     if not isinstance(pattern := pruner.pattern, Pattern):

@@ -21,7 +21,7 @@ from compressor.sparsity.layers import reached, survey
 from compressor.sparsity.pattern import NM, Mask
 from compressor.sparsity.surgery import Surgery
 from compressor.training.calibration import visits
-from compressor.training.pruner import Cost, Objective, Pruner, found
+from compressor.training.pruner import Cost, Objective, Pruner, found, refuse_unread
 from compressor.weights import twin
 
 
@@ -56,6 +56,12 @@ class Depth(Pruner):
             raise UsageError(f"depth: timesteps must be at least 1, got {self.timesteps}")
         if not 0 <= self.teacher < float("inf"):
             raise UsageError(f"depth: teacher must be a number of at least 0, got {self.teacher!r}")
+        if self.score == "error":
+            refuse_unread(self, "score error draws nothing", "seed")
+        else:
+            refuse_unread(self, f"score {self.score} looks at no data", "timesteps")
+        if self.teacher_only:
+            refuse_unread(self, "teacher_only learns from the teacher alone", "teacher")
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]  # derived from the settings, which are what is set

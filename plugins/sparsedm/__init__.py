@@ -19,7 +19,7 @@ from compressor.sparsity.codes import QUANTISE, Quantise
 from compressor.sparsity.estimator import SRSTE as SRSTE
 from compressor.sparsity.estimator import Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
-from compressor.training.pruner import Objective, Pruner, found
+from compressor.training.pruner import Objective, Pruner, found, refuse_unread
 
 from .presets import PRESETS
 
@@ -71,6 +71,12 @@ class SparseDM(Pruner):
         for name, value in (("decay", self.decay), ("teacher", self.teacher)):
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"sparsedm: {name} must be a number of at least 0, got {value!r}")
+        if not self.decay:
+            refuse_unread(self, "decay is 0", "decoupled")
+        if self.fixed:
+            refuse_unread(self, "of fixed masks nothing that is pruned comes back", "decay", "decoupled")
+        if self.teacher_only:
+            refuse_unread(self, "teacher_only learns from the teacher alone", "teacher")
 
     @property
     def starts_from(self) -> str:

@@ -11,7 +11,7 @@ from compressor.errors import UsageError, one_of
 from compressor.sparsity.codes import QUANTISE, Quantise
 from compressor.sparsity.estimator import SRSTE, Estimator
 from compressor.sparsity.pattern import NM, Mask, Pattern
-from compressor.training.pruner import Pruner
+from compressor.training.pruner import Pruner, refuse_unread
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class STE(Pruner):
         one_of("sr-ste: quantise", self.quantise, QUANTISE)
         if not 0 <= self.decay < float("inf"):
             raise UsageError(f"sr-ste: decay must be a number of at least 0, got {self.decay!r}")
+        if not self.decay:
+            refuse_unread(self, "decay is 0", "decoupled")
 
     @property
     def estimator(self) -> Estimator:  # type: ignore[override]  # derived from the settings, which are what is set

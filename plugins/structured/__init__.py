@@ -14,7 +14,7 @@ from compressor.data.batches import Batches
 from compressor.errors import CompressorError, UsageError, first_line, one_of
 from compressor.sparsity.pattern import Mask
 from compressor.sparsity.surgery import Surgery
-from compressor.training.pruner import Cost, Objective, Pruner, found
+from compressor.training.pruner import Cost, Objective, Pruner, found, refuse_unread
 from compressor.weights import twin
 
 from .groups import find_groups
@@ -64,13 +64,25 @@ class Structured(Pruner):
                 raise UsageError(f"structured: {name} must be at least 1, got {whole}")
         if not 0 <= self.teacher < float("inf"):
             raise UsageError(f"structured: teacher must be a number of at least 0, got {self.teacher!r}")
+        if self.density is not None:
+            refuse_unread(self, "density says what stays", "macs")
+        if self.score != "random":
+            refuse_unread(self, f"score {self.score} draws nothing", "seed")
+        if not self.score.startswith("diff-pruning"):
+            refuse_unread(self, f"score {self.score} has none", "threshold")
+        if self.score in ("magnitude", "random"):
+            refuse_unread(self, f"score {self.score} looks at no data", "timesteps")
+        if self.teacher_only:
+            refuse_unread(self, "teacher_only learns from the teacher alone", "teacher")
 
     @property
     def objective(self) -> Objective:  # type: ignore[override]  # derived from the settings, which are what is set
         return Objective.taught(self.teacher, self.teacher_only)
 
     def with_cost(self, share: float, measure: Cost = "macs") -> Self:
-        return replace(self, density=share) if measure == "density" else replace(self, macs=share, density=None)
+        if measure == "density":
+            return replace(self, density=share, macs=type(self).macs)
+        return replace(self, macs=share, density=None)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         return {}
