@@ -179,6 +179,6 @@ def console(stderr: bool) -> Console:
     from rich.console import Console
 
     terminal = Console(stderr=stderr)
-    if not terminal.is_terminal and "COLUMNS" not in os.environ:
-        terminal.width = 400  # a file or pipe has no width of its own to be cut to
+    if not terminal.width or (not terminal.is_terminal and "COLUMNS" not in os.environ):
+        terminal.width = 400  # a file or pipe has no width of its own to be cut to, and COLUMNS=0 is none
     return terminal
