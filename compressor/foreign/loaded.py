@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from compressor.errors import CompressorError
 Report = Mapping[str, Any]
 """What `from_pretrained` of diffusers and transformers gives with `output_loading_info`."""
 _HINT = "The weights are of another configuration than config.json says, or the folder is incomplete: use another copy."
+_TURN = RLock()
 
 
 def misfits(model: nn.Module, report: Report) -> list[str]:
@@ -48,7 +50,7 @@ def refuse_partly_loaded(model: nn.Module, report: Report, where: object) -> Non
 def reported() -> Iterator[list[tuple[str, nn.Module, Report]]]:
     """A list of what `from_pretrained` of models of diffusers and transformers gives in the block: the folder, the model, the report.
 
-    A pipeline loads its components by itself, and hands on no reports.
+    A pipeline loads its components by itself, and hands on no reports. Of several threads one at a time is in such a block.
     """
     from diffusers import ModelMixin
 
@@ -58,7 +60,7 @@ def reported() -> Iterator[list[tuple[str, nn.Module, Report]]]:
 
         kinds.append(PreTrainedModel)
     found: list[tuple[str, nn.Module, Report]] = []
-    with ExitStack() as stack:
+    with _TURN, ExitStack() as stack:
         for kind in kinds:
             before = vars(kind)["from_pretrained"]
             stack.callback(setattr, kind, "from_pretrained", before)

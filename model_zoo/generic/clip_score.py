@@ -44,8 +44,8 @@ class ClipScore(Score):
             ) from error
         try:
             with quiet_libraries():
-                made: Any
-                made, report = CLIPModel.from_pretrained(
+                kind: Any = CLIPModel  # whose annotations know of no report
+                made, report = kind.from_pretrained(
                     weights, local_files_only=True, use_safetensors=True, output_loading_info=True
                 )
                 processor = CLIPProcessor.from_pretrained(weights, local_files_only=True)
