@@ -92,12 +92,12 @@ ARRAYS = {
 }
 
 
-def command(folder, *more):
+def command(folder, *more, weights=None):
     return (
         "--model",
         "diffusers",
         "--weights",
-        folder,
+        weights or folder,
         "--data",
         folder / "data.npz",
         "--set",
@@ -265,8 +265,8 @@ def test_a_single_file_beside_its_configuration_runs(name, cli, tmp_path):
     file = folder / "transformer" / name
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename(file)
     np.savez(folder / "data.npz", **ARRAYS["sd3"])
-    more = ("--weights", file, "--steps", "1", "--method", "magnitude", *NO_SAMPLES)
-    outcome = cli.run(tmp_path / "run", *command(folder, *more))
+    more = ("--steps", "1", "--method", "magnitude", *NO_SAMPLES)
+    outcome = cli.run(tmp_path / "run", *command(folder, *more, weights=file))
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run" / "pipeline" / "scheduler").is_dir()
     diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "run" / "pipeline" / "transformer")

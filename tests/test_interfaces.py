@@ -248,6 +248,7 @@ KNOWN_NAMES = {
     ("compressor/runs/machine.py", "nni"): "an extra of this package, which `doctor` looks for",
     ("compressor/report/in_short.py", "fid"): "whose features a reader may know",
     ("compressor/environment.py", "diffusers"): "the library, whose version a report has",
+    ("compressor/lower/held.py", "diffusers"): "the library, which may ask a lowered model for its weights",
 }
 
 
