@@ -76,7 +76,7 @@ _PIPELINES = """
 _RECORD = """
 Usage: compressor record [OPTIONS] PIPELINE
 Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.
-`compressor run --pipeline PIPELINE --records DIR` learns from them. Interrupted, the same command goes on.
+`compressor run --pipeline PIPELINE --prompts FILE --records DIR` learns from them. Interrupted, the same command goes on.
 Options:
 --prompts FILE One a line, JSON objects of arguments (.jsonl), or a list (.json). [required]
 --n INTEGER RANGE Pictures to learn from. [default: 16; x>=1]

@@ -50,7 +50,7 @@ def record(
 ) -> None:
     """Run PIPELINE and keep every call of its denoiser: what it was told, and what it answered.
 
-    `compressor run --pipeline PIPELINE --records DIR` learns from them. Interrupted, the same command goes on.
+    `compressor run --pipeline PIPELINE --prompts FILE --records DIR` learns from them. Interrupted, the same command goes on.
     """
     from compressor import recipe as recipes
     from compressor.data.settings import Record
