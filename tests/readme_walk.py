@@ -31,7 +31,7 @@ SHORTER = {
     "train": ("--steps 2", f"{_TRAINED} architecture.embed_dim=32 architecture.depth=2 architecture.num_heads=2"),
     "compare": ("--steps 2 --seeds 1", _TRAINED),
     "evaluate": ("--samples 8", "evaluate.sampler_steps=2 evaluate.bootstrap=2 evaluate.latency_rounds=2"),
-    "bench": ("--batches 1 --no-compiled", ""),
+    "bench": ("--no-compiled", ""),
     "plan": ("--steps 2 --no-lower", _TRAINED),
     "sample": ("--n 4 --steps 2", ""),
     "export": ("", ""),
@@ -68,9 +68,9 @@ def commands() -> list[str]:
 def shorter(words: list[str]) -> list[str]:
     """A command, made short."""
     if words[0] == "torchrun":
-        number = words.index("--nproc_per_node") + 1
-        words = [*words[:number], "2", *words[number + 1 :]]
-        return [*words, *_settings(_TRAINED), "--steps", "2"]
+        return [*_instead(words, "--nproc_per_node", "2"), *_settings(_TRAINED), "--steps", "2"]
+    if "--batches" in words:  # may be given once
+        words = _instead(words, "--batches", "1")
     flags, settings = SHORTER[words[1]]
     more = f"{settings} {_RECORDED}" if "--pipeline" in words and "--prompts" in words else settings
     if "--pipeline" in words and "--data" in words:
@@ -79,6 +79,12 @@ def shorter(words: list[str]) -> list[str]:
         more = more.replace("latency_rounds=2", "latency_rounds=0").replace("samples=8", "samples=2")
     one_shot = "--steps 0" in shlex.join(words)
     return [*words, *([] if one_shot else flags.split()), *_settings(more)]
+
+
+def _instead(words: list[str], option: str, value: str) -> list[str]:
+    """`words` with `value` in place of what follows `option`."""
+    at = words.index(option) + 1
+    return [*words[:at], value, *words[at + 1 :]]
 
 
 def _settings(text: str) -> list[str]:
