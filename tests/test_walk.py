@@ -17,7 +17,8 @@ def test_every_command_of_the_readme_is_known_to_the_walk() -> None:
     assert {words[0] for words in lines} == {"compressor", "torchrun"}
     for words in lines:
         short = readme_walk.shorter(words)
-        assert short[: len(words)] == words or words[0] == "torchrun", "what is written is changed"
+        changed = {words[at - 1] for at, word in enumerate(words) if short[at] != word}
+        assert words[0] == "torchrun" or changed <= {"--batches"}, "what is written is changed"
 
 
 @pytest.mark.slow
