@@ -40,10 +40,8 @@ def refuse_partly_loaded(model: nn.Module, report: Report, where: object) -> Non
     What else is left over is of other parts: of the decoder of a model whose encoder alone is used, for one.
     """
     layers = {name for name, module in model.named_modules() if module._parameters}
-    wrong = misfits(model, report)
-    more = [one for one in wrong if one.startswith("unexpected ")]
-    other = [one for one in more if one.removeprefix("unexpected ").rpartition(".")[0] not in layers]
-    refuse_misfits(model, [one for one in wrong if one not in other], where)
+    beside = [name for name in report["unexpected_keys"] if name.rpartition(".")[0] in layers]
+    refuse_misfits(model, misfits(model, {**report, "unexpected_keys": beside}), where)
 
 
 @contextmanager
