@@ -48,7 +48,7 @@ def test_what_a_wheel_must_hold_is_in_the_folders(building: ModuleType) -> None:
     for known in (
         "compressor/py.typed",
         "compressor/plugins/sparsedm/README.md",
-        "compressor/report/template.html",
+        "compressor/report/run.html",
         "compressor/report/schema.json",
         "compressor/model_zoo/uvit/sizes.py",
         building.KERNELS,

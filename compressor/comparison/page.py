@@ -19,7 +19,7 @@ from compressor.comparison.entries import Cell, Comparison
 from compressor.comparison.statistics import differences, summary
 from compressor.comparison.worker import RUN, read_row
 from compressor.errors import CompressorError, printable
-from compressor.report import charts, data_uri, environment_of, read_comparison, read_metrics, resource
+from compressor.report import charts, data_uri, read_comparison, read_metrics, template
 from compressor.report.compared import CellResult, ComparisonReport, DenseRow, Entry, Judged, LearningRates, Match
 from compressor.report.content import DataFacts, Environment, Latency
 from compressor.report.in_short import glossary
@@ -183,18 +183,16 @@ def _pages(report: ComparisonReport, out: Path) -> dict[str, str]:
         "by_steps": words.by_steps(report),
         "layers": words.layers(report),
     }
-    page = environment_of(html=True).from_string(resource("comparison.html"))
-    text = environment_of(html=False).from_string(resource("comparison.md"))
     pictures = {"dense": out / "dense" / "samples.png"}
     pictures |= {e.label: out / _inner(e.cells[0].folder) / "samples.png" for e in report.entries}
     found = {label: path for label, path in pictures.items() if path.is_file()}
-    html = page.render(
+    html = template("comparison.html").render(
         **shown,
         pictures={label: data_uri(path) for label, path in found.items()},
         charts=[(title, about, Markup(chart)) for title, about, chart in _charts(report, out)],
-        css=Markup(resource("style.css")),
     )
-    markdown = text.render(**shown, pictures={label: path.relative_to(out).as_posix() for label, path in found.items()})
+    named = {label: path.relative_to(out).as_posix() for label, path in found.items()}
+    markdown = template("comparison.md").render(**shown, pictures=named)
     return {"report.csv": _csv(report), "report.md": markdown + "\n", "report.html": html + "\n"}
 
 

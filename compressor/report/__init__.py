@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from compressor import files, validation
@@ -32,7 +32,7 @@ __all__ = ["read_comparison", "read_report", "render", "schema"]
 
 def schema() -> dict[str, Any]:
     """The JSON schema of `report.json`, of runs and of comparisons."""
-    loaded: dict[str, Any] = json.loads(resource("schema.json"))
+    loaded: dict[str, Any] = json.loads(_resource("schema.json"))
     return loaded
 
 
@@ -100,23 +100,28 @@ def _written(run: Path, report: Report, steps: list[dict[str, Any]]) -> tuple[st
     latent = charts.curve_chart(lines, "share of the steps that is done", "latent error") if lines else None
     points = words.trade_off_points(report)
     traded = charts.scatter_chart(points, "time of one picture, ms", "RMSE from the first") if points else None
-    page = environment_of(html=True).from_string(resource("template.html"))
+    page, text = template("run.html"), template("run.md")
     data = {name: data_uri(run / "samples" / file) for name, file in pictures.items()}
     curves = [(title, Markup(charts.line_chart(lines, label))) for title, label, lines in charts.curves(steps)]
-    text = environment_of(html=False).from_string(resource("template.md"))
     paired = {
         "side_by_side": data_uri(sheet) if sheet.is_file() else None,
         "latent_curve": Markup(latent) if latent is not None else None,
         "trade_off_chart": Markup(traded) if traded is not None else None,
     }
-    html = page.render(**facts, **paired, pictures=data, curves=curves, css=Markup(resource("style.css")))
+    html = page.render(**facts, **paired, pictures=data, curves=curves)
     return html + "\n", text.render(
         **facts, pictures=pictures, side_by_side=SIDE_BY_SIDE if sheet.is_file() else None
     ) + "\n"
 
 
+def template(name: str) -> Template:
+    """The template of that name beside this file: of a page where it ends in ".html", else of Markdown."""
+    return environment_of(html=name.endswith(".html")).get_template(name)
+
+
 def environment_of(html: bool) -> Environment:
     environment = Environment(
+        loader=FunctionLoader(_resource),
         autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -191,5 +196,5 @@ def data_uri(path: Path) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(read_bytes(path, MOST_PICTURE_BYTES)).decode("ascii"))
 
 
-def resource(name: str) -> str:
+def _resource(name: str) -> str:
     return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from compressor import files
 from compressor.errors import UsageError
-from compressor.report import environment_of, resource, timings, words
+from compressor.report import template, timings, words
 from compressor.report.content import DENSE, Report
 from compressor.report.further import further
 from compressor.report.in_short import against, glossary
@@ -85,11 +83,8 @@ def write(found: Beside, out: Path) -> None:
     refuse_other_pages(out)
     out.mkdir(parents=True, exist_ok=True)
     facts = {"found": found, "glossary": glossary(found.metric, [title for title, _, _ in found.columns])}
-    page = environment_of(html=True).from_string(resource("beside.html"))
-    files.write_text(
-        out / "report.md", environment_of(html=False).from_string(resource("beside.md")).render(**facts) + "\n"
-    )
-    files.write_text(out / "report.html", page.render(**facts, css=Markup(resource("style.css"))) + "\n")
+    for kind in ("md", "html"):
+        files.write_text(out / f"report.{kind}", template(f"beside.{kind}").render(**facts) + "\n")
 
 
 def _column(report: Report, row: str) -> dict[str, tuple[str, str]]:
