@@ -331,6 +331,7 @@ def together_gap(*results: dict[str, Any]) -> str:
 
 
 _FOUND = "docs/results.md"
+_SPEED = "docs/speed.md"
 _OF_PICTURES = (
     "methods-pictures",
     "methods-pictures-more",
@@ -344,19 +345,17 @@ PICTURES = " ".join(f"comparison_{name}.json" for name in _OF_PICTURES)
 TABLES = (
     *((page, "methods", PICTURES, together) for page in ("README.md", _FOUND)),
     (_FOUND, "methods-uvit", "comparison_methods-uvit.json", comparison),
-    *(
-        ("docs/lowering.md", made.__name__, f"{made.__name__}_cpu.json", made)
-        for made in (lowering, int8, sway, tokens, levels, projections)
-    ),
+    *(("docs/lowering.md", it.__name__, f"{it.__name__}_cpu.json", it) for it in (int8, sway, levels, projections)),
+    *((_SPEED, it.__name__, f"{it.__name__}_cpu.json", it) for it in (tokens, lowering)),
     ("docs/lowering.md", "dense-bits", "dense_bits_cpu.json dense_bits_cpu_avx2.json", dense_bits),
     *(
-        ("docs/lowering.md", f"opponents{it}", f"opponents_cpu{it.replace('-', '_')}.json", opponents)
+        (_SPEED, f"opponents{it}", f"opponents_cpu{it.replace('-', '_')}.json", opponents)
         for it in ("", "-avx-vnni", "-decoder", "-sd15", "-vnni", "-zen5")
     ),
     ("docs/pipelines.md", "whole-picture", "whole_picture_cpu.json", whole_picture),
-    *(("docs/lowering.md", f"peaks{it}", f"roofline_cpu{it.replace('-', '_')}.json", peaks) for it in ("", "-avx2")),
+    *(("docs/kernels.md", f"peaks{it}", f"roofline_cpu{it.replace('-', '_')}.json", peaks) for it in ("", "-avx2")),
     ("docs/onnx.md", "onnx", "onnx.json", onnx),
-    ("docs/lowering.md", "clustering", "clustering.json comparison_methods-uvit.json", clustering),
+    (_SPEED, "clustering", "clustering.json comparison_methods-uvit.json", clustering),
     *((_FOUND, f"gap-{it}", f"comparison_best-{it}.json", gap) for it in ("uvit", "ddpm")),
     (_FOUND, "gap-pictures", PICTURES, together_gap),
     (_FOUND, "obs-pictures", PICTURES, with_obs),

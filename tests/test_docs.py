@@ -342,27 +342,28 @@ def speed_ups(page: str, marker: str) -> dict[str, tuple[str, str]]:
         ("Zen 4 kept to AVX2", "opponents"),
     ],
 )
-def test_what_the_readme_says_of_cpus_is_in_the_tables_of_lowering(machine, marker):
-    lowering = (ROOT / "docs" / "lowering.md").read_text(encoding="utf-8")
-    found = speed_ups(lowering, marker)
+def test_what_is_said_of_cpus_is_in_the_tables_of_speed(machine, marker):
+    found = speed_ups((ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), marker)
     order = ["U-ViT-S/2, 32x32, batch 4, ms", "U-ViT-S/2, 32x32, batch 1, ms"]
     order += ["one block of DiT-XL/2, 1,024 tokens, batch 1, ms", "DDPM UNet, CIFAR-10, batch 4, ms"]
     cells = [", ".join(found[name]) for name in order]
     assert f"| {machine} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
     few, exact = (sorted(found[name][at] for name in order) for at in (0, 1))
-    assert f"| {machine} | {few[0]} to {few[-1]} | {exact[0]} to {exact[-1]} |" in lowering
+    assert f"| {machine} | {few[0]} to {few[-1]} | {exact[0]} to {exact[-1]} |" in (
+        ROOT / "docs" / "lowering.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_what_the_readme_says_of_a_model_of_real_size_is_in_the_table():
-    lowering = (ROOT / "docs" / "lowering.md").read_text(encoding="utf-8")
-    (few, exact), *others = speed_ups(lowering, "opponents-sd15").values()
+    lowering, speed = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("lowering.md", "speed.md"))
+    (few, exact), *others = speed_ups(speed, "opponents-sd15").values()
     assert not others
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"(256 pixels, Zen 4) is at {few}, {exact}" in readme
     assert f"stay dense, is at {few} and\n{exact} on the Zen 4" in lowering
-    ((few, exact),) = speed_ups(lowering, "opponents-decoder").values()
+    ((few, exact),) = speed_ups(speed, "opponents-decoder").values()
     assert f"The decoder of its autoencoder is at [{few}, {exact}]" in readme
-    assert f"pruned decoder is {few[:-1]} times as fast as OpenVINO's int8" in lowering
+    assert f"pruned decoder is {few[:-1]} times as fast as OpenVINO's int8" in speed
 
 
 def test_what_is_said_of_a_whole_picture_is_in_its_table():
