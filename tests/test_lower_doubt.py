@@ -401,6 +401,17 @@ def test_a_plugin_that_raises_is_refused_and_named() -> None:
     assert any("raises" in note and "ouch" in note for note in plan.notes)
 
 
+@dataclass(frozen=True)
+class Remarks(Plugin):
+    def remark(self, device: torch.device) -> str | None:
+        return "the library is slow"
+
+
+def test_what_backends_of_one_library_remark_is_told_once() -> None:
+    plan = compressor.lower(net(), X, ["eager", Remarks(name="first"), Remarks(name="second")], cache=False).plan
+    assert plan.notes.count("the library is slow") == 1
+
+
 @pytest.mark.parametrize("backends", [[Plugin], [Plugin(), Plugin()], [Plugin(name=None)], [3]])  # type: ignore[arg-type]
 def test_what_is_no_backend_is_refused(backends: list[Any]) -> None:
     with pytest.raises(CompressorError, match="backend"):

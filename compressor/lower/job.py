@@ -132,7 +132,8 @@ def prepared(
     found = [one for one in found if one.weights or one.unit.kind in kinds]
     for backend in chosen:
         try:
-            notes += [remark] if (remark := backend.remark(device)) else []
+            remark = backend.remark(device)
+            notes += [remark] if remark and remark not in notes else []  # several are of one library
         except Exception as failure:  # a plugin may raise anything
             notes.append(f"{backend.name}: {type(failure).__name__}: {failure}")
     return Job(base, forward, device, _setting(device), found, left, chosen, notes)
