@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -88,12 +89,12 @@ class Clustered(Pattern):
 
         Rows of a weight that have zeros where their group keeps join the rows that they have most in common with.
         """
-        support = (keep != 0).cpu()
-        flat = support.flatten(1)
+        support = keep.bool().cpu()  # bool != 0 is a hundred times as slow
+        flat = support.flatten(1).numpy()
         full = self.n * (flat.shape[1] // self.m)
         groups: dict[bytes, list[int]] = {}
         odd: list[int] = []  # also every row of a weight that is all zeros
-        for row, (bits, count) in enumerate(zip(flat.numpy(), flat.sum(1).tolist(), strict=True)):
+        for row, (bits, count) in enumerate(zip(np.packbits(flat, axis=1), flat.sum(1).tolist(), strict=True)):
             if count == full:
                 groups.setdefault(bits.tobytes(), []).append(row)
             else:
