@@ -103,8 +103,10 @@ step() {
 run() {
     end=$(($(date +%s) + SECONDS_LEFT))
     mkdir -p "$RESULTS"
+    : >> "$RESULTS/steps.log" # where nothing can be written, nothing is begun
     [ "$RESULTS" -ef benchmarks/gpu ] || cp -n benchmarks/gpu/{lowering,training,kernels}_*.jsonl "$RESULTS"/ 2> /dev/null || true
     install
+    "$PYTHON" -c "import torch; torch.zeros(1, device='cuda').item(); print(torch.cuda.get_device_name(), torch.__version__)"
     # One after the other, each said as it passes: those that are not reached are known. A failure is no end, as each form is compared.
     [ "${TESTS:-}" = none ] || tests -k "${TESTS:-}" 2>&1 |
         tee "$RESULTS/tests.log" || echo "tests ended with ${PIPESTATUS[0]}: read them before any figure is used"
