@@ -366,6 +366,18 @@ def test_a_form_that_fails_is_one_result_among_others(measuring, tmp_path, monke
     assert "median_ms" in forms["cusparselt everywhere, compiled"]
 
 
+def test_a_form_is_profiled_once(kept, monkeypatch):
+    profiler = script("by_kernel")
+    cell = SimpleNamespace(name="c 1", dense=None, cast=(), prepare=lambda: None, fits=lambda backend: False)
+    monkeypatch.setattr(profiler, "Cell", lambda *_: cell)
+    monkeypatch.setattr(profiler, "SUBJECTS", {"c": lambda: None})
+    monkeypatch.setattr(profiler, "compiled", lambda model: model)
+    monkeypatch.setattr(profiler, "by_kernel", lambda form, inputs: [{"us": 1.0}])
+    for _ in range(2):
+        profiler.profiled("c", 1, kept(), torch.device("cpu"))
+    assert [one["form"] for one in kept().all] == ["dense", "dense, compiled"]
+
+
 def _broken(model: Any, mode: str = "") -> Any:
     if mode:
         raise RuntimeError("no compiler")

@@ -64,7 +64,10 @@ def profiled(name: str, batch: int, lines: Lines, device: torch.device) -> None:
         for backend in BACKENDS
         if cell.fits(backend)
     }
+    done = lines.done(cell.name)
     for form, make in makes.items():
+        if form in done:
+            continue  # of a session before
         found: dict[str, Any] = {"cell": cell.name, "form": form}
         try:
             spent = by_kernel(make(), cell.cast)
