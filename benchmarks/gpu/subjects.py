@@ -28,8 +28,8 @@ PUBLISHED = (
     (80, "1.35x to 1.5x"),
     (float("inf"), "1.5x to 1.65x"),
 )
-"""Published for 2:4 in bfloat16 on an H100, both sides tuned, by GFLOP of a product. Not measured here; on an H200, whose dense
-products are faster, the gain should begin later."""
+"""Published for 2:4 in bfloat16 on an H100, both sides tuned, by GFLOP of a product. Not measured here, and not of an H200, whose
+memory is faster."""
 
 
 @dataclass(frozen=True)
