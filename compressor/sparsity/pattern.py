@@ -199,15 +199,17 @@ class NM(Pattern):
             return on_gpu
         found: dict[str, Mask] = {}
         joined: dict[str, Tensor] = {}
+        size = 0
         for name, score in scores.items():
             if self.v > 1 or score.dim() != 2 or score.numel() > _SMALL or self.misfit(tuple(score.shape)):
                 found[name] = self.mask(score)
                 continue
-            others = [*joined.values(), score]
-            if len({(s.dtype, s.device) for s in others}) > 1 or sum(s.numel() for s in others) > _JOINED:
+            first = next(iter(joined.values()), score)
+            if (score.dtype, score.device) != (first.dtype, first.device) or size + score.numel() > _JOINED:
                 found |= self._as_one(joined)
-                joined = {}
+                joined, size = {}, 0
             joined[name] = score
+            size += score.numel()
         found |= self._as_one(joined)
         return {name: found[name] for name in scores}
 
