@@ -7,7 +7,7 @@ Order: defaults, the model's own, the recipe file, flags, `--set`. A setting ins
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,6 +160,18 @@ def plain_assignment(text: str) -> dict[str, Any]:
     return {key.strip(): parse_yaml(f"value: {value}" if value.strip() else "value: ''", key.strip())["value"]}
 
 
+def plain_assignments(texts: Iterable[str], of: str) -> dict[str, Any]:
+    """As `plain_assignment`, all of them together. Raises UsageError where a key stands twice: one value would be gone without a word;
+    `of` is what has them."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        for key, value in plain_assignment(text).items():
+            if key in found:
+                raise UsageError(f"{of}: {key} is given twice", "Give it once.")
+            found[key] = value
+    return found
+
+
 def assignment(text: str) -> dict[str, Any]:
     """`section.key=value` as nested settings; the value is read as YAML (`1e-4`, `true`, `2:4`, `[a, b]`)."""
     key, equals, value = text.partition("=")
@@ -216,6 +228,11 @@ _LATER: Mapping[str, tuple[str, ...]] = {
     "train": ("mode", "lora", "gradient_checkpointing", "compiled", "optimizer", "offload", "parallel", "times"),
 }
 """Settings that came after the first recipes were hashed, by section."""
+
+
+def is_whole(settings: Mapping[str, Any]) -> bool:
+    """Whether `settings` name every setting, as the recipe does that a run wrote, of this version or an earlier one."""
+    return Recipe.model_fields.keys() - _LATER[""] <= settings.keys()
 
 
 def identity(recipe: Recipe, evaluated: bool = False) -> dict[str, Any]:

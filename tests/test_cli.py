@@ -690,3 +690,19 @@ def test_help_and_version_are_results(cli, arguments):
     assert outcome.code == 0
     assert outcome.out
     assert outcome.err == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("resume {}", "run --resume --out {}", "evaluate {}", "report {}", "report {} {}", "lower {}", "bench {}"),
+        *("export {} --to onnx", "sample {}", "merge-lora {} lora.safetensors", "push {} --folder out"),
+    ],
+)
+@pytest.mark.parametrize("name", ["missing", "file", "file/in"])
+def test_a_run_that_is_no_directory_is_wrong_usage_everywhere(cli, here, command, name):
+    (here / "file").write_text("text")
+    outcome = cli(*command.replace("{}", name).split())
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {name}: ")
+    assert [path.name for path in here.iterdir()] == ["file"]

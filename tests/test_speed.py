@@ -215,7 +215,7 @@ def test_plain_2_4_says_that_a_cpu_gains_nothing_and_what_would(finished: Path, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("lower", "nowhere"), 1, "no such directory"),
+        (("lower", "nowhere"), 2, "no such directory"),
         (("lower", "RUN", "--dtype", "float8"), 2, "float8"),
         (("lower", "RUN", "--batch", "0"), 2, "0"),
         (("bench", "RUN", "--batches", "1,x"), 2, "1,x"),

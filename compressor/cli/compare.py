@@ -11,6 +11,7 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import (
     budget_options,
+    folder_option,
     input_options,
     model_options,
     name_of,
@@ -94,7 +95,7 @@ _places = options(
     _places,
     training_options,
     budget_options,
-    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/compare-MODEL."),
+    folder_option("--out", "-o", help="Default: runs/compare-MODEL."),
     click.option("--overwrite", is_flag=True, help="Start anew; a former comparison in DIR is removed."),
 )
 def compare(

@@ -74,9 +74,8 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
     from compressor.runs.finish import unfinished
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import judge_again
+    from compressor.runs.unread import refuse_unread
 
-    if not out.is_dir():
-        raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
     refuse_unbegun(out)
     if (reason := unfinished(out)) is not None:
         raise UsageError(f"{out} is not finished: {reason}", how_to_finish(out))
@@ -84,6 +83,7 @@ def again(out: Path, changed: Mapping[str, Any], output: Output) -> None:
     before, settings = settings_with(out, changed)
     where = str(out / "recipe.yaml")
     recipe = resolve(settings, where)
+    refuse_unread([recipe], {"evaluate": changed})
     if recipe.pipeline is not None:
         refuse_unused(recipe, changed)
     inputs = watch(prepared(recipe, facts.begun(out)), output.quiet)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import options, run_argument
+from compressor.cli.options import model_argument, options
 from compressor.cli.terminal import Output, print_json, say
 from compressor.errors import UsageError, did_you_mean
 
@@ -16,7 +16,7 @@ _DEFAULT_FILE = {"onnx": "model.onnx", "tensorrt-ready": "tensorrt.onnx"}
 
 @click.command(cls=Command)
 @options(
-    run_argument,
+    model_argument,
     click.option("--to", "target", required=True, metavar="FORMAT", help="onnx, tensorrt-ready."),
     click.option(
         "--out",

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from compressor.cli.command import Command
 from compressor.cli.options import numbers, options, run_argument, speed_options
 from compressor.cli.terminal import Output, print_json, print_table, say, say_notes, watch
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import UsageError
 
 if TYPE_CHECKING:
     from compressor.runs.speed import Benched
@@ -117,8 +117,6 @@ def _timed(
     from compressor.runs import speed
     from compressor.runs.directory import locked
 
-    if not directory.is_dir():
-        raise CompressorError(f"{directory}: no such directory", "Give the directory of a finished run.")
     with locked(directory):
         run = speed.finished(directory)
         own = not batches or (run.adapter.fixed_batch and not insisted)

@@ -7,16 +7,16 @@ from pathlib import Path
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import options, run_argument
+from compressor.cli.options import folder_option, model_argument, options
 from compressor.cli.run import free_directory
 from compressor.cli.terminal import Output, print_json, say
 
 
 @click.command(cls=Command, name="merge-lora")
 @options(
-    run_argument,
+    model_argument,
     click.argument("lora", metavar="LORA", type=click.Path(path_type=Path)),
-    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: RUN-LORA, beside RUN."),
+    folder_option("--out", "-o", help="Default: RUN-LORA, beside RUN."),
     click.option("--scale", type=float, default=1.0, show_default=True, help="How strong the LoRA is."),
 )
 def merge_lora(output: Output, directory: Path, lora: Path, out: Path | None, scale: float) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from compressor.cli.command import Setting
-from compressor.errors import UsageError
+from compressor.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -33,7 +37,59 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[_Function], _Functio
 setting = partial(click.option, cls=Setting)
 """An option that is a setting of the recipe: see `Command`."""
 
-run_argument = click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+RUN = "Give the directory of a run."
+MODEL = "Give the directory of a run, or a saved model's folder."
+
+
+class Folder(click.Path):
+    """A folder that is there; the `hint` says which. What is none is wrong usage, with every command alike."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__(path_type=Path)
+        self.hint = hint
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` as a path. Raises UsageError where it leads to no folder."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            found = "" if stat.S_ISDIR(path.stat().st_mode) else "a file, not a directory"
+        except OSError as error:
+            missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            found = "no such directory" if missing else error.strerror or first_line(error)
+        if found:
+            raise UsageError(f"{path}: {found}", self.hint)
+        return path
+
+
+class Made(click.Path):
+    """The name of a folder that is to be made, or that may be written to."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """`value` as a path. Raises UsageError where a file has that name, or could have it."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        option = "" if param is None else param.opts[0]
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError(f"{path} is a file", f"Choose a folder with {option}.")
+        if _OF_FILES.fullmatch(path.suffix) and not os.path.isdir(path):
+            raise UsageError(
+                f"{path} is the name of a file, and several are written",
+                f"Choose a folder with {option}, by another name.",
+            )
+        return path
+
+
+_OF_FILES = re.compile(
+    r"\.(png|jpe?g|webp|gif|np[zy]|safetensors|pth?|ckpt|bin|onnx|json|yaml|csv|html|md|pdf|zip)", re.IGNORECASE
+)
+folder_option = partial(click.option, type=Made(), metavar="DIR")
+"""An option that names the folder to write to."""
+
+run_argument = click.argument("directory", metavar="RUN", type=Folder(RUN))
+model_argument = click.argument("directory", metavar="RUN", type=Folder(MODEL))
+"""As `run_argument`, where a saved model's folder does as well."""
 
 model_options = options(
     setting("--pattern", metavar="PATTERN", help="2:4, 4:2:4, unstructured:0.5, …"),
@@ -182,6 +238,7 @@ def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignment
     """The recipe of `recipe_options`: the file's settings, then the options', then those of --set."""
     from compressor import recipe as recipes
     from compressor.runs.inputs import resolve
+    from compressor.runs.unread import refuse_unread
 
     file = recipes.read(config) if config is not None else {}
     told = recipes.merged(settings, *map(recipes.assignment, assignments))
@@ -191,7 +248,10 @@ def resolved_recipe(config: Path | None, settings: Mapping[str, Any], assignment
         told = {**told, "pruner": None}  # the file's, over which it is given
     merged = recipes.merged(file, told)
     refuse_two_models(told, merged)
-    return resolve(merged, str(config) if config is not None else "recipe")
+    recipe = resolve(merged, str(config) if config is not None else "recipe")
+    refuse_unread([recipe], told)
+    refuse_unread([recipe], file, told)
+    return recipe
 
 
 def refuse_two_models(told: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

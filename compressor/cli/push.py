@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import options, run_argument
+from compressor.cli.options import folder_option, options, run_argument
 from compressor.cli.terminal import Output, print_json, say
 from compressor.errors import UsageError
 
@@ -22,9 +22,7 @@ _MESSAGE = "Upload by compressor"
     click.option("--public", is_flag=True, help="A repository that everybody sees. Default: a private one."),
     click.option("--revision", metavar="BRANCH", help="Upload to this branch, which is made where it is not there."),
     click.option("--message", metavar="TEXT", help=f"Of the commit.  [default: {_MESSAGE}]"),
-    click.option(
-        "--folder", metavar="DIR", type=click.Path(path_type=Path), help="Write the folder, and upload nothing."
-    ),
+    folder_option("--folder", help="Write the folder, and upload nothing."),
 )
 def push(
     output: Output,

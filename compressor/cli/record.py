@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from compressor.cli.command import Command, suggested
-from compressor.cli.options import options
+from compressor.cli.options import folder_option, options
 from compressor.cli.terminal import Output, print_json, say, watch
 
 
@@ -32,7 +31,7 @@ from compressor.cli.terminal import Output, print_json, say, watch
     click.option(
         "--argument", "arguments", multiple=True, metavar="KEY=VALUE", help="The pipeline's own, e.g. guidance_scale=3."
     ),
-    click.option("--out", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The records."),
+    folder_option("--out", "-o", required=True, help="The records."),
 )
 def record(
     output: Output,
@@ -55,15 +54,19 @@ def record(
     from compressor import recipe as recipes
     from compressor.data.settings import Record
     from compressor.runs.piped import recorded
+    from compressor.runs.unread import refuse_unread
     from compressor.validation import validated
 
-    own: dict[str, Any] = {k: v for text in arguments for k, v in recipes.plain_assignment(text).items()}
+    own = recipes.plain_assignments(arguments, "--argument")
     settings = {"n": n, "unseen": unseen, "steps": steps, "keep": keep, "seed": seed, "arguments": own}
     wanted = validated(Record, settings, "record")
     recipe = recipes.Recipe(pipeline=pipeline, part=part, prompts=prompts, records=str(out), record=wanted)
+    refuse_unread([recipe], recipe.model_dump(exclude_unset=True))
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"device": device})})
     found = watch(recorded(recipe), output.quiet)
     records = found[1]
+    if records.short is not None:
+        say(f"warning: {records.short}", err=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     facts = {
         "records": str(out),

@@ -7,17 +7,15 @@ from pathlib import Path
 import click
 
 from compressor.cli.command import Command
-from compressor.cli.options import options
+from compressor.cli.options import RUN, Folder, folder_option, options
 from compressor.cli.terminal import Output, print_json, print_table, say
 from compressor.errors import CompressorError, UsageError, how_to_finish
 
 
 @click.command(cls=Command)
 @options(
-    click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=click.Path(path_type=Path)),
-    click.option(
-        "--out", metavar="DIR", type=click.Path(path_type=Path), help="Of several runs: write their pages there."
-    ),
+    click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=Folder(RUN)),
+    folder_option("--out", help="Of several runs: write their pages there."),
 )
 def report(output: Output, runs: tuple[Path, ...], out: Path | None) -> None:
     """Write the pages of a run's or a comparison's report again, and show the table.

@@ -12,6 +12,8 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.evaluate import again, evaluation, settings_with
 from compressor.cli.options import (
+    RUN,
+    folder_option,
     lowering_settings,
     name_of,
     options,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 @options(
     recipe_options,
     tracking_option,
-    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-METHOD."),
+    folder_option("--out", "-o", help="Default: runs/MODEL-METHOD."),
     setting("--lower", is_flag=True, default=None, help="At the end, lower the model and report its measured speed."),
     lowering_settings,
     click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
@@ -124,6 +126,8 @@ def begin(
             "no quality is measured: --set evaluate.metric=fd-scattering needs no network; `compressor list metrics`",
             err=True,
         )
+    if inputs.piped is not None and inputs.piped.records.short is not None:
+        say(f"warning: {inputs.piped.records.short}", err=True)
     if inputs.data.skipped:
         say(f"warning: {inputs.data.skipped} damaged pictures are left out", err=True)
     if inputs.pictures.greyed:
@@ -158,11 +162,12 @@ def _continue(
     from compressor.runs.inputs import prepared, resolve
     from compressor.runs.run import execute
     from compressor.runs.trackers import checked as checked_trackers
+    from compressor.runs.unread import refuse_unread
     from compressor.training.ranks import check_ranks
 
     names = checked_trackers(log_with)
     if not out.is_dir():
-        raise UsageError(f"{out}: no such directory", "Give the directory of a run.")
+        raise UsageError(f"{out}: no such directory", RUN)
     here = team()
     was_reported = (out / "report.html").is_file()
     reason = here.shared(unfinished(out) if here.leads else "")
@@ -180,6 +185,7 @@ def _continue(
         if was_reported:
             say(f"{out} has a report, but is not finished: {reason}", err=True)
         recipe = resolve(settings_with(out, evaluate)[1], str(out / "recipe.yaml"))
+        refuse_unread([recipe], {"evaluate": evaluate})
         check_ranks(recipe.train)
         inputs = watch(prepared(recipe, begun_facts(out)), output.quiet)
         _name_extractor(inputs)

@@ -8,17 +8,16 @@ from typing import Any
 import click
 
 from compressor.cli.command import Command, suggested
-from compressor.cli.options import options, run_argument
+from compressor.cli.options import folder_option, model_argument, options
 from compressor.cli.terminal import Output, print_json, say, watch
-from compressor.errors import CompressorError
 from compressor.processes import team
 
 
 @click.command(cls=Command, shared=True)
 @options(
-    run_argument,
+    model_argument,
     click.option("--n", type=click.IntRange(1), default=64, show_default=True, help="Images."),
-    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: RUN/drawn."),
+    folder_option("--out", "-o", help="Default: RUN/drawn."),
     click.option(
         "--sampler", metavar="NAME", help="ddim, ddpm, dpm-solver++, unipc, euler-maruyama. Default: the model's."
     ),
@@ -69,8 +68,6 @@ def sample(
     from compressor.adapter import Sampling
     from compressor.runs import drawing
 
-    if not directory.is_dir():
-        raise CompressorError(f"{directory}: no such directory", "Give a run's directory or a saved model's.")
     folder = out if out is not None else directory / "drawn"
     request = drawing.Draw(
         str(directory),

@@ -10,6 +10,7 @@ import click
 from compressor.cli.command import Command
 from compressor.cli.options import (
     budget_options,
+    folder_option,
     options,
     resolved_recipe,
     run_options,
@@ -39,7 +40,7 @@ from compressor.errors import UsageError
     set_option,
     budget_options,
     tracking_option,
-    click.option("--out", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Default: runs/MODEL-trained."),
+    folder_option("--out", "-o", help="Default: runs/MODEL-trained."),
     click.option("--overwrite", is_flag=True, help="Replace a former run in DIR; other files in it stay."),
 )
 def train(

@@ -21,6 +21,7 @@ from compressor.recipe import Recipe
 from compressor.report.words import file_name
 from compressor.runs import inputs
 from compressor.runs.inputs import Inputs
+from compressor.runs.unread import refuse_unread
 from compressor.training.engine import chosen
 from compressor.training.pruner import Cost, Preset, Pruner, setting_names, settings_of
 
@@ -124,13 +125,9 @@ def planned(
     found = {
         label: inputs.resolve(_fitting(recipes.merged(before, settings)), label) for label, settings in entries.items()
     }
-    if new := [label for label, recipe in found.items() if recipe.from_scratch]:
-        raise UsageError(
-            f"{new[0]}: from_scratch: methods are compared from one trained model, and each seed would begin with another random one",
-            "Train a dense model first (compressor train), and give it with --weights.",
-        )
+    _refuse_unread(found, configs, common, rates)
     for label, recipe in found.items():
-        _refuse_own_lowering(label, recipe, lower, max_error)
+        _refuse_own(label, recipe, lower, max_error)
     loaded = _loaded(found)
     found = {label: entry.recipe for label, entry in loaded.items()}  # with the number of samples that was chosen
     first = next(iter(loaded.values()))
@@ -154,8 +151,25 @@ def planned(
     )
 
 
-def _refuse_own_lowering(label: str, recipe: Recipe, lower: bool, max_error: float | None) -> None:
-    """Raise UsageError where `recipe` would have its model lowered otherwise than all are here: `lower`, with `max_error`."""
+def _refuse_unread(
+    found: Mapping[str, Recipe], configs: Sequence[Path], common: Mapping[str, Any], rates: Sequence[float]
+) -> None:
+    """Raise UsageError for settings in `common` that no entry reads, and for those of a recipe that its own entry does not read."""
+    refuse_unread(found.values(), common)
+    for path in configs:
+        refuse_unread([found[path.stem]], recipes.read(path), common)
+    if rates and not any(recipe.train.steps for recipe in found.values()):
+        raise UsageError("--lr-grid is given, and 0 steps train nothing", "Leave it out, or give --steps.")
+
+
+def _refuse_own(label: str, recipe: Recipe, lower: bool, max_error: float | None) -> None:
+    """Raise UsageError where `recipe` begins with random weights, or would have its model lowered otherwise than all are here: by
+    `lower`, with `max_error`."""
+    if recipe.from_scratch:
+        raise UsageError(
+            f"{label}: from_scratch: methods are compared from one trained model, and each seed would begin with another random one",
+            "Train a dense model first (compressor train), and give it with --weights.",
+        )
     own = recipe.lowering.model_dump(exclude_defaults=True)
     given = {"lowering": own} if own not in ({}, {"max_error": max_error}) else {}
     if recipe.lower and not lower:

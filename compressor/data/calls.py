@@ -230,6 +230,13 @@ class Recording(SampleSet):
         return (distance <= distance.min() + 1e-6).nonzero().flatten()
 
     @property
+    def short(self) -> str | None:
+        """A line where pictures have fewer calls than were to be kept of each; None where all have as many."""
+        keep, found, of = self.index.keep, len(self._listed), len(self.index.pictures)
+        few = keep is not None and found < keep * of
+        return f"keep {keep}: the {of} pictures have {found} calls in all, fewer than that of each" if few else None
+
+    @property
     def sha256(self) -> str:
         """The hash of all calls, by the hashes of their tensors; of the whole recording."""
         text = json.dumps([self.index.model_dump(exclude={"pipeline"}), self._listed], sort_keys=True)

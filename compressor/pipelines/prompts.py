@@ -23,6 +23,8 @@ from compressor.seeds import generator
 _MOST_BYTES = 16 * 2**20
 _MOST_CHARACTERS = 4000
 _MOST_BYTES_OF_A_PICTURE = 256 * 2**20
+COUNT = "num_inference_steps"
+"""What pipelines call the number of steps of their sampler."""
 _FILE = "file_name"
 """The one key of what stands for a picture among arguments, as the captions of a folder name theirs."""
 _FORM = (

@@ -26,7 +26,7 @@ from compressor.data import calls as storage
 from compressor.data.calls import Call, Index, Picture, Recording, answer
 from compressor.errors import CompressorError, LockedError, UsageError, did_you_mean, first_line
 from compressor.pipelines.opened import Opened, takes
-from compressor.pipelines.prompts import described
+from compressor.pipelines.prompts import COUNT, described
 from compressor.pipelines.same import components_of, refuse_changed
 from compressor.processes import team
 from compressor.progress import Progress
@@ -63,9 +63,9 @@ def sample(opened: Opened, picture: Picture, steps: int | None, keep: bool = Fal
             raise UsageError(f"{opened.name} takes no {name!r}", did_you_mean(name, known))
     given = dict(picture.arguments)
     if steps is not None:
-        if "num_inference_steps" not in known:
+        if COUNT not in known:
             raise UsageError(f"{opened.name} takes no number of steps", "Leave --steps out.")
-        given["num_inference_steps"] = steps
+        given[COUNT] = steps
     if "output_type" in known:
         given.setdefault("output_type", "np")
     if "generator" in known:

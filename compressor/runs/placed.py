@@ -24,7 +24,7 @@ from compressor.foreign.sound import copied, is_lowered, refuse_empty, refuse_ke
 from compressor.lower import Lowered, lower
 from compressor.pipelines.features import refuse_lost, resized
 from compressor.pipelines.opened import Opened, is_pipeline, open_pipeline, opened, part_of, put
-from compressor.pipelines.prompts import as_calls, pictures
+from compressor.pipelines.prompts import COUNT, as_calls, pictures
 from compressor.pipelines.recording import first_call, index_of, other_than, recording
 from compressor.pipelines.same import refuse_away, refuse_changed, refuse_hooked
 from compressor.progress import result_of
@@ -65,6 +65,8 @@ def record(
     """
     lines = [{**arguments, **line} for line in as_calls(prompts)]
     validated(Record, {"n": n, "unseen": unseen, "steps": steps, "keep": keep, "seed": seed}, "record()")
+    if steps is not None and any(COUNT in line for line in lines):
+        raise UsageError(f"record: steps and {COUNT} are two numbers of steps", "Give one of them.")
     found = opened(pipe, part) if is_pipeline(pipe) else open_pipeline(pipe, part)
     refuse_hooked(found, copied=False)
     refuse_fused(found.module)

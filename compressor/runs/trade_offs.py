@@ -24,7 +24,7 @@ from compressor.pipelines.recording import sample
 from compressor.progress import Progress
 from compressor.quality import drift
 from compressor.quality.similarity import ssim
-from compressor.recipe import plain_assignment
+from compressor.recipe import plain_assignments
 from compressor.report.content import EAGER, FEW_BITS, PREPACKED, Report, TradeOff
 from compressor.runs.saved import Finished
 
@@ -61,7 +61,7 @@ def calls_of(run: Finished) -> CallsAdapter:
 def cache_of(text: str) -> Cache:
     """The cache that `NAME[:KEY=VALUE]…` means; values are YAML. Raises UsageError."""
     name, *pairs = text.split(":")
-    return Cache(name, {key: value for pair in pairs for key, value in plain_assignment(pair).items()}, text)
+    return Cache(name, plain_assignments(pairs, f"cache {name}"), text)
 
 
 def checked(run: Finished, caches: Sequence[str], steps: Sequence[int]) -> list[Cache]:

@@ -58,6 +58,12 @@ def read_data(
     return read_pictures(pictures, shape, workers, skip_damaged, cache_mb)
 
 
+def is_decoded(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is read as pictures in files, each of which is decoded; not as arrays."""
+    path = Path(source)
+    return str(source).startswith("hf:") or (path.is_dir() and not cifar.recognised(path))
+
+
 def picture_folder(source: str | os.PathLike[str]) -> Path | None:
     """The folder in and below which pictures are looked for, where `source` is read so."""
     path = Path(source)
