@@ -228,6 +228,19 @@ def first_line(error: BaseException) -> str:
     return lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][: _LONGEST - 1]}…"
 
 
+def decoded(text: str) -> str:
+    """`text` with the letters that names of files have in UTF-8 and that the locale has no word for: Python holds their bytes as
+    halves of characters there, and so stay those that are no UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other halves
+        return text
+
+
+UTF_8 = "Set a locale of UTF-8 (LC_ALL=C.UTF-8, or PYTHONUTF8=1)"
+"""What to do where a name has letters that the locale has no word for."""
+
+
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
@@ -236,4 +249,5 @@ def printable(text: str) -> str:
     round or that nobody sees, halves of characters."""
     if text.isascii() and text.isprintable():
         return text
+    text = decoded(text)
     return "".join(letter for letter in text if unicodedata.category(letter) not in _STEERING)

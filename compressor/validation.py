@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from compressor import files
-from compressor.errors import CompressorError, UsageError, did_you_mean
+from compressor.errors import UTF_8, CompressorError, UsageError, decoded, did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -21,6 +21,8 @@ _OF_RECIPES = "The recipe.yaml of any run has every setting with a value that is
 def validated(model: type[_Model], values: Mapping[str, Any], where: str, hint: str = _OF_RECIPES) -> _Model:
     """`values` as a `model`, or a UsageError that names the key, what was found and what is allowed, with `hint`."""
     if (broken := _half(values)) is not None:
+        if (name := decoded(broken)).isprintable():
+            raise UsageError(f"{where}: {name!r} has letters that the locale has no word for", f"{UTF_8}.")
         raise UsageError(
             f"{where}: {broken!r} has half a character in it, which no file can hold", "Write it in UTF-8."
         )

@@ -374,3 +374,24 @@ def test_half_a_character_in_a_report_is_named(cli, tmp_path):
 
 def test_letters_that_a_font_lacks_are_no_warning():
     assert "\u56db" in line_chart([("\u56db", [1.0, 2.0]), ("\x1b", [1.0, 2.0])], "loss")  # warnings are errors here
+
+
+NAME = "\udcc3\udca9"  # what Python makes of an e with an accent, in a locale that has ASCII alone
+
+
+def test_a_name_that_the_locale_has_no_letters_for_is_shown_as_it_is(cli, place, monkeypatch, tmp_path):
+    """It was shown without those letters, which is the name of another file; and ONNX Runtime's own words for it were no help."""
+    monkeypatch.chdir(tmp_path)
+    assert (printable(f"{NAME} \udcff"), printable(f"{NAME} \ud800")) == ("é ", " ")
+    assert f"error: {'é'}: no such directory" in cli("report", NAME).err
+    shutil.copytree(place / "run", NAME)
+    assert "report: é/report.html" in cli("report", NAME).out
+    for arguments, said in (
+        (("export", NAME, "--to", "onnx"), "é/model.onnx: ONNX Runtime reads names in UTF-8 alone"),
+        (
+            ("run", "--data", f"{NAME}/pictures", "--model", "uvit-digits"),
+            "'é/pictures' has letters that the locale has no",
+        ),
+    ):
+        outcome = cli(*arguments)
+        assert outcome.code == 2 and said in outcome.err and "Set a locale of UTF-8" in outcome.err, outcome.err
