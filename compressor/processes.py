@@ -280,13 +280,24 @@ def _is_lost(error: BaseException) -> bool:
 
 @contextmanager
 def terminated() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt: what is open is closed, and children end."""
+    """SIGTERM and SIGHUP raise Interrupted inside, as Ctrl-C raises KeyboardInterrupt: what is open is closed, and children end.
+
+    So does what a library makes of them: an import that is broken off, say, and fails in another place later.
+    """
+    received: list[BaseException] = []
 
     def stop(number: int, frame: object) -> None:
-        raise Interrupted(128 + number)
+        received.append(KeyboardInterrupt() if number == signal.SIGINT else Interrupted(128 + number))
+        raise received[0]
 
-    with _handled(stop, TERMINATING):
-        yield
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with _handled(stop, (*TERMINATING, *[signal.SIGINT] * usual)):
+        try:
+            yield
+        except Exception as error:
+            if received:
+                raise received[0] from error
+            raise
 
 
 @contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from conftest import SMALL, UNMEASURED
 from rich.console import Console
 
 import compressor
+from compressor.cli import main as cli_main
 from compressor.cli.tables import fitted, plain_table
 from compressor.discovery import from_file
 from compressor.runs import directory
@@ -706,3 +710,43 @@ def test_a_run_that_is_no_directory_is_wrong_usage_everywhere(cli, here, command
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {name}: ")
     assert [path.name for path in here.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "place", ["compressor.cli.app.main", "compressor.cli.app.settle", "compressor.cli.app.app.make_context"]
+)
+def test_ctrl_c_at_any_moment_is_one_line(monkeypatch, capfd, place):
+    """While the command line was imported, or began, it was a traceback; and click said an empty line besides."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli_main()
+    assert ended.value.code == 130
+    assert capfd.readouterr().err.split() == ["stopped"]
+
+
+def test_ctrl_c_says_no_empty_line(cli, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compressor.registry.listing", interrupted)
+    outcome = cli("list", "models")
+    assert (outcome.code, outcome.err) == (130, "stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_breaks_an_import_is_no_error(cli, monkeypatch, number, code):
+    """NumPy, half imported, lacked a name later, and that was reported as an unexpected error, with a crash file."""
+
+    def half(*_):
+        with suppress(BaseException):
+            os.kill(os.getpid(), number)
+            time.sleep(5)  # which it ends
+        raise AttributeError("module 'numpy' has no attribute 'iterable'")
+
+    monkeypatch.setattr("compressor.registry.listing", half)
+    outcome = cli("list", "models")
+    assert (outcome.code, outcome.err) == (code, "stopped\n")

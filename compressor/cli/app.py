@@ -37,6 +37,13 @@ class _Group(click.Group):
             raise UsageError(f"no command {args[0]!r}", did_you_mean(args[0], self.list_commands(ctx)))
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, which says an empty line at Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The commands, each with its whole first sentence: click cuts them at the width of the terminal."""
         with formatter.section("Commands"):
