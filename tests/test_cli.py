@@ -750,3 +750,23 @@ def test_a_signal_that_breaks_an_import_is_no_error(cli, monkeypatch, number, co
     monkeypatch.setattr("compressor.registry.listing", half)
     outcome = cli("list", "models")
     assert (outcome.code, outcome.err) == (code, "stopped\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["drawn/mine.png", "trackers/mine.txt", "samples/mine.txt", "model/mine.txt", "drawn/in/x"]
+)
+def test_overwrite_takes_no_files_of_the_users_from_a_runs_folders(cli, copy, name):
+    mine = copy / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    (copy / "trackers" / "compressor").mkdir(parents=True, exist_ok=True)
+    for own in ("compressor/events.out", "failed.txt"):
+        (copy / "trackers" / own).write_text("the run's")
+    mine.write_text("mine")
+    before = contents(copy)
+    outcome = cli.trial(copy, "--overwrite")
+    assert outcome.code == 2
+    assert f"run/{name} is none of the run's files, and would be removed with them" in outcome.err
+    assert contents(copy) == before
+    mine.unlink()
+    assert cli.trial(copy, "--overwrite").code == 0
+    assert not (copy / "trackers").exists()

@@ -11,6 +11,7 @@ from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 
 from compressor.runs import trackers
+from compressor.runs.directory import PROJECT, TRACKERS
 from compressor.training.engine import Step
 
 pytestmark = pytest.mark.slow  # whole runs, of three steps each
@@ -131,6 +132,6 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         )
         assert sent.log(step) == []
     assert sent.finish() == []
-    read = EventAccumulator(str(tmp_path / trackers.FOLDER / trackers.PROJECT))
+    read = EventAccumulator(str(tmp_path / TRACKERS / PROJECT))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.25), (2, 0.5)]

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ OWN_FILES = (
 _UNDONE = r"\.(partial|old)-.*"
 _SOURCES = ("weights", "pipeline", "vae", "data", "records", "prompts", "model", "pruner")
 """The settings that name files or folders."""
-OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn", "trackers")
+TRACKERS = "trackers"
+"""What trackers write on the disk: in a folder called `PROJECT`, and `FAILED`."""
+FAILED, PROJECT = "failed.txt", "compressor"
+OWN_FOLDERS = ("model", "one-shot", "pipeline", "samples", "drawn", TRACKERS)
 
 
 @contextmanager
@@ -73,6 +76,34 @@ def refuse_used_directory(out: Path, overwrite: bool | None) -> None:
         raise UsageError(f"{out} is not empty: it has {listing}", hint)
     if foreign:
         raise UsageError(f"{out} is not a run's directory, but has {listing}", "Choose another --out.")
+    if (other := next(_of_others(out), None)) is not None:
+        raise UsageError(
+            f"{other} is none of the run's files, and would be removed with them", "Move it, or choose another --out."
+        )
+
+
+def _of_others(out: Path) -> Iterator[Path]:
+    """Files in the folders of the run in `out` that it did not write, as far as is known: of a pipeline's folder, nothing is."""
+    for folder in (out / name for name in contents(out) if is_own(name) and (out / name).is_dir()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if folder.name == TRACKERS:
+                own = name == FAILED or name.startswith(f"{PROJECT}/")
+            elif folder.name == "samples":
+                own = name.endswith(".png")
+            else:
+                listed = _listed(folder)
+                own = name in listed if listed is not None else folder.name != "drawn"
+            if not own:
+                yield path
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """The files that the manifest of `folder` lists, and it; None where it has none that can be read."""
+    with suppress(CompressorError):
+        found = files.read_json(folder / files.MANIFEST).get("files")
+        return {files.MANIFEST, *found} if isinstance(found, dict) else None
+    return None
 
 
 def refuse_own_sources(recipe: Recipe, out: Path, replaced: Callable[[str], bool] | None) -> None:

@@ -12,11 +12,9 @@ from typing import Any
 
 from compressor import files
 from compressor.errors import CompressorError, UsageError, did_you_mean, first_line
+from compressor.runs.directory import FAILED, PROJECT, TRACKERS
 from compressor.training.engine import Step
 
-FOLDER = "trackers"
-"""In a run's directory: what trackers write on the disk, and `FAILED`."""
-FAILED = "failed.txt"
 _HOW = {
     "tensorboard": "pip install 'diffusion-compressor[trackers]'",
     "wandb": "pip install wandb",
@@ -24,7 +22,6 @@ _HOW = {
     "mlflow": "pip install mlflow",
 }
 """The trackers, whose packages are called like them, and how to get each."""
-PROJECT = "compressor"
 
 
 def checked(names: Sequence[str]) -> tuple[str, ...]:
@@ -54,7 +51,7 @@ class Tracking:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
-        folder = self._out / FOLDER
+        folder = self._out / TRACKERS
         folder.mkdir(exist_ok=True)
         tracker = kind(PROJECT, str(folder)) if kind.requires_logging_directory else kind(PROJECT)
         if hasattr(tracker, "start"):  # accelerate from 1.10 on; earlier ones start when they are made
@@ -92,7 +89,7 @@ class Tracking:
             self._record()
 
     def _record(self) -> None:
-        path = self._out / FOLDER / FAILED
+        path = self._out / TRACKERS / FAILED
         try:
             path.parent.mkdir(exist_ok=True)
             before = path.read_text(encoding="utf-8") if path.is_file() else ""
