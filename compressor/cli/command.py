@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +17,7 @@ from click.shell_completion import CompletionItem
 from compressor import discovery
 from compressor.cli.streams import ResultsAlone
 from compressor.cli.terminal import RESULTS, Output, errors
-from compressor.errors import UsageError
+from compressor.errors import UsageError, first_line
 from compressor.processes import ranks, refuse_ranks, terminated, together
 
 _KINDS = {"method": "pruners", "model": "models", "data": "data", "metric": "metrics"}
@@ -36,6 +41,51 @@ class Setting(click.Option):
 
     def __init__(self, *arguments: Any, **attributes: Any) -> None:
         super().__init__(*arguments, **({"shell_complete": suggested} | attributes))
+
+
+class Place(click.Path):
+    """A path that is looked at before the command begins."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def check(self, path: Path, option: str) -> None:
+        """Raise UsageError where `path`, given by `option`, cannot be meant."""
+
+
+class Folder(Place):
+    """A folder that is there; the `hint` says which. What is none is wrong usage, with every command alike."""
+
+    def __init__(self, hint: str) -> None:
+        super().__init__()
+        self.hint = hint
+
+    def check(self, path: Path, option: str) -> None:
+        try:
+            found = "" if stat.S_ISDIR(path.stat().st_mode) else "a file, not a directory"
+        except OSError as error:
+            missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            found = "no such directory" if missing else error.strerror or first_line(error)
+        if found:
+            raise UsageError(f"{path}: {found}", self.hint)
+
+
+class Made(Place):
+    """The name of a folder that is to be made, or that may be written to. A file may not have that name, nor be likely to."""
+
+    def check(self, path: Path, option: str) -> None:
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError(f"{path} is a file", f"Choose a folder with {option}.")
+        if _OF_FILES.fullmatch(path.suffix) and not os.path.isdir(path):
+            raise UsageError(
+                f"{path} is the name of a file, and several are written",
+                f"Choose a folder with {option}, by another name.",
+            )
+
+
+_OF_FILES = re.compile(
+    r"\.(png|jpe?g|webp|gif|np[zy]|safetensors|pth?|ckpt|bin|onnx|json|yaml|csv|html|md|pdf|zip)", re.IGNORECASE
+)
 
 
 class Command(click.Command):
@@ -107,10 +157,18 @@ class Command(click.Command):
         with errors(debug):
             if self.name not in ("list", "doctor") and not self.shared:
                 refuse_ranks(f"compressor {self.name}")
+            self._check_places(values)
             alone = ResultsAlone() if values["output"].as_json else nullcontext()
             ctx.meta[RESULTS] = alone if isinstance(alone, ResultsAlone) else None
             with alone, together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
                 return super().invoke(ctx)
+
+    def _check_places(self, values: Mapping[str, Any]) -> None:
+        for option in self.params:
+            given = values.get(option.name or "")
+            for path in given if isinstance(given, tuple) else (given,):
+                if isinstance(option.type, Place) and path is not None:
+                    option.type.check(path, option.opts[0])
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

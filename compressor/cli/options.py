@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from compressor.cli.command import Setting
-from compressor.errors import UsageError, first_line
+from compressor.cli.command import Folder, Made, Setting
+from compressor.errors import UsageError
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -41,49 +37,6 @@ RUN = "Give the directory of a run."
 MODEL = "Give the directory of a run, or a saved model's folder."
 
 
-class Folder(click.Path):
-    """A folder that is there; the `hint` says which. What is none is wrong usage, with every command alike."""
-
-    def __init__(self, hint: str) -> None:
-        super().__init__(path_type=Path)
-        self.hint = hint
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """`value` as a path. Raises UsageError where it leads to no folder."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        try:
-            found = "" if stat.S_ISDIR(path.stat().st_mode) else "a file, not a directory"
-        except OSError as error:
-            missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-            found = "no such directory" if missing else error.strerror or first_line(error)
-        if found:
-            raise UsageError(f"{path}: {found}", self.hint)
-        return path
-
-
-class Made(click.Path):
-    """The name of a folder that is to be made, or that may be written to."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """`value` as a path. Raises UsageError where a file has that name, or could have it."""
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        option = "" if param is None else param.opts[0]
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise UsageError(f"{path} is a file", f"Choose a folder with {option}.")
-        if _OF_FILES.fullmatch(path.suffix) and not os.path.isdir(path):
-            raise UsageError(
-                f"{path} is the name of a file, and several are written",
-                f"Choose a folder with {option}, by another name.",
-            )
-        return path
-
-
-_OF_FILES = re.compile(
-    r"\.(png|jpe?g|webp|gif|np[zy]|safetensors|pth?|ckpt|bin|onnx|json|yaml|csv|html|md|pdf|zip)", re.IGNORECASE
-)
 folder_option = partial(click.option, type=Made(), metavar="DIR")
 """An option that names the folder to write to."""
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from compressor.cli.command import Command
-from compressor.cli.options import RUN, Folder, folder_option, options
+from compressor.cli.command import Command, Folder
+from compressor.cli.options import RUN, folder_option, options
 from compressor.cli.terminal import Output, print_json, print_table, say
 from compressor.errors import CompressorError, UsageError, how_to_finish
 

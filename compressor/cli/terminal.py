@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -93,6 +94,11 @@ def complain(error: CompressorError) -> int:
     """Show an error; its exit code."""
     for line in f"error: {error}".splitlines():
         say(line, err=True)
+    if error.exit_code == 1 and sys.flags.optimize > 1:
+        say(
+            "note: Python runs without docstrings here (-OO, PYTHONOPTIMIZE=2), which transformers and diffusers need: leave it out.",
+            err=True,
+        )
     return error.exit_code
 
 

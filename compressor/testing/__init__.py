@@ -57,7 +57,8 @@ def findings(pruner: Pruner | type[Pruner]) -> Iterator[Finding]:
     for family, (adapter, model) in models.items():
         trial = Trial(made, adapter, model, elsewhere)
         for check in CHECKS:
-            fault, name = None, (check.__doc__ or "").strip().rstrip(".")
+            said = check.__doc__ or check.__name__.strip("_").replace("_", " ")  # Python without docstrings (-OO)
+            fault, name = None, said.strip().rstrip(".")
             try:
                 check(trial)
             except BrokenError as broken:
