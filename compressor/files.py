@@ -342,8 +342,8 @@ def read_json(path: Path, infinite: bool = False) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` in one step."""
-    with replacing(path) as partial:
+    """Replace the file at `path` in one step. Raises CompressorError where the disk does not take it."""
+    with _said(path), replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -357,11 +357,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` (`real`) to write to, which takes its place, in one step and flushed to disk, when the block ends.
-
-    Where the block raises, `path` stays as it was and nothing is left beside it.
-    """
-    path = real(path)
+    """A file beside `path` (`real`) to write to, which takes its place, in one step and flushed to disk, when the block ends. Where it
+    raises, `path` stays as it was and nothing is left beside it. Raises CompressorError for a device, which would be a file then."""
+    if (path := real(path)).exists() and not path.is_file():
+        raise CompressorError(f"{path} is there already, and is no file that can be replaced", "Choose another name.")
     # with the process in its name: two that write the same file at once do not write into one
     partial = path.with_name(f".partial-{os.getpid()}{_TOKEN}-{path.name}")
     try:

@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import math
+import operator
 
 import diffusers
 import pytest
@@ -22,6 +23,7 @@ from compressor.errors import CompressorError, UsageError
 from compressor.plugins.magnitude import Magnitude
 from compressor.plugins.sparsedm import SparseDM
 from compressor.plugins.structured import Structured
+from compressor.runs import lora
 from compressor.seeds import generator
 from compressor.sparsity.notation import parse
 from compressor.training.engine import FineTuning, steps
@@ -305,6 +307,28 @@ def test_a_merge_that_was_not_written_can_be_made_again_at_the_same_place(name, 
     assert list((tmp_path / "out").iterdir()) == []
     compressor.merge_lora(run, tmp_path / "own.safetensors", tmp_path / "out")
     assert {"pipeline", "model", "lora.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_merge_that_was_killed_leaves_nothing_at_its_place_and_the_next_one_clears_the_rest(tmp_path, monkeypatch):
+    run, _ = saved_run(unet(), tmp_path, torch.float32)
+    by_diffusers(unet, tmp_path / "own.safetensors")
+    seen = []
+
+    def watched(function):
+        def called(*arguments, **named):
+            seen.append((tmp_path / "out").exists())
+            return function(*arguments, **named)
+
+        return called
+
+    for place in ("commit_pipeline", "saving.save", "files.write_json"):
+        home, _, name = f"compressor.runs.lora.{place}".rpartition(".")
+        monkeypatch.setattr(f"{home}.{name}", watched(operator.attrgetter(place)(lora)))
+    killed = tmp_path / ".partial-1-out"  # as a process that died leaves it
+    (killed / "pipeline").mkdir(parents=True)
+    compressor.merge_lora(run, tmp_path / "own.safetensors", tmp_path / "out")
+    assert seen[:3] == [False] * 3
+    assert not killed.exists()
 
 
 def kohya(state):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -726,3 +728,25 @@ def test_lower_is_a_verb_and_a_package() -> None:
 
     assert callable(compressor.lower) and compressor.lower is importlib.import_module("compressor.lower")
     assert compressor.lower.Plan is Plan
+
+
+def test_a_plan_that_the_disk_does_not_take_is_an_error_with_its_name(tmp_path, monkeypatch):
+    """And nothing is left beside it; so it is of every file that is written in one step."""
+    plan = compressor.lower(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)).plan
+    with pytest.raises(CompressorError, match=r"nowhere/plan\.json: cannot be written: No such file or directory"):
+        plan.save(tmp_path / "nowhere" / "plan.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CompressorError, match="pipe is there already, and is no file that can be replaced"):
+        plan.save(tmp_path / "pipe")  # nor is /dev/null, which root could
+    (tmp_path / "pipe").unlink()
+    (tmp_path / "plan.json").write_text("before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("compressor.files.sync", full)
+    with pytest.raises(
+        CompressorError, match=r"plan\.json: cannot be written: No space left on device \(.* bytes free\)"
+    ):
+        plan.save(tmp_path / "plan.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]

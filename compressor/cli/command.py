@@ -157,10 +157,10 @@ class Command(click.Command):
         with errors(debug):
             if self.name not in ("list", "doctor") and not self.shared:
                 refuse_ranks(f"compressor {self.name}")
-            self._check_places(values)
             alone = ResultsAlone() if values["output"].as_json else nullcontext()
             ctx.meta[RESULTS] = alone if isinstance(alone, ResultsAlone) else None
             with alone, together(click.exceptions.Exit) if self.shared else nullcontext(), terminated():
+                self._check_places(values)
                 return super().invoke(ctx)
 
     def _check_places(self, values: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ class Plan(_Value):
         return next((form for form in self.forms if form.name == name), None)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, in one step."""
+        """Write the plan as JSON, in one step. Raises CompressorError where the disk does not take it."""
         files.write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
@@ -226,7 +226,7 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(path, {"key": key, "setting": self.setting.model_dump(), "rounds_ms": times})
-        except OSError:
+        except (OSError, CompressorError):
             return
 
     def _path(self, key: str) -> Path:

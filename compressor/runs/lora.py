@@ -15,7 +15,7 @@ from compressor import files, saving
 from compressor.adapter import Adapter
 from compressor.errors import UsageError
 from compressor.files import file_sha256
-from compressor.runs.directory import NO_PIPELINE, locked, refuse_used_directory
+from compressor.runs.directory import refuse_used_directory
 from compressor.runs.lora_file import read_lora, weights_file
 from compressor.runs.run import commit_pipeline
 from compressor.runs.saved import saved_model
@@ -90,27 +90,21 @@ def merge_lora(run: str | Path, lora: str | Path, out: str | Path | None = None,
         merged.get_parameter(name).data.add_(kept, alpha=scale)
     result = Merged(given.returned(merged), layers, left_out, target)
     if target is not None:
-        with locked(target):
+        facts = {"source": str(run), "lora_sha256": file_sha256(weights_file(lora)), "scale": scale}
+        with files.claimed(target):
             refuse_used_directory(target, overwrite=None)  # again: another process may have been faster
-            facts = {"source": str(run), "lora_sha256": file_sha256(weights_file(lora)), "scale": scale}
-            _write(result, adapter, masks, run, target, facts)
+            files.commit(target, lambda folder: _write(result, adapter, masks, run, folder, facts), listed=False)
     return result
 
 
 def _write(
     found: Merged, adapter: Adapter, masks: Mapping[str, Mask], run: Path, out: Path, facts: Mapping[str, Any]
 ) -> None:
-    """Write all of it to `out`, or nothing: the folder can then be named again."""
+    """Write all of it to `out`."""
     config = saving.read_config(saving.model_folder(run))
     pipeline = run / "pipeline"
     if pipeline.is_dir() and surgery_of(found.model) is None:
         adapter = adapter.opened(str(pipeline))  # what else the pipeline has comes along
-    try:
-        commit_pipeline(adapter, found.model, out)
-        saving.save(out / "model", found.model, masks, config.model, architecture=config.architecture)
-        with files.enough(out):
-            files.write_json(out / FILE, {**facts, **found.as_json()})
-    except BaseException:
-        for name in (FILE, "model", "pipeline", NO_PIPELINE):
-            files.remove(out / name)
-        raise
+    commit_pipeline(adapter, found.model, out)
+    saving.save(out / "model", found.model, masks, config.model, architecture=config.architecture)
+    files.write_json(out / FILE, {**facts, **found.as_json()})
