@@ -85,6 +85,8 @@ def checked_pair(adapter: Adapter, batch: Any, found: Any) -> tuple[Any, Tensor]
     if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
         raise CompressorError(f"{name}.noised gave {_named(found)}, not (inputs, target)", _PROMISES)
     inputs, target = found
+    if target.is_complex():
+        raise CompressorError(f"{name}.noised gave a complex target ({target.dtype})", _REAL)
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if adapter.signed and isinstance(first, Tensor) and first.dim() > 2:
         _check_signed(name, first)
@@ -102,10 +104,8 @@ def _check_signed(name: str, images: Tensor) -> None:
     low, high = (float(value) for value in images.detach().aminmax()) if images.numel() else (0.0, 0.0)
     if len(images) >= _SEVERAL and 0 <= low < high:
         above = "none" if high <= 1 else "some"  # no figures: what repeats itself is shown once
-        warnings.warn(
-            f"{name} takes images in [-1, 1], and a batch has no number below 0 and {above} above 1. {_SIGNED}",
-            stacklevel=3,
-        )
+        found = f"a batch has no number below 0 and {above} above 1"
+        warnings.warn(f"{name} takes images in [-1, 1], and {found}. {_SIGNED}", stacklevel=3)
 
 
 _SEVERAL = 4
@@ -113,28 +113,28 @@ _SIGNED = "Bytes: compressor.Images(NAME, pixels), or images / 127.5 - 1; number
 
 
 def checked_answer(adapter: Adapter, answer: Any, target: Tensor) -> Tensor:
-    """The `answer` of the adapter's `predict`. Raises CompressorError unless it is a tensor of the shape of `target`: a loss would
-    spread the smaller one over the other."""
+    """The `answer` of the adapter's `predict`. Raises CompressorError unless it is a tensor of the shape of `target`, and real: a loss
+    would spread the smaller one over the other, and drop imaginary parts."""
     name = type(adapter).__name__
     if not isinstance(answer, Tensor):
         raise CompressorError(f"{name}.predict gave {_named(answer)}, not a tensor", _PROMISES)
     if answer.shape != target.shape:
-        raise CompressorError(
-            f"{name}.predict gave {tuple(answer.shape)}, and the target of {name}.noised is {tuple(target.shape)}",
-            _PROMISES,
-        )
+        wanted = f"the target of {name}.noised is {tuple(target.shape)}"
+        raise CompressorError(f"{name}.predict gave {tuple(answer.shape)}, and {wanted}", _PROMISES)
+    if answer.is_complex():
+        raise CompressorError(f"{name}.predict gave a complex answer ({answer.dtype})", _REAL)
     return answer
 
 
 def check_examples(adapter: Adapter, answer: Any, batch_size: int) -> None:
     """Raise CompressorError unless `answer`, to the `example_inputs` for `batch_size`, has a row for every sample."""
     if not adapter.fixed_batch and isinstance(answer, Tensor) and answer.dim() and len(answer) != batch_size:
-        raise CompressorError(
-            f"{type(adapter).__name__}.example_inputs({batch_size}) holds {len(answer)} samples, by what the model answers",
-            "Times would go for another batch than they are of: give as many as are asked for, or set `fixed_batch`.",
-        )
+        held = f"{type(adapter).__name__}.example_inputs({batch_size}) holds {len(answer)} samples, by what the model answers"
+        how = "give as many as are asked for, or set `fixed_batch`"
+        raise CompressorError(held, f"Times would go for another batch than they are of: {how}.")
 
 
+_REAL = "Give torch.view_as_real of it: a loss drops imaginary parts."
 _PROMISES = "noised gives (inputs, target), and predict a tensor like the target; help(compressor.Adapter) says more."
 
 

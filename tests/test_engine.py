@@ -716,6 +716,8 @@ class Narrow(compressor.Adapter):
         (Narrow(answer=lambda out: (out, None)), "Narrow.predict gave tuple of 2, not a tensor"),
         (Narrow(answer=lambda out: {"sample": out}), "Narrow.predict gave dict of 1, not a tensor"),
         (Narrow(lambda noise: noise[:4], lambda out: out[:4]), r"a target \(4, 16\) for 8 samples"),
+        (Narrow(answer=lambda out: out + 1j), r"Narrow.predict gave a complex answer \(torch.complex64\)"),
+        (Narrow(torch.fft.fft, torch.fft.fft), r"Narrow.noised gave a complex target \(torch.complex64\)"),
         (Narrow(lambda noise: noise.tolist()), r"Narrow.noised gave tuple of 2, not \(inputs, target\)"),
     ],
 )

@@ -603,6 +603,14 @@ def _quanto(model: nn.Sequential) -> None:
     model[0] = kind(16, 32)
 
 
+def _scripted(model: nn.Sequential) -> None:
+    model[0] = torch.jit.script(model[0])
+
+
+def _traced(model: nn.Sequential) -> None:
+    model[0] = torch.jit.trace(model[0], torch.zeros(1, 16))
+
+
 def _sparse(model: nn.Sequential) -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
 
@@ -630,6 +638,8 @@ def _expanded(model: nn.Sequential) -> None:
         (_gguf, ("0.weight: quantised (GGUFParameter, torch.uint8)", "without quantisation")),
         (_wrapped, ("0.weight: quantised (Wrapped, torch.float32)", "without quantisation")),
         (_quanto, ("0: a QLinear is quantised", "without quantisation")),
+        (_scripted, ("0: compiled by torch.jit", "the module that it was made of")),
+        (_traced, ("0: compiled by torch.jit", "the module that it was made of")),
         (_sparse, ("0.weight", "to_dense")),
         (_transposed, ("2.weight shares memory with 0.weight", "clone()")),
         (_view, ("2.bias shares memory with 0.weight", "clone()")),
@@ -653,6 +663,36 @@ def test_weights_that_are_not_what_they_seem_are_refused_by_name(
         compressor.save(tmp_path / "model", model, {})
     with refused(*parts):
         compressor.lower(model, torch.zeros(1, 16))
+
+
+@pytest.fixture
+def cut() -> Iterator[nn.Module]:
+    """A model as FSDP2 leaves it, in a job of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        yield fully_shard(nn.Sequential(nn.Linear(16, 16)), mesh=mesh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_fsdp_has_cut_is_refused_by_name(
+    cut: nn.Module, adapter: Adapter, samples: Tensor, tmp_path: Path
+) -> None:
+    """All but `prune` ended in errors of torch, and that in one that told to take hooks off."""
+    compressor.save(tmp_path / "whole", nn.Sequential(nn.Linear(16, 16)), {})
+    for ask in (
+        lambda: compressor.prune(cut, Magnitude(), adapter=adapter, data=samples, steps=0, batch_size=4),
+        lambda: compressor.prune_(cut, Magnitude(), adapter=adapter, data=samples, batch_size=4),
+        lambda: compressor.save(tmp_path / "model", cut, {}),
+        lambda: compressor.load(tmp_path / "whole", cut),
+        lambda: compressor.lower(cut, samples[:1]),
+    ):
+        with refused("0.weight: cut, so that each process has a part of it (DTensor)", "as it was before FSDP"):
+            ask()
 
 
 @pytest.mark.parametrize("change", [_gguf, _wrapped])
@@ -844,6 +884,17 @@ def test_a_computed_weight_is_left_dense_with_its_reason(
     result = compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=2, batch_size=4)
     assert set(result.masks) == {"2.weight"}
     assert "parametrization" in str(result.layers[0].reason)
+
+
+def test_a_weight_that_is_a_buffer_is_left_dense_with_its_reason(
+    model: nn.Sequential, adapter: Adapter, samples: Tensor
+) -> None:
+    value = model[0].weight.detach().clone()
+    del model[0].weight
+    model[0].register_buffer("weight", value)
+    result = compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=2, batch_size=4)
+    assert [layer.reason for layer in result.layers] == ["its weight is a buffer", None]
+    assert torch.equal(result.model[0].weight, value)
 
 
 def test_slices_of_one_memory_that_do_not_overlap_are_taken(adapter: Adapter, samples: Tensor) -> None:

@@ -61,6 +61,24 @@ def test_half_precision_and_frozen_models_stay_what_they_are(dtype, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
+def test_what_is_frozen_beside_what_is_not_stays_dense_as_in_a_copy():
+    """It was pruned; and whole numbers among the parameters ended in an error of torch that left all of them unfrozen."""
+    model = tiny_model()
+    model[0].weight.requires_grad_(False)
+    model.numbers = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    before = model[0].weight.clone()
+    expected = compressor.prune(copy.deepcopy(model), Magnitude(), adapter=TinyAdapter(), data=data(), steps=0)
+    found = compressor.prune_(model, Magnitude(), adapter=TinyAdapter(), data=data())
+    assert set(found.masks) == set(expected.masks) == {"2.weight"}
+    assert torch.equal(model[0].weight, before)
+    assert [layer.reason for layer in found.layers] == [layer.reason for layer in expected.layers]
+
+    model.requires_grad_(False)
+    found = compressor.prune_(model, Magnitude(), adapter=TinyAdapter(), data=data())
+    assert set(found.masks) == {"0.weight", "2.weight"}
+    assert not any(value.requires_grad for value in model.parameters())
+
+
 def test_a_model_that_nothing_fits_is_left_as_it_was():
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())

@@ -20,6 +20,7 @@ import compressor
 from compressor import NM, Backend, CompressorError, Plan, registry
 from compressor.errors import UsageError
 from compressor.lower import Unit, forms
+from compressor.lower.chooser import deviation
 from compressor.lower.dense import Eager
 from compressor.lower.forms import dense_forms
 from compressor.lower.units import find_units, pattern_of, put
@@ -511,6 +512,32 @@ def test_another_precision_keeps_complex_numbers_and_refuses_what_it_cannot_hold
     model.proj.weight[0, 0] = 1e6
     with pytest.raises(CompressorError, match=r"proj\.weight: 1e\+06 is too large for torch\.float16"):
         compressor.lower(model, X, ["eager"], dtype=torch.float16, cache=False)
+
+
+class Imaginary(nn.Module):
+    """Complex numbers whose real parts are nothing, one layer of complex weights, and a part that torch.jit compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, dtype=torch.complex64)
+        self.script = torch.jit.script(nn.ReLU())
+        nn.init.eye_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(1j * self.script(self.first(x)))
+        return out
+
+
+@torch.no_grad()
+def test_complex_layers_stay_and_errors_of_imaginary_parts_are_seen() -> None:
+    """A complex layer ended in an error of torch, and an answer that is off in its imaginary part alone was no error at all."""
+    model = Imaginary()
+    result = lowered(model, "eager", Fake())
+    assert result.plan.left_out == {"second.weight": "not a floating-point weight (torch.complex64)"}
+    assert [layer.name for layer in result.plan.layers] == ["first"]
+    assert torch.equal(result.model(X), model(X))
+    assert deviation(1.5 * model(X), model(X)) == pytest.approx(0.5)
 
 
 def test_inputs_may_be_a_tensor_a_tuple_or_a_dict(net: nn.Module) -> None:

@@ -28,6 +28,11 @@ _QUANTISED = ("torchao", "bitsandbytes", "optimum", "quanto")
 """Packages whose tensors are quantised."""
 _ROUNDING = ("optimum.quanto.nn.", "quanto.nn.")
 """Homes of modules that may hold a plain weight, and multiply another that they make of it."""
+_CUT = "cut, so that each process has a part of it"
+_WHOLE = (
+    "Give the model as it was before FSDP: under torchrun, train.parallel=fsdp cuts it. A Shadow in a loop of your own takes cut "
+    "weights."
+)
 _COMPUTING: dict[type, str] = {
     WeightNorm: "Take it off: torch.nn.utils.remove_weight_norm(module).",
     SpectralNorm: "Take it off: torch.nn.utils.remove_spectral_norm(module).",
@@ -49,13 +54,20 @@ def refuse_unsound(model: nn.Module) -> None:
     """Raise UsageError for weights that cannot be pruned, copied or saved as what they are, by their names.
 
     Those without a shape yet, those that torch or another library quantised, those of a lowered model, those that a hook computes
-    anew at every call, and parameters that share memory without being one: views of each other come back from a file as tensors of
-    their own. What modules keep beside their tensors (`get_extra_state`) is refused too.
+    anew at every call, those that torch.jit hides or FSDP has cut, and parameters that share memory without being one: views of each
+    other come back from a file as tensors of their own. What modules keep beside their tensors (`get_extra_state`) is refused too.
     """
     for name, module in model.named_modules():
         home = type(module).__module__
         if ("quantized" in home and home.startswith("torch.ao.nn.")) or home.startswith(_ROUNDING):
             raise UsageError(f"{name}: a {type(module).__name__} is quantised", _UNQUANTISED)
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise UsageError(
+                f"{name or 'the model'}: compiled by torch.jit ({type(module).__name__}), which hides its layers",
+                "Give the module that it was made of; script or trace what comes out.",
+            )
+        if home == "torch.distributed.fsdp.fully_sharded_data_parallel":
+            raise UsageError(f"{name or 'the model'}: {_CUT} ({type(module).__name__})", _WHOLE)
         if is_lowered(module):
             raise UsageError(
                 f"{name or 'the model'}: lowered ({type(module).__name__}), its weights packed for this machine",
@@ -71,6 +83,8 @@ def refuse_unsound(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if is_lazy(value):
             raise UsageError(f"{name}: a lazy weight, without a shape", "Call the model once, model(example), before.")
+        if type(value).__module__.startswith("torch.distributed.tensor"):
+            raise UsageError(f"{name}: {_CUT} ({type(value).__name__})", _WHOLE)
         if value.layout != torch.strided:
             raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
         refuse_quantised(name, value)

@@ -252,8 +252,13 @@ def relative(out: Tensor, wanted: Tensor) -> float:
     """The root mean square difference, relative to the wanted values; infinite where the shapes differ."""
     if out.shape != wanted.shape:
         return math.inf
-    difference = (out.double() - wanted).norm()
+    difference = (_wide(out) - wanted).norm()
     return float(difference / wanted.norm()) if wanted.any() else float(difference)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in double precision; complex numbers keep their imaginary parts."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def seeded(forward: Callable[[nn.Module], Any], form: nn.Module) -> Any:
@@ -273,7 +278,7 @@ def deviation(out: Any, wanted: Any) -> float:
         )
     if [one.dtype for one in found] != [one.dtype for one in expected]:
         return math.inf
-    errors = [relative(a, b.double()) for a, b in zip(found, expected, strict=True)]
+    errors = [relative(a, _wide(b)) for a, b in zip(found, expected, strict=True)]
     return max(error if math.isfinite(error) else math.inf for error in errors)
 
 

@@ -244,6 +244,8 @@ def _irreplaceable(layer: nn.Module, names: dict[int, str]) -> str | None:
         return "its weight is no plain parameter of a plain layer"
     if not weight.numel():
         return "its weight is empty"
+    if not weight.is_floating_point():
+        return f"not a floating-point weight ({weight.dtype})"
     return "it has forward hooks, or another forward, which would be lost" if _observed(layer) else None
 
 
@@ -330,6 +332,8 @@ def _hooked(watch: _Watch, model: nn.Module, shown: Collection[nn.Module]) -> It
     """`watch` hears when a module of `model` begins and ends, and what those that are `shown` take and give."""
     handles = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # which has no hooks, and here no weights
+            continue
         handles.append(module.register_forward_pre_hook(watch.inside))
         handles.append(module.register_forward_hook(watch.outside, always_call=True))
     for module in shown:

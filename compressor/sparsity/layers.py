@@ -101,7 +101,8 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         elif isinstance(layer.module, _TRANSPOSED):
             reason = "transposed convolution: dim 1 of its weight is the output"
         elif not isinstance(weight, nn.Parameter):
-            reason = "its weight is computed by a parametrization"
+            made = "a buffer" if "weight" in layer.module._buffers else "computed by a parametrization"
+            reason = f"its weight is {made}"
         elif not weight.requires_grad:
             reason = "frozen (requires_grad is False)"
         elif not weight.is_floating_point():

@@ -66,7 +66,7 @@ def student_of(model: nn.Module, steps: int, checkpointed: bool = False) -> nn.M
         norm.eval()
     if checkpointed and steps:
         checkpointed_(student)
-    return student if steps else _unfrozen(student)
+    return student if steps else unfrozen(student)
 
 
 def refuse_untrainable(model: nn.Module, steps: int) -> None:
@@ -207,15 +207,16 @@ def surveyed(model: nn.Module, steps: int) -> nn.Module:
     Raises CompressorError where a weight of `model` is not finite.
     """
     check_finite(model.state_dict(), type(model).__name__)
-    return model if steps or not _frozen(model) else _unfrozen(sketch(model))
+    return model if steps or not _frozen(model) else unfrozen(sketch(model))
 
 
 def _frozen(model: nn.Module) -> bool:
     return not any(value.requires_grad for value in model.parameters())
 
 
-def _unfrozen(model: nn.Module) -> nn.Module:
-    """`model`, whose parameters take gradients if none did."""
+def unfrozen(model: nn.Module) -> nn.Module:
+    """`model`, in place, whose parameters take gradients if none did: nothing is trained, so that a frozen model is pruned like any
+    other. What is frozen beside what is not stays dense."""
     for value in model.parameters() if _frozen(model) else ():
         value.requires_grad_(value.is_floating_point())
     return model

@@ -19,7 +19,7 @@ from compressor.sparsity.packed import PackedMasks
 from compressor.training.answers import masks_of, prepared, verify
 from compressor.training.arithmetic import in_own_precision
 from compressor.training.engine import LEFT_DENSE, Result, choose_layers, chosen
-from compressor.training.given import refuse_untrainable
+from compressor.training.given import refuse_untrainable, unfrozen
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.rounding import check_quantise, sparse
 from compressor.training.settings import Training
@@ -50,9 +50,8 @@ def prune_(
     rules = with_rules(adapter, targets, ignore)
     check_finite(model.state_dict(), type(model).__name__)
     frozen = [value for value in model.parameters() if not value.requires_grad]
-    for value in frozen:  # nothing is trained, so that what is frozen is pruned like the rest
-        value.requires_grad_(True)
     try:
+        unfrozen(model)
         layers = chosen(model, pruner, rules)  # raises before anything is changed
         check_quantise(pruner, {layer.name: layer.weight.dtype for layer in layers})
         with repeatable(settings.seed, "prepare"):
