@@ -183,7 +183,8 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], where: str | Pa
                 "Load it into a model that does not share them.",
             )
     _spread(model)
-    model.load_state_dict({**state, **{name: state[first] for name, first in tied.items()}}, strict=True)
+    with torch.inference_mode(any(own.is_inference() for own in model.state_dict().values())):
+        model.load_state_dict({**state, **{name: state[first] for name, first in tied.items()}}, strict=True)
 
 
 def _spread(model: nn.Module) -> None:
@@ -240,8 +241,7 @@ def bare(model: nn.Module) -> nn.Module:
             f"a {type(model).__name__} is no module",
             "Give a torch.nn.Module, as a Result has in `model`; of a pipeline one of its parts, such as pipe.unet.",
         )
-    model = unwrapped(model)
-    _refuse_adapters(model)
+    _refuse_adapters(model := unwrapped(model))
     refuse_unsound(model)
     wrapped = [module for module in model.modules() if isinstance(module, _wrappers())]
     if not wrapped:

@@ -427,6 +427,67 @@ def test_masks_that_break_their_pattern_later_are_refused_too(prune: Prune) -> N
         prune(CheatingLater())
 
 
+def test_a_mapping_of_weights_is_the_methods_own(prune: Prune) -> None:
+    class Popping(Magnitude):
+        def masks(self, weights: Any, progress: float, previous: Mapping[str, Mask]) -> Mapping[str, Mask]:
+            return {name: self.pattern.mask(weights.pop(name).abs()) for name in list(weights)}
+
+    assert len(prune(Popping()).masks) == len(prune(Popping(), steps=0).masks) == 2
+
+
+def _leaves_a_hook(model: nn.Sequential) -> None:
+    model[0].register_forward_hook(lambda module, args, out: 0 * out)
+
+
+def _adds_a_layer(model: nn.Sequential) -> None:
+    model.extra = nn.Linear(4, 4)
+
+
+def _casts(model: nn.Sequential) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(_leaves_a_hook, "0._forward_hooks"), (_adds_a_layer, "extra.weight"), (_casts, "0.weight")]
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_preparation_that_leaves_more_than_weights_behind_is_refused(
+    change: Callable[[nn.Sequential], None], what: str, steps: int, prune: Prune
+) -> None:
+    """A hook that was not taken off went on to change the answers of the pruned model."""
+
+    class Careless(Magnitude):
+        def prepare(self, model: Any, adapter: Adapter, batches: Any) -> Any:
+            change(model)
+            return self
+
+    with pytest.raises(CompressorError, match=rf"prepare\(\) of Careless left {what} of the model other than it was"):
+        prune(Careless(), steps=steps)
+
+
+class Embedded(nn.Module):
+    """A Linear, and an embedding that another Linear shares."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.first, self.last = nn.Embedding(16, 16, sparse=sparse), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.rows = nn.Embedding(8, 16, sparse=sparse)
+        self.last.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x) + self.rows(torch.arange(len(x))) + self.table(torch.arange(len(x))))
+        return out
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_sparse_gradients_are_what_dense_ones_are(clip: float, prune: Prune) -> None:
+    """Of a model with nn.Embedding(sparse=True) there was an error of torch."""
+    found = [weights(prune(model=Embedded(sparse), clip=clip, batch_size=8).model) for sparse in (False, True)]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
 # Data
 
 

@@ -368,6 +368,18 @@ def test_a_model_that_is_loaded_in_inference_mode_can_be_trained(tmp_path):
         next(model.parameters()).square().sum().backward()
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_model_that_was_built_in_inference_mode_is_loaded_into(tmp_path, within):
+    """It ended in an error of torch."""
+    compressor.save(tmp_path / "saved", tiny_model(), {})
+    with torch.inference_mode():
+        model = tiny_model(seed=1)
+    model[2] = torch.nn.Linear(32, 16)  # beside one that was not
+    with torch.inference_mode(within):
+        compressor.load(tmp_path / "saved", model)
+    assert weights_sha256(model) == weights_sha256(tiny_model())
+
+
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_what_is_pruned_where_no_gradients_are_kept_can_be_trained(samples, without, steps):

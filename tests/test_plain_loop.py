@@ -243,7 +243,15 @@ class Guessing(Magnitude):
         return self
 
 
-@pytest.mark.parametrize(("kind", "method"), [(Chancy, Magnitude()), (Net, Guessing())])
+class ByChance(Magnitude):
+    """Masks by chance, other ones in every step: what methods are held against."""
+
+    def masks(self, weights: Any, progress: float, previous: Any) -> Any:
+        chance = random.random() + np.random.rand()
+        return {n: self.pattern.mask((torch.rand_like(w) * 7 + chance) % 1) for n, w in weights.items()}
+
+
+@pytest.mark.parametrize(("kind", "method"), [(Chancy, Magnitude()), (Net, Guessing()), (Net, ByChance())])
 def test_what_a_model_or_a_method_draws_the_seed_gives(kind: type[nn.Module], method: Pruner) -> None:
     found = []
     for disturbance in (1, 2):

@@ -492,6 +492,48 @@ def test_a_step_that_fails_leaves_nothing_dense_behind(after: str, model: nn.Seq
         PATTERN.verify(weight.detach())
 
 
+class Towards(Estimator):
+    """The gradient of a pull towards zero; `own`: in memory of its own."""
+
+    def __init__(self, own: bool) -> None:
+        self.own = own
+
+    def gradient(self, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
+        return dense.clone() if self.own else dense
+
+
+def test_a_gradient_that_is_the_weight_itself_is_what_a_copy_is(samples: Tensor, tiny: Any) -> None:
+    """Decay changed the weight, and with it the gradient, before the optimizer read that."""
+    found = []
+    for own in (True, False):
+        model = tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.5, eps=0.1, foreach=False)
+        method = Magnitude(estimator=Towards(own))
+        Shadow({"0.weight": model[0].weight}, method, optimizer)
+        for _ in range(3):
+            model(samples).square().mean().backward()
+            optimizer.step()
+        found.append(model[0].weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", [Magnitude(), STE(), Magnitude(estimator=SRSTE())])
+def test_a_sparse_gradient_is_what_a_dense_one_is(method: Pruner) -> None:
+    """SR-STE and exact masks ended in errors of torch."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(16, 16, sparse=sparse)
+        optimizer = torch.optim.SGD(table.parameters(), 0.1)
+        Shadow({"weight": table.weight}, method, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(torch.tensor([1, 3, 3])).square().sum().backward()
+            optimizer.step()
+        found.append(table.weight.detach())
+    torch.testing.assert_close(*found)
+
+
 def test_close_ends_masking(model: nn.Sequential, samples: Tensor) -> None:
     optimizer = adamw(model.parameters())
     Shadow(weights_of(model), Renewing(), optimizer).close()

@@ -32,14 +32,21 @@ _PURE = "It is pure: compute with copies (w.abs(), not w.abs_())."
 def prepared(pruner: Pruner, model: nn.Module, adapter: Adapter, batches: Batches) -> Pruner:
     """What the `prepare` of `pruner` gives; modules of `model` that it left in another mode (train or eval) have theirs again.
 
-    Raises CompressorError where that is no method, or its surgery is none.
+    Raises CompressorError where that is no method, or its surgery is none, and where it left a hook on `model`, or tensors in it of
+    other names, shapes or dtypes.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes, before = [(module, module.training) for module in model.modules()], _outline(model)
     with memory("calibration"):
         found: Any = pruner.prepare(model, adapter, batches)
     for module, training in modes:
         module.training = training
     name = type(pruner).__name__
+    after = _outline(model)
+    if changed := [key for key in {**after, **before} if before.get(key) != after.get(key)]:
+        raise CompressorError(
+            f"prepare() of {name} left {changed[0]} of the model other than it was",
+            "Take hooks off (handle.remove()), change weights in place alone, and remove structure by a Surgery.",
+        )
     if not isinstance(found, Pruner):
         raise CompressorError(
             f"prepare() of {name} returned {type(found).__name__}", "Return self, or a copy with what it found."
@@ -49,6 +56,17 @@ def prepared(pruner: Pruner, model: nn.Module, adapter: Adapter, batches: Batche
             f"the surgery of {name} is {type(found.surgery).__name__}", "Give a compressor.Surgery, or None."
         )
     return found
+
+
+def _outline(model: nn.Module) -> dict[str, Any]:
+    """What a method may not change of `model`: by name, the hooks of its modules, and the shape and dtype of its tensors."""
+    hooks = {
+        f"{name}.{kind}".lstrip("."): [*getattr(module, kind)]
+        for name, module in model.named_modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    }
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: (tuple(value.shape), value.dtype) for name, value in named} | hooks
 
 
 def masks_of(
@@ -66,7 +84,7 @@ def masks_of(
     given = {**weights, **{f"the previous mask of {name}": mask.keep for name, mask in previous.items()}}
     before = versions(given.values())
     sums = {} if previous else {name: _sum(weight) for name, weight in weights.items()}
-    found = pruner.masks(weights, progress, dict(previous))
+    found = pruner.masks(dict(weights), progress, dict(previous))
     after = versions(given.values())
     changed = [name for name, old, new in zip(given, before, after, strict=True) if old != new]
     if what := next(iter(changed), None) or next((n for n, was in sums.items() if _sum(weights[n]) != was), None):
@@ -120,12 +138,16 @@ def verify(masks: Mapping[str, Mask], finished: Pattern | None = None) -> None:
 
 
 def gradient_of(estimator: Estimator, name: str, grad: Tensor, dense: Tensor, mask: Mask) -> Tensor:
-    """The gradient that `estimator` gives the weight `name`. Raises CompressorError unless it is one for it, and `dense` as it was."""
-    before = versions([dense])
+    """The gradient that `estimator` gives the weight `name`, in memory of its own: an optimizer writes to the weight before it has
+    read it. A sparse `grad` (of nn.Embedding(sparse=True)) is made dense.
+
+    Raises CompressorError unless it is one for the weight, and `dense` is as it was.
+    """
+    before, grad = versions([dense]), grad if grad.layout == torch.strided else grad.to_dense()
     found = _like(f"{name}: gradient() of {type(estimator).__name__}", estimator.gradient(grad, dense, mask), grad)
     if versions([dense]) != before:
         raise CompressorError(f"{name}: gradient() of {type(estimator).__name__} changed the weight", _PURE)
-    return found
+    return found.clone() if found.untyped_storage().data_ptr() == dense.untyped_storage().data_ptr() else found
 
 
 def shrunk_by(estimator: Estimator, name: str, dense: Tensor, mask: Mask, lr: float) -> Tensor:

@@ -27,7 +27,7 @@ from compressor.training.arithmetic import autocast, compiled_, restore_optimize
 from compressor.training.feed import Feed
 from compressor.training.given import Asked, Given, check_result, no_number, refuse_skipped, student_of, teacher_of
 from compressor.training.lora import Adapters
-from compressor.training.optimizers import average_, optimizer_of, revived, set_lr, stored
+from compressor.training.optimizers import average_, dense_gradients, optimizer_of, revived, set_lr, stored
 from compressor.training.pruner import Pruner, refuse_misplaced, warn_of_idle
 from compressor.training.pruner import choose_layers as choose_layers  # noqa: PLC0414  # others look for both here
 from compressor.training.pruner import chosen as chosen  # noqa: PLC0414
@@ -126,7 +126,8 @@ class FineTuning:
         self.parameters = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise CompressorError("no parameter of the model is trainable", "Call requires_grad_(True) on some.")
-        self.shadow = self._sparse(first)
+        with repeatable(training.seed, "masks", gpus=True):
+            self.shadow = self._sparse(first)
         verify(self.shadow.masks)
         self.ranks.check_first(self.shadow.masks, first)
         place = "cpu" if "ema" in training.offload else self.device
@@ -134,8 +135,7 @@ class FineTuning:
         self.average = {name: value.to(place, copy=True) for name, value in dense}
         self.feed = Feed(adapter, self.batches, training, self.device)
         self.done = self._nonfinite = 0
-        self._seen = Asked()
-        self._kept = Kept(self.student)
+        self._seen, self._kept = Asked(), Kept(self.student)
         if previous is not None:
             self._restore(previous)
         if training.compiled and training.steps:  # last: before, methods look into the layers
@@ -164,7 +164,8 @@ class FineTuning:
         """The masks of the finished weights, which are `dense` before them."""
         if isinstance(self.shadow, Adapters):
             return self.shadow.masks
-        return masks_of(self.pruner, dense, 1.0, previous)
+        with repeatable(self.training.seed, "masks", gpus=True):
+            return masks_of(self.pruner, dense, 1.0, previous)
 
     @no_exit("training")
     @undisturbed()
@@ -261,10 +262,8 @@ class FineTuning:
             noise_loss, teacher_loss, asked = self._backward(inputs, target)
         self.feed.ahead(t + 1)
         # no name for the gradients: it would keep all of them in memory while estimators give new ones
-        trained = [*self.parameters.values()]
-        if isinstance(self.shadow, Adapters):
-            trained = self.shadow.take_gradients()
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        trained = self.shadow.take_gradients() if isinstance(self.shadow, Adapters) else [*self.parameters.values()]
+        norm = nn.utils.get_total_norm(dense_gradients(trained))
         objective = self.pruner.objective
         answered = noise_loss if self.adapter.answered else teacher_loss or 0.0
         loss = objective.noise * noise_loss + objective.teacher * answered
@@ -275,7 +274,8 @@ class FineTuning:
             if settings.clip:
                 nn.utils.clip_grads_with_norm_(trained, settings.clip, norm)
             self.shadow.progress = (t + 1) / settings.steps
-            self.optimizer.step()
+            with repeatable(settings.seed, "step", t, gpus=self.device.type == "cuda"):
+                self.optimizer.step()
             self._update_average(t)
             counts = [*self.shadow.flips.values()]  # one transfer for all: each waits for the GPU
             flips = self.ranks.counted(float(torch.stack(counts).sum()) if counts else 0.0)

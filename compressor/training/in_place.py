@@ -65,7 +65,9 @@ def prune_(
         for group in [[layer] for layer in layers] if pruner.separable else [layers]:
             weights = {layer.name: layer.weight.detach() for layer in group}
             dense = {name: weight.float() for name, weight in weights.items()}
-            for name, mask in masks_of(pruner, dense, 1.0, {}).items():
+            with repeatable(settings.seed, "masks", gpus=True):
+                found = masks_of(pruner, dense, 1.0, {})
+            for name, mask in found.items():
                 verify({name: mask}, pruner.pattern)
                 weights[name].copy_(sparse(weights[name], mask, pruner))
                 masks[name] = mask

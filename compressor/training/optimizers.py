@@ -159,6 +159,16 @@ def revived(state: Any) -> Any:
 
 
 @torch.no_grad()
+def dense_gradients(trained: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of those of `trained` that have one. Sparse ones, of nn.Embedding(sparse=True), become dense, in place: neither
+    norms nor AdamW take them."""
+    with_gradient = [weight for weight in trained if weight.grad is not None]
+    for weight in with_gradient:
+        if weight.grad.layout != torch.strided:  # type: ignore[union-attr]
+            weight.grad = weight.grad.to_dense()  # type: ignore[union-attr]
+    return [weight.grad for weight in with_gradient if weight.grad is not None]
+
+
 def average_(average: Mapping[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
     """Move every tensor of `average`, in place and where it is, by `share` of the way to that of `values`."""
     if all(value.device == values[name].device for name, value in average.items()):
