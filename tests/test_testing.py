@@ -194,6 +194,14 @@ class Unseeded(Plain):
         return self
 
 
+class Seeding(Plain):
+    """What a loop around it draws next is the same after every step."""
+
+    def masks(self, weights, progress, previous):
+        torch.manual_seed(0)
+        return super().masks(weights, progress, previous)
+
+
 class Demanding(Plain):
     def __init__(self, needed):
         super().__init__()
@@ -217,6 +225,7 @@ class Leaving(Plain):
         (Scribbling, "masks() changes nothing"),
         (Random, "masks() changes nothing"),
         (Remembering, "masks() changes nothing"),
+        (Seeding, "masks() changes nothing"),
         (Forgetful, "An interrupted run goes on"),
         (InPlace, "An interrupted run goes on"),
         (InPlace, "prepare() leaves the pruner"),

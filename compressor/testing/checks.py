@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressor import saving
 from compressor.errors import CompressorError
+from compressor.seeds import repeatable
 from compressor.sparsity.pattern import Mask, Unstructured
 from compressor.testing.trial import STEPS, BrokenError, Trial, alike, attributes, hold, same, same_masks
 from compressor.training.engine import steps
@@ -76,14 +79,27 @@ def _pure(trial: Trial) -> None:
     """masks() changes nothing, and gives the same for the same."""
     weights, pruner = trial.weights(), trial.asked
     before = {name: weight.clone() for name, weight in weights.items()}
-    first = dict(pruner.masks(weights, 0.5, {}))
+    with repeatable("check"):
+        chance = _generators()
+        first = dict(pruner.masks(weights, 0.5, {}))
+        moved = _generators() != chance
     pruner.masks({name: weight + 1 for name, weight in weights.items()}, 0.1, {})
     again = [dict(pruner.masks(weights, 0.5, {})) for _ in range(2)]
     hold(same(weights, before), "masks() changed a weight that it was given")
     hold(all(same_masks(first, found) for found in again), "masks() gave other masks for the same arguments")
+    hold(
+        not moved,
+        "masks() leaves the generators of torch, NumPy or Python other than they were, from which a loop around it draws: "
+        "use a torch.Generator of its own",
+    )
     kept = {name: mask.keep.clone() for name, mask in first.items()}
     pruner.masks({name: -weight for name, weight in weights.items()}, 0.9, first)
     hold(same({n: m.keep for n, m in first.items()}, kept), "masks() changed the masks that it was given")
+
+
+def _generators() -> tuple[object, ...]:
+    """The states of the global generators on the CPU."""
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
 
 
 def _ranks(trial: Trial) -> None:
