@@ -789,7 +789,7 @@ def test_an_architecture_is_read_as_it_was_saved(tmp_path, model):
     ("name", "value", "said"),
     [
         ("odd", torch.ones(2, dtype=torch.complex128), "odd is torch.complex128"),
-        ("odd", torch.eye(2).to_sparse(), "odd is torch.sparse_coo"),
+        ("odd", torch.eye(2).to_sparse(), "odd(: stored as| is) torch.sparse_coo"),
         ("__metadata__", torch.ones(2), "called '__metadata__'"),
         ("\ud800", torch.ones(2), r"called '\\ud800'"),
     ],

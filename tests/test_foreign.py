@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import types
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -615,6 +616,18 @@ def _sparse(model: nn.Sequential) -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
 
 
+def _lazy_buffer(model: nn.Sequential) -> None:
+    model[1] = nn.LazyBatchNorm1d(affine=False)
+
+
+def _sparse_buffer(model: nn.Sequential) -> None:
+    model[1].register_buffer("edges", torch.eye(4).to_sparse())
+
+
+def _sparse_rows(model: nn.Sequential) -> None:
+    model[1].register_buffer("edges", torch.eye(4).to_sparse_csr())
+
+
 def _transposed(model: nn.Sequential) -> None:
     model[2].weight = nn.Parameter(model[0].weight.detach().t())
 
@@ -641,6 +654,9 @@ def _expanded(model: nn.Sequential) -> None:
         (_scripted, ("0: compiled by torch.jit", "the module that it was made of")),
         (_traced, ("0: compiled by torch.jit", "the module that it was made of")),
         (_sparse, ("0.weight", "to_dense")),
+        (_lazy_buffer, ("1.running_mean: a lazy buffer", "Call the model once")),
+        (_sparse_buffer, ("1.edges: stored as torch.sparse_coo", "persistent=False")),
+        (_sparse_rows, ("1.edges: stored as torch.sparse_csr", "persistent=False")),
         (_transposed, ("2.weight shares memory with 0.weight", "clone()")),
         (_view, ("2.bias shares memory with 0.weight", "clone()")),
         (_expanded, ("2.bias: its entries share memory",)),
@@ -804,6 +820,114 @@ def test_a_function_that_would_compute_a_copy_with_the_weights_of_the_original_i
     pruned = compressor.prune_(model, Magnitude(), adapter=adapter, data=samples, batch_size=4).model  # copies nothing
     expected = F.linear(F.linear(samples, pruned[0].weight, pruned[0].bias), pruned[1].weight, pruned[1].bias)
     torch.testing.assert_close(model(samples), expected)
+
+
+def in_a_hook(model: nn.Sequential) -> None:
+    model[0].register_forward_hook(lambda module, args, out: out + model[1](out))
+
+
+def in_a_hook_of_a_weight(model: nn.Sequential) -> None:
+    weight = model[1].weight
+    model[0].register_forward_pre_hook(lambda module, args: (F.linear(args[0], weight),))
+
+
+def in_a_list(model: nn.Sequential) -> None:
+    model[0].extra = [lambda x: x + model[1](x)]
+
+
+def in_an_object(model: nn.Sequential) -> None:
+    model[0].extra = types.SimpleNamespace(function=lambda x: x + model[1](x))
+
+
+def by_a_weak_reference(model: nn.Sequential) -> None:
+    model[0].extra = weakref.ref(model[1])
+
+
+def in_a_notebook(model: nn.Sequential) -> None:
+    scope = {"model": model}
+    exec("hook = lambda module, args, out: out + model[1](out)", scope)
+    model[0].register_forward_hook(scope["hook"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (in_a_hook, "0._forward_hooks"),
+        (in_a_hook_of_a_weight, "0._forward_pre_hooks"),
+        (in_a_list, "0.extra"),
+        (in_an_object, "0.extra"),
+        (by_a_weak_reference, "0.extra"),
+        (in_a_notebook, "0._forward_hooks"),
+    ],
+)
+def test_a_hook_or_an_attribute_that_would_use_the_weights_of_the_original_is_refused(
+    change: Callable[[nn.Sequential], None], where: str, adapter: Adapter, samples: Tensor
+) -> None:
+    """A pruned copy was computed, and trained, with layers of the dense model, whose gradients came to that."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    change(model)
+    for steps in (0, 2):
+        with refused(f"{where}: set on the module, and bound to its weights", "handle.remove()"):
+            compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=steps, batch_size=4)
+    assert compressor.prune_(model, Magnitude(), adapter=adapter, data=samples, batch_size=4).model is model
+
+
+class Itself(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Itself:
+        return self
+
+
+def test_what_gives_itself_for_a_copy_is_refused(adapter: Adapter, samples: Tensor) -> None:
+    """The given model was pruned and trained."""
+    model = nn.Sequential(nn.Linear(16, 16), Itself(16, 16))
+    for steps in (0, 2):
+        with refused("1.weight: in a copy of the model it is the given model's own", "compressor.prune_"):
+            compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=steps, batch_size=4)
+    assert set(compressor.prune_(model, Magnitude(), adapter=adapter, data=samples, batch_size=4).masks) == {
+        "0.weight",
+        "1.weight",
+    }
+
+
+class Hiding(nn.Sequential):
+    """Shows the parameters of its first layer alone."""
+
+    def named_parameters(self, *args: Any, **named: Any) -> Any:
+        return self[0].named_parameters(prefix="0")
+
+
+def test_a_weight_that_the_model_hides_stays_dense_with_its_reason(adapter: Adapter, samples: Tensor) -> None:
+    """It ended in a KeyError."""
+    model = Hiding(nn.Linear(16, 16), nn.Linear(16, 16))
+    result = compressor.prune(model, Magnitude(), adapter=adapter, data=samples, steps=2, batch_size=4)
+    assert [layer.reason for layer in result.layers] == [None, "the model's named_parameters() leave it out"]
+    assert torch.equal(result.model[1].weight, model[1].weight)
+
+
+class Hooked(nn.Module):
+    """Hooks that go along with a copy: a method of the model, one that looks at its own arguments alone, one that keeps shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.side = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.first.register_forward_pre_hook(self.beside)
+        self.first.register_forward_hook(lambda module, args, out: out + F.linear(args[0], module.weight))
+        seen: list[torch.Size] = []
+        self.side.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+
+    def beside(self, module: nn.Module, args: Any) -> Any:
+        return (args[0] + self.side(args[0]),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.first(x)
+        return out
+
+
+def test_hooks_that_go_along_with_a_copy_are_taken(adapter: Adapter, samples: Tensor) -> None:
+    result = compressor.prune(Hooked(), Magnitude(), adapter=adapter, data=samples, steps=2, batch_size=4)
+    other = Hooked()
+    other.load_state_dict(result.model.state_dict())
+    torch.testing.assert_close(other(samples), result.model(samples))
 
 
 def as_a_method(module: nn.Module) -> None:

@@ -228,6 +228,14 @@ def test_what_changes_is_found_and_put_back() -> None:
     assert model.inner.calls == 0
 
 
+def test_the_graph_of_a_module_of_torch_fx_is_no_change() -> None:
+    """A plan told that every call changes it, and on a GPU such a model was not replayed."""
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(16, 16), nn.GELU()))
+    kept = Kept(model)
+    model(numbers(2, 16))
+    assert kept.changed(model) == kept.changed(copy.deepcopy(model)) == set()
+
+
 def test_equal_values_are_no_change_whatever_they_are() -> None:
     model = Averaging()
     model.register_buffer("odd", torch.tensor([float("nan"), -0.0, float("inf")]))

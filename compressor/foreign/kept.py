@@ -158,7 +158,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def _same(one: Any, other: Any, seen: set[int]) -> bool:
-    if one is other or one is _UNSEEN or isinstance(one, nn.Module) or id(one) in seen:
+    if one is other or one is _UNSEEN or isinstance(one, (nn.Module, torch.fx.Graph)) or id(one) in seen:
         return True
     if type(one) is not type(other):
         return False

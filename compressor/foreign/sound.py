@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +43,11 @@ _COMPUTING: dict[type, str] = {
 
 _EMPTY = CellType()
 _MOST_HELD = 10_000
-"""As many objects as are looked at, of those that a function holds."""
+"""As many objects as are looked at, of those that an attribute holds."""
+_ATOMS = (type, ModuleType, str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+"""What leads to no model."""
+_TENSORS = ("_parameters", "_buffers", "_modules")
+"""Where a module has what is copied as such."""
 
 
 def is_lowered(module: nn.Module) -> bool:
@@ -75,6 +80,7 @@ def refuse_unsound(model: nn.Module) -> None:
             )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             _refuse_extra_state(name, module)
+        _refuse_buffers(name, module)
         for hook in module._forward_pre_hooks.values():
             kind = next((kind for kind in type(hook).__mro__ if kind in _COMPUTING), None)
             if kind is not None:
@@ -89,6 +95,18 @@ def refuse_unsound(model: nn.Module) -> None:
             raise UsageError(f"{name}: stored as {value.layout}", "Store it as a dense tensor: value.to_dense().")
         refuse_quantised(name, value)
     _refuse_shared_memory(model)
+
+
+def _refuse_buffers(name: str, module: nn.Module) -> None:
+    for own, value in module._buffers.items():
+        at = f"{name}.{own}".lstrip(".")
+        if value is not None and is_lazy(value):
+            raise UsageError(f"{at}: a lazy buffer, without a shape", "Call the model once, model(example), before.")
+        if value is not None and value.layout != torch.strided and own not in module._non_persistent_buffers_set:
+            raise UsageError(
+                f"{at}: stored as {value.layout}",
+                "Store it as a dense tensor: value.to_dense(); or leave it out of the state: register_buffer(..., persistent=False).",
+            )
 
 
 def refuse_quantised(name: str, value: Tensor) -> None:
@@ -146,7 +164,7 @@ def refuse_kept(model: nn.Module) -> None:
     """Raise UsageError for a tensor of a forward pass that a module has kept with what gradients need: torch does not copy such."""
     for name, module in model.named_modules():
         for attribute, value in {**vars(module), **module._buffers}.items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
+            if attribute in _TENSORS:
                 continue
             held = [value] if isinstance(value, Tensor) else []
             if isinstance(value, (list, tuple, dict)) and value:
@@ -184,48 +202,68 @@ def copied(model: _Module, memo: dict[int, Any] | None = None) -> _Module:
 
 
 def _refuse_bound(made: nn.Module, own: Collection[int]) -> None:
-    """Raise UsageError where a function that was set on a module of `made`, a copy, reaches the original's `own` parameters: Python
-    does not copy functions, so that the copy would be computed with weights that are not its own."""
+    """Raise UsageError where what a module of `made`, a copy, holds reaches the original's `own` parameters: Python copies no
+    functions and no weak references, so that the copy would be computed with weights that are not its own. So it would be where a
+    module's `__deepcopy__` gives what is there."""
+    for name, value in made.named_parameters():
+        if id(value) in own:
+            raise UsageError(
+                f"{name}: in a copy of the model it is the given model's own, which would be pruned with it",
+                "Let __deepcopy__ of its module, or of one around it, make a copy; or prune the model itself: compressor.prune_.",
+            )
+    seen = set[int]()
     for name, module in made.named_modules():
         for attribute, value in vars(module).items():
-            if isinstance(value, (FunctionType, partial, MethodType)) and _reaches(value, own):
+            if attribute not in _TENSORS and _reaches(value, own, seen):
                 raise UsageError(
                     f"{name}.{attribute}".lstrip(".")
                     + ": set on the module, and bound to its weights: a copy would go on to use those",
-                    "Take it off (hooks and caches of diffusers: load the model anew, or disable_cache(); else "
-                    f"del module.{attribute}), and put it on what comes out.",
+                    "Take it off (hooks: handle.remove(); hooks and caches of diffusers: load the model anew, or disable_cache(); "
+                    f"else del module.{attribute}), and put it on what comes out.",
                 )
 
 
-def _reaches(value: Any, own: Collection[int]) -> bool:
-    """Whether `value`, by what functions and objects in it hold, leads to a parameter of the ids `own`."""
-    waiting, seen = [value], set[int]()
-    while waiting and len(seen) < _MOST_HELD:
+def _reaches(value: Any, own: Collection[int], seen: set[int]) -> bool:
+    """Whether `value`, by what functions and objects in it hold, leads to a parameter of the ids `own`. What was `seen` is passed
+    over."""
+    waiting, looked = [value], 0
+    while waiting and looked < _MOST_HELD:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, (type, ModuleType)):
+        if isinstance(one, _ATOMS) or id(one) in seen:
             continue
         seen.add(id(one))
+        looked += 1
         if isinstance(one, nn.Module):
             if any(id(parameter) in own for parameter in one.parameters()):
                 return True
         elif isinstance(one, Tensor):
             if id(one) in own:
                 return True
-        elif isinstance(one, FunctionType):
-            cells = one.__closure__ or ()
-            waiting += [cell.cell_contents for cell in cells if cell != _EMPTY]
-            waiting += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
-        elif isinstance(one, MethodType):
-            waiting += [one.__self__, one.__func__]
-        elif isinstance(one, partial):
-            waiting += [one.func, *one.args, *one.keywords.values()]
-        elif isinstance(one, Mapping):
-            waiting += one.values()
-        elif isinstance(one, (list, tuple, set, frozenset)):
-            waiting += one
-        elif hasattr(one, "__dict__"):
-            waiting += vars(one).values()
+        else:
+            waiting += _held_by(one)
     return False
+
+
+def _held_by(one: Any) -> Iterable[Any]:
+    """What `one` holds, as far as it may lead to a model."""
+    if isinstance(one, FunctionType):
+        cells = [cell.cell_contents for cell in one.__closure__ or () if cell != _EMPTY]
+        named = (one.__globals__.get(name) for name in one.__code__.co_names)  # a notebook's own model, for one
+        models = [value for value in named if isinstance(value, (nn.Module, nn.Parameter))]
+        return [*cells, *models, *(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+    if isinstance(one, MethodType):
+        return [one.__self__, one.__func__]
+    if isinstance(one, BuiltinMethodType):
+        return [one.__self__]
+    if isinstance(one, partial):
+        return [one.func, *one.args, *one.keywords.values()]
+    if isinstance(one, weakref.ref):
+        return [one()]
+    if isinstance(one, Mapping):
+        return one.values()
+    if isinstance(one, (list, tuple, set, frozenset)):
+        return one
+    return vars(one).values() if hasattr(one, "__dict__") else ()
 
 
 def _uncopied(model: nn.Module) -> str | None:

@@ -86,7 +86,7 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
     """Every Linear and convolution of `model`, each weight once (ties and shared modules under their first name), and, with the reason
     why it is not pruned, whatever else of torch's own multiplies by weights."""
     layers: list[Layer] = []
-    seen: set[str] = set()
+    seen, named = set[str](), {name for name, _ in model.named_parameters()}
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         for own in {id(parameter) for parameter in module.parameters(recurse=False)}:
@@ -103,6 +103,8 @@ def survey(model: nn.Module, pattern: Pattern) -> list[Layer]:
         elif not isinstance(weight, nn.Parameter):
             made = "a buffer" if "weight" in layer.module._buffers else "computed by a parametrization"
             reason = f"its weight is {made}"
+        elif layer.name not in named:
+            reason = "the model's named_parameters() leave it out"
         elif not weight.requires_grad:
             reason = "frozen (requires_grad is False)"
         elif not weight.is_floating_point():
