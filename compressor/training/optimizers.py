@@ -158,7 +158,6 @@ def revived(state: Any) -> Any:
     }
 
 
-@torch.no_grad()
 def dense_gradients(trained: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of those of `trained` that have one. Sparse ones, of nn.Embedding(sparse=True), become dense, in place: neither
     norms nor AdamW take them."""
@@ -169,6 +168,7 @@ def dense_gradients(trained: Iterable[Tensor]) -> list[Tensor]:
     return [weight.grad for weight in with_gradient if weight.grad is not None]
 
 
+@torch.no_grad()
 def average_(average: Mapping[str, Tensor], values: Mapping[str, Tensor], share: float) -> None:
     """Move every tensor of `average`, in place and where it is, by `share` of the way to that of `values`."""
     if all(value.device == values[name].device for name, value in average.items()):
