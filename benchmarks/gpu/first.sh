@@ -76,7 +76,7 @@ install() {
 
 # The tests of a GPU, against what is installed: the folder of the checkout has no methods and no models.
 tests() {
-    PYTHONSAFEPATH=1 timeout --kill-after 10 150 "$PYTHON" -m pytest -vv -m gpu -o pythonpath=tests -p no:benchmark -p no:cacheprovider "$@" tests/test_gpu.py tests/test_optimizers.py
+    COMPRESSOR_SEARCH_SECONDS=5 PYTHONSAFEPATH=1 timeout --kill-after 10 150 "$PYTHON" -m pytest -vv -m gpu -o pythonpath=tests -p no:benchmark -p no:cacheprovider "$@" tests/test_gpu.py tests/test_optimizers.py
 }
 
 left() { echo $((end - $(date +%s) - ${1:-15})); }
