@@ -22,6 +22,7 @@ CUDA = torch.device("cuda", 0)
 NAME, CAPABILITY = "NVIDIA H200", (9, 0)
 _Base: Any = torch._C.TensorBase
 _WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount"}
+_WAITING |= {"item", "allclose"}  # inside of operators of our own, what others are made of is not taken apart
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _own: dict[str, Callable[..., Any]] = {}
 """What operators of `compressor` do, by name: called with the devices watched, as torch's own are not inside of them."""

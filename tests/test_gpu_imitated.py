@@ -32,6 +32,10 @@ from compressor import CompressorError
 for waits in (lambda y: y * float(y.sum()), lambda y: y + torch.ones(3).to("cuda"), lambda y: y.cpu()):
     with pytest.raises(CompressorError, match="capturing"):
         Captured(waits, x)
+inner = gpu_imitated._own["quantised_rows"]
+gpu_imitated._own["quantised_rows"] = lambda y, *rest: inner(y * y.max().item(), *rest)
+with pytest.raises(CompressorError, match="capturing"):
+    Captured(lambda y: torch.ops.compressor.quantised_rows(y, True, "", None, None, None), x)
 calls = []
 double = Captured(lambda y: [calls.append(1), 2 * y][1], x)
 before = len(calls)
