@@ -525,6 +525,9 @@ def test_what_recipes_differ_in_besides_the_method_is_told(tmp_path, compared):
 def test_one_seed_gives_no_verdict_and_one_method_no_winner():
     assert words.headline(judged({"a": 8.0, "b": 9.0}, (), seeds=1)).startswith("No verdict on uvit-digits: one seed")
     assert "No other pruned method is there." in words.headline(judged({"a": 8.0}, ()))
+    report = judged({"a": 8.0, "b": 9.0}, (), seeds=1)  # as a file of others may be: nothing that b is compared by
+    lacking = tuple(entry.model_copy(update={"quality": None, "drift": {}}) for entry in report.entries)
+    assert words.headline(report.model_copy(update={"entries": lacking, "compared_by": "prediction_error"}))
 
 
 def test_who_loses_on_the_common_seeds_does_not_win_by_a_seed_that_the_other_lacks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -98,6 +100,8 @@ def main() -> NoReturn:
     settle()
     with hushed():
         code = _ended()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python ends is no traceback
         sys.exit(flushed() or code)
 
 

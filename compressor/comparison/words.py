@@ -152,8 +152,7 @@ def _score(report: ComparisonReport, entry: Entry) -> Summary:
 
 def _scored(report: ComparisonReport) -> list[Entry]:
     """The entries that were measured by what they are compared by."""
-    by_drift = report.compared_by == "prediction_error"
-    return [entry for entry in report.entries if by_drift or entry.quality]
+    return [entry for entry in report.entries if entry.quality or report.compared_by in entry.drift]
 
 
 def rows(report: ComparisonReport) -> list[tuple[str, str, list[str]]]:

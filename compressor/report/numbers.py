@@ -24,6 +24,8 @@ def number(value: float) -> str:
     """Three significant digits; all of those before the point."""
     if value == 0:
         return "0"
+    if not math.isfinite(value):  # a product of what a file of others says may be infinite
+        return f"{value:.0f}"
     rounded = f"{value:.2e}"
     exponent = int(rounded.partition("e")[2])
     return rounded if exponent < -3 else f"{value:,.{max(0, 2 - exponent)}f}"
