@@ -65,6 +65,8 @@ def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:80]}"
+        if first["loc"] == ("schema_version",) and found:
+            hint = f"Another version of the toolkit wrote it, which reads it. {hint}"
         raise CompressorError(
             f"{path}: not {what}: {_path(first['loc'])}: {first['msg'].lower()}{found}", hint
         ) from error

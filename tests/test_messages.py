@@ -395,3 +395,14 @@ def test_a_name_that_the_locale_has_no_letters_for_is_shown_as_it_is(cli, place,
     ):
         outcome = cli(*arguments)
         assert outcome.code == 2 and said in outcome.err and "Set a locale of UTF-8" in outcome.err, outcome.err
+
+
+def test_a_report_of_another_version_says_so(cli, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "run", "later")
+    content = json.loads(Path("later/report.json").read_text())
+    Path("later/report.json").write_text(json.dumps({**content, "schema_version": 2}))
+    for arguments in (("report", "later"), ("report", place / "run", "later")):
+        outcome = cli(*arguments)
+        assert outcome.code == 1 and "schema_version: input should be 1, found 2" in outcome.err
+        assert "Another version of the toolkit wrote it" in outcome.err
