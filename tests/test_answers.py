@@ -164,12 +164,17 @@ def test_prune_in_place_names_wrong_answers_and_leaves_the_model():
 def test_a_prepare_that_leaves_the_model_in_eval_mode_turns_no_dropout_off():
     seen = []
 
+    class Seen(nn.Dropout):
+        def forward(self, x):
+            seen.append(self.training)
+            return super().forward(x)
+
     def looked(pruner, model):
         model.eval()
-        model[1].register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
         return pruner
 
-    pruned(Prepares(looked))
+    dropping = nn.Sequential(nn.Linear(8, 16), Seen(0.5), nn.Linear(16, 8))
+    compressor.prune(dropping, Prepares(looked), adapter=Denoiser(), data=torch.randn(16, 8), steps=2, batch_size=8)
     assert seen[:2] == [True, True]
 
 

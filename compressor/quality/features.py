@@ -80,7 +80,7 @@ def _read(path: Path, rows: int) -> Tensor | None:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    with suppress(OSError, SafetensorError):
+    with suppress(OSError, CompressorError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file({"features": features.contiguous()}, partial)
