@@ -248,12 +248,16 @@ def test_a_broken_pruner_is_caught(cls, check, monkeypatch):
     assert any(finding.check.startswith(check) for finding in findings(cls) if finding.fault is not None)
 
 
+@pytest.mark.parametrize(
+    "right", [Plain, *(pytest.param(one, marks=pytest.mark.slow) for one in (Plain(NM(1, 4)), Uneven, Remembered))]
+)
+def test_what_is_right_passes(right, monkeypatch):
+    only_uvit(monkeypatch)
+    check_pruner(right)
+
+
 def test_the_error_lists_what_is_wrong(monkeypatch):
     only_uvit(monkeypatch)
-    check_pruner(Plain)
-    check_pruner(Plain(NM(1, 4)))
-    check_pruner(Uneven)
-    check_pruner(Remembered)
     with pytest.raises(CompressorError, match=r"breaks \d+ promises:\n.*Masks obey"):
         check_pruner(Illegal)
     with pytest.raises(CompressorError, match="no subclass"):

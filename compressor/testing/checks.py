@@ -220,7 +220,6 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     _finished,
     _pure,
     _ranks,
-    _elsewhere,
     _left_alone,
     _settings,
     _sparse,
@@ -228,4 +227,5 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     _resumable,
     _saved,
     _exported,
+    _elsewhere,  # last: it takes longer than the others
 )
