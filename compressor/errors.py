@@ -228,6 +228,12 @@ def first_line(error: BaseException) -> str:
     return lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][: _LONGEST - 1]}…"
 
 
+def has_half(text: str) -> bool:
+    """Whether `text` has half of a pair of surrogates, which no file can hold and no encoder reads: JSON and YAML can name one, and a
+    file name that is no UTF-8 is read as one."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def decoded(text: str) -> str:
     """`text` with the letters that names of files have in UTF-8 and that the locale has no word for: Python holds their bytes as
     halves of characters there, and so stay those that are no UTF-8."""

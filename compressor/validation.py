@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from compressor import files
-from compressor.errors import UTF_8, CompressorError, UsageError, decoded, did_you_mean
+from compressor.errors import UTF_8, CompressorError, UsageError, decoded, did_you_mean, has_half
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -73,9 +73,9 @@ def from_file(model: type[_Model], path: Path, what: str, hint: str) -> _Model:
 
 
 def _half(value: Any) -> str | None:
-    """A text inside `value` that has a lone surrogate: JSON and YAML can name one, and a file name that is no UTF-8 is read as one."""
+    """A text inside `value` that `has_half` of a character."""
     if isinstance(value, str):
-        return None if value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value) else value[:80]
+        return value[:80] if has_half(value) else None
     parts: Iterable[Any] = ()
     if isinstance(value, Mapping):
         parts = chain(value, value.values())

@@ -21,7 +21,7 @@ from torch import nn
 
 from compressor.adapter import Adapter
 from compressor.environment import versions_of
-from compressor.errors import UTF_8, CompressorError, GateError, UsageError
+from compressor.errors import UTF_8, CompressorError, GateError, UsageError, has_half
 from compressor.export.graph import (
     OPSET,
     PACKAGES,
@@ -332,8 +332,8 @@ def refuse(path: Path, form: str, int8: bool, overwrite: bool, *beside: Path) ->
         raise UsageError(f"form {form!r} does not exist", f"Allowed: {', '.join(FORMS)}.")
     if int8 and form != "dense":
         raise UsageError(f"int8 with the {form} form", "Quantization takes the dense form: leave --form out.")
-    if not (name := str(path)).isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise UsageError(f"{name}: ONNX Runtime reads names in UTF-8 alone", f"{UTF_8}, or choose another --out.")
+    if has_half(str(path)):
+        raise UsageError(f"{path}: ONNX Runtime reads names in UTF-8 alone", f"{UTF_8}, or choose another --out.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "Give the file's name too.")
     if not overwrite and (there := [one for one in (path, *beside) if one.exists()]):

@@ -14,7 +14,7 @@ import torch
 from compressor.data.reading.decoded import read_pictures
 from compressor.data.reading.folder import Files, pictures_and_others
 from compressor.data.sets import ImageSet
-from compressor.errors import CompressorError, UsageError
+from compressor.errors import CompressorError, UsageError, has_half
 from compressor.foreign.bounded import parse_json, read_bytes
 
 METADATA = "metadata.jsonl"
@@ -157,7 +157,7 @@ def _read(path: Path) -> str:
 def _checked(caption: Any, where: str) -> str:
     if not isinstance(caption, str):
         raise UsageError(f"{where}: a caption of type {type(caption).__name__}", "Captions are text.")
-    if "\0" in caption or not _is_text(caption):
+    if "\0" in caption or has_half(caption):
         raise UsageError(f"{where}: not a text", _FORM)
     if not caption.strip():
         raise UsageError(f"{where}: an empty caption", "Write what the picture shows, or leave the picture out.")
@@ -167,11 +167,6 @@ def _checked(caption: Any, where: str) -> str:
             f"Allowed: up to {_MOST_CHARACTERS:,}; encoders read 77 to 512 tokens.",
         )
     return caption.strip()
-
-
-def _is_text(caption: str) -> bool:
-    """Whether encoders can take it: JSON may hold half of a pair of surrogates."""
-    return caption.encode(errors="replace").decode() == caption
 
 
 def _stem(name: bytes) -> bytes:
